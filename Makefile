@@ -1,0 +1,41 @@
+# One virtual environment, made once and again when its pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## .venv with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/pytest
+
+test-slow: $(STAMP)  ## minutes: learning runs over several seeds
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tokenenv
+
+bench: $(STAMP)  ## the figures that the README quotes
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/learning.py
+
+clean:  ## everything that was made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

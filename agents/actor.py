@@ -1,0 +1,117 @@
+"""Acting: one token for every row of a vector env from N running caches.
+
+Suffixes: N envs, L context, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.types import SlotModel
+
+
+class Policy(Protocol):
+    """What acting and learning ask of a policy; `LMPolicy` is the one for transformers."""
+
+    vocab_size: int
+
+    def slots(self, num_rows: int, max_length: int) -> SlotModel:
+        """N running texts of at most `max_length` tokens."""
+        ...
+
+    def head(self, states_KH: Tensor) -> Tensor:
+        """States (K, H) to logits (K, V) at temperature 1."""
+        ...
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that forwards run in."""
+        ...
+
+    def parameters(self) -> Any:
+        """All weights; their device is where the policy lives."""
+        ...
+
+
+def device_of(policy: Policy) -> torch.device:
+    """Where the policy's weights are."""
+    return next(iter(policy.parameters())).device
+
+
+def sample(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws one token per row from `softmax(logits / temperature)`: tokens (N,) int64 and their log-probabilities (N,).
+
+    By inversion of the cumulative distribution: N random numbers, not N V.
+    """
+    logprobs_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
+    cumulative_NV = logprobs_NV.exp().cumsum(-1)
+    uniform_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)
+    # Scaled by the total, so that rounding in the sum can neither lose the last token nor pick an impossible one.
+    tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
+    tokens_N1 = tokens_N1.clamp_(max=logits_NV.shape[1] - 1)
+    return tokens_N1[:, 0], logprobs_NV.gather(-1, tokens_N1)[:, 0]
+
+
+class Actor:
+    """Samples a policy's next token in each of N running texts, and keeps their caches.
+
+    It learns what happened from the observation alone: a row that is its own text plus the token it emitted is
+    continued, any other row (reset, forked, restored, or seen for the first time) is read from its start.
+    """
+
+    def __init__(self, policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> None:
+        self.policy = policy
+        self.temperature = temperature
+        self.generator = torch.Generator(device_of(policy)).manual_seed(seed)
+        self._slots: SlotModel | None = None
+
+    @torch.no_grad()
+    def act(self, obs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or torch observations."""
+        device = self.generator.device
+        texts_NL = torch.as_tensor(obs["tokens"], device=device)
+        lengths_N = torch.as_tensor(obs["length"], device=device)
+        if self._slots is None or self._texts.shape != (len(texts_NL), texts_NL.shape[1] + 1):
+            self._start(*texts_NL.shape)
+        with self.policy.autocast():
+            logits_NV = self.policy.head(self._read(texts_NL, lengths_N))
+        tokens_N, logprobs_N = sample(logits_NV, self.temperature, self.generator)
+        self._expect(texts_NL, lengths_N, tokens_N)
+        return tokens_N, logprobs_N
+
+    def refresh(self) -> None:
+        """To be called when the weights have changed: every text is read again before the next token."""
+        if self._slots is not None:
+            self._lengths.fill_(-1)
+
+    def _start(self, num_rows: int, max_length: int) -> None:
+        device = self.generator.device
+        self._slots = self.policy.slots(num_rows, max_length)
+        # What the next observation holds if a row runs on; one column more, for a token after a full text.
+        self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)
+        self._lengths = torch.full((num_rows,), -1, device=device)
+        self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    def _read(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
+        """The states (N, H) after each text, by one appended token or, in rows that are new, from the start."""
+        assert self._slots is not None
+        changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
+        # The one copy to the host: 0 where the row runs on, else the length to read.
+        fresh = np.asarray((changed_N * lengths_N).cpu())
+        slots = np.flatnonzero(fresh)
+        if not len(slots):
+            return self._slots.append(self._tokens)
+        rows = torch.as_tensor(slots, device=texts_NL.device)
+        fresh_states = self._slots.prefill(slots.tolist(), texts_NL[rows, : int(fresh.max())], fresh[slots].tolist())
+        if len(slots) == len(fresh):
+            return fresh_states
+        return self._slots.append(self._tokens, fresh == 0).index_copy(0, rows, fresh_states)
+
+    def _expect(self, texts_NL: Tensor, lengths_N: Tensor, tokens_N: Tensor) -> None:
+        self._texts[:, :-1] = texts_NL
+        self._texts.scatter_(1, lengths_N[:, None], tokens_N[:, None])
+        self._lengths = lengths_N + 1
+        self._tokens = tokens_N

@@ -1,0 +1,309 @@
+"""What all bundled agents share: driving an env, learning in minibatches, saving and resuming.
+
+An algorithm is a subclass with a config and an `update`; see `ppo.py`. Suffixes: B episodes, T response tokens.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from tokenenv.errors import CheckpointError, InvalidArgument, check_choice
+
+from . import losses
+from .actor import Actor
+from .advantages import kl_penalised
+from .checkpoint import read_checkpoint, write_checkpoint
+from .collector import Collector
+from .config import AgentConfig, learning_rate
+from .env_rows import check_env, env_core, num_actions, reference_of, wants_logprob
+from .episodes import Episode, EpisodeBatch, summary
+from .generate import generate
+from .learner import LossFunction, Metrics, Reference, accumulate_gradient
+from .policy import LMPolicy
+from .progress import ProgressLine
+from .tracking import RunFolder
+
+CHECKPOINT = "checkpoint.safetensors"
+"""Its name in a run folder."""
+
+OnUpdate = Callable[[Metrics, Sequence[Episode]], None]
+
+
+class Agent:
+    """Base of the bundled agents.
+
+    Args:
+        envs: a vector env of texts, such as `gym.make_vec("tokenenv/Reviews-v0", num_envs=64)`; with SAME_STEP no step is lost.
+        config: an instance of the agent's config; None is the default one.
+        policy: what to train; None is a copy of the env's model.
+        run_dir: where TensorBoard events, episodes and checkpoints go; None writes nothing.
+        **overrides: single fields of the config.
+    """
+
+    config_class: ClassVar[type[AgentConfig]] = AgentConfig
+
+    def __init__(
+        self,
+        envs: VectorEnv,
+        config: Any = None,
+        *,
+        policy: LMPolicy | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        **overrides: Any,
+    ) -> None:
+        check_env(envs)
+        for name in overrides:
+            check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
+        self.config = cfg = replace(config or self.config_class(), **overrides)
+        self.envs, self._core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
+        self.spec = getattr(self._core, "token_spec", None)
+        self.policy = policy or default_policy(envs, cfg)
+        if self.policy.vocab_size != num_actions(envs):
+            raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
+        self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
+        self.collector = Collector(envs, self.actor, seed=cfg.seed)
+        self.optimizer = torch.optim.AdamW(self._trained().values(), lr=cfg.lr, weight_decay=0.0)
+        self.rng = np.random.default_rng(cfg.seed)
+        self.updates = 0
+        self.reference = Reference(reference_of(envs), self.policy.vocab_size) if cfg.full_kl_coef else None
+        self.statistics: dict[str, Any] = self.running_statistics()
+
+    def running_statistics(self) -> dict[str, Any]:
+        """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""
+        return {}
+
+    def update(self, batch: EpisodeBatch) -> Metrics:
+        """Learns from finished episodes; returns scalars to log."""
+        raise NotImplementedError
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens emitted so far."""
+        return self.collector.tokens_seen
+
+    @property
+    def kl_coef(self) -> float:
+        """The env's beta for episodes that begin from now on; 0 for an env without one."""
+        return float(getattr(self._core, "kl_coef", 0.0))
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        if not hasattr(self._core, "kl_coef"):
+            raise InvalidArgument(f"kl_coef={value} needs an env that has a kl_coef.")
+        self._core.kl_coef = value
+
+    def learn(self, total_tokens: int, *, progress: bool = False, on_update: OnUpdate | None = None) -> Self:
+        """Learns until `total_tokens` tokens have been seen in all, those before a `load` included.
+
+        `progress` shows a live line; `on_update(metrics, episodes)` is called after each update.
+        """
+        if self.config.kl_coef is not None and self.updates == 0:
+            self.kl_coef = self.config.kl_coef
+        listeners: list[OnUpdate] = [on_update] if on_update else []
+        if self.run_dir is not None:
+            listeners.insert(0, RunFolder(self.run_dir, self.spec))
+        if progress:
+            listeners.append(ProgressLine(total_tokens, self.tokens_seen))
+        try:
+            while self.tokens_seen < total_tokens:
+                started, before = time.perf_counter(), self.tokens_seen
+                metrics, episodes = self._iterate(total_tokens)
+                metrics["time/tokens_per_second"] = (self.tokens_seen - before) / (time.perf_counter() - started)
+                for listener in listeners:
+                    listener(metrics, episodes)
+                self._checkpoint(before, total_tokens)
+        finally:
+            for listener in listeners:
+                getattr(listener, "close", lambda: None)()
+        return self
+
+    def _checkpoint(self, tokens_before: int, total_tokens: int) -> None:
+        every = self.config.checkpoint_tokens
+        if self.run_dir is None or every is None:
+            return
+        if self.tokens_seen // every > tokens_before // every or self.tokens_seen >= total_tokens:
+            self.save(self.run_dir / CHECKPOINT)
+
+    def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
+        episodes = self.collector.collect(self.config.batch_tokens)
+        lr = learning_rate(self.config, self.tokens_seen / total_tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = EpisodeBatch.stack(episodes)
+        kl_coef = self.kl_coef
+        metrics = summary(episodes) | self.update(batch)
+        self.actor.refresh()
+        self._adapt_kl_coef(batch)
+        self.updates += 1
+        return metrics | {
+            "objective/kl_coef": kl_coef,
+            "policy/lr": lr,
+            "time/tokens": self.tokens_seen,
+            "time/updates": self.updates,
+        }, episodes
+
+    def rewards(self, batch: EpisodeBatch) -> Tensor:
+        """Rewards (B, T) with the whole KL penalty: the env's, and the learner's half where the env pays only its own."""
+        if wants_logprob(self.envs):
+            return batch.reward_BT
+        return kl_penalised(batch.reward_BT, batch.logprob_BT, batch.kl_coef_B)
+
+    def bootstrap(self, batch: EpisodeBatch) -> Tensor:
+        """Where (B,) the last state's value counts: at truncation, if the env does not score it; never at termination."""
+        scored = getattr(self.spec, "score_truncated", True)
+        return batch.truncated_B & ~batch.terminated_B & torch.tensor(not scored)
+
+    def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
+        """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token
+        of episode b counts `weights_B[b]`; a metric "policy/approx_kl" above `target_kl` ends the update before its step.
+        """
+        cfg, seen = self.config, []
+        for rows in self._minibatches(len(batch)):
+            weights_B = torch.zeros(len(batch))
+            weights_B[rows] = losses.token_weights(batch.response_length_B[rows], cfg.aggregation)
+            metrics = accumulate_gradient(
+                self.policy,
+                batch,
+                rows,
+                make_loss(weights_B),
+                cfg.max_batch_tokens,
+                temperature=cfg.temperature,
+                reference=self.reference,
+            )
+            seen.append(metrics)
+            if cfg.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > cfg.target_kl:
+                self.optimizer.zero_grad()
+                break
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            metrics["policy/grad_norm"] = float(norm)
+        names = dict.fromkeys(name for metrics in seen for name in metrics)
+        means = {name: float(np.mean([m[name] for m in seen if name in m])) for name in names}
+        return means | {"policy/minibatches": len(seen)}
+
+    def _minibatches(self, num_episodes: int) -> Iterator[np.ndarray]:
+        for _ in range(self.config.epochs):
+            rows = self.rng.permutation(num_episodes)
+            yield from np.array_split(rows, min(self.config.minibatches, num_episodes))
+
+    def _adapt_kl_coef(self, batch: EpisodeBatch) -> None:
+        """The proportional controller of Ziegler et al. 2019, in nats per response token."""
+        target, tokens = self.config.kl_target, int(batch.response_length_B.sum())
+        if target is None:
+            return
+        kl = float((batch.logprob_BT - batch.ref_logprob_BT).sum()) / tokens
+        self.kl_coef *= 1.0 + float(np.clip(kl / target - 1.0, -0.2, 0.2)) * tokens / self.config.kl_horizon
+
+    def act(self, obs: Any) -> Tensor:
+        """Tokens (N,) for an observation of this agent's envs, drawn from the policy."""
+        return self.actor.act(obs)[0]
+
+    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[int]]:
+        """Continues each prompt with the current policy; see `generate.generate` for the options."""
+        defaults: dict[str, Any] = {"temperature": self.config.temperature}
+        if self.spec is not None:
+            defaults |= {
+                "max_new_tokens": self.spec.max_new_tokens,
+                "stop_token_ids": self.spec.stop_token_ids,
+                "tokenizer": self.spec.tokenizer,
+            }
+        return generate(self.policy, prompts, **(defaults | options))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint atomically. The run then goes on from it too, so that it and a resumed run stay equal."""
+        resumable = self.collector.running and hasattr(self._core, "save_state")
+        env_state = self._core.save_state() if resumable else None
+        state = {
+            "agent": type(self).__name__,
+            "config": asdict(self.config),
+            "weights": self._trained(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.actor.generator.get_state(),
+            "rng": self.rng.bit_generator.state,
+            "updates": self.updates,
+            "statistics": {name: value.state_dict() for name, value in self.statistics.items()},
+            "collector": self.collector.state_dict(),
+            "kl_coef": self.kl_coef,
+            "env": env_state,
+        }
+        write_checkpoint(path, state)
+        self._resume(env_state)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        envs: VectorEnv,
+        *,
+        policy: LMPolicy | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The agent that `save` wrote, going on in `envs`; `policy` gives the architecture where it was not the default.
+
+        An env that cannot save its state begins anew. Raises `CheckpointError` where file, agent and env do not fit.
+        """
+        state = read_checkpoint(path)
+        if state.get("agent") != cls.__name__:
+            raise CheckpointError(f"{path} was saved by {state.get('agent')}, not by {cls.__name__}.")
+        agent = cls(envs, cls.config_class(**state["config"]), policy=policy, run_dir=run_dir, **overrides)
+        agent._restore(state)
+        if "kl_coef" in overrides:
+            agent.kl_coef = overrides["kl_coef"]
+        return agent
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        check_weights(self._trained(), state["weights"])
+        self.policy.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.actor.generator.set_state(state["generator"])
+        self.rng.bit_generator.state = state["rng"]
+        self.updates = state["updates"]
+        for name, value in self.statistics.items():
+            value.load_state_dict(state["statistics"][name])
+        self.collector.load_state_dict(state["collector"], running=state["env"] is not None)
+        if self.kl_coef != state["kl_coef"]:
+            self.kl_coef = state["kl_coef"]
+        self._resume(state["env"])
+
+    def _resume(self, env_state: Any) -> None:
+        """Goes on from a saved env state with caches filled anew: they hold rounding that depends on how they were filled."""
+        if env_state is not None:
+            obs, _ = self._core.load_state(env_state)
+            self.collector.resume(obs)
+        self.actor.refresh()
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+
+
+def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:
+    """A policy that starts as the env's model."""
+    model = getattr(envs.unwrapped, "model", None) or reference_of(envs)
+    return LMPolicy(
+        copy.deepcopy(model),
+        separate_value=getattr(config, "separate_value", False),
+        lora_rank=config.lora_rank,
+        precision=config.precision,
+        max_batch_tokens=config.max_batch_tokens,
+        seed=config.seed,
+    )
+
+
+def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and shape."""
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, saved)]
+    if shapes[0] != shapes[1]:
+        name = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+        here, there = (which.get(name, "nothing") for which in shapes)
+        raise CheckpointError(f"the checkpoint belongs to another model: it has {there} for {name}, this policy {here}.")

@@ -1,0 +1,149 @@
+"""Driving a vector env with an `Actor`, and cutting what happens into episodes.
+
+Any Gymnasium vector env with the observation `{tokens, length, prompt_length}` will do, NumPy or torch, in any autoreset mode.
+Suffixes: N envs, L context, T response tokens.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from .actor import Actor
+from .env_rows import action, flags, take, take_info, take_obs
+from .episodes import Episode
+
+# One line per step: what must be remembered of a running text; the text itself is in the observation.
+LOGPROB, REWARD, REF_LOGPROB = range(3)
+
+# What an env may say about a finished text, and what stands for silence.
+INFO_DEFAULTS = {"score": np.nan, "gold": np.nan, "kl_coef": 0.0, "ref_logprob": 0.0, "prompt_id": -1}
+
+
+class Collector:
+    """Steps an env one token at a time; slots never idle, and only finished episodes come out.
+
+    An episode may straddle updates: each token keeps the log-probability it was sampled with.
+    """
+
+    def __init__(self, envs: VectorEnv, actor: Actor, *, seed: int = 0) -> None:
+        self.envs, self.actor, self.seed = envs, actor, seed
+        self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.tokens_seen = 0
+        """Tokens emitted so far, those of running episodes included."""
+        self._obs: Mapping[str, Any] = {}
+        self._ring = torch.zeros(0)
+        self._clock = 0
+        self._age = np.zeros(envs.num_envs, np.int64)
+        self.finished = np.zeros(envs.num_envs, np.int64)
+        """(N,) episodes that have ended in each row."""
+        self._resetting = np.zeros(envs.num_envs, bool)
+
+    def collect(self, num_tokens: int) -> list[Episode]:
+        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them."""
+        episodes: list[Episode] = []
+        while num_tokens > 0:
+            ended = self.step()
+            episodes += ended
+            num_tokens -= sum(len(e.response) for e in ended)
+        return episodes
+
+    def step(self) -> list[Episode]:
+        """Emits one token in every row and returns the episodes that this ended."""
+        if not self.running:
+            self.reset()
+        tokens, logprobs = self.actor.act(self._obs)
+        obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+        self._record(logprobs, rewards, infos.get("ref_logprob"))
+        terminated, truncated = flags(terminations, truncations)
+        ended = terminated | truncated
+        episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else []
+        self._obs = obs
+        if self.mode == AutoresetMode.NEXT_STEP:
+            self._resetting = ended
+        elif self.mode == AutoresetMode.DISABLED and ended.any():
+            self._obs, _ = self.envs.reset(options={"reset_mask": ended})
+        return episodes
+
+    def reset(self, options: dict[str, Any] | None = None) -> None:
+        """Begins anew in every row; running episodes are dropped."""
+        self._obs, _ = self.envs.reset(seed=None if self.running else self.seed, options=options)
+        num_envs, length = self._obs["tokens"].shape
+        self._ring = torch.zeros(length, 3, num_envs, device=_device(self._obs))
+        self._age[:], self._resetting[:] = 0, False
+
+    @property
+    def running(self) -> bool:
+        """Whether the env has been reset."""
+        return bool(self._obs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the env's own state and the observation that comes with it."""
+        names = ("tokens_seen", "finished", "_age", "_resetting", "_clock") + (("_ring",) if self.running else ())
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
+        """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
+        names = state if running else ("tokens_seen", "finished")
+        vars(self).update({name: state[name] for name in names})
+
+    def resume(self, obs: Mapping[str, Any]) -> None:
+        """Goes on from the observation of an env that has been restored to where it was."""
+        self._obs = obs
+        self._ring = self._ring.to(_device(obs))
+
+    def _record(self, logprobs: Tensor, rewards: Any, ref_logprobs: Any) -> None:
+        """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age stays 0."""
+        self._clock = (self._clock + 1) % len(self._ring)
+        line = self._ring[self._clock]
+        line[LOGPROB] = logprobs
+        line[REWARD] = torch.as_tensor(rewards)
+        line[REF_LOGPROB] = 0.0 if ref_logprobs is None else torch.as_tensor(ref_logprobs)
+        self._age += ~self._resetting
+        self.tokens_seen += int(np.count_nonzero(~self._resetting))
+
+    def _finish(self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]) -> list[Episode]:
+        rows = np.flatnonzero(terminated | truncated)
+        if self.mode == AutoresetMode.SAME_STEP:
+            obs, infos = infos["final_obs"], infos["final_info"]
+        texts = take_obs(obs, rows)
+        known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
+        records = take(self._ring.movedim(2, 0), rows)
+        # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
+        records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
+        placed = take_info(infos, "token_rewards", rows, np.nan)
+        episodes = []
+        for n, i in enumerate(rows):
+            end = int(texts["length"][n])
+            start, prompt = end - self._age[i], int(texts["prompt_length"][n])
+            record = records[n, (self._clock - np.arange(self._age[i])[::-1]) % len(self._ring)]
+            if not np.isnan(placed[n]).all():
+                record[:, REWARD] = placed[n, start - prompt : end - prompt]
+            episodes.append(
+                Episode(
+                    prompt=texts["tokens"][n, :start],
+                    response=texts["tokens"][n, start:end],
+                    logprob=record[:, LOGPROB],
+                    ref_logprob=record[:, REF_LOGPROB],
+                    reward=record[:, REWARD],
+                    kl_coef=float(known["kl_coef"][n]),
+                    terminated=bool(terminated[i]),
+                    truncated=bool(truncated[i]),
+                    score=float(known["score"][n]),
+                    gold=float(known["gold"][n]),
+                    prompt_id=int(known["prompt_id"][n]),
+                    slot=int(i),
+                    index=int(self.finished[i]),
+                )
+            )
+        self.finished[rows] += 1
+        self._age[rows] = 0
+        return episodes
+
+
+def _device(obs: Mapping[str, Any]) -> torch.device:
+    return obs["tokens"].device if isinstance(obs["tokens"], Tensor) else torch.device("cpu")

@@ -1,0 +1,90 @@
+"""What all learners have in common to set."""
+
+import math
+from dataclasses import dataclass
+
+from tokenenv.errors import InvalidArgument, check_choice
+
+from .losses import AGGREGATIONS
+from .policy import PRECISIONS
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(kw_only=True, slots=True)
+class AgentConfig:
+    """Settings shared by the bundled agents; each adds its own. Ranges are checked when one is built."""
+
+    seed: int = 0
+    """Of everything random in the agent, and of the env's first reset."""
+    batch_tokens: int = 4096
+    """Response tokens of finished episodes that one update learns from, at least; 1 or more."""
+    max_batch_tokens: int = 16384
+    """Tokens, padding included, of one learning forward; 1 or more. Bounds memory and changes no result."""
+    epochs: int = 2
+    """Passes over each batch; 1 or more."""
+    minibatches: int = 4
+    """Optimizer steps per pass; 1 or more."""
+    lr: float = 3e-4
+    """Learning rate of AdamW (no weight decay), above 0."""
+    lr_schedule: str = "linear"
+    """Over the tokens that `learn` was asked for: "constant", or "linear" or "cosine" down to 0."""
+    lr_warmup: float = 0.0
+    """Share of those tokens over which the learning rate first rises from 0; 0 to 1."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, above 0."""
+    temperature: float = 1.0
+    """Logits are divided by it when tokens are drawn and again when their log-probabilities are recomputed; above 0."""
+    aggregation: str = "token-mean"
+    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length."""
+    kl_coef: float | None = None
+    """beta, reward per nat, 0 or more; None leaves the env's."""
+    kl_target: float | None = None
+    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None keeps beta fixed."""
+    kl_horizon: int = 50_000
+    """Response tokens over which the adaptive beta can change by a fifth; 1 or more."""
+    full_kl_coef: float = 0.0
+    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
+    target_kl: float | None = None
+    """An update ends when a minibatch's KL(old || new) exceeds this, in nats per token, above 0; None never stops."""
+    checkpoint_tokens: int | None = None
+    """With a run folder: a checkpoint is written each time this many more tokens have been seen, 1 or more, and at the
+    end; None writes none."""
+    precision: str = "auto"
+    """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on GPUs that have it."""
+    lora_rank: int = 0
+    """Trains low-rank adapters of this rank instead of all weights; 0 trains all."""
+
+    def __post_init__(self) -> None:
+        check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("precision", self.precision, PRECISIONS)
+        self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon", "checkpoint_tokens")
+        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank")
+        self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
+        self.check_share("lr_warmup")
+
+    def check(self, how: str, bound: float, *names: str) -> None:
+        """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is None or (math.isfinite(value) and (value > bound or (value == bound and how == "at least"))):
+                continue
+            raise InvalidArgument(f"{name}={value} is not allowed; it must be {how} {bound}.")
+
+    def check_share(self, *names: str) -> None:
+        """Raises `InvalidArgument` for a field outside 0..1; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise InvalidArgument(f"{name}={value} is not allowed; it must lie between 0 and 1.")
+
+
+def learning_rate(config: AgentConfig, progress: float) -> float:
+    """The scheduled learning rate when this share (0 to 1) of the tokens asked for has been seen."""
+    if progress < config.lr_warmup:
+        return config.lr * progress / config.lr_warmup
+    left = (1.0 - progress) / (1.0 - config.lr_warmup) if config.lr_warmup < 1.0 else 1.0
+    left = min(max(left, 0.0), 1.0)
+    shapes = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1.0 - math.cos(math.pi * left))}
+    return config.lr * shapes[config.lr_schedule]

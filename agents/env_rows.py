@@ -1,0 +1,85 @@
+"""What agents read from a vector env: single rows of its arrays, NumPy or torch, and the little they may know of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+
+
+def check_env(envs: Any) -> None:
+    """Raises `InvalidArgument` unless this is a vector env of texts."""
+    if not isinstance(envs, VectorEnv):
+        raise InvalidArgument(f"envs={type(envs).__name__} is no vector env; build one with gym.make_vec.")
+    space = envs.single_observation_space
+    if not isinstance(space, gym.spaces.Dict) or not {"tokens", "length", "prompt_length"} <= set(space.spaces):
+        raise InvalidArgument('envs must observe "tokens", "length" and "prompt_length"; agents read texts, not features.')
+
+
+def env_core(envs: VectorEnv) -> Any:
+    """The env beneath its wrappers, which may have more than Gymnasium's interface."""
+    return envs.unwrapped
+
+
+def num_actions(envs: VectorEnv) -> int:
+    """V."""
+    space: Any = envs.single_action_space
+    return int(space["token"].n if wants_logprob(envs) else space.n)
+
+
+def reference_of(envs: VectorEnv) -> Any:
+    """The env's reference model, or `InvalidArgument`."""
+    reference = getattr(envs.unwrapped, "reference", None)
+    if reference is None or getattr(envs.unwrapped, "token_spec", None) is None:
+        name = type(envs.unwrapped).__name__
+        raise InvalidArgument(f"{name} has no token_spec and reference to start from: give policy=LMPolicy(model).")
+    return reference
+
+
+def wants_logprob(envs: VectorEnv) -> bool:
+    """True where the action carries `logprob`, i.e. where the env pays the whole KL penalty itself."""
+    return isinstance(envs.single_action_space, gym.spaces.Dict)
+
+
+def action(envs: VectorEnv, obs: Mapping[str, Any], tokens_N: Tensor, logprobs_N: Tensor) -> Any:
+    """The env's action for these tokens: arrays of the observation's kind, with log-probabilities where it asks for them."""
+    torch_env = isinstance(obs["tokens"], Tensor)
+    tokens, logprobs = (x if torch_env else x.cpu().numpy() for x in (tokens_N, logprobs_N))
+    return {"token": tokens, "logprob": logprobs} if wants_logprob(envs) else tokens
+
+
+def flags(terminations: Any, truncations: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both flags (N,) on the host, in one copy."""
+    if isinstance(terminations, Tensor):
+        both = torch.stack([terminations, truncations]).cpu().numpy()
+        return both[0], both[1]
+    return np.asarray(terminations), np.asarray(truncations)
+
+
+def take(values: Any, rows: np.ndarray) -> np.ndarray:
+    """`values[rows]` on the host."""
+    if isinstance(values, Tensor):
+        return values[torch.as_tensor(rows, device=values.device)].cpu().numpy()
+    return np.asarray(values)[rows]
+
+
+def take_obs(obs: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of a batched observation, or of Gymnasium's object array of single ones (`final_obs`)."""
+    keys = ("tokens", "length", "prompt_length")
+    if isinstance(obs, Mapping):
+        return {key: take(obs[key], rows) for key in keys}
+    return {key: np.stack([obs[i][key] for i in rows]) for key in keys}
+
+
+def take_info(infos: Mapping[str, Any], key: str, rows: np.ndarray, default: Any) -> np.ndarray:
+    """`infos[key][rows]`, with `default` in rows that its mask `_key` leaves out, and everywhere if there is no such key."""
+    if key not in infos:
+        return np.full(len(rows), default)
+    values = take(infos[key], rows)
+    known = take(infos[f"_{key}"], rows) if f"_{key}" in infos else np.ones(len(rows), bool)
+    return np.where(known.reshape(-1, *[1] * (values.ndim - 1)), values, default)

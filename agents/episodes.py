@@ -1,0 +1,115 @@
+"""Finished episodes, one by one and as a padded batch.
+
+Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response. A text is a prompt and a
+response; the response is what the policy emitted, so a prefix given at reset belongs to the prompt here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .advantages import token_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One finished text with all that was seen of it. T here is its own number of response tokens."""
+
+    prompt: np.ndarray
+    """(P,) int64: everything before the first emitted token."""
+    response: np.ndarray
+    """(T,) int64: the emitted tokens, the stop token included."""
+    logprob: np.ndarray
+    """(T,) float32: log pi of each token when it was sampled."""
+    ref_logprob: np.ndarray
+    """(T,) float32: log pi_ref of each token; zeros where the env gives none."""
+    reward: np.ndarray
+    """(T,) float32: what the env pays for each token, hindsight terms placed where they belong."""
+    kl_coef: float
+    """The env's beta during this episode; 0 where it pays no KL term."""
+    terminated: bool
+    """Ended by a stop token (or by the task)."""
+    truncated: bool
+    """Cut at the length limit."""
+    score: float
+    """The env's unweighted sequence score; NaN where it has none."""
+    gold: float
+    """The task's true metric; NaN where it has none."""
+    prompt_id: int
+    """The env's number for the prompt; -1 where it has none."""
+    slot: int
+    """The row of the vector env it ran in."""
+    index: int
+    """How many episodes that row had finished before."""
+
+    @property
+    def kl(self) -> float:
+        """log pi - log pi_ref summed over the text: the one-sample estimate of its KL, in nats."""
+        return float((self.logprob - self.ref_logprob).sum()) if self.ref_logprob.any() else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeBatch:
+    """B episodes as right-padded tensors on the CPU; response tokens start at column 0 of the (B, T) ones."""
+
+    tokens_BL: Tensor
+    """int64 whole texts."""
+    length_B: Tensor
+    """int64: tokens of each text."""
+    response_length_B: Tensor
+    """int64: tokens of each response, at least 1."""
+    logprob_BT: Tensor
+    ref_logprob_BT: Tensor
+    reward_BT: Tensor
+    kl_coef_B: Tensor
+    terminated_B: Tensor
+    truncated_B: Tensor
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """bool: where there is a response token."""
+        return token_mask(self.response_length_B, self.reward_BT.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.length_B)
+
+    @classmethod
+    def stack(cls, episodes: Sequence[Episode]) -> "EpisodeBatch":
+        """Pads and stacks at least one episode."""
+        texts = [np.concatenate([e.prompt, e.response]) for e in episodes]
+        return cls(
+            tokens_BL=_pad(texts),
+            length_B=torch.tensor([len(text) for text in texts]),
+            response_length_B=torch.tensor([len(e.response) for e in episodes]),
+            logprob_BT=_pad([e.logprob for e in episodes]),
+            ref_logprob_BT=_pad([e.ref_logprob for e in episodes]),
+            reward_BT=_pad([e.reward for e in episodes]),
+            kl_coef_B=torch.tensor([e.kl_coef for e in episodes], dtype=torch.float32),
+            terminated_B=torch.tensor([e.terminated for e in episodes]),
+            truncated_B=torch.tensor([e.truncated for e in episodes]),
+        )
+
+
+def _pad(rows: Sequence[np.ndarray]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean of the values that are numbers; NaN where none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def summary(episodes: Sequence[Episode]) -> dict[str, float]:
+    """The field's scalars about what was generated: means per text, KL in nats, length in tokens."""
+    return {
+        "objective/score": mean_of([e.score for e in episodes]),
+        "objective/gold": mean_of([e.gold for e in episodes]),
+        "objective/kl": mean_of([e.kl for e in episodes]),
+        "objective/reward": mean_of([float(e.reward.sum()) for e in episodes]),
+        "episode/length": mean_of([len(e.response) for e in episodes]),
+        "episode/terminated": mean_of([float(e.terminated) for e in episodes]),
+    }

@@ -1,0 +1,112 @@
+"""Measuring a policy on an env: the true metric with its standard error, the KL spent, and signs of collapse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from tokenenv.errors import InvalidArgument
+
+from .actor import Actor, Policy
+from .collector import Collector
+from .env_rows import check_env
+from .episodes import Episode, mean_of
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over the texts; NaN where the env gives no such number."""
+
+    num_texts: int
+    gold: float
+    """The task's true metric."""
+    gold_error: float
+    """Its standard error."""
+    score: float
+    """The env's sequence score."""
+    score_error: float
+    """Its standard error."""
+    kl: float
+    """log pi - log pi_ref summed over a text, in nats."""
+    length: float
+    """Response tokens."""
+    terminated: float
+    """Share of texts that ended by themselves."""
+    distinct_bigrams: float
+    """Share of all response bigrams that are different from each other; low when texts repeat themselves or one another."""
+    episodes: tuple[Episode, ...]
+    """The texts themselves, in the order of their prompts."""
+
+
+def evaluate(
+    agent: Any,
+    envs: VectorEnv,
+    *,
+    num_texts: int = 256,
+    prompts: Sequence[Any] | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Evaluation:
+    """Samples texts from an agent, or from a policy, with caches and random numbers of their own: nothing else moves.
+
+    With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the same `seed`. `envs` is
+    reset, so it should not be the one in which an agent is learning.
+    """
+    check_env(envs)
+    if num_texts < 1 or (prompts is not None and len(prompts) == 0):
+        raise InvalidArgument(f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate.")
+    policy: Policy = getattr(agent, "policy", agent)
+    collector = Collector(envs, Actor(policy, temperature=temperature, seed=seed), seed=seed)
+    if prompts is None:
+        return summarise(_first_texts(collector, num_texts))
+    episodes: list[Episode] = []
+    for start in range(0, len(prompts), envs.num_envs):
+        group = list(prompts[start : start + envs.num_envs])
+        padded = group + group[:1] * (envs.num_envs - len(group))
+        collector.reset({"prompts": padded})
+        episodes += _first_texts(collector, envs.num_envs)[: len(group)]
+    return summarise(episodes)
+
+
+def _first_texts(collector: Collector, num_texts: int) -> list[Episode]:
+    """The first texts of each slot, as many from each: taking whatever ends first would favour short ones."""
+    num_envs = collector.envs.num_envs
+    rounds = -(-num_texts // num_envs)
+    found: dict[tuple[int, int], Episode] = {}
+    first = collector.finished.copy()
+    while len(found) < rounds * num_envs:
+        for episode in collector.step():
+            index = episode.index - int(first[episode.slot])
+            if index < rounds:
+                found[index, episode.slot] = episode
+    return [found[key] for key in sorted(found)][:num_texts]
+
+
+def summarise(episodes: Sequence[Episode]) -> Evaluation:
+    """The figures of an evaluation from its episodes."""
+    gold, score = [e.gold for e in episodes], [e.score for e in episodes]
+    return Evaluation(
+        num_texts=len(episodes),
+        gold=mean_of(gold),
+        gold_error=standard_error(gold),
+        score=mean_of(score),
+        score_error=standard_error(score),
+        kl=mean_of([e.kl for e in episodes]),
+        length=mean_of([len(e.response) for e in episodes]),
+        terminated=mean_of([e.terminated for e in episodes]),
+        distinct_bigrams=distinct_bigrams([e.response for e in episodes]),
+        episodes=tuple(episodes),
+    )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for fewer than two values, or if any is unknown."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def distinct_bigrams(responses: Sequence[np.ndarray]) -> float:
+    """The number of different pairs of neighbouring tokens divided by the number of pairs (Li et al. 2016, distinct-2)."""
+    pairs = [pair for response in responses for pair in zip(response[:-1].tolist(), response[1:].tolist(), strict=True)]
+    return len(set(pairs)) / len(pairs) if pairs else float("nan")

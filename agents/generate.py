@@ -1,0 +1,112 @@
+"""Texts from a policy outside any env: sampling with temperature, top-k and top-p, or greedy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+
+from .actor import Policy, device_of, sample
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int] = (),
+    tokenizer: Any = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seed: int = 0,
+    num_rows: int = 64,
+) -> list[list[int]]:
+    """The response tokens of each prompt, the stop token included; at most `num_rows` texts run at a time.
+
+    Args:
+        prompts: token ids, or texts if there is a `tokenizer`; none of them empty.
+        temperature: above 0, applied before `top_k` (0 keeps all tokens) and `top_p` (above 0, at most 1).
+        greedy: takes the likeliest token and ignores the three.
+    """
+    check_options(max_new_tokens, temperature, top_k, top_p)
+    ids = [tokenize(prompt, tokenizer) for prompt in prompts]
+    generator = torch.Generator(device_of(policy)).manual_seed(seed)
+    # Prompts of similar length share a cache, so that it is no longer than its texts.
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    responses: list[list[int]] = [[] for _ in ids]
+
+    def choose(states_NH: Tensor) -> Tensor:
+        logits_NV = policy.head(states_NH).float()
+        if greedy:
+            return logits_NV.argmax(-1)
+        return sample(keep_likely(logits_NV / temperature, top_k, top_p), 1.0, generator)[0]
+
+    for start in range(0, len(order), num_rows):
+        group = order[start : start + num_rows]
+        tokens = _run(policy, [ids[i] for i in group], max_new_tokens, choose, stop_token_ids)
+        for i, row in zip(group, tokens, strict=True):
+            responses[i] = row
+    return responses
+
+
+def _run(policy: Policy, prompts: list[list[int]], max_new_tokens: int, choose: Any, stops: Sequence[int]) -> list[list[int]]:
+    """One batch of texts side by side until all have stopped."""
+    lengths = [len(prompt) for prompt in prompts]
+    slots = policy.slots(len(prompts), max(lengths) + max_new_tokens)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    responses: list[list[int]] = [[] for _ in prompts]
+    running = np.ones(len(prompts), bool)
+    with policy.autocast():
+        states_NH = slots.prefill(range(len(prompts)), padded.to(device_of(policy)), lengths)
+        for step in range(max_new_tokens):
+            tokens_N = choose(states_NH)
+            chosen = tokens_N.tolist()
+            for i in np.flatnonzero(running):
+                responses[i].append(chosen[i])
+                running[i] = chosen[i] not in stops
+            if not running.any() or step == max_new_tokens - 1:
+                break
+            states_NH = slots.append(tokens_N, running)
+    return responses
+
+
+def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Rules out (-inf) all but the `top_k` likeliest tokens, then all but the fewest that hold probability `top_p`."""
+    if 0 < top_k < logits_NV.shape[-1]:
+        logits_NV = logits_NV.masked_fill(logits_NV < logits_NV.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        sorted_NV, order_NV = logits_NV.softmax(-1).sort(-1, descending=True)
+        # The mass before a token: the likeliest always stays.
+        surplus_NV = sorted_NV.cumsum(-1) - sorted_NV >= top_p
+        logits_NV = logits_NV.masked_fill(surplus_NV.scatter(-1, order_NV, surplus_NV), -torch.inf)
+    return logits_NV
+
+
+def tokenize(prompt: str | Sequence[int], tokenizer: Any) -> list[int]:
+    """Token ids of a prompt; raises `InvalidArgument` for an empty one, or a text without a tokenizer."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidArgument(f"prompt={prompt!r} is a text and there is no tokenizer; give token ids.")
+        prompt = tokenizer.encode(prompt)
+    if len(prompt) == 0:
+        raise InvalidArgument("a prompt is empty; it needs at least one token.")
+    return [int(token) for token in prompt]
+
+
+def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """Raises `InvalidArgument` for an option out of range."""
+    allowed = {
+        f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens >= 1,
+        f"temperature={temperature} must be above 0 (greedy=True takes the likeliest token)": temperature > 0,
+        f"top_k={top_k} must be at least 0": top_k >= 0,
+        f"top_p={top_p} must be above 0 and at most 1": 0 < top_p <= 1,
+    }
+    for message, fine in allowed.items():
+        if not fine:
+            raise InvalidArgument(f"{message}.")

@@ -1,0 +1,63 @@
+"""Losses: pure functions on K response tokens taken from any mix of texts.
+
+`weights_K` says how much each token counts and sums to 1 over a minibatch, so that the losses of its micro-batches add
+up to exactly the minibatch's loss, however it is cut. All logarithms are natural, all losses are to be minimised.
+"""
+
+import torch
+from torch import Tensor
+
+AGGREGATIONS = ("token-mean", "sequence-mean")
+
+
+def token_weights(lengths_B: Tensor, aggregation: str) -> Tensor:
+    """The weight (B,) float32 of each token of B episodes that are averaged together.
+
+    "token-mean": every token counts alike (DAPO). "sequence-mean": every episode counts alike, its tokens sharing (GRPO).
+    """
+    lengths_B = lengths_B.float()
+    if aggregation == "token-mean":
+        return torch.full_like(lengths_B, 1.0) / lengths_B.sum()
+    return 1.0 / (len(lengths_B) * lengths_B)
+
+
+def clipped_policy_loss(
+    logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, weights_K: Tensor, clip_range: float
+) -> Tensor:
+    """`-sum w min(ratio A, clip(ratio, 1 +- clip_range) A)` (PPO, Schulman et al. 2017, equation 7)."""
+    ratio_K = torch.exp(logprobs_K - old_logprobs_K)
+    clipped_K = ratio_K.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return -(weights_K * torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K)).sum()
+
+
+def clipped_value_loss(
+    values_K: Tensor, old_values_K: Tensor, targets_K: Tensor, weights_K: Tensor, clip_range: float | None
+) -> Tensor:
+    """`1/2 sum w max((v - target)^2, (clip(v, old +- clip_range) - target)^2)`; `None` leaves the clip out."""
+    errors_K = (values_K - targets_K) ** 2
+    if clip_range is not None:
+        clipped_K = old_values_K + (values_K - old_values_K).clamp(-clip_range, clip_range)
+        errors_K = torch.maximum(errors_K, (clipped_K - targets_K) ** 2)
+    return 0.5 * (weights_K * errors_K).sum()
+
+
+def approx_kl(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor) -> Tensor:
+    """KL(old || new) in nats per token from tokens sampled by old: `sum w (ratio - 1 - log ratio)`, never negative
+    (k3, Schulman 2020).
+    """
+    log_ratio_K = logprobs_K - old_logprobs_K
+    return (weights_K * (torch.expm1(log_ratio_K) - log_ratio_K)).sum()
+
+
+def clip_fraction(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor, clip_range: float) -> Tensor:
+    """The weighted share of tokens whose ratio lies outside `1 +- clip_range`."""
+    outside_K = (torch.exp(logprobs_K - old_logprobs_K) - 1.0).abs() > clip_range
+    return (weights_K * outside_K).sum()
+
+
+def explained_variance(predictions_K: Tensor, targets_K: Tensor) -> float:
+    """`1 - var(targets - predictions) / var(targets)`: 1 is perfect, 0 no better than a constant; NaN where the targets
+    are constant.
+    """
+    variance = float(targets_K.var(correction=0))
+    return 1.0 - float((targets_K - predictions_K).var(correction=0)) / variance if variance > 0 else float("nan")

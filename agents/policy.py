@@ -1,0 +1,96 @@
+"""The policy: a transformers causal LM with a value head.
+
+Suffixes: B texts, L context, H hidden size, V vocabulary, K transitions.
+"""
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenenv.errors import MissingDependency
+from tokenenv.models.batching import hidden_states
+from tokenenv.models.cached_lm import CachedLM
+from tokenenv.models.trunks import logits_head, trunk_of, vocab_size_of
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class LMPolicy(nn.Module):
+    """A causal LM that acts, and a value head that reads its states, or those of a trunk of its own.
+
+    Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen beneath trainable low-rank
+    adapters (peft). It stays in eval mode, so that acting and learning see the same distribution (no dropout).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        separate_value: bool = False,
+        lora_rank: int = 0,
+        precision: str = "auto",
+        max_batch_tokens: int = 16384,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model.float().requires_grad_(True)
+        if lora_rank:
+            add_lora(self.model, lora_rank, seed)
+        self.vocab_size = vocab_size_of(model)
+        self.max_batch_tokens = max_batch_tokens
+        self.head = logits_head(model, self.vocab_size)
+        self.value_trunk = copy.deepcopy(trunk_of(model)) if separate_value else None
+        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=self.device)
+        # A critic that starts at zero starts unbiased by chance; its first targets are then the returns themselves.
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self._bfloat16 = wants_bfloat16(precision, self.device)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def slots(self, num_rows: int, max_length: int) -> CachedLM:
+        """N running texts of at most `max_length` tokens, cached."""
+        return CachedLM(trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens)
+
+    def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What the LM head and the value head read at each token of right-padded texts, (B, L, H) each."""
+        states_BLH = hidden_states(trunk_of(self.model), tokens_BL, lengths)
+        if self.value_trunk is None:
+            return states_BLH, states_BLH
+        return states_BLH, hidden_states(self.value_trunk, tokens_BL, lengths)
+
+    def value(self, states_KH: Tensor) -> Tensor:
+        """Values (K,) float32 of value states."""
+        return self.value_head(states_KH.float())[:, 0]
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision that forwards run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+
+def wants_bfloat16(precision: str, device: torch.device) -> bool:
+    """ "auto" means bfloat16 autocast on a GPU that has it, float32 elsewhere."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"
+
+
+def add_lora(model: Any, rank: int, seed: int) -> None:
+    """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers but the output."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingDependency("lora_rank needs peft: pip install 'tokenenv-rl[lora]'") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"), model
+        )

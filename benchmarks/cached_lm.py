@@ -1,0 +1,104 @@
+"""What one `CachedLM.append` costs, by position, against a bare one-token forward of the same trunk without a cache.
+
+    python benchmarks/cached_lm.py [--rows 64] [--length 256] [--repetitions 60]
+
+Prints milliseconds (medians of interleaved repetitions) and where they go, for a model of the bundled size
+(4 layers, hidden 128, 4 heads of 32 with one key/value head, 1024 ids).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.profiler import profile
+from transformers import LlamaConfig, LlamaModel
+
+from tokenenv.models.cached_lm import CachedLM
+
+POSITIONS = (16, 64, 128, 240)
+OPERATIONS = {"attention": "scaled_dot_product", "matrix products": "aten::mm", "cache writes": "index_put"}
+
+
+def bundled_size(length: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=length,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LlamaModel(config).to(device).eval().requires_grad_(False)
+
+
+def contenders(trunk: Any, rows: int, length: int) -> dict[str, Callable[[], Any]]:
+    cached = CachedLM(trunk, rows, length)
+    tokens = torch.randint(0, 1024, (rows,), device=trunk.device)
+    texts = torch.randint(0, 1024, (rows, length), device=trunk.device)
+    cached.prefill(range(rows), texts, [length] * rows)
+
+    def bare() -> Any:
+        with torch.no_grad():
+            return trunk(input_ids=tokens[:, None], use_cache=False)[0]
+
+    def append_at(position: int) -> Callable[[], Any]:
+        def append() -> Any:
+            cached.positions[:] = position
+            return cached.append(tokens)
+
+        return append
+
+    return {"bare": bare} | {f"append at {position}": append_at(position) for position in POSITIONS if position < length}
+
+
+def milliseconds(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def breakdown(function: Callable[[], Any], repetitions: int = 20) -> dict[str, float]:
+    """Milliseconds of CPU time inside each kind of operation, per call."""
+    with profile(use_kineto=False) as record:
+        for _ in range(repetitions):
+            function()
+    spent = dict.fromkeys(OPERATIONS, 0.0) | {"the rest": 0.0}
+    for event in record.key_averages():
+        name = next((name for name, part in OPERATIONS.items() if part in event.key), "the rest")
+        spent[name] += event.self_cpu_time_total / 1e3 / repetitions
+    return spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=60)
+    options = parser.parse_args()
+    trunk = bundled_size(options.length)
+    functions = contenders(trunk, options.rows, options.length)
+    milliseconds(functions, 5)
+    times = milliseconds(functions, options.repetitions)
+    print(f"{options.rows} rows, {options.length} places, {torch.get_num_threads()} threads, {trunk.device}")
+    for name, value in times.items():
+        parts = ", ".join(f"{part} {spent:.2f}" for part, spent in breakdown(functions[name]).items())
+        print(f"{name:14s} {value:6.2f} ms   {value / times['bare']:5.2f} x bare   (CPU ms, profiled: {parts})")
+    first, last = (times[name] for name in list(times)[1 :: len(times) - 2])
+    print(f"last position over first: {last / first:.2f}")
+
+
+if __name__ == "__main__":
+    main()

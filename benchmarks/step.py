@@ -1,0 +1,137 @@
+"""What a step costs: by position, against recomputing every prefix, and against the bare cached forwards.
+
+Prints the three ratios that the README quotes, with the bundled models of PyDocs-v0, N = 64 texts, all from this one run.
+"""
+
+import time
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rich.console import Console
+from timing import medians
+from tokenenv.agents.actor import Actor
+from tokenenv.agents.agent import default_policy
+from tokenenv.agents.config import AgentConfig
+from tokenenv.agents.policy import LMPolicy
+
+import tokenenv  # noqa: F401  (registers the ids)
+from tokenenv.models.batching import hidden_states
+from tokenenv.models.cached_lm import CachedLM
+from tokenenv.models.trunks import logits_head, trunk_of
+
+ENV, N, PROMPT = "tokenenv/PyDocs-v0", 64, 16
+console = Console()
+
+
+def make_envs(max_new_tokens: int) -> gym.vector.VectorEnv:
+    """N texts whose prompts all have `PROMPT` tokens."""
+    envs = gym.make_vec(ENV, num_envs=N, max_new_tokens=max_new_tokens, autoreset_mode="SameStep")
+    start(envs)
+    return envs
+
+
+def start(envs: gym.vector.VectorEnv) -> dict:
+    """The observation of a reset to known prompts."""
+    return envs.reset(seed=0, options={"prompts": [list(range(10 + i, 10 + i + PROMPT)) for i in range(N)]})[0]
+
+
+def running_tokens(envs: gym.vector.VectorEnv, steps: int) -> np.ndarray:
+    """Random actions (steps, N), none of which ends a text."""
+    tokens = np.random.default_rng(0).integers(10, envs.single_action_space.n, (steps, N))
+    assert not np.isin(tokens, envs.unwrapped.token_spec.stop_token_ids).any()
+    return tokens
+
+
+def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
+    """The bundled agents' default policy, kept from ending texts so that no step pays for a reset."""
+    policy = default_policy(envs, AgentConfig())
+    head, stops = policy.head, list(envs.unwrapped.token_spec.stop_token_ids)
+    policy.head = lambda states: head(states).index_fill(-1, torch.tensor(stops), -torch.inf)
+    return policy
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def by_position(rounds: int = 5, steps: int = 250) -> None:
+    """Step time around positions 16 and 240; whole texts are stepped `rounds` times."""
+    envs = make_envs(steps + 6)
+    tokens, times = running_tokens(envs, steps), np.zeros((rounds, steps))
+    for round_times in times:
+        start(envs)
+        round_times[:] = [seconds(lambda action=action: envs.step(action)) for action in tokens]
+    early, late = (1e3 * float(np.median(times[:, p - 8 : p + 9])) for p in (16, 240))
+    console.print(f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, ratio {late / early:.2f} (at most 1.5)")
+
+
+def against_full_prefix(repetitions: int = 3, steps: int = 128) -> None:
+    """Tokens/s of act + step against a batched loop that recomputes the prefix in the same three models."""
+    envs = make_envs(steps + 1)
+    env, policy = envs.unwrapped, make_policy(envs)
+    reference_head, scorer = logits_head(env.reference, policy.vocab_size), env._task.scorer
+
+    def stepping() -> None:
+        actor, obs = Actor(policy, seed=0), start(envs)
+        for _ in range(steps):
+            obs = envs.step(actor.act(obs)[0].numpy())[0]
+
+    @torch.no_grad()
+    def full_prefix() -> None:
+        texts = torch.from_numpy(start(envs)["tokens"][:, :PROMPT])
+        for _ in range(steps):
+            lengths = [texts.shape[1]] * N
+            logits = policy.head(hidden_states(trunk_of(policy.model), texts, lengths)[:, -1])
+            token = torch.multinomial(logits.softmax(-1), 1)
+            reference = reference_head(hidden_states(trunk_of(env.reference), texts, lengths)[:, -1])
+            reference.log_softmax(-1).gather(1, token)
+            texts = torch.cat([texts, token], 1)
+            scorer.head(hidden_states(scorer.model, texts, [length + 1 for length in lengths])[:, -1])
+
+    found = medians({"stepping": stepping, "full prefix": full_prefix}, repetitions)
+    speed = {name: N * steps / value for name, value in found.items()}
+    ratio = speed["stepping"] / speed["full prefix"]
+    console.print(
+        f"T={steps}, N={N}: stepping {speed['stepping']:,.0f} tokens/s, "
+        f"full-prefix loop {speed['full prefix']:,.0f}, ratio {ratio:.1f} (at least 20)"
+    )
+
+
+def overhead(repetitions: int = 200) -> None:
+    """act + step against `CachedLM.append` on the same three trunks, in steps where no row ends; and what a reset costs."""
+    envs = make_envs(repetitions + 2)
+    env, policy = envs.unwrapped, make_policy(envs)
+    trunks = [trunk_of(policy.model), trunk_of(env.reference), env._task.scorer.model]
+    length = PROMPT + repetitions + 2
+    bare = [CachedLM(trunk, N, length) for trunk in trunks]
+    obs, actor = start(envs), Actor(policy, seed=0)
+    for rows in bare:
+        rows.prefill(range(N), torch.from_numpy(obs["tokens"][:, :PROMPT]), [PROMPT] * N)
+    fixed = torch.full((N,), 10)
+
+    def whole() -> None:
+        nonlocal obs
+        obs = envs.step(actor.act(obs)[0].numpy())[0]
+
+    def forwards() -> None:
+        for rows in bare:
+            rows.append(fixed)
+
+    found = medians({"whole": whole, "forwards": forwards}, repetitions)
+    ratio = found["whole"] / found["forwards"]
+    reset = medians({"reset": lambda: envs.reset(options={"reset_mask": np.arange(N) == 0})}, 20)["reset"]
+    console.print(
+        f"act + step {1e3 * found['whole']:.2f} ms, three bare forwards {1e3 * found['forwards']:.2f} ms, "
+        f"ratio {ratio:.2f} (at most 1.25); beginning one new text {1e3 * reset:.2f} ms"
+    )
+
+
+if __name__ == "__main__":
+    by_position()
+    against_full_prefix()
+    overhead()

@@ -1,0 +1,17 @@
+"""Medians of interleaved repetitions: whatever else the machine does falls on all candidates alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each candidate, run in turn `repetitions` times after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repetition in range(repetitions + 1):
+        for name, run in candidates.items():
+            started = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}

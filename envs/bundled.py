@@ -1,0 +1,31 @@
+"""The models that come with the package, loaded once per process and shared by all envs."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenenv.models.heads import make_scorer
+from tokenenv.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from tokenenv.types import Scorer
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@cache
+def bundled_lm(name: str, device: str, dtype: torch.dtype) -> Any:
+    """The frozen causal LM in `assets/<name>`."""
+    return load_causal_lm(str(ASSETS / name), device=device, dtype=dtype)
+
+
+@cache
+def bundled_scorer(name: str, device: str, dtype: torch.dtype) -> Scorer:
+    """The scorer of the frozen reward model in `assets/<name>`."""
+    return make_scorer(load_reward_model(str(ASSETS / name), device=device, dtype=dtype))
+
+
+@cache
+def bundled_tokenizer(name: str) -> Any:
+    """The tokenizer in `assets/<name>`."""
+    return load_tokenizer(str(ASSETS / name))

@@ -1,0 +1,277 @@
+"""Makes the models of PyDocs-v0 (envs/assets/pydocs-lm and pydocs-reward). Run: python scripts/make_pydocs.py.
+
+All text is prose of this Python's own standard library: the language reference (`pydoc_data`) and docstrings.
+"""
+
+import ast
+import platform
+import random
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import training
+from rich import print
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from tokenenv.envs.bundled import ASSETS
+from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, make_prompts
+from tokenenv.envs.readability import MIN_WORDS, count_syllables, reading_ease, words
+from tokenenv.envs.topics import paragraphs, passages, prose
+
+END = 0
+VOCABULARY = 1024
+MAX_NEW_TOKENS = 80
+MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+PREFIXES = 12
+"""How many prefixes of each text the reward model is trained on, the whole text included."""
+_SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
+
+
+LM_CARD = """# pydocs-lm
+
+The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32, 1 key-value head)
+over 1,024 byte-level BPE tokens, which continues English prose of the Python documentation.
+
+- Data: passages of whole sentences, 25 to 44 words, of the standard library of Python {python}: {passages} from the train
+  topics of `pydoc_data.topics` (three times an epoch) and those of the library's docstrings. The text is not part of this repository.
+- Held-out loss on passages of the test topics, measured on the saved bfloat16 weights: {loss:.4f} nats per token.
+- On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f} on average with a standard deviation of {gold_sd:.1f};
+  {finished_share:.3f} finished within 80 tokens, {mean_length:.1f} tokens long on average.
+- Size: {size_kb} kB.
+- Made by `python scripts/make_pydocs.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+"""
+REWARD_CARD = """# pydocs-reward
+
+The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one label and {parameters:,} parameters (3 layers, hidden 96).
+The token scores of a response sum to its Flesch reading ease so far, less {mean:.1f} and divided by {scale:.1f} (mean and
+standard deviation under the reference); before twelve words are there the sum moves from 0 towards that value.
+
+- Data: passages of the train topics, samples of pydocs-lm at two temperatures with the logits of short words and sentence
+  ends raised by nothing, a little or a lot, and shuffled texts; targets by `envs/readability.py`.
+- On continuations of held-out prompts by pydocs-lm, measured on the saved bfloat16 weights: correlation of summed score and
+  reading ease {correlation:.3f} (n=1,024); on samples tilted to easy words (mean reading ease {easy_gold:.1f}) {easy_correlation:.3f} (n=256).
+- The best of 16 by score has reading ease {best_of_16:.1f}, any of them {any_of_16:.1f} on average (64 prompts).
+- Size: {size_kb} kB.
+- Made by `python scripts/make_pydocs.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+"""
+
+
+def docstring_prose() -> list[str]:
+    """Paragraphs of prose in the docstrings of the standard library, which the language model also learns from."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, None] = {}
+    for file in sorted(root.rglob("*.py")):
+        if not _SKIPPED & set(file.relative_to(root).parts):
+            found |= dict.fromkeys(text for docstring in _docstrings(file) for text in paragraphs(docstring))
+    return list(found)
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, kinds):
+            yield ast.get_docstring(node) or ""
+
+
+def make_tokenizer(texts: Sequence[str]) -> Any:
+    """Byte-level BPE: any text becomes ids and back exactly."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+    )
+
+
+def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of every passage of `texts` that fits an episode, with the stop."""
+    runs = [passage for text in texts for passage in passages(text)]
+    encoded = [[*ids, END] for ids in tokenizer(runs)["input_ids"]]
+    return [ids for ids in encoded if len(ids) <= MAX_TOKENS]
+
+
+def config(shape: dict[str, Any], layers: int, **more: Any) -> Any:
+    """The Llama configuration of a model over the byte-level vocabulary."""
+    from transformers import LlamaConfig
+
+    special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": END}
+    return LlamaConfig(**shape, **special, **more, vocab_size=VOCABULARY, num_hidden_layers=layers)
+
+
+def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
+    """The reference: a Llama of about 0.8M parameters; the epoch with the least held-out loss is kept."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(config(training.SHAPE, 4))
+    dropout = training.add_dropout(model, 0.15)
+    training.fit(
+        model,
+        lambda group: training.lm_loss(model, [texts[i] for i in group]),
+        [len(text) for text in texts],
+        epochs=10,
+        lr=3e-3,
+        batch_size=32,
+        measure=lambda: training.mean_lm_loss(model, held_out),
+        label="language model",
+    )
+    for handle in dropout:
+        handle.remove()
+    return model
+
+
+def easy_bias(tokenizer: Any, strength: float) -> Tensor:
+    """Logits (V,) added when sampling: for `strength` > 0 short words and ends of sentences become likelier."""
+    texts = [tokenizer.decode([i]) for i in range(VOCABULARY)]
+    syllables = torch.tensor([float(sum(map(count_syllables, words(text)))) for text in texts])
+    ends = torch.tensor([float(text.strip() in (".", ").")) for text in texts])
+    return strength * (ends - 0.5 * (syllables - 1).clamp(min=0))
+
+
+def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Random) -> list[tuple[list[int], int]]:
+    """(ids, where the response begins): real passages, samples of the reference from plain to very easy, shuffles."""
+    prompts = make_prompts("train", tokenizer)
+    texts = [(ids, start) for ids in real if (start := split_point(ids, tokenizer, rng))]
+    for temperature, strength in ((1.0, 0.0), (1.0, 0.0), (1.2, 0.0), (1.0, 1.0), (1.0, 2.0), (1.2, 3.0), (1.0, -1.0)):
+        drawn = [rng.choice(prompts) for _ in range(1200)]
+        bias = easy_bias(tokenizer, strength)
+        responses = training.sample(lm, drawn, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias)
+        texts += [(p + r, len(p)) for p, r in zip(drawn, responses, strict=True)]
+    shuffled = [(ids[:start] + rng.sample(ids[start:-1], len(ids) - start - 1), start) for ids, start in texts[::6]]
+    return texts + [text for text in shuffled if len(text[0]) > text[1]]
+
+
+def split_point(ids: list[int], tokenizer: Any, rng: random.Random) -> int:
+    """A place for the response to begin, as in the task's prompts; 0 if there is none."""
+    tokens = tokenizer.convert_ids_to_tokens(ids[: MAX_PROMPT_TOKENS + 1])
+    return rng.choice([i for i in range(MIN_PROMPT_TOKENS, len(tokens)) if tokens[i].startswith("Ġ")] or [0])
+
+
+def ease_so_far(text: str, ended: bool, mean: float) -> float:
+    """Reading ease of a prefix; while too few words are there to tell, it moves from the mean towards it word by word."""
+    count = len(words(text))
+    if ended or count >= MIN_WORDS:
+        return reading_ease(text)
+    return mean + (reading_ease(text, min_words=1) - mean) * count / MIN_WORDS
+
+
+def targets(text: tuple[list[int], int], tokenizer: Any, mean: float, scale: float, rng: random.Random) -> Any:
+    """Positions (PREFIXES,) in the response, the last always among them, and the score (PREFIXES,) wanted after each."""
+    ids, start = text
+    places = [*rng.choices(range(start, len(ids)), k=PREFIXES - 1), len(ids) - 1]
+    prefixes = tokenizer.batch_decode([ids[start : place + 1] for place in places], skip_special_tokens=True)
+    ease = [ease_so_far(prefix, place == len(ids) - 1, mean) for prefix, place in zip(prefixes, places, strict=True)]
+    return places, [(value - mean) / scale for value in ease]
+
+
+def train_reward_model(texts: list[tuple[list[int], int]], tokenizer: Any, mean: float, scale: float) -> Any:
+    """A token classifier with one label whose scores, summed over a response, are its standardised reading ease so far."""
+    from transformers import LlamaForTokenClassification
+
+    model = LlamaForTokenClassification(config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0))
+    rng = random.Random(5)
+    wanted = [targets(text, tokenizer, mean, scale, rng) for text in texts]
+
+    def loss(group: list[int]) -> Tensor:
+        sums = running_sums(model, [texts[i] for i in group])
+        places, target = (torch.tensor([wanted[i][k] for i in group]) for k in (0, 1))
+        error = (sums.gather(1, places) - target).square()
+        return error.mean() + error[:, -1].mean()
+
+    training.fit(model, loss, [len(ids) for ids, _ in texts], epochs=6, lr=3e-3, label="reward model")
+    return model
+
+
+def running_sums(model: Any, texts: Sequence[tuple[list[int], int]]) -> Tensor:
+    """The sum of the token scores from where the response begins to each position (B, L)."""
+    scores = model(input_ids=training.pad([ids for ids, _ in texts], END), use_cache=False).logits[..., 0]
+    start = torch.tensor([start for _, start in texts])[:, None]
+    return (scores * (torch.arange(scores.shape[1]) >= start)).cumsum(1)
+
+
+@torch.no_grad()
+def text_scores(model: Any, texts: Sequence[tuple[list[int], int]]) -> np.ndarray:
+    """The summed token scores of each response (B,)."""
+    sums = [float(running_sums(model, [text])[0, -1]) for text in texts]
+    return np.array(sums)
+
+
+def draw(lm: Any, prompts: list[list[int]], strength: float, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Samples of the reference, tilted towards easy words by `strength`."""
+    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, END, bias=easy_bias(tokenizer, strength))
+    return [(p + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
+
+
+def golds(texts: Sequence[tuple[list[int], int]], tokenizer: Any) -> np.ndarray:
+    """Reading ease of each response (B,)."""
+    return np.array([reading_ease(tokenizer.decode(ids[start:], skip_special_tokens=True)) for ids, start in texts])
+
+
+def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
+    """What the saved models do on held-out prompts."""
+    prompts = make_prompts("test", tokenizer)
+    plain = draw(lm, (prompts * 4)[:1024], 0.0, tokenizer)
+    easy = draw(lm, (prompts * 2)[:256], 2.0, tokenizer)
+    groups = draw(lm, [prompt for prompt in prompts[:64] for _ in range(16)], 0.0, tokenizer)
+    gold, scores = golds(plain, tokenizer), text_scores(reward_model, plain)
+    easy_gold, easy_scores = golds(easy, tokenizer), text_scores(reward_model, easy)
+    of_16 = golds(groups, tokenizer).reshape(64, 16)
+    best = text_scores(reward_model, groups).reshape(64, 16).argmax(1)
+    for ids, start in [*plain[:4], *easy[:2]]:
+        print(f"[dim]{tokenizer.decode(ids[:start])} [/dim]|{tokenizer.decode(ids[start:])}")
+    return {
+        "gold_mean": gold.mean(),
+        "gold_sd": gold.std(),
+        "finished_share": np.mean([ids[-1] == END for ids, _ in plain]),
+        "mean_length": np.mean([len(ids) - start for ids, start in plain]),
+        "correlation": np.corrcoef(gold, scores)[0, 1],
+        "score_sd": scores.std(),
+        "easy_gold": easy_gold.mean(),
+        "easy_correlation": np.corrcoef(easy_gold, easy_scores)[0, 1],
+        "easy_score": easy_scores.mean(),
+        "any_of_16": of_16.mean(),
+        "best_of_16": of_16[np.arange(64), best].mean(),
+    }
+
+
+def main() -> None:
+    """Trains, saves, measures what was saved, and writes the model cards."""
+    training.set_up()
+    begin = time.perf_counter()
+    train, docstrings = prose("train"), docstring_prose()
+    tokenizer = make_tokenizer([*train, *docstrings])
+    real, held_out = encode(train, tokenizer), encode(prose("test"), tokenizer)
+    lm = train_lm(real * 3 + encode(docstrings, tokenizer), held_out)
+    loss = training.mean_lm_loss(lm, held_out)
+    training.save(lm, tokenizer, ASSETS / "pydocs-lm")
+    texts = make_texts(lm, real, tokenizer, random.Random(1))
+    reference = golds(draw(lm, make_prompts("train", tokenizer), 0.0, tokenizer), tokenizer)
+    mean, scale = float(reference.mean()), float(reference.std())
+    reward_model = train_reward_model(texts, tokenizer, mean, scale)
+    training.save(reward_model, tokenizer, ASSETS / "pydocs-reward")
+    minutes = (time.perf_counter() - begin) / 60
+
+    lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
+    numbers = {"loss": training.mean_lm_loss(lm, held_out), "mean": mean, "scale": scale}
+    numbers |= measure(lm, reward_model, tokenizer)
+    print(f"loss before rounding {loss:.4f}", numbers, f"{minutes:.1f} minutes")
+    numbers |= {"minutes": minutes, "passages": len(real), "python": platform.python_version()}
+    training.write_card(ASSETS / "pydocs-lm", LM_CARD, lm, **numbers)
+    training.write_card(ASSETS / "pydocs-reward", REWARD_CARD, reward_model, **numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Makes the models of Reviews-v0 (envs/assets/reviews-lm and reviews-reward). Run: python scripts/make_reviews.py."""
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import training
+from rich import print
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenenv.envs.bundled import ASSETS
+from tokenenv.envs.review_grammar import (
+    CLAUSE_ENDS,
+    MAX_OPENING,
+    MIN_OPENING,
+    is_positive,
+    openings,
+    opinions,
+    review,
+    split_words,
+    vocabulary,
+)
+
+PAD, EOS = 0, 1
+MAX_NEW_TOKENS = 40
+SMOOTHING = 0.02
+"""The running sum is trained towards log-odds of at most log(0.98 / 0.02) = 3.9, so the score of a text is bounded."""
+
+
+LM_CARD = """# reviews-lm
+
+The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32, 1 key-value head)
+over words, which continues short reviews.
+
+- Data: 40,000 reviews drawn from the grammar in `envs/review_grammar.py`, seen once. No outside text.
+- Held-out loss, measured on the saved bfloat16 weights: {loss:.4f} nats per token.
+- On 1,024 continuations of held-out prompts: {positive_share:.3f} positive by the grammar's rule, {finished_share:.3f} finished within
+  40 tokens, {mean_length:.1f} tokens long on average.
+- Size: {size_kb} kB.
+- Made by `python scripts/make_reviews.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+"""
+REWARD_CARD = """# reviews-reward
+
+The reward model of `tokenenv/Reviews-v0`: a Llama token classifier with one label and {parameters:,} parameters (3 layers, hidden 96).
+A token's score is how much it changes the log-odds that the review ends up positive; the scores of a response sum to
+those log-odds, trained towards at most 3.9 in size, so length earns nothing by itself.
+
+- Data: 40,000 labelled texts from the grammar (two in five of them corrupted) and 12,000 samples of reviews-lm at
+  temperatures 1.0 to 1.6, seen twice; labels by the grammar's exact rule.
+- On 1,024 continuations of held-out prompts by reviews-lm, measured on the saved bfloat16 weights: AUC {auc:.4f}, accuracy
+  {accuracy:.4f}; mean score {positive_score:.2f} of positive and {negative_score:.2f} of negative reviews.
+- Size: {size_kb} kB.
+- Made by `python scripts/make_reviews.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+"""
+
+
+def make_tokenizer() -> Any:
+    """Words and marks to ids; decoding puts spaces before words only."""
+    from transformers import PreTrainedTokenizerFast
+
+    marks = [mark for mark in CLAUSE_ENDS if not mark.isalpha()]
+    words = ["▁" + word for word in vocabulary() if word not in marks]
+    ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *marks, *words])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(f" {mark}", mark) for mark in marks])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(words: list[str], tokenizer: Any) -> list[int]:
+    """Ids of a finished review, with the stop."""
+    return [*tokenizer.encode(" ".join(words)), EOS]
+
+
+def corrupt(words: list[str], rng: random.Random, pool: list[str]) -> list[str]:
+    """A text off the grammar, so that the reward model has seen some: words replaced, shuffled, repeated or dropped."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        rate = rng.uniform(0.05, 0.5)
+        return [rng.choice(pool) if rng.random() < rate else word for word in words]
+    if kind == 1:
+        return rng.sample(words, len(words))
+    if kind == 2:
+        start = rng.randrange(len(words))
+        part = words[start : start + rng.randint(1, 8)]
+        return (words[:start] + part * rng.randint(2, 6))[:50]
+    return [word for word in words if rng.random() < 0.8] or words
+
+
+def make_texts(count: int, rng: random.Random) -> list[list[str]]:
+    """Labelled texts for the reward model: reviews, reviews of one mind, and corrupted ones."""
+    pool = [*vocabulary(), *(word for word in vocabulary() for _ in range(2) if list(opinions([word])))]
+    texts = []
+    for _ in range(count):
+        words = review(rng, rng.choice((None, None, 0.0, 0.3, 0.7, 1.0)))
+        texts.append(corrupt(words, rng, pool) if rng.random() < 0.4 else words)
+    return texts
+
+
+def split_point(words: list[str], rng: random.Random) -> int:
+    """Where the response may begin: after at most 10 tokens and before the first opinion, as in the task's prompts."""
+    first = min([MAX_OPENING, len(words) - 1, *(i for i, _ in opinions(words))])
+    return rng.randint(min(first, MIN_OPENING), first)
+
+
+def reward_loss(model: Any, tokens: list[list[int]], starts: list[int], labels: list[bool]) -> Tensor:
+    """Cross-entropy of the final label, given the running sum of response scores after every response token."""
+    scores = model(input_ids=training.pad(tokens, PAD), use_cache=False).logits[..., 0]
+    position = torch.arange(scores.shape[1])
+    start, length = torch.tensor(starts)[:, None], torch.tensor([len(row) for row in tokens])[:, None]
+    inside = (position >= start) & (position < length)
+    sums = (scores * inside).cumsum(1)
+    target = torch.tensor(labels)[:, None].float().mul(1 - 2 * SMOOTHING).add(SMOOTHING).expand_as(sums)
+    weight = inside + 5.0 * (position == length - 1)  # the whole text's score matters most
+    loss = F.binary_cross_entropy_with_logits(sums, target, reduction="none")
+    return (loss * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def text_scores(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+    """The summed token scores of each response (B,)."""
+    sums = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        scores = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, :, 0]
+        sums.append(float(scores[len(prompt) :].sum()))
+    return np.array(sums)
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive text scores above a negative one."""
+    ranks = scores.argsort().argsort() + 1.0
+    count = positive.sum()
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
+
+
+def train_lm(tokenizer: Any) -> tuple[Any, float]:
+    """The reference: a Llama of about 0.7M parameters fitted to reviews; its held-out loss in nats per token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**training.SHAPE, num_hidden_layers=4, **ids(tokenizer))
+    model = LlamaForCausalLM(config)
+    rng = random.Random(1)
+    texts = [encode(review(rng), tokenizer) for _ in range(40_000)]
+    held_out = held_out_texts(tokenizer)
+    training.fit(
+        model,
+        lambda group: training.lm_loss(model, [texts[i] for i in group]),
+        [len(text) for text in texts],
+        epochs=1,
+        lr=3e-3,
+        measure=lambda: training.mean_lm_loss(model, held_out),
+        label="language model",
+    )
+    return model, training.mean_lm_loss(model, held_out)
+
+
+def held_out_texts(tokenizer: Any) -> list[list[int]]:
+    """Reviews that the language model is measured on."""
+    rng = random.Random(4)
+    return [encode(review(rng), tokenizer) for _ in range(1_000)]
+
+
+def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
+    """A token classifier with one label whose scores, summed over a response, are the log-odds of a positive review."""
+    from transformers import LlamaConfig, LlamaForTokenClassification
+
+    config = LlamaConfig(**training.SMALL_SHAPE, num_hidden_layers=3, num_labels=1, classifier_dropout=0.0, **ids(tokenizer))
+    model = LlamaForTokenClassification(config)
+    rng = random.Random(2)
+    tokens = [encode(words, tokenizer) for words in texts]
+    starts = [split_point(words, rng) for words in texts]
+    labels = [is_positive(" ".join(words)) for words in texts]
+
+    def loss(group: list[int]) -> Tensor:
+        return reward_loss(model, *([column[i] for i in group] for column in (tokens, starts, labels)))
+
+    training.fit(model, loss, [len(row) for row in tokens], epochs=2, lr=3e-3, label="reward model")
+    return model
+
+
+def ids(tokenizer: Any) -> dict[str, Any]:
+    """The config entries that depend on the tokenizer."""
+    return {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+
+
+def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
+    """What the saved models do on held-out prompts."""
+    prompts = [tokenizer.encode(text) for text in openings("test")] * 2
+    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS)
+    texts = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses, strict=True)]
+    for text in texts[:5]:
+        print(f"[dim]{text}")
+    positive = np.array([is_positive(text) for text in texts])
+    scores = text_scores(reward_model, prompts, responses)
+    return {
+        "positive_share": float(positive.mean()),
+        "finished_share": float(np.mean([r[-1] == EOS for r in responses])),
+        "mean_length": float(np.mean([len(r) for r in responses])),
+        "auc": auc(scores, positive),
+        "accuracy": float(((scores > 0) == positive).mean()),
+        "positive_score": float(scores[positive].mean()),
+        "negative_score": float(scores[~positive].mean()),
+    }
+
+
+def sampled_texts(lm: Any, tokenizer: Any) -> list[list[str]]:
+    """What the reference itself writes, also at higher temperatures."""
+    prompts = [tokenizer.encode(text) for text in openings("train")] * 2
+    texts = []
+    for temperature in (1.0, 1.3, 1.6):
+        responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS, temperature=temperature)
+        texts += [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses, strict=True)]
+    return [split_words(text) for text in texts]
+
+
+def main() -> None:
+    """Trains, saves, measures what was saved, and writes the model cards."""
+    training.set_up()
+    begin = time.perf_counter()
+    tokenizer = make_tokenizer()
+    lm, loss = train_lm(tokenizer)
+    training.save(lm, tokenizer, ASSETS / "reviews-lm")
+    texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
+    reward_model = train_reward_model(texts, tokenizer)
+    training.save(reward_model, tokenizer, ASSETS / "reviews-reward")
+    minutes = (time.perf_counter() - begin) / 60
+
+    lm, reward_model = training.load(ASSETS / "reviews-lm"), training.load(ASSETS / "reviews-reward")
+    numbers = {"loss": training.mean_lm_loss(lm, held_out_texts(tokenizer))} | measure(lm, reward_model, tokenizer)
+    print(f"loss before rounding {loss:.4f}", numbers, f"{minutes:.1f} minutes")
+    training.write_card(ASSETS / "reviews-lm", LM_CARD, lm, minutes=minutes, **numbers)
+    training.write_card(ASSETS / "reviews-reward", REWARD_CARD, reward_model, minutes=minutes, **numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The tasks that env tests run on: toy ones, registered as tests/Toy-v0, and every id of the package.
+
+`CASES` are (id, options) pairs for `gym.make` and `gym.make_vec`; texts are kept short with `max_new_tokens`.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fakes
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from tokenenv.models.heads import make_scorer
+from tokenenv.registration import TASKS
+from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.types import Scorer, Task
+
+MODES = tuple(AutoresetMode)
+TOY = "tests/Toy-v0"
+P, T = 5, 7
+STOPS = (fakes.EOS, 7, 9)
+
+reference = cache(fakes.causal_lm)
+reward_model = cache(fakes.reward_model)
+tokenizer = cache(fakes.tokenizer)
+
+
+@cache
+def scorer_of(kind: str) -> Scorer:
+    return make_scorer(reward_model(kind))
+
+
+@cache
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(10, fakes.VOCAB_SIZE, rng.integers(1, P + 1)).tolist() for _ in range(40)]
+
+
+def toy(*, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: bool = True) -> Task:
+    """Tiny random models; `gold` is the number of words in the response."""
+    return Task(
+        tokenizer=tokenizer(),
+        reference=reference(),
+        prompts=prompts(),
+        max_prompt_tokens=P,
+        max_new_tokens=T,
+        stop_token_ids=stops,
+        scorer=scorer_of(scorer) if scorer else None,
+        gold=(lambda prompt, response: float(len(response.split()))) if gold else None,
+    )
+
+
+if TOY not in gym.registry:
+    gym.register(
+        TOY,
+        entry_point="tokenenv.single_env:TokenEnv",
+        vector_entry_point="tokenenv.vector_env:TokenVectorEnv",
+        kwargs={"task": "tasks:toy"},
+    )
+
+LENGTH_RULE = Rule(lambda prompt, response: len(prompt) - 0.5 * len(response), on="tokens")
+TEXT_RULE = TokenRule(lambda prompt, response: [0.1 * (token % 5) for token in response], on="tokens")
+
+TOYS: dict[str, dict[str, Any]] = {
+    "token": {"reward": "token"},
+    "delta": {"reward": "delta", "scorer": "sequence"},
+    "token delta": {"reward": "delta"},
+    "terminal": {"reward": "terminal", "scorer": "sequence", "missing_eos_penalty": 0.7},
+    "uniform": {"reward": "uniform", "kl": "none"},
+    "mixture": {"reward": {"dense": ("token", 0.3), "shares": ("uniform", 0.7), "shaped": "delta"}, "kl_coef": 0.2},
+    "k1": {"reward": "token", "kl": "policy", "kl_coef": 0.3},
+    "k3 clamped": {"reward": "terminal", "kl": "policy", "kl_estimator": "k3", "kl_clamp": 2.0},
+    "unscored": {"reward": {"a": "terminal", "b": "uniform", "c": "delta"}, "score_truncated": False},
+    "features": {"reward": "delta", "observation": "features"},
+    "no scorer": {"reward": {"rule": LENGTH_RULE, "each": TEXT_RULE}, "scorer": None, "gold": False},
+    "no stops": {"reward": "delta", "stops": ()},
+    "no reward": {"reward": {}, "kl": "none", "scorer": None},
+}
+
+
+def textgen_options() -> dict[str, Any]:
+    """TextGen needs models; the others bring their own."""
+    return {
+        "model": reference(),
+        "tokenizer": tokenizer(),
+        "reward_model": reward_model("token"),
+        "prompts": ["the cat is", "a good film", "rain"],
+        "max_prompt_tokens": P,
+        "max_prompt_tokens": 5,
+    }
+
+
+def registered(env_id: str) -> dict[str, Any]:
+    """Options that make a registered id small and complete."""
+    return {"max_new_tokens": T, **(textgen_options() if "TextGen" in env_id else {})}
+
+
+def missing(env_id: str) -> str:
+    """What a registered id lacks on this disk, or nothing."""
+    module = TASKS[env_id].split(":")[0]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return module
+    name = module.rpartition(".")[2]
+    folders = [Path(spec.origin).parent / "assets" / f"{name}-{part}" for part in ("lm", "reward")]
+    absent = [] if "TextGen" in env_id else [f.name for f in folders if not (f / "model.safetensors").exists()]
+    return ", ".join(absent)
+
+
+def id_cases() -> list[Any]:
+    """One parameter for each registered id."""
+    marks = {env_id: [pytest.mark.skipif(bool(missing(env_id)), reason=f"{missing(env_id)} not there")] for env_id in TASKS}
+    return [pytest.param(env_id, registered(env_id), id=env_id.split("/")[1], marks=marks[env_id]) for env_id in TASKS]
+
+
+def toy_cases(*names: str) -> list[Any]:
+    """One parameter for each toy, or for those named."""
+    return [pytest.param(TOY, TOYS[name], id=name) for name in names or TOYS]
+
+
+CASES = toy_cases() + id_cases()
+
+
+def make_vec(num_envs: int = 4, mode: Any = AutoresetMode.NEXT_STEP, env_id: str = TOY, **options: Any) -> Any:
+    """The batched env."""
+    return gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=mode, **options)
+
+
+def random_actions(rng: np.random.Generator, envs: Any, stop: float = 0.15) -> Any:
+    """Uniform tokens, a stop token with probability `stop`; with log-probs where the env takes them."""
+    spec, count = envs.unwrapped.token_spec, envs.num_envs
+    tokens = rng.integers(spec.vocab_size, size=count)
+    if spec.stop_token_ids:
+        tokens = np.where(rng.random(count) < stop, rng.choice(spec.stop_token_ids, count), tokens)
+    if isinstance(envs.single_action_space, gym.spaces.Dict):
+        return {"token": tokens, "logprob": -rng.exponential(2.0, count).astype(np.float32)}
+    return tokens
+
+
+def tokens_of(actions: Any) -> np.ndarray:
+    return actions["token"] if isinstance(actions, dict) else actions
+
+
+def copied(value: Any) -> Any:
+    """The same nest of arrays, as NumPy copies."""
+    if isinstance(value, Mapping):
+        return {key: copied(entry) for key, entry in value.items()}
+    return np.array(value)
+
+
+def assert_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
+    """Nests of arrays with the same keys, shapes and dtypes, whose values differ by `tolerance` at most."""
+    if isinstance(a, Mapping):
+        assert isinstance(b, Mapping)
+        assert set(a) == set(b)
+        for key in a:
+            assert_equal(a[key], b[key], tolerance)
+        return
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    if tolerance and a.dtype.kind == "f":
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """What one row has of a batched info, without Gymnasium's `final_obs` and `final_info`."""
+    present = [key for key in info if not key.startswith(("_", "final_")) and info[f"_{key}"][row]]
+    return {key: row_of(info[key], row) if isinstance(info[key], Mapping) else info[key][row] for key in present}

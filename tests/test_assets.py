@@ -1,0 +1,93 @@
+"""The bundled models: size, plain folders, and scripts that make the same text every time."""
+
+import importlib
+import json
+import random
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tokenenv.envs.bundled import ASSETS
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+MODELS = ("pydocs-lm", "pydocs-reward", "reviews-lm", "reviews-reward")
+
+
+def test_all_models_together_stay_below_ten_megabytes() -> None:
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 10_000_000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_a_plain_folder_with_a_card(name: str) -> None:
+    assert {file.name for file in (ASSETS / name).iterdir()} >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+    }
+    card = (ASSETS / name / "README.md").read_text()
+    assert all(word in card for word in ("Data:", "parameters", "loss" if name.endswith("lm") else "score", "Size:", "scripts/"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_loads_with_the_auto_classes(name: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    auto = AutoModelForCausalLM if name.endswith("lm") else AutoModelForTokenClassification
+    model = auto.from_pretrained(ASSETS / name)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / name)
+    config = json.loads((ASSETS / name / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+    assert model.dtype == torch.bfloat16
+    assert (config["head_dim"], config["num_key_value_heads"]) == (32, 1)
+    assert config["attention_dropout"] == 0.0
+    assert (config["vocab_size"], config["pad_token_id"]) == (len(tokenizer), tokenizer.pad_token_id)
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+    assert model.config.num_labels == 1 or name.endswith("lm")
+
+
+@pytest.mark.parametrize("task", ["pydocs", "reviews"])
+def test_both_models_of_a_task_have_one_tokenizer(task: str) -> None:
+    first, second = ((ASSETS / f"{task}-{part}" / "tokenizer.json").read_bytes() for part in ("lm", "reward"))
+    assert first == second
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("script", ["make_reviews"], indirect=True)
+def test_review_texts_depend_on_the_seed_alone(script: ModuleType) -> None:
+    first, again, other = (script.make_texts(50, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    tokenizer = script.make_tokenizer()
+    saved = json.loads((ASSETS / "reviews-lm" / "tokenizer.json").read_text())
+    assert tokenizer.get_vocab() == saved["model"]["vocab"]
+
+
+@pytest.mark.parametrize("script", ["make_reviews"], indirect=True)
+def test_responses_begin_before_the_first_opinion(script: ModuleType) -> None:
+    words = "the soup was good and the tea was bad .".split()
+    assert {script.split_point(words, random.Random(seed)) for seed in range(20)} == {3}
+    words = "we visited this inn today . the soup was good .".split()
+    assert {script.split_point(words, random.Random(seed)) for seed in range(60)} == {4, 5, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("script", ["make_pydocs"], indirect=True)
+def test_targets_of_the_reading_ease(script: ModuleType) -> None:
+    twelve = "The cat sat on the mat and it saw a big dog."
+    easy = 206.835 - 1.015 * 12 - 84.6
+    assert script.ease_so_far(twelve, False, 50.0) == pytest.approx(min(100.0, easy))
+    assert script.ease_so_far("The cat sat", True, 50.0) == 0.0
+    assert script.ease_so_far("", False, 50.0) == 50.0
+    assert script.ease_so_far("The cat sat", False, 50.0) == pytest.approx(50 + 50 * 3 / 12)
+
+
+@pytest.mark.parametrize("script", ["training"], indirect=True)
+def test_batches_hold_every_text_once(script: ModuleType) -> None:
+    lengths = [random.Random(0).randint(1, 40) for _ in range(50)]
+    plan = script.batches(lengths, 8, random.Random(3))
+    assert plan == script.batches(lengths, 8, random.Random(3))
+    assert sorted(i for group in plan for i in group) == list(range(50))
+    assert script.pad([[1], [2, 3]], 0).tolist() == [[1, 0], [2, 3]]

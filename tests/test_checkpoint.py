@@ -1,0 +1,295 @@
+"""Checkpoints survive crashes, refuse what is not one, and resume exactly."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from safetensors.torch import save_file
+from toy_env import STOP, ToyEnv, V, tiny_lm
+
+from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents import checkpoint as module
+from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.errors import CheckpointError
+
+STATE = {
+    "weights": {"a": torch.randn(3, 2), "b": torch.arange(4), "empty": torch.zeros(0)},
+    "arrays": [np.arange(3, dtype=np.int64), np.array([True, False]), np.zeros((0, 2), np.float32)],
+    "rng": np.random.default_rng(3).bit_generator.state,
+    "numbers": {0: 1.5, "none": None, "flag": True, "betas": (0.9, 0.999), "big": 2**100, "inf": float("-inf")},
+}
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor | np.ndarray):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_checkpoint(tmp_path / "new" / "c", STATE)
+    assert same(read_checkpoint(tmp_path / "new" / "c"), STATE)
+    assert os.listdir(tmp_path / "new") == ["c"]
+
+
+def test_tied_weights_are_written(tmp_path):
+    weight = torch.randn(2, 2)
+    write_checkpoint(tmp_path / "c", {"a": weight, "b": weight, "view": weight[:, :1]})
+    assert same(read_checkpoint(tmp_path / "c"), {"a": weight, "b": weight, "view": weight[:, :1].contiguous()})
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"state\.deep\.1 is a set"):
+        write_checkpoint(tmp_path / "c", {"deep": [0, {1}]})
+    assert os.listdir(tmp_path) == []
+
+
+def flip_byte(data):
+    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+
+
+BROKEN = {
+    "truncated": (lambda data: data[: len(data) // 2], "cannot be read as a checkpoint"),
+    "empty": (lambda data: b"", "cannot be read as a checkpoint"),
+    "text": (lambda data: b"a text of some length, not a checkpoint at all", "cannot be read as a checkpoint"),
+    "flipped tensor": (flip_byte, "is corrupt"),
+    "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
+    "version": (lambda data: data.replace(b'"version":"1"', b'"version":"7"'), "has checkpoint version 7; .* reads 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused(tmp_path, name):
+    breaking, message = BROKEN[name]
+    write_checkpoint(tmp_path / "c", STATE)
+    data = (tmp_path / "c").read_bytes()
+    assert breaking(data) != data
+    (tmp_path / "c").write_bytes(breaking(data))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "c")
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a checkpoint of this package"):
+        read_checkpoint(tmp_path / "model.safetensors")
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sync", "replace"])
+def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypatch, where):
+    write_checkpoint(tmp_path / "c", {"turn": 1})
+
+    def crash(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os if where == "replace" else module, where, crash)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path / "c", {"turn": 2})
+    assert read_checkpoint(tmp_path / "c") == {"turn": 1}
+    write_checkpoint(tmp_path / "c", {"turn": 3})
+    assert read_checkpoint(tmp_path / "c") == {"turn": 3}
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    """fsync of the file, then rename, then fsync of the directory."""
+    calls = []
+    sync, replace = module._sync, os.replace
+    monkeypatch.setattr(module, "_sync", lambda path: (calls.append(path.name), sync(path)))
+    monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    write_checkpoint(tmp_path / "c", {"turn": 1})
+    assert calls == ["c.tmp", "replace", tmp_path.name]
+
+
+WRITER = """
+import sys, torch
+from tokenenv.agents.checkpoint import write_checkpoint
+turn = 0
+while True:
+    turn += 1
+    write_checkpoint(sys.argv[1], {"turn": turn, "weight": torch.full((1_000_000,), float(turn))})
+    print(turn, flush=True)
+"""
+
+
+def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "c"
+    chance = random.Random(0)
+    for _ in range(3):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        written = int(writer.stdout.readline())
+        time.sleep(chance.random() * 0.05)
+        writer.send_signal(signal.SIGKILL)
+        written = max([written, *map(int, writer.communicate()[0].split())])
+        state = read_checkpoint(path)
+        assert state["turn"] >= written
+        assert (state["weight"] == state["turn"]).all()
+
+
+def token_env(mode=AutoresetMode.SAME_STEP, **options):
+    """The real env around tiny random models."""
+    import fakes
+
+    from tokenenv.models.heads import make_scorer
+    from tokenenv.types import Task
+    from tokenenv.vector_env import TokenVectorEnv
+
+    reference = fakes.causal_lm(num_hidden_layers=1)
+    task = Task(
+        tokenizer=fakes.tokenizer(),
+        reference=reference,
+        prompts=[[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]],
+        max_prompt_tokens=4,
+        max_new_tokens=7,
+        stop_token_ids=(fakes.EOS,),
+        scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1)),
+        gold=lambda prompt, response: float(len(response)),
+    )
+    return TokenVectorEnv(5, task=task, autoreset_mode=mode, **options)
+
+
+ENVS = {
+    "toy-same-step": lambda: ToyEnv(5, AutoresetMode.SAME_STEP, kl_coef=0.1),
+    "toy-next-step": lambda: ToyEnv(5, AutoresetMode.NEXT_STEP, kl_coef=0.1),
+    "toy-disabled": lambda: ToyEnv(5, AutoresetMode.DISABLED, kl_coef=0.1),
+    "same-step": lambda: token_env(AutoresetMode.SAME_STEP),
+    "next-step": lambda: token_env(AutoresetMode.NEXT_STEP),
+    "torch": lambda: token_env(AutoresetMode.SAME_STEP, array="torch", kl="policy"),
+}
+SETTINGS = {
+    "batch_tokens": 60,
+    "minibatches": 2,
+    "epochs": 2,
+    "lr": 1e-2,
+    "scale_rewards": True,
+    "kl_target": 0.05,
+    "kl_horizon": 500,
+    "temperature": 0.9,
+    "lr_schedule": "cosine",
+}
+
+
+class Recorder:
+    """Saves after two updates and stops after four; keeps every episode and metric."""
+
+    def __init__(self, agent, save_to=None):
+        self.agent, self.save_to, self.episodes, self.metrics = agent, save_to, [], []
+
+    def __call__(self, metrics, episodes):
+        self.episodes += episodes
+        self.metrics.append({name: value for name, value in metrics.items() if name != "time/tokens_per_second"})
+        if self.agent.updates == 2 and self.save_to is not None:
+            self.agent.save(self.save_to)
+
+
+def learn_until(agent, updates, save_to=None):
+    recorder = Recorder(agent, save_to)
+    total = 10_000
+
+    class Enough(Exception):
+        pass
+
+    def on_update(metrics, episodes):
+        recorder(metrics, episodes)
+        if agent.updates == updates:
+            raise Enough
+
+    with pytest.raises(Enough):
+        agent.learn(total, on_update=on_update)
+    return recorder
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_resuming_is_exact(tmp_path, name):
+    """Two updates, a checkpoint, a new process' agent and env, two updates: equal to four updates bit for bit."""
+    path = tmp_path / "c"
+    straight = PPO(ENVS[name](), **SETTINGS)
+    whole = learn_until(straight, 4, save_to=path)
+    resumed = PPO.load(path, ENVS[name]())
+    rest = learn_until(resumed, 4)
+    first = len(whole.episodes) - len(rest.episodes)
+    assert first > 0
+    for a, b in zip(whole.episodes[first:], rest.episodes, strict=True):
+        for field in a.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+    np.testing.assert_equal(whole.metrics[2:], rest.metrics)
+    for (key, a), b in zip(straight.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert straight.kl_coef == resumed.kl_coef != ENVS[name]().kl_coef
+    assert straight.tokens_seen == resumed.tokens_seen
+    assert same(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
+
+
+def test_an_env_without_a_saved_state_begins_anew(tmp_path):
+    class Forgetful(ToyEnv):
+        save_state = load_state = property(lambda self: (_ for _ in ()).throw(AttributeError("no state")))
+
+    agent = PPO(Forgetful(4), **(SETTINGS | {"kl_target": None}))
+    agent.learn(100).save(tmp_path / "c")
+    resumed = PPO.load(tmp_path / "c", Forgetful(4))
+    assert resumed.tokens_seen == agent.tokens_seen
+    assert resumed.learn(agent.tokens_seen + 100).updates > agent.updates
+
+
+def test_a_bad_load_leaves_everything_as_it_was(tmp_path):
+    envs = ToyEnv(4, kl_coef=0.1)
+    agent = PPO(envs, batch_tokens=40)
+    agent.learn(80).save(tmp_path / "c")
+    weights = {name: value.clone() for name, value in agent.policy.state_dict().items()}
+    state, generator = envs.save_state(), agent.actor.generator.get_state()
+    (tmp_path / "bad").write_bytes((tmp_path / "c").read_bytes()[:-100])
+    other = LMPolicy(tiny_lm(hidden_size=16))
+    for path, policy, message in [
+        (tmp_path / "bad", None, "cannot be read as a checkpoint"),
+        (tmp_path / "c", other, "belongs to another model"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            PPO.load(path, envs, policy=policy, kl_coef=0.7)
+    assert same(envs.save_state(), state)
+    assert torch.equal(agent.actor.generator.get_state(), generator)
+    assert all(torch.equal(weights[name], value) for name, value in agent.policy.state_dict().items())
+    agent.learn(200)
+
+
+def test_another_algorithms_checkpoint_is_refused(tmp_path):
+    class Other(PPO):
+        pass
+
+    Other(ToyEnv(2)).save(tmp_path / "c")
+    with pytest.raises(CheckpointError, match="was saved by Other, not by PPO"):
+        PPO.load(tmp_path / "c", ToyEnv(2))
+
+
+def test_settings_can_be_changed_at_load(tmp_path):
+    PPO(ToyEnv(2), lr=0.5, kl_coef=0.3).save(tmp_path / "c")
+    agent = PPO.load(tmp_path / "c", ToyEnv(2), batch_tokens=7, kl_coef=0.4)
+    assert (agent.config.lr, agent.config.batch_tokens, agent.kl_coef) == (0.5, 7, 0.4)
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"separate_value": True}])
+def test_only_trained_weights_are_saved(tmp_path, options):
+    if "lora_rank" in options:
+        pytest.importorskip("peft")
+    agent = PPO(ToyEnv(4), batch_tokens=40, **options).learn(60)
+    agent.save(tmp_path / "c")
+    saved = read_checkpoint(tmp_path / "c")["weights"]
+    assert set(saved) == {name for name, p in agent.policy.named_parameters() if p.requires_grad}
+    resumed = PPO.load(tmp_path / "c", ToyEnv(4))
+    for (name, a), b in zip(agent.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert STOP < V

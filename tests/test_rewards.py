@@ -1,0 +1,211 @@
+"""Reward terms on hand-made transitions: each number can be checked by eye."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_at
+from tokenenv.rewards.delta import Delta
+from tokenenv.rewards.designs import DESIGNS, make_terms
+from tokenenv.rewards.kl import PolicyKL, ReferenceKL, kl_estimate
+from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.terminal import MissingEOS, Terminal
+from tokenenv.rewards.token import Token
+from tokenenv.rewards.uniform import Uniform
+from tokenenv.types import Scorer, TokenSpec
+
+T = 4
+SPEC = TokenSpec(None, 9, 0, (1,), 3, T)
+
+
+class Trunk:
+    """A stand-in for a model: only its identity counts."""
+
+    slots = None
+
+
+TRUNK = Trunk()
+
+
+def parts(*, per_token=True, scorer=True, reference=True):
+    head = Scorer(TRUNK, lambda states: states[:, 0] * 10, per_token) if scorer else None
+    return Parts(SPEC, object() if reference else None, head, torch.device("cpu"))
+
+
+def states(score, hidden=None):
+    values = torch.tensor(score)
+    return States({id(TRUNK): torch.tensor(hidden) if hidden else values[:, None]}, values)
+
+
+def three_rows(**changes):
+    """Row 0 goes on, row 1 terminates, row 2 is cut."""
+    fields = {
+        "tokens": torch.tensor([5, 1, 6]),
+        "before": states([0.5, 1.0, 2.0]),
+        "after": states([0.75, 3.0, -1.0], [[0.1], [0.2], [0.3]]),
+        "terminated": torch.tensor([False, True, False]),
+        "truncated": torch.tensor([False, False, True]),
+        "scored": torch.tensor([False, True, True]),
+        "ref_logprob": torch.tensor([-1.0, -2.0, -3.0]),
+        "logprob": torch.tensor([-0.5, -2.0, -1.0]),
+        "finished": finished(),
+        "finished_at": torch.tensor([1, 2]),
+    }
+    return Transitions(**{**fields, **changes})
+
+
+def finished():
+    """[7 | 5 1] and [7 7 | 5 6 5 6], the second with a prefix of one token."""
+    ids = [np.array([7, 5, 1]), np.array([7, 7, 5, 6, 5, 6])]
+    tokens = torch.tensor([[7, 5, 1, 0, 0, 0], [7, 7, 5, 6, 5, 6]])
+    return FinishedTexts(tokens, np.array([3, 6]), np.array([1, 2]), np.array([0, 1]), torch.tensor([3.0, -1.0]), ids)
+
+
+def test_terminal_pays_the_score_where_it_is_due():
+    assert Terminal().reward(three_rows()).tolist() == [0.0, 3.0, -1.0]
+    unscored = three_rows(scored=torch.tensor([False, True, False]))
+    assert Terminal().reward(unscored).tolist() == [0.0, 3.0, 0.0]
+
+
+def test_missing_eos_is_paid_for_scored_cuts_only():
+    assert MissingEOS().reward(three_rows()).tolist() == [0.0, 0.0, -1.0]
+    assert MissingEOS().reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_token_reads_the_state_after_the_token():
+    term = Token()
+    term.bind(parts())
+    torch.testing.assert_close(term.reward(three_rows()), torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_delta_is_the_difference_of_scores_and_its_potential_the_score():
+    assert Delta().reward(three_rows()).tolist() == [0.25, 2.0, -3.0]
+    assert Delta().potential(states([0.75, 3.0, -1.0])).tolist() == [0.75, 3.0, -1.0]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+def test_delta_telescopes(scores):
+    """The sum over a text is its score less the prompt's."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    batch = three_rows(before=States({}, values[:-1]), after=States({}, values[1:]))
+    torch.testing.assert_close(Delta().reward(batch).sum(), values[-1] - values[0])
+
+
+def test_uniform_spreads_the_score_over_the_tokens_that_may_be_paid():
+    expected = torch.tensor([[1.5, 1.5, 0, 0], [0, -1 / 3, -1 / 3, -1 / 3]])
+    torch.testing.assert_close(Uniform().place(finished(), T), expected)
+
+
+def test_kl_terms():
+    assert ReferenceKL().reward(three_rows()).tolist() == [-1.0, -2.0, -3.0]
+    assert PolicyKL().reward(three_rows()).tolist() == [-0.5, 0.0, -2.0]
+    assert PolicyKL("k2").reward(three_rows()).tolist() == [-0.125, 0.0, -2.0]
+    torch.testing.assert_close(PolicyKL("k3").reward(three_rows()), -torch.tensor([0.1065307, 0.0, 1.1353353]))
+    assert PolicyKL("k1", clamp=0.75).reward(three_rows()).tolist() == [-0.5, 0.0, -0.75]
+
+
+def test_reference_half_plus_learners_half_is_k1():
+    batch, beta = three_rows(), 0.3
+    whole = beta * PolicyKL("k1").reward(batch)
+    torch.testing.assert_close(beta * ReferenceKL().reward(batch) - beta * batch.logprob, whole)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_k1_and_k3_estimate_the_kl_without_bias(estimator):
+    """Their mean under pi, by enumeration, is KL(pi || pi_ref); k2's is not."""
+    pi, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
+    true = (pi * (pi / ref).log()).sum()
+    torch.testing.assert_close((pi * kl_estimate((pi / ref).log(), estimator)).sum(), true)
+    assert abs((pi * kl_estimate((pi / ref).log(), "k2")).sum() - true) > 0.01
+
+
+def test_rule_on_token_ids_is_paid_at_the_end():
+    rule = Rule(lambda prompt, response: 10 * len(prompt) + len(response), on="tokens")
+    assert rule.reward(three_rows()).tolist() == [0.0, 12.0, 24.0]
+    assert rule.reward(three_rows(finished=None, finished_at=None)).tolist() == [0.0, 0.0, 0.0]
+    assert rule.reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [0.0, 12.0, 0.0]
+
+
+def test_token_rule_places_one_number_on_each_token():
+    rule = TokenRule(lambda prompt, response: [float(token) for token in response], on="tokens")
+    assert rule.place(finished(), T).tolist() == [[5, 1, 0, 0], [5, 6, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(lambda p, r: float("nan"), on="tokens"), "a reward rule returned nan; it must return a finite number"),
+        (TokenRule(lambda p, r: [1.0], on="tokens"), "a token rule returned 1 numbers for 2 response tokens"),
+    ],
+)
+def test_rules_that_return_nonsense_are_named(rule, message):
+    with pytest.raises(InvalidArgument, match=message):
+        rule.reward(three_rows()) if isinstance(rule, Rule) else rule.place(finished(), T)
+
+
+def test_placed_rewards_spare_the_prefix_and_the_unscored():
+    class Everywhere(RewardTerm):
+        kind = "hindsight"
+        withheld = True
+
+        def place(self, texts, max_new_tokens):
+            return torch.ones(2, max_new_tokens)
+
+    rewards = RewardSum({"everywhere": Everywhere()}, T)
+    placed = rewards.placed(finished(), torch.tensor([True, True]), {"everywhere": torch.tensor([1.0, 2.0])})
+    assert placed["everywhere"].tolist() == [[1, 1, 0, 0], [0, 2, 2, 2]]
+    placed = rewards.placed(finished(), torch.tensor([False, True]), {"everywhere": torch.tensor([1.0, 2.0])})
+    assert placed["everywhere"].tolist() == [[0, 0, 0, 0], [0, 2, 2, 2]]
+
+
+def test_designs_are_found_by_name_term_or_mapping():
+    for name in DESIGNS:
+        assert list(make_terms(name)) == [name]
+    terms = make_terms({"dense": "token", "end": ("terminal", 0.5), "rule": Rule(len)})
+    assert list(terms) == ["dense", "end", "rule"]
+    assert [weight_at(term, 0) for term in terms.values()] == [1.0, 0.5, 1.0]
+
+
+def test_schedules_are_asked_with_the_tokens_seen():
+    terms = make_terms({"token": ("token", lambda seen: 1.0 - seen / 100)})
+    assert weight_at(terms["token"], 25) == 0.75
+
+
+def test_one_term_serves_several_envs():
+    """Binding works on a copy, so the second env does not take the first one's term away."""
+    term = Token()
+    first, second = make_terms(term)["token"], make_terms(term)["token"]
+    first.bind(parts())
+    assert first.models == (TRUNK,)
+    assert second.models == ()
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("tokn", "reward='tokn' is not known; allowed: .*Did you mean 'token'"),
+        ({"kl": "token"}, "the term name 'kl' is taken; use kl= and kl_coef= instead"),
+        ({"a": ("token", "much")}, "the weight of 'a' must be a number or a schedule"),
+        (3, "reward=3 must be a design's name, a RewardTerm, or a mapping"),
+    ],
+)
+def test_bad_rewards_are_named(reward, message):
+    with pytest.raises(InvalidArgument, match=message):
+        make_terms(reward)
+
+
+@pytest.mark.parametrize(
+    ("term", "lacking", "message"),
+    [
+        (Token(), {"per_token": False}, "reward='token' needs a token-classification reward model"),
+        (Terminal(), {"scorer": False}, "reward='terminal' needs a reward model"),
+        (ReferenceKL(), {"reference": False}, "reward='kl' needs a reference"),
+        (Rule(len), {}, "reward='rule' needs a tokenizer"),
+    ],
+)
+def test_what_a_term_needs_is_named(term, lacking, message):
+    with pytest.raises(InvalidArgument, match=message):
+        term.bind(parts(**lacking))

@@ -1,0 +1,24 @@
+"""Text generation as a vectorized Gymnasium environment: one step, one token, a dense reward.
+
+Importing the package registers its ids with Gymnasium.
+"""
+
+from tokenenv.registration import register_envs
+from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.types import EpisodeScores, Scorer, Task, TokenSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EpisodeScores",
+    "FinishedTexts",
+    "RewardTerm",
+    "Scorer",
+    "States",
+    "Task",
+    "TokenSpec",
+    "Transitions",
+    "register_envs",
+]
+
+register_envs()

@@ -1,0 +1,236 @@
+"""The `tokenenv` command: train, evaluate, envs, version."""
+
+import argparse
+import dataclasses
+import inspect
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import gymnasium as gym
+import tyro
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from tokenenv import __version__
+from tokenenv.agents import PPO, PPOConfig
+from tokenenv.agents.evaluate import Evaluation, evaluate
+from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
+from tokenenv.parts import load_task
+from tokenenv.registration import TASKS
+
+AGENTS = {"ppo": PPO}
+console = Console()
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every episode as JSON."""
+
+    config: Path | None = None
+    """A run's config.yaml to start from; other flags override it."""
+    resume: Path | None = None
+    """A run folder to go on with from its checkpoint; no other flag but --total-tokens then counts."""
+    env: str = "tokenenv/Reviews-v0"
+    """A registered id; `tokenenv envs` lists them."""
+    num_envs: int = 64
+    """Texts that run side by side."""
+    reward: str | None = None
+    """A reward design, such as token, delta, terminal, uniform; by default the env's own."""
+    kl_coef: float = 0.05
+    """beta, reward per nat of KL to the reference."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
+    algo: Literal["ppo"] = "ppo"
+    """The algorithm."""
+    agent: PPOConfig = field(default_factory=PPOConfig)
+    """Its settings."""
+    total_tokens: int = 200_000
+    """Tokens to emit in all."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints; the last update always writes one."""
+    run_dir: Path | None = None
+    """The run folder; by default runs/ENV-ALGO-SEED-TIME."""
+
+    def run(self) -> None:
+        """Trains, and says where the run folder is."""
+        if self.resume is not None:
+            total = self.total_tokens
+            folder, made = self.resume, load_config(self.resume / "config.yaml")
+            self.__dict__.update({**vars(made), "total_tokens": max(total, made.total_tokens)})
+            agent = AGENTS[self.algo].load(folder / "checkpoint", self.make_envs(), run_dir=folder)
+        else:
+            folder = self.run_dir or default_run_dir(self)
+            agent = AGENTS[self.algo](self.make_envs(), self.agent, run_dir=folder)
+            save_config(self, folder / "config.yaml")
+        checkpoint = folder / "checkpoint"
+
+        def on_update(metrics: Mapping[str, float], episodes: Sequence[object]) -> None:
+            if agent.updates % self.checkpoint_every == 0:
+                agent.save(checkpoint)
+
+        agent.learn(self.total_tokens, progress=True, on_update=on_update)
+        agent.save(checkpoint)
+        console.print(f"run folder: {folder}\nlook at it: tokenenv evaluate {folder}; tensorboard --logdir {folder}")
+
+    def make_envs(self, **changes: Any) -> gym.vector.VectorEnv:
+        """The run's envs; `changes` override its options."""
+        check_choice("env", self.env, TASKS)
+        options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
+        given = {"reward": self.reward, "kl_coef": self.kl_coef, "autoreset_mode": "SameStep"}
+        return gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs of collapse."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run folder that `tokenenv train` made."""
+    num_texts: int = 256
+    """Texts to sample from each."""
+    seed: int = 0
+    """Of the prompts and of the sampling."""
+    examples: int = 3
+    """Texts to print beside each other."""
+
+    def run(self) -> None:
+        """Prints the table and the examples."""
+        made = load_config(self.run_dir / "config.yaml")
+        envs = made.make_envs(**held_out(made.env))
+        agents = {
+            "before": AGENTS[made.algo](envs, made.agent),
+            "after": AGENTS[made.algo].load(self.run_dir / "checkpoint", made.make_envs()),
+        }
+        found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
+        console.print(comparison(found))
+        show_examples(found, envs.unwrapped.token_spec.tokenizer, self.examples)
+
+
+@dataclass(kw_only=True)
+class Envs:
+    """List the registered ids."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        table = Table("id", "what", "options of its own")
+        for env_id, source in sorted(TASKS.items()):
+            table.add_row(env_id, first_line(source), ", ".join(task_options(source)))
+        console.print(table)
+        console.print("options of every env: the fields of tokenenv.config.EnvConfig")
+
+
+@dataclass(kw_only=True)
+class Version:
+    """Print the version."""
+
+    def run(self) -> None:
+        """Prints the version."""
+        console.print(__version__)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; an error of ours is one line, without a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        commands = (
+            Annotated[Train, tyro.conf.subcommand("train", default=_train_default(args))]
+            | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+            | Annotated[Envs, tyro.conf.subcommand("envs")]
+            | Annotated[Version, tyro.conf.subcommand("version")]
+        )
+        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)  # type: ignore[arg-type]
+        command.run()
+    except TokenEnvError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(2)
+
+
+def save_config(config: Train, path: Path) -> None:
+    """Writes what reruns a run: `tokenenv train --config PATH`."""
+    values = dataclasses.asdict(config)
+    for key in ("config", "resume", "run_dir"):
+        del values[key]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> Train:
+    """Reads a config that `save_config` wrote."""
+    if not path.is_file():
+        raise InvalidArgument(f"config={str(path)!r} is not a file; a run folder holds a config.yaml.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
+    agent = _from_mapping(PPOConfig, values.pop("agent", {}), path)
+    return _from_mapping(Train, {**values, "agent": agent}, path)
+
+
+def comparison(found: Mapping[str, Evaluation]) -> Table:
+    """Evaluations side by side, with standard errors."""
+    table = Table("", *found)
+    rows: dict[str, Callable[[Evaluation], str]] = {
+        "texts": lambda e: f"{e.num_texts}",
+        "gold": lambda e: f"{e.gold:.3f} ± {e.gold_error:.3f}",
+        "score": lambda e: f"{e.score:.3f} ± {e.score_error:.3f}",
+        "KL, nats per text": lambda e: f"{e.kl:.2f}",
+        "mean length, tokens": lambda e: f"{e.length:.1f}",
+        "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *map(cell, found.values()))
+    return table
+
+
+def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
+    """Prints the first prompts with each evaluation's continuation."""
+    for episodes in list(zip(*(evaluation.episodes for evaluation in found.values()), strict=False))[:count]:
+        console.print(f"\n[bold]{tokenizer.decode(episodes[0].prompt, skip_special_tokens=True)}[/bold] …")
+        for name, episode in zip(found, episodes, strict=True):
+            text = tokenizer.decode(episode.response, skip_special_tokens=True)
+            console.print(f"  {name} (gold {episode.gold:.1f}): {text}", markup=False, highlight=False)
+
+
+def held_out(env_id: str) -> dict[str, str]:
+    """The option that gives a task's held-out prompts, where it has them."""
+    return {"split": "test"} if "split" in task_options(TASKS[env_id]) else {}
+
+
+def task_options(source: str) -> list[str]:
+    """The names of a task's own options."""
+    return list(inspect.signature(load_task(source)).parameters)
+
+
+def first_line(source: str) -> str:
+    """What a task's file says it is."""
+    module = inspect.getmodule(load_task(source))
+    return (inspect.getdoc(module) or "").split("\n", 1)[0].split(": ", 1)[-1]
+
+
+def default_run_dir(config: Train) -> Path:
+    """runs/ENV-ALGO-SEED-TIME."""
+    name = config.env.split("/")[-1].lower()
+    return Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _train_default(args: Sequence[str]) -> Train:
+    """`--config PATH` sets the defaults that the other flags override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    path = parser.parse_known_args(args)[0].config
+    return Train() if path is None else load_config(path)
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any], path: Path) -> Any:
+    names = {one.name for one in dataclasses.fields(cls)}
+    for key in values:
+        check_choice(f"{path}: the field", key, names)
+    return cls(**values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The options that every env takes, whatever its task."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gymnasium.vector import AutoresetMode
+
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.types import KL_ESTIMATORS
+
+
+@dataclass(kw_only=True, slots=True)
+class EnvConfig:
+    """Options of `TokenVectorEnv` and `TokenEnv`; a task adds its own."""
+
+    reward: Any = None
+    """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None is the task's own."""
+    kl: str = "reference"
+    """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the whole penalty from the
+    log-prob that the action carries; "none" pays nothing."""
+    kl_coef: float = 0.05
+    """beta, reward per nat, 0 or more; read when an episode begins."""
+    kl_estimator: str = "k1"
+    """"k1", "k2" or "k3"; other than k1 only with kl="policy"."""
+    kl_clamp: float | None = None
+    """Bounds each token's estimate to [-kl_clamp, kl_clamp] nats; only with kl="policy"."""
+    autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP
+    """Gymnasium's "NextStep", "SameStep" or "Disabled"."""
+    array: str = "numpy"
+    """"numpy", or "torch": tensors on the models' device."""
+    observation: str = "tokens"
+    """"tokens", or "features": the reference's last hidden state."""
+    group_size: int = 1
+    """Each drawn prompt starts in this many consecutive slots; divides the number of envs."""
+    max_new_tokens: int | None = None
+    """T, 1 or more; None is the task's own."""
+    score_truncated: bool = True
+    """Whether a text cut at T is scored. If not, learners bootstrap from its last state."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the reward where a scored text is cut at T; 0 or more."""
+    max_batch_tokens: int = 16384
+    """The largest whole-text forward, in tokens with padding; 1 or more."""
+    compile: bool = False
+    """Compiles the cached forward with torch.compile."""
+
+    def __post_init__(self) -> None:
+        check_choice("kl", self.kl, ("reference", "policy", "none"))
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_choice("array", self.array, ("numpy", "torch"))
+        check_choice("observation", self.observation, ("tokens", "features"))
+        self.autoreset_mode = _autoreset_mode(self.autoreset_mode)
+        check_kl_coef(self.kl_coef)
+        self._check_kl_options()
+        if self.missing_eos_penalty < 0 or (self.missing_eos_penalty and not self.score_truncated):
+            raise InvalidArgument(
+                f"missing_eos_penalty={self.missing_eos_penalty} must be 0 or more, and needs score_truncated=True."
+            )
+        for name in ("group_size", "max_batch_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidArgument(f"{name}={value!r} must be a whole number, 1 or more.")
+
+    def _check_kl_options(self) -> None:
+        if self.kl_clamp is not None and not self.kl_clamp > 0:
+            raise InvalidArgument(f"kl_clamp={self.kl_clamp} must be above 0 (nats per token), or None.")
+        if self.kl != "policy" and (self.kl_estimator != "k1" or self.kl_clamp is not None):
+            raise InvalidArgument(
+                f"kl_estimator={self.kl_estimator!r} and kl_clamp={self.kl_clamp} need kl='policy', not kl={self.kl!r}."
+            )
+
+
+def check_kl_coef(value: float) -> float:
+    """`value` if it is finite and 0 or more, else `InvalidArgument`."""
+    if not (math.isfinite(value) and value >= 0):
+        raise InvalidArgument(f"kl_coef={value} must be finite and 0 or more (reward per nat).")
+    return float(value)
+
+
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    if not isinstance(mode, AutoresetMode):
+        check_choice("autoreset_mode", mode, [one.value for one in AutoresetMode])
+    return AutoresetMode(mode)

@@ -1,0 +1,52 @@
+"""Errors: one root, each child also the standard error a caller would expect."""
+
+import difflib
+from collections.abc import Iterable
+
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
+
+
+class TokenEnvError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class InvalidArgument(TokenEnvError, ValueError):
+    """A constructor or method argument is not allowed."""
+
+
+class InvalidAction(TokenEnvError, ValueError):
+    """An action cannot be taken; nothing has changed in the env."""
+
+
+class FinishedRow(InvalidAction, AssertionError):
+    """A finished row was stepped under DISABLED autoreset (Gymnasium raises AssertionError there)."""
+
+
+class NotReset(TokenEnvError, ResetNeeded):
+    """`step` before the first `reset`."""
+
+
+class EnvClosed(TokenEnvError, ClosedEnvironmentError):
+    """A call after `close`."""
+
+
+class ModelError(TokenEnvError, ValueError):
+    """A model or tokenizer cannot play the part it was given."""
+
+
+class CheckpointError(TokenEnvError, ValueError):
+    """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
+
+
+class MissingDependency(TokenEnvError, ImportError):
+    """An optional package is needed; the message holds the install line."""
+
+
+def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises `InvalidArgument` naming the argument, the value and the allowed names, the nearest first."""
+    names = sorted(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise InvalidArgument(f"{argument}={value!r} is not known; allowed: {', '.join(names)}.{hint}")

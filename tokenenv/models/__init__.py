@@ -1,0 +1,1 @@
+"""Language models as N slots with one cache, and the heads that read them."""

@@ -1,0 +1,253 @@
+"""CachedLM: N texts running through one causal model, each row at its own position."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenenv.errors import InvalidArgument, ModelError
+
+from .batching import hidden_states, in_micro_batches, upload
+from .rope import fix_rope
+
+if TYPE_CHECKING:
+    from .recompute import TextRows
+    from .slot_cache import KVRows
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest mean relative difference of cached and uncached states that the arithmetic alone explains."""
+
+
+class CachedLM:
+    """A causal transformer with N rows of keys and values (a `SlotModel`): one token's forward per step.
+
+    A row's states never depend on what other rows hold. A model that cannot be cached per row is found out when the
+    object is built and run by recomputing the text at every append, with one warning.
+    Everything but `states` runs without gradients and in eval mode. The device is never waited for.
+
+    Args:
+        trunk: a transformers base model, or a model with a head (its base model is taken).
+        num_rows: N.
+        max_length: tokens a row can hold, L. Fixes `dynamic` and `longrope` RoPE (see `fix_rope`).
+        max_batch_tokens: tokens, padding included, of one forward of `prefill`.
+        compile: compile the forward of `append` (CUDA graphs on CUDA): slow at first, one graph per length bucket.
+
+    Raises:
+        InvalidArgument: a size is not positive.
+        ModelError: the model has fewer positions than `max_length`.
+    """
+
+    def __init__(
+        self,
+        trunk: Any,
+        num_rows: int,
+        max_length: int,
+        *,
+        max_batch_tokens: int = 16384,
+        compile: bool = False,
+    ):
+        for name, value in (("num_rows", num_rows), ("max_length", max_length), ("max_batch_tokens", max_batch_tokens)):
+            if value < 1:
+                raise InvalidArgument(f"{name}={value} must be at least 1")
+        self.trunk = trunk_of(trunk)
+        self.num_rows = num_rows
+        self.max_length = max_length
+        self.max_batch_tokens = max_batch_tokens
+        self.positions = np.zeros(num_rows, dtype=np.int64)
+        """(N,) tokens each row holds; 0: never prefilled. Read only."""
+        _check_positions(self.trunk, max_length)
+        fix_rope(self.trunk, max_length)
+        self._last_id = self.trunk.get_input_embeddings().num_embeddings - 1
+        self._rows = self._make_rows(compile)
+        with acting(self.trunk):  # allocates everything now rather than in the middle of a run
+            self._rows.prefill(self._upload([0]), self._upload([[0]]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are taken and states returned."""
+        return self.trunk.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        return self.trunk.dtype
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory the rows take (see `cache_bytes` for the figure before they take it)."""
+        return self._rows.nbytes
+
+    def prefill(self, slots: Sequence[int] | np.ndarray, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+        """Restarts rows `slots` (n,) with right-padded `tokens` (n, <=L); returns the states after each row's last
+        token (n, H). Runs in length-sorted micro-batches. `slots` and `lengths` (n,) are host data.
+        """
+        slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+        self._check_rows("slots", slots, unique=True)
+        if lengths.shape != slots.shape or len(tokens) != len(slots):
+            raise InvalidArgument(f"prefill: {len(slots)} slots, {len(tokens)} texts and {lengths.shape} lengths")
+        limit = min(tokens.shape[1], self.max_length)
+        if len(slots) == 0 or lengths.min() < 1 or lengths.max() > limit:
+            raise InvalidArgument(f"prefill: lengths={lengths.tolist()}; allowed: one or more, each 1..{limit}")
+        tokens = self._ids(tokens)
+
+        def forward(group: np.ndarray, width: int) -> Tensor:
+            return self._rows.prefill(self._upload(slots[group]), tokens[self._upload(group), :width])
+
+        with acting(self.trunk):
+            states = in_micro_batches(forward, lengths, self.max_batch_tokens)
+        self.positions[slots] = lengths
+        return states
+
+    def append(self, tokens: Tensor, active: np.ndarray | Sequence[bool] | None = None) -> Tensor:
+        """Adds one token to each row (N,), or only to rows where `active` (N,) bool host data; returns states (N, H).
+
+        Rows that are not active keep their text, rows never prefilled stay empty; their states mean nothing.
+
+        Raises:
+            InvalidArgument: a shape is wrong or an active row is full; nothing has changed.
+        """
+        moving = self.positions > 0
+        if active is not None:
+            moving &= np.asarray(active, dtype=bool)
+        if tokens.shape != (self.num_rows,):
+            raise InvalidArgument(f"append: tokens of shape {tuple(tokens.shape)}; allowed: ({self.num_rows},)")
+        if full := np.flatnonzero(moving & (self.positions >= self.max_length)).tolist():
+            raise InvalidArgument(f"append: rows {full} already hold max_length={self.max_length} tokens")
+        with acting(self.trunk):
+            states = self._rows.append(self._ids(tokens), self.positions, moving)
+        self.positions += moving
+        return states
+
+    def fork(self, sources: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
+        """Copies row sources[i] onto row targets[i]; all sources are read before any target is written."""
+        sources, targets = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
+        self._check_rows("sources", sources)
+        self._check_rows("targets", targets, unique=True)
+        if len(sources) != len(targets):
+            raise InvalidArgument(f"fork: {len(sources)} sources and {len(targets)} targets; allowed: as many of each")
+        width = int(self.positions[sources].max(initial=0))
+        if width:
+            self._rows.fork(self._upload(sources), self._upload(targets), width)
+        self.positions[targets] = self.positions[sources]
+
+    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+        """The uncached forward, with the ambient grad mode: right-padded `tokens` (B, L) to states (B, L, H), in which
+        state t has read token t. Not split: pass one micro-batch.
+        """
+        return hidden_states(self.trunk, self._ids(tokens), lengths)
+
+    def _make_rows(self, compile: bool) -> "KVRows | TextRows":
+        from .recompute import TextRows
+        from .slot_cache import KVRows
+
+        reason = why_uncached(self.trunk, self.max_length)
+        if reason is None:
+            return KVRows(self.trunk, self.num_rows, self.max_length, compile)
+        warnings.warn(
+            f"{type(self.trunk).__name__} cannot be cached per row ({reason}): every append reads each row's whole "
+            f"text again, so a text of n tokens costs n*n/2 token forwards instead of n",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return TextRows(self.trunk, self.num_rows, self.max_length, self.max_batch_tokens)
+
+    def _upload(self, array: Any) -> Tensor:
+        return upload(np.asarray(array, dtype=np.int64), self.device)
+
+    def _ids(self, tokens: Tensor) -> Tensor:
+        """On the model's device; ids the model lacks are read as its last: out of range would end a CUDA process."""
+        return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)
+
+    def _check_rows(self, name: str, rows: np.ndarray, unique: bool = False) -> None:
+        wrong = rows.ndim != 1 or bool(((rows < 0) | (rows >= self.num_rows)).any())
+        if wrong or (unique and len(np.unique(rows)) < len(rows)):
+            how = "each once" if unique else "in any number"
+            raise InvalidArgument(f"{name}={rows.tolist()}; allowed: rows 0..{self.num_rows - 1}, {how}")
+
+
+def trunk_of(model: Any) -> Any:
+    """The transformers base model inside a model with a head or a peft model; a base model is returned as it is."""
+    if hasattr(model, "get_base_model"):  # peft, whose own `base_model` is something else
+        model = model.get_base_model()
+    return model.base_model
+
+
+@contextmanager
+def acting(trunk: Any) -> Iterator[None]:
+    """No gradients and eval mode (dropout and gradient checkpointing would break a cache), restored afterwards."""
+    training = [module for module in trunk.modules() if module.training] if trunk.training else []
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def cache_bytes(trunk: Any, num_rows: int, max_length: int) -> int:
+    """Memory that `CachedLM(trunk, num_rows, max_length)` will take for its rows, measured on a single token."""
+    from .slot_cache import KVRows
+
+    trunk = trunk_of(trunk)
+    try:
+        rows = KVRows(trunk, 1, 1)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=trunk.device)
+        with acting(trunk):
+            rows.prefill(token[0], token)
+    except Exception:
+        return num_rows * max_length * 8
+    return num_rows * max_length * (rows.nbytes or 8)
+
+
+def why_uncached(trunk: Any, max_length: int) -> str | None:
+    """None if cached states of a few tokens in two ragged rows equal the uncached ones; else what went wrong."""
+    with acting(trunk):
+        try:
+            difference = _probe(trunk, max_length)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a foreign model's code raises
+            return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    tolerance = TOLERANCE.get(trunk.dtype, 1e-1)
+    if torch.get_float32_matmul_precision() != "highest":
+        tolerance = max(tolerance, TOLERANCE[torch.float16])
+    return None if difference <= tolerance else f"cached states differ by {difference:.1e} of their size"
+
+
+def _probe(trunk: Any, max_length: int) -> float:
+    """Mean relative difference of cached and uncached last states. Row 1 forgets all but 3 of its tokens, which must
+    leave no trace; row 0 outgrows the sliding window, if there is one.
+    """
+    from .slot_cache import KVRows, attention_windows
+
+    window = min(attention_windows(trunk.config.get_text_config(), max_length).values())
+    width = max(1, min(window + 2 if window < max_length else 6, max_length - 2))
+    short = min(3, width)
+    ids = torch.arange(2 * (width + 2), device=trunk.device).view(2, -1) * 7 + 3
+    ids %= trunk.get_input_embeddings().num_embeddings
+    rows = KVRows(trunk, 2, width + 2)
+    rows.prefill(torch.arange(2, device=trunk.device), ids[:, :width])
+    for step in range(2):
+        at = np.array([width, short]) + step
+        states = rows.append(ids[[0, 1], at], at, np.array([True, True]))
+    alone = [hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1] for i, n in enumerate((width + 2, short + 2))]
+    expected = torch.stack(alone).float()
+    difference = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(difference.mean().nan_to_num(torch.inf))
+
+
+def _check_positions(trunk: Any, max_length: int) -> None:
+    """Learned positions end; reading beyond them would end a CUDA process."""
+    for name, module in trunk.named_modules():
+        learned = isinstance(module, nn.Embedding) and ("wpe" in name or "pos" in name)
+        if learned and module.num_embeddings < max_length:
+            raise ModelError(
+                f"max_length={max_length}: {type(trunk).__name__} has {module.num_embeddings} positions; "
+                f"allowed: at most that many"
+            )

@@ -1,0 +1,127 @@
+"""What is read from a causal model's states: next-token logits, scores, log-probs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from tokenenv.errors import ModelError
+from tokenenv.types import Head, Scorer
+
+from .batching import hidden_states
+from .cached_lm import acting, trunk_of
+
+CHUNK = 512
+"""Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
+
+
+def lm_head(model: Any, vocab_size: int | None = None) -> Head:
+    """The model's map from states (K, H) to float32 logits (K, V), final soft-capping and scaling included.
+
+    With `vocab_size` V is that: ids beyond a smaller model's are -inf, those beyond V are cut off.
+
+    Raises:
+        ModelError: the model has no such head, or its logits are not a function of the last hidden states we know.
+    """
+    model = _unwrapped(model)
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise ModelError(f"{_name(model)} has no language-model head; allowed: causal language models")
+    scale, cap = _logit_options(model.config.get_text_config())
+
+    def head(states: Tensor) -> Tensor:
+        logits = linear(states).float() * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    _check_head(model, head, lambda logits: logits[0])
+    return head if vocab_size is None else _resized(head, vocab_size)
+
+
+def score_head(model: Any) -> Head:
+    """A reward model's map from states (K, H) to float32 scores (K,).
+
+    Raises:
+        ModelError: not a sequence- or token-classification model with one label.
+    """
+    return make_scorer(model).head
+
+
+def make_scorer(model: Any) -> Scorer:
+    """A sequence- or token-classification model with one label as a `Scorer`; errors as `score_head`."""
+    model = _unwrapped(model)
+    linear = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if linear is None or model.config.num_labels != 1:
+        labels = "no scalar head" if linear is None else f"{model.config.num_labels} labels"
+        raise ModelError(f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with one label")
+
+    def head(states: Tensor) -> Tensor:
+        return linear(states).float().squeeze(-1)
+
+    per_token = _check_head(model, head, lambda logits: logits.flatten())
+    return Scorer(model=trunk_of(model), head=head, per_token=per_token)
+
+
+def token_logprobs(states: Tensor, tokens: Tensor, head: Head, *, temperature: float = 1.0, chunk: int = CHUNK) -> Tensor:
+    """log p(token | state), (K,) float32, of `tokens` (K,) under `states` (K, H), with logits divided by `temperature`.
+
+    Logits of `chunk` tokens at a time: (K, V) exists neither in the forward nor in the backward.
+    """
+
+    def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
+        logits = head(states) / temperature
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    return in_chunks(logprobs, states, tokens, chunk=chunk)
+
+
+def in_chunks(function: Callable[..., Tensor], *columns: Tensor, chunk: int = CHUNK) -> Tensor:
+    """`function(*columns)` computed `chunk` rows at a time; what it makes is freed, and made again in the backward."""
+    parts = zip(*(column.split(chunk) for column in columns), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*part) for part in parts])
+    return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _name(model: Any) -> str:
+    return f"{type(model).__name__} ({model.config.name_or_path or 'built in memory'})"
+
+
+def _logit_options(config: Any) -> tuple[float, float | None]:
+    """Factor and soft cap: `logit_scale` (Cohere), `logits_scaling` (Granite), `final_logit_softcapping` (Gemma)."""
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _resized(head: Head, vocab_size: int) -> Head:
+    def resized(states: Tensor) -> Tensor:
+        logits = head(states)
+        missing = vocab_size - logits.shape[-1]
+        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
+
+    return resized
+
+
+def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> bool:
+    """Compares `head` on the states of three tokens with the model's own logits; returns whether there is one logit
+    row per token (rather than one per text).
+    """
+    trunk = trunk_of(model)
+    pad_id = model.config.get_text_config().pad_token_id
+    ids = [token for token in range(1, 5) if token != pad_id][:3]
+    tokens = torch.tensor([ids], device=trunk.device) % trunk.get_input_embeddings().num_embeddings
+    with acting(model):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        per_token = logits.ndim == 3
+        expected = select(logits).float()
+        actual = head(hidden_states(trunk, tokens, [3])[0])[-len(expected) :]
+    tolerance = 1e-4 if trunk.dtype == torch.float32 else 5e-2
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance):
+        raise ModelError(f"{_name(model)} computes its logits in a way that is not known here; it cannot be used")
+    return per_token

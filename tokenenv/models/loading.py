@@ -1,0 +1,147 @@
+"""Models and tokenizers from hub ids or local directories."""
+
+from typing import Any
+
+import torch
+
+from tokenenv.errors import ModelError
+
+from .batching import hidden_states
+from .cached_lm import acting, trunk_of
+from .heads import make_scorer
+
+
+def load_causal_lm(
+    source: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A frozen causal language model in eval mode.
+
+    Args:
+        source: hub id, local directory (safetensors only), or a model object, which is returned itself.
+        device, dtype: default "cpu" and float32; a model object is moved only if they are given.
+        attn_implementation: transformers' name of it; None lets transformers choose.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: nothing usable at `source`.
+    """
+    if not isinstance(source, str) and hasattr(source, "config"):
+        return _moved(source, device, dtype)
+    return _load("AutoModelForCausalLM", source, device, dtype, attn_implementation, trust_remote_code)
+
+
+def load_reward_model(
+    source: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A frozen causal sequence- or token-classification model with one label, in eval mode; arguments as
+    `load_causal_lm`.
+
+    Raises:
+        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks ahead.
+    """
+    if not isinstance(source, str) and hasattr(source, "config"):
+        model = _moved(source, device, dtype)
+    else:
+        auto_class = _classifier(source, trust_remote_code)
+        model = _load(auto_class, source, device, dtype, attn_implementation, trust_remote_code)
+    make_scorer(model)
+    _check_causal(model, source)
+    return model
+
+
+def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
+    """A tokenizer from a hub id or local directory; a tokenizer object is returned itself. Raises `ModelError`."""
+    if hasattr(source, "get_vocab"):
+        return source
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(_failed("tokenizer", source, error)) from error
+
+
+def check_same_tokens(policy_tokenizer: Any, other_tokenizer: Any, role: str) -> None:
+    """Raises `ModelError` naming `role` and the first id of the policy that is another token, or none, for the other.
+
+    Ids of the other beyond the policy's do no harm: nobody sends them.
+    """
+    theirs = {index: token for token, index in other_tokenizer.get_vocab().items()}
+    for index, token in sorted((index, token) for token, index in policy_tokenizer.get_vocab().items()):
+        if theirs.get(index) != token:
+            raise ModelError(
+                f"the tokenizer of the {role} differs from the policy's: id {index} is {theirs.get(index)!r}, "
+                f"not {token!r}; allowed: the same token for every id"
+            )
+
+
+def _load(
+    auto_class: str, source: Any, device: Any, dtype: Any, attn_implementation: str | None, trust_remote_code: bool
+) -> Any:
+    import transformers
+
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source,
+            dtype=dtype or torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(_failed("model", source, error)) from error
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if missing:
+        raise ModelError(f"model {str(source)!r} lacks trained weights for {type(model).__name__}: {', '.join(missing[:5])}")
+    return _moved(model, device or "cpu", None).eval().requires_grad_(False)
+
+
+def _failed(what: str, source: Any, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:600] or type(error).__name__
+    return f"{what} {str(source)!r} cannot be loaded ({reason}); allowed: a hub id or a local directory with safetensors"
+
+
+def _moved(model: Any, device: Any, dtype: torch.dtype | None) -> Any:
+    return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+
+
+def _classifier(source: Any, trust_remote_code: bool) -> str:
+    """The auto class that reads this reward model, from the architecture its config names."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(_failed("reward model", source, error)) from error
+    for architecture in config.architectures or []:
+        for kind in ("TokenClassification", "SequenceClassification"):
+            if architecture.endswith(f"For{kind}"):
+                return f"AutoModelFor{kind}"
+    raise ModelError(
+        f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or token-classification models "
+        f"with one label"
+    )
+
+
+def _check_causal(model: Any, source: Any) -> None:
+    """Another last token must not change earlier states."""
+    trunk = trunk_of(model)
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=trunk.device)
+    tokens %= trunk.get_input_embeddings().num_embeddings
+    with acting(trunk):
+        one, other = hidden_states(trunk, tokens, [3, 3])[:, :2].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
+        name = source if isinstance(source, str) else type(model).__name__
+        raise ModelError(f"reward model {name!r} looks ahead (bidirectional attention); allowed: causal models")

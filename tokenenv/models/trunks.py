@@ -1,0 +1,88 @@
+"""A trunk maps tokens to states; heads read states. Models that share a trunk are run once."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tokenenv.models import cached_lm
+from tokenenv.models.heads import lm_head
+from tokenenv.types import Head, SlotModel, Slots
+
+LARGE = 2**30
+"""Bytes of caches that are worth a warning, which Python shows even where nobody has set up logging."""
+
+logger = logging.getLogger("tokenenv")
+
+
+def trunk_of(model: Any) -> Any:
+    """The part of `model` that maps tokens to states: a transformers model's base model, otherwise `model` itself."""
+    return model if hasattr(model, "slots") else cached_lm.trunk_of(model)
+
+
+class Trunks:
+    """Every distinct trunk among `models`, each as N rows of at most `max_length` tokens.
+
+    States come as a dict from id(trunk) to (rows, H), so that terms that share a model share its forward.
+    """
+
+    def __init__(self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any) -> None:
+        trunks = {id(trunk): trunk for trunk in map(trunk_of, models)}
+        _report_memory(trunks.values(), num_rows, max_length)
+        self._rows = {key: _slot_model(trunk, num_rows, max_length, **options) for key, trunk in trunks.items()}
+
+    def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+        """Restarts `slots` with right-padded tokens (n, <=L) in every trunk; states (n, H)."""
+        return {key: rows.prefill(slots, tokens, lengths) for key, rows in self._rows.items()}
+
+    def append(self, tokens: Tensor, active: np.ndarray) -> dict[int, Tensor]:
+        """Adds one token (N,) to the rows where `active` (N,) in every trunk; states (N, H)."""
+        return {key: rows.append(tokens, active) for key, rows in self._rows.items()}
+
+    def fork(self, sources: Slots, targets: Slots) -> None:
+        """Copies rows in every trunk."""
+        for rows in self._rows.values():
+            rows.fork(sources, targets)
+
+    def states(self, tokens: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+        """The uncached forward in every trunk: right-padded tokens (B, L) to states (B, L, H)."""
+        return {key: rows.states(tokens, lengths) for key, rows in self._rows.items()}
+
+    def of(self, model: Any) -> SlotModel:
+        """The rows of `model`'s trunk."""
+        return self._rows[id(trunk_of(model))]
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory that all caches take, in bytes."""
+        return sum(getattr(rows, "cache_bytes", 0) for rows in self._rows.values())
+
+
+def _slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
+    """A model that is no transformers model brings its own rows: `model.slots(num_rows, max_length)`."""
+    if hasattr(trunk, "slots"):
+        return trunk.slots(num_rows, max_length)
+    return cached_lm.CachedLM(trunk, num_rows, max_length, **options)
+
+
+def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> None:
+    """Logs what the caches will take, before it is taken."""
+    sizes = [cached_lm.cache_bytes(trunk, num_rows, max_length) for trunk in trunks if not hasattr(trunk, "slots")]
+    level = logging.WARNING if sum(sizes) >= LARGE else logging.INFO
+    size = f"{sum(sizes) / 2**30:.2f} GiB on {len(sizes)} model(s)"
+    logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_rows, max_length)
+
+
+def logits_head(model: Any, vocab_size: int) -> Head:
+    """States (K, H) to logits (K, V) of a language model; ids it does not have get -inf."""
+    if hasattr(model, "slots"):
+        return model.head
+    return lm_head(model, vocab_size)
+
+
+def vocab_size_of(model: Any) -> int:
+    """V: the number of tokens a language model puts a probability on."""
+    config = getattr(model, "config", None)
+    return int(config.get_text_config().vocab_size if config is not None else model.vocab_size)

@@ -1,0 +1,119 @@
+"""Building an env's parts from its task and its options."""
+
+import dataclasses
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from tokenenv.config import EnvConfig
+from tokenenv.engine import RewardEngine
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.models.trunks import vocab_size_of
+from tokenenv.rewards.base import Parts, RewardTerm
+from tokenenv.rewards.designs import make_terms
+from tokenenv.rewards.kl import PolicyKL, ReferenceKL
+from tokenenv.rewards.terminal import MissingEOS
+from tokenenv.types import Task, TokenSpec
+
+TaskSource = str | Task | Callable[..., Task]
+
+
+def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
+    """An env's config and its task from the keywords given to the env; an unknown keyword is an error."""
+    fields = {field.name for field in dataclasses.fields(EnvConfig)}
+    config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
+    shared = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    others = {key: value for key, value in options.items() if key not in fields}
+    built = _build_task(task, others | shared, fields)
+    return config, dataclasses.replace(built, max_new_tokens=config.max_new_tokens or built.max_new_tokens)
+
+
+def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
+    """What agents may know of the task; a tokenizer without a pad id gets a stop id as pad."""
+    pad = getattr(task.tokenizer, "pad_token_id", None)
+    return TokenSpec(
+        tokenizer=task.tokenizer,
+        vocab_size=vocab_size_of(task.model or task.reference),
+        pad_token_id=task.stop_token_ids[0] if pad is None else pad,
+        stop_token_ids=tuple(task.stop_token_ids),
+        max_prompt_tokens=task.max_prompt_tokens,
+        max_new_tokens=task.max_new_tokens,
+        score_truncated=score_truncated,
+    )
+
+
+def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
+    """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    terms = make_terms(task.reward if config.reward is None else config.reward)
+    if config.missing_eos_penalty:
+        terms["missing_eos"] = MissingEOS()
+        terms["missing_eos"].weight = config.missing_eos_penalty
+    if config.kl == "reference":
+        terms["kl"] = ReferenceKL()
+    elif config.kl == "policy":
+        terms["kl"] = PolicyKL(config.kl_estimator, config.kl_clamp)
+    return terms
+
+
+def single_spaces(task: Task, spec: TokenSpec, config: EnvConfig) -> tuple[spaces.Space, spaces.Space]:
+    """The observation and action space of one text."""
+    length = spec.max_prompt_tokens + spec.max_new_tokens
+    observation: spaces.Space
+    if config.observation == "features":
+        observation = spaces.Box(-math.inf, math.inf, (task.reference.config.get_text_config().hidden_size,), np.float32)
+    else:
+        observation = spaces.Dict(
+            tokens=spaces.Box(0, spec.vocab_size - 1, (length,), np.int64),
+            length=spaces.Discrete(length + 1),
+            prompt_length=spaces.Discrete(length + 1),
+        )
+    token = spaces.Discrete(spec.vocab_size)
+    if config.kl != "policy":
+        return observation, token
+    return observation, spaces.Dict(token=token, logprob=spaces.Box(-math.inf, 0.0, (), np.float32))
+
+
+def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
+    """The models and reward terms of `num_envs` texts."""
+    parts = Parts(spec=spec, reference=task.reference, scorer=task.scorer, device=torch.device(task.reference.device))
+    options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
+    return RewardEngine(parts, all_terms(task, config), num_envs, **options)
+
+
+def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:
+    """Raises on constructor arguments of Gymnasium's that this env does not take."""
+    if max_episode_steps is not None:
+        raise InvalidArgument(
+            f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a text without its "
+            "score. Use max_new_tokens."
+        )
+    if render_mode is not None:
+        raise InvalidArgument(f"render_mode={render_mode!r} is not known; allowed: None. Use decode(obs) for texts.")
+
+
+def check_num_envs(num_envs: int, config: EnvConfig) -> None:
+    """Raises unless there is at least one env and the groups fit."""
+    if not isinstance(num_envs, int) or num_envs < 1:
+        raise InvalidArgument(f"num_envs={num_envs!r} must be a whole number, 1 or more.")
+    if num_envs % config.group_size:
+        raise InvalidArgument(f"group_size={config.group_size} must divide num_envs={num_envs}.")
+
+
+def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
+    task = load_task(source) if isinstance(source, str) else source
+    known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
+    for key in options:
+        check_choice("option", key, known | env_options)
+    return task if isinstance(task, Task) else task(**{key: value for key, value in options.items() if key in known})
+
+
+def load_task(name: str) -> Callable[..., Task]:
+    """The task function that "module:function" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)

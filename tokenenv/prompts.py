@@ -1,0 +1,161 @@
+"""Prompts: reading them from where users keep them, and turning them into token ids."""
+
+import json
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenenv.errors import InvalidArgument, check_choice
+
+LONG_PROMPTS = ("refuse", "truncate")
+
+Labelled = tuple[str, Any]
+"""Where a prompt was found, for error messages, and the prompt."""
+
+
+def load_prompts(
+    source: Any,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    max_prompt_tokens: int,
+    long_prompts: str = "refuse",
+    chat_template: bool = False,
+    column: str = "prompt",
+) -> list[list[int]]:
+    """Prompt token ids from a list, a JSONL or text file, or a `datasets` dataset.
+
+    A JSONL line, and a dataset's row, holds the prompt under `column` (a JSONL line may also be a bare string); a text
+    file holds one prompt a line; empty lines are skipped. A prompt is a string, a list of token ids or, with
+    `chat_template`, a list of chat messages (a string is then one user message). `long_prompts` says what happens above
+    `max_prompt_tokens`: "refuse" raises, "truncate" keeps the last tokens.
+
+    Raises:
+        InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the prompt or the file's line.
+    """
+    check_choice("long_prompts", long_prompts, LONG_PROMPTS)
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise InvalidArgument("chat_template=True needs a tokenizer with a chat template, which this one has not.")
+    labelled = list(_read(source, column))
+    if not labelled:
+        raise InvalidArgument(f"prompts={_name(source)} holds no prompts; at least one is needed.")
+    prompts = []
+    for label, prompt in labelled:
+        text = _apply_template(prompt, tokenizer, label) if chat_template else prompt
+        prompts.append(fit_prompt(to_ids(text, tokenizer, vocab_size, label), max_prompt_tokens, long_prompts, label))
+    return prompts
+
+
+def fit_prompt(ids: list[int], max_prompt_tokens: int, long_prompts: str, label: str) -> list[int]:
+    """`ids` if it has 1 to `max_prompt_tokens` tokens, else its last tokens or an error, as `long_prompts` says."""
+    if not ids:
+        raise InvalidArgument(f"{label} is empty; a prompt needs at least one token.")
+    if len(ids) <= max_prompt_tokens:
+        return ids
+    if long_prompts == "refuse":
+        raise InvalidArgument(
+            f"{label} has {len(ids)} tokens and max_prompt_tokens={max_prompt_tokens}; "
+            "shorten it, raise max_prompt_tokens, or pass long_prompts='truncate' to keep its last tokens."
+        )
+    return ids[-max_prompt_tokens:]
+
+
+def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str) -> list[int]:
+    """Token ids of a string or of a sequence of ids (lists, NumPy arrays or tensors); checks that ids are in range."""
+    if isinstance(text, str):
+        if text.startswith("<generator object"):
+            raise InvalidArgument(f"{label}: a text cannot pass through ArrayConversion; give token ids.")
+        if tokenizer is None:
+            raise InvalidArgument(f"{label}: tokens of this env have no text; give token ids.")
+        ids = list(tokenizer(text)["input_ids"])
+    else:
+        ids = _read_ids(text, label)
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidArgument(f"{label}: token id {token} is out of range; allowed: 0 to {vocab_size - 1}.")
+    return ids
+
+
+def draw(prompts: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[int, Sequence[int]]:
+    """An index and its prompt, uniformly."""
+    index = int(rng.integers(len(prompts)))
+    return index, prompts[index]
+
+
+def _read_ids(values: Any, label: str) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        messages = isinstance(values, Sequence) and len(values) and isinstance(values[0], Mapping)
+        hint = " Chat messages need chat_template=True." if messages else ""
+        kind = type(values).__name__
+        raise InvalidArgument(f"{label} is a {kind}; allowed: a string, or a sequence of token ids.{hint}") from error
+
+
+def _apply_template(prompt: Any, tokenizer: Any, label: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise InvalidArgument(f"{label} must be a string or a list of chat messages under chat_template=True.")
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # whatever the tokenizer's own template raises
+        raise InvalidArgument(f"{label}: the tokenizer's chat template does not take it ({error}).") from error
+
+
+def _read(source: Any, column: str) -> Iterable[Labelled]:
+    if isinstance(source, (str, Path)):
+        return _read_file(Path(source), column)
+    if hasattr(source, "column_names"):
+        return _read_dataset(source, column)
+    if isinstance(source, Sequence):
+        return [(f"prompts[{index}]", prompt) for index, prompt in enumerate(source)]
+    raise InvalidArgument(
+        f"prompts={_name(source)} is of type {type(source).__name__}; allowed: a list, a path, a datasets.Dataset."
+    )
+
+
+def _read_file(path: Path, column: str) -> Iterator[Labelled]:
+    if not path.is_file():
+        raise InvalidArgument(f"prompts={str(path)!r} is not a file; give a .jsonl or a text file, or a list.")
+    is_json = path.suffix in (".jsonl", ".json")
+    # Not splitlines(): it also splits at characters, such as U+2028, that JSON strings and prose may hold.
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(_lines(file, path), 1):
+            where = f"{path}:{number}"
+            if line.strip():
+                yield where, _json_prompt(line, column, where) if is_json else line.rstrip("\n")
+
+
+def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"prompts={str(path)!r} is not UTF-8 text: {error.reason}.") from error
+
+
+def _json_prompt(line: str, column: str, where: str) -> Any:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"{where} is not JSON ({error.msg}); each line holds one value.") from error
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict) or column not in row:
+        raise InvalidArgument(f"{where} holds no {column!r}; name the right one with prompt_column=.")
+    return row[column]
+
+
+def _read_dataset(dataset: Any, column: str) -> Iterator[Labelled]:
+    if isinstance(dataset.column_names, Mapping):
+        raise InvalidArgument(f"prompts is a dataset of several splits; give one of them: {', '.join(dataset)}.")
+    for index, row in enumerate(dataset):
+        if column not in row:
+            raise InvalidArgument(f"prompt_column={column!r} is not in the dataset; it has {', '.join(row)}.")
+        yield f"prompts[{index}]", row[column]
+
+
+def _name(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, (str, Path)) else f"<{type(source).__name__}>"

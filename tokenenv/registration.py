@@ -1,0 +1,21 @@
+"""The registered ids. A new task is a file in `envs/` and one line here."""
+
+import gymnasium as gym
+
+TASKS = {
+    "tokenenv/PyDocs-v0": "tokenenv.envs.pydocs:task",
+    "tokenenv/Reviews-v0": "tokenenv.envs.reviews:task",
+    "tokenenv/TextGen-v0": "tokenenv.envs.textgen:task",
+}
+
+
+def register_envs() -> None:
+    """Registers every id with Gymnasium; doing it again changes nothing."""
+    for env_id, task in TASKS.items():
+        if env_id not in gym.registry:
+            gym.register(
+                env_id,
+                entry_point="tokenenv.single_env:TokenEnv",
+                vector_entry_point="tokenenv.vector_env:TokenVectorEnv",
+                kwargs={"task": task},
+            )

@@ -1,0 +1,84 @@
+"""Reading `reset(seed=..., options=...)`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.prompts import fit_prompt, to_ids
+from tokenenv.types import TokenSpec
+
+Seed = int | Sequence[int | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResetOptions:
+    """Which rows a reset begins anew, and the prompts and prefixes it was given, by row."""
+
+    mask: np.ndarray
+    prompts: dict[int, list[int]]
+    prefixes: dict[int, list[int]]
+
+
+def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec) -> ResetOptions:
+    """Checks `options`; entries of rows that are not reset are ignored."""
+    options = options or {}
+    for key in options:
+        check_choice("options key", key, ("reset_mask", "prompts", "prefixes"))
+    mask = _mask(options, num_envs)
+    prompts = _given(options, "prompts", mask, spec)
+    for row, ids in prompts.items():
+        fit_prompt(ids, spec.max_prompt_tokens, "refuse", f"options['prompts'][{row}]")
+    prefixes = _given(options, "prefixes", mask, spec)
+    for row, ids in prefixes.items():
+        _check_prefix(ids, spec, f"options['prefixes'][{row}]")
+    return ResetOptions(mask, prompts, prefixes)
+
+
+def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
+    """One seed a row, as Gymnasium's own vectorisation reads them."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, (int, np.integer)):
+        return [int(seed) + row for row in range(num_envs)]
+    seeds = list(seed)
+    if len(seeds) != num_envs:
+        raise InvalidArgument(f"seed has {len(seeds)} entries; allowed: a whole number, or one entry an env ({num_envs}).")
+    return seeds
+
+
+def _mask(options: dict[str, Any], num_envs: int) -> np.ndarray:
+    # Read, not popped: RecordEpisodeStatistics looks for it after the env has.
+    mask = options.get("reset_mask")
+    if mask is None:
+        return np.ones(num_envs, dtype=bool)
+    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+    if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (num_envs,):
+        raise InvalidArgument(f"options['reset_mask']={mask!r} must be a bool array of shape ({num_envs},).")
+    if not mask.any():
+        raise InvalidArgument("options['reset_mask'] must have at least one True.")
+    return mask
+
+
+def _given(options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec) -> dict[int, list[int]]:
+    values = options.get(key)
+    if values is None:
+        return {}
+    if isinstance(values, str) or len(values) != len(mask):
+        raise InvalidArgument(f"options[{key!r}] must be a list with one entry an env ({len(mask)}).")
+    rows = [int(row) for row in np.flatnonzero(mask)]
+    return {
+        row: to_ids(values[row], spec.tokenizer, spec.vocab_size, f"options[{key!r}][{row}]")
+        for row in rows
+        if values[row] is not None
+    }
+
+
+def _check_prefix(ids: list[int], spec: TokenSpec, label: str) -> None:
+    if len(ids) >= spec.max_new_tokens:
+        raise InvalidArgument(f"{label} has {len(ids)} tokens; allowed: fewer than max_new_tokens={spec.max_new_tokens}.")
+    if set(ids) & set(spec.stop_token_ids):
+        raise InvalidArgument(f"{label} holds a stop token; a finished text cannot be continued.")

@@ -1,0 +1,1 @@
+"""Reward terms: what each token is paid, and why."""

@@ -1,0 +1,34 @@
+"""The sequence score, paid once at the end."""
+
+import torch
+from torch import Tensor
+
+from tokenenv.rewards.base import RewardTerm, Transitions
+
+
+class Terminal(RewardTerm):
+    """r_t = score(text) at the last token, else 0: with KL, the reward of InstructGPT, OpenRLHF and TRL.
+
+    Preserves the return and the policy gradient (it is the return). The signal that reaches token t through GAE decays
+    as lambda^(T-t); compare with lambda = 1 before blaming sparsity.
+    """
+
+    name = "terminal"
+    needs = frozenset({"scorer"})
+    withheld = True
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): the score where a text ends and is scored."""
+        assert batch.after.score is not None
+        return torch.where(batch.scored, batch.after.score, 0.0)
+
+
+class MissingEOS(RewardTerm):
+    """r_t = -1 at a truncated text's last token, else 0; the weight is the penalty. Changes the return on purpose."""
+
+    name = "missing_eos"
+    withheld = True
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): -1 where a text is cut by its length."""
+        return -(batch.truncated & batch.scored).float()

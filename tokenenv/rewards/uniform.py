@@ -1,0 +1,23 @@
+"""The score spread evenly over the tokens: the control every redistribution must beat."""
+
+from torch import Tensor
+
+from tokenenv.rewards.base import FinishedTexts, RewardTerm
+
+
+class Uniform(RewardTerm):
+    """r_t = score / T for each of the T tokens.
+
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
+    """
+
+    name = "uniform"
+    kind = "hindsight"
+    needs = frozenset({"scorer"})
+    withheld = True
+
+    def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        """(B, T): equal shares on the tokens that may be paid."""
+        assert texts.score is not None
+        payable = texts.payable(max_new_tokens).float()
+        return payable * (texts.score / payable.sum(1).clamp(min=1))[:, None]

@@ -1,0 +1,168 @@
+"""Whole texts, scored as stepping would have paid them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.engine import RewardEngine
+from tokenenv.errors import InvalidArgument
+from tokenenv.models.batching import micro_batches
+from tokenenv.models.heads import token_logprobs
+from tokenenv.prompts import fit_prompt, to_ids
+from tokenenv.rewards.base import FinishedTexts, States, Transitions
+from tokenenv.types import EpisodeScores, TokenSpec
+
+
+@torch.no_grad()
+def score_episodes(
+    engine: RewardEngine,
+    prompts: Sequence[Any],
+    responses: Sequence[Any],
+    *,
+    logprobs: Sequence[Sequence[float]] | None,
+    truncated: Sequence[bool] | None,
+    weights: Mapping[str, float | Sequence[float]],
+    gold: Callable[[str, str], float] | None,
+    max_batch_tokens: int,
+) -> EpisodeScores:
+    """Rewards (B, T) of B finished texts in length-sorted parallel forwards; see `TokenVectorEnv.score_episodes`."""
+    spec, count = engine.parts.spec, len(prompts)
+    prompt_ids, response_ids = _read_texts(prompts, responses, spec)
+    cut = _read_truncated(truncated, response_ids, spec)
+    _check_logprobs(engine, logprobs, response_ids)
+    each = {name: np.broadcast_to(np.asarray(weight, np.float32), count).copy() for name, weight in weights.items()}
+    shape = (count, spec.max_new_tokens)
+    out = EpisodeScores(
+        token_rewards=np.zeros(shape, np.float32),
+        step_rewards=np.zeros(shape, np.float32),
+        terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
+        score=None if engine.parts.scorer is None else np.zeros(count, np.float32),
+        gold=None if gold is None else np.zeros(count, np.float32),
+    )
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    for group in micro_batches(lengths, max_batch_tokens):
+        texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
+        given = None if logprobs is None else [logprobs[i] for i in group]
+        group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
+        terms, placed = _score_group(engine, texts, given, cut[group], group_weights)
+        for name, values in terms.items():
+            out.terms[name][group] = values.cpu().numpy()
+            out.step_rewards[group] += out.terms[name][group]
+        out.token_rewards[group] = placed.cpu().numpy()
+        if out.score is not None and texts.score is not None:
+            out.score[group] = texts.score.cpu().numpy()
+        if out.gold is not None and gold is not None:
+            out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
+    return out
+
+
+def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpec) -> tuple[list[list[int]], list[list[int]]]:
+    if len(prompts) != len(responses) or not len(prompts):
+        raise InvalidArgument(f"got {len(prompts)} prompts and {len(responses)} responses; allowed: as many, at least one.")
+    ids = []
+    for key, texts in (("prompts", prompts), ("responses", responses)):
+        ids.append([to_ids(t, spec.tokenizer, spec.vocab_size, f"{key}[{i}]") for i, t in enumerate(texts)])
+    for i, prompt in enumerate(ids[0]):
+        fit_prompt(prompt, spec.max_prompt_tokens, "refuse", f"prompts[{i}]")
+    for i, response in enumerate(ids[1]):
+        if not 1 <= len(response) <= spec.max_new_tokens:
+            raise InvalidArgument(
+                f"responses[{i}] has {len(response)} tokens; allowed: 1 to max_new_tokens={spec.max_new_tokens}."
+            )
+    return ids[0], ids[1]
+
+
+def _read_truncated(truncated: Sequence[bool] | None, responses: list[list[int]], spec: TokenSpec) -> np.ndarray:
+    if truncated is None:
+        return np.asarray([response[-1] not in spec.stop_token_ids for response in responses])
+    if len(truncated) != len(responses):
+        raise InvalidArgument(f"truncated has {len(truncated)} entries; allowed: one a text ({len(responses)}).")
+    return np.asarray(truncated, dtype=bool)
+
+
+def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[int]]) -> None:
+    policy_terms = [name for name, term in engine.rewards.terms.items() if term.kind == "policy"]
+    if logprobs is None:
+        if policy_terms:
+            raise InvalidArgument(f"logprobs is missing; {policy_terms} need log pi of every response token (nats).")
+        return
+    if [len(row) for row in logprobs] != [len(row) for row in responses]:
+        raise InvalidArgument("logprobs must hold one number for every response token of every text.")
+    if not all(np.isfinite(np.asarray(row)).all() for row in logprobs):
+        raise InvalidArgument("logprobs holds a number that is not finite.")
+
+
+def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]) -> FinishedTexts:
+    ids = [np.asarray([*p, *r], dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
+    tokens = np.full((len(ids), max(map(len, ids))), engine.parts.spec.pad_token_id, dtype=np.int64)
+    for row, text in enumerate(ids):
+        tokens[row, : len(text)] = text
+    return FinishedTexts(
+        tokens=torch.from_numpy(tokens).to(engine.parts.device),
+        length=np.asarray([len(text) for text in ids]),
+        prompt_length=np.asarray([len(p) for p in prompts]),
+        unpaid=np.zeros(len(ids), dtype=np.int64),
+        score=None,
+        ids=ids,
+        tokenizer=engine.parts.spec.tokenizer,
+    )
+
+
+def _score_group(
+    engine: RewardEngine,
+    texts: FinishedTexts,
+    logprobs: list[Sequence[float]] | None,
+    truncated: np.ndarray,
+    weights: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms as stepping pays them and the rewards as placed, all (b, T); sets the texts' score."""
+    device, spec = engine.parts.device, engine.parts.spec
+    valid = texts.payable(spec.max_new_tokens)
+    row, t = valid.nonzero(as_tuple=True)
+    batch = _transitions(engine, texts, row, t)
+    last = torch.from_numpy(texts.length - texts.prompt_length - 1).to(device)
+    cut = torch.from_numpy(truncated).to(device)
+    scored = torch.ones_like(cut) if spec.score_truncated else ~cut
+    ends = t == last[row]
+    batch.truncated, batch.terminated, batch.scored = ends & cut[row], ends & ~cut[row], ends & scored[row]
+    batch.finished, batch.finished_at = texts, ends.nonzero().squeeze(1)
+    texts.score = None if batch.after.score is None else batch.after.score[batch.finished_at]
+    if logprobs is not None:
+        batch.logprob = torch.tensor([x for one in logprobs for x in one], dtype=torch.float32, device=device)
+    paid = engine.rewards.paid(batch, {name: weight[row] for name, weight in weights.items()})
+    nothing = torch.zeros(valid.shape, device=device)
+    terms = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
+    token_rewards = torch.stack([nothing, *terms.values()]).sum(0)
+    for name, placed in engine.rewards.placed(texts, scored, weights).items():
+        token_rewards = token_rewards + placed
+        terms[name] = nothing.scatter(1, last[:, None], placed.sum(1, keepdim=True))
+    return terms, token_rewards
+
+
+def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Tensor) -> Transitions:
+    """Every response token of the texts, with the states around it."""
+    states = engine.trunks.states(texts.tokens, texts.length.tolist())
+    at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
+    before = States({key: hidden[row, at - 1] for key, hidden in states.items()})
+    after = States({key: hidden[row, at] for key, hidden in states.items()})
+    before.score, after.score = _running_scores(engine, before, after, row, t)
+    tokens = texts.tokens[row, at]
+    ref_logprob = token_logprobs(before.of(engine.parts.reference), tokens, engine.reference_head)
+    none = torch.zeros_like(tokens, dtype=torch.bool)
+    return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
+
+
+def _running_scores(
+    engine: RewardEngine, before: States, after: States, row: Tensor, t: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end."""
+    scores = engine.read_score(after.hidden, 0.0)
+    if scores is None or engine.parts.scorer is None:
+        return None, None
+    if not engine.parts.scorer.per_token:
+        return engine.read_score(before.hidden, 0.0), scores
+    sums = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, device=scores.device).index_put((row, t), scores).cumsum(1)
+    return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]

@@ -1,0 +1,59 @@
+"""TokenEnv: one text at a time."""
+
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode
+
+from tokenenv.errors import InvalidArgument
+from tokenenv.vector_env import TokenVectorEnv
+
+
+class TokenEnv(gym.Env):
+    """A view of a `TokenVectorEnv` with one slot, without logic of its own; rewards are `float`, flags `bool`.
+
+    Takes the same options, but for those of a batch: num_envs, autoreset_mode, group_size.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, **options: Any) -> None:
+        for key in ("num_envs", "autoreset_mode", "group_size"):
+            if key in options:
+                raise InvalidArgument(f"{key}={options[key]!r} is for gym.make_vec; one text at a time has no {key}.")
+        self.vector = TokenVectorEnv(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **options)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self.render_mode = self.vector.render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begins a new text; see `TokenVectorEnv.reset`."""
+        super().reset(seed=seed)
+        observation, infos = self.vector.reset(seed=seed, options=options)
+        return _first(observation), _first_info(infos)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Appends one token; see `TokenVectorEnv.step`."""
+        actions = {key: [value] for key, value in action.items()} if isinstance(action, dict) else [action]
+        observation, rewards, terminations, truncations, infos = self.vector.step(actions)
+        ends = bool(terminations[0]), bool(truncations[0])
+        return _first(observation), float(rewards[0]), *ends, _first_info(infos)
+
+    def close(self) -> None:
+        """Lets go of the models."""
+        self.vector.close()
+
+    def __getattr__(self, name: str) -> Any:
+        # token_spec, reference, decode, save_state and the rest are the vector env's.
+        if name.startswith("_") or name == "vector":
+            raise AttributeError(name)
+        return getattr(self.vector, name)
+
+
+def _first(observation: Any) -> Any:
+    return {key: value[0] for key, value in observation.items()} if isinstance(observation, dict) else observation[0]
+
+
+def _first_info(infos: dict[str, Any]) -> dict[str, Any]:
+    present = {key: value for key, value in infos.items() if not key.startswith("_") and bool(infos[f"_{key}"][0])}
+    return {key: _first_info(value) if isinstance(value, dict) else value[0] for key, value in present.items()}

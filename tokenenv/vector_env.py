@@ -1,0 +1,395 @@
+"""TokenVectorEnv: text generation as a batched Gymnasium environment. The only `step` with logic."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from tokenenv import parts, state
+from tokenenv.config import check_kl_coef
+from tokenenv.engine import Ends, Paid
+from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
+from tokenenv.infos import Infos
+from tokenenv.prompts import draw
+from tokenenv.reset_options import Seed, read_options, read_seed
+from tokenenv.scoring import score_episodes
+from tokenenv.texts import TextBuffer
+from tokenenv.types import EpisodeScores
+
+BAD_TOKEN, BAD_LOGPROB = -1, -2
+
+
+class TokenVectorEnv(VectorEnv):
+    """N texts: each step appends one token to each and returns one dense reward for each.
+
+    Observation: `tokens` (N, L) int64 right-padded, `length` and `prompt_length` (N,) int64; with
+    `observation="features"` the reference's last hidden state (N, H) float32. Action: token ids (N,); with `kl="policy"`
+    a dict of `token` (N,) and `logprob` (N,) in nats. Rewards are float32 (N,).
+
+    Args:
+        num_envs: N.
+        task: a function that returns a `Task`, "module:function" naming one, or a `Task`; the registered id sets it.
+        render_mode: None; texts are read with `decode`.
+        max_episode_steps: refused; the length of a text is `max_new_tokens`.
+        **options: the fields of `tokenenv.config.EnvConfig`, and those of the task's function.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        task: parts.TaskSource,
+        render_mode: str | None = None,
+        max_episode_steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        parts.check_arguments(render_mode, max_episode_steps)
+        self.config, self._task = parts.split_options(task, options)
+        parts.check_num_envs(num_envs, self.config)
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        self.autoreset_mode = AutoresetMode(self.config.autoreset_mode)
+        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
+        self.token_spec = spec = parts.token_spec_of(self._task, self.config.score_truncated)
+        self.single_observation_space, self.single_action_space = parts.single_spaces(self._task, spec, self.config)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._engine = parts.make_engine(self._task, spec, self.config, num_envs)
+        self._texts = TextBuffer(num_envs, spec.max_prompt_tokens + spec.max_new_tokens, spec.pad_token_id, self.device)
+        self._prompt_id = np.zeros(num_envs, dtype=np.int64)
+        self._episode_kl_coef = np.zeros(num_envs, dtype=np.float32)
+        self._ended = np.zeros(num_envs, dtype=bool)
+        self._rngs: list[np.random.Generator] = []
+        self._seed_streams(np.ones(num_envs, dtype=bool), read_seed(np_random()[1] % 2**31, num_envs))
+        self._kl_coef = self.config.kl_coef
+        self.tokens_seen = 0
+        """Tokens emitted in all envs since construction; schedules are asked with it."""
+
+    @property
+    def reference(self) -> Any:
+        """pi_ref, frozen."""
+        return self._task.reference
+
+    @property
+    def model(self) -> Any:
+        """The policy's default initial weights: the reference's, unless the task was given another model."""
+        return self._task.model or self._task.reference
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models, and the tensors of `array="torch"`, are."""
+        return self._engine.parts.device
+
+    @property
+    def kl_coef(self) -> float:
+        """beta for the episodes that begin from now on, reward per nat."""
+        return self._kl_coef
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        self._kl_coef = check_kl_coef(value)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory that the caches take, in bytes."""
+        return self._engine.trunks.cache_bytes
+
+    def reset(self, *, seed: Seed = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begins new texts in every slot, or in those of `options["reset_mask"]`.
+
+        Args:
+            seed: slot i draws its prompts from seed + i, or from seed[i]; None goes on with the streams as they are.
+            options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env;
+                `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing.
+        """
+        self._require_open()
+        given = read_options(options, self.num_envs, self.token_spec)
+        if not given.mask.all():
+            self._require_reset()
+        self._seed_streams(given.mask, read_seed(seed, self.num_envs))
+        infos = self._begin(given.mask, given.prompts, given.prefixes)
+        return self._observation(), infos.to_dict(self._texts.upload, self._export)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Appends one token to each text.
+
+        Returns:
+            (observations, rewards (N,) float32, terminations (N,) bool, truncations (N,) bool, infos).
+
+        Raises:
+            InvalidAction: a token id out of range, a wrong batch size, a missing or non-finite logprob; nothing changes.
+            FinishedRow: a finished row is stepped under DISABLED; nothing changes.
+        """
+        self._require_reset()
+        active = self._active_rows()
+        tokens, logprob = self._read_actions(actions)
+        host_tokens = self._check_actions(tokens, logprob, active)
+        self._texts.append(host_tokens, active)
+        ends = self._find_ends(host_tokens, active)
+        self.tokens_seen += int(active.sum())
+        paid = self._engine.step(self._texts.upload(host_tokens), logprob, active, ends, self._texts)
+        infos = self._step_infos(paid, active, ends.ended)
+        self._ended = ends.ended
+        final: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
+            infos.overlay(self._begin(~active), self._texts.upload)
+        elif self.autoreset_mode == AutoresetMode.SAME_STEP and ends.ended.any():
+            final = self._final(infos, ends.ended)
+            infos.overlay(self._begin(ends.ended.copy()), self._texts.upload)
+        flags = [self._export(self._texts.upload(flag)) for flag in (ends.terminated, ends.truncated)]
+        info = infos.to_dict(self._texts.upload, self._export) | final
+        return self._observation(), self._export(paid.reward), *flags, info
+
+    def fork(self, sources: Sequence[int], targets: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+        """Copies the running episodes `sources` onto the slots `targets`, caches included; returns (obs, info).
+
+        Prompt streams stay with their slots. The info is a reset's, for the targets.
+        """
+        self._require_reset()
+        source, target = state.check_slots(sources, self.num_envs), state.check_slots(targets, self.num_envs)
+        if len(source) != len(target) or len(set(target)) != len(target):
+            raise InvalidArgument(f"fork needs one distinct target a source; got {list(sources)} and {list(targets)}.")
+        if self._ended[source].any():
+            raise InvalidArgument(f"sources={list(sources)} holds finished episodes; only running ones can be copied.")
+        self._texts.fork(source, target)
+        self._engine.fork(source, target, self._texts)
+        for array in (self._prompt_id, self._episode_kl_coef, self._ended):
+            array[target] = array[source]
+        return self._observation(), self._start_infos(target).to_dict(self._texts.upload, self._export)
+
+    def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
+        """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays and numbers only."""
+        self._require_reset()
+        chosen = state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs)
+        return {
+            "format": state.FORMAT,
+            "slots": chosen,
+            "texts": self._texts.save(chosen),
+            "engine": self._engine.save(chosen, self._texts),
+            "prompt_id": self._prompt_id[chosen],
+            "episode_kl_coef": self._episode_kl_coef[chosen],
+            "ended": self._ended[chosen],
+            "rngs": [self._rngs[slot].bit_generator.state for slot in chosen],
+            "kl_coef": self._kl_coef,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def load_state(self, saved: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Takes up saved episodes in the slots they were saved from, here or in another env of the same id.
+
+        Caches are filled from the texts. Returns (obs, info); the info is a reset's, for those slots.
+        """
+        self._require_open()
+        slots = state.check_state(saved, self.num_envs, self._texts.tokens.shape[1], list(self._engine.weights))
+        if len(slots) < self.num_envs:
+            self._require_reset()
+        self._texts.load(slots, saved["texts"])
+        self._engine.load(slots, self._texts, saved["engine"])
+        self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
+        self._episode_kl_coef[slots] = saved["episode_kl_coef"]
+        for slot, rng in zip(slots, saved["rngs"], strict=True):
+            self._rngs[slot].bit_generator.state = rng
+        self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
+        return self._observation(), self._start_infos(slots).to_dict(self._texts.upload, self._export)
+
+    def decode(self, observation: Mapping[str, Any]) -> list[str]:
+        """The texts, prompt and response, of a batched token observation."""
+        tokens, lengths = np.asarray(observation["tokens"]), np.asarray(observation["length"])
+        rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        return self.token_spec.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def score_episodes(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[Any],
+        *,
+        logprobs: Sequence[Sequence[float]] | None = None,
+        truncated: Sequence[bool] | None = None,
+        kl_coef: float | Sequence[float] | None = None,
+        weights: Mapping[str, float | Sequence[float]] | None = None,
+    ) -> EpisodeScores:
+        """The rewards that stepping would have paid for B whole texts, in batched parallel forwards.
+
+        Args:
+            prompts: B texts or token id sequences.
+            responses: B texts or token id sequences, the stop token included where there was one.
+            logprobs: log pi of every response token, in nats; needed under kl="policy".
+            truncated: which texts were cut; by default those that do not end in a stop token.
+            kl_coef: beta of the episodes; by default the env's present one.
+            weights: the terms' weights; by default the present ones.
+        """
+        self._require_open()
+        now = self._engine.weights_now(self.tokens_seen, self._kl_coef if kl_coef is None else 0.0)
+        chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **(weights or {})}
+        return score_episodes(
+            self._engine,
+            prompts,
+            responses,
+            logprobs=logprobs,
+            truncated=truncated,
+            weights={name: chosen[name] for name in now},
+            gold=self._task.gold,
+            max_batch_tokens=self.config.max_batch_tokens,
+        )
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Lets go of the models and their caches."""
+        del self._engine, self._texts
+
+    # ---------------------------------------------------------------- episodes
+
+    def _seed_streams(self, mask: np.ndarray, seeds: list[int | None]) -> None:
+        """Slots of one group share a seed, so that their k-th episodes have the same prompt."""
+        if not self._rngs:
+            self._rngs = [np_random(0)[0] for _ in range(self.num_envs)]
+        for row in np.flatnonzero(mask):
+            seed = seeds[row // self.config.group_size * self.config.group_size]
+            if seed is not None:
+                self._rngs[row] = np_random(seed)[0]
+
+    def _begin(
+        self,
+        mask: np.ndarray,
+        prompts: Mapping[int, Sequence[int]] | None = None,
+        prefixes: Mapping[int, Sequence[int]] | None = None,
+    ) -> Infos:
+        """Starts an episode in the rows of `mask`, each with the given prompt or one from its stream."""
+        slots, given = np.flatnonzero(mask), prompts or {}
+        started = []
+        for slot in map(int, slots):
+            drawn = (-1, given[slot]) if slot in given else draw(self._task.prompts, self._rngs[slot])
+            self._prompt_id[slot] = drawn[0]
+            started.append(drawn[1])
+        self._texts.restart(slots, started, [(prefixes or {}).get(int(slot), ()) for slot in slots])
+        self._engine.start(slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef))
+        self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
+        self._ended[mask] = False
+        return self._start_infos(slots)
+
+    def _active_rows(self) -> np.ndarray:
+        """Rows that take a token: all but those that NEXT_STEP resets now."""
+        if self.autoreset_mode == AutoresetMode.DISABLED and self._ended.any():
+            raise FinishedRow(
+                f"rows {np.flatnonzero(self._ended).tolist()} have finished; reset them first, "
+                "with options={'reset_mask': ...} under autoreset_mode=DISABLED."
+            )
+        return ~self._ended
+
+    def _read_actions(self, actions: Any) -> tuple[Tensor, Tensor | None]:
+        """The actions as device tensors: tokens (N,) int64 and, under kl="policy", logprob (N,) float32."""
+        if self.config.kl != "policy":
+            if isinstance(actions, Mapping):
+                raise InvalidAction("actions are token ids (N,); a dict with a logprob is for kl='policy'.")
+            return self._batch(actions, "actions", torch.int64), None
+        if not isinstance(actions, Mapping) or set(actions) != {"token", "logprob"}:
+            given = sorted(actions) if isinstance(actions, Mapping) else type(actions).__name__
+            raise InvalidAction(f"kl='policy' needs actions as a dict of 'token' and 'logprob', got {given}.")
+        token = self._batch(actions["token"], "actions['token']", torch.int64)
+        return token, self._batch(actions["logprob"], "actions['logprob']", torch.float32)
+
+    def _batch(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
+        values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        if tuple(values.shape) != (self.num_envs,):
+            raise InvalidAction(f"{name} has shape {tuple(values.shape)}; allowed: ({self.num_envs},), one for each env.")
+        if dtype == torch.int64 and (values.dtype == torch.bool or values.is_floating_point()):
+            raise InvalidAction(f"{name} has dtype {values.dtype}; allowed: an integer dtype.")
+        return values.to(self.device, dtype, non_blocking=True)
+
+    def _check_actions(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray) -> np.ndarray:
+        """The tokens (N,) on the host; the one device-to-host copy of a step also says which rows are invalid."""
+        valid = (tokens >= 0) & (tokens < self.token_spec.vocab_size)
+        codes = torch.where(valid, tokens, BAD_TOKEN)
+        if logprob is not None:
+            codes = torch.where(logprob.isfinite() & (logprob <= 1e-3), codes, BAD_LOGPROB)
+        host = self._to_host(codes)
+        host[~active] = self.token_spec.pad_token_id
+        bad = np.flatnonzero(host < 0)
+        if len(bad):
+            raise self._invalid(int(bad[0]), int(host[bad[0]]), tokens, logprob)
+        return host
+
+    def _to_host(self, codes: Tensor) -> np.ndarray:
+        return codes.cpu().numpy()
+
+    def _invalid(self, row: int, code: int, tokens: Tensor, logprob: Tensor | None) -> InvalidAction:
+        if code == BAD_TOKEN or logprob is None:
+            last = self.token_spec.vocab_size - 1
+            return InvalidAction(f"actions[{row}]={int(tokens[row])} is no token id; allowed: 0 to {last}.")
+        value = float(logprob[row])
+        return InvalidAction(f"actions['logprob'][{row}]={value}; kl='policy' needs a finite log-prob, 0 or less (nats).")
+
+    def _find_ends(self, tokens: np.ndarray, active: np.ndarray) -> Ends:
+        terminated = active & np.isin(tokens, self.token_spec.stop_token_ids)
+        full = self._texts.response_length >= self.token_spec.max_new_tokens
+        truncated = active & full & ~terminated
+        scored = terminated | truncated if self.token_spec.score_truncated else terminated
+        return Ends(terminated, truncated, scored)
+
+    # ------------------------------------------------------------------- infos
+
+    def _start_infos(self, slots: np.ndarray) -> Infos:
+        rows = np.zeros(self.num_envs, dtype=bool)
+        rows[slots] = True
+        infos = Infos()
+        infos.add("prompt_id", self._texts.upload(self._prompt_id.copy()), rows)
+        potential = self._engine.potential()
+        if potential is not None:
+            infos.add("potential", potential, rows)
+        return infos
+
+    def _step_infos(self, paid: Paid, active: np.ndarray, ended: np.ndarray) -> Infos:
+        infos = Infos()
+        infos.add("reward_terms", dict(paid.terms), active)
+        infos.add("ref_logprob", paid.ref_logprob, active)
+        infos.add("kl_coef", self._texts.upload(self._episode_kl_coef.copy()), active)
+        infos.add("prompt_id", self._texts.upload(self._prompt_id.copy()), active)
+        if paid.potential is not None:
+            infos.add("potential", paid.potential, active)
+        if paid.finished is not None:
+            # Copies: the rows that end may begin anew before these are read.
+            if paid.score is not None:
+                infos.add("score", paid.score.clone(), ended)
+            if self._task.gold is not None:
+                infos.add("gold", self._gold(paid.finished.prompt_and_response_texts(), ended), ended)
+            infos.add("token_rewards", self._engine.token_rewards.clone(), ended)
+        return infos
+
+    def _gold(self, texts: list[tuple[str, str]], ended: np.ndarray) -> Tensor:
+        assert self._task.gold is not None
+        gold = np.zeros(self.num_envs, dtype=np.float32)
+        gold[ended] = [self._task.gold(prompt, response) for prompt, response in texts]
+        return self._texts.upload(gold)
+
+    def _final(self, infos: Infos, ended: np.ndarray) -> dict[str, Any]:
+        """SAME_STEP's account of the episodes that ended: their last observation and infos."""
+        info = infos.only(ended).to_dict(self._texts.upload, self._export)
+        masks = {key: self._export(self._texts.upload(ended.copy())) for key in ("_final_obs", "_final_info")}
+        return {"final_obs": self._observation(), "final_info": info, **masks}
+
+    def _observation(self) -> Any:
+        """Fresh arrays, never the env's own."""
+        if self.config.observation == "features":
+            return self._export(self._engine.reference_states().float().clone())
+        upload = self._texts.upload
+        return {
+            "tokens": self._export(self._texts.device_tokens()),
+            "length": self._export(upload(self._texts.length.copy())),
+            "prompt_length": self._export(upload(self._texts.prompt_length.copy())),
+        }
+
+    def _export(self, values: Tensor) -> Any:
+        return values if self.config.array == "torch" else values.cpu().numpy()
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise EnvClosed("this env is closed; make a new one.")
+
+    def _require_reset(self) -> None:
+        self._require_open()
+        if not self._engine.started:
+            raise NotReset("call reset() first: no text has begun in every slot yet.")
