@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.models.batching import upload
 from tokenenv.types import SlotModel
 
 
@@ -34,6 +35,11 @@ class Policy(Protocol):
     def parameters(self) -> Any:
         """All weights; their device is where the policy lives."""
         ...
+
+
+def to_host(values_N: Tensor) -> np.ndarray:
+    """The one copy from the device that acting makes."""
+    return values_N.cpu().numpy()
 
 
 def device_of(policy: Policy) -> torch.device:
@@ -99,12 +105,12 @@ class Actor:
         """The states (N, H) after each text, by one appended token or, in rows that are new, from the start."""
         assert self._slots is not None
         changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
-        # The one copy to the host: 0 where the row runs on, else the length to read.
-        fresh = np.asarray((changed_N * lengths_N).cpu())
+        # 0 where the row runs on, else the length to read.
+        fresh = to_host(changed_N * lengths_N)
         slots = np.flatnonzero(fresh)
         if not len(slots):
             return self._slots.append(self._tokens)
-        rows = torch.as_tensor(slots, device=texts_NL.device)
+        rows = upload(slots, texts_NL.device)
         fresh_states = self._slots.prefill(slots.tolist(), texts_NL[rows, : int(fresh.max())], fresh[slots].tolist())
         if len(slots) == len(fresh):
             return fresh_states

@@ -7,7 +7,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -30,10 +30,8 @@ from .generate import generate
 from .learner import LossFunction, Metrics, Reference, accumulate_gradient
 from .policy import LMPolicy
 from .progress import ProgressLine
+from .saving import agent_state, restore, resume_env, trained_weights
 from .tracking import RunFolder
-
-CHECKPOINT = "checkpoint.safetensors"
-"""Its name in a run folder."""
 
 OnUpdate = Callable[[Metrics, Sequence[Episode]], None]
 
@@ -45,7 +43,7 @@ class Agent:
         envs: a vector env of texts, such as `gym.make_vec("tokenenv/Reviews-v0", num_envs=64)`; with SAME_STEP no step is lost.
         config: an instance of the agent's config; None is the default one.
         policy: what to train; None is a copy of the env's model.
-        run_dir: where TensorBoard events, episodes and checkpoints go; None writes nothing.
+        run_dir: where TensorBoard events and episodes go; None writes nothing.
         **overrides: single fields of the config.
     """
 
@@ -61,20 +59,26 @@ class Agent:
         **overrides: Any,
     ) -> None:
         check_env(envs)
+        if not isinstance(config, self.config_class | None):
+            raise InvalidArgument(f"config={config!r} is no {self.config_class.__name__}.")
         for name in overrides:
             check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
         self.config = cfg = replace(config or self.config_class(), **overrides)
-        self.envs, self._core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
-        self.spec = getattr(self._core, "token_spec", None)
+        self.envs, self.core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
+        self.spec = getattr(self.core, "token_spec", None)
         self.policy = policy or default_policy(envs, cfg)
+        if self.policy.model is getattr(self.core, "reference", None):
+            raise InvalidArgument("policy holds the env's own reference, which must stay as it is: give it a deep copy.")
         if self.policy.vocab_size != num_actions(envs):
             raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.collector = Collector(envs, self.actor, seed=cfg.seed)
-        self.optimizer = torch.optim.AdamW(self._trained().values(), lr=cfg.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(trained_weights(self.policy).values(), lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.updates = 0
-        self.reference = Reference(reference_of(envs), self.policy.vocab_size) if cfg.full_kl_coef else None
+        self.reference = None
+        if cfg.full_kl_coef:
+            self.reference = Reference(reference_of(envs, "leave full_kl_coef at 0"), self.policy.vocab_size)
         self.statistics: dict[str, Any] = self.running_statistics()
 
     def running_statistics(self) -> dict[str, Any]:
@@ -93,18 +97,18 @@ class Agent:
     @property
     def kl_coef(self) -> float:
         """The env's beta for episodes that begin from now on; 0 for an env without one."""
-        return float(getattr(self._core, "kl_coef", 0.0))
+        return float(getattr(self.core, "kl_coef", 0.0))
 
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
-        if not hasattr(self._core, "kl_coef"):
+        if not hasattr(self.core, "kl_coef"):
             raise InvalidArgument(f"kl_coef={value} needs an env that has a kl_coef.")
-        self._core.kl_coef = value
+        self.core.kl_coef = value
 
     def learn(self, total_tokens: int, *, progress: bool = False, on_update: OnUpdate | None = None) -> Self:
         """Learns until `total_tokens` tokens have been seen in all, those before a `load` included.
 
-        `progress` shows a live line; `on_update(metrics, episodes)` is called after each update.
+        `progress` shows a live line; `on_update(metrics, episodes)` is called after each update, and may `save`.
         """
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
@@ -120,22 +124,16 @@ class Agent:
                 metrics["time/tokens_per_second"] = (self.tokens_seen - before) / (time.perf_counter() - started)
                 for listener in listeners:
                     listener(metrics, episodes)
-                self._checkpoint(before, total_tokens)
         finally:
             for listener in listeners:
                 getattr(listener, "close", lambda: None)()
         return self
 
-    def _checkpoint(self, tokens_before: int, total_tokens: int) -> None:
-        every = self.config.checkpoint_tokens
-        if self.run_dir is None or every is None:
-            return
-        if self.tokens_seen // every > tokens_before // every or self.tokens_seen >= total_tokens:
-            self.save(self.run_dir / CHECKPOINT)
-
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
+        before = self.tokens_seen
         episodes = self.collector.collect(self.config.batch_tokens)
-        lr = learning_rate(self.config, self.tokens_seen / total_tokens)
+        # At the middle of what was just collected: neither the first update nor the last is lost to a rate of zero.
+        lr = learning_rate(self.config, (before + self.tokens_seen) / 2 / total_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
@@ -183,7 +181,7 @@ class Agent:
             if cfg.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > cfg.target_kl:
                 self.optimizer.zero_grad()
                 break
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
             self.optimizer.step()
             self.optimizer.zero_grad()
             metrics["policy/grad_norm"] = float(norm)
@@ -201,6 +199,8 @@ class Agent:
         target, tokens = self.config.kl_target, int(batch.response_length_B.sum())
         if target is None:
             return
+        if not batch.ref_logprob_BT.any():
+            raise InvalidArgument(f"kl_target={target} needs an env that reports ref_logprob.")
         kl = float((batch.logprob_BT - batch.ref_logprob_BT).sum()) / tokens
         self.kl_coef *= 1.0 + float(np.clip(kl / target - 1.0, -0.2, 0.2)) * tokens / self.config.kl_horizon
 
@@ -221,23 +221,9 @@ class Agent:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint atomically. The run then goes on from it too, so that it and a resumed run stay equal."""
-        resumable = self.collector.running and hasattr(self._core, "save_state")
-        env_state = self._core.save_state() if resumable else None
-        state = {
-            "agent": type(self).__name__,
-            "config": asdict(self.config),
-            "weights": self._trained(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.actor.generator.get_state(),
-            "rng": self.rng.bit_generator.state,
-            "updates": self.updates,
-            "statistics": {name: value.state_dict() for name, value in self.statistics.items()},
-            "collector": self.collector.state_dict(),
-            "kl_coef": self.kl_coef,
-            "env": env_state,
-        }
+        state = agent_state(self)
         write_checkpoint(path, state)
-        self._resume(env_state)
+        resume_env(self, state["env"])
 
     @classmethod
     def load(
@@ -257,39 +243,15 @@ class Agent:
         if state.get("agent") != cls.__name__:
             raise CheckpointError(f"{path} was saved by {state.get('agent')}, not by {cls.__name__}.")
         agent = cls(envs, cls.config_class(**state["config"]), policy=policy, run_dir=run_dir, **overrides)
-        agent._restore(state)
+        restore(agent, state)
         if "kl_coef" in overrides:
             agent.kl_coef = overrides["kl_coef"]
         return agent
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        check_weights(self._trained(), state["weights"])
-        self.policy.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.actor.generator.set_state(state["generator"])
-        self.rng.bit_generator.state = state["rng"]
-        self.updates = state["updates"]
-        for name, value in self.statistics.items():
-            value.load_state_dict(state["statistics"][name])
-        self.collector.load_state_dict(state["collector"], running=state["env"] is not None)
-        if self.kl_coef != state["kl_coef"]:
-            self.kl_coef = state["kl_coef"]
-        self._resume(state["env"])
-
-    def _resume(self, env_state: Any) -> None:
-        """Goes on from a saved env state with caches filled anew: they hold rounding that depends on how they were filled."""
-        if env_state is not None:
-            obs, _ = self._core.load_state(env_state)
-            self.collector.resume(obs)
-        self.actor.refresh()
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
-
 
 def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:
     """A policy that starts as the env's model."""
-    model = getattr(envs.unwrapped, "model", None) or reference_of(envs)
+    model = getattr(envs.unwrapped, "model", None) or reference_of(envs, "give policy=LMPolicy(model)")
     return LMPolicy(
         copy.deepcopy(model),
         separate_value=getattr(config, "separate_value", False),
@@ -298,12 +260,3 @@ def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:
         max_batch_tokens=config.max_batch_tokens,
         seed=config.seed,
     )
-
-
-def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and shape."""
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, saved)]
-    if shapes[0] != shapes[1]:
-        name = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
-        here, there = (which.get(name, "nothing") for which in shapes)
-        raise CheckpointError(f"the checkpoint belongs to another model: it has {there} for {name}, this policy {here}.")

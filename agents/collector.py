@@ -21,7 +21,14 @@ from .episodes import Episode
 LOGPROB, REWARD, REF_LOGPROB = range(3)
 
 # What an env may say about a finished text, and what stands for silence.
-INFO_DEFAULTS = {"score": np.nan, "gold": np.nan, "kl_coef": 0.0, "ref_logprob": 0.0, "prompt_id": -1}
+INFO_DEFAULTS: dict[str, float] = {
+    "score": np.nan,
+    "gold": np.nan,
+    "token_rewards": np.nan,
+    "kl_coef": 0.0,
+    "ref_logprob": 0.0,
+    "prompt_id": -1,
+}
 
 
 class Collector:
@@ -110,39 +117,41 @@ class Collector:
         rows = np.flatnonzero(terminated | truncated)
         if self.mode == AutoresetMode.SAME_STEP:
             obs, infos = infos["final_obs"], infos["final_info"]
-        texts = take_obs(obs, rows)
         known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
+        ends = {"terminated": terminated[rows], "truncated": truncated[rows], **take_obs(obs, rows), **known}
         records = take(self._ring.movedim(2, 0), rows)
         # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
         records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
-        placed = take_info(infos, "token_rewards", rows, np.nan)
-        episodes = []
-        for n, i in enumerate(rows):
-            end = int(texts["length"][n])
-            start, prompt = end - self._age[i], int(texts["prompt_length"][n])
-            record = records[n, (self._clock - np.arange(self._age[i])[::-1]) % len(self._ring)]
-            if not np.isnan(placed[n]).all():
-                record[:, REWARD] = placed[n, start - prompt : end - prompt]
-            episodes.append(
-                Episode(
-                    prompt=texts["tokens"][n, :start],
-                    response=texts["tokens"][n, start:end],
-                    logprob=record[:, LOGPROB],
-                    ref_logprob=record[:, REF_LOGPROB],
-                    reward=record[:, REWARD],
-                    kl_coef=float(known["kl_coef"][n]),
-                    terminated=bool(terminated[i]),
-                    truncated=bool(truncated[i]),
-                    score=float(known["score"][n]),
-                    gold=float(known["gold"][n]),
-                    prompt_id=int(known["prompt_id"][n]),
-                    slot=int(i),
-                    index=int(self.finished[i]),
-                )
-            )
+        episodes = [
+            self._episode(int(slot), {key: values[n] for key, values in ends.items()}, records[n])
+            for n, slot in enumerate(rows)
+        ]
         self.finished[rows] += 1
         self._age[rows] = 0
         return episodes
+
+    def _episode(self, slot: int, end: dict[str, Any], record: np.ndarray) -> Episode:
+        """One finished text from its last observation and infos, and its row of the ring."""
+        age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
+        start = length - age
+        record = record[(self._clock - np.arange(age)[::-1]) % len(record)]
+        if not np.isnan(placed).all():
+            record[:, REWARD] = placed[start - end["prompt_length"] : length - end["prompt_length"]]
+        return Episode(
+            prompt=end["tokens"][:start],
+            response=end["tokens"][start:length],
+            logprob=record[:, LOGPROB],
+            ref_logprob=record[:, REF_LOGPROB],
+            reward=record[:, REWARD],
+            kl_coef=float(end["kl_coef"]),
+            terminated=bool(end["terminated"]),
+            truncated=bool(end["truncated"]),
+            score=float(end["score"]),
+            gold=float(end["gold"]),
+            prompt_id=int(end["prompt_id"]),
+            slot=slot,
+            index=int(self.finished[slot]),
+        )
 
 
 def _device(obs: Mapping[str, Any]) -> torch.device:

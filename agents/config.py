@@ -28,7 +28,7 @@ class AgentConfig:
     lr: float = 3e-4
     """Learning rate of AdamW (no weight decay), above 0."""
     lr_schedule: str = "linear"
-    """Over the tokens that `learn` was asked for: "constant", or "linear" or "cosine" down to 0."""
+    """Over the tokens that `learn` was asked for: "constant", or "linear" or "cosine" towards 0."""
     lr_warmup: float = 0.0
     """Share of those tokens over which the learning rate first rises from 0; 0 to 1."""
     max_grad_norm: float = 1.0
@@ -47,9 +47,6 @@ class AgentConfig:
     """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
     """An update ends when a minibatch's KL(old || new) exceeds this, in nats per token, above 0; None never stops."""
-    checkpoint_tokens: int | None = None
-    """With a run folder: a checkpoint is written each time this many more tokens have been seen, 1 or more, and at the
-    end; None writes none."""
     precision: str = "auto"
     """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on GPUs that have it."""
     lora_rank: int = 0
@@ -59,7 +56,7 @@ class AgentConfig:
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
-        self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon", "checkpoint_tokens")
+        self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon")
         self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")

@@ -32,12 +32,12 @@ def num_actions(envs: VectorEnv) -> int:
     return int(space["token"].n if wants_logprob(envs) else space.n)
 
 
-def reference_of(envs: VectorEnv) -> Any:
-    """The env's reference model, or `InvalidArgument`."""
+def reference_of(envs: VectorEnv, otherwise: str) -> Any:
+    """The env's reference model, or `InvalidArgument` that says what to do `otherwise`."""
     reference = getattr(envs.unwrapped, "reference", None)
     if reference is None or getattr(envs.unwrapped, "token_spec", None) is None:
         name = type(envs.unwrapped).__name__
-        raise InvalidArgument(f"{name} has no token_spec and reference to start from: give policy=LMPolicy(model).")
+        raise InvalidArgument(f"{name} has no token_spec and reference to start from: {otherwise}.")
     return reference
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .advantages import token_mask
 
+PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index")
+
 
 @dataclass(frozen=True, slots=True)
 class Episode:
@@ -67,6 +69,11 @@ class EpisodeBatch:
     kl_coef_B: Tensor
     terminated_B: Tensor
     truncated_B: Tensor
+    score_B: Tensor
+    gold_B: Tensor
+    prompt_id_B: Tensor
+    slot_B: Tensor
+    index_B: Tensor
 
     @property
     def mask_BT(self) -> Tensor:
@@ -87,9 +94,7 @@ class EpisodeBatch:
             logprob_BT=_pad([e.logprob for e in episodes]),
             ref_logprob_BT=_pad([e.ref_logprob for e in episodes]),
             reward_BT=_pad([e.reward for e in episodes]),
-            kl_coef_B=torch.tensor([e.kl_coef for e in episodes], dtype=torch.float32),
-            terminated_B=torch.tensor([e.terminated for e in episodes]),
-            truncated_B=torch.tensor([e.truncated for e in episodes]),
+            **{f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE},
         )
 
 

@@ -46,19 +46,20 @@ def evaluate(
     *,
     num_texts: int = 256,
     prompts: Sequence[Any] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Samples texts from an agent, or from a policy, with caches and random numbers of their own: nothing else moves.
 
     With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the same `seed`. `envs` is
-    reset, so it should not be the one in which an agent is learning.
+    reset, so it should not be the one in which an agent is learning. `temperature` is the agent's (a policy's is 1).
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
         raise InvalidArgument(f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate.")
     policy: Policy = getattr(agent, "policy", agent)
-    collector = Collector(envs, Actor(policy, temperature=temperature, seed=seed), seed=seed)
+    own = agent.config.temperature if policy is not agent else 1.0
+    collector = Collector(envs, Actor(policy, temperature=temperature or own, seed=seed), seed=seed)
     if prompts is None:
         return summarise(_first_texts(collector, num_texts))
     episodes: list[Episode] = []

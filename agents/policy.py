@@ -68,8 +68,9 @@ class LMPolicy(nn.Module):
         return states_BLH, hidden_states(self.value_trunk, tokens_BL, lengths)
 
     def value(self, states_KH: Tensor) -> Tensor:
-        """Values (K,) float32 of value states."""
-        return self.value_head(states_KH.float())[:, 0]
+        """Values (K,) float32 of value states, in full precision whatever the trunk runs in."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.value_head(states_KH.float())[:, 0]
 
     def autocast(self) -> AbstractContextManager:
         """The precision that forwards run in."""

@@ -1,10 +1,9 @@
 """PyDocs-v0: continue prose of the Python reference in plainer words.
 
-Prompts are the first 16 to 24 tokens of a passage, cut between words. A text ends with the end-of-text token. The gold
+Prompts are the first 16 to 24 tokens of a passage, up to the end of a word. A text ends with the end-of-text token. The gold
 metric is the Flesch reading ease of the continuation alone (the prompt is given, the policy cannot change it), 0 to 100.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,7 @@ from .topics import MIN_WORDS, SENTENCE_BREAK, prose
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 24
 
 
-def task(
-    *, split: str = "train", max_new_tokens: int = 80, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Task:
+def task(*, split: str = "train", max_new_tokens: int = 80, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
     """The task on the prompts of one split ('train' or 'test'; no topic is in both).
 
     Raises `ModelError` where the standard library lacks `pydoc_data`.
@@ -29,9 +26,9 @@ def task(
     tokenizer = bundled_tokenizer("pydocs-lm")
     return Task(
         tokenizer=tokenizer,
+        prompts=make_prompts(split, tokenizer),
         reference=bundled_lm("pydocs-lm", device, dtype),
         scorer=bundled_scorer("pydocs-reward", device, dtype),
-        prompts=make_prompts(split, tokenizer),
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         max_new_tokens=max_new_tokens,
         stop_token_ids=(tokenizer.eos_token_id,),
@@ -58,7 +55,10 @@ def _tails(paragraph: str) -> Iterator[str]:
 
 
 def cut(ids: list[int], tokenizer: Any) -> int:
-    """Where a prompt ends: before a new word, 16 to 24 tokens in; a hash of the ids spreads the lengths."""
-    tokens = tokenizer.convert_ids_to_tokens(ids[: MAX_PROMPT_TOKENS + 1])
-    places = [i for i in range(MIN_PROMPT_TOKENS, len(tokens)) if tokens[i].startswith("Ġ")] or [MIN_PROMPT_TOKENS]
-    return places[hashlib.sha256(bytes(str(ids), "ascii")).digest()[0] % len(places)]
+    """Where a prompt ends: at the first new word from 16 tokens on, or after 24.
+
+    The place can be read off the text, so a reward model that sees prompt and response in one row can tell them apart.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(ids[:MAX_PROMPT_TOKENS])
+    places = (i for i in range(MIN_PROMPT_TOKENS, len(tokens)) if tokens[i].startswith("Ġ"))
+    return next(places, len(tokens))

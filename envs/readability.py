@@ -5,10 +5,11 @@ Formula: R. Flesch, "A new readability yardstick", Journal of Applied Psychology
 """
 
 import re
+from functools import lru_cache
 
 MIN_WORDS = 12
 """A text of fewer words scores 0: the formula means nothing there, and a few short words would beat any prose."""
-_WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
+_WORD = re.compile(r"[A-Za-z]+(?:['\u2019][A-Za-z]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+[\"')\]]*(?=\s+[^a-z\s]|\s*$)")
 _VOWELS = re.compile(r"[aeiouy]+")
 _SILENT_END = re.compile(r"(?<=[^aeiouylsxzcgtd])es$|(?<=[^aeiouytd])ed$|(?<=[^aeiouyl])e$|(?<=[aeiouy]l)e[sd]?$")
@@ -19,6 +20,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
+@lru_cache(maxsize=100_000)
 def count_syllables(word: str) -> int:
     """Groups of vowels, a silent final e, -es or -ed not counted; at least 1. A heuristic, right for most words."""
     return max(1, len(_VOWELS.findall(_SILENT_END.sub("", word.lower()))))

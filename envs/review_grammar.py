@@ -13,14 +13,14 @@ from functools import cache
 
 from tokenenv.errors import check_choice
 
-POSITIVE_ADJECTIVES = (
+POSITIVE_ADJECTIVES = str.split(
     "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine nice charming delicious "
     "superb pleasant kind amazing cosy bright"
-).split()
-NEGATIVE_ADJECTIVES = (
+)
+NEGATIVE_ADJECTIVES = str.split(
     "bad awful terrible poor rude stale dirty cold slow dull horrible noisy bland boring broken unpleasant nasty "
     "disappointing greasy cramped weak careless"
-).split()
+)
 POSITIVE_VERBS = {"enjoy": "enjoyed", "love": "loved", "like": "liked", "recommend": "recommended", "praise": "praised"}
 NEGATIVE_VERBS = {"hate": "hated", "dislike": "disliked", "regret": "regretted", "avoid": "avoided", "resent": "resented"}
 NEGATORS = ("not", "never", "hardly")
@@ -37,22 +37,22 @@ DECOYS = (
     "slow train",
     "weak signal",
 )
-PLACES = "hotel restaurant cafe bar bakery museum inn pub bistro diner hostel canteen".split()
-DISHES = "soup bread coffee tea pasta fish cake salad pizza cheese wine curry rice pie juice breakfast dinner lunch".split()
-THINGS = "room bed view music garden terrace lobby service staff waiter menu bathroom kitchen guide shop tour".split()
-PEOPLE = "sister brother friend mother father boss neighbour uncle aunt cousin".split()
-TIMES = "yesterday today again once twice recently".split()
-DAYS = "monday tuesday friday saturday sunday".split()
-SIGHTS = "station river market park castle harbour bridge church lake square".split()
+PLACES = str.split("hotel restaurant cafe bar bakery museum inn pub bistro diner hostel canteen")
+DISHES = str.split("soup bread coffee tea pasta fish cake salad pizza cheese wine curry rice pie juice breakfast dinner lunch")
+THINGS = str.split("room bed view music garden terrace lobby service staff waiter menu bathroom kitchen guide shop tour")
+PEOPLE = str.split("sister brother friend mother father boss neighbour uncle aunt cousin")
+TIMES = str.split("yesterday today again once twice recently")
+DAYS = str.split("monday tuesday friday saturday sunday")
+SIGHTS = str.split("station river market park castle harbour bridge church lake square")
 OPENINGS = {"train": 2000, "test": 512}
 """How many prompts each split has."""
 MIN_OPENING, MAX_OPENING = 4, 10
 """The length of a prompt in words and marks."""
 CLAUSE_ENDS = (".", ",", "!", "and", "but")
 
-POLARITY = {word: 1 for word in [*POSITIVE_ADJECTIVES, *POSITIVE_VERBS, *POSITIVE_VERBS.values()]} | {
-    word: -1 for word in [*NEGATIVE_ADJECTIVES, *NEGATIVE_VERBS, *NEGATIVE_VERBS.values()]
-}
+POLARITY = dict.fromkeys([*POSITIVE_ADJECTIVES, *POSITIVE_VERBS, *POSITIVE_VERBS.values()], 1) | dict.fromkeys(
+    [*NEGATIVE_ADJECTIVES, *NEGATIVE_VERBS, *NEGATIVE_VERBS.values()], -1
+)
 _PAIRS = {tuple(pair.split()) for pair in DECOYS}
 _TOKEN = re.compile(r"[a-z]+|[.,!]")
 
@@ -88,7 +88,7 @@ def is_positive(text: str) -> bool:
 def review(rng: random.Random, leaning: float | None = None) -> list[str]:
     """One random review; `leaning`, the share of opinions in favour, is drawn so that about half are positive."""
     if leaning is None:
-        leaning = rng.choice((0.15, 0.15, 0.55, 0.55, 0.9, 0.9))
+        leaning = rng.choice((0.15, 0.15, 0.65, 0.65, 0.9, 0.9))
     sentences = [_opening(rng)] if rng.random() < 0.75 else []
     for _ in range(rng.choice((1, 2, 2, 3))):
         sentences.append(_opinion_sentence(rng, leaning))
@@ -189,7 +189,7 @@ def openings(split: str) -> tuple[str, ...]:
         words = review(rng)
         length = rng.randint(MIN_OPENING, MAX_OPENING)
         text = " ".join(words[:length])
-        if len(words) > length and split_of(text) == split and not any(i < length for i, _ in opinions(words)):
+        if len(words) > length and split_of(text) == split and not list(opinions(words[:length])):
             found[text] = None
     return tuple(found)
 

@@ -12,16 +12,14 @@ from .bundled import bundled_lm, bundled_scorer, bundled_tokenizer
 from .review_grammar import MAX_OPENING, is_positive, openings
 
 
-def task(
-    *, split: str = "train", max_new_tokens: int = 40, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> Task:
+def task(*, split: str = "train", max_new_tokens: int = 40, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
     """The task on the prompts of one split ('train' or 'test'; no prompt is in both)."""
     tokenizer = bundled_tokenizer("reviews-lm")
     return Task(
         tokenizer=tokenizer,
+        prompts=tokenizer(list(openings(split)))["input_ids"],
         reference=bundled_lm("reviews-lm", device, dtype),
         scorer=bundled_scorer("reviews-reward", device, dtype),
-        prompts=tokenizer(list(openings(split)))["input_ids"],
         max_prompt_tokens=MAX_OPENING,
         max_new_tokens=max_new_tokens,
         stop_token_ids=(tokenizer.eos_token_id,),

@@ -75,6 +75,8 @@ def task(
     length = max_prompt_tokens + max_new_tokens
     policy = _frozen(load_causal_lm(model, **options), "model", length)
     tokenizer = _tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
+    if gold is not None and tokenizer is None:
+        raise InvalidArgument("gold= reads texts; give a tokenizer= too.")
     stop_ids = _stop_ids(policy, tokenizer, stop_token_ids)
     ids = load_prompts(  # before more models are loaded, which may take minutes
         prompts,
@@ -86,16 +88,16 @@ def task(
         column=prompt_column,
     )
     options["device"] = device or policy.device
-    others = {"reference": None if reference == model else reference, "reward model": reward_model}
-    for role, source in others.items():
-        _check_tokenizer(tokenizer, source, role, trust_remote_code)
-    other = policy if others["reference"] is None else _frozen(load_causal_lm(reference, **options), "reference", length)
+    reference = None if reference == model else reference
+    _check_tokenizer(tokenizer, reference, "reference", trust_remote_code)
+    _check_tokenizer(tokenizer, reward_model, "reward model", trust_remote_code)
+    frozen = policy if reference is None else _frozen(load_causal_lm(reference, **options), "reference", length)
     rewarder = None if reward_model is None else _frozen(load_reward_model(reward_model, **options), "reward model", length)
     scorer = None if rewarder is None else make_scorer(rewarder)
     return Task(
         tokenizer=tokenizer,
-        reference=other,
-        model=None if other is policy else policy,
+        reference=frozen,
+        model=None if frozen is policy else policy,
         scorer=scorer,
         reward="token" if scorer is not None and scorer.per_token else "terminal",
         prompts=ids,

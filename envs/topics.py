@@ -15,7 +15,9 @@ _TEST_SHARE = 0.25
 _CODE = re.compile(r"::=|>>>|[|{}=<>\\]|\+--|\*\*|__ __")
 _VERSION_NOTE = re.compile(r"(Changed|New|Added|Removed) in version|Deprecated since|Availability:")
 _BULLET = re.compile(r"^\s*(\* |\[\d+\] |\d+\. |- )")
-_PLAIN = str.maketrans({"’": "'", "‘": "'", "“": "", "”": "", '"': "", "—": "-", "–": "-", "…": "...", "\xa0": " "})
+_PLAIN = str.maketrans(
+    dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys('"\u201c\u201d') | dict.fromkeys("\u2013\u2014", "-") | {"\u2026": "..."}
+)
 
 
 def paragraphs(text: str) -> Iterator[str]:

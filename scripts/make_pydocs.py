@@ -8,7 +8,7 @@ import platform
 import random
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import numpy as np
 import torch
 import training
 from rich import print
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from torch import Tensor
-
 from tokenenv.envs.bundled import ASSETS
 from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, make_prompts
 from tokenenv.envs.readability import MIN_WORDS, count_syllables, reading_ease, words
 from tokenenv.envs.topics import paragraphs, passages, prose
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
 
 END = 0
 VOCABULARY = 1024
@@ -36,30 +35,31 @@ _SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip",
 
 LM_CARD = """# pydocs-lm
 
-The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32, 1 key-value head)
-over 1,024 byte-level BPE tokens, which continues English prose of the Python documentation.
+The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32,
+1 key-value head) over 1,024 byte-level BPE tokens, which continues English prose of the Python documentation.
 
-- Data: passages of whole sentences, 25 to 44 words, of the standard library of Python {python}: {passages} from the train
-  topics of `pydoc_data.topics` (three times an epoch) and those of the library's docstrings. The text is not part of this repository.
-- Held-out loss on passages of the test topics, measured on the saved bfloat16 weights: {loss:.4f} nats per token.
-- On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f} on average with a standard deviation of {gold_sd:.1f};
-  {finished_share:.3f} finished within 80 tokens, {mean_length:.1f} tokens long on average.
+- Data: passages of whole sentences, 25 to 44 words, of the standard library of Python {python}: {passages} from the
+  train topics of `pydoc_data.topics` (three times an epoch) and {docstrings} from docstrings. None of it is stored here.
+- Held-out loss on passages of the test topics, from the saved bfloat16 weights: {loss:.4f} nats per token.
+- On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f}, standard deviation {gold_sd:.1f};
+  {finished_share:.3f} finished within 80 tokens; {mean_length:.1f} tokens on average.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
 """
 REWARD_CARD = """# pydocs-reward
 
-The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one label and {parameters:,} parameters (3 layers, hidden 96).
-The token scores of a response sum to its Flesch reading ease so far, less {mean:.1f} and divided by {scale:.1f} (mean and
-standard deviation under the reference); before twelve words are there the sum moves from 0 towards that value.
+The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one label and {parameters:,} parameters
+(3 layers, hidden 96). The token scores of a response sum to its Flesch reading ease so far, less {mean:.1f} and divided by
+{scale:.1f} (mean and standard deviation under the reference). Until twelve words are there the sum moves from 0 to that.
 
-- Data: passages of the train topics, samples of pydocs-lm at two temperatures with the logits of short words and sentence
-  ends raised by nothing, a little or a lot, and shuffled texts; targets by `envs/readability.py`.
-- On continuations of held-out prompts by pydocs-lm, measured on the saved bfloat16 weights: correlation of summed score and
-  reading ease {correlation:.3f} (n=1,024); on samples tilted to easy words (mean reading ease {easy_gold:.1f}) {easy_correlation:.3f} (n=256).
-- The best of 16 by score has reading ease {best_of_16:.1f}, any of them {any_of_16:.1f} on average (64 prompts).
+- Data: passages of the train topics; {samples} samples of pydocs-lm, plain or tilted to short words and ends of sentences by
+  more or less; shuffled texts. Targets by `envs/readability.py`.
+- From the saved bfloat16 weights, on continuations of held-out prompts: correlation of score and reading ease
+  {correlation:.3f} (n=1,024, mean reading ease {gold_mean:.1f}); on samples tilted to easy words {easy_correlation:.3f}
+  (n=256, mean reading ease {easy_gold:.1f}, mean score {easy_score:.2f}).
+- The best of 16 by score has reading ease {best_of_16:.1f}, any of the 16 {any_of_16:.1f} on average (64 prompts).
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py` (both models in {minutes:.0f} minutes on two CPU cores; seeds and threads fixed).
+- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
 """
 
 
@@ -250,7 +250,7 @@ def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
 def main() -> None:
     """Trains, saves, measures what was saved, and writes the model cards."""
     training.set_up()
-    begin = time.perf_counter()
+    begin = time.process_time()
     train, docstrings = prose("train"), docstring_prose()
     tokenizer = make_tokenizer([*train, *docstrings])
     real, held_out = encode(train, tokenizer), encode(prose("test"), tokenizer)
@@ -262,7 +262,7 @@ def main() -> None:
     mean, scale = float(reference.mean()), float(reference.std())
     reward_model = train_reward_model(texts, tokenizer, mean, scale)
     training.save(reward_model, tokenizer, ASSETS / "pydocs-reward")
-    minutes = (time.perf_counter() - begin) / 60
+    minutes = (time.process_time() - begin) / 60
 
     lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
     numbers = {"loss": training.mean_lm_loss(lm, held_out), "mean": mean, "scale": scale}

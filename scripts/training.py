@@ -44,7 +44,7 @@ def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch
 
 def batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
     """Indices in batches of `size` texts of similar length, in random order."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i] + rng.uniform(-4, 4)))
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-4, 4))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     rng.shuffle(groups)
     return groups

@@ -5,6 +5,7 @@
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import fakes
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
 
 from tokenenv.models.heads import make_scorer
@@ -25,8 +27,8 @@ TOY = "tests/Toy-v0"
 P, T = 5, 7
 STOPS = (fakes.EOS, 7, 9)
 
-reference = cache(fakes.causal_lm)
-reward_model = cache(fakes.reward_model)
+reference = cache(lambda: fakes.causal_lm(num_hidden_layers=1))
+reward_model = cache(lambda kind: fakes.reward_model(kind, num_hidden_layers=1))
 tokenizer = cache(fakes.tokenizer)
 
 
@@ -91,7 +93,6 @@ def textgen_options() -> dict[str, Any]:
         "reward_model": reward_model("token"),
         "prompts": ["the cat is", "a good film", "rain"],
         "max_prompt_tokens": P,
-        "max_prompt_tokens": 5,
     }
 
 
@@ -126,15 +127,23 @@ def toy_cases(*names: str) -> list[Any]:
 CASES = toy_cases() + id_cases()
 
 
+def some_modes(*modes: AutoresetMode) -> list[Any]:
+    """Each registered id in every autoreset mode (or those given), and each toy in one of them in turn."""
+    modes = modes or MODES
+    pairs = [(case, modes[i % len(modes)]) for i, case in enumerate(toy_cases())]
+    pairs += [(case, mode) for case in id_cases() for mode in modes]
+    return [pytest.param(*case.values, mode, id=f"{case.id}-{mode.value}", marks=case.marks) for case, mode in pairs]
+
+
 def make_vec(num_envs: int = 4, mode: Any = AutoresetMode.NEXT_STEP, env_id: str = TOY, **options: Any) -> Any:
     """The batched env."""
     return gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=mode, **options)
 
 
 def random_actions(rng: np.random.Generator, envs: Any, stop: float = 0.15) -> Any:
-    """Uniform tokens, a stop token with probability `stop`; with log-probs where the env takes them."""
+    """Uniform tokens, stop tokens with probability `stop`; with log-probs where the env takes them."""
     spec, count = envs.unwrapped.token_spec, envs.num_envs
-    tokens = rng.integers(spec.vocab_size, size=count)
+    tokens = rng.choice(np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids), count)
     if spec.stop_token_ids:
         tokens = np.where(rng.random(count) < stop, rng.choice(spec.stop_token_ids, count), tokens)
     if isinstance(envs.single_action_space, gym.spaces.Dict):
@@ -150,7 +159,7 @@ def copied(value: Any) -> Any:
     """The same nest of arrays, as NumPy copies."""
     if isinstance(value, Mapping):
         return {key: copied(entry) for key, entry in value.items()}
-    return np.array(value)
+    return value.numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
 
 
 def assert_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
@@ -174,3 +183,43 @@ def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
     """What one row has of a batched info, without Gymnasium's `final_obs` and `final_info`."""
     present = [key for key in info if not key.startswith(("_", "final_")) and info[f"_{key}"][row]]
     return {key: row_of(info[key], row) if isinstance(info[key], Mapping) else info[key][row] for key in present}
+
+
+@dataclass
+class Played:
+    """One episode as stepping showed it; `logprobs` are the action's where it carries them."""
+
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    infos: list[dict[str, Any]] = field(default_factory=list)
+    truncated: bool = False
+
+    def padded(self, values: list[float], length: int) -> np.ndarray:
+        return np.array(values + [0.0] * (length - len(values)), np.float32)
+
+
+def play(envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, options: Any = None) -> list[Played]:
+    """The episodes that end within `steps` random steps of a SAME_STEP env that observes NumPy tokens."""
+    rng, done = np.random.default_rng(seed), []
+    obs, _ = envs.reset(seed=seed, options=options)
+    running = _begun(obs)
+    for _ in range(steps):
+        actions = random_actions(rng, envs, stop)
+        obs, rewards, terminated, truncated, info = envs.step(actions)
+        fresh = _begun(obs)
+        for row, episode in enumerate(running):
+            episode.response.append(int(tokens_of(actions)[row]))
+            episode.logprobs.append(float(actions["logprob"][row]) if isinstance(actions, dict) else 0.0)
+            episode.rewards.append(float(rewards[row]))
+            episode.infos.append(row_of(info, row))
+            if terminated[row] or truncated[row]:
+                episode.truncated = bool(truncated[row])
+                done.append(episode)
+                running[row] = fresh[row]
+    return done
+
+
+def _begun(obs: Any) -> list[Played]:
+    return [Played(row[:length].tolist()) for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)]

@@ -2,13 +2,13 @@
 
 import importlib
 import json
+import math
 import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
 from tokenenv.envs.bundled import ASSETS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -25,7 +25,9 @@ def test_a_model_is_a_plain_folder_with_a_card(name: str) -> None:
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
     }
     card = (ASSETS / name / "README.md").read_text()
-    assert all(word in card for word in ("Data:", "parameters", "loss" if name.endswith("lm") else "score", "Size:", "scripts/"))
+    assert all(
+        word in card for word in ("Data:", "parameters", "loss" if name.endswith("lm") else "score", "Size:", "scripts/")
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -67,11 +69,10 @@ def test_review_texts_depend_on_the_seed_alone(script: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("script", ["make_reviews"], indirect=True)
-def test_responses_begin_before_the_first_opinion(script: ModuleType) -> None:
-    words = "the soup was good and the tea was bad .".split()
-    assert {script.split_point(words, random.Random(seed)) for seed in range(20)} == {3}
-    words = "we visited this inn today . the soup was good .".split()
-    assert {script.split_point(words, random.Random(seed)) for seed in range(60)} == {4, 5, 6, 7, 8, 9}
+def test_targets_of_the_sentiment(script: ModuleType) -> None:
+    words = script.split_words("a waiter said good morning. the tea was very nice.")
+    one, two = 4 * math.tanh(0.5), 4 * math.tanh(1.0)
+    assert script.running_score(words) == pytest.approx([0, 0, 0, one, 0, 0, 0, 0, 0, 0, two, two])
 
 
 @pytest.mark.parametrize("script", ["make_pydocs"], indirect=True)

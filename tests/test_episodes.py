@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
-
 from tokenenv.agents import LMPolicy
 from tokenenv.agents.actor import Actor
 from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import EpisodeBatch, mean_of, summary
 from tokenenv.agents.evaluate import distinct_bigrams, evaluate, standard_error
+from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
+
 from tokenenv.errors import InvalidArgument
 
 
@@ -210,7 +210,7 @@ def test_evaluation_takes_as_many_texts_from_each_slot():
 def test_evaluation_on_given_prompts():
     class Prompted(ToyEnv):
         def reset(self, *, seed=None, options=None):
-            obs, info = super().reset(seed=seed)
+            _, info = super().reset(seed=seed)
             for i, prompt in enumerate((options or {}).get("prompts", [])):
                 self.state["tokens"][i] = 0
                 self.state["tokens"][i, : len(prompt)] = prompt

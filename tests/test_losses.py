@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from tokenenv.agents import losses
 from tokenenv.agents.token_stats import token_stats
 

@@ -6,14 +6,16 @@ import copy
 import numpy as np
 import pytest
 import torch
-from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
-
 from tokenenv.agents import LMPolicy
+from tokenenv.agents import actor as module
 from tokenenv.agents.actor import Actor, sample
 from tokenenv.agents.generate import generate, keep_likely
 from tokenenv.agents.learner import Outputs, Reference, accumulate_gradient, outputs, state_values
 from tokenenv.agents.losses import token_weights
 from tokenenv.agents.policy import add_lora
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
+
 from tokenenv.errors import InvalidArgument, MissingDependency
 
 
@@ -87,9 +89,12 @@ def test_acting_finds_out_what_changed(array):
     texts[0] = list(texts[2])  # a forked row
     grow(act())
     assert made[0].prefilled[2:] == [[0]]
+    texts[1] = [8] * len(texts[1])  # another text of the length that was expected
+    grow(act())
+    assert made[0].prefilled[3:] == [[1]]
     texts[2] = texts[2][:-1]  # as before the last token: a row whose token was ignored, or a restored one
     act()
-    assert made[0].prefilled[3:] == [[2]] or made[0].prefilled[3:] == [[0, 1, 2]]
+    assert made[0].prefilled[4:] == [[2]]
     actor.refresh()
     act()
     assert made[0].prefilled[-1] == [0, 1, 2]
@@ -98,13 +103,66 @@ def test_acting_finds_out_what_changed(array):
 def test_a_stop_token_that_is_the_pad_token_is_still_a_token():
     _, actor, made = make_actor()
     texts = [[2, 3]]
-    while (token := actor.act(text_obs(texts))[0].item()) != 0:
+    while actor.act(text_obs(texts))[0].item() != 0:
         actor.refresh()
-    actor.act(text_obs([[2, 3, 0]]))
     reads = len(made[0].prefilled)
-    actor.act(text_obs([[2, 3]]))  # the same padded row, but shorter
-    assert token == 0
+    actor.act(text_obs([[2, 3]]))  # as padded it is what was expected, but shorter
     assert len(made[0].prefilled) == reads + 1
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations that would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in WAITING, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_acting_copies_one_small_array_to_the_host(monkeypatch):
+    """On CPU by the operations it uses; on CUDA see `test_on_cuda`."""
+    _, actor, _ = make_actor()
+    copied = []
+    monkeypatch.setattr(module, "to_host", lambda x: (copied.append(x.numel()), x.numpy())[1])
+    texts = [[2, 3], [4], [5, 6, 7]]
+    actor.act(text_obs(texts))  # makes the caches
+    for turn in range(3):
+        obs = text_obs(texts, torch.as_tensor)
+        with NoWaiting():
+            tokens, _ = actor.act(obs)
+        texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
+        if turn == 1:
+            texts[0] = [9]
+    assert copied == [3] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda(monkeypatch):
+    policy = LMPolicy(tiny_lm(seed=3).cuda(), precision="float32")
+    actor = Actor(policy, temperature=0.7)
+    texts = [[2, 3], [4], [5, 6, 7]]
+    copy_to_host = module.to_host
+
+    def exempt(values):
+        torch.cuda.set_sync_debug_mode("default")
+        host = copy_to_host(values)
+        torch.cuda.set_sync_debug_mode("error")
+        return host
+
+    monkeypatch.setattr(module, "to_host", exempt)
+    for _ in range(3):
+        obs = text_obs(texts, lambda x: torch.as_tensor(x, device="cuda"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens, logprobs = actor.act(obs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for text, token, logprob in zip(texts, tokens.tolist(), logprobs.tolist(), strict=True):
+            logits = policy.model(input_ids=torch.tensor([text], device="cuda")).logits[0, -1] / 0.7
+            assert logprob == pytest.approx(torch.log_softmax(logits, -1)[token].item(), abs=1e-4)
+            text.append(token)
 
 
 def test_same_seed_same_tokens_and_other_sizes_start_anew():

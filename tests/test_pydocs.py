@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sampling import sample, summed_scores
-
 from tokenenv.envs import pydocs, topics
 from tokenenv.envs.bundled import bundled_tokenizer
 from tokenenv.envs.readability import count_sentences, count_syllables, reading_ease, words
+
 from tokenenv.errors import InvalidArgument, ModelError
 
 
@@ -68,7 +68,7 @@ def test_stopping_inside_a_sentence_gains_nothing() -> None:
 PAGE = """The thing
 *********
 
-A "thing" is *the* object that **holds** other objects [1]; it’s made once and then used by every non-
+A "thing" is *the* object that **holds** other objects [1]; it\u2019s made once and then used by every non-
 empty part of a program.
 
    thing ::= "thing" name ":" this is a production of the grammar and no prose at all

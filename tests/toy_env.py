@@ -29,10 +29,16 @@ def tiny_lm(seed: int = 0, vocab_size: int = V, **changes: Any) -> Any:
 class ToyEnv(VectorEnv):
     """Prompts of 1 to P random tokens; `kl_coef * ref_logprob` is paid beside the reward where `kl` is on."""
 
-    def __init__(self, num_envs: int = 8, mode: AutoresetMode = AutoresetMode.SAME_STEP, kl_coef: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_envs: int = 8,
+        mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        kl_coef: float = 0.0,
+        reference: Any = None,
+    ) -> None:
         self.num_envs, self.mode, self.kl_coef = num_envs, mode, kl_coef
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
-        self.reference = tiny_lm()
+        self.reference = reference or tiny_lm()
         self.token_spec = TokenSpec(None, V, PAD, (STOP,), P, T)
         counts = {name: gym.spaces.Discrete(P + T + 1) for name in ("length", "prompt_length")}
         tokens = gym.spaces.Box(0, V - 1, (P + T,), np.int64)
@@ -73,7 +79,8 @@ class ToyEnv(VectorEnv):
 
     def _ref_logprobs(self, actions: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            logits = self.reference(input_ids=torch.as_tensor(self.state["tokens"])).logits
+            device = next(self.reference.parameters()).device
+            logits = self.reference(input_ids=torch.as_tensor(self.state["tokens"], device=device)).logits.cpu()
         rows = np.arange(self.num_envs)
         return torch.log_softmax(logits, -1)[rows, self.state["length"] - 1, actions].numpy()
 

@@ -38,6 +38,10 @@ class CheckpointError(TokenEnvError, ValueError):
     """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
 
 
+class ContractError(TokenEnvError, AssertionError):
+    """An env does not keep the contract of token envs; see `tokenenv.checker`."""
+
+
 class MissingDependency(TokenEnvError, ImportError):
     """An optional package is needed; the message holds the install line."""
 

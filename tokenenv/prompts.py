@@ -92,7 +92,9 @@ def _read_ids(values: Any, label: str) -> list[int]:
         messages = isinstance(values, Sequence) and len(values) and isinstance(values[0], Mapping)
         hint = " Chat messages need chat_template=True." if messages else ""
         kind = type(values).__name__
-        raise InvalidArgument(f"{label} is a {kind}; allowed: a string, or a sequence of token ids.{hint}") from error
+        raise InvalidArgument(
+            f"{label} is no text (type {kind}); allowed: a string or a sequence of token ids.{hint}"
+        ) from error
 
 
 def _apply_template(prompt: Any, tokenizer: Any, label: str) -> list[int]:

@@ -60,6 +60,9 @@ def score_episodes(
 
 
 def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpec) -> tuple[list[list[int]], list[list[int]]]:
+    for key, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, str):
+            raise InvalidArgument(f"{key}={texts!r} is one text; give a list of texts or of token id sequences.")
     if len(prompts) != len(responses) or not len(prompts):
         raise InvalidArgument(f"got {len(prompts)} prompts and {len(responses)} responses; allowed: as many, at least one.")
     ids = []

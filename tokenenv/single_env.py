@@ -39,6 +39,15 @@ class TokenEnv(gym.Env):
         ends = bool(terminations[0]), bool(truncations[0])
         return _first(observation), float(rewards[0]), *ends, _first_info(infos)
 
+    @property
+    def kl_coef(self) -> float:
+        """beta for the texts that begin from now on, reward per nat."""
+        return self.vector.kl_coef
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        self.vector.kl_coef = value
+
     def close(self) -> None:
         """Lets go of the models."""
         self.vector.close()

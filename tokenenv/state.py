@@ -1,11 +1,12 @@
 """Saved env states: what they must hold to be loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tokenenv.errors import CheckpointError, InvalidArgument
+from tokenenv.types import TokenSpec
 
 FORMAT = 1
 KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "rngs", "kl_coef", "tokens_seen")
@@ -19,17 +20,80 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     return chosen
 
 
-def check_state(saved: Any, num_envs: int, max_length: int, terms: list[str]) -> np.ndarray:
+def check_state(saved: Any, num_envs: int, spec: TokenSpec, terms: Iterable[str], scorer: Any) -> np.ndarray:
     """The slots of a saved state that fits this env; raises `CheckpointError` before anything is changed."""
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or any(key not in saved for key in KEYS):
         raise CheckpointError(f"this is no state of a tokenenv env (format {FORMAT}); it comes from save_state().")
-    slots = np.asarray(saved["slots"])
-    if slots.max() >= num_envs:
-        raise CheckpointError(f"the state holds slot {slots.max()}; this env has num_envs={num_envs}.")
-    if saved["texts"]["tokens"].shape[1] != max_length:
-        length = saved["texts"]["tokens"].shape[1]
-        raise CheckpointError(f"the state's texts hold {length} tokens and this env's {max_length}; use the same task options.")
-    if sorted(saved["engine"]["weights"]) != sorted(terms):
-        has = sorted(saved["engine"]["weights"])
-        raise CheckpointError(f"the state's reward terms are {has} and this env's {sorted(terms)}; use the same reward=.")
+    slots = saved["slots"]
+    if not _is_array(slots, (-1,), np.int64) or not len(slots) or slots[0] < 0 or (np.diff(slots) < 1).any():
+        raise CheckpointError("the state is corrupt: its slots are not numbers in order.")
+    if slots[-1] >= num_envs:
+        raise CheckpointError(f"the state holds slot {slots[-1]}; this env has num_envs={num_envs}.")
+    _check_arrays(saved, _layout(len(slots), spec, terms, scorer is not None), "state")
+    _check_texts(saved["texts"], saved["ended"], spec)
+    _check_numbers(saved, len(slots))
     return slots
+
+
+def _layout(count: int, spec: TokenSpec, terms: Iterable[str], scored: bool) -> dict[str, Any]:
+    """The state's arrays as (shape, dtype)."""
+    length, tokens = spec.max_prompt_tokens + spec.max_new_tokens, spec.max_new_tokens
+    integers, floats = ((count,), np.int64), ((count,), np.float32)
+    return {
+        "texts": {"tokens": ((count, length), np.int64), "length": integers, "prompt_length": integers, "unpaid": integers},
+        "engine": {
+            "weights": dict.fromkeys(terms, floats),
+            "token_rewards": ((count, tokens), np.float32),
+            "score": floats if scored else None,
+        },
+        "prompt_id": integers,
+        "episode_kl_coef": floats,
+        "ended": ((count,), np.bool_),
+    }
+
+
+def _check_arrays(saved: Any, layout: Any, where: str) -> None:
+    if isinstance(layout, dict):
+        if not isinstance(saved, dict) or not set(layout) <= set(saved) or (where == "weights" and set(saved) != set(layout)):
+            has = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+            raise CheckpointError(
+                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task and reward=."
+            )
+        for key, part in layout.items():
+            _check_arrays(saved[key], part, key)
+    elif layout is None:
+        if saved is not None:
+            raise CheckpointError(f"the state's {where} comes from a reward model, which this env has not.")
+    elif not _is_array(saved, *layout):
+        has = f"{saved.shape} {saved.dtype}" if isinstance(saved, np.ndarray) else repr(saved)
+        raise CheckpointError(
+            f"the state's {where} is {has} and this env's {layout[0]} {layout[1].__name__}; "
+            "it is corrupt, or comes from another task or other task options."
+        )
+
+
+def _is_array(value: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != len(shape):
+        return False
+    return all(expected in (-1, size) for expected, size in zip(shape, value.shape, strict=True))
+
+
+def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpec) -> None:
+    tokens, prompt = texts["tokens"], texts["prompt_length"]
+    response = texts["length"] - prompt
+    valid = (prompt >= 1) & (prompt <= spec.max_prompt_tokens) & (texts["unpaid"] >= 0) & (texts["unpaid"] <= response)
+    valid &= response <= np.where(ended, spec.max_new_tokens, spec.max_new_tokens - 1)
+    if not valid.all() or tokens.min() < 0 or tokens.max() >= spec.vocab_size:
+        raise CheckpointError("the state is corrupt, or comes from another task: its texts do not fit this env.")
+
+
+def _check_numbers(saved: dict[str, Any], count: int) -> None:
+    try:
+        if len(saved["rngs"]) != count:
+            raise ValueError(f"{len(saved['rngs'])} random states for {count} slots")
+        for rng in saved["rngs"]:
+            np.random.PCG64().state = rng
+        if not (np.isfinite(saved["kl_coef"]) and saved["kl_coef"] >= 0 and int(saved["tokens_seen"]) >= 0):
+            raise ValueError(f"kl_coef={saved['kl_coef']} and tokens_seen={saved['tokens_seen']}")
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the state is corrupt: {error}.") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenenv import parts, state
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
-from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
+from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset, check_choice
 from tokenenv.infos import Infos
 from tokenenv.prompts import draw
 from tokenenv.reset_options import Seed, read_options, read_seed
@@ -22,6 +22,7 @@ from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores
 
 BAD_TOKEN, BAD_LOGPROB = -1, -2
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class TokenVectorEnv(VectorEnv):
@@ -165,7 +166,7 @@ class TokenVectorEnv(VectorEnv):
     def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
         """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays and numbers only."""
         self._require_reset()
-        chosen = state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs)
+        chosen = np.unique(state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs))
         return {
             "format": state.FORMAT,
             "slots": chosen,
@@ -185,7 +186,7 @@ class TokenVectorEnv(VectorEnv):
         Caches are filled from the texts. Returns (obs, info); the info is a reset's, for those slots.
         """
         self._require_open()
-        slots = state.check_state(saved, self.num_envs, self._texts.tokens.shape[1], list(self._engine.weights))
+        slots = state.check_state(saved, self.num_envs, self.token_spec, self._engine.weights, self._engine.parts.scorer)
         if len(slots) < self.num_envs:
             self._require_reset()
         self._texts.load(slots, saved["texts"])
@@ -198,9 +199,9 @@ class TokenVectorEnv(VectorEnv):
         return self._observation(), self._start_infos(slots).to_dict(self._texts.upload, self._export)
 
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
-        """The texts, prompt and response, of a batched token observation."""
-        tokens, lengths = np.asarray(observation["tokens"]), np.asarray(observation["length"])
-        rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        """The texts, prompt and response, of a token observation, batched or of one text."""
+        tokens, lengths = (_host(observation[key]) for key in ("tokens", "length"))
+        rows = [row[:length].tolist() for row, length in zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)]
         return self.token_spec.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def score_episodes(
@@ -225,6 +226,8 @@ class TokenVectorEnv(VectorEnv):
         """
         self._require_open()
         now = self._engine.weights_now(self.tokens_seen, self._kl_coef if kl_coef is None else 0.0)
+        for name in weights or {}:
+            check_choice("weights key", name, now)
         chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **(weights or {})}
         return score_episodes(
             self._engine,
@@ -247,10 +250,10 @@ class TokenVectorEnv(VectorEnv):
         """Slots of one group share a seed, so that their k-th episodes have the same prompt."""
         if not self._rngs:
             self._rngs = [np_random(0)[0] for _ in range(self.num_envs)]
-        for row in np.flatnonzero(mask):
-            seed = seeds[row // self.config.group_size * self.config.group_size]
-            if seed is not None:
-                self._rngs[row] = np_random(seed)[0]
+        leaders = {int(row): seeds[row // self.config.group_size * self.config.group_size] for row in np.flatnonzero(mask)}
+        fresh = {row: np_random(seed)[0] for row, seed in leaders.items() if seed is not None}
+        for row, rng in fresh.items():
+            self._rngs[row] = rng
 
     def _begin(
         self,
@@ -293,10 +296,15 @@ class TokenVectorEnv(VectorEnv):
         return token, self._batch(actions["logprob"], "actions['logprob']", torch.float32)
 
     def _batch(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
-        values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        try:
+            values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        except (TypeError, ValueError) as error:
+            raise InvalidAction(
+                f"{name} is no array of numbers; allowed: one number for each of {self.num_envs} envs."
+            ) from error
         if tuple(values.shape) != (self.num_envs,):
             raise InvalidAction(f"{name} has shape {tuple(values.shape)}; allowed: ({self.num_envs},), one for each env.")
-        if dtype == torch.int64 and (values.dtype == torch.bool or values.is_floating_point()):
+        if dtype == torch.int64 and values.dtype not in INTEGERS:
             raise InvalidAction(f"{name} has dtype {values.dtype}; allowed: an integer dtype.")
         return values.to(self.device, dtype, non_blocking=True)
 
@@ -393,3 +401,7 @@ class TokenVectorEnv(VectorEnv):
         self._require_open()
         if not self._engine.started:
             raise NotReset("call reset() first: no text has begun in every slot yet.")
+
+
+def _host(values: Any) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

@@ -59,7 +59,7 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
 
 def is_varlen(trunk: Any) -> bool:
     """Whether the model attends with a flash kernel, which takes packed texts as they are."""
-    return "flash_attention" in (getattr(trunk.config, "_attn_implementation", None) or "")
+    return "flash" in (getattr(trunk.config, "_attn_implementation", None) or "")
 
 
 def _padded_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:

@@ -61,7 +61,7 @@ class CachedLM:
         """(N,) tokens each row holds; 0: never prefilled. Read only."""
         _check_positions(self.trunk, max_length)
         fix_rope(self.trunk, max_length)
-        self._last_id = self.trunk.get_input_embeddings().num_embeddings - 1
+        self._last_id = self.trunk.config.get_text_config().vocab_size - 1
         self._rows = self._make_rows(compile)
         with acting(self.trunk):  # allocates everything now rather than in the middle of a run
             self._rows.prefill(self._upload([0]), self._upload([[0]]))
@@ -110,11 +110,11 @@ class CachedLM:
         Raises:
             InvalidArgument: a shape is wrong or an active row is full; nothing has changed.
         """
-        moving = self.positions > 0
-        if active is not None:
-            moving &= np.asarray(active, dtype=bool)
-        if tokens.shape != (self.num_rows,):
-            raise InvalidArgument(f"append: tokens of shape {tuple(tokens.shape)}; allowed: ({self.num_rows},)")
+        active = np.ones(self.num_rows, dtype=bool) if active is None else np.asarray(active, dtype=bool)
+        for name, shape in (("tokens", tuple(tokens.shape)), ("active", active.shape)):
+            if shape != (self.num_rows,):
+                raise InvalidArgument(f"append: {name} of shape {shape}; allowed: ({self.num_rows},)")
+        moving = active & (self.positions > 0)
         if full := np.flatnonzero(moving & (self.positions >= self.max_length)).tolist():
             raise InvalidArgument(f"append: rows {full} already hold max_length={self.max_length} tokens")
         with acting(self.trunk):
@@ -230,7 +230,7 @@ def _probe(trunk: Any, max_length: int) -> float:
     width = max(1, min(window + 2 if window < max_length else 6, max_length - 2))
     short = min(3, width)
     ids = torch.arange(2 * (width + 2), device=trunk.device).view(2, -1) * 7 + 3
-    ids %= trunk.get_input_embeddings().num_embeddings
+    ids %= trunk.config.get_text_config().vocab_size
     rows = KVRows(trunk, 2, width + 2)
     rows.prefill(torch.arange(2, device=trunk.device), ids[:, :width])
     for step in range(2):

@@ -139,7 +139,6 @@ def _check_causal(model: Any, source: Any) -> None:
     """Another last token must not change earlier states."""
     trunk = trunk_of(model)
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=trunk.device)
-    tokens %= trunk.get_input_embeddings().num_embeddings
     with acting(trunk):
         one, other = hidden_states(trunk, tokens, [3, 3])[:, :2].float()
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):

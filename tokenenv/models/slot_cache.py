@@ -14,6 +14,9 @@ from .batching import upload
 BUCKET = 64
 """Keys are read up to the longest row, rounded up to a multiple of this: few shapes, little waste."""
 
+MAX_GRAPHS = 64
+"""Compiled graphs of one model class, all its models and buckets together; beyond, steps would not be compiled."""
+
 
 class Uncacheable(Exception):
     """This model cannot be cached per row; the text says why."""
@@ -28,6 +31,8 @@ class Write:
     """(B or 1, Q) int64: the place of each new token in its row."""
     bucket: int | None
     """Attend to this many cached keys of each row, or (None) to the new tokens alone."""
+    compiled: bool = False
+    """Keys and values keep their addresses, as CUDA graphs need to be told."""
 
 
 class SlotLayer(StaticLayer):
@@ -43,8 +48,9 @@ class SlotLayer(StaticLayer):
         self.keys, self.values = (
             x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3]) for x in (key_states, value_states)
         )
-        torch._dynamo.mark_static_address(self.keys)  # CUDA graphs write here in place
-        torch._dynamo.mark_static_address(self.values)
+        if self.write.compiled:
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -71,11 +77,11 @@ class KVRows:
         config = trunk.config.get_text_config()
         self.windows = attention_windows(config, max_length)
         self.write = Write()
+        self.write.compiled = compile
         layers = [SlotLayer(num_rows, max_length, self.write) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=layers)
         self.rows = torch.arange(num_rows, device=trunk.device)[:, None]
         self.steps = torch.arange(max_length, device=trunk.device)
-        self.compile = compile
         self.step_trunk = compiled(trunk) if compile else trunk
 
     @property
@@ -114,7 +120,7 @@ class KVRows:
 
     def _bucket(self, length: int) -> int:
         bucket = -(-length // BUCKET) * BUCKET
-        if self.compile:  # one compiled step per bucket: doubling keeps them few
+        if self.write.compiled:  # one compiled step per bucket: doubling keeps them few
             bucket = 1 << (bucket - 1).bit_length()
         return min(bucket, self.max_length)
 
@@ -123,16 +129,17 @@ class KVRows:
 
         Additive, since eager attention adds what it is given, and sdpa would convert a bool mask in every layer.
         """
-        distance = positions[:, :, None] - self.steps[:keys]
-        masks = {kind: self._mask(distance, window) for kind, window in self.windows.items()}
+        keys_at, positions = self.steps[:keys], positions[:, None, :, None]
+        masks = {kind: self._mask(positions, keys_at, window) for kind, window in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _mask(self, distance: Tensor, window: int) -> Tensor:
-        hidden = (distance < 0) | (distance >= window) if window < self.max_length else distance < 0
+    def _mask(self, positions: Tensor, keys_at: Tensor, window: int) -> Tensor:
+        hidden = keys_at > positions
+        if window < self.max_length:
+            hidden |= keys_at <= positions - window
         dtype = self.trunk.dtype
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min)[
-            :, None
-        ]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
     def _forward(self, trunk: Any, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]) -> Tensor:
         with masked_attention(self.trunk):
@@ -155,8 +162,9 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
     reach = {"full_attention": max_length, "sliding_attention": min(window, max_length)}
     if unknown := kinds - set(reach):
         raise Uncacheable(f"layers of type {', '.join(sorted(unknown))}")
-    windows = {kind: reach[kind] for kind in sorted(kinds)}
-    return windows if len(set(windows.values())) > 1 else dict([windows.popitem()])
+    if len({reach[kind] for kind in kinds}) == 1:
+        kinds = {min(kinds)}
+    return {kind: reach[kind] for kind in sorted(kinds)}
 
 
 @contextmanager
@@ -176,6 +184,8 @@ def masked_attention(trunk: Any) -> Iterator[None]:
 
 def compiled(trunk: Any) -> Any:
     """The trunk compiled with static shapes, one graph per bucket; captured as CUDA graphs where there are any."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     if trunk.device.type != "cuda":
         return torch.compile(trunk, dynamic=False)
     step = torch.compile(trunk, dynamic=False, mode="reduce-overhead")

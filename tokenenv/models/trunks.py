@@ -71,7 +71,7 @@ def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> Non
     """Logs what the caches will take, before it is taken."""
     sizes = [cached_lm.cache_bytes(trunk, num_rows, max_length) for trunk in trunks if not hasattr(trunk, "slots")]
     level = logging.WARNING if sum(sizes) >= LARGE else logging.INFO
-    size = f"{sum(sizes) / 2**30:.2f} GiB on {len(sizes)} model(s)"
+    size = f"{sum(sizes) / 2**20:.1f} MiB on {len(sizes)} model(s)"
     logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_rows, max_length)
 
 

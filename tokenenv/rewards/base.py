@@ -136,10 +136,16 @@ class RewardTerm:
             "reference": parts.reference is not None,
             "tokenizer": parts.spec.tokenizer is not None,
         }
-        wanted = {"token scorer": "a token-classification reward model", "scorer": "a reward model"}
+        wanted = {
+            "token scorer": "a token-classification reward model (reward_model=)",
+            "scorer": "a reward model (reward_model=)",
+        }
         for need in sorted(self.needs):
             if not have[need]:
-                raise InvalidArgument(f"reward={self.name!r} needs {wanted.get(need, 'a ' + need)}, which this env has not.")
+                raise InvalidArgument(
+                    f"reward={self.name!r} needs {wanted.get(need, 'a ' + need)}, which this env has not; "
+                    "reward= also takes a rule or a term of your own."
+                )
 
     def reward(self, batch: Transitions) -> Tensor:
         """Causal and policy-dependent terms: rewards (K,) of K transitions, unweighted."""

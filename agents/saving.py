@@ -1,0 +1,69 @@
+"""What a checkpoint of an agent holds, and how a run goes on from it."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tokenenv.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .agent import Agent
+
+
+def agent_state(agent: "Agent") -> dict[str, Any]:
+    """Everything that the next update depends on; frozen weights come from the env's model again."""
+    resumable = agent.collector.running and hasattr(agent.core, "save_state")
+    return {
+        "agent": type(agent).__name__,
+        "config": asdict(agent.config),
+        "weights": trained_weights(agent.policy),
+        "optimizer": agent.optimizer.state_dict(),
+        "generator": agent.actor.generator.get_state(),
+        "rng": agent.rng.bit_generator.state,
+        "updates": agent.updates,
+        "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
+        "collector": agent.collector.state_dict(),
+        "kl_coef": agent.kl_coef,
+        "env": agent.core.save_state() if resumable else None,
+    }
+
+
+def restore(agent: "Agent", state: dict[str, Any]) -> None:
+    """Puts `agent_state` into a new agent; the env is touched last."""
+    check_weights(trained_weights(agent.policy), state["weights"])
+    agent.policy.load_state_dict(state["weights"], strict=False)
+    agent.optimizer.load_state_dict(state["optimizer"])
+    agent.actor.generator.set_state(state["generator"])
+    agent.rng.bit_generator.state = state["rng"]
+    agent.updates = state["updates"]
+    for name, value in agent.statistics.items():
+        value.load_state_dict(state["statistics"][name])
+    agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
+    if agent.kl_coef != state["kl_coef"]:
+        agent.kl_coef = state["kl_coef"]
+    resume_env(agent, state["env"])
+
+
+def resume_env(agent: "Agent", env_state: Any) -> None:
+    """Goes on from a saved env state (None: none was running) with caches filled anew: how they were filled shows in the
+    last bits of what they give.
+    """
+    if env_state is not None:
+        obs, _ = agent.core.load_state(env_state)
+        agent.collector.resume(obs)
+    agent.actor.refresh()
+
+
+def trained_weights(policy: nn.Module) -> dict[str, Tensor]:
+    """The weights that learning changes, by name."""
+    return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+
+
+def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and shape."""
+    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, saved)]
+    if shapes[0] != shapes[1]:
+        name = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+        here, there = (which.get(name, "nothing") for which in shapes)
+        raise CheckpointError(f"the checkpoint belongs to another model: it has {there} for {name}, this policy {here}.")

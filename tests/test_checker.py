@@ -1,0 +1,189 @@
+"""`check_vector_env`: passes on every env of the package, and names what a broken one breaks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Discrete
+from gymnasium.vector import AutoresetMode, VectorWrapper
+from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
+from tasks import MODES, TOYS, make_vec, some_modes
+
+from tokenenv.checker import check_vector_env
+from tokenenv.errors import ContractError
+
+
+@pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
+def test_every_env_keeps_the_contract(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
+    envs = make_vec(3, mode, env_id, **options)
+    check_vector_env(envs, steps=14)
+    envs.step(np.zeros(3, int) if envs.unwrapped.config.kl != "policy" else {"token": np.zeros(3, int), "logprob": np.zeros(3)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrapped_and_torch_envs_keep_it_too(mode: AutoresetMode) -> None:
+    tensors = make_vec(2, mode, array="torch", **TOYS["unscored"])
+    check_vector_env(tensors, steps=8)
+    check_vector_env(RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=8)
+
+
+def test_one_env_alone() -> None:
+    check_vector_env(make_vec(1), steps=8)
+
+
+class Changed(VectorWrapper):
+    """An env whose steps return something else."""
+
+    def __init__(self, envs: Any, change: Callable[..., Any]) -> None:
+        super().__init__(envs)
+        self.change = change
+
+    def step(self, actions: Any) -> Any:
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        names = ("obs", "reward", "terminated", "truncated", "info")
+        now = dict(zip(names, (obs, reward, terminated, truncated, info), strict=True))
+        self.change(now)
+        return tuple(now.values())
+
+
+def without(key: str) -> Callable[[Any], Any]:
+    return lambda now: (now["info"].pop(key, None), now["info"].pop(f"_{key}", None))
+
+
+def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda now: now.update({name: change(now[name])})
+
+
+def info_value(key: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda now: now["info"].update({key: change(now["info"][key])}) if key in now["info"] else None
+
+
+NEXT, SAME, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
+RETURNED = {
+    "kinds": (NEXT, changed("reward", torch.from_numpy), "mixes kinds of arrays: ['Tensor', 'ndarray']"),
+    "obs": (NEXT, lambda now: now["obs"].update(length=now["obs"]["length"] - 99), "not in observation_space"),
+    "dtype": (NEXT, changed("reward", np.float64), "rewards are (3,) float64, not (3,) float32"),
+    "shape": (NEXT, changed("truncated", lambda flag: flag[:2]), "truncations are (2,) bool, not (3,) bool"),
+    "both": (NEXT, lambda now: now.update(truncated=now["truncated"] | now["terminated"]), "terminated and truncated at once"),
+    "unended": (NEXT, changed("terminated", np.zeros_like), "goes on after one"),
+    "uncut": (NEXT, changed("truncated", np.zeros_like), "goes on after them"),
+    "sum": (NEXT, changed("reward", lambda reward: reward * 1.001), "not the sum of infos['reward_terms']"),
+    "reset reward": (NEXT, lambda now: now["reward"].__iadd__(~now["info"]["_kl_coef"]), "only reset (NEXT_STEP) is paid"),
+    "placed": (SAME, info_value("token_rewards", lambda values: values * 1.001), "do not sum to what step() paid"),
+    "no placed": (SAME, without("token_rewards"), "not there exactly where rows end"),
+    "no mask": (NEXT, lambda now: now["info"].pop("_ref_logprob", None), "no mask infos['_ref_logprob'] of 3 bools"),
+    "masked": (
+        SAME,
+        info_value("score", lambda values: values + 1),
+        "infos['score'] is not zero where infos['_score'] is False",
+    ),
+    "list": (NEXT, changed("info", lambda info: [info]), "infos are of type list, not dict"),
+    "final": (SAME, without("final_obs"), "final_obs and final_info belong"),
+    "gold": (SAME, without("gold"), "infos['gold'] is given by one of"),
+    "score": (SAME, info_value("score", lambda values: values * 1.001), "infos['score'] is not what score_episodes() says"),
+}
+
+
+@pytest.mark.parametrize(("mode", "change", "message"), RETURNED.values(), ids=RETURNED)
+def test_names_what_is_wrong_in_what_step_returns(mode: AutoresetMode, change: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ContractError) as error:
+        check_vector_env(Changed(make_vec(3, mode), change), steps=12)
+    assert message in str(error.value)
+
+
+def same_buffers(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(envs._texts, "device_tokens", lambda: torch.from_numpy(envs._texts.tokens))
+
+
+def shared_numbers(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    """A reward that looks at the whole batch."""
+    term = envs._engine.rewards.terms["token"]
+    own = term.reward
+    patch.setattr(term, "reward", lambda batch: own(batch) - own(batch).mean())
+
+
+def eager(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    """Takes a token before it looks at it."""
+    check = envs._check_actions
+
+    def checked(*args: Any) -> Any:
+        envs._texts.append(np.full(3, 12), np.ones(3, bool))
+        host = check(*args)
+        envs._texts.length -= 1
+        return host
+
+    patch.setattr(envs, "_check_actions", checked)
+
+
+def generous(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    score = envs.score_episodes
+
+    def scored(*args: Any, **kwargs: Any) -> Any:
+        said = score(*args, **kwargs)
+        said.step_rewards[:, 0] += 0.01
+        return said
+
+    patch.setattr(envs, "score_episodes", scored)
+
+
+def attribute(name: str, value: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
+    def put(envs: Any, patch: pytest.MonkeyPatch) -> None:
+        *path, last = name.split(".")
+        for part in path:
+            envs = getattr(envs, part)
+        patch.setattr(envs, last, value)
+
+    return put
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+INSIDE = {
+    "not reset": (NEXT, attribute("step", nothing), "step() before reset() does not raise"),
+    "mode": (NEXT, attribute("metadata", {"autoreset_mode": "NextStep"}), "is no AutoresetMode"),
+    "batched": (NEXT, attribute("num_envs", 4), "observation_space is not 4 of single_observation_space"),
+    "token": (NEXT, attribute("single_action_space", Discrete(9)), "action_space is not 3 of single_action_space"),
+    "alias": (NEXT, same_buffers, "aliases the env's own"),
+    "seed": (NEXT, attribute("_seed_streams", nothing), "reset(seed=0) and the same actions do not give the same run"),
+    "slots": (NEXT, shared_numbers, "depends on the other rows' actions"),
+    "scores": (NEXT, generous, "step() does not pay what score_episodes() says"),
+    "state": (NEXT, attribute("_engine.load", nothing), "after load_state()"),
+    "fork": (SAME, attribute("_engine.fork", nothing), "after fork([0], [1]) the rows differ"),
+    "eager": (NEXT, eager, "an action that was refused has changed the env"),
+    "closed": (NEXT, attribute("_require_open", nothing), "after close() does not raise"),
+    "finished": (DISABLED, attribute("_active_rows", lambda: np.ones(3, bool)), "a finished row can be stepped under DISABLED"),
+}
+
+
+@pytest.mark.parametrize(("mode", "put", "message"), INSIDE.values(), ids=INSIDE)
+def test_names_what_is_wrong_inside(mode: Any, put: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = make_vec(3, mode)
+    put(envs.unwrapped, monkeypatch)
+    with pytest.raises(ContractError) as error:
+        check_vector_env(envs, steps=12)
+    assert message in str(error.value)
+
+
+def test_bad_actions_must_be_refused() -> None:
+    envs = make_vec(3, **TOYS["k1"])
+    check = envs.unwrapped._check_actions
+    envs.unwrapped._check_actions = lambda tokens, logprob, active: check(tokens, logprob.nan_to_num(), active)
+    with pytest.raises(ContractError, match="does not raise ValueError on an action with logprob nan"):
+        check_vector_env(envs, steps=8)
+
+
+def test_a_prefix_must_earn_nothing() -> None:
+    envs = make_vec(3)
+    begin = envs.unwrapped._engine.start
+
+    def start(slots: Any, texts: Any, weights: Any) -> None:
+        begin(slots, texts, weights)
+        envs.unwrapped._engine.token_rewards[slots, :2] = torch.tensor([1.0, -1.0]) * float(texts.unpaid.any())
+
+    envs.unwrapped._engine.start = start
+    with pytest.raises(ContractError, match="a prefix earns rewards"):
+        check_vector_env(envs, steps=8)

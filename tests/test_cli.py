@@ -1,0 +1,106 @@
+"""The command line, as a user types it."""
+
+import json
+
+import pytest
+import yaml
+
+from tokenenv import __version__
+from tokenenv.cli import Train, load_config, main, save_config
+
+SMALL = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--agent.epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run folder that `tokenenv train` made."""
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    main(["train", *SMALL, "--reward", "delta", "--options", "max_new_tokens", "6", "--run-dir", str(folder)])
+    return folder
+
+
+def episodes_of(folder):
+    return [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_everything(run_dir):
+    names = {path.name.split(".")[0] for path in run_dir.iterdir()}
+    assert {"config", "checkpoint", "episodes", "events"} <= names
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["reward"] == "delta"
+    assert config["agent"]["batch_tokens"] == 100
+    assert all(episode["length"] <= 6 for episode in episodes_of(run_dir))
+
+
+def test_a_config_reruns_its_run(run_dir, tmp_path):
+    main(["train", "--config", str(run_dir / "config.yaml"), "--run-dir", str(tmp_path / "again")])
+    assert episodes_of(tmp_path / "again") == episodes_of(run_dir)
+
+
+def test_flags_override_the_config(run_dir, tmp_path):
+    flags = ["--total-tokens", "100", "--agent.seed", "3"]
+    main(["train", "--config", str(run_dir / "config.yaml"), "--run-dir", str(tmp_path / "other"), *flags])
+    config = load_config(tmp_path / "other" / "config.yaml")
+    assert (config.total_tokens, config.agent.seed, config.reward) == (100, 3, "delta")
+
+
+def test_resuming_goes_on_from_the_checkpoint(tmp_path):
+    main(["train", *SMALL, "--run-dir", str(tmp_path / "x")])
+    before = episodes_of(tmp_path / "x")
+    main(["train", "--resume", str(tmp_path / "x"), "--total-tokens", "600"])
+    after = episodes_of(tmp_path / "x")
+    assert after[: len(before)] == before
+    assert after[-1]["tokens_seen"] >= 600
+
+
+def test_evaluate_compares_with_the_reference(run_dir, capsys):
+    main(["evaluate", str(run_dir), "--num-texts", "8", "--examples", "1"])
+    printed = capsys.readouterr().out
+    for word in ("before", "after", "gold", "KL, nats per text", "distinct bigrams"):
+        assert word in printed
+
+
+def test_envs_and_version(capsys):
+    main(["envs"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("Reviews-v0", "PyDocs-v0", "TextGen-v0"))
+    main(["version"])
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--env", "tokenenv/Review-v0"], "Did you mean 'tokenenv/Reviews-v0'"),
+        (["train", "--config", "nowhere.yaml"], "config='nowhere.yaml' is not a file"),
+        (["train", "--reward", "tokne"], "Did you mean 'token'"),
+        (["train", "--agent.lr", "-1"], "lr=-1"),
+        (["evaluate", "nowhere"], "is not a file"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_key_in_a_config_is_named(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    save_config(Train(), path)
+    path.write_text(path.read_text() + "totl_tokens: 3\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path)])
+    assert "Did you mean 'total_tokens'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["envs"], ["version"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: tokenenv" in capsys.readouterr().out

@@ -1,0 +1,334 @@
+"""PPO: it learns, its update is what the formulas say, its settings are checked, its runs leave what they should."""
+
+import io
+import json
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tokenenv.agents import PPO, LMPolicy, PPOConfig
+from tokenenv.agents import advantages as adv
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.config import AgentConfig, learning_rate
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.evaluate import evaluate
+from tokenenv.agents.learner import state_values
+from tokenenv.agents.losses import token_weights
+from tokenenv.agents.progress import ProgressLine
+from toy_env import GOOD, STOP, T, ToyEnv, V, tiny_lm
+
+from tokenenv.errors import InvalidArgument
+
+
+@pytest.mark.parametrize("options", [{}, {"separate_value": True, "lambda_alpha": 1.0, "scale_rewards": True}])
+def test_it_learns_to_emit_the_rewarded_token(options):
+    agent = PPO(ToyEnv(16), batch_tokens=400, lr=3e-3, seed=1, **options)
+    before = evaluate(agent, ToyEnv(16), num_texts=64)
+    agent.learn(6000)
+    after = evaluate(agent, ToyEnv(16), num_texts=64)
+    assert before.score < 1.5
+    assert after.score > 5.0
+    assert GOOD in agent.generate([[2, 3]], greedy=True)[0]
+
+
+def test_it_finds_the_kl_regularised_optimum():
+    """The reference is nearly uniform, so the soft-optimal value follows from V_t = beta log E_ref exp(Q_t / beta)."""
+    beta, optimum = 0.3, 0.0
+    for _ in range(T):
+        good, other = math.exp((1 + optimum) / beta), math.exp(optimum / beta)
+        optimum = beta * math.log((good + 1.0 + (V - 2) * other) / V)
+    agent = PPO(ToyEnv(16), batch_tokens=400, lr=3e-3, kl_coef=beta, lambda_actor=1.0, lambda_critic=1.0)
+    start = evaluate(agent, ToyEnv(16), num_texts=256)
+    agent.learn(10_000)
+    found = evaluate(agent, ToyEnv(16), num_texts=256)
+    objective = found.score - beta * found.kl
+    assert start.score - beta * start.kl < 0.3 * optimum
+    assert 0.95 * optimum < objective < 1.05 * optimum
+    assert 0.5 * T < found.score < 0.9 * T
+
+
+def collected(agent, tokens=80):
+    episodes = agent.collector.collect(tokens)
+    return episodes, EpisodeBatch.stack(episodes)
+
+
+def test_the_first_step_follows_the_policy_gradient(monkeypatch):
+    """Ratio 1, nothing clipped: the gradient is that of -A log pi + vf/2 (v - target)^2, computed here text by text."""
+    cfg = {"epochs": 1, "minibatches": 1, "vf_coef": 0.3, "lambda_actor": 0.9, "lambda_critic": 1.0, "max_grad_norm": 1e9}
+    cfg |= {"aggregation": "sequence-mean", "entropy_coef": 0.1, "full_kl_coef": 0.2}
+    agent = PPO(ToyEnv(4, kl_coef=0.2), policy=LMPolicy(tiny_lm(seed=3, initializer_range=0.2)), **cfg)
+    torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1)
+    episodes, batch = collected(agent)
+    values = state_values(agent.policy, batch, 10_000)
+    rewards = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(e.reward - 0.2 * e.logprob) for e in episodes], batch_first=True)
+    lengths, end = batch.response_length_B, torch.zeros(len(batch), dtype=torch.bool)
+    advantages = adv.whiten(adv.gae(rewards, values, lengths, end, 1.0, 0.9), batch.mask_BT)
+    targets = adv.returns_to_go(rewards, lengths, 1.0)
+    grads = {}
+
+    def step(*args, **kwargs):
+        grads.update({name: p.grad.clone() for name, p in agent.policy.named_parameters()})
+
+    monkeypatch.setattr(agent.optimizer, "step", step)
+    agent.update(batch)
+    agent.policy.zero_grad()
+    weights, total, reference = token_weights(lengths, "sequence-mean"), torch.zeros(()), tiny_lm()
+    for b, e in enumerate(episodes):
+        text, start = torch.as_tensor(np.concatenate([e.prompt, e.response]))[None], len(e.prompt)
+        result = agent.policy.model(input_ids=text, output_hidden_states=True)
+        logprobs = torch.log_softmax(result.logits[0, start - 1 : -1], -1)
+        ref_logprobs = torch.log_softmax(reference(input_ids=text).logits[0, start - 1 : -1], -1)
+        chosen = logprobs.gather(1, text[0, start:, None])[:, 0]
+        value = agent.policy.value(result.hidden_states[-1][0, start - 1 : -1])
+        n = len(e.response)
+        loss = -advantages[b, :n] * chosen + 0.15 * (value - targets[b, :n]) ** 2
+        loss = loss + 0.1 * (logprobs.exp() * logprobs).sum(-1) + 0.2 * (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+        total = total + weights[b] * loss.sum()
+    total.backward()
+    for name, parameter in agent.policy.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=2e-6)
+
+
+def test_only_the_env_that_leaves_it_out_gets_the_learners_half_of_the_penalty():
+    agent = PPO(ToyEnv(4, kl_coef=0.2))
+    _, batch = collected(agent)
+    difference = agent.rewards(batch) - batch.reward_BT
+    torch.testing.assert_close(difference, -0.2 * batch.logprob_BT)
+    logprob = gym.spaces.Box(-np.inf, 0.0, (), np.float32)
+    agent.envs.single_action_space = gym.spaces.Dict({"token": agent.envs.single_action_space, "logprob": logprob})
+    assert agent.rewards(batch) is batch.reward_BT
+
+
+def test_another_algorithm_is_a_few_lines():
+    """REINFORCE with whitened returns, on the shared parts alone."""
+
+    class Reinforce(Agent):
+        def update(self, batch):
+            returns = adv.returns_to_go(self.rewards(batch), batch.response_length_B, 1.0)
+            advantages = adv.whiten(returns, batch.mask_BT)
+
+            def make_loss(weights):
+                def loss(out):
+                    return -(out.pick(weights) * out.pick(advantages) * out.logprob).sum(), {}
+
+                return loss
+
+            return self.optimise(batch, make_loss)
+
+    agent = Reinforce(ToyEnv(16), batch_tokens=400, lr=3e-3, epochs=1).learn(6000)
+    assert evaluate(agent, ToyEnv(16), num_texts=64).score > 4.0
+
+
+@pytest.mark.parametrize("score_truncated", [True, False])
+def test_it_bootstraps_at_unscored_truncation_only(score_truncated):
+    envs = ToyEnv(4)
+    envs.token_spec = type(envs.token_spec)(None, V, 0, (STOP,), 3, T, score_truncated)
+    agent = PPO(envs)
+    _, batch = collected(agent, 200)
+    assert batch.truncated_B.any()
+    assert batch.terminated_B.any()
+    expected = batch.truncated_B & ~batch.terminated_B if not score_truncated else torch.zeros(len(batch), dtype=torch.bool)
+    assert agent.bootstrap(batch).tolist() == expected.tolist()
+
+
+def test_target_kl_stops_before_the_step():
+    agent = PPO(ToyEnv(8), lr=0.03, epochs=4, minibatches=4, target_kl=0.02)
+    _, batch = collected(agent, 200)
+    steps = []
+    step = agent.optimizer.step
+    agent.optimizer.step = lambda *args: (steps.append(1), step(*args))
+    metrics = agent.update(batch)
+    assert 1 <= len(steps) == metrics["policy/minibatches"] - 1 < 15
+    assert all(p.grad is None for p in agent.policy.parameters())
+
+
+def test_minibatches_cover_every_episode_once_an_epoch():
+    agent = PPO(ToyEnv(2), epochs=3, minibatches=4)
+    drawn = list(agent._minibatches(10))
+    assert len(drawn) == 12
+    for epoch in range(3):
+        assert sorted(np.concatenate(drawn[4 * epoch : 4 * epoch + 4])) == list(range(10))
+    assert [len(rows) for rows in agent._minibatches(2)] == [1] * 6
+
+
+def test_adaptive_kl_by_hand():
+    agent = PPO(ToyEnv(4, kl_coef=0.1), kl_target=0.5, kl_horizon=1000)
+    _, batch = collected(agent)
+    tokens = int(batch.response_length_B.sum())
+    kl = float((batch.logprob_BT - batch.ref_logprob_BT).sum()) / tokens
+    assert kl / 0.5 - 1 < -0.2  # near the reference: beta falls by the largest step
+    agent._adapt_kl_coef(batch)
+    assert agent.envs.kl_coef == pytest.approx(0.1 * (1 - 0.2 * tokens / 1000))
+    agent.config.kl_target = kl / 1.1
+    before = agent.kl_coef
+    agent._adapt_kl_coef(batch)
+    if kl > 0:
+        assert agent.kl_coef == pytest.approx(before * (1 + 0.1 * tokens / 1000))
+
+
+def test_learning_rate_by_hand():
+    rates = {
+        "constant": [0.0, 0.5, 1.0, 1.0, 1.0],
+        "linear": [0.0, 0.5, 1.0, 0.5, 0.0],
+        "cosine": [0.0, 0.5, 1.0, 0.5, 0.0],
+    }
+    for schedule, expected in rates.items():
+        cfg = PPOConfig(lr=2.0, lr_schedule=schedule, lr_warmup=0.2)
+        assert [learning_rate(cfg, p) / 2 for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx(expected)
+    quarter = learning_rate(PPOConfig(lr=1.0, lr_schedule="cosine"), 0.25)
+    assert quarter == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(PPOConfig(lr=1.0), 1.5) == 0.0
+    assert learning_rate(PPOConfig(lr=1.0, lr_warmup=1.0), 1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lr", 0.0, "lr=0.0 is not allowed; it must be above 0"),
+        ("lr", float("nan"), "lr=nan is not allowed"),
+        ("epochs", 0, "epochs=0 is not allowed; it must be at least 1"),
+        ("clip_range", -0.1, "clip_range=-0.1 is not allowed; it must be above 0"),
+        ("lambda_actor", 1.5, "lambda_actor=1.5 is not allowed; it must lie between 0 and 1"),
+        ("gamma", -0.1, "gamma=-0.1 is not allowed; it must lie between 0 and 1"),
+        ("kl_target", 0.0, "kl_target=0.0 is not allowed; it must be above 0"),
+        ("kl_coef", -1.0, "kl_coef=-1.0 is not allowed; it must be at least 0"),
+        ("lr_schedule", "cosin", "lr_schedule='cosin' is not known; .* Did you mean 'cosine'"),
+        ("aggregation", "mean", "aggregation='mean' is not known"),
+        ("precision", "fp8", "precision='fp8' is not known"),
+        ("clip_rang", 0.1, "PPOConfig field='clip_rang' is not known; .* Did you mean 'clip_range'"),
+    ],
+)
+def test_settings_are_checked(field, value, message):
+    with pytest.raises(InvalidArgument, match=message):
+        PPO(ToyEnv(2), **{field: value})
+
+
+def test_every_field_is_documented():
+    import inspect
+
+    for config in (AgentConfig, PPOConfig):
+        lines = inspect.getsource(config).splitlines()
+        for name in config.__annotations__:
+            [at] = [n for n, line in enumerate(lines) if line.strip().startswith(f"{name}:")]
+            assert lines[at + 1].strip().startswith('"""'), name
+
+
+def test_settings_that_the_env_cannot_serve_are_refused():
+    class Silent(ToyEnv):
+        def step(self, actions):
+            result = super().step(actions)
+            for infos in (result[-1], result[-1].get("final_info", {})):
+                infos.pop("ref_logprob", None)
+            return result
+
+    with pytest.raises(InvalidArgument, match=r"kl_target=0\.1 needs an env that reports ref_logprob"):
+        PPO(Silent(4), batch_tokens=20, kl_target=0.1).learn(100)
+    bare = ToyEnv(4)
+    del bare.token_spec
+    with pytest.raises(InvalidArgument, match="leave full_kl_coef at 0"):
+        PPO(bare, policy=LMPolicy(tiny_lm()), full_kl_coef=0.1)
+    with pytest.raises(InvalidArgument, match=r"AgentConfig.* is no PPOConfig"):
+        PPO(ToyEnv(2), AgentConfig())
+
+
+def test_envs_it_cannot_drive_are_refused():
+    class Bare(ToyEnv):
+        def __init__(self):
+            super().__init__(4)
+            del self.token_spec, self.reference
+
+        def _ref_logprobs(self, actions):
+            return np.zeros(4, np.float32)
+
+    with pytest.raises(InvalidArgument, match=r"Bare has no token_spec and reference .* give policy=LMPolicy"):
+        PPO(Bare())
+    agent = PPO(Bare(), policy=LMPolicy(tiny_lm()), batch_tokens=40).learn(80)
+    assert agent.updates >= 2
+    with pytest.raises(InvalidArgument, match="policy has 9 tokens, the env 12 actions"):
+        PPO(ToyEnv(2), policy=LMPolicy(tiny_lm(vocab_size=9)))
+    envs = ToyEnv(2)
+    with pytest.raises(InvalidArgument, match="policy holds the env's own reference"):
+        PPO(envs, policy=LMPolicy(envs.reference))
+    with pytest.raises(InvalidArgument, match=r"CartPoleEnv is no vector env; build one with gym.make_vec"):
+        PPO(gym.make("CartPole-v1").unwrapped)
+    with pytest.raises(InvalidArgument, match='envs must observe "tokens"'):
+        PPO(gym.make_vec("CartPole-v1", 2))
+
+
+def test_the_policy_is_a_copy_of_the_reference():
+    envs = ToyEnv(4)
+    before = {name: value.clone() for name, value in envs.reference.state_dict().items()}
+    agent = PPO(envs, batch_tokens=40, lr=0.1).learn(80)
+    assert all(torch.equal(before[name], value) for name, value in envs.reference.state_dict().items())
+    assert not torch.equal(agent.policy.model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_learning_goes_on_to_the_tokens_asked_for():
+    agent = PPO(ToyEnv(4), batch_tokens=40)
+    agent.learn(100)
+    seen = agent.tokens_seen
+    assert seen >= 100
+    assert agent.learn(100).tokens_seen == seen
+    assert agent.learn(seen + 1).tokens_seen > seen
+
+
+def test_lora_learns():
+    pytest.importorskip("peft")
+    model = tiny_lm(initializer_range=0.3)
+    agent = PPO(ToyEnv(16, reference=model), batch_tokens=400, lr=1e-2, lora_rank=4)
+    frozen = agent.policy.model.get_input_embeddings().weight.clone()
+    agent.learn(4000)
+    assert evaluate(agent, ToyEnv(16, reference=model), num_texts=64).score > 3.0
+    assert torch.equal(agent.policy.model.get_input_embeddings().weight, frozen)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_it_learns_and_resumes_on_cuda(tmp_path, precision):
+    model = tiny_lm().cuda()
+    agent = PPO(ToyEnv(16, reference=model), batch_tokens=400, lr=3e-3, precision=precision).learn(6000)
+    assert evaluate(agent, ToyEnv(16, reference=model), num_texts=64).score > 5.0
+    agent.save(tmp_path / "c")
+    resumed = PPO.load(tmp_path / "c", ToyEnv(16, reference=model)).learn(7000)
+    assert evaluate(resumed, ToyEnv(16, reference=model), num_texts=64).score > 5.0
+
+
+def test_a_run_folder_holds_events_and_episodes(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    seen = []
+    agent = PPO(ToyEnv(4, kl_coef=0.1), run_dir=run, batch_tokens=40)
+    agent.learn(120, on_update=lambda metrics, episodes: seen.append((metrics, episodes)))
+    lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
+    episodes = [e for _, group in seen for e in group]
+    assert [line["response"] for line in lines] == [e.response.tolist() for e in episodes]
+    assert lines[0].keys() >= {"tokens_seen", "prompt", "score", "gold", "reward", "kl", "length", "terminated"}
+    assert lines[0]["gold"] is None
+    events = EventAccumulator(str(run)).Reload()
+    names = {
+        "objective/kl", "objective/score", "policy/approx_kl", "policy/clip_fraction", "policy/entropy", "loss/policy",
+        "loss/value", "value/explained_variance", "episode/length", "time/tokens_per_second", "objective/kl_coef",
+    }  # fmt: skip
+    assert names <= set(events.Tags()["scalars"])
+    assert "objective/gold" not in events.Tags()["scalars"]
+    [last] = [event for event in events.Scalars("objective/score") if event.step == agent.tokens_seen]
+    assert last.value == pytest.approx(seen[-1][0]["objective/score"])
+
+
+def test_progress_shows_the_figures():
+    metrics = {
+        "time/tokens": 1500, "time/tokens_per_second": 321.0, "objective/score": 1.25,
+        "objective/kl": 3.5, "objective/gold": float("nan"),
+    }  # fmt: skip
+    for terminal in (False, True):
+        out = io.StringIO()
+        line = ProgressLine(3000, console=Console(file=out, force_terminal=terminal, width=120), seconds=0.0)
+        line(metrics, [])
+        line.close()
+        for part in ("1,500/3,000 tokens", "321 tokens/s", "score 1.25", "KL/text 3.50"):
+            assert part in out.getvalue()
+        assert "gold" not in out.getvalue()

@@ -1,0 +1,178 @@
+"""Running a vector env of texts under planned actions, with everything that it returns copied to the host."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from tokenenv.errors import ContractError
+
+Action = tuple[np.ndarray, np.ndarray]
+"""Tokens (N,) int64 and, for envs that take them, log-probs (N,) float32."""
+
+
+@dataclass(slots=True)
+class Step:
+    """One step on the host, arrays (N, ...)."""
+
+    action: Action
+    active: np.ndarray
+    """Rows that took a token: all but those that NEXT_STEP only resets."""
+    age: np.ndarray
+    """Response tokens at the end of the step, a prefix included."""
+    before: Any
+    after: Any
+    end: Any
+    """`after`, with the rows that ended as they were at their end."""
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    info: Any
+    returned: tuple[Any, ...]
+    """What `step` returned, as it returned it."""
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(N,) bool."""
+        return self.terminated | self.truncated
+
+    @property
+    def copied(self) -> tuple[Any, ...]:
+        """What `step` returned, as it was then."""
+        return self.after, self.reward, self.terminated, self.truncated, self.info
+
+
+def mode_of(envs: Any) -> Any:
+    """The env's autoreset mode."""
+    return envs.metadata.get("autoreset_mode")
+
+
+def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
+    """Random tokens, about `stop` of them stop tokens, and log-probs."""
+    tokens = np.array([draw_ids(envs, rng, 1)[0] for _ in range(envs.num_envs)])
+    stops = envs.unwrapped.token_spec.stop_token_ids
+    if stops:
+        tokens = np.where(rng.random(envs.num_envs) < stop, rng.choice(stops, envs.num_envs), tokens)
+    return tokens, -rng.exponential(2.0, envs.num_envs).astype(np.float32)
+
+
+def draw_ids(envs: Any, rng: np.random.Generator, count: int) -> list[int]:
+    """`count` random tokens, none of which ends a text."""
+    spec = envs.unwrapped.token_spec
+    return rng.choice(np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids), count).tolist()
+
+
+def as_action(envs: Any, action: Action) -> Any:
+    """The action as this env takes it."""
+    tokens, logprobs = action[0].copy(), action[1].copy()
+    return {"token": tokens, "logprob": logprobs} if isinstance(envs.single_action_space, spaces.Dict) else tokens
+
+
+def run(
+    envs: Any,
+    obs: Any,
+    plan: list[Action],
+    age: int = 0,
+    after_step: Callable[[Any], None] = lambda returned: None,
+) -> list[Step]:
+    """Takes the planned steps from a state in which all rows run and hold `age` response tokens.
+
+    Rows that end under DISABLED are reset at once.
+    """
+    mode, steps = mode_of(envs), []
+    ages, active = np.full(envs.num_envs, age), np.ones(envs.num_envs, bool)
+    for action in plan:
+        returned = envs.step(as_action(envs, action))
+        new, reward, terminated, truncated, info = host(returned)
+        _check_arrays(envs.num_envs, returned, info, {"rewards": reward, "terminations": terminated, "truncations": truncated})
+        ages, ended = ages + active, terminated | truncated
+        end = _choose(ended, info["final_obs"], new) if "final_obs" in info else new
+        steps.append(Step(action, active, ages, obs, new, end, reward, terminated, truncated, info, returned))
+        after_step(returned)
+        if mode == AutoresetMode.DISABLED and ended.any():
+            new = host(envs.reset(options={"reset_mask": ended.copy()})[0])
+        obs, ages = new, np.where(ended, 0, ages)
+        active = ~ended if mode == AutoresetMode.NEXT_STEP else np.ones_like(ended)
+    return steps
+
+
+def host(value: Any) -> Any:
+    """A nest of arrays or tensors as NumPy copies."""
+    if isinstance(value, Mapping):
+        return {key: host(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return tuple(host(entry) for entry in value)
+    if isinstance(value, Tensor):
+        return value.detach().cpu().numpy().copy()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """The arrays of a nest."""
+    if isinstance(value, (Mapping, tuple)):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(entry)
+    else:
+        yield value
+
+
+def overwrite(returned: Any) -> None:
+    """Fills every array of a nest with ones, where it can be written to."""
+    for leaf in leaves(returned):
+        if isinstance(leaf, Tensor) or leaf.flags.writeable:
+            leaf[...] = 1
+
+
+def difference(a: Any, b: Any, tolerance: float, rows: Any = slice(None)) -> str | None:
+    """The name of what differs, in `rows`, between two nests of host arrays; None if nothing does."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if set(a) != set(b):
+            return f"the keys {sorted(set(a) ^ set(b))}"
+        found = ((key, difference(a[key], b[key], tolerance, rows)) for key in a)
+        return next((f"{key} {what}".strip() for key, what in found if what is not None), None)
+    return None if close(a[rows], b[rows], tolerance) else ""
+
+
+def rows_of(value: Any, rows: Any) -> Any:
+    """Some rows of a nest; an info that none of them has is left out, since it may be there for other rows only."""
+    if not isinstance(value, Mapping):
+        return value[rows]
+    absent = {key for key in value if f"_{key}" in value and not value[f"_{key}"][rows].any()}
+    return {key: rows_of(entry, rows) for key, entry in value.items() if key.removeprefix("_") not in absent}
+
+
+def close(a: Any, b: Any, tolerance: float) -> bool:
+    """Whether numbers are equal to `tolerance`, relative to the larger of 1 and the largest of them; others exactly."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind != "f" and b.dtype.kind != "f":
+        return bool((a == b).all())
+    return bool((np.abs(a - b) <= tolerance * max(1.0, np.abs(b).max(initial=0.0))).all())
+
+
+def require(kept: Any, sentence: str) -> None:
+    """Raises `ContractError` unless `kept`."""
+    if not kept:
+        raise ContractError(sentence)
+
+
+def _check_arrays(num_envs: int, returned: Any, info: Any, arrays: dict[str, Any]) -> None:
+    """Raises unless infos are a dict, all arrays are of one kind and those given by name are (N,) of the right dtype."""
+    require(isinstance(info, dict), f"infos are of type {type(info).__name__}, not dict.")
+    kinds = {type(leaf) for leaf in leaves(returned)}
+    require(kinds in ({np.ndarray}, {Tensor}), f"step() mixes kinds of arrays: {sorted(kind.__name__ for kind in kinds)}.")
+    for name, array in arrays.items():
+        dtype = np.dtype(np.float32 if name == "rewards" else np.bool_)
+        right = array.shape == (num_envs,) and array.dtype == dtype
+        require(right, f"{name} are {array.shape} {array.dtype}, not ({num_envs},) {dtype}.")
+
+
+def _choose(rows: np.ndarray, yes: Any, no: Any) -> Any:
+    if isinstance(yes, Mapping):
+        return {key: _choose(rows, yes[key], no[key]) for key in yes}
+    return np.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
