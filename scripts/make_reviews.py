@@ -19,7 +19,7 @@ from tokenenv.envs.review_grammar import (
     split_words,
     vocabulary,
 )
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 
@@ -63,8 +63,9 @@ def make_tokenizer() -> Any:
     words = ["▁" + word for word in vocabulary() if word not in marks]
     ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *marks, *words])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(f" {mark}", mark) for mark in marks])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    no_space = pre_tokenizers.Split(Regex("▁(?=[.,!]|$)"), "removed")  # "good ." is "good."
+    words_and_marks = [pre_tokenizers.Metaspace(), no_space, pre_tokenizers.Punctuation()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words_and_marks)
     tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -223,6 +224,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     lm, loss = train_lm(tokenizer)
     training.save(lm, tokenizer, ASSETS / "reviews-lm")
+    lm = training.load(ASSETS / "reviews-lm")
     texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
     reward_model = train_reward_model(texts, tokenizer)
     training.save(reward_model, tokenizer, ASSETS / "reviews-reward")

@@ -57,6 +57,20 @@ def toy(*, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: b
     )
 
 
+def device_task(device: str) -> Task:
+    """As `toy`, with models of its own on a device."""
+    return Task(
+        tokenizer=tokenizer(),
+        reference=fakes.causal_lm(num_hidden_layers=1).to(device),
+        prompts=prompts(),
+        max_prompt_tokens=P,
+        max_new_tokens=T,
+        stop_token_ids=STOPS,
+        scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1).to(device)),
+        gold=lambda prompt, response: float(len(response)),
+    )
+
+
 if TOY not in gym.registry:
     gym.register(
         TOY,
@@ -127,12 +141,20 @@ def toy_cases(*names: str) -> list[Any]:
 CASES = toy_cases() + id_cases()
 
 
+def in_modes(cases: list[Any], *modes: AutoresetMode) -> list[Any]:
+    """Each case in every autoreset mode, or in those given."""
+    return [_with_mode(case, mode) for case in cases for mode in modes or MODES]
+
+
 def some_modes(*modes: AutoresetMode) -> list[Any]:
     """Each registered id in every autoreset mode (or those given), and each toy in one of them in turn."""
     modes = modes or MODES
-    pairs = [(case, modes[i % len(modes)]) for i, case in enumerate(toy_cases())]
-    pairs += [(case, mode) for case in id_cases() for mode in modes]
-    return [pytest.param(*case.values, mode, id=f"{case.id}-{mode.value}", marks=case.marks) for case, mode in pairs]
+    toys = [_with_mode(case, modes[i % len(modes)]) for i, case in enumerate(toy_cases())]
+    return toys + in_modes(id_cases(), *modes)
+
+
+def _with_mode(case: Any, mode: AutoresetMode) -> Any:
+    return pytest.param(*case.values, mode, id=f"{case.id}-{mode.value}", marks=case.marks)
 
 
 def make_vec(num_envs: int = 4, mode: Any = AutoresetMode.NEXT_STEP, env_id: str = TOY, **options: Any) -> Any:

@@ -7,19 +7,16 @@ needs the data on the host (`.item()`, `.cpu()`, `bool()`, `nonzero`, indexing w
 from collections.abc import Iterator
 from typing import Any
 
-import fakes
 import numpy as np
 import pytest
 import tasks
 import torch
 from gymnasium.vector import AutoresetMode
-from tasks import MODES, STOPS, P, T, assert_equal, copied, make_vec, random_actions, some_modes
+from tasks import MODES, assert_equal, copied, make_vec, random_actions, some_modes
 
 from tokenenv.models import cached_lm, heads
-from tokenenv.models.heads import make_scorer
 from tokenenv.rewards.base import RewardTerm
 from tokenenv.rewards.rule import Rule, TokenRule
-from tokenenv.types import Task
 from tokenenv.vector_env import TokenVectorEnv
 
 N = 4
@@ -63,22 +60,9 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
     "policy": {"kl": "policy", "kl_estimator": "k3", "kl_clamp": 3.0},
     "unscored": {"reward": "uniform", "score_truncated": False},
     "features": {"observation": "features", "reward": "delta"},
-    "none": {"kl": "none", "reward": "delta"},
+    "none": {"kl": "none", "reward": {}},
 }
-
-
-def device_task(device: str) -> Task:
-    """As `tasks.toy`, on a device."""
-    return Task(
-        tokenizer=tasks.tokenizer(),
-        reference=fakes.causal_lm(num_hidden_layers=1).to(device),
-        prompts=tasks.prompts(),
-        max_prompt_tokens=P,
-        max_new_tokens=T,
-        stop_token_ids=STOPS,
-        scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1).to(device)),
-        gold=lambda prompt, response: float(len(response)),
-    )
+CASES_IN_MODES = [(name, AutoresetMode.SAME_STEP) for name in DEVICE_CASES] + [("all", mode) for mode in MODES[:1] + MODES[2:]]
 
 
 class Copies:
@@ -100,14 +84,17 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(heads, "_check_head", lambda model, head, select: True)
 
     def make(mode: Any, **options: Any) -> tuple[TokenVectorEnv, Copies]:
-        envs, copies = TokenVectorEnv(N, task=device_task("meta"), array="torch", autoreset_mode=mode, **options), Copies()
+        envs, copies = (
+            TokenVectorEnv(N, task=tasks.device_task("meta"), array="torch", autoreset_mode=mode, **options),
+            Copies(),
+        )
         monkeypatch.setattr(envs, "_to_host", copies)
         return envs, copies
 
     return make
 
 
-def run_on_device(envs: Any, mode: Any, put: Any, device: str, steps: int = 12) -> None:
+def run_on_device(envs: Any, mode: Any, put: Any, device: str, steps: int = 8) -> None:
     """Random steps with actions made on the device; `put` is called with the tokens before each."""
     rng = np.random.default_rng(0)
     envs.reset(seed=0)
@@ -121,12 +108,11 @@ def run_on_device(envs: Any, mode: Any, put: Any, device: str, steps: int = 12) 
             envs.reset(options={"reset_mask": envs._ended.copy()})
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", DEVICE_CASES)
+@pytest.mark.parametrize(("name", "mode"), CASES_IN_MODES)
 def test_a_step_makes_one_small_copy_to_the_host(name: str, mode: AutoresetMode, meta: Any) -> None:
     envs, copies = meta(mode, **DEVICE_CASES[name])
     run_on_device(envs, mode, lambda tokens: setattr(copies, "tokens", tokens), "meta")
-    assert copies.asked == [((N,), torch.int64)] * 12
+    assert copies.asked == [((N,), torch.int64)] * 8
 
 
 class Waits(RewardTerm):
@@ -165,10 +151,9 @@ def test_a_second_copy_would_be_seen(wait: Any, meta: Any) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", DEVICE_CASES)
+@pytest.mark.parametrize(("name", "mode"), CASES_IN_MODES)
 def test_a_cuda_step_waits_for_the_device_once(name: str, mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    envs = TokenVectorEnv(N, task=device_task("cuda"), array="torch", autoreset_mode=mode, **DEVICE_CASES[name])
+    envs = TokenVectorEnv(N, task=tasks.device_task("cuda"), array="torch", autoreset_mode=mode, **DEVICE_CASES[name])
     to_host, step, copies = envs._to_host, envs.step, []
 
     def exempted(codes: torch.Tensor) -> np.ndarray:
@@ -189,4 +174,4 @@ def test_a_cuda_step_waits_for_the_device_once(name: str, mode: AutoresetMode, m
     monkeypatch.setattr(envs, "_to_host", exempted)
     monkeypatch.setattr(envs, "step", strict)
     run_on_device(envs, mode, lambda tokens: None, "cuda")
-    assert copies == [N] * 12
+    assert copies == [N] * 8

@@ -214,11 +214,11 @@ def test_a_model_that_cannot_be_cached_warns_once_and_works(name, error, monkeyp
 
 
 def test_a_wrong_sliding_window_is_noticed():
-    model = fakes.causal_lm("mistral")
+    model = fakes.causal_lm("mistral", sliding_window=20)
     windows = slot_cache.attention_windows(model.config, L)
-    assert windows == {"sliding_attention": 6}
+    assert windows == {"sliding_attention": 20}
     assert cached_lm.why_uncached(model.model, L) is None
-    original, slot_cache.attention_windows = slot_cache.attention_windows, lambda *_: {"sliding_attention": 7}
+    original, slot_cache.attention_windows = slot_cache.attention_windows, lambda *_: {"sliding_attention": 21}
     try:
         assert "differ" in cached_lm.why_uncached(model.model, L)
     finally:

@@ -13,12 +13,13 @@ from tasks import MODES, TOYS, make_vec, some_modes
 
 from tokenenv.checker import check_vector_env
 from tokenenv.errors import ContractError
+from tokenenv.single_env import TokenEnv
 
 
 @pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
 def test_every_env_keeps_the_contract(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
     envs = make_vec(3, mode, env_id, **options)
-    check_vector_env(envs, steps=14)
+    check_vector_env(envs, steps=10)
     envs.step(np.zeros(3, int) if envs.unwrapped.config.kl != "policy" else {"token": np.zeros(3, int), "logprob": np.zeros(3)})
 
 
@@ -31,6 +32,13 @@ def test_wrapped_and_torch_envs_keep_it_too(mode: AutoresetMode) -> None:
 
 def test_one_env_alone() -> None:
     check_vector_env(make_vec(1), steps=8)
+    with pytest.raises(ContractError, match="TokenEnv is no VectorEnv"):
+        check_vector_env(TokenEnv(task="tasks:toy"))
+
+
+def test_texts_of_one_token() -> None:
+    for mode in MODES:
+        check_vector_env(make_vec(2, mode, max_new_tokens=1), steps=4)
 
 
 class Changed(VectorWrapper):
@@ -71,8 +79,8 @@ RETURNED = {
     "uncut": (NEXT, changed("truncated", np.zeros_like), "goes on after them"),
     "sum": (NEXT, changed("reward", lambda reward: reward * 1.001), "not the sum of infos['reward_terms']"),
     "reset reward": (NEXT, lambda now: now["reward"].__iadd__(~now["info"]["_kl_coef"]), "only reset (NEXT_STEP) is paid"),
-    "placed": (SAME, info_value("token_rewards", lambda values: values * 1.001), "do not sum to what step() paid"),
-    "no placed": (SAME, without("token_rewards"), "not there exactly where rows end"),
+    "placed": (NEXT, info_value("token_rewards", lambda values: values * 1.001), "do not sum to what step() paid"),
+    "no placed": (NEXT, without("token_rewards"), "not there exactly where rows end"),
     "no mask": (NEXT, lambda now: now["info"].pop("_ref_logprob", None), "no mask infos['_ref_logprob'] of 3 bools"),
     "masked": (
         SAME,
@@ -81,15 +89,16 @@ RETURNED = {
     ),
     "list": (NEXT, changed("info", lambda info: [info]), "infos are of type list, not dict"),
     "final": (SAME, without("final_obs"), "final_obs and final_info belong"),
-    "gold": (SAME, without("gold"), "infos['gold'] is given by one of"),
-    "score": (SAME, info_value("score", lambda values: values * 1.001), "infos['score'] is not what score_episodes() says"),
+    "final twice": (SAME, info_value("score", lambda values: values * 2), "final_info and the infos at top level differ"),
+    "gold": (NEXT, without("gold"), "infos['gold'] is given by one of"),
+    "score": (NEXT, info_value("score", lambda values: values * 1.001), "infos['score'] is not what score_episodes() says"),
 }
 
 
 @pytest.mark.parametrize(("mode", "change", "message"), RETURNED.values(), ids=RETURNED)
 def test_names_what_is_wrong_in_what_step_returns(mode: AutoresetMode, change: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ContractError) as error:
-        check_vector_env(Changed(make_vec(3, mode), change), steps=12)
+        check_vector_env(Changed(make_vec(3, mode), change), steps=9)
     assert message in str(error.value)
 
 
@@ -164,7 +173,7 @@ def test_names_what_is_wrong_inside(mode: Any, put: Any, message: str, monkeypat
     envs = make_vec(3, mode)
     put(envs.unwrapped, monkeypatch)
     with pytest.raises(ContractError) as error:
-        check_vector_env(envs, steps=12)
+        check_vector_env(envs, steps=9)
     assert message in str(error.value)
 
 

@@ -196,14 +196,14 @@ def test_batch_is_padded_and_aligned():
 
 def test_evaluation_takes_as_many_texts_from_each_slot():
     policy = LMPolicy(tiny_lm(seed=3))
-    result = evaluate(policy, ToyEnv(4), num_texts=10, seed=1)
-    assert [(e.index, e.slot) for e in result.episodes] == [(n // 4, n % 4) for n in range(10)]
+    result = evaluate(policy, ToyEnv(4), num_texts=42, seed=1)
+    assert [(e.index, e.slot) for e in result.episodes] == [(n // 4, n % 4) for n in range(42)]
     scores = [float((e.response == GOOD).sum()) for e in result.episodes]
-    assert result.num_texts == 10
+    assert result.num_texts == 42
     assert result.score == pytest.approx(np.mean(scores))
-    assert result.score_error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(10))
+    assert result.score_error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(42))
     assert np.isnan(result.gold)
-    again = evaluate(policy, ToyEnv(4), num_texts=10, seed=1)
+    again = evaluate(policy, ToyEnv(4), num_texts=42, seed=1)
     assert [e.response.tolist() for e in again.episodes] == [e.response.tolist() for e in result.episodes]
 
 

@@ -225,6 +225,13 @@ def test_learning_forward_equals_the_models_own(separate_value):
         torch.testing.assert_close(out.ref_kl[mine], (full.exp() * (full - ref_full)).sum(-1), rtol=0, atol=1e-5)
 
 
+def test_dropout_is_off():
+    policy = LMPolicy(tiny_lm(seed=3, attention_dropout=0.5).train())
+    _, batch = episodes_batch(policy=policy)
+    out = outputs(policy, batch, np.arange(len(batch)))
+    torch.testing.assert_close(out.logprob, out.pick(batch.logprob_BT), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
 @pytest.mark.parametrize("max_batch_tokens", [1, 25, 10_000])
 def test_gradient_equals_the_unbatched_one(aggregation, max_batch_tokens):

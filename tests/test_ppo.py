@@ -266,6 +266,15 @@ def test_the_policy_is_a_copy_of_the_reference():
     assert not torch.equal(agent.policy.model.state_dict()["lm_head.weight"], before["lm_head.weight"])
 
 
+def test_caches_hold_the_new_weights_after_an_update():
+    agent = PPO(ToyEnv(4), batch_tokens=40, lr=0.05).learn(40)
+    obs = agent.collector._obs
+    tokens, logprobs = agent.actor.act(obs)
+    for text, length, token, logprob in zip(obs["tokens"], obs["length"], tokens, logprobs, strict=True):
+        logits = agent.policy.model(input_ids=torch.as_tensor(text[None, :length])).logits[0, -1]
+        assert logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[token].item(), abs=1e-5)
+
+
 def test_learning_goes_on_to_the_tokens_asked_for():
     agent = PPO(ToyEnv(4), batch_tokens=40)
     agent.learn(100)

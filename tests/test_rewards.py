@@ -161,6 +161,12 @@ def test_placed_rewards_spare_the_prefix_and_the_unscored():
     assert placed["everywhere"].tolist() == [[0, 0, 0, 0], [0, 2, 2, 2]]
 
 
+def test_a_weight_of_zero_pays_nothing_even_where_the_reference_says_never():
+    batch = three_rows(ref_logprob=torch.tensor([-torch.inf, -2.0, -3.0]))
+    paid = RewardSum({"kl": ReferenceKL()}, T).paid(batch, {"kl": torch.tensor([0.0, 0.0, 0.5])})
+    assert paid["kl"].tolist() == [0.0, 0.0, -1.5]
+
+
 def test_designs_are_found_by_name_term_or_mapping():
     for name in DESIGNS:
         assert list(make_terms(name)) == [name]

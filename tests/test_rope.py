@@ -71,6 +71,16 @@ def test_the_regime_holds_for_the_life_of_the_model(name):
         CachedLM(copy.deepcopy(model), 2, 20)
 
 
+@pytest.mark.parametrize("name", VARYING)
+def test_shorter_rows_of_the_same_model_keep_its_regime(name):
+    model = fakes.causal_lm(name)
+    CachedLM(model, 2, 30)
+    before = states(model.base_model, text_of(12))
+    for max_length in (20, 8):
+        CachedLM(model, 2, max_length)
+        assert torch.equal(states(model.base_model, text_of(12)), before)
+
+
 def test_other_models_are_left_alone():
     model = fakes.causal_lm("llama").base_model
     before = states(model, text_of(20))

@@ -151,6 +151,15 @@ def test_some_slots_alone() -> None:
             assert_same_row(b, row, a if row in (0, 2) else c, row)
 
 
+def test_rows_that_ended_under_another_mode_begin_anew() -> None:
+    envs, fresh = running(TOYS["token"], AutoresetMode.NEXT_STEP), make_vec(N, SAME_STEP, **TOYS["token"])
+    follow(envs, [np.array([20, 1, 20, 20])])
+    obs, _ = fresh.unwrapped.load_state(envs.unwrapped.save_state())
+    np.testing.assert_array_equal(obs["length"] - obs["prompt_length"], [3, 0, 3, 3])
+    expected, step = follow(envs, [np.full(N, 20)])[0], follow(fresh, [np.full(N, 20)])[0]
+    np.testing.assert_array_equal(expected[4]["prompt_id"], step[4]["prompt_id"])
+
+
 def test_a_state_holds_arrays_and_numbers_of_its_own() -> None:
     envs = running(TOYS["token"])
     saved = envs.unwrapped.save_state()

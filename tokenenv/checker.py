@@ -1,13 +1,13 @@
 """The contract of token envs (docs/contract.md), as a check that anyone can run on an env of theirs."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from tokenenv.errors import ContractError
@@ -15,6 +15,7 @@ from tokenenv.trial import (
     Action,
     Step,
     as_action,
+    bad_actions,
     close,
     difference,
     draw,
@@ -23,6 +24,7 @@ from tokenenv.trial import (
     mode_of,
     overwrite,
     require,
+    require_raises,
     rows_of,
     run,
 )
@@ -41,10 +43,12 @@ def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> 
 
     Args:
         envs: the env.
-        steps: random steps of each run, 2 or more; a text that no stop token ends is cut within them or by a prefix.
+        steps: random steps of each run. In a task without stop tokens, stepping is compared with `score_episodes` only if
+            there are more of them than `max_new_tokens`.
         tolerance: the largest difference of equal numbers, relative to the larger of 1 and their size; 1e-5 is for
             models in float32.
     """
+    require(isinstance(envs, VectorEnv), f"{type(envs).__name__} is no VectorEnv; build one with gym.make_vec.")
     rng = np.random.default_rng(0)
     plan = [draw(envs, rng) for _ in range(steps - 1)] + [draw(envs, rng, stop=1.0)]
     _check_fresh(envs, plan[0])
@@ -61,16 +65,6 @@ def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> 
     _check_bad_actions(envs, rng, tolerance)
     _check_closed(envs, plan[0])
     envs.reset(seed=0)
-
-
-def _require_raises(error: type[Exception], sentence: str, call: Callable[..., Any], *args: Any) -> None:
-    try:
-        call(*args)
-    except error:
-        return
-    except Exception as other:
-        raise ContractError(f"{sentence} (but {type(other).__name__}: {other})") from other
-    raise ContractError(sentence)
 
 
 def _start(envs: Any, **options: Any) -> Any:
@@ -93,7 +87,7 @@ def _check_fresh(envs: Any, action: Action) -> None:
         envs.unwrapped.save_state()
     except ResetNeeded:
         sentence = "step() before reset() does not raise ResetNeeded."
-        _require_raises(ResetNeeded, sentence, envs.step, as_action(envs, action))
+        require_raises(ResetNeeded, sentence, envs.step, as_action(envs, action))
 
 
 def _check_spaces(envs: Any) -> None:
@@ -239,7 +233,7 @@ def _check_cut_texts(envs: Any, rng: np.random.Generator, tolerance: float) -> N
         envs.reset(options={"prefixes": [draw_ids(envs, rng, limit - 1) for _ in range(envs.num_envs)]})
         envs.step(as_action(envs, plan[0]))
         sentence = "a finished row can be stepped under DISABLED: step() does not raise AssertionError."
-        _require_raises(AssertionError, sentence, envs.step, as_action(envs, plan[0]))
+        require_raises(AssertionError, sentence, envs.step, as_action(envs, plan[0]))
 
 
 def _check_scores(envs: Any, plan: list[Action], rng: np.random.Generator, tolerance: float) -> None:
@@ -296,22 +290,9 @@ def _check_bad_actions(envs: Any, rng: np.random.Generator, tolerance: float) ->
     saved, plan = envs.unwrapped.save_state(), [draw(envs, rng) for _ in range(3)]
     first = run(envs, obs, plan, age)
     obs = host(envs.unwrapped.load_state(saved)[0])
-    for name, action in _bad_actions(envs, *plan[0]):
-        _require_raises(ValueError, f"step() does not raise ValueError on an action with {name}.", envs.step, action)
+    for name, action in bad_actions(envs, *plan[0]):
+        require_raises(ValueError, f"step() does not raise ValueError on an action with {name}.", envs.step, action)
     _check_same(first, run(envs, obs, plan, age), tolerance, "an action that was refused has changed the env")
-
-
-def _bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, Any]]:
-    def at_0(array: np.ndarray, value: float) -> np.ndarray:
-        return np.concatenate([np.array([value], array.dtype), array[1:]])
-
-    vocab_size = envs.unwrapped.token_spec.vocab_size
-    bad = [("token -1", at_0(tokens, -1), logprobs), (f"token {vocab_size}", at_0(tokens, vocab_size), logprobs)]
-    bad += [("a row too many", np.append(tokens, 0), logprobs), ("float tokens", tokens.astype(np.float32), logprobs)]
-    if not isinstance(envs.single_action_space, spaces.Dict):
-        return [(name, wrong) for name, wrong, _ in bad]
-    bad += [(f"logprob {value}", tokens, at_0(logprobs, value)) for value in (np.nan, -np.inf, 1.0)]
-    return [(name, {"token": a, "logprob": b}) for name, a, b in bad] + [("no logprob", {"token": tokens})]
 
 
 def _check_closed(envs: Any, action: Action) -> None:
@@ -319,5 +300,5 @@ def _check_closed(envs: Any, action: Action) -> None:
     closed = copy.copy(envs.unwrapped)
     closed.closed = True
     error = ClosedEnvironmentError
-    _require_raises(error, "step() after close() does not raise ClosedEnvironmentError.", closed.step, as_action(envs, action))
-    _require_raises(error, "reset() after close() does not raise ClosedEnvironmentError.", closed.reset)
+    require_raises(error, "step() after close() does not raise ClosedEnvironmentError.", closed.step, as_action(envs, action))
+    require_raises(error, "reset() after close() does not raise ClosedEnvironmentError.", closed.reset)

@@ -86,6 +86,7 @@ class RewardEngine:
         terms = self.rewards.terms.items()
         return {name: kl_coef if name == "kl" else weight_at(term, tokens_seen) for name, term in terms}
 
+    @torch.no_grad()
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
@@ -112,6 +113,7 @@ class RewardEngine:
         reward = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros_like(ref_logprob)
         return Paid(reward, terms, ref_logprob, after.score, self.potential(batch.scored), finished)
 
+    @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
         """Phi (N,) of the texts as they stand, zero where `scored`; None where no term is potential-based."""
         assert self.states is not None
@@ -156,6 +158,7 @@ class RewardEngine:
         scores = scorer.head(hidden[id(trunk_of(scorer.model))])
         return scores + running if scorer.per_token else scores
 
+    @torch.no_grad()
     def _enter(self, slots: Slots, texts: TextBuffer, score: Tensor | None) -> None:
         tokens, lengths = texts.rows(slots)
         hidden = self.trunks.prefill(slots, tokens, lengths)

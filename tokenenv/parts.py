@@ -37,10 +37,11 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
     """What agents may know of the task; a tokenizer without a pad id gets a stop id as pad."""
     pad = getattr(task.tokenizer, "pad_token_id", None)
+    stand_in = next(iter(task.stop_token_ids), 0)
     return TokenSpec(
         tokenizer=task.tokenizer,
         vocab_size=vocab_size_of(task.model or task.reference),
-        pad_token_id=task.stop_token_ids[0] if pad is None else pad,
+        pad_token_id=stand_in if pad is None else pad,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
         max_new_tokens=task.max_new_tokens,

@@ -53,7 +53,7 @@ def mode_of(envs: Any) -> Any:
 
 def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
     """Random tokens, about `stop` of them stop tokens, and log-probs."""
-    tokens = np.array([draw_ids(envs, rng, 1)[0] for _ in range(envs.num_envs)])
+    tokens = np.array(draw_ids(envs, rng, envs.num_envs))
     stops = envs.unwrapped.token_spec.stop_token_ids
     if stops:
         tokens = np.where(rng.random(envs.num_envs) < stop, rng.choice(stops, envs.num_envs), tokens)
@@ -70,6 +70,21 @@ def as_action(envs: Any, action: Action) -> Any:
     """The action as this env takes it."""
     tokens, logprobs = action[0].copy(), action[1].copy()
     return {"token": tokens, "logprob": logprobs} if isinstance(envs.single_action_space, spaces.Dict) else tokens
+
+
+def bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, Any]]:
+    """What must be refused, by name: the given action with one thing wrong."""
+
+    def at_0(array: np.ndarray, value: float) -> np.ndarray:
+        return np.concatenate([np.array([value], array.dtype), array[1:]])
+
+    vocab_size = envs.unwrapped.token_spec.vocab_size
+    bad = [("token -1", at_0(tokens, -1), logprobs), (f"token {vocab_size}", at_0(tokens, vocab_size), logprobs)]
+    bad += [("a row too many", np.append(tokens, 0), logprobs), ("float tokens", tokens.astype(np.float32), logprobs)]
+    if not isinstance(envs.single_action_space, spaces.Dict):
+        return [(name, wrong) for name, wrong, _ in bad]
+    bad += [(f"logprob {value}", tokens, at_0(logprobs, value)) for value in (np.nan, -np.inf, 1.0)]
+    return [(name, {"token": a, "logprob": b}) for name, a, b in bad] + [("no logprob", {"token": tokens})]
 
 
 def run(
@@ -152,13 +167,26 @@ def close(a: Any, b: Any, tolerance: float) -> bool:
         return False
     if a.dtype.kind != "f" and b.dtype.kind != "f":
         return bool((a == b).all())
-    return bool((np.abs(a - b) <= tolerance * max(1.0, np.abs(b).max(initial=0.0))).all())
+    size = np.abs(b[np.isfinite(b)]).max(initial=1.0)
+    with np.errstate(invalid="ignore"):
+        return bool(((a == b) | (np.abs(a - b) <= tolerance * size)).all())
 
 
 def require(kept: Any, sentence: str) -> None:
     """Raises `ContractError` unless `kept`."""
     if not kept:
         raise ContractError(sentence)
+
+
+def require_raises(error: type[Exception], sentence: str, call: Callable[..., Any], *args: Any) -> None:
+    """Raises `ContractError` unless the call raises `error`."""
+    try:
+        call(*args)
+    except error:
+        return
+    except Exception as other:
+        raise ContractError(f"{sentence} (but {type(other).__name__}: {other})") from other
+    raise ContractError(sentence)
 
 
 def _check_arrays(num_envs: int, returned: Any, info: Any, arrays: dict[str, Any]) -> None:

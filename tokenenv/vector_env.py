@@ -196,6 +196,8 @@ class TokenVectorEnv(VectorEnv):
         for slot, rng in zip(slots, saved["rngs"], strict=True):
             self._rngs[slot].bit_generator.state = rng
         self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():  # saved under another mode
+            self._begin(self._ended.copy())
         return self._observation(), self._start_infos(slots).to_dict(self._texts.upload, self._export)
 
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
@@ -326,8 +328,8 @@ class TokenVectorEnv(VectorEnv):
 
     def _invalid(self, row: int, code: int, tokens: Tensor, logprob: Tensor | None) -> InvalidAction:
         if code == BAD_TOKEN or logprob is None:
-            last = self.token_spec.vocab_size - 1
-            return InvalidAction(f"actions[{row}]={int(tokens[row])} is no token id; allowed: 0 to {last}.")
+            last, name = self.token_spec.vocab_size - 1, "actions" if logprob is None else "actions['token']"
+            return InvalidAction(f"{name}[{row}]={int(tokens[row])} is no token id; allowed: 0 to {last}.")
         value = float(logprob[row])
         return InvalidAction(f"actions['logprob'][{row}]={value}; kl='policy' needs a finite log-prob, 0 or less (nats).")
 

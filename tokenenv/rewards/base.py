@@ -175,7 +175,9 @@ class RewardSum:
 
     def paid(self, batch: Transitions, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The causal and policy-dependent terms' weighted rewards (K,); `weights` are (K,)."""
-        return {name: weights[name] * self.terms[name].reward(batch) for name in self.causal}
+        # A term that is switched off pays 0, also where its reward is -inf (a token that the reference does not have).
+        rewards = {name: self.terms[name].reward(batch) for name in self.causal}
+        return {name: torch.where(weights[name] == 0, 0.0, weights[name] * reward) for name, reward in rewards.items()}
 
     def placed(self, texts: FinishedTexts, scored: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The hindsight terms' weighted rewards (B, T); `scored` and `weights` are (B,)."""
