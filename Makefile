@@ -28,10 +28,11 @@ test: $(STAMP)  ## the whole suite
 test-slow: $(STAMP)  ## minutes: learning runs over several seeds
 	$(BIN)/pytest -m slow
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p tokenenv
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target build/installed .
+	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tokenenv
 
 bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/step.py

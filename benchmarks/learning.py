@@ -1,16 +1,16 @@
 """What the bundled PPO learns, three seeds each, on held-out prompts: gold, KL, length, distinct bigrams.
 
-Reviews-v0: the share of positive reviews, wanted at 0.9 or more within 150,000 tokens. PyDocs-v0: Flesch reading ease, wanted up by
-one standard deviation of the reference's texts at 20 nats of KL per text or less.
+Reviews-v0: the share of positive reviews, wanted at 0.9 or more within 150,000 tokens. PyDocs-v0: Flesch reading ease, wanted
+up by one standard deviation of the reference's texts at 20 nats of KL per text or less.
 """
 
 import argparse
 
 import numpy as np
 from rich.console import Console
+
 from tokenenv.agents import PPO
 from tokenenv.agents.evaluate import Evaluation, evaluate
-
 from tokenenv.cli import Train, comparison
 
 console = Console()

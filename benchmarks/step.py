@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from timing import medians
+
+import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents.actor import Actor
 from tokenenv.agents.agent import default_policy
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.policy import LMPolicy
-
-import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.cached_lm import CachedLM
 from tokenenv.models.trunks import logits_head, trunk_of

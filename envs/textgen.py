@@ -7,10 +7,10 @@ be a rule or a term of one's own.
 
 import logging
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenenv.errors import InvalidArgument, ModelError, check_choice
@@ -164,6 +164,6 @@ def _stop_ids(model: Any, tokenizer: Any, given: Sequence[int] | None) -> tuple[
         raise InvalidArgument("the model names no end-of-text id; give the ids that end a text as stop_token_ids=.")
     ids = (chosen,) if isinstance(chosen, int) else tuple(chosen)
     last = vocab_size_of(model) - 1
-    if not ids or not all(isinstance(token, Integral) and 0 <= token <= last for token in ids):
+    if not ids or not all(isinstance(token, (int, np.integer)) and 0 <= token <= last for token in ids):
         raise InvalidArgument(f"stop_token_ids={ids}; allowed: one or more of the model's token ids, 0 to {last}.")
     return ids

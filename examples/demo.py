@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from tokenenv.agents import PPO
-from tokenenv.agents.evaluate import evaluate
 
 import tokenenv  # noqa: F401  (registers the ids)
+from tokenenv.agents import PPO
+from tokenenv.agents.evaluate import evaluate
 from tokenenv.cli import Train, comparison, save_config, show_examples
 
 ENV, TOTAL_TOKENS, TEXTS = "tokenenv/PyDocs-v0", 150_000, 256
@@ -31,7 +31,7 @@ def main() -> None:
     agent.save(run_dir / "checkpoint")
     console.print(f"the same {TEXTS} prompts with the trained policy ...")
     found = {"before": before, "after": evaluate(agent, held_out, num_texts=TEXTS)}
-    show_examples(found, held_out.unwrapped.token_spec.tokenizer, 3)
+    show_examples(found, held_out.token_spec.tokenizer, 3)
     console.print(comparison(found))
     console.print(
         f"gold is the Flesch reading ease, 0 to 100; {time.monotonic() - started:.0f} s in all; run folder: {run_dir}"

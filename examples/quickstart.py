@@ -1,9 +1,9 @@
 """The ten-line loop: 64 reviews grow by one token a step, each token paid by a reward model, and PPO learns from it."""
 
 import gymnasium as gym
-from tokenenv.agents import PPO
 
 import tokenenv  # registers the ids
+from tokenenv.agents import PPO
 
 envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward="token", kl_coef=0.05)
 obs, info = envs.reset(seed=0)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import training
 from rich import print
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+
 from tokenenv.envs.bundled import ASSETS
 from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, make_prompts
 from tokenenv.envs.readability import MIN_WORDS, count_syllables, reading_ease, words
 from tokenenv.envs.topics import paragraphs, passages, prose
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from torch import Tensor
 
 END = 0
 VOCABULARY = 1024

@@ -9,6 +9,10 @@ import numpy as np
 import torch
 import training
 from rich import print
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor
+
 from tokenenv.envs.bundled import ASSETS
 from tokenenv.envs.review_grammar import (
     CLAUSE_ENDS,
@@ -19,9 +23,6 @@ from tokenenv.envs.review_grammar import (
     split_words,
     vocabulary,
 )
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
-from torch import Tensor
 
 PAD, EOS = 0, 1
 MAX_NEW_TOKENS = 40

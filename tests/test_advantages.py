@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tokenenv.agents import advantages as adv
 
 NO = torch.tensor([False])

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from tokenenv.envs.bundled import ASSETS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
+from toy_env import ToyEnv, tiny_lm
+
 from tokenenv.agents import PPO, LMPolicy
 from tokenenv.agents import checkpoint as module
 from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
-from toy_env import ToyEnv, tiny_lm
-
 from tokenenv.errors import CheckpointError
 
 STATE = {

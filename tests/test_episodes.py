@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
+
 from tokenenv.agents import LMPolicy
 from tokenenv.agents.actor import Actor
 from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import EpisodeBatch, mean_of, summary
 from tokenenv.agents.evaluate import distinct_bigrams, evaluate, standard_error
-from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
-
 from tokenenv.errors import InvalidArgument
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tokenenv.agents import losses
 from tokenenv.agents.token_stats import token_stats
 

@@ -6,6 +6,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
+
 from tokenenv.agents import LMPolicy
 from tokenenv.agents import actor as module
 from tokenenv.agents.actor import Actor, sample
@@ -13,9 +16,6 @@ from tokenenv.agents.generate import generate, keep_likely
 from tokenenv.agents.learner import Outputs, Reference, accumulate_gradient, outputs, state_values
 from tokenenv.agents.losses import token_weights
 from tokenenv.agents.policy import add_lora
-from torch.utils._python_dispatch import TorchDispatchMode
-from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
-
 from tokenenv.errors import InvalidArgument, MissingDependency
 
 

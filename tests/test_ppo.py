@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from toy_env import GOOD, STOP, T, ToyEnv, V, tiny_lm
+
 from tokenenv.agents import PPO, LMPolicy, PPOConfig
 from tokenenv.agents import advantages as adv
 from tokenenv.agents.agent import Agent
@@ -18,8 +20,6 @@ from tokenenv.agents.evaluate import evaluate
 from tokenenv.agents.learner import state_values
 from tokenenv.agents.losses import token_weights
 from tokenenv.agents.progress import ProgressLine
-from toy_env import GOOD, STOP, T, ToyEnv, V, tiny_lm
-
 from tokenenv.errors import InvalidArgument
 
 

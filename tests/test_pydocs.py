@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sampling import sample, summed_scores
+
 from tokenenv.envs import pydocs, topics
 from tokenenv.envs.bundled import bundled_tokenizer
 from tokenenv.envs.readability import count_sentences, count_syllables, reading_ease, words
-
 from tokenenv.errors import InvalidArgument, ModelError
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sampling import sample, summed_scores
+
 from tokenenv.envs import reviews
 from tokenenv.envs.bundled import bundled_tokenizer
 from tokenenv.envs.review_grammar import openings, opinions, review, sentiment, split_words, vocabulary
-
 from tokenenv.errors import InvalidArgument
 
 

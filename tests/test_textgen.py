@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
-from tokenenv.envs import textgen
 
+from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
 from tokenenv.rewards.rule import Rule

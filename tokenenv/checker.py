@@ -10,7 +10,6 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from tokenenv.errors import ContractError
 from tokenenv.trial import (
     Action,
     Step,

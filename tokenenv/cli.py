@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import gymnasium as gym
 import tyro
@@ -22,6 +22,7 @@ from tokenenv.agents.evaluate import Evaluation, evaluate
 from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
 from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
+from tokenenv.vector_env import TokenVectorEnv
 
 AGENTS = {"ppo": PPO}
 console = Console()
@@ -77,12 +78,13 @@ class Train:
         agent.save(checkpoint)
         console.print(f"run folder: {folder}\nlook at it: tokenenv evaluate {folder}; tensorboard --logdir {folder}")
 
-    def make_envs(self, **changes: Any) -> gym.vector.VectorEnv:
+    def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""
         check_choice("env", self.env, TASKS)
         options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
         given = {"reward": self.reward, "kl_coef": self.kl_coef, "autoreset_mode": "SameStep"}
-        return gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
+        envs = gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
+        return cast(TokenVectorEnv, envs)
 
 
 @dataclass(kw_only=True)
@@ -108,7 +110,7 @@ class Evaluate:
         }
         found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
         console.print(comparison(found))
-        show_examples(found, envs.unwrapped.token_spec.tokenizer, self.examples)
+        show_examples(found, envs.token_spec.tokenizer, self.examples)
 
 
 @dataclass(kw_only=True)
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
-        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)  # type: ignore[arg-type]
+        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
         command.run()
     except TokenEnvError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)

@@ -11,18 +11,16 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from tokenenv import parts, state
+from tokenenv.actions import read_actions, require_valid, token_codes
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
-from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset, check_choice
+from tokenenv.errors import EnvClosed, FinishedRow, InvalidArgument, NotReset, check_choice
 from tokenenv.infos import Infos
 from tokenenv.prompts import draw
 from tokenenv.reset_options import Seed, read_options, read_seed
 from tokenenv.scoring import score_episodes
 from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores
-
-BAD_TOKEN, BAD_LOGPROB = -1, -2
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class TokenVectorEnv(VectorEnv):
@@ -128,12 +126,11 @@ class TokenVectorEnv(VectorEnv):
         """
         self._require_reset()
         active = self._active_rows()
-        tokens, logprob = self._read_actions(actions)
-        host_tokens = self._check_actions(tokens, logprob, active)
-        self._texts.append(host_tokens, active)
-        ends = self._find_ends(host_tokens, active)
+        tokens, logprob = self._check_actions(actions, active)
+        self._texts.append(tokens, active)
+        ends = self._find_ends(tokens, active)
         self.tokens_seen += int(active.sum())
-        paid = self._engine.step(self._texts.upload(host_tokens), logprob, active, ends, self._texts)
+        paid = self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
         infos = self._step_infos(paid, active, ends.ended)
         self._ended = ends.ended
         final: dict[str, Any] = {}
@@ -285,53 +282,16 @@ class TokenVectorEnv(VectorEnv):
             )
         return ~self._ended
 
-    def _read_actions(self, actions: Any) -> tuple[Tensor, Tensor | None]:
-        """The actions as device tensors: tokens (N,) int64 and, under kl="policy", logprob (N,) float32."""
-        if self.config.kl != "policy":
-            if isinstance(actions, Mapping):
-                raise InvalidAction("actions are token ids (N,); a dict with a logprob is for kl='policy'.")
-            return self._batch(actions, "actions", torch.int64), None
-        if not isinstance(actions, Mapping) or set(actions) != {"token", "logprob"}:
-            given = sorted(actions) if isinstance(actions, Mapping) else type(actions).__name__
-            raise InvalidAction(f"kl='policy' needs actions as a dict of 'token' and 'logprob', got {given}.")
-        token = self._batch(actions["token"], "actions['token']", torch.int64)
-        return token, self._batch(actions["logprob"], "actions['logprob']", torch.float32)
-
-    def _batch(self, values: Any, name: str, dtype: torch.dtype) -> Tensor:
-        try:
-            values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-        except (TypeError, ValueError) as error:
-            raise InvalidAction(
-                f"{name} is no array of numbers; allowed: one number for each of {self.num_envs} envs."
-            ) from error
-        if tuple(values.shape) != (self.num_envs,):
-            raise InvalidAction(f"{name} has shape {tuple(values.shape)}; allowed: ({self.num_envs},), one for each env.")
-        if dtype == torch.int64 and values.dtype not in INTEGERS:
-            raise InvalidAction(f"{name} has dtype {values.dtype}; allowed: an integer dtype.")
-        return values.to(self.device, dtype, non_blocking=True)
-
-    def _check_actions(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray) -> np.ndarray:
-        """The tokens (N,) on the host; the one device-to-host copy of a step also says which rows are invalid."""
-        valid = (tokens >= 0) & (tokens < self.token_spec.vocab_size)
-        codes = torch.where(valid, tokens, BAD_TOKEN)
-        if logprob is not None:
-            codes = torch.where(logprob.isfinite() & (logprob <= 1e-3), codes, BAD_LOGPROB)
-        host = self._to_host(codes)
-        host[~active] = self.token_spec.pad_token_id
-        bad = np.flatnonzero(host < 0)
-        if len(bad):
-            raise self._invalid(int(bad[0]), int(host[bad[0]]), tokens, logprob)
-        return host
+    def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
+        """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
+        tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
+        codes = self._to_host(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes[~active] = self.token_spec.pad_token_id
+        require_valid(codes, tokens, logprob, self.token_spec)
+        return codes, logprob
 
     def _to_host(self, codes: Tensor) -> np.ndarray:
         return codes.cpu().numpy()
-
-    def _invalid(self, row: int, code: int, tokens: Tensor, logprob: Tensor | None) -> InvalidAction:
-        if code == BAD_TOKEN or logprob is None:
-            last, name = self.token_spec.vocab_size - 1, "actions" if logprob is None else "actions['token']"
-            return InvalidAction(f"{name}[{row}]={int(tokens[row])} is no token id; allowed: 0 to {last}.")
-        value = float(logprob[row])
-        return InvalidAction(f"actions['logprob'][{row}]={value}; kl='policy' needs a finite log-prob, 0 or less (nats).")
 
     def _find_ends(self, tokens: np.ndarray, active: np.ndarray) -> Ends:
         terminated = active & np.isin(tokens, self.token_spec.stop_token_ids)
