@@ -17,7 +17,7 @@ class AgentConfig:
 
     seed: int = 0
     """Of everything random in the agent, and of the env's first reset."""
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     """Response tokens of finished episodes that one update learns from, at least; 1 or more."""
     max_batch_tokens: int = 16384
     """Tokens, padding included, of one learning forward; 1 or more. Bounds memory and changes no result."""

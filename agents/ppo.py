@@ -47,7 +47,7 @@ class PPOConfig(AgentConfig):
     """Above 0: the policy's lambda is 1 - 1 / (alpha length) for each text, in place of `lambda_actor`; None is off."""
     whiten: bool = True
     """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
-    scale_rewards: bool = False
+    scale_rewards: bool = True
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
     separate_value: bool = False
     """Whether the critic has a trunk of its own, or shares the policy's."""

@@ -177,12 +177,16 @@ def test_names_what_is_wrong_inside(mode: Any, put: Any, message: str, monkeypat
     assert message in str(error.value)
 
 
-def test_bad_actions_must_be_refused() -> None:
-    envs = make_vec(3, **TOYS["k1"])
-    check = envs.unwrapped._check_actions
-    envs.unwrapped._check_actions = lambda tokens, logprob, active: check(tokens, logprob.nan_to_num(), active)
-    with pytest.raises(ContractError, match="does not raise ValueError on an action with logprob nan"):
-        check_vector_env(envs, steps=8)
+def test_bad_tokens_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenenv.vector_env.require_valid", nothing)
+    with pytest.raises(ContractError, match="does not raise ValueError on an action with token -1"):
+        check_vector_env(make_vec(3), steps=8)
+
+
+def test_bad_log_probs_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenenv.actions.LOGPROB_SLACK", 9.0)
+    with pytest.raises(ContractError, match=r"does not raise ValueError on an action with logprob 1\.0"):
+        check_vector_env(make_vec(3, **TOYS["k1"]), steps=8)
 
 
 def test_a_prefix_must_earn_nothing() -> None:

@@ -60,6 +60,7 @@ class SlotLayer(StaticLayer):
         return self._store(self.keys, key_states), self._store(self.values, value_states)
 
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
+        new = new.to(cached.dtype)  # autocast computes in bfloat16 what a float32 cache holds
         cached.transpose(1, 2)[self.write.slots, self.write.positions] = new.transpose(1, 2)
         return new if self.write.bucket is None else cached[:, :, : self.write.bucket]
 
