@@ -1,5 +1,7 @@
 """The models that come with the package, loaded once per process and shared by all envs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,32 @@ ASSETS = Path(__file__).parent / "assets"
 @cache
 def bundled_lm(name: str, device: str, dtype: torch.dtype) -> Any:
     """The frozen causal LM in `assets/<name>`."""
-    return load_causal_lm(str(ASSETS / name), device=device, dtype=dtype)
+    with _no_bar():
+        return load_causal_lm(str(ASSETS / name), device=device, dtype=dtype)
 
 
 @cache
 def bundled_scorer(name: str, device: str, dtype: torch.dtype) -> Scorer:
     """The scorer of the frozen reward model in `assets/<name>`."""
-    return make_scorer(load_reward_model(str(ASSETS / name), device=device, dtype=dtype))
+    with _no_bar():
+        return make_scorer(load_reward_model(str(ASSETS / name), device=device, dtype=dtype))
 
 
 @cache
 def bundled_tokenizer(name: str) -> Any:
     """The tokenizer in `assets/<name>`."""
     return load_tokenizer(str(ASSETS / name))
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' progress bar: a bundled model loads in a blink."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

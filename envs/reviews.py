@@ -24,6 +24,7 @@ def task(*, split: str = "train", max_new_tokens: int = 40, device: str = "cpu",
         max_new_tokens=max_new_tokens,
         stop_token_ids=(tokenizer.eos_token_id,),
         gold=gold,
+        kl_coef=0.2,
     )
 
 

@@ -5,7 +5,7 @@ import gymnasium as gym
 import tokenenv  # registers the ids
 from tokenenv.agents import PPO
 
-envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward="token", kl_coef=0.05)
+envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward="token", kl_coef=0.2)
 obs, info = envs.reset(seed=0)
 for _ in range(10):
     obs, rewards, terminations, truncations, infos = envs.step(envs.action_space.sample())

@@ -42,8 +42,6 @@ class Train:
     """Texts that run side by side."""
     reward: str | None = None
     """A reward design, such as token, delta, terminal, uniform; by default the env's own."""
-    kl_coef: float = 0.05
-    """beta, reward per nat of KL to the reference."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
     algo: Literal["ppo"] = "ppo"
@@ -82,7 +80,7 @@ class Train:
         """The run's envs; `changes` override its options."""
         check_choice("env", self.env, TASKS)
         options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
-        given = {"reward": self.reward, "kl_coef": self.kl_coef, "autoreset_mode": "SameStep"}
+        given = {"reward": self.reward, "autoreset_mode": "SameStep"}
         envs = gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
         return cast(TokenVectorEnv, envs)
 

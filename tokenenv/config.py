@@ -19,8 +19,8 @@ class EnvConfig:
     kl: str = "reference"
     """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the whole penalty from the
     log-prob that the action carries; "none" pays nothing."""
-    kl_coef: float = 0.05
-    """beta, reward per nat, 0 or more; read when an episode begins."""
+    kl_coef: float | None = None
+    """beta, reward per nat, 0 or more; read when an episode begins. None is the task's own."""
     kl_estimator: str = "k1"
     """"k1", "k2" or "k3"; other than k1 only with kl="policy"."""
     kl_clamp: float | None = None
@@ -50,7 +50,8 @@ class EnvConfig:
         check_choice("array", self.array, ("numpy", "torch"))
         check_choice("observation", self.observation, ("tokens", "features"))
         self.autoreset_mode = _autoreset_mode(self.autoreset_mode)
-        check_kl_coef(self.kl_coef)
+        if self.kl_coef is not None:
+            check_kl_coef(self.kl_coef)
         self._check_kl_options()
         if self.missing_eos_penalty < 0 or (self.missing_eos_penalty and not self.score_truncated):
             raise InvalidArgument(

@@ -92,6 +92,8 @@ class Task:
     """gold(prompt_text, response_text): the true metric, for evaluation only."""
     reward: str = "token"
     """The design used when `reward=` is not given."""
+    kl_coef: float = 0.05
+    """beta used when `kl_coef=` is not given, reward per nat."""
 
 
 class SlotModel(Protocol):

@@ -65,7 +65,7 @@ class TokenVectorEnv(VectorEnv):
         self._ended = np.zeros(num_envs, dtype=bool)
         self._rngs: list[np.random.Generator] = []
         self._seed_streams(np.ones(num_envs, dtype=bool), read_seed(np_random()[1] % 2**31, num_envs))
-        self._kl_coef = self.config.kl_coef
+        self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction; schedules are asked with it."""
 
