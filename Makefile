@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,10 +23,7 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/pytest
-
-test-slow: $(STAMP)  ## minutes: learning runs over several seeds
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto
 
 lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
 	$(BIN)/ruff check .
@@ -36,6 +33,7 @@ lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and
 
 bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/cached_lm.py
 	$(BIN)/python benchmarks/learning.py
 
 clean:  ## everything that was made

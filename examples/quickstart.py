@@ -13,7 +13,7 @@ print("random tokens:", envs.unwrapped.decode(obs)[0], "| rewards now:", rewards
 
 agent = PPO(envs)
 agent.learn(total_tokens=100_000, progress=True)
-prompts = ["the screen of this phone", "i bought the hotel room"]
+prompts = ["yesterday my neighbour ordered the bread here", "this bar is near the castle"]
 for prompt, response in zip(prompts, agent.generate(prompts), strict=True):
     print(f"{prompt} ... {envs.unwrapped.token_spec.tokenizer.decode(response, skip_special_tokens=True)}")
 print("tokenenv", tokenenv.__version__)

@@ -19,9 +19,10 @@ from rich import print
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokenenv.envs.bundled import ASSETS
-from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, MIN_PROMPT_TOKENS, make_prompts
+from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, cut, make_prompts
 from tokenenv.envs.readability import MIN_WORDS, count_syllables, reading_ease, words
 from tokenenv.envs.topics import paragraphs, passages, prose
 
@@ -29,8 +30,10 @@ END = 0
 VOCABULARY = 1024
 MAX_NEW_TOKENS = 80
 MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
-PREFIXES = 12
-"""How many prefixes of each text the reward model is trained on, the whole text included."""
+TILTS = ((1.0, 0.0), (1.2, 0.0), (1.0, 1.0), (1.0, 2.0), (1.0, -1.0))
+"""Temperatures of the samples the reward model learns from, and how far each is tilted towards easy words."""
+Text = tuple[list[int], int]
+"""Token ids of prompt and response, and where the response begins."""
 _SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
 
 
@@ -53,8 +56,8 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
 (3 layers, hidden 96). The token scores of a response sum to its Flesch reading ease so far, less {mean:.1f} and divided by
 {scale:.1f} (mean and standard deviation under the reference). Until twelve words are there the sum moves from 0 to that.
 
-- Data: passages of the train topics; {samples} samples of pydocs-lm, plain or tilted to short words and ends of sentences by
-  more or less; shuffled texts. Targets by `envs/readability.py`.
+- Data: {texts} texts: passages of the train topics and of docstrings, samples of pydocs-lm, plain or tilted towards hard or
+  easy words, and random words. Targets by `envs/readability.py`.
 - From the saved bfloat16 weights, on continuations of held-out prompts: correlation of score and reading ease
   {correlation:.3f} (n=1,024, mean reading ease {gold_mean:.1f}); on samples tilted to easy words {easy_correlation:.3f}
   (n=256, mean reading ease {easy_gold:.1f}, mean score {easy_score:.2f}).
@@ -136,29 +139,37 @@ def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
 
 def easy_bias(tokenizer: Any, strength: float) -> Tensor:
     """Logits (V,) added when sampling: for `strength` > 0 short words and ends of sentences become likelier."""
+    tokens = tokenizer.convert_ids_to_tokens(range(VOCABULARY))
     texts = [tokenizer.decode([i]) for i in range(VOCABULARY)]
     syllables = torch.tensor([float(sum(map(count_syllables, words(text)))) for text in texts])
-    ends = torch.tensor([float(text.strip() in (".", ").")) for text in texts])
-    return strength * (ends - 0.5 * (syllables - 1).clamp(min=0))
+    new_word = torch.tensor([float(token.startswith("Ġ") and len(token) > 1) for token in tokens])
+    end = torch.tensor([float(text.strip() in (".", ").")) for text in texts])
+    return strength * (end + 0.5 * new_word - 0.5 * syllables)
 
 
-def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Random) -> list[tuple[list[int], int]]:
-    """(ids, where the response begins): real passages, samples of the reference from plain to very easy, shuffles."""
+def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Random) -> list[Text]:
+    """What the reward model learns from: real passages, samples of the reference from hard to very easy, word soup."""
     prompts = make_prompts("train", tokenizer)
-    texts = [(ids, start) for ids in real if (start := split_point(ids, tokenizer, rng))]
-    for temperature, strength in ((1.0, 0.0), (1.0, 0.0), (1.2, 0.0), (1.0, 1.0), (1.0, 2.0), (1.2, 3.0), (1.0, -1.0)):
-        drawn = [rng.choice(prompts) for _ in range(1200)]
-        bias = easy_bias(tokenizer, strength)
-        responses = training.sample(lm, drawn, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias)
-        texts += [(p + r, len(p)) for p, r in zip(drawn, responses, strict=True)]
-    shuffled = [(ids[:start] + rng.sample(ids[start:-1], len(ids) - start - 1), start) for ids, start in texts[::6]]
-    return texts + [text for text in shuffled if len(text[0]) > text[1]]
+    sampled = [text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)]
+    shuffled = [(ids[:start] + rng.sample(ids[start:], len(ids) - start), start) for ids, start in sampled[::6]]
+    vocabulary = sorted({word.strip(".,") for text in prose("train") for word in text.split()})
+    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)])["input_ids"]
+    whole = [*real, *([*ids[: MAX_TOKENS - 1], END] for ids in soups)]
+    begun = [(ids, cut(ids, tokenizer)) for ids in whole]
+    return [(ids, start) for ids, start in sampled + shuffled + begun if len(ids) > start]
 
 
-def split_point(ids: list[int], tokenizer: Any, rng: random.Random) -> int:
-    """A place for the response to begin, as in the task's prompts; 0 if there is none."""
-    tokens = tokenizer.convert_ids_to_tokens(ids[: MAX_PROMPT_TOKENS + 1])
-    return rng.choice([i for i in range(MIN_PROMPT_TOKENS, len(tokens)) if tokens[i].startswith("Ġ")] or [0])
+def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:
+    """Random words after an opening, short or long ones preferred, in sentences of random length."""
+    preference, stop_rate = rng.uniform(-1.5, 2.5), rng.uniform(0.0, 0.3)
+    soup = [opening]
+    for _ in range(rng.randint(5, 45)):
+        drawn = {
+            word: rng.gauss(0, 1.5) - preference * sum(map(count_syllables, words(word))) for word in rng.sample(vocabulary, 3)
+        }
+        word = max(drawn, key=drawn.__getitem__)
+        soup.append((word.capitalize() if soup[-1].endswith(".") else word) + "." * (rng.random() < stop_rate))
+    return " ".join(soup) + "." * rng.randint(0, 1)
 
 
 def ease_so_far(text: str, ended: bool, mean: float) -> float:
@@ -169,34 +180,44 @@ def ease_so_far(text: str, ended: bool, mean: float) -> float:
     return mean + (reading_ease(text, min_words=1) - mean) * count / MIN_WORDS
 
 
-def targets(text: tuple[list[int], int], tokenizer: Any, mean: float, scale: float, rng: random.Random) -> Any:
-    """Positions (PREFIXES,) in the response, the last always among them, and the score (PREFIXES,) wanted after each."""
+def running_target(text: Text, tokenizer: Any, mean: float, scale: float) -> list[float]:
+    """What the scores should sum to after each token of a text: its standardised reading ease so far, 0 in the prompt."""
     ids, start = text
-    places = [*rng.choices(range(start, len(ids)), k=PREFIXES - 1), len(ids) - 1]
-    prefixes = tokenizer.batch_decode([ids[start : place + 1] for place in places], skip_special_tokens=True)
-    ease = [ease_so_far(prefix, place == len(ids) - 1, mean) for prefix, place in zip(prefixes, places, strict=True)]
-    return places, [(value - mean) / scale for value in ease]
+    prefixes = tokenizer.batch_decode([ids[start : i + 1] for i in range(start, len(ids))], skip_special_tokens=True)
+    ease = [ease_so_far(prefix, False, mean) for prefix in prefixes[:-1]] + [ease_so_far(prefixes[-1], True, mean)]
+    return [0.0] * start + [(value - mean) / scale for value in ease]
 
 
-def train_reward_model(texts: list[tuple[list[int], int]], tokenizer: Any, mean: float, scale: float) -> Any:
+def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]]) -> Tensor:
+    """Errors of the running sum after every token, of the whole text's, and of each token's own share.
+
+    The shares are small numbers, so their squared error weighs more: it teaches what each token is worth on its own.
+    """
+    target = training.pad(running, 0.0, torch.float)
+    sums = running_sums(model, texts)
+    position = torch.arange(sums.shape[1])
+    start, last = torch.tensor([(start, len(ids) - 1) for ids, start in texts])[:, :, None].unbind(1)
+    inside = (position >= start) & (position <= last)
+    error = F.smooth_l1_loss(sums, target, reduction="none")
+    share_error = (sums - target).diff(dim=1, prepend=torch.zeros(len(sums), 1)).square()
+    return error[inside].mean() + error[position == last].mean() + 20 * share_error[inside].mean()
+
+
+def train_reward_model(texts: list[Text], tokenizer: Any, mean: float, scale: float) -> Any:
     """A token classifier with one label whose scores, summed over a response, are its standardised reading ease so far."""
     from transformers import LlamaForTokenClassification
 
     model = LlamaForTokenClassification(config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0))
-    rng = random.Random(5)
-    wanted = [targets(text, tokenizer, mean, scale, rng) for text in texts]
+    running = [running_target(text, tokenizer, mean, scale) for text in texts]
 
     def loss(group: list[int]) -> Tensor:
-        sums = running_sums(model, [texts[i] for i in group])
-        places, target = (torch.tensor([wanted[i][k] for i in group]) for k in (0, 1))
-        error = (sums.gather(1, places) - target).square()
-        return error.mean() + error[:, -1].mean()
+        return reward_loss(model, [texts[i] for i in group], [running[i] for i in group])
 
-    training.fit(model, loss, [len(ids) for ids, _ in texts], epochs=6, lr=3e-3, label="reward model")
+    training.fit(model, loss, [len(ids) for ids, _ in texts], epochs=8, lr=3e-3, label="reward model")
     return model
 
 
-def running_sums(model: Any, texts: Sequence[tuple[list[int], int]]) -> Tensor:
+def running_sums(model: Any, texts: Sequence[Text]) -> Tensor:
     """The sum of the token scores from where the response begins to each position (B, L)."""
     scores = model(input_ids=training.pad([ids for ids, _ in texts], END), use_cache=False).logits[..., 0]
     start = torch.tensor([start for _, start in texts])[:, None]
@@ -204,19 +225,20 @@ def running_sums(model: Any, texts: Sequence[tuple[list[int], int]]) -> Tensor:
 
 
 @torch.no_grad()
-def text_scores(model: Any, texts: Sequence[tuple[list[int], int]]) -> np.ndarray:
+def text_scores(model: Any, texts: Sequence[Text]) -> np.ndarray:
     """The summed token scores of each response (B,)."""
     sums = [float(running_sums(model, [text])[0, -1]) for text in texts]
     return np.array(sums)
 
 
-def draw(lm: Any, prompts: list[list[int]], strength: float, tokenizer: Any) -> list[tuple[list[int], int]]:
-    """Samples of the reference, tilted towards easy words by `strength`."""
-    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, END, bias=easy_bias(tokenizer, strength))
+def draw(lm: Any, prompts: list[list[int]], tokenizer: Any, temperature: float = 1.0, strength: float = 0.0) -> list[Text]:
+    """One sample of the reference after each prompt, tilted towards easy words by `strength`."""
+    bias = easy_bias(tokenizer, strength)
+    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias)
     return [(p + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
 
 
-def golds(texts: Sequence[tuple[list[int], int]], tokenizer: Any) -> np.ndarray:
+def golds(texts: Sequence[Text], tokenizer: Any) -> np.ndarray:
     """Reading ease of each response (B,)."""
     return np.array([reading_ease(tokenizer.decode(ids[start:], skip_special_tokens=True)) for ids, start in texts])
 
@@ -224,9 +246,9 @@ def golds(texts: Sequence[tuple[list[int], int]], tokenizer: Any) -> np.ndarray:
 def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
     """What the saved models do on held-out prompts."""
     prompts = make_prompts("test", tokenizer)
-    plain = draw(lm, (prompts * 4)[:1024], 0.0, tokenizer)
-    easy = draw(lm, (prompts * 2)[:256], 2.0, tokenizer)
-    groups = draw(lm, [prompt for prompt in prompts[:64] for _ in range(16)], 0.0, tokenizer)
+    plain = draw(lm, (prompts * 4)[:1024], tokenizer)
+    easy = draw(lm, prompts[:256], tokenizer, strength=1.0)
+    groups = draw(lm, [prompt for prompt in prompts[:64] for _ in range(16)], tokenizer)
     gold, scores = golds(plain, tokenizer), text_scores(reward_model, plain)
     easy_gold, easy_scores = golds(easy, tokenizer), text_scores(reward_model, easy)
     of_16 = golds(groups, tokenizer).reshape(64, 16)
@@ -234,44 +256,63 @@ def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
     for ids, start in [*plain[:4], *easy[:2]]:
         print(f"[dim]{tokenizer.decode(ids[:start])} [/dim]|{tokenizer.decode(ids[start:])}")
     return {
-        "gold_mean": gold.mean(),
-        "gold_sd": gold.std(),
-        "finished_share": np.mean([ids[-1] == END for ids, _ in plain]),
-        "mean_length": np.mean([len(ids) - start for ids, start in plain]),
-        "correlation": np.corrcoef(gold, scores)[0, 1],
-        "score_sd": scores.std(),
-        "easy_gold": easy_gold.mean(),
-        "easy_correlation": np.corrcoef(easy_gold, easy_scores)[0, 1],
-        "easy_score": easy_scores.mean(),
-        "any_of_16": of_16.mean(),
-        "best_of_16": of_16[np.arange(64), best].mean(),
+        "gold_mean": float(gold.mean()),
+        "gold_sd": float(gold.std()),
+        "finished_share": float(np.mean([ids[-1] == END for ids, _ in plain])),
+        "mean_length": float(np.mean([len(ids) - start for ids, start in plain])),
+        "correlation": float(np.corrcoef(gold, scores)[0, 1]),
+        "score_sd": float(scores.std()),
+        "easy_gold": float(easy_gold.mean()),
+        "easy_correlation": float(np.corrcoef(easy_gold, easy_scores)[0, 1]),
+        "easy_score": float(easy_scores.mean()),
+        "any_of_16": float(of_16.mean()),
+        "best_of_16": float(of_16[np.arange(64), best].mean()),
     }
 
 
-def main() -> None:
-    """Trains, saves, measures what was saved, and writes the model cards."""
+def make_lm() -> None:
+    """Trains and saves tokenizer and language model."""
     training.set_up()
-    begin = time.process_time()
     train, docstrings = prose("train"), docstring_prose()
     tokenizer = make_tokenizer([*train, *docstrings])
     real, held_out = encode(train, tokenizer), encode(prose("test"), tokenizer)
     lm = train_lm(real * 3 + encode(docstrings, tokenizer), held_out)
-    loss = training.mean_lm_loss(lm, held_out)
+    print(f"held-out loss before rounding {training.mean_lm_loss(lm, held_out):.4f}")
     training.save(lm, tokenizer, ASSETS / "pydocs-lm")
-    texts = make_texts(lm, real, tokenizer, random.Random(1))
-    reference = golds(draw(lm, make_prompts("train", tokenizer), 0.0, tokenizer), tokenizer)
+
+
+def make_reward_model() -> dict[str, float]:
+    """Trains and saves the reward model of the saved language model; returns the mean and scale of its scores."""
+    training.set_up()
+    lm, tokenizer = training.load(ASSETS / "pydocs-lm"), training.load_tokenizer(ASSETS / "pydocs-lm")
+    reference = golds(draw(lm, make_prompts("train", tokenizer), tokenizer), tokenizer)
     mean, scale = float(reference.mean()), float(reference.std())
+    real = encode([*prose("train"), *docstring_prose()], tokenizer)
+    texts = make_texts(lm, real, tokenizer, random.Random(1))
     reward_model = train_reward_model(texts, tokenizer, mean, scale)
     training.save(reward_model, tokenizer, ASSETS / "pydocs-reward")
-    minutes = (time.process_time() - begin) / 60
+    return {"mean": mean, "scale": scale, "texts": len(texts)}
 
+
+def write_cards(minutes: float, **numbers: float) -> None:
+    """Measures what was saved and writes the model cards."""
     lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
-    numbers = {"loss": training.mean_lm_loss(lm, held_out), "mean": mean, "scale": scale}
+    tokenizer = training.load_tokenizer(ASSETS / "pydocs-lm")
+    real, held_out = encode(prose("train"), tokenizer), encode(prose("test"), tokenizer)
+    numbers |= {"loss": training.mean_lm_loss(lm, held_out), "passages": len(real), "minutes": minutes}
     numbers |= measure(lm, reward_model, tokenizer)
-    print(f"loss before rounding {loss:.4f}", numbers, f"{minutes:.1f} minutes")
-    numbers |= {"minutes": minutes, "passages": len(real), "python": platform.python_version()}
-    training.write_card(ASSETS / "pydocs-lm", LM_CARD, lm, **numbers)
-    training.write_card(ASSETS / "pydocs-reward", REWARD_CARD, reward_model, **numbers)
+    print(numbers)
+    more = {"python": platform.python_version(), "docstrings": len(encode(docstring_prose(), tokenizer))}
+    training.write_card(ASSETS / "pydocs-lm", LM_CARD, lm, **numbers, **more)
+    training.write_card(ASSETS / "pydocs-reward", REWARD_CARD, reward_model, **numbers, **more)
+
+
+def main() -> None:
+    """Both models and their cards."""
+    begin = time.process_time()
+    make_lm()
+    numbers = make_reward_model()
+    write_cards((time.process_time() - begin) / 60, **numbers)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def reward_loss(model: Any, tokens: list[list[int]], running: list[list[float]])
     inside = torch.arange(scores.shape[1]) < torch.tensor([len(row) for row in tokens])[:, None]
     error = scores.cumsum(1) - target
     share_error = scores - target.diff(dim=1, prepend=torch.zeros(len(target), 1))
-    return (error.square() + share_error.square())[inside].mean()
+    return (error.square() + 5 * share_error.square())[inside].mean()
 
 
 @torch.no_grad()
@@ -218,24 +218,40 @@ def sampled_texts(lm: Any, tokenizer: Any) -> list[list[str]]:
     return [split_words(text) for text in texts]
 
 
-def main() -> None:
-    """Trains, saves, measures what was saved, and writes the model cards."""
+def make_lm() -> None:
+    """Trains and saves tokenizer and language model."""
     training.set_up()
-    begin = time.process_time()
     tokenizer = make_tokenizer()
     lm, loss = train_lm(tokenizer)
+    print(f"held-out loss before rounding {loss:.4f}")
     training.save(lm, tokenizer, ASSETS / "reviews-lm")
-    lm = training.load(ASSETS / "reviews-lm")
-    texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
-    reward_model = train_reward_model(texts, tokenizer)
-    training.save(reward_model, tokenizer, ASSETS / "reviews-reward")
-    minutes = (time.process_time() - begin) / 60
 
+
+def make_reward_model() -> None:
+    """Trains and saves the reward model of the saved language model."""
+    training.set_up()
+    lm, tokenizer = training.load(ASSETS / "reviews-lm"), training.load_tokenizer(ASSETS / "reviews-lm")
+    texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
+    training.save(train_reward_model(texts, tokenizer), tokenizer, ASSETS / "reviews-reward")
+
+
+def write_cards(minutes: float) -> None:
+    """Measures what was saved and writes the model cards."""
     lm, reward_model = training.load(ASSETS / "reviews-lm"), training.load(ASSETS / "reviews-reward")
-    numbers = {"loss": training.mean_lm_loss(lm, held_out_texts(tokenizer))} | measure(lm, reward_model, tokenizer)
-    print(f"loss before rounding {loss:.4f}", numbers, f"{minutes:.1f} minutes")
-    training.write_card(ASSETS / "reviews-lm", LM_CARD, lm, minutes=minutes, **numbers)
-    training.write_card(ASSETS / "reviews-reward", REWARD_CARD, reward_model, minutes=minutes, **numbers)
+    tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
+    numbers = {"loss": training.mean_lm_loss(lm, held_out_texts(tokenizer)), "minutes": minutes}
+    numbers |= measure(lm, reward_model, tokenizer)
+    print(numbers)
+    training.write_card(ASSETS / "reviews-lm", LM_CARD, lm, **numbers)
+    training.write_card(ASSETS / "reviews-reward", REWARD_CARD, reward_model, **numbers)
+
+
+def main() -> None:
+    """Both models and their cards."""
+    begin = time.process_time()
+    make_lm()
+    make_reward_model()
+    write_cards((time.process_time() - begin) / 60)
 
 
 if __name__ == "__main__":

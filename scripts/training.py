@@ -191,7 +191,14 @@ def load(folder: Path) -> Any:
     return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def write_card(folder: Path, template: str, model: nn.Module, **numbers: float) -> None:
+def load_tokenizer(folder: Path) -> Any:
+    """The saved tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_card(folder: Path, template: str, model: nn.Module, **numbers: Any) -> None:
     """The model card: `template` filled with what was measured."""
     size_kb = round(sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1000)
     (folder / "README.md").write_text(template.format(parameters=parameters(model), size_kb=size_kb, **numbers))

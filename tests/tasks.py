@@ -3,11 +3,9 @@
 `CASES` are (id, options) pairs for `gym.make` and `gym.make_vec`; texts are kept short with `max_new_tokens`.
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import fakes
@@ -115,22 +113,9 @@ def registered(env_id: str) -> dict[str, Any]:
     return {"max_new_tokens": T, **(textgen_options() if "TextGen" in env_id else {})}
 
 
-def missing(env_id: str) -> str:
-    """What a registered id lacks on this disk, or nothing."""
-    module = TASKS[env_id].split(":")[0]
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return module
-    name = module.rpartition(".")[2]
-    folders = [Path(spec.origin).parent / "assets" / f"{name}-{part}" for part in ("lm", "reward")]
-    absent = [] if "TextGen" in env_id else [f.name for f in folders if not (f / "model.safetensors").exists()]
-    return ", ".join(absent)
-
-
 def id_cases() -> list[Any]:
     """One parameter for each registered id."""
-    marks = {env_id: [pytest.mark.skipif(bool(missing(env_id)), reason=f"{missing(env_id)} not there")] for env_id in TASKS}
-    return [pytest.param(env_id, registered(env_id), id=env_id.split("/")[1], marks=marks[env_id]) for env_id in TASKS]
+    return [pytest.param(env_id, registered(env_id), id=env_id.split("/")[1]) for env_id in TASKS]
 
 
 def toy_cases(*names: str) -> list[Any]:

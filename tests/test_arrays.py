@@ -48,6 +48,26 @@ def test_torch_arrays_hold_the_numpy_numbers(env_id: str, options: dict[str, Any
         assert_equal({str(i): copied(a[i]) for i in range(5)}, {str(i): copied(b[i]) for i in range(5)})
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{"reward": "delta"}, {"observation": "features"}], ids=["tokens", "features"])
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+def test_returned_arrays_never_change_again(mode: AutoresetMode, options: dict[str, Any], array: str) -> None:
+    envs = make_vec(N, mode, array=array, **options)
+    rng = np.random.default_rng(1)
+    returned = [envs.reset(seed=0)]
+    kept = [copied(dict(enumerate(returned[0])))]
+    for _ in range(8):
+        returned.append(envs.step(random_actions(rng, envs)))
+        kept.append(copied(dict(enumerate(returned[-1]))))
+        ended = kept[-1][2] | kept[-1][3]
+        if mode == AutoresetMode.DISABLED and ended.any():
+            envs.reset(options={"reset_mask": ended})
+    envs.unwrapped.fork([0], [1])
+    envs.unwrapped.load_state(envs.unwrapped.save_state())
+    for now, then in zip(returned, kept, strict=True):
+        assert_equal(copied(dict(enumerate(now))), then)
+
+
 ON_TEXT = {
     "rule": (Rule(lambda prompt, response: len(response), on="tokens"), 1.0),
     "words": Rule(lambda prompt, response: len(response.split())),

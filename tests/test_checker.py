@@ -19,15 +19,15 @@ from tokenenv.single_env import TokenEnv
 @pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
 def test_every_env_keeps_the_contract(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
     envs = make_vec(3, mode, env_id, **options)
-    check_vector_env(envs, steps=10)
+    check_vector_env(envs, steps=8)
     envs.step(np.zeros(3, int) if envs.unwrapped.config.kl != "policy" else {"token": np.zeros(3, int), "logprob": np.zeros(3)})
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_wrapped_and_torch_envs_keep_it_too(mode: AutoresetMode) -> None:
     tensors = make_vec(2, mode, array="torch", **TOYS["unscored"])
-    check_vector_env(tensors, steps=8)
-    check_vector_env(RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=8)
+    check_vector_env(tensors, steps=6)
+    check_vector_env(RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=6)
 
 
 def test_one_env_alone() -> None:
