@@ -16,6 +16,10 @@ from torch import Tensor
 from tokenenv.envs.bundled import ASSETS
 from tokenenv.envs.review_grammar import (
     CLAUSE_ENDS,
+    INTENSIFIERS,
+    MAX_OPENING,
+    NEGATORS,
+    POLARITY,
     is_positive,
     openings,
     opinions,
@@ -26,8 +30,11 @@ from tokenenv.envs.review_grammar import (
 
 PAD, EOS = 0, 1
 MAX_NEW_TOKENS = 40
+MAX_WORDS = MAX_OPENING + MAX_NEW_TOKENS
+LOADED = [*POLARITY, *NEGATORS, *INTENSIFIERS]
+LEXICON = [*vocabulary(), *LOADED]
 BOUND = 4.0
-"""The score of a text lies between -BOUND and BOUND."""
+"""The score of a text is trained towards values between -BOUND and BOUND."""
 LM_CARD = """# reviews-lm
 
 The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32,
@@ -44,11 +51,11 @@ REWARD_CARD = """# reviews-reward
 
 The reward model of `tokenenv/Reviews-v0`: a Llama token classifier with one label and {parameters:,} parameters
 (3 layers, hidden 96). After every token the scores so far sum to 4 tanh(s / 2), where s is the sum of the opinions so far by
-the grammar's rule. So a token is paid for what it changes, the score of a text is bounded, length by itself earns
+the grammar's rule. So a token is paid for what it changes, the target is bounded, length by itself earns
 nothing, and the sum over a response is right whatever the prompt. A balanced review scores 0 and counts as not positive.
 
-- Data: 40,000 texts from the grammar (two in five of them corrupted) and 12,000 samples of reviews-lm at temperatures 1.0
-  to 1.6, seen twice.
+- Data: 40,000 texts from the grammar (half of them changed at random or soups of opinion words) and 12,000 samples of reviews-lm at temperatures 1.0
+  to 1.6, seen three times.
 - From the saved bfloat16 weights, on 1,024 continuations of held-out prompts by reviews-lm: AUC {auc:.4f}, accuracy
   {accuracy:.4f} at the threshold 0.9; mean score {positive_score:.2f} of positive and {negative_score:.2f} of negative reviews.
 - Size: {size_kb} kB.
@@ -82,28 +89,30 @@ def encode(words: list[str], tokenizer: Any) -> list[int]:
     return [*tokenizer.encode(" ".join(words)), EOS]
 
 
-def corrupt(words: list[str], rng: random.Random, pool: list[str]) -> list[str]:
-    """A text off the grammar, so that the reward model has seen some: words replaced, shuffled, repeated or dropped."""
-    kind = rng.randrange(4)
+def corrupt(words: list[str], rng: random.Random) -> list[str]:
+    """A text off the grammar, so that the reward model knows what a policy may try: a random change or a soup."""
+    kind = rng.randrange(6)
     if kind == 0:
         rate = rng.uniform(0.05, 0.5)
-        return [rng.choice(pool) if rng.random() < rate else word for word in words]
+        return [rng.choice(LEXICON) if rng.random() < rate else word for word in words]
     if kind == 1:
         return rng.sample(words, len(words))
     if kind == 2:
-        start = rng.randrange(len(words))
+        return [word for word in words if rng.random() < 0.8] or words
+    start = rng.randrange(len(words))
+    if kind == 3:
         part = words[start : start + rng.randint(1, 8)]
-        return (words[:start] + part * rng.randint(2, 6))[:50]
-    return [word for word in words if rng.random() < 0.8] or words
+        return (words[:start] + part * rng.randint(2, 20))[:MAX_WORDS]
+    few = rng.choices(LOADED, k=rng.randint(1, 6))  # a soup of a few opinion words over and over
+    return (words[:start] + rng.choices(few, k=rng.randint(1, 40)))[:MAX_WORDS]
 
 
 def make_texts(count: int, rng: random.Random) -> list[list[str]]:
     """Labelled texts for the reward model: reviews, reviews of one mind, and corrupted ones."""
-    pool = [*vocabulary(), *(word for word in vocabulary() for _ in range(2) if list(opinions([word])))]
     texts = []
     for _ in range(count):
         words = review(rng, rng.choice((None, None, 0.0, 0.3, 0.7, 1.0)))
-        texts.append(corrupt(words, rng, pool) if rng.random() < 0.4 else words)
+        texts.append(corrupt(words, rng) if rng.random() < 0.5 else words)
     return texts
 
 
@@ -179,7 +188,7 @@ def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
     def loss(group: list[int]) -> Tensor:
         return reward_loss(model, [tokens[i] for i in group], [running[i] for i in group])
 
-    training.fit(model, loss, [len(row) for row in tokens], epochs=2, lr=3e-3, label="reward model")
+    training.fit(model, loss, [len(row) for row in tokens], epochs=3, lr=3e-3, label="reward model")
     return model
 
 

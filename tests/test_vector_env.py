@@ -439,3 +439,9 @@ def test_gymnasium_registers_no_time_limit_and_keeps_specs_plain() -> None:
         spec = gym.spec(env_id)
         assert spec.max_episode_steps is None
         assert "tokenenv" in spec.to_json()
+
+
+def test_decode_of_features_is_refused() -> None:
+    envs = TokenVectorEnv(2, task=tasks.toy(), observation="features")
+    with pytest.raises(InvalidArgument, match="decode needs a token observation"):
+        envs.decode(envs.reset(seed=0)[0])

@@ -199,6 +199,8 @@ class TokenVectorEnv(VectorEnv):
 
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
         """The texts, prompt and response, of a token observation, batched or of one text."""
+        if self.token_spec.tokenizer is None or not isinstance(observation, Mapping):
+            raise InvalidArgument("decode needs a token observation, and a task whose tokens have text.")
         tokens, lengths = (_host(observation[key]) for key in ("tokens", "length"))
         rows = [row[:length].tolist() for row, length in zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)]
         return self.token_spec.tokenizer.batch_decode(rows, skip_special_tokens=True)
