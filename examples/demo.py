@@ -14,7 +14,7 @@ from tokenenv.agents import PPO
 from tokenenv.agents.evaluate import evaluate
 from tokenenv.cli import Train, comparison, save_config, show_examples
 
-ENV, TOTAL_TOKENS, TEXTS = "tokenenv/PyDocs-v0", 100_000, 256
+ENV, TOTAL_TOKENS, TEXTS = "tokenenv/PyDocs-v0", 60_000, 256
 console = Console()
 
 

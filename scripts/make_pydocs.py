@@ -151,12 +151,23 @@ def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Rando
     """What the reward model learns from: real passages, samples of the reference from hard to very easy, word soup."""
     prompts = make_prompts("train", tokenizer)
     sampled = [text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)]
-    shuffled = [(ids[:start] + rng.sample(ids[start:], len(ids) - start), start) for ids, start in sampled[::6]]
+    changed = [(change(ids, start, rng), start) for ids, start in rng.sample(sampled, 4500)]
     vocabulary = sorted({word.strip(".,") for text in prose("train") for word in text.split()})
-    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)])["input_ids"]
+    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(3000)])["input_ids"]
     whole = [*real, *([*ids[: MAX_TOKENS - 1], END] for ids in soups)]
     begun = [(ids, cut(ids, tokenizer)) for ids in whole]
-    return [(ids, start) for ids, start in sampled + shuffled + begun if len(ids) > start]
+    return [(ids, start) for ids, start in sampled + changed + begun if len(ids) > start]
+
+
+def change(ids: list[int], start: int, rng: random.Random) -> list[int]:
+    """A response shuffled, ended early (below the least number of words it is worth nothing) or replaced by a few tokens."""
+    kind, response = rng.randrange(3), ids[start:]
+    if kind == 0:
+        return ids[:start] + rng.sample(response, len(response))
+    if kind == 1:
+        return ids[:start] + response[: rng.randint(2, 24)] + [END]
+    few = rng.choices(response, k=rng.randint(1, 4))
+    return ids[:start] + rng.choices(few, k=rng.randint(4, MAX_NEW_TOKENS - 1)) + [END]
 
 
 def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:

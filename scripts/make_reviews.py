@@ -50,9 +50,9 @@ The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 
 REWARD_CARD = """# reviews-reward
 
 The reward model of `tokenenv/Reviews-v0`: a Llama token classifier with one label and {parameters:,} parameters
-(3 layers, hidden 96). After every token the scores so far sum to 4 tanh(s / 2), where s is the sum of the opinions so far by
-the grammar's rule. So a token is paid for what it changes, the target is bounded, length by itself earns
-nothing, and the sum over a response is right whatever the prompt. A balanced review scores 0 and counts as not positive.
+(3 layers, hidden 96). After every token the scores so far sum to 4 tanh(s / 2), where s is the sum of the opinions so
+far by the grammar's rule. So a token is paid for what it changes, the target is bounded, length by itself earns nothing,
+and the sum over a response is right whatever the prompt. A balanced review scores 0 and counts as not positive.
 
 - Data: 40,000 texts from the grammar (half of them changed at random or soups of opinion words) and 12,000 samples of reviews-lm at temperatures 1.0
   to 1.6, seen three times.
