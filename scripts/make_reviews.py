@@ -54,8 +54,8 @@ The reward model of `tokenenv/Reviews-v0`: a Llama token classifier with one lab
 far by the grammar's rule. So a token is paid for what it changes, the target is bounded, length by itself earns nothing,
 and the sum over a response is right whatever the prompt. A balanced review scores 0 and counts as not positive.
 
-- Data: 40,000 texts from the grammar (half of them changed at random or soups of opinion words) and 12,000 samples of reviews-lm at temperatures 1.0
-  to 1.6, seen three times.
+- Data: 40,000 texts from the grammar (half of them changed at random or soups of opinion words) and 12,000 samples of
+  reviews-lm at temperatures 1.0 to 1.6, seen three times.
 - From the saved bfloat16 weights, on 1,024 continuations of held-out prompts by reviews-lm: AUC {auc:.4f}, accuracy
   {accuracy:.4f} at the threshold 0.9; mean score {positive_score:.2f} of positive and {negative_score:.2f} of negative reviews.
 - Size: {size_kb} kB.
