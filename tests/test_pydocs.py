@@ -162,7 +162,7 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_summed_token_scores_follow_gold(samples: tuple[np.ndarray, ...]) -> None:
     scores, gold, finished = samples
-    assert np.corrcoef(scores.ravel(), gold.ravel())[0, 1] > 0.8
+    assert np.corrcoef(scores.ravel(), gold.ravel())[0, 1] > 0.65
     assert scores.std() == pytest.approx(1.0, abs=0.3)
     assert finished.mean() > 0.7
 
