@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from .batching import upload
 
-BUCKET = 64
+BUCKET = 16
 """Keys are read up to the longest row, rounded up to a multiple of this: few shapes, little waste."""
 
 MAX_GRAPHS = 64
@@ -108,7 +108,9 @@ class KVRows:
         where = upload(np.minimum(positions, self.max_length - 1), self.rows.device)[:, None]
         bucket = self._bucket(int(positions[moving].max(initial=0)) + 1)
         self._write_to(self.rows, where, bucket)
-        return self._forward(self.step_trunk, tokens[:, None], where, self._masks(where, bucket))[:, 0]
+        with torch.inference_mode():  # a step is many small operations, and this makes each a little cheaper
+            states = self._forward(self.step_trunk, tokens[:, None], where, self._masks(where, bucket))[:, 0]
+        return states.clone()  # an ordinary tensor again
 
     def fork(self, sources: Tensor, targets: Tensor, width: int) -> None:
         """Copies the first `width` tokens of rows `sources` onto rows `targets`, reading all before writing any."""
