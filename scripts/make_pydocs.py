@@ -48,7 +48,7 @@ The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 l
 - On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f}, standard deviation {gold_sd:.1f};
   {finished_share:.3f} finished within 80 tokens; {mean_length:.1f} tokens on average.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
+- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
 """
 REWARD_CARD = """# pydocs-reward
 
@@ -61,9 +61,11 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
 - From the saved bfloat16 weights, on continuations of held-out prompts: correlation of score and reading ease
   {correlation:.3f} (n=1,024, mean reading ease {gold_mean:.1f}); on samples tilted to easy words {easy_correlation:.3f}
   (n=256, mean reading ease {easy_gold:.1f}, mean score {easy_score:.2f}).
+- Limits: samples below twelve words (about one in forty) are worth 0 and the score hardly notices, which costs most of the
+  correlation (0.72 to 0.84 between samples of 320 to 1,024 texts; 0.88 to 0.90 without them). Rows of full stops score high.
 - The best of 16 by score has reading ease {best_of_16:.1f}, any of the 16 {any_of_16:.1f} on average (64 prompts).
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
+- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
 """
 
 
@@ -151,23 +153,12 @@ def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Rando
     """What the reward model learns from: real passages, samples of the reference from hard to very easy, word soup."""
     prompts = make_prompts("train", tokenizer)
     sampled = [text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)]
-    changed = [(change(ids, start, rng), start) for ids, start in rng.sample(sampled, 4500)]
+    shuffled = [(ids[:start] + rng.sample(ids[start:], len(ids) - start), start) for ids, start in sampled[::6]]
     vocabulary = sorted({word.strip(".,") for text in prose("train") for word in text.split()})
-    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(3000)])["input_ids"]
+    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)])["input_ids"]
     whole = [*real, *([*ids[: MAX_TOKENS - 1], END] for ids in soups)]
     begun = [(ids, cut(ids, tokenizer)) for ids in whole]
-    return [(ids, start) for ids, start in sampled + changed + begun if len(ids) > start]
-
-
-def change(ids: list[int], start: int, rng: random.Random) -> list[int]:
-    """A response shuffled, ended early (below the least number of words it is worth nothing) or replaced by a few tokens."""
-    kind, response = rng.randrange(3), ids[start:]
-    if kind == 0:
-        return ids[:start] + rng.sample(response, len(response))
-    if kind == 1:
-        return ids[:start] + response[: rng.randint(2, 24)] + [END]
-    few = rng.choices(response, k=rng.randint(1, 4))
-    return ids[:start] + rng.choices(few, k=rng.randint(4, MAX_NEW_TOKENS - 1)) + [END]
+    return [(ids, start) for ids, start in sampled + shuffled + begun if len(ids) > start]
 
 
 def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:

@@ -45,7 +45,7 @@ The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 
 - On 1,024 continuations of held-out prompts: {positive_share:.3f} positive by the grammar's rule; {finished_share:.3f}
   finished within 40 tokens; {mean_length:.1f} tokens on average.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
+- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
 """
 REWARD_CARD = """# reviews-reward
 
@@ -58,8 +58,9 @@ and the sum over a response is right whatever the prompt. A balanced review scor
   reviews-lm at temperatures 1.0 to 1.6, seen three times.
 - From the saved bfloat16 weights, on 1,024 continuations of held-out prompts by reviews-lm: AUC {auc:.4f}, accuracy
   {accuracy:.4f} at the threshold 0.9; mean score {positive_score:.2f} of positive and {negative_score:.2f} of negative reviews.
+- Limits: a sentence of praise repeated seven times scores 7, above the bound it was trained towards.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes on one CPU core, seeds fixed.
+- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
 """
 
 
