@@ -25,6 +25,14 @@ def kl_penalised(rewards_BT: Tensor, logprobs_BT: Tensor, kl_coef_B: Tensor) -> 
     return rewards_BT - kl_coef_B[:, None] * logprobs_BT
 
 
+def unshaped(rewards_BT: Tensor, potentials_BT1: Tensor, lengths_B: Tensor, gamma: float) -> Tensor:
+    """Takes potential-based shaping, `gamma Phi(s') - Phi(s)`, out of the rewards. With the potential added to the critic
+    instead, advantages stay the same for every lambda (Wiewiora 2003).
+    """
+    shaping_BT = gamma * potentials_BT1[:, 1:] - potentials_BT1[:, :-1]
+    return rewards_BT - shaping_BT.masked_fill(~token_mask(lengths_B, rewards_BT.shape[1]), 0.0)
+
+
 def gae(
     rewards_BT: Tensor, values_BT1: Tensor, lengths_B: Tensor, bootstrap_B: Tensor, gamma: float, lambda_: float | Tensor
 ) -> Tensor:

@@ -24,7 +24,7 @@ from .advantages import kl_penalised
 from .checkpoint import read_checkpoint, write_checkpoint
 from .collector import Collector
 from .config import AgentConfig, learning_rate
-from .env_rows import check_env, env_core, num_actions, reference_of, wants_logprob
+from .env_rows import check_env, env_core, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
 from .generate import generate
 from .learner import LossFunction, Metrics, Reference, accumulate_gradient
@@ -48,6 +48,8 @@ class Agent:
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
+    reward_to_go: ClassVar[bool] = True
+    """Whether a token is credited with the rewards from it on alone, as advantage estimates do."""
 
     def __init__(
         self,
@@ -59,6 +61,8 @@ class Agent:
         **overrides: Any,
     ) -> None:
         check_env(envs)
+        if self.reward_to_go:
+            warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
             raise InvalidArgument(f"config={config!r} is no {self.config_class.__name__}.")
         for name in overrides:

@@ -18,7 +18,7 @@ from .env_rows import action, flags, take, take_info, take_obs
 from .episodes import Episode
 
 # One line per step: what must be remembered of a running text; the text itself is in the observation.
-LOGPROB, REWARD, REF_LOGPROB = range(3)
+LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
 
 # What an env may say about a finished text, and what stands for silence.
 INFO_DEFAULTS: dict[str, float] = {
@@ -27,6 +27,7 @@ INFO_DEFAULTS: dict[str, float] = {
     "token_rewards": np.nan,
     "kl_coef": 0.0,
     "ref_logprob": 0.0,
+    "potential": 0.0,
     "prompt_id": -1,
 }
 
@@ -44,6 +45,8 @@ class Collector:
         """Tokens emitted so far, those of running episodes included."""
         self._obs: Mapping[str, Any] = {}
         self._ring = torch.zeros(0)
+        self._potential = torch.zeros(envs.num_envs)
+        """(N,) the env's Phi of the texts as they stand."""
         self._clock = 0
         self._age = np.zeros(envs.num_envs, np.int64)
         self.finished = np.zeros(envs.num_envs, np.int64)
@@ -65,7 +68,7 @@ class Collector:
             self.reset()
         tokens, logprobs = self.actor.act(self._obs)
         obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
-        self._record(logprobs, rewards, infos.get("ref_logprob"))
+        self._record(logprobs, rewards, infos)
         terminated, truncated = flags(terminations, truncations)
         ended = terminated | truncated
         episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else []
@@ -73,14 +76,17 @@ class Collector:
         if self.mode == AutoresetMode.NEXT_STEP:
             self._resetting = ended
         elif self.mode == AutoresetMode.DISABLED and ended.any():
-            self._obs, _ = self.envs.reset(options={"reset_mask": ended})
+            self._obs, infos = self.envs.reset(options={"reset_mask": ended})
+            self._note_potential(infos)
         return episodes
 
     def reset(self, options: dict[str, Any] | None = None) -> None:
         """Begins anew in every row; running episodes are dropped."""
-        self._obs, _ = self.envs.reset(seed=None if self.running else self.seed, options=options)
+        self._obs, infos = self.envs.reset(seed=None if self.running else self.seed, options=options)
         num_envs, length = self._obs["tokens"].shape
-        self._ring = torch.zeros(length, 3, num_envs, device=_device(self._obs))
+        self._ring = torch.zeros(length, 4, num_envs, device=_device(self._obs))
+        self._potential = torch.zeros(num_envs, device=self._ring.device)
+        self._note_potential(infos)
         self._age[:], self._resetting[:] = 0, False
 
     @property
@@ -90,7 +96,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the env's own state and the observation that comes with it."""
-        names = ("tokens_seen", "finished", "_age", "_resetting", "_clock") + (("_ring",) if self.running else ())
+        names = ("tokens_seen", "finished", "_age", "_resetting", "_clock") + (("_ring", "_potential") if self.running else ())
         return copy.deepcopy({name: getattr(self, name) for name in names})
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
@@ -101,17 +107,25 @@ class Collector:
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Goes on from the observation of an env that has been restored to where it was."""
         self._obs = obs
-        self._ring = self._ring.to(_device(obs))
+        self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
 
-    def _record(self, logprobs: Tensor, rewards: Any, ref_logprobs: Any) -> None:
+    def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any]) -> None:
         """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age stays 0."""
         self._clock = (self._clock + 1) % len(self._ring)
         line = self._ring[self._clock]
         line[LOGPROB] = logprobs
         line[REWARD] = torch.as_tensor(rewards)
-        line[REF_LOGPROB] = 0.0 if ref_logprobs is None else torch.as_tensor(ref_logprobs)
+        line[REF_LOGPROB] = torch.as_tensor(infos.get("ref_logprob", 0.0))
+        line[POTENTIAL] = self._potential
+        self._note_potential(infos)
         self._age += ~self._resetting
         self.tokens_seen += int(np.count_nonzero(~self._resetting))
+
+    def _note_potential(self, infos: Mapping[str, Any]) -> None:
+        """Rows that the info leaves out keep theirs."""
+        if "potential" in infos:
+            known, potential = (torch.as_tensor(infos[key], device=self._ring.device) for key in ("_potential", "potential"))
+            self._potential = torch.where(known, potential.float(), self._potential)
 
     def _finish(self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]) -> list[Episode]:
         rows = np.flatnonzero(terminated | truncated)
@@ -143,6 +157,7 @@ class Collector:
             logprob=record[:, LOGPROB],
             ref_logprob=record[:, REF_LOGPROB],
             reward=record[:, REWARD],
+            potential=np.append(record[:, POTENTIAL], np.float32(end["potential"])),
             kl_coef=float(end["kl_coef"]),
             terminated=bool(end["terminated"]),
             truncated=bool(end["truncated"]),

@@ -1,5 +1,6 @@
 """What agents read from a vector env: single rows of its arrays, NumPy or torch, and the little they may know of it."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,19 @@ def check_env(envs: Any) -> None:
     space = envs.single_observation_space
     if not isinstance(space, gym.spaces.Dict) or not {"tokens", "length", "prompt_length"} <= set(space.spaces):
         raise InvalidArgument('envs must observe "tokens", "length" and "prompt_length"; agents read texts, not features.')
+
+
+def warn_if_biased(envs: VectorEnv) -> None:
+    """Says so where reward-to-go does not estimate the gradient of the expected score under the env's rewards."""
+    terms = getattr(envs.unwrapped, "biased_terms", ())
+    if terms:
+        warnings.warn(
+            f"reward-to-go on {', '.join(map(repr, terms))} does not estimate the gradient of the expected score: either the "
+            "rewards add up to something else, or early ones depend on later tokens (docs/rewards.md). 'terminal', 'delta', "
+            "'segment', 'shaping' and a causal 'token' do; keep this one to compare with, and judge by score and gold.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def env_core(envs: VectorEnv) -> Any:

@@ -44,6 +44,8 @@ class Episode:
     """The env's number for the prompt; -1 where it has none."""
     slot: int
     """The row of the vector env it ran in."""
+    potential: np.ndarray
+    """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where it has none."""
     index: int
     """How many episodes that row had finished before."""
 
@@ -66,6 +68,8 @@ class EpisodeBatch:
     logprob_BT: Tensor
     ref_logprob_BT: Tensor
     reward_BT: Tensor
+    potential_BT1: Tensor
+    """Phi before each token, then of the last state."""
     kl_coef_B: Tensor
     terminated_B: Tensor
     truncated_B: Tensor
@@ -94,6 +98,7 @@ class EpisodeBatch:
             logprob_BT=_pad([e.logprob for e in episodes]),
             ref_logprob_BT=_pad([e.ref_logprob for e in episodes]),
             reward_BT=_pad([e.reward for e in episodes]),
+            potential_BT1=_pad([e.potential for e in episodes]),
             **{f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE},
         )
 

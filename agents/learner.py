@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.batching import hidden_states, micro_batches
-from tokenenv.models.trunks import logits_head, trunk_of
+from tokenenv.models.batching import micro_batches
+from tokenenv.models.trunks import logits_head, text_states
 
 from .advantages import token_mask
 from .episodes import EpisodeBatch
@@ -49,13 +49,13 @@ class Reference:
     """A frozen causal LM to measure full-vocabulary KL against."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
-        self._trunk = trunk_of(model)
+        self._model = model
         self.head = logits_head(model, vocab_size)
 
     @torch.no_grad()
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
         """(B, L, H)."""
-        return hidden_states(self._trunk, tokens_BL, lengths)
+        return text_states(self._model, tokens_BL, lengths)
 
 
 class _Texts:

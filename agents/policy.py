@@ -1,4 +1,4 @@
-"""The policy: a transformers causal LM with a value head.
+"""The policy: a language model with a value head.
 
 Suffixes: B texts, L context, H hidden size, V vocabulary, K transitions.
 """
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import MissingDependency
-from tokenenv.models.batching import hidden_states
-from tokenenv.models.cached_lm import CachedLM
-from tokenenv.models.trunks import logits_head, trunk_of, vocab_size_of
+from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.models.trunks import hidden_size_of, logits_head, slot_model, text_states, trunk_of, vocab_size_of
+from tokenenv.types import SlotModel
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 class LMPolicy(nn.Module):
-    """A causal LM that acts, and a value head that reads its states, or those of a trunk of its own.
+    """A causal LM (of transformers, or a `TokenModel`) that acts, and a value head that reads its states, or those of a
+    trunk of its own.
 
     Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen beneath trainable low-rank
     adapters (peft). It stays in eval mode, so that acting and learning see the same distribution (no dropout).
@@ -44,7 +44,7 @@ class LMPolicy(nn.Module):
         self.max_batch_tokens = max_batch_tokens
         self.head = logits_head(model, self.vocab_size)
         self.value_trunk = copy.deepcopy(trunk_of(model)) if separate_value else None
-        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=self.device)
+        self.value_head = nn.Linear(hidden_size_of(model), 1, device=self.device)
         # A critic that starts at zero starts unbiased by chance; its first targets are then the returns themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -56,21 +56,21 @@ class LMPolicy(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def slots(self, num_rows: int, max_length: int) -> CachedLM:
+    def slots(self, num_rows: int, max_length: int) -> SlotModel:
         """N running texts of at most `max_length` tokens, cached."""
-        return CachedLM(trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens)
+        return slot_model(trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens)
 
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """What the LM head and the value head read at each token of right-padded texts, (B, L, H) each."""
-        states_BLH = hidden_states(trunk_of(self.model), tokens_BL, lengths)
+        states_BLH = text_states(self.model, tokens_BL, lengths)
         if self.value_trunk is None:
             return states_BLH, states_BLH
-        return states_BLH, hidden_states(self.value_trunk, tokens_BL, lengths)
+        return states_BLH, text_states(self.value_trunk, tokens_BL, lengths)
 
     def value(self, states_KH: Tensor) -> Tensor:
         """Values (K,) float32 of value states, in full precision whatever the trunk runs in."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.value_head(states_KH.float())[:, 0]
+            return self.value_head(states_KH[:, : self.value_head.in_features].float())[:, 0]
 
     def autocast(self) -> AbstractContextManager:
         """The precision that forwards run in."""
@@ -86,6 +86,8 @@ def wants_bfloat16(precision: str, device: torch.device) -> bool:
 
 def add_lora(model: Any, rank: int, seed: int) -> None:
     """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers but the output."""
+    if hasattr(model, "slots"):
+        raise InvalidArgument(f"lora_rank={rank} needs a transformers model, not {type(model).__name__}.")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

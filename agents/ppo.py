@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.errors import InvalidArgument, check_choice
+
 from . import losses
-from .advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, whiten
+from .advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, unshaped, whiten
 from .agent import Agent
 from .config import AgentConfig
 from .episodes import EpisodeBatch
@@ -49,6 +51,9 @@ class PPOConfig(AgentConfig):
     """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
     scale_rewards: bool = True
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
+    critic_offset: str | None = None
+    """"potential": shaping is taken out of the rewards, and the potential that the env reports added to the critic: the
+    same advantages from unshaped rewards; None leaves rewards as they are."""
     separate_value: bool = False
     """Whether the critic has a trunk of its own, or shares the policy's."""
 
@@ -56,6 +61,8 @@ class PPOConfig(AgentConfig):
         AgentConfig.__post_init__(self)
         self.check("above", 0, "clip_range", "value_clip", "lambda_alpha")
         self.check("at least", 0, "vf_coef", "entropy_coef")
+        if self.critic_offset is not None:
+            check_choice("critic_offset", self.critic_offset, ("potential",))
         self.check_share("gamma", "lambda_actor", "lambda_critic")
 
 
@@ -72,13 +79,13 @@ class PPO(Agent):
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learns from finished episodes; returns the field's scalars."""
         cfg, lengths_B, mask_BT = self.config, batch.response_length_B, batch.mask_BT
-        rewards_BT = self.rewards(batch)
+        rewards_BT, offset_BT1 = self.offset_rewards(batch)
         if cfg.scale_rewards:
             running: RunningStd = self.statistics["reward_std"]
             running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
-            rewards_BT = rewards_BT / running.std
-        values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
-        values_BT, bootstrap_B = values_BT1[:, :-1], self.bootstrap(batch)
+            rewards_BT, offset_BT1 = rewards_BT / running.std, offset_BT1 / running.std
+        own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
+        values_BT, values_BT1, bootstrap_B = own_BT1[:, :-1], own_BT1 + offset_BT1, self.bootstrap(batch)
         lambda_B = cfg.lambda_actor if cfg.lambda_alpha is None else length_adaptive_lambda(lengths_B, cfg.lambda_alpha)
         advantages_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, lambda_B)
         targets_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, cfg.lambda_critic) + values_BT
@@ -90,6 +97,17 @@ class PPO(Agent):
             "value/mean": float(values_BT[mask_BT].mean()),
             "value/target": float(targets_BT[mask_BT].mean()),
         }
+
+    def offset_rewards(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+        """The rewards (B, T) to learn from, and what is added to the critic's values (B, T + 1)."""
+        rewards_BT, potential_BT1 = self.rewards(batch), batch.potential_BT1
+        if self.config.critic_offset is None:
+            return rewards_BT, torch.zeros_like(potential_BT1)
+        if not potential_BT1.any():
+            raise InvalidArgument(
+                "critic_offset='potential' needs an env that reports a potential: a potential-based design, such as 'delta'."
+            )
+        return unshaped(rewards_BT, potential_BT1, batch.response_length_B, self.config.gamma), potential_BT1
 
     def loss(
         self, batch: EpisodeBatch, advantages_BT: Tensor, values_BT: Tensor, targets_BT: Tensor, weights_B: Tensor

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_at
-from tokenenv.rewards.delta import Delta
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL, kl_estimate
 from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.shaping import Delta
 from tokenenv.rewards.terminal import MissingEOS, Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
-from tokenenv.types import Scorer, TokenSpec
+from tokenenv.types import Scorer, Task, TokenSpec
 
 T = 4
 SPEC = TokenSpec(None, 9, 0, (1,), 3, T)
@@ -32,12 +32,21 @@ TRUNK = Trunk()
 
 def parts(*, per_token=True, scorer=True, reference=True):
     head = Scorer(TRUNK, lambda states: states[:, 0] * 10, per_token) if scorer else None
-    return Parts(SPEC, object() if reference else None, head, torch.device("cpu"))
+    task = Task(
+        tokenizer=None,
+        reference=object() if reference else None,
+        prompts=[],
+        max_prompt_tokens=3,
+        max_new_tokens=T,
+        stop_token_ids=(1,),
+        scorer=head,
+    )
+    return Parts(SPEC, task, torch.device("cpu"), kl_coef=0.1)
 
 
 def states(score, hidden=None):
     values = torch.tensor(score)
-    return States({id(TRUNK): torch.tensor(hidden) if hidden else values[:, None]}, values)
+    return States({id(TRUNK): torch.tensor(hidden) if hidden else values[:, None]}, torch.tensor([1, 1, 3]), values)
 
 
 def three_rows(**changes):
@@ -89,8 +98,8 @@ def test_delta_is_the_difference_of_scores_and_its_potential_the_score():
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
 def test_delta_telescopes(scores):
     """The sum over a text is its score less the prompt's."""
-    values = torch.tensor(scores, dtype=torch.float64)
-    batch = three_rows(before=States({}, values[:-1]), after=States({}, values[1:]))
+    values, steps = torch.tensor(scores, dtype=torch.float64), torch.arange(len(scores) - 1)
+    batch = three_rows(before=States({}, steps, values[:-1]), after=States({}, steps + 1, values[1:]))
     torch.testing.assert_close(Delta().reward(batch).sum(), values[-1] - values[0])
 
 
@@ -172,12 +181,12 @@ def test_designs_are_found_by_name_term_or_mapping():
         assert list(make_terms(name)) == [name]
     terms = make_terms({"dense": "token", "end": ("terminal", 0.5), "rule": Rule(len)})
     assert list(terms) == ["dense", "end", "rule"]
-    assert [weight_at(term, 0) for term in terms.values()] == [1.0, 0.5, 1.0]
+    assert [weight_now(term.weight, 0) for term in terms.values()] == [1.0, 0.5, 1.0]
 
 
 def test_schedules_are_asked_with_the_tokens_seen():
     terms = make_terms({"token": ("token", lambda seen: 1.0 - seen / 100)})
-    assert weight_at(terms["token"], 25) == 0.75
+    assert weight_now(terms["token"].weight, 25) == 0.75
 
 
 def test_one_term_serves_several_envs():

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.heads import token_logprobs
-from tokenenv.models.trunks import Trunks, logits_head, trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_at
+from tokenenv.models.trunks import Trunks, logprob_reader, trunk_of
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
+from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Slots
+from tokenenv.types import Scorer, Slots
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class Paid:
     terms: dict[str, Tensor]
     ref_logprob: Tensor
     score: Tensor | None
-    """The score of each text so far."""
+    """The score of each text that ended."""
     potential: Tensor | None
     finished: FinishedTexts | None
     """The texts that ended, in the order of their rows."""
@@ -55,10 +55,10 @@ class RewardEngine:
         self.parts = parts
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
-        models += [parts.scorer.model] if parts.scorer else []
+        models += [parts.causal_scorer.model] if parts.causal_scorer else []
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
-        self.reference_head = logits_head(parts.reference, parts.spec.vocab_size)
+        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_rewards = torch.zeros(num_rows, parts.spec.max_new_tokens, device=parts.device)
         self.states: States | None = None
@@ -69,29 +69,31 @@ class RewardEngine:
         """Whether every row holds a text."""
         return self.states is not None
 
-    def reference_states(self) -> Tensor:
-        """The reference's state (N, H) of each text."""
+    def features(self) -> Tensor:
+        """What `observation="features"` shows of each text, (N, F) float32."""
         assert self.states is not None
-        return self.states.of(self.parts.reference)
+        if self.parts.task.features is not None:
+            return self.parts.task.features(self.states.hidden, self.states.step)
+        return self.states.of(self.parts.reference).float()
 
     def start(self, slots: Slots, texts: TextBuffer, weights: dict[str, float]) -> None:
         """Begins the texts of `slots`, with the given weight of each term."""
         for name, weight in weights.items():
             self.weights[name][slots] = weight
         self.token_rewards[texts.upload(np.asarray(slots))] = 0.0
-        self._enter(slots, texts, score=None)
+        self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
         """The weights of an episode that begins now."""
         terms = self.rewards.terms.items()
-        return {name: kl_coef if name == "kl" else weight_at(term, tokens_seen) for name, term in terms}
+        return {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
 
     @torch.no_grad()
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
         before, weights = self.states, self._device_weights
-        ref_logprob = token_logprobs(before.of(self.parts.reference), tokens, self.reference_head)
+        ref_logprob = self.ref_logprob(before.of(self.parts.reference), tokens)
         self.states = after = self._advance(tokens, active, before)
         rows = np.flatnonzero(ends.ended)
         finished = self._finished(rows, texts, after) if len(rows) else None
@@ -106,12 +108,13 @@ class RewardEngine:
             logprob=logprob,
             finished=finished,
             finished_at=texts.upload(rows) if len(rows) else None,
+            learning=texts.upload(active) if self.states.statistics else None,
         )
         terms = self.rewards.paid(batch, weights)
         self._note(terms, active, texts)
         terms |= self._settle(finished, batch)
         reward = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros_like(ref_logprob)
-        return Paid(reward, terms, ref_logprob, after.score, self.potential(batch.scored), finished)
+        return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
@@ -120,6 +123,13 @@ class RewardEngine:
         potential = self.rewards.potential(self.states, self._device_weights)
         return potential if potential is None or scored is None else torch.where(scored, 0.0, potential)
 
+    def _scores(self, batch: Transitions) -> Tensor | None:
+        """The scores (N,) of the texts that ended; what is in other rows means nothing."""
+        if batch.after.score is not None or batch.finished is None or batch.finished.score is None:
+            return batch.after.score
+        nothing = torch.zeros(batch.tokens.shape, device=self.parts.device)
+        return nothing.index_copy(0, batch.finished_at, batch.finished.score)
+
     def fork(self, sources: Slots, targets: Slots, texts: TextBuffer) -> None:
         """Copies running episodes, caches included."""
         assert self.states is not None
@@ -127,55 +137,86 @@ class RewardEngine:
         for weights in self.weights.values():
             weights[targets] = weights[sources]
         source, target = texts.upload(np.asarray(sources)), texts.upload(np.asarray(targets))
-        held = [self.token_rewards, *self.states.hidden.values()]
-        for tensor in held + ([] if self.states.score is None else [self.states.score]):
+        for tensor in [self.token_rewards, *self.states.tensors()]:
             tensor[target] = tensor[source]
         self._refresh_weights(texts)
 
     def save(self, slots: Slots, texts: TextBuffer) -> dict[str, Any]:
-        """What `load` needs beyond the texts: weights, rewards so far and running scores; no caches."""
+        """What `load` needs beyond the texts: weights, rewards, running scores, memories, statistics; no caches."""
         assert self.states is not None
-        rows = texts.upload(np.asarray(slots))
-        score = self.states.score
+        chosen = self.states.at(texts.upload(np.asarray(slots)))
+        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
         return {
             "weights": {name: weights[slots].copy() for name, weights in self.weights.items()},
-            "token_rewards": self.token_rewards[rows].cpu().numpy(),
-            "score": None if score is None else score[rows].cpu().numpy(),
+            "token_rewards": self.token_rewards[texts.upload(np.asarray(slots))].cpu().numpy(),
+            "score": None if chosen.score is None else chosen.score.cpu().numpy(),
+            "memory": {name: memory.cpu().numpy() for name, memory in chosen.memory.items()},
+            "statistics": {name: statistics.cpu().numpy() for name, statistics in chosen.statistics.items()},
+            "learned": {name: array for name, array in learned.items() if array is not None},
+        }
+
+    def layout(self, count: int) -> Layout:
+        """The arrays that `save` returns for so many slots."""
+        floats = ((count,), np.float32)
+        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
+        return {
+            "weights": dict.fromkeys(self.weights, floats),
+            "token_rewards": ((count, self.parts.spec.max_new_tokens), np.float32),
+            "score": floats if self.parts.causal_scorer else None,
+            "memory": dict.fromkeys(self.rewards.with_memory, floats),
+            "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
+            "learned": {name: (array.shape, np.float64) for name, array in learned.items() if array is not None},
         }
 
     def load(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any]) -> None:
         """Takes saved episodes up again; caches are filled from the texts."""
         for name, weights in saved["weights"].items():
             self.weights[name][slots] = weights
+        for name, array in saved["learned"].items():
+            self.rewards.terms[name].load_statistics(array)
         self.token_rewards[texts.upload(np.asarray(slots))] = texts.upload(saved["token_rewards"])
-        self._enter(slots, texts, None if saved["score"] is None else texts.upload(saved["score"]))
+        self._enter(slots, texts, saved)
 
     def read_score(self, hidden: dict[int, Tensor], running: Tensor | float) -> Tensor | None:
         """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum."""
-        scorer = self.parts.scorer
+        scorer = self.parts.causal_scorer
         if scorer is None:
             return None
         scores = scorer.head(hidden[id(trunk_of(scorer.model))])
         return scores + running if scorer.per_token else scores
 
+    def read_finished(self, texts: FinishedTexts) -> None:
+        """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
+        scorer = self.parts.scorer
+        if scorer is None or isinstance(scorer, Scorer):
+            return
+        texts.token_scores = scorer.token_scores(texts.prompt_and_response_ids(), self.parts.spec.max_new_tokens)
+        texts.score = texts.token_scores.sum(1)
+
     @torch.no_grad()
-    def _enter(self, slots: Slots, texts: TextBuffer, score: Tensor | None) -> None:
+    def _enter(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any] | None = None) -> None:
+        """Reads the texts of `slots` from their start; `saved` holds what cannot be read off them."""
         tokens, lengths = texts.rows(slots)
         hidden = self.trunks.prefill(slots, tokens, lengths)
-        score = self._first_score(slots, texts, hidden) if score is None else score
-        if self.states is None:
-            self.states = States(hidden, score)
+        states = States(hidden, texts.upload(texts.response_length[slots]))
+        if saved is None:
+            states.score = self._first_score(slots, texts, hidden)
+            states.statistics = {name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()}
+            last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
+            states.memory = {name: term.remember(None, last, states) for name, term in self.rewards.with_memory.items()}
         else:
-            rows = texts.upload(np.asarray(slots))
-            for key, states in hidden.items():
-                self.states.hidden[key][rows] = states
-            if score is not None and self.states.score is not None:
-                self.states.score[rows] = score
+            states.score = None if saved["score"] is None else texts.upload(saved["score"])
+            states.memory = {name: texts.upload(saved["memory"][name]) for name in self.rewards.with_memory}
+            states.statistics = {name: texts.upload(saved["statistics"][name]) for name in self.rewards.statistics()}
+        if self.states is None:
+            self.states = states
+        else:
+            self.states.put(texts.upload(np.asarray(slots)), states)
         self._refresh_weights(texts)
 
     def _first_score(self, slots: Slots, texts: TextBuffer, hidden: dict[int, Tensor]) -> Tensor | None:
         """The score of the texts that begin in `slots`: a per-token scorer has scored a prefix, but no prompt."""
-        scorer = self.parts.scorer
+        scorer = self.parts.causal_scorer
         if scorer is None or not scorer.per_token:
             return self.read_score(hidden, 0.0)
         first = torch.zeros(len(slots), device=self.parts.device)
@@ -188,11 +229,20 @@ class RewardEngine:
 
     def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
         hidden = self.trunks.append(tokens, active)
-        return States(hidden, self.read_score(hidden, 0.0 if before.score is None else before.score))
+        score = self.read_score(hidden, 0.0 if before.score is None else before.score)
+        after = States(hidden, before.step + 1, score, {}, before.statistics)
+        for name, term in self.rewards.with_memory.items():
+            after.memory[name] = term.remember(before.memory[name], tokens, after)
+        return after
 
     def _finished(self, rows: np.ndarray, texts: TextBuffer, after: States) -> FinishedTexts:
-        score = None if after.score is None else after.score[texts.upload(rows)]
-        return texts.finished(rows, score, self.parts.spec.tokenizer)
+        index = texts.upload(rows)
+        score = None if after.score is None else after.score[index]
+        finished = texts.finished(rows, score, self.parts.spec.tokenizer)
+        finished.statistics = {name: statistics[index] for name, statistics in after.statistics.items()}
+        finished.learning = True
+        self.read_finished(finished)
+        return finished
 
     def _note(self, terms: dict[str, Tensor], active: np.ndarray, texts: TextBuffer) -> None:
         """Writes the causal terms' rewards on the tokens of this step, and nothing for rows that took no token."""

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from tokenenv.config import EnvConfig
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.models.trunks import vocab_size_of
+from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.rewards.base import Parts, RewardTerm
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
@@ -67,7 +67,8 @@ def single_spaces(task: Task, spec: TokenSpec, config: EnvConfig) -> tuple[space
     length = spec.max_prompt_tokens + spec.max_new_tokens
     observation: spaces.Space
     if config.observation == "features":
-        observation = spaces.Box(-math.inf, math.inf, (task.reference.config.get_text_config().hidden_size,), np.float32)
+        size = task.num_features if task.features is not None else hidden_size_of(task.reference)
+        observation = spaces.Box(-math.inf, math.inf, (size,), np.float32)
     else:
         observation = spaces.Dict(
             tokens=spaces.Box(0, spec.vocab_size - 1, (length,), np.int64),
@@ -82,7 +83,14 @@ def single_spaces(task: Task, spec: TokenSpec, config: EnvConfig) -> tuple[space
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
     """The models and reward terms of `num_envs` texts."""
-    parts = Parts(spec=spec, reference=task.reference, scorer=task.scorer, device=torch.device(task.reference.device))
+    beta = task.kl_coef if config.kl_coef is None else config.kl_coef
+    parts = Parts(
+        spec=spec,
+        task=task,
+        device=torch.device(task.reference.device),
+        kl_coef=0.0 if config.kl == "none" else beta,
+        max_batch_tokens=config.max_batch_tokens,
+    )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
     return RewardEngine(parts, all_terms(task, config), num_envs, **options)
 

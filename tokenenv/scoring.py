@@ -1,7 +1,8 @@
 """Whole texts, scored as stepping would have paid them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import micro_batches
-from tokenenv.models.heads import token_logprobs
 from tokenenv.prompts import fit_prompt, to_ids
-from tokenenv.rewards.base import FinishedTexts, States, Transitions
+from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.types import EpisodeScores, TokenSpec
 
 
@@ -25,7 +25,7 @@ def score_episodes(
     logprobs: Sequence[Sequence[float]] | None,
     truncated: Sequence[bool] | None,
     weights: Mapping[str, float | Sequence[float]],
-    gold: Callable[[str, str], float] | None,
+    gold: Callable[[str, str], float] | Literal["score"] | None,
     max_batch_tokens: int,
 ) -> EpisodeScores:
     """Rewards (B, T) of B finished texts in length-sorted parallel forwards; see `TokenVectorEnv.score_episodes`."""
@@ -54,9 +54,9 @@ def score_episodes(
         out.token_rewards[group] = placed.cpu().numpy()
         if out.score is not None and texts.score is not None:
             out.score[group] = texts.score.cpu().numpy()
-        if out.gold is not None and gold is not None:
+        if out.gold is not None and callable(gold):
             out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
-    return out
+    return replace(out, gold=out.score) if gold == "score" else out
 
 
 def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpec) -> tuple[list[list[int]], list[list[int]]]:
@@ -133,6 +133,8 @@ def _score_group(
     batch.truncated, batch.terminated, batch.scored = ends & cut[row], ends & ~cut[row], ends & scored[row]
     batch.finished, batch.finished_at = texts, ends.nonzero().squeeze(1)
     texts.score = None if batch.after.score is None else batch.after.score[batch.finished_at]
+    texts.statistics = {name: s.expand(len(texts.ids), -1) for name, s in engine.rewards.statistics().items()}
+    engine.read_finished(texts)
     if logprobs is not None:
         batch.logprob = torch.tensor([x for one in logprobs for x in one], dtype=torch.float32, device=device)
     paid = engine.rewards.paid(batch, {name: weight[row] for name, weight in weights.items()})
@@ -149,13 +151,31 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     """Every response token of the texts, with the states around it."""
     states = engine.trunks.states(texts.tokens, texts.length.tolist())
     at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
-    before = States({key: hidden[row, at - 1] for key, hidden in states.items()})
-    after = States({key: hidden[row, at] for key, hidden in states.items()})
+    statistics = {name: s.expand(len(t), -1) for name, s in engine.rewards.statistics().items()}
+    before = States({key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics)
+    after = States({key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics)
     before.score, after.score = _running_scores(engine, before, after, row, t)
     tokens = texts.tokens[row, at]
-    ref_logprob = token_logprobs(before.of(engine.parts.reference), tokens, engine.reference_head)
+    for name, term in engine.rewards.with_memory.items():
+        first = texts.tokens[row, at - 1]
+        before.memory[name], after.memory[name] = _recall(term, before, after, first, tokens, row, t)
+    ref_logprob = engine.ref_logprob(before.of(engine.parts.reference), tokens)
     none = torch.zeros_like(tokens, dtype=torch.bool)
     return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
+
+
+def _recall(
+    term: RewardTerm, before: States, after: States, first: Tensor, tokens: Tensor, row: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the term carries before and after each token (K,), one token of all texts after the other."""
+    memory = term.remember(None, first[t == 0], before.at(t == 0))
+    both = memory.new_zeros(2, len(t))
+    for step in range(int(t.max()) + 1):
+        at = t == step
+        both[0, at] = memory[row[at]]
+        both[1, at] = term.remember(memory[row[at]], tokens[at], after.at(at))
+        memory = memory.index_copy(0, row[at], both[1, at])
+    return both[0], both[1]
 
 
 def _running_scores(
@@ -163,9 +183,9 @@ def _running_scores(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end."""
     scores = engine.read_score(after.hidden, 0.0)
-    if scores is None or engine.parts.scorer is None:
+    if scores is None or engine.parts.causal_scorer is None:
         return None, None
-    if not engine.parts.scorer.per_token:
+    if not engine.parts.causal_scorer.per_token:
         return engine.read_score(before.hidden, 0.0), scores
     sums = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, device=scores.device).index_put((row, t), scores).cumsum(1)
     return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]

@@ -1,6 +1,6 @@
 """Saved env states: what they must hold to be loaded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,11 @@ import numpy as np
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.types import TokenSpec
 
-FORMAT = 1
+FORMAT = 2
+Layout = dict[str, Any]
+"""Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any size."""
+EXACT = ("weights", "memory", "statistics", "learned")
+"""Parts with an entry for each term that has one, and no others."""
 KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "rngs", "kl_coef", "tokens_seen")
 
 
@@ -20,8 +24,11 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     return chosen
 
 
-def check_state(saved: Any, num_envs: int, spec: TokenSpec, terms: Iterable[str], scorer: Any) -> np.ndarray:
-    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is changed."""
+def check_state(saved: Any, num_envs: int, spec: TokenSpec, engine: Callable[[int], Layout]) -> np.ndarray:
+    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is changed.
+
+    `engine` says what the engine saves for a number of slots.
+    """
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or any(key not in saved for key in KEYS):
         raise CheckpointError(f"this is no state of a tokenenv env (format {FORMAT}); it comes from save_state().")
     slots = saved["slots"]
@@ -29,23 +36,19 @@ def check_state(saved: Any, num_envs: int, spec: TokenSpec, terms: Iterable[str]
         raise CheckpointError("the state is corrupt: its slots are not numbers in order.")
     if slots[-1] >= num_envs:
         raise CheckpointError(f"the state holds slot {slots[-1]}; this env has num_envs={num_envs}.")
-    _check_arrays(saved, _layout(len(slots), spec, terms, scorer is not None), "state")
+    _check_arrays(saved, _layout(len(slots), spec, engine(len(slots))), "state")
     _check_texts(saved["texts"], saved["ended"], spec)
     _check_numbers(saved, len(slots))
     return slots
 
 
-def _layout(count: int, spec: TokenSpec, terms: Iterable[str], scored: bool) -> dict[str, Any]:
+def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
     """The state's arrays as (shape, dtype)."""
-    length, tokens = spec.max_prompt_tokens + spec.max_new_tokens, spec.max_new_tokens
+    length = spec.max_prompt_tokens + spec.max_new_tokens
     integers, floats = ((count,), np.int64), ((count,), np.float32)
     return {
         "texts": {"tokens": ((count, length), np.int64), "length": integers, "prompt_length": integers, "unpaid": integers},
-        "engine": {
-            "weights": dict.fromkeys(terms, floats),
-            "token_rewards": ((count, tokens), np.float32),
-            "score": floats if scored else None,
-        },
+        "engine": engine,
         "prompt_id": integers,
         "episode_kl_coef": floats,
         "ended": ((count,), np.bool_),
@@ -54,7 +57,7 @@ def _layout(count: int, spec: TokenSpec, terms: Iterable[str], scored: bool) -> 
 
 def _check_arrays(saved: Any, layout: Any, where: str) -> None:
     if isinstance(layout, dict):
-        if not isinstance(saved, dict) or not set(layout) <= set(saved) or (where == "weights" and set(saved) != set(layout)):
+        if not isinstance(saved, dict) or not set(layout) <= set(saved) or (where in EXACT and set(saved) != set(layout)):
             has = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise CheckpointError(
                 f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task and reward=."

@@ -6,13 +6,16 @@ H hidden size, B episodes in a batch, K transitions (any mix of rows and times).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 Slots = Sequence[int] | np.ndarray
 """Row numbers (n,)."""
+
+TextIds = tuple[list[int], list[int]]
+"""The token ids of a prompt and of its response."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -61,11 +64,32 @@ class Scorer:
     """A sequence score read from a causal model's states."""
 
     model: Any
-    """The trunk: a transformers base model, or any object with `slots(num_rows, max_length)` (see `SlotModel`)."""
+    """The trunk: a transformers base model, or any `TokenModel`."""
     head: Head
     """States (K, H) to scores (K,)."""
     per_token: bool
     """True: the score of a text is the sum of its response tokens' scores. False: the score at its last token."""
+
+
+class TextScorer(Protocol):
+    """A sequence score that only finished texts have: another tokenizer's reward model, or one that looks ahead."""
+
+    per_token: bool
+    """Whether the model scores tokens (the score is their sum), or the text as a whole."""
+
+    def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
+        """(B, width) float32: the score of each of the policy's response tokens, zero to the right. Each row's sum is the
+        text's score; a model that scores whole texts puts it on the last token."""
+        ...
+
+
+class Oracle(Protocol):
+    """The exact optimum of score - beta KL(pi || pi_ref), where a task knows it."""
+
+    def state_value(self, states: dict[int, Tensor], step: Tensor, beta: float) -> Tensor:
+        """V* (K,) float32 from the states of the task's models (by the id of the model) after `step` (K,) response
+        tokens; after the last one it is the score."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +99,7 @@ class Task:
     tokenizer: Any
     """A transformers tokenizer shared by all models, or None where tokens have no text."""
     reference: Any
-    """pi_ref: a transformers causal LM, or any object with `slots` and `head` (see `SlotModel`); frozen, in eval mode."""
+    """pi_ref: a transformers causal LM, or any `TokenModel`; frozen, in eval mode."""
     prompts: Sequence[Sequence[int]]
     """Prompt token ids, at most `max_prompt_tokens` each."""
     max_prompt_tokens: int
@@ -86,14 +110,53 @@ class Task:
     """Ids that end a text; they belong to the response."""
     model: Any = None
     """The policy's default initial weights where they are not the reference's."""
-    scorer: Scorer | None = None
+    scorer: Scorer | TextScorer | None = None
     """Where `infos["score"]` and the designs built on a score come from."""
-    gold: Callable[[str, str], float] | None = None
-    """gold(prompt_text, response_text): the true metric, for evaluation only."""
+    gold: Callable[[str, str], float] | Literal["score"] | None = None
+    """gold(prompt_text, response_text): the true metric, for evaluation only. "score": the score itself is the truth."""
+    implicit_model: Any = None
+    """A preference-tuned (DPO) language model with the reference's tokens, which `reward="implicit"` reads."""
+    step_scorer: Scorer | None = None
+    """Scores the steps of a text, where `reward="process"` should not read the scorer."""
+    step_end_token_ids: tuple[int, ...] = ()
+    """Tokens that end a step of the text; the end of the text ends one too."""
+    oracle: Any = None
+    """The exact optimum, where it is known (see `Oracle`)."""
+    features: Callable[[dict[int, Tensor], Tensor], Tensor] | None = None
+    """observation="features": maps the states of all models (by the id of their trunk) and the response tokens so far
+    (N,) to features (N, F) float32. None: the reference's last hidden state."""
+    num_features: int = 0
+    """F, where `features` is given."""
     reward: str = "token"
     """The design used when `reward=` is not given."""
     kl_coef: float = 0.05
     """beta used when `kl_coef=` is not given, reward per nat."""
+
+
+class TokenModel(Protocol):
+    """What a language model, or a scorer's trunk, that is no transformers model has to bring.
+
+    "States" may be any tensor with K rows, (K,) or (K, H), that `head` understands: an automaton's state, say.
+    """
+
+    device: Any
+    """Where tokens are taken and states returned."""
+    vocab_size: int
+    """V. Language models only, as is `head`."""
+    hidden_size: int
+    """How many numbers of a state, the first ones, a value head may read. Policies only."""
+
+    def slots(self, num_rows: int, max_length: int) -> "SlotModel":
+        """N running texts of at most `max_length` tokens."""
+        ...
+
+    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+        """Right-padded `tokens` (B, L) to states (B, L, ...), in which state t has read token t."""
+        ...
+
+    def head(self, states: Tensor) -> Tensor:
+        """States of K texts to logits (K, V) float32."""
+        ...
 
 
 class SlotModel(Protocol):

@@ -80,6 +80,17 @@ class TokenVectorEnv(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def oracle(self) -> Any:
+        """The task's exact optimum, or None where it is not known."""
+        return self._task.oracle
+
+    @property
+    def biased_terms(self) -> tuple[str, ...]:
+        """The paid terms under which reward-to-go does not estimate the gradient of the expected score without bias."""
+        terms = self._engine.rewards.terms.items()
+        return tuple(name for name, term in terms if term.preserves_gradient is False)
+
+    @property
     def device(self) -> torch.device:
         """Where the models, and the tensors of `array="torch"`, are."""
         return self._engine.parts.device
@@ -183,7 +194,7 @@ class TokenVectorEnv(VectorEnv):
         Caches are filled from the texts. Returns (obs, info); the info is a reset's, for those slots.
         """
         self._require_open()
-        slots = state.check_state(saved, self.num_envs, self.token_spec, self._engine.weights, self._engine.parts.scorer)
+        slots = state.check_state(saved, self.num_envs, self.token_spec, self._engine.layout)
         if len(slots) < self.num_envs:
             self._require_reset()
         self._texts.load(slots, saved["texts"])
@@ -327,14 +338,17 @@ class TokenVectorEnv(VectorEnv):
             if paid.score is not None:
                 infos.add("score", paid.score.clone(), ended)
             if self._task.gold is not None:
-                infos.add("gold", self._gold(paid.finished.prompt_and_response_texts(), ended), ended)
+                infos.add("gold", self._gold(paid, ended), ended)
             infos.add("token_rewards", self._engine.token_rewards.clone(), ended)
         return infos
 
-    def _gold(self, texts: list[tuple[str, str]], ended: np.ndarray) -> Tensor:
-        assert self._task.gold is not None
+    def _gold(self, paid: Paid, ended: np.ndarray) -> Tensor:
+        if not callable(self._task.gold):
+            assert paid.score is not None
+            return paid.score.clone()
+        assert paid.finished is not None
         gold = np.zeros(self.num_envs, dtype=np.float32)
-        gold[ended] = [self._task.gold(prompt, response) for prompt, response in texts]
+        gold[ended] = [self._task.gold(prompt, response) for prompt, response in paid.finished.prompt_and_response_texts()]
         return self._texts.upload(gold)
 
     def _final(self, infos: Infos, ended: np.ndarray) -> dict[str, Any]:
@@ -346,7 +360,7 @@ class TokenVectorEnv(VectorEnv):
     def _observation(self) -> Any:
         """Fresh arrays, never the env's own."""
         if self.config.observation == "features":
-            return self._export(self._engine.reference_states().float().clone())
+            return self._export(self._engine.features().clone())
         upload = self._texts.upload
         return {
             "tokens": self._export(self._texts.device_tokens()),

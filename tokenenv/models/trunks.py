@@ -1,14 +1,15 @@
 """A trunk maps tokens to states; heads read states. Models that share a trunk are run once."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from tokenenv.models import cached_lm
-from tokenenv.models.heads import lm_head
+from tokenenv.models.batching import hidden_states
+from tokenenv.models.heads import lm_head, token_logprobs
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
@@ -31,7 +32,7 @@ class Trunks:
     def __init__(self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any) -> None:
         trunks = {id(trunk): trunk for trunk in map(trunk_of, models)}
         _report_memory(trunks.values(), num_rows, max_length)
-        self._rows = {key: _slot_model(trunk, num_rows, max_length, **options) for key, trunk in trunks.items()}
+        self._rows = {key: slot_model(trunk, num_rows, max_length, **options) for key, trunk in trunks.items()}
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
         """Restarts `slots` with right-padded tokens (n, <=L) in every trunk; states (n, H)."""
@@ -60,7 +61,14 @@ class Trunks:
         return sum(getattr(rows, "cache_bytes", 0) for rows in self._rows.values())
 
 
-def _slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
+def text_states(model: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+    """The uncached forward of any model's trunk, with the ambient grad mode: right-padded tokens (B, L) to states
+    (B, L, ...), in which state t has read token t."""
+    trunk = trunk_of(model)
+    return trunk.states(tokens, lengths) if hasattr(trunk, "slots") else hidden_states(trunk, tokens, lengths)
+
+
+def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
     """A model that is no transformers model brings its own rows: `model.slots(num_rows, max_length)`."""
     if hasattr(trunk, "slots"):
         return trunk.slots(num_rows, max_length)
@@ -80,6 +88,20 @@ def logits_head(model: Any, vocab_size: int) -> Head:
     if hasattr(model, "slots"):
         return model.head
     return lm_head(model, vocab_size)
+
+
+def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Maps states (K, H) and tokens (K,) to log p(token | state), (K,) float32, at temperature 1; a tabular model's own
+    `logprob` saves making (K, V) logits."""
+    if hasattr(model, "logprob"):
+        return model.logprob
+    head = logits_head(model, vocab_size)
+    return lambda states, tokens: token_logprobs(states, tokens, head)
+
+
+def hidden_size_of(model: Any) -> int:
+    """How many numbers of a state a value head may read."""
+    return int(model.hidden_size if hasattr(model, "slots") else model.config.get_text_config().hidden_size)
 
 
 def vocab_size_of(model: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.trunks import trunk_of
-from tokenenv.types import Scorer, TokenSpec
+from tokenenv.types import Scorer, Task, TextIds, TextScorer, TokenSpec
 
 Kind = Literal["causal", "hindsight", "policy"]
 Weight = float | Callable[[int], float]
@@ -28,12 +28,39 @@ class States:
 
     hidden: dict[int, Tensor]
     """A state (K, H) for every trunk, by its id()."""
+    step: Tensor
+    """(K,) int64: response tokens so far."""
     score: Tensor | None = None
-    """(K,) the scorer's score of the text so far: a running sum of token scores, or the score at the last token."""
+    """(K,) the scorer's score of the text so far: a running sum of token scores, or the score at the last token. None
+    without a scorer, and with one that scores finished texts only."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """(K,) what each term with `has_memory` carries along the text, by its name."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """(K, p) each term's `statistics` when the text began, by its name."""
 
     def of(self, model: Any) -> Tensor:
         """The states (K, H) of `model`'s trunk; the term lists the model in `models`."""
         return self.hidden[id(trunk_of(model))]
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, always in the same order."""
+        score = [] if self.score is None else [self.score]
+        return [*self.hidden.values(), self.step, *score, *self.memory.values(), *self.statistics.values()]
+
+    def at(self, index: Tensor) -> "States":
+        """The texts of `index` (n,) alone."""
+        return States(
+            {key: states[index] for key, states in self.hidden.items()},
+            self.step[index],
+            None if self.score is None else self.score[index],
+            {name: memory[index] for name, memory in self.memory.items()},
+            {name: statistics[index] for name, statistics in self.statistics.items()},
+        )
+
+    def put(self, rows: Tensor, other: "States") -> None:
+        """Writes the texts of `other` over `rows` (n,)."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine[rows] = theirs
 
 
 @dataclass(slots=True)
@@ -53,8 +80,14 @@ class FinishedTexts:
     ids: Sequence[np.ndarray]
     """The same tokens on the host, one array (length,) a text."""
     tokenizer: Any = None
+    token_scores: Tensor | None = None
+    """(B, T) each response token's score, with a scorer that scores finished texts only (`TextScorer`)."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """(B, p) each term's `statistics` when the texts began, by its name."""
+    learning: bool = False
+    """True where statistics may be learned from these texts: while stepping, not while scoring."""
 
-    def prompt_and_response_ids(self) -> list[tuple[list[int], list[int]]]:
+    def prompt_and_response_ids(self) -> list[TextIds]:
         """B pairs of token id lists."""
         return [(row[:p].tolist(), row[p:].tolist()) for row, p in zip(self.ids, self.prompt_length, strict=True)]
 
@@ -94,6 +127,21 @@ class Transitions:
     """The texts that end in these transitions..."""
     finished_at: Tensor | None = None
     """...and the transition (B,) each of them ends in."""
+    learning: Tensor | None = None
+    """(K,) bool: transitions that statistics may be learned from; None while scoring."""
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """(K, p) each term's `statistics` when the text began, by its name."""
+        return self.before.statistics
+
+    def final_score(self) -> Tensor:
+        """(K,): the sequence score where a text ends and is scored, else 0."""
+        if self.after.score is not None:
+            return torch.where(self.scored, self.after.score, 0.0)
+        if self.finished is None or self.finished.score is None:
+            return torch.zeros(self.tokens.shape, device=self.tokens.device)
+        return self.at_end(self.finished.score)
 
     def at_end(self, values: Tensor) -> Tensor:
         """(K,) zeros, with `values` (B,) where a text ends and its score is due."""
@@ -108,9 +156,56 @@ class Parts:
     """What an env offers its reward terms."""
 
     spec: TokenSpec
-    reference: Any
-    scorer: Scorer | None
+    task: Task
     device: torch.device
+    kl_coef: float
+    """beta that the env was made with, reward per nat."""
+    max_batch_tokens: int = 16384
+    """The largest forward a term should run, in tokens with padding."""
+
+    @property
+    def reference(self) -> Any:
+        """pi_ref."""
+        return self.task.reference
+
+    @property
+    def scorer(self) -> Scorer | TextScorer | None:
+        """Where the sequence score comes from."""
+        return self.task.scorer
+
+    @property
+    def causal_scorer(self) -> Scorer | None:
+        """The scorer, if it scores every prefix."""
+        return self.task.scorer if isinstance(self.task.scorer, Scorer) else None
+
+    def has(self, need: str) -> bool:
+        """Whether the env has one of `NEEDS`."""
+        scorer = self.scorer
+        return {
+            "scorer": scorer is not None,
+            "token scorer": scorer is not None and scorer.per_token,
+            "causal scorer": self.causal_scorer is not None,
+            "transformer scorer": self.causal_scorer is not None and not hasattr(self.causal_scorer.model, "slots"),
+            "reference": self.reference is not None,
+            "tokenizer": self.spec.tokenizer is not None,
+            "implicit model": self.task.implicit_model is not None,
+            "step ends": bool(self.task.step_end_token_ids),
+            "oracle": self.task.oracle is not None,
+        }[need]
+
+
+NEEDS = {
+    "scorer": "a reward model (reward_model=)",
+    "token scorer": "a token-classification reward model (reward_model=)",
+    "causal scorer": "a reward model that scores prefixes: causal, with the policy's own tokens",
+    "transformer scorer": "a causal transformers reward model with the policy's own tokens (reward_model=)",
+    "reference": "a reference model",
+    "tokenizer": "a tokenizer",
+    "implicit model": "a preference-tuned language model (implicit_model=)",
+    "step ends": "tokens that end a step (step_end_token_ids=)",
+    "oracle": "a task whose optimum is known, such as tokenenv/DelayedKey-v0",
+}
+"""What a term may need of an env, and how a user is told."""
 
 
 class RewardTerm:
@@ -120,30 +215,26 @@ class RewardTerm:
     kind: Kind = "causal"
     weight: Weight = 1.0
     needs: frozenset[str] = frozenset()
-    """Of "scorer", "token scorer", "reference", "tokenizer": what the env must have."""
+    """Of `NEEDS`: what the env must have."""
+    preserves_return: bool | None = None
+    """Whether the rewards of a scored text add up to its score, up to a constant of the prompt. None: not stated."""
+    preserves_gradient: bool | None = None
+    """Whether reward-to-go (and GAE) on these rewards estimates the gradient of the expected score without bias."""
     models: Sequence[Any] = ()
     """Causal models whose states the term reads; run once a step whoever reads them."""
     withheld: bool = False
     """True for a term that pays or redistributes the sequence score: nothing is paid at an unscored truncation."""
     has_potential: bool = False
     """True where the term is potential-based and defines `potential`."""
+    has_memory: bool = False
+    """True where the term carries a number along each text and defines `remember`."""
 
     def bind(self, parts: Parts) -> None:
         """Called once by the env; checks `needs` and lets the term take what it wants from `parts`."""
-        have = {
-            "scorer": parts.scorer is not None,
-            "token scorer": parts.scorer is not None and parts.scorer.per_token,
-            "reference": parts.reference is not None,
-            "tokenizer": parts.spec.tokenizer is not None,
-        }
-        wanted = {
-            "token scorer": "a token-classification reward model (reward_model=)",
-            "scorer": "a reward model (reward_model=)",
-        }
         for need in sorted(self.needs):
-            if not have[need]:
+            if not parts.has(need):
                 raise InvalidArgument(
-                    f"reward={self.name!r} needs {wanted.get(need, 'a ' + need)}, which this env has not; "
+                    f"reward={self.name!r} needs {NEEDS[need]}, which this env has not; "
                     "reward= also takes a rule or a term of your own."
                 )
 
@@ -154,6 +245,24 @@ class RewardTerm:
     def potential(self, states: States) -> Tensor:
         """Potential-based terms: Phi (K,) of K running texts, unweighted."""
         raise TypeError(f"{type(self).__name__} sets has_potential but does not define potential()")
+
+    def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
+        """Terms with memory: the number (K,) carried from `states` on, which `tokens` (K,) led to; `memory` is the number
+        before them, or None where the texts begin. Read it as `states.memory[self.name]`."""
+        raise TypeError(f"{type(self).__name__} sets has_memory but does not define remember()")
+
+    def statistics(self) -> Tensor | None:
+        """Numbers (p,) on the env's device that change with training, such as a running scale, or None. An episode keeps
+        those it began with: read them from the batch, never from `self`."""
+        return None
+
+    def save_statistics(self) -> np.ndarray | None:
+        """What `statistics` are computed from, as an array of float64; None where there is nothing to save."""
+        return None
+
+    def load_statistics(self, saved: np.ndarray) -> None:
+        """Goes on from what `save_statistics` returned."""
+        raise TypeError(f"{type(self).__name__} has statistics but does not define load_statistics()")
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """Hindsight terms: rewards (B, T) of the tokens of B finished texts, unweighted; their sum is paid at the end."""
@@ -187,12 +296,27 @@ class RewardSum:
         placed = term.place(texts, self.max_new_tokens) * texts.payable(self.max_new_tokens)
         return placed * scored[:, None] if term.withheld else placed
 
+    @property
+    def has_potential(self) -> bool:
+        """Whether a term is potential-based."""
+        return any(term.has_potential for term in self.terms.values())
+
+    @property
+    def with_memory(self) -> dict[str, RewardTerm]:
+        """The terms that carry a number along each text."""
+        return {name: term for name, term in self.terms.items() if term.has_memory}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The present statistics (p,) of the terms that have any."""
+        every = ((name, term.statistics()) for name, term in self.terms.items())
+        return {name: statistics for name, statistics in every if statistics is not None}
+
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
         """The weighted sum of the potentials (K,), or None where no term is potential-based."""
         parts = [weights[name] * term.potential(states) for name, term in self.terms.items() if term.has_potential]
         return torch.stack(parts).sum(0) if parts else None
 
 
-def weight_at(term: RewardTerm, tokens_seen: int) -> float:
-    """The term's weight now; a schedule is asked with the tokens the env has seen."""
-    return float(term.weight(tokens_seen) if callable(term.weight) else term.weight)
+def weight_now(weight: Weight, tokens_seen: int) -> float:
+    """A weight's value now; a schedule is asked with the tokens the env has seen."""
+    return float(weight(tokens_seen) if callable(weight) else weight)

@@ -1,17 +1,23 @@
 """Named designs: what `reward="..."` may be, and how a `reward=` argument becomes terms."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.rewards.base import RewardTerm, Weight
-from tokenenv.rewards.delta import Delta
+from tokenenv.rewards.base import RewardTerm, Weight, weight_now
+from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
 
-DESIGNS: dict[str, Callable[[], RewardTerm]] = {
+Design = str | RewardTerm
+RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
+
+DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "delta": Delta,
+    "oracle": Oracle,
+    "shaping": Shaping,
     "terminal": Terminal,
     "token": Token,
     "uniform": Uniform,
@@ -19,28 +25,36 @@ DESIGNS: dict[str, Callable[[], RewardTerm]] = {
 
 RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
 
-Design = str | RewardTerm
-RewardSpec = Design | Mapping[str, Design | tuple[Design, Weight]]
-
 
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
-    """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs, as named terms.
+    """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight) pairs, as named terms.
 
-    The terms are shallow copies, so that one object may be given to several envs.
+    A mapping within a mapping is a term of several parts, "name.part", whose weights are multiplied. The terms are shallow
+    copies, so that one object may be given to several envs.
     """
-    if isinstance(reward, Mapping):
-        pairs = {name: value if isinstance(value, tuple) else (value, None) for name, value in reward.items()}
-        return {name: _term(design, name, weight) for name, (design, weight) in pairs.items()}
-    term = _term(reward, None, None)
-    return {term.name: term}
+    terms: dict[str, RewardTerm] = {}
+    for term in _expand(reward, None, None):
+        if term.name in terms:
+            raise InvalidArgument(f"reward= has two terms called {term.name!r}; give a mapping with a name for each.")
+        terms[term.name] = term
+    return terms
 
 
-def _term(design: object, name: str | None, weight: Weight | None) -> RewardTerm:
-    if not isinstance(design, (str, RewardTerm)):
-        raise InvalidArgument(f"reward={design!r} must be a design's name, a RewardTerm, or a mapping of names to them.")
-    if isinstance(design, str):
-        check_choice("reward", design, DESIGNS)
-    term = DESIGNS[design]() if isinstance(design, str) else copy.copy(design)
+def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator[RewardTerm]:
+    if isinstance(reward, str):
+        check_choice("reward", reward, DESIGNS)
+        reward = DESIGNS[reward]()
+    if isinstance(reward, RewardTerm):
+        yield _named(copy.copy(reward), name, weight)
+    elif isinstance(reward, Mapping):
+        for part, value in reward.items():
+            design, share = value if isinstance(value, tuple) else (value, None)
+            yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
+    else:
+        raise InvalidArgument(f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to them.")
+
+
+def _named(term: RewardTerm, name: str | None, weight: Weight | None) -> RewardTerm:
     term.name = name or term.name or type(term).__name__.lower()
     if term.name in RESERVED:
         raise InvalidArgument(f"the term name {term.name!r} is taken; use {RESERVED[term.name]} instead.")
@@ -48,3 +62,19 @@ def _term(design: object, name: str | None, weight: Weight | None) -> RewardTerm
     if not callable(term.weight) and not isinstance(term.weight, (int, float)):
         raise InvalidArgument(f"the weight of {term.name!r} must be a number or a schedule of tokens seen, not {weight!r}.")
     return term
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The product of two weights, as a schedule."""
+
+    one: Weight
+    other: Weight
+
+    def __call__(self, tokens_seen: int) -> float:
+        """The weight after so many tokens."""
+        return weight_now(self.one, tokens_seen) * weight_now(self.other, tokens_seen)
+
+
+def _product(one: Weight | None, other: Weight | None) -> Weight | None:
+    return (one if other is None else other) if one is None or other is None else Product(one, other)

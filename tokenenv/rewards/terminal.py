@@ -1,6 +1,5 @@
 """The sequence score, paid once at the end."""
 
-import torch
 from torch import Tensor
 
 from tokenenv.rewards.base import RewardTerm, Transitions
@@ -15,12 +14,13 @@ class Terminal(RewardTerm):
 
     name = "terminal"
     needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = True
     withheld = True
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the score where a text ends and is scored."""
-        assert batch.after.score is not None
-        return torch.where(batch.scored, batch.after.score, 0.0)
+        return batch.final_score()
 
 
 class MissingEOS(RewardTerm):

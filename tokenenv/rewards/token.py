@@ -2,26 +2,39 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.base import Parts, RewardTerm, Transitions
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, Transitions
 
 
 class Token(RewardTerm):
     """r_t = f(x, y_<=t), the reward model's score at token t; the sequence score is their sum.
 
-    Causal; preserves the return (the sum is the score) and the policy gradient. A model trained so that the sum of its
-    scores is unbounded rewards length; see the model cards for how the bundled ones avoid it.
+    Preserves the return (the sum is the score) and the policy gradient. A model trained so that the sum of its scores is
+    unbounded rewards length; see the model cards for how the bundled ones avoid it.
+
+    With a reward model that reads finished texts only (another tokenizer, or attention that looks ahead) the scores are
+    placed in hindsight, aligned to the policy's tokens: the sum is still the score, but a token's share may then depend
+    on later tokens, and reward-to-go loses the part of the gradient that it drops.
     """
 
     name = "token"
     needs = frozenset({"token scorer"})
+    preserves_return = True
+    preserves_gradient = True
 
     def bind(self, parts: Parts) -> None:
-        """Takes the scorer's trunk and head."""
+        """Takes the scorer's trunk and head, or waits for the finished text."""
         super().bind(parts)
-        assert parts.scorer is not None
-        self.models = (parts.scorer.model,)
-        self._head = parts.scorer.head
+        scorer = parts.causal_scorer
+        if scorer is None:
+            self.kind, self.preserves_gradient = "hindsight", False
+        else:
+            self.models, self._head = (scorer.model,), scorer.head
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the head's score of the state after the token."""
         return self._head(batch.after.of(self.models[0]))
+
+    def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        """(B, T): the scores as they were aligned to the policy's tokens."""
+        assert texts.token_scores is not None
+        return texts.token_scores

@@ -14,6 +14,8 @@ class Uniform(RewardTerm):
     name = "uniform"
     kind = "hindsight"
     needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = False
     withheld = True
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:

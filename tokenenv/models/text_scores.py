@@ -1,0 +1,41 @@
+"""Whole texts and their scores, whichever kind of scorer gives them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.models.batching import micro_batches
+from tokenenv.models.trunks import text_states
+from tokenenv.types import Scorer, TextIds, TextScorer
+
+
+@torch.no_grad()
+def score_texts(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int = 16384) -> Tensor:
+    """The scores (B,) float32 of B texts, in length-sorted forwards. A response may be empty: a model that scores tokens
+    gives 0 then, any other its score of the prompt."""
+    if not isinstance(scorer, Scorer):
+        return scorer.token_scores(texts, max(1, *(len(response) for _, response in texts))).sum(1)
+    lengths = np.asarray([len(prompt) + len(response) for prompt, response in texts])
+    prompt_lengths = np.asarray([len(prompt) for prompt, _ in texts])
+    scores = torch.zeros(len(texts), device=scorer.model.device)
+    for group in micro_batches(lengths, max_batch_tokens):
+        tokens = np.zeros((len(group), int(lengths[group].max())), dtype=np.int64)
+        for row, i in enumerate(group):
+            tokens[row, : lengths[i]] = [*texts[i][0], *texts[i][1]]
+        states = text_states(scorer.model, torch.from_numpy(tokens).to(scores.device), lengths[group])
+        scores[torch.from_numpy(group).to(scores.device)] = _read(scorer, states, prompt_lengths[group], lengths[group])
+    return scores
+
+
+def _read(scorer: Scorer, states: Tensor, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """The scores (b,) from states (b, L, ...)."""
+    position = np.arange(states.shape[1])
+    if scorer.per_token:
+        wanted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    else:
+        wanted = position == lengths[:, None] - 1
+    row, column = (torch.from_numpy(index).to(states.device) for index in np.nonzero(wanted))
+    scores = scorer.head(states[row, column])
+    return scores.new_zeros(len(states)).index_add(0, row, scores)

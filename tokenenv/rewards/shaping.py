@@ -1,0 +1,107 @@
+"""Potential-based shaping of the terminal reward: a dense reward that changes neither the return nor its gradient."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.base import Parts, RewardTerm, States, Transitions
+
+Potential = Callable[[States], Tensor]
+"""Phi (K,) float32 of K texts so far."""
+
+
+class Shaping(RewardTerm):
+    """r_t = [score if the text ends here] + gamma Phi(s_{t+1}) - Phi(s_t), with any Phi (Ng, Harada and Russell 1999).
+
+    Phi is zero exactly where learners do not bootstrap (termination, scored truncation) and kept at unscored truncation,
+    where only the score is withheld. Undiscounted, the rewards add up to score - Phi(prompt): the return is preserved up
+    to a constant of the prompt, and the policy gradient with it. Equal to a critic shifted by Phi, for every lambda
+    (Wiewiora 2003); compare with that before praising the shaping. A potential that changes while a text runs, or rewards
+    clipped or shifted afterwards, break all of this.
+
+    Args:
+        potential: Phi (K,) of the states of K texts; None takes the score of the text so far.
+        gamma: the learner's discount per token, 0 to 1.
+        models: causal models whose states the potential reads, with `states.of(model)`.
+    """
+
+    name = "shaping"
+    needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = True
+    has_potential = True
+
+    def __init__(self, potential: Potential | None = None, *, gamma: float = 1.0, models: Sequence[Any] = ()) -> None:
+        if not 0.0 <= gamma <= 1.0:
+            raise InvalidArgument(f"gamma={gamma} is not allowed; it must lie between 0 and 1.")
+        self.gamma = gamma
+        self.models = tuple(models)
+        self._given = potential
+        self.preserves_return = gamma == 1.0
+        if potential is None:
+            self.needs = frozenset({"causal scorer"})
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): the score where it is due, and what the token added to the potential."""
+        after = torch.where(batch.scored, 0.0, self.potential(batch.after))
+        return batch.final_score() + self.gamma * after - self.potential(batch.before)
+
+    def potential(self, states: States) -> Tensor:
+        """(K,): Phi of the text so far."""
+        if self._given is not None:
+            return self._given(states)
+        assert states.score is not None
+        return states.score
+
+
+class Delta(Shaping):
+    """r_t = f(x, y_<=t) - f(x, y_<t), with f the score of the text so far (R3HF, Li et al. 2024, arXiv 2411.08302).
+
+    Sums to score - f(prompt); it is `Shaping` with Phi = f, undiscounted, and preserves what that preserves. A reward
+    model that was trained on whole texts only scores prefixes badly: that costs variance, never bias.
+    """
+
+    name = "delta"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): what the token added to the score."""
+        # The general formula, less the score that it would add and subtract again where the text ends.
+        assert batch.after.score is not None
+        assert batch.before.score is not None
+        return batch.after.score - batch.before.score
+
+
+class Oracle(Shaping):
+    """r_t = V*(s_{t+1}) - V*(s_t), with V* the soft-optimal value, which after the last token is the score.
+
+    Shaping with the best potential there is: at the optimum it equals beta log pi*/pi_ref token by token, so that every
+    token is paid its own advantage (Rafailov et al. 2024, arXiv 2404.12358). For tasks whose optimum is known; the ceiling
+    that learned dense rewards can be measured against. Preserves the return up to V*(prompt), and the gradient.
+
+    Args:
+        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its construction.
+    """
+
+    name = "oracle"
+    needs = frozenset({"oracle"})
+
+    def __init__(self, beta: float | None = None) -> None:
+        super().__init__()
+        self.needs = type(self).needs
+        self.beta = beta
+
+    def bind(self, parts: Parts) -> None:
+        """Takes the task's oracle, and beta where none was given."""
+        super().bind(parts)
+        self._oracle = parts.task.oracle
+        self._beta = parts.kl_coef if self.beta is None else self.beta
+
+    def potential(self, states: States) -> Tensor:
+        """(K,): V* of the text so far."""
+        return self._oracle.state_value(states.hidden, states.step, self._beta)
