@@ -14,6 +14,12 @@ from tokenenv.texts import TextBuffer
 from tokenenv.types import Scorer, Slots
 
 
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum (N,) of at least one term, always added in the same order."""
+    first, *others = terms.values()
+    return sum(others, start=first.clone())
+
+
 @dataclass(slots=True)
 class Ends:
     """Which rows of a step end, (N,) bool on the host."""
@@ -111,9 +117,9 @@ class RewardEngine:
             learning=texts.upload(active) if self.states.statistics else None,
         )
         terms = self.rewards.paid(batch, weights)
-        self._note(terms, active, texts)
+        self._note(terms, before.step, active, texts)
         terms |= self._settle(finished, batch)
-        reward = torch.stack(list(terms.values())).sum(0) if terms else torch.zeros_like(ref_logprob)
+        reward = total(terms) if terms else torch.zeros_like(ref_logprob)
         return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
 
     @torch.no_grad()
@@ -244,16 +250,16 @@ class RewardEngine:
         self.read_finished(finished)
         return finished
 
-    def _note(self, terms: dict[str, Tensor], active: np.ndarray, texts: TextBuffer) -> None:
-        """Writes the causal terms' rewards on the tokens of this step, and nothing for rows that took no token."""
+    def _note(self, terms: dict[str, Tensor], step: Tensor, active: np.ndarray, texts: TextBuffer) -> None:
+        """Writes the causal terms' rewards on the tokens of this step (N,), and nothing for rows that took no token."""
         if not active.all():
             mask = texts.upload(active)
             for name in terms:
                 terms[name] = torch.where(mask, terms[name], 0.0)
         if terms:
-            rows = np.flatnonzero(active)
-            at = texts.upload(rows), texts.upload(texts.response_length[rows] - 1)
-            self.token_rewards[at] = torch.stack(list(terms.values())).sum(0)[at[0]]
+            # Rows that took no token have ended: they begin anew, and with them their line here.
+            at = step.clamp(max=self.token_rewards.shape[1] - 1)[:, None]
+            self.token_rewards.scatter_(1, at, total(terms)[:, None])
 
     def _settle(self, finished: FinishedTexts | None, batch: Transitions) -> dict[str, Tensor]:
         """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due where a text ends."""

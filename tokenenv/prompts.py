@@ -81,7 +81,7 @@ def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str) -> list[int]:
 
 def draw(prompts: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[int, Sequence[int]]:
     """An index and its prompt, uniformly."""
-    index = int(rng.integers(len(prompts)))
+    index = int(rng.integers(len(prompts))) if len(prompts) > 1 else 0  # one prompt takes no random number
     return index, prompts[index]
 
 

@@ -1,6 +1,7 @@
 """N running texts: prompt and response tokens, on the host and on the device."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -42,12 +43,14 @@ class TextBuffer:
 
     def restart(self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]) -> None:
         """Begins new texts in `slots`; a prefix is the beginning of the response and earns nothing."""
-        for slot, prompt, prefix in zip(slots, prompts, prefixes, strict=True):
-            self.prompt_length[slot], self.unpaid[slot] = len(prompt), len(prefix)
-            self.length[slot] = len(prompt) + len(prefix)
-            self.tokens[slot, : len(prompt)] = prompt
-            self.tokens[slot, len(prompt) : self.length[slot]] = prefix
-            self.tokens[slot, self.length[slot] :] = self._pad
+        rows = np.asarray(slots)
+        self.prompt_length[rows] = list(map(len, prompts))
+        self.unpaid[rows] = list(map(len, prefixes))
+        self.length[rows] = self.prompt_length[rows] + self.unpaid[rows]
+        fresh = np.full((len(rows), self.tokens.shape[1]), self._pad, dtype=np.int64)
+        given = chain.from_iterable(chain.from_iterable(zip(prompts, prefixes, strict=True)))
+        fresh[np.arange(fresh.shape[1]) < self.length[rows, None]] = np.fromiter(given, np.int64)
+        self.tokens[rows] = fresh
         self._refresh(slots)
 
     def fork(self, sources: Slots, targets: Slots) -> None:
@@ -74,13 +77,14 @@ class TextBuffer:
 
     def finished(self, slots: np.ndarray, score: Tensor | None, tokenizer: object) -> FinishedTexts:
         """The texts of `slots` as reward terms see them."""
+        ids = self.tokens[slots]
         return FinishedTexts(
-            tokens=self.upload(self.tokens[slots]),
+            tokens=self.upload(ids),
             length=self.length[slots],
             prompt_length=self.prompt_length[slots],
             unpaid=self.unpaid[slots],
             score=score,
-            ids=[self.tokens[slot, : self.length[slot]].copy() for slot in slots],
+            ids=ids,
             tokenizer=tokenizer,
         )
 

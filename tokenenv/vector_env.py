@@ -60,6 +60,7 @@ class TokenVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._engine = parts.make_engine(self._task, spec, self.config, num_envs)
         self._texts = TextBuffer(num_envs, spec.max_prompt_tokens + spec.max_new_tokens, spec.pad_token_id, self.device)
+        self._is_stop = np.isin(np.arange(spec.vocab_size), spec.stop_token_ids)
         self._prompt_id = np.zeros(num_envs, dtype=np.int64)
         self._episode_kl_coef = np.zeros(num_envs, dtype=np.float32)
         self._ended = np.zeros(num_envs, dtype=bool)
@@ -123,7 +124,7 @@ class TokenVectorEnv(VectorEnv):
             self._require_reset()
         self._seed_streams(given.mask, read_seed(seed, self.num_envs))
         infos = self._begin(given.mask, given.prompts, given.prefixes)
-        return self._observation(), infos.to_dict(self._texts.upload, self._export)
+        return self._observation(), infos.to_dict(self._export)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Appends one token to each text.
@@ -142,16 +143,17 @@ class TokenVectorEnv(VectorEnv):
         ends = self._find_ends(tokens, active)
         self.tokens_seen += int(active.sum())
         paid = self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
-        infos = self._step_infos(paid, active, ends.ended)
-        self._ended = ends.ended
+        ended = ends.ended
+        self._ended = ended.copy()
+        infos = self._step_infos(paid, active, ended)
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
-            infos.overlay(self._begin(~active), self._texts.upload)
-        elif self.autoreset_mode == AutoresetMode.SAME_STEP and ends.ended.any():
-            final = self._final(infos, ends.ended)
-            infos.overlay(self._begin(ends.ended.copy()), self._texts.upload)
-        flags = [self._export(self._texts.upload(flag)) for flag in (ends.terminated, ends.truncated)]
-        info = infos.to_dict(self._texts.upload, self._export) | final
+            infos.overlay(self._begin(~active))
+        elif self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
+            final = self._final(infos, ended)
+            infos.overlay(self._begin(ended))
+        flags = self._export(ends.terminated), self._export(ends.truncated)
+        info = infos.to_dict(self._export) | final
         return self._observation(), self._export(paid.reward), *flags, info
 
     def fork(self, sources: Sequence[int], targets: Sequence[int]) -> tuple[Any, dict[str, Any]]:
@@ -169,7 +171,7 @@ class TokenVectorEnv(VectorEnv):
         self._engine.fork(source, target, self._texts)
         for array in (self._prompt_id, self._episode_kl_coef, self._ended):
             array[target] = array[source]
-        return self._observation(), self._start_infos(target).to_dict(self._texts.upload, self._export)
+        return self._observation(), self._start_infos(target).to_dict(self._export)
 
     def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
         """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays and numbers only."""
@@ -206,7 +208,7 @@ class TokenVectorEnv(VectorEnv):
         self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
         if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():  # saved under another mode
             self._begin(self._ended.copy())
-        return self._observation(), self._start_infos(slots).to_dict(self._texts.upload, self._export)
+        return self._observation(), self._start_infos(slots).to_dict(self._export)
 
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
         """The texts, prompt and response, of a token observation, batched or of one text."""
@@ -307,7 +309,7 @@ class TokenVectorEnv(VectorEnv):
         return codes.cpu().numpy()
 
     def _find_ends(self, tokens: np.ndarray, active: np.ndarray) -> Ends:
-        terminated = active & np.isin(tokens, self.token_spec.stop_token_ids)
+        terminated = active & self._is_stop[tokens]
         full = self._texts.response_length >= self.token_spec.max_new_tokens
         truncated = active & full & ~terminated
         scored = terminated | truncated if self.token_spec.score_truncated else terminated
@@ -319,7 +321,7 @@ class TokenVectorEnv(VectorEnv):
         rows = np.zeros(self.num_envs, dtype=bool)
         rows[slots] = True
         infos = Infos()
-        infos.add("prompt_id", self._texts.upload(self._prompt_id.copy()), rows)
+        infos.add("prompt_id", self._prompt_id.copy(), rows)
         potential = self._engine.potential()
         if potential is not None:
             infos.add("potential", potential, rows)
@@ -329,8 +331,8 @@ class TokenVectorEnv(VectorEnv):
         infos = Infos()
         infos.add("reward_terms", dict(paid.terms), active)
         infos.add("ref_logprob", paid.ref_logprob, active)
-        infos.add("kl_coef", self._texts.upload(self._episode_kl_coef.copy()), active)
-        infos.add("prompt_id", self._texts.upload(self._prompt_id.copy()), active)
+        infos.add("kl_coef", self._episode_kl_coef.copy(), active)
+        infos.add("prompt_id", self._prompt_id.copy(), active)
         if paid.potential is not None:
             infos.add("potential", paid.potential, active)
         if paid.finished is not None:
@@ -342,33 +344,35 @@ class TokenVectorEnv(VectorEnv):
             infos.add("token_rewards", self._engine.token_rewards.clone(), ended)
         return infos
 
-    def _gold(self, paid: Paid, ended: np.ndarray) -> Tensor:
+    def _gold(self, paid: Paid, ended: np.ndarray) -> Tensor | np.ndarray:
         if not callable(self._task.gold):
             assert paid.score is not None
             return paid.score.clone()
         assert paid.finished is not None
         gold = np.zeros(self.num_envs, dtype=np.float32)
         gold[ended] = [self._task.gold(prompt, response) for prompt, response in paid.finished.prompt_and_response_texts()]
-        return self._texts.upload(gold)
+        return gold
 
     def _final(self, infos: Infos, ended: np.ndarray) -> dict[str, Any]:
         """SAME_STEP's account of the episodes that ended: their last observation and infos."""
-        info = infos.only(ended).to_dict(self._texts.upload, self._export)
-        masks = {key: self._export(self._texts.upload(ended.copy())) for key in ("_final_obs", "_final_info")}
+        info = infos.only(ended).to_dict(self._export)
+        masks = {key: self._export(ended.copy()) for key in ("_final_obs", "_final_info")}
         return {"final_obs": self._observation(), "final_info": info, **masks}
 
     def _observation(self) -> Any:
         """Fresh arrays, never the env's own."""
         if self.config.observation == "features":
             return self._export(self._engine.features().clone())
-        upload = self._texts.upload
         return {
             "tokens": self._export(self._texts.device_tokens()),
-            "length": self._export(upload(self._texts.length.copy())),
-            "prompt_length": self._export(upload(self._texts.prompt_length.copy())),
+            "length": self._export(self._texts.length.copy()),
+            "prompt_length": self._export(self._texts.prompt_length.copy()),
         }
 
-    def _export(self, values: Tensor) -> Any:
+    def _export(self, values: Tensor | np.ndarray) -> Any:
+        """The caller's kind of array."""
+        if isinstance(values, np.ndarray):
+            return self._texts.upload(values) if self.config.array == "torch" else values
         return values if self.config.array == "torch" else values.cpu().numpy()
 
     def _require_open(self) -> None:

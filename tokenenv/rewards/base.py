@@ -78,7 +78,7 @@ class FinishedTexts:
     score: Tensor | None
     """(B,) the sequence score, or None without a scorer."""
     ids: Sequence[np.ndarray]
-    """The same tokens on the host, one array (length,) a text."""
+    """The same tokens on the host, one row of at least `length` a text."""
     tokenizer: Any = None
     token_scores: Tensor | None = None
     """(B, T) each response token's score, with a scorer that scores finished texts only (`TextScorer`)."""
@@ -89,7 +89,8 @@ class FinishedTexts:
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """B pairs of token id lists."""
-        return [(row[:p].tolist(), row[p:].tolist()) for row, p in zip(self.ids, self.prompt_length, strict=True)]
+        lengths = zip(self.prompt_length, self.length, strict=True)
+        return [(row[:p].tolist(), row[p:n].tolist()) for row, (p, n) in zip(self.ids, lengths, strict=True)]
 
     def prompt_and_response_texts(self) -> list[tuple[str, str]]:
         """B pairs of texts, without special tokens."""
