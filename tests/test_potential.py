@@ -1,0 +1,85 @@
+"""Potentials on their way from the env to the critic, and the warning about designs that bias reward-to-go."""
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tasks import MODES, make_vec, reference
+
+from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents.actor import Actor
+from tokenenv.agents.advantages import unshaped
+from tokenenv.agents.collector import Collector
+from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.shaping import Shaping
+
+
+def collected(mode: Any, **options: Any) -> list[Episode]:
+    envs = make_vec(4, mode, kl="none", **options)
+    return Collector(envs, Actor(LMPolicy(copy.deepcopy(reference())), seed=3)).collect(120)
+
+
+@pytest.mark.parametrize("score_truncated", [True, False])
+@pytest.mark.parametrize("gamma", [1.0, 0.8])
+@pytest.mark.parametrize("mode", MODES)
+def test_taking_the_shaping_out_leaves_the_terminal_reward(mode: Any, gamma: float, score_truncated: bool) -> None:
+    """Episodes carry Phi of every state in every autoreset mode, and zero where learners do not bootstrap."""
+    options = {"scorer": "sequence", "score_truncated": score_truncated}
+    episodes = collected(mode, reward=Shaping(gamma=gamma), **options)
+    assert {e.truncated for e in episodes} == {True, False}
+    batch = EpisodeBatch.stack(episodes)
+    base = unshaped(batch.reward_BT, batch.potential_BT1, batch.response_length_B, gamma)
+    expected = torch.zeros_like(base)
+    scored = batch.terminated_B | score_truncated
+    last = batch.response_length_B - 1
+    expected[torch.arange(len(batch)), last] = torch.where(scored, batch.score_B, 0.0).float()
+    torch.testing.assert_close(base, expected, atol=1e-5, rtol=1e-5)
+    kept = batch.potential_BT1[torch.arange(len(batch)), last + 1]
+    assert torch.equal(kept == 0, scored)
+
+
+def test_the_potential_is_the_prefix_score() -> None:
+    episodes = collected("SameStep", reward="delta", scorer="sequence")
+    envs = make_vec(1, reward="terminal", scorer="sequence")
+    for episode in episodes[:5]:
+        prefixes = [episode.response[: t + 1] for t in range(len(episode.response) - 1)]
+        if prefixes:
+            scores = envs.unwrapped.score_episodes([episode.prompt] * len(prefixes), prefixes).score
+            np.testing.assert_allclose(episode.potential[1:-1], scores, atol=1e-5)
+        assert episode.potential[-1] == 0
+
+
+def test_an_env_without_a_potential_has_nothing_to_offset() -> None:
+    agent = PPO(make_vec(4, "SameStep", reward="terminal"), batch_tokens=16, critic_offset="potential")
+    with pytest.raises(InvalidArgument, match="critic_offset='potential' needs .* such as 'delta'"):
+        agent.learn(32)
+    with pytest.raises(InvalidArgument, match="critic_offset='potentials' is not known"):
+        PPO(make_vec(4, "SameStep"), critic_offset="potentials")
+
+
+def test_the_critic_takes_the_potential_without_a_change_to_the_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shaped rewards, and unshaped ones with an offset critic, give the same advantages and critic targets."""
+    seen = []
+    monkeypatch.setattr(PPO, "loss", lambda self, batch, advantages, values, targets, weights: seen.append((advantages, targets)))
+    monkeypatch.setattr(PPO, "optimise", lambda self, batch, make_loss: make_loss(None) or {})
+    for offset in (None, "potential"):
+        envs = make_vec(4, "SameStep", reward="delta", scorer="sequence", score_truncated=False)
+        agent = PPO(envs, critic_offset=offset, scale_rewards=False, whiten=False, lambda_actor=0.7, lambda_critic=0.3)
+        torch.nn.init.constant_(agent.policy.value_head.bias, 0.3)
+        agent.update(EpisodeBatch.stack(agent.collector.collect(150)))
+    (advantages, targets), (offset_advantages, offset_targets) = seen
+    assert advantages.abs().max() > 0.1
+    torch.testing.assert_close(offset_advantages, advantages, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(offset_targets, targets, atol=1e-6, rtol=1e-5)
+
+
+def test_a_biased_design_is_named_once() -> None:
+    with pytest.warns(UserWarning, match="reward-to-go on 'shares' does not estimate .*'delta'"):
+        PPO(make_vec(2, reward={"dense": "token", "shares": "uniform"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PPO(make_vec(2, reward={"a": "token", "b": "delta", "c": "terminal"}))
