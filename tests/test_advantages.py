@@ -77,6 +77,14 @@ def test_shaping_equals_a_shifted_critic(seed, length, gamma, lambda_, bootstrap
     torch.testing.assert_close(adv.gae(shaped, values - potential, lengths, keep, gamma, lambda_), plain)
 
 
+def test_unshaped_by_hand():
+    # gamma 0.5. Row 0 ends; row 1 has one token, is cut, and keeps its last potential.
+    rewards = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    potentials = torch.tensor([[4.0, 6.0, 0.0], [1.0, 8.0, 0.0]])
+    result = adv.unshaped(rewards, potentials, torch.tensor([2, 1]), 0.5)
+    assert result.tolist() == [[1.0 - (3.0 - 4.0), 2.0 - (0.0 - 6.0)], [3.0 - (4.0 - 1.0), 0.0]]
+
+
 def test_length_adaptive_lambda_is_clamped():
     lambdas = adv.length_adaptive_lambda(torch.tensor([1, 10, 20, 40, 400]), 0.05)
     torch.testing.assert_close(lambdas, torch.tensor([0.0, 0.0, 0.0, 0.5, 0.95]))

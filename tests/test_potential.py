@@ -55,7 +55,7 @@ def test_the_potential_is_the_prefix_score() -> None:
 
 def test_an_env_without_a_potential_has_nothing_to_offset() -> None:
     agent = PPO(make_vec(4, "SameStep", reward="terminal"), batch_tokens=16, critic_offset="potential")
-    with pytest.raises(InvalidArgument, match="critic_offset='potential' needs .* such as 'delta'"):
+    with pytest.raises(InvalidArgument, match=r"critic_offset='potential' needs .* such as 'delta'"):
         agent.learn(32)
     with pytest.raises(InvalidArgument, match="critic_offset='potentials' is not known"):
         PPO(make_vec(4, "SameStep"), critic_offset="potentials")
@@ -64,7 +64,9 @@ def test_an_env_without_a_potential_has_nothing_to_offset() -> None:
 def test_the_critic_takes_the_potential_without_a_change_to_the_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shaped rewards, and unshaped ones with an offset critic, give the same advantages and critic targets."""
     seen = []
-    monkeypatch.setattr(PPO, "loss", lambda self, batch, advantages, values, targets, weights: seen.append((advantages, targets)))
+    monkeypatch.setattr(
+        PPO, "loss", lambda self, batch, advantages, values, targets, weights: seen.append((advantages, targets))
+    )
     monkeypatch.setattr(PPO, "optimise", lambda self, batch, make_loss: make_loss(None) or {})
     for offset in (None, "potential"):
         envs = make_vec(4, "SameStep", reward="delta", scorer="sequence", score_truncated=False)
