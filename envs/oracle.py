@@ -1,0 +1,253 @@
+"""The exact optimum of score - beta KL(pi || pi_ref) where an automaton scores texts and a bigram is the reference."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+from tokenenv.models.automaton import Automaton
+from tokenenv.models.bigram import Bigram
+
+PolicyFunction = Callable[[dict[str, np.ndarray]], Any]
+"""Maps an observation of K running texts (NumPy `tokens` (K, T + 1), `length`, `prompt_length`) to pi(. | text), (K, V)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How good a policy is."""
+
+    objective: float
+    """J = E[score] - beta KL, with KL summed over a text's tokens."""
+    error: float
+    """The standard error of `objective` and of `regret`; 0.0 where they are exact."""
+    score: float
+    """E[score]."""
+    kl: float
+    """KL(pi || pi_ref) of a whole text, in nats."""
+    regret: float
+    """J* - J, 0 or more."""
+
+
+class AutomatonOracle:
+    """Backward induction over (step t, automaton state q, last token u), in float64.
+
+    With V*_T(q, u) = payoff(q) and s' the state after token a in state s,
+
+        V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (the largest V*(s') at beta = 0)
+        Q*(s, a) = V*(s')                                          (no reward before the end; the KL term is not in it)
+        pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
+
+    (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r + V*(s'). An `obs` holds N
+    texts as the env observes them, NumPy or torch, with a prompt of one token; beta is in reward per nat, 0 or more.
+    Tables of the last few betas are kept.
+
+    Raises:
+        InvalidArgument: an observation is not of this task, or a next token is asked for after a text has ended.
+    """
+
+    def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
+        if automaton.vocab_size != reference.vocab_size:
+            raise InvalidArgument(f"automaton reads {automaton.vocab_size} tokens, reference has {reference.vocab_size}.")
+        self.automaton, self.reference = automaton, reference
+        self.max_new_tokens, self.vocab_size = max_new_tokens, reference.vocab_size
+        self._values = lru_cache(maxsize=4)(self._solve)
+        self._device_values = lru_cache(maxsize=4)(self._upload)
+
+    def value(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
+        """V* (N,) float64; of a finished text, its score."""
+        return self._values(beta)[self._read(obs)]
+
+    def q(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
+        """Q* (N, V) float64 of running texts."""
+        step, state, _ = self._read_running(obs)
+        return self._next(step, state, beta)
+
+    def policy(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
+        """pi* (N, V) float64 of running texts; at beta = 0 the reference among the best tokens."""
+        step, state, last = self._read_running(obs)
+        return tilted(self.reference.probs[last], self._next(step, state, beta), beta)
+
+    def optimal_objective(self, beta: float) -> float:
+        """J*: V* at the start of a text."""
+        return float(self._values(beta)[0, 0, -1])
+
+    def reference_objective(self) -> float:
+        """J(pi_ref): its expected score."""
+        values = self._end()
+        for _ in range(self.max_new_tokens):
+            values = self._successors(values) @ self.reference.probs.T
+        return float(values[0, -1])
+
+    def state_value(self, states: dict[int, Tensor], step: Tensor, beta: float) -> Tensor:
+        """V* (K,) float32 on the device from the states of the automaton and of the reference, by the id of the model."""
+        # Rows that take no token have ended: their step runs on beyond the last.
+        step = step.clamp(max=self.max_new_tokens)
+        return self._device_values(beta)[step, states[id(self.automaton)], states[id(self.reference)]]
+
+    def evaluate(
+        self, policy_fn: PolicyFunction, beta: float, *, markov: bool = False, num_texts: int = 1024, seed: int = 0
+    ) -> Evaluation:
+        """J of any policy, by what its tokens lose: J* - J = E_pi sum_t [V*(s) - E_pi Q*(s, a) + beta KL(pi || pi_ref)(s)].
+
+        The bracket is beta KL(pi || pi*)(s), 0 or more, and is computed exactly in every state: sampled texts only say how
+        often a state occurs, so that the error vanishes as pi nears pi*.
+
+        Args:
+            policy_fn: asked once a step.
+            markov: pi depends on nothing but the step, the automaton's state and the last token: it is then asked about one
+                text for each of those that occur, and the result is exact.
+            num_texts: sampled from pi otherwise, at least 2.
+            seed: of the sampling.
+        """
+        if not markov and num_texts < 2:
+            raise InvalidArgument(f"num_texts={num_texts} must be at least 2.")
+        rng = np.random.default_rng(seed)
+        texts = self._beginnings(1 if markov else num_texts)
+        masses, kls, losses = [], [], []
+        for _ in range(self.max_new_tokens):
+            probs = self._ask(policy_fn, texts)
+            kl, loss = self._costs(probs, texts, beta)
+            masses.append(texts.mass)
+            kls.append(kl)
+            losses.append(loss)
+            texts = self._all_next(texts, probs) if markov else self._drawn_next(texts, probs, rng)
+        regret, total_kl = (float(sum(map(np.dot, masses, costs))) for costs in (losses, kls))
+        error = 0.0 if markov else float(np.sum(losses, axis=0).std(ddof=1) / math.sqrt(num_texts))
+        score = float(texts.mass @ self.automaton.payoff[texts.state])
+        return Evaluation(self.optimal_objective(beta) - regret, error, score, total_kl, regret)
+
+    # ------------------------------------------------------------------- tables
+
+    def _solve(self, beta: float) -> np.ndarray:
+        """V* (T + 1, Q, V + 1)."""
+        if not 0.0 <= beta < math.inf:
+            raise InvalidArgument(f"beta={beta} is not allowed; it must be 0 or more, and finite.")
+        values = [self._end()]
+        for _ in range(self.max_new_tokens):
+            values.append(soft_max(self._successors(values[-1]), self.reference.probs, beta))
+        return np.stack(values[::-1])
+
+    def _end(self) -> np.ndarray:
+        """Scores (Q, V + 1) of texts that end in a state."""
+        return np.repeat(self.automaton.payoff[:, None], self.vocab_size + 1, axis=1)
+
+    def _successors(self, values: np.ndarray) -> np.ndarray:
+        """The values (Q, V) of where each token leads from each state."""
+        return values[self.automaton.transitions, np.arange(self.vocab_size)]
+
+    def _next(self, step: np.ndarray, state: np.ndarray, beta: float) -> np.ndarray:
+        """V* (K, V) of where each token leads from K states."""
+        return self._values(beta)[step[:, None] + 1, self.automaton.transitions[state], np.arange(self.vocab_size)]
+
+    def _upload(self, beta: float) -> Tensor:
+        return torch.from_numpy(self._values(beta)).float().to(self.automaton.device)
+
+    # ------------------------------------------------------------- observations
+
+    def _read(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Step, automaton state and last token (N,) of N texts."""
+        tokens, length, prompt_length = (_host(obs[key]) for key in ("tokens", "length", "prompt_length"))
+        if (prompt_length != 1).any() or (length < 1).any() or (length > self.max_new_tokens + 1).any():
+            raise InvalidArgument(
+                f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} tokens; allowed: 1, and 1 to "
+                f"{self.max_new_tokens + 1}."
+            )
+        valid = np.arange(tokens.shape[1]) < length[:, None]
+        if (valid & ((tokens < 0) | (tokens >= self.vocab_size))).any():
+            raise InvalidArgument(f"obs has token ids out of range; allowed: 0 to {self.vocab_size - 1}.")
+        last = np.where(length == 1, self.vocab_size, tokens[np.arange(len(tokens)), length - 1])
+        return length - 1, self.automaton.read(np.where(valid, tokens, 0), length), last
+
+    def _read_running(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step, state, last = self._read(obs)
+        if (step == self.max_new_tokens).any():
+            rows = np.flatnonzero(step == self.max_new_tokens).tolist()
+            raise InvalidArgument(f"obs has finished texts (rows {rows}), which no token follows.")
+        return step, state, last
+
+    # --------------------------------------------------------------- evaluation
+
+    def _beginnings(self, count: int) -> "_Texts":
+        tokens, state = np.zeros((count, 1), dtype=np.int64), np.zeros(count, dtype=np.int64)
+        return _Texts(tokens, state, np.full(count, self.vocab_size), np.full(count, 1 / count))
+
+    def _ask(self, policy_fn: PolicyFunction, texts: "_Texts") -> np.ndarray:
+        """pi (K, V) float64, its rounding taken out."""
+        count, length = texts.tokens.shape
+        tokens = np.pad(texts.tokens, ((0, 0), (0, self.max_new_tokens + 1 - length)))
+        counts = {"length": np.full(count, length), "prompt_length": np.ones(count, dtype=np.int64)}
+        probs = _host(policy_fn({"tokens": tokens, **counts})).astype(np.float64)
+        if probs.shape != (count, self.vocab_size) or not (probs >= 0).all() or np.abs(probs.sum(1) - 1).max() > 1e-3:
+            raise InvalidArgument(
+                f"policy_fn gave an array {probs.shape}; allowed: probabilities {(count, self.vocab_size)}, each row's sum 1."
+            )
+        return probs / probs.sum(1, keepdims=True)
+
+    def _costs(self, probs: np.ndarray, texts: "_Texts", beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """KL(pi || pi_ref) and what pi loses against pi*, (K,) each, by the next token of each text."""
+        step = np.full(len(probs), texts.tokens.shape[1] - 1)
+        ratio = np.where(probs > 0, probs, 1.0) / self.reference.probs[texts.last]
+        kl = (probs * np.log(ratio)).sum(1)
+        gain = (probs * self._next(step, texts.state, beta)).sum(1) - beta * kl
+        return kl, np.maximum(self._values(beta)[step, texts.state, texts.last] - gain, 0.0)
+
+    def _all_next(self, texts: "_Texts", probs: np.ndarray) -> "_Texts":
+        """One text for every (automaton state, last token) that comes next, with its probability."""
+        flow = texts.mass[:, None] * probs
+        place = self.automaton.transitions[texts.state] * self.vocab_size + np.arange(self.vocab_size)
+        mass = np.bincount(place.ravel(), flow.ravel())
+        source = np.zeros(len(mass), dtype=np.int64)
+        source[place[flow > 0]] = np.nonzero(flow > 0)[0]
+        reached = np.flatnonzero(mass)
+        state, last = np.divmod(reached, self.vocab_size)
+        return _Texts(np.column_stack([texts.tokens[source[reached]], last]), state, last, mass[reached])
+
+    def _drawn_next(self, texts: "_Texts", probs: np.ndarray, rng: np.random.Generator) -> "_Texts":
+        """Every text with a token drawn from pi."""
+        cumulative = probs.cumsum(1)
+        drawn = rng.random((len(probs), 1)) * cumulative[:, -1:]
+        token = (cumulative <= drawn).sum(1)
+        state = self.automaton.transitions[texts.state, token]
+        return _Texts(np.column_stack([texts.tokens, token]), state, token, texts.mass)
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """K running texts of one length, with their states."""
+
+    tokens: np.ndarray
+    """(K, t + 1) int64."""
+    state: np.ndarray
+    """(K,) of the automaton."""
+    last: np.ndarray
+    """(K,) the last token; V at the beginning."""
+    mass: np.ndarray
+    """(K,) how often they occur."""
+
+
+def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:
+    """beta log sum_a probs[u, a] exp(values[q, a] / beta), (Q, U), of `values` (Q, V) and positive `probs` (U, V).
+
+    The best value is taken out first: its share of the sum is then its probability, so that nothing is lost.
+    """
+    best = values.max(1, keepdims=True)
+    if beta == 0:
+        return np.repeat(best, len(probs), axis=1)
+    return best + beta * np.log(np.exp((values - best) / beta) @ probs.T)
+
+
+def tilted(probs: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
+    """probs exp(values / beta), normalised, (K, V) each; at beta = 0 the best values alone."""
+    gap = values - values.max(1, keepdims=True)
+    weights = probs * (gap == 0 if beta == 0 else np.exp(gap / beta))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _host(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
