@@ -2,7 +2,8 @@
 
 Any transformers causal language model: hub id, local directory or object. The reward is by default "token" for a
 token-classification reward model and "terminal" for a sequence-classification one; without a reward model, `reward=` must
-be a rule or a term of one's own.
+be a rule or a term of one's own. A reward model with other tokens than the policy's, or one that looks ahead, scores
+finished texts.
 """
 
 import logging
@@ -15,14 +16,21 @@ import torch
 
 from tokenenv.errors import InvalidArgument, ModelError, check_choice
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.loading import check_same_tokens, load_causal_lm, load_reward_model, load_tokenizer
+from tokenenv.models.loading import (
+    check_same_tokens,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    looks_ahead,
+    max_positions,
+    token_difference,
+)
+from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.prompts import load_prompts
-from tokenenv.types import Task
+from tokenenv.types import Scorer, Task, TextScorer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
-"""RoPE types that reach beyond the positions named in the config."""
 
 logger = logging.getLogger("tokenenv")
 
@@ -32,7 +40,9 @@ def task(
     model: Any,
     prompts: Any,
     reward_model: Any = None,
+    reward_tokenizer: Any = None,
     reference: Any = None,
+    implicit_model: Any = None,
     tokenizer: Any = None,
     max_prompt_tokens: int = 256,
     max_new_tokens: int = 128,
@@ -40,19 +50,25 @@ def task(
     chat_template: bool = False,
     prompt_column: str = "prompt",
     stop_token_ids: Sequence[int] | None = None,
+    step_end_token_ids: Sequence[int] = (),
     gold: Callable[[str, str], float] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    max_batch_tokens: int = 16384,
 ) -> Task:
     """The task of one's own models on one's own prompts.
 
     Args:
         model: the policy's initial weights: hub id, local directory (safetensors), or an object, which will be frozen.
         prompts: texts or token ids in a list, a .jsonl or text file, or a `datasets` dataset (see `load_prompts`).
-        reward_model: likewise, a causal sequence- or token-classification model with one label.
+        reward_model: likewise, a sequence- or token-classification model with one label. One that is causal and reads the
+            policy's tokens scores every prefix; any other scores finished texts (see `make_text_scorer`).
+        reward_tokenizer: the reward model's, as hub id, local directory or object; by default the one saved with it, or
+            else the policy's.
         reference: pi_ref, likewise; by default the model itself, which is then run once for both.
+        implicit_model: likewise, a preference-tuned causal language model with the policy's tokens, for reward="implicit".
         tokenizer: by default the model's own; a model object brings none, and without one prompts are token ids.
         max_prompt_tokens: P.
         max_new_tokens: T.
@@ -60,11 +76,13 @@ def task(
         chat_template: apply the tokenizer's chat template to `prompts`; those given to `reset` are taken as they are.
         prompt_column: where a dataset's or a JSONL file's rows hold the prompt.
         stop_token_ids: ids that end a text; by default the model's end-of-text ids.
+        step_end_token_ids: ids that end a step of the text, for the designs that pay by step.
         gold: gold(prompt_text, response_text), the true metric, for evaluation only.
         device: of all models; by default where a model object is, else "cpu".
         dtype: "float32", "bfloat16" or "float16"; by default float32, and model objects keep theirs.
         attn_implementation: transformers' name of it; None lets transformers choose.
         trust_remote_code: run code that comes with a model or tokenizer.
+        max_batch_tokens: the env's own option; bounds the forwards over finished texts too.
 
     Raises:
         ModelError: a model or tokenizer cannot be loaded, lacks a head, or does not fit the others.
@@ -88,17 +106,23 @@ def task(
         column=prompt_column,
     )
     options["device"] = device or policy.device
-    reference = None if reference == model else reference
-    _check_tokenizer(tokenizer, reference, "reference", trust_remote_code)
-    _check_tokenizer(tokenizer, reward_model, "reward model", trust_remote_code)
-    frozen = policy if reference is None else _frozen(load_causal_lm(reference, **options), "reference", length)
-    rewarder = None if reward_model is None else _frozen(load_reward_model(reward_model, **options), "reward model", length)
-    scorer = None if rewarder is None else make_scorer(rewarder)
+    others = {"reference": reference, "implicit model": implicit_model}
+    for role, source in others.items():
+        _check_tokens(tokenizer, source, role, trust_remote_code)
+    loaded = {role: _other_model(source, role, policy, model, length, options) for role, source in others.items()}
+    scorer = None
+    if reward_model is not None:
+        given = _tokenizer(reward_tokenizer, trust_remote_code)
+        own = _own_tokenizer(reward_model, "reward model", trust_remote_code) if given is None else given
+        scorer = _scorer(load_classifier(reward_model, **options), own, tokenizer, length, max_batch_tokens)
+    reference = policy if loaded["reference"] is None else loaded["reference"]
     return Task(
         tokenizer=tokenizer,
-        reference=frozen,
-        model=None if frozen is policy else policy,
+        reference=reference,
+        model=None if reference is policy else policy,
         scorer=scorer,
+        implicit_model=loaded["implicit model"],
+        step_end_token_ids=_token_ids("step_end_token_ids", step_end_token_ids, policy),
         reward="token" if scorer is not None and scorer.per_token else "terminal",
         prompts=ids,
         max_prompt_tokens=max_prompt_tokens,
@@ -106,6 +130,27 @@ def task(
         stop_token_ids=stop_ids,
         gold=gold,
     )
+
+
+def _other_model(source: Any, role: str, policy: Any, policy_source: Any, length: int, options: dict[str, Any]) -> Any:
+    """A further language model, which may be the policy's own; None where none was given."""
+    if source is None:
+        return None
+    return policy if source == policy_source else _frozen(load_causal_lm(source, **options), role, length)
+
+
+def _scorer(classifier: Any, own: Any, tokenizer: Any, length: int, max_batch_tokens: int) -> Scorer | TextScorer:
+    """The reward model as a scorer of every prefix if it is causal and reads the policy's tokens, else of finished texts."""
+    same_tokens = own is None or tokenizer is None or token_difference(tokenizer, own) is None
+    if same_tokens and not looks_ahead(classifier):
+        return make_scorer(_frozen(classifier, "reward model", length))
+    if tokenizer is None:
+        raise ModelError(
+            f"the reward model ({type(classifier).__name__}) looks ahead, so it has to be given finished texts; give a "
+            "tokenizer= to decode them"
+        )
+    own = tokenizer if own is None else own
+    return make_text_scorer(classifier.eval().requires_grad_(False), own, tokenizer, max_batch_tokens=max_batch_tokens)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -117,20 +162,12 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 def _frozen(model: Any, role: str, length: int) -> Any:
     """The model, if it has positions for `length` tokens, in eval mode and without gradients."""
-    positions = _positions(model.config.get_text_config())
+    positions = max_positions(model.config.get_text_config())
     if positions is not None and length > positions:
         raise InvalidArgument(
             f"max_prompt_tokens + max_new_tokens = {length} tokens; allowed: at most {positions}, the {role}'s positions."
         )
     return model.eval().requires_grad_(False)
-
-
-def _positions(config: Any) -> int | None:
-    """How many tokens the model was made for; None where it has no such limit, or one that is not in the config."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
-    kinds = {one.get("rope_type") for one in (rope, *by_layer_type)}
-    return None if kinds & EXTENDED_ROPE else getattr(config, "max_position_embeddings", None)
 
 
 def _tokenizer(source: Any, trust_remote_code: bool) -> Any:
@@ -143,16 +180,20 @@ def _tokenizer(source: Any, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: Any, source: Any, role: str, trust_remote_code: bool) -> None:
-    """Raises `ModelError` if another model's own tokenizer has other tokens than the policy's."""
-    if tokenizer is None or not isinstance(source, (str, Path)):
-        return
+def _own_tokenizer(source: Any, role: str, trust_remote_code: bool) -> Any:
+    """The tokenizer saved with a model; None, with a warning, where there is none."""
     try:
-        own = _tokenizer(source, trust_remote_code)
+        return _tokenizer(source, trust_remote_code)
     except ModelError as error:
         logger.warning("the %s is taken to read the model's token ids: %s", role, error)
-        return
-    check_same_tokens(tokenizer, own, role)
+        return None
+
+
+def _check_tokens(tokenizer: Any, source: Any, role: str, trust_remote_code: bool) -> None:
+    """Raises `ModelError` if another model's own tokenizer has other tokens than the policy's."""
+    own = None if tokenizer is None else _own_tokenizer(source, role, trust_remote_code)
+    if own is not None:
+        check_same_tokens(tokenizer, own, role)
 
 
 def _stop_ids(model: Any, tokenizer: Any, given: Sequence[int] | None) -> tuple[int, ...]:
@@ -162,8 +203,12 @@ def _stop_ids(model: Any, tokenizer: Any, given: Sequence[int] | None) -> tuple[
     chosen = next((ids for ids in found if ids is not None), None)
     if chosen is None:
         raise InvalidArgument("the model names no end-of-text id; give the ids that end a text as stop_token_ids=.")
-    ids = (chosen,) if isinstance(chosen, int) else tuple(chosen)
-    last = vocab_size_of(model) - 1
-    if not ids or not all(isinstance(token, (int, np.integer)) and 0 <= token <= last for token in ids):
-        raise InvalidArgument(f"stop_token_ids={ids}; allowed: one or more of the model's token ids, 0 to {last}.")
+    return _token_ids("stop_token_ids", (chosen,) if isinstance(chosen, int) else chosen, model, least=1)
+
+
+def _token_ids(argument: str, given: Sequence[int], model: Any, least: int = 0) -> tuple[int, ...]:
+    """The ids, at least so many, if the model has all of them."""
+    ids, last = tuple(given), vocab_size_of(model) - 1
+    if len(ids) < least or not all(isinstance(token, (int, np.integer)) and 0 <= token <= last for token in ids):
+        raise InvalidArgument(f"{argument}={ids}; allowed: {least} or more of the model's token ids, 0 to {last}.")
     return ids

@@ -133,6 +133,7 @@ class RewardEngine:
         """The scores (N,) of the texts that ended; what is in other rows means nothing."""
         if batch.after.score is not None or batch.finished is None or batch.finished.score is None:
             return batch.after.score
+        assert batch.finished_at is not None
         nothing = torch.zeros(batch.tokens.shape, device=self.parts.device)
         return nothing.index_copy(0, batch.finished_at, batch.finished.score)
 

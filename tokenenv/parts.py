@@ -28,7 +28,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     """An env's config and its task from the keywords given to the env; an unknown keyword is an error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
     config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
-    shared = {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
+    shared = {"max_batch_tokens": config.max_batch_tokens}
+    shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
     return config, dataclasses.replace(built, max_new_tokens=config.max_new_tokens or built.max_new_tokens)

@@ -6,9 +6,11 @@ import torch
 
 from tokenenv.errors import ModelError
 
-from .batching import hidden_states
 from .cached_lm import acting, trunk_of
 from .heads import make_scorer
+
+EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
+"""RoPE types that reach beyond the positions named in the config."""
 
 
 def load_causal_lm(
@@ -35,7 +37,22 @@ def load_causal_lm(
     return _load("AutoModelForCausalLM", source, device, dtype, attn_implementation, trust_remote_code)
 
 
-def load_reward_model(
+def load_reward_model(source: Any, **options: Any) -> Any:
+    """A frozen causal sequence- or token-classification model with one label, in eval mode; arguments as
+    `load_causal_lm`.
+
+    Raises:
+        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks ahead.
+    """
+    model = load_classifier(source, **options)
+    make_scorer(model)
+    if looks_ahead(model):
+        name = source if isinstance(source, str) else type(model).__name__
+        raise ModelError(f"reward model {name!r} looks ahead (bidirectional attention); allowed: causal models")
+    return model
+
+
+def load_classifier(
     source: Any,
     *,
     device: str | torch.device | None = None,
@@ -43,20 +60,25 @@ def load_reward_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen causal sequence- or token-classification model with one label, in eval mode; arguments as
-    `load_causal_lm`.
+    """A frozen sequence- or token-classification model in eval mode, whatever its attention and its labels; arguments
+    as `load_causal_lm`.
 
     Raises:
-        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks ahead.
+        ModelError: nothing usable at `source`, or no trained head.
     """
     if not isinstance(source, str) and hasattr(source, "config"):
-        model = _moved(source, device, dtype)
-    else:
-        auto_class = _classifier(source, trust_remote_code)
-        model = _load(auto_class, source, device, dtype, attn_implementation, trust_remote_code)
-    make_scorer(model)
-    _check_causal(model, source)
-    return model
+        return _moved(source, device, dtype)
+    auto_class = _classifier(source, trust_remote_code)
+    return _load(auto_class, source, device, dtype, attn_implementation, trust_remote_code)
+
+
+def looks_ahead(model: Any) -> bool:
+    """Whether another last token changes the states before it."""
+    trunk = trunk_of(model)
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=trunk.device)
+    with acting(trunk):
+        one, other = trunk(input_ids=tokens)[0][:, :2].float()
+    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
@@ -72,17 +94,32 @@ def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
 
 
 def check_same_tokens(policy_tokenizer: Any, other_tokenizer: Any, role: str) -> None:
-    """Raises `ModelError` naming `role` and the first id of the policy that is another token, or none, for the other.
+    """Raises `ModelError` naming `role` and what `token_difference` finds."""
+    difference = token_difference(policy_tokenizer, other_tokenizer)
+    if difference is not None:
+        raise ModelError(
+            f"the tokenizer of the {role} differs from the policy's: {difference}; allowed: the same token for every id"
+        )
+
+
+def token_difference(policy_tokenizer: Any, other_tokenizer: Any) -> str | None:
+    """The first id of the policy that is another token, or none, for the other, in words; None if there is no such id.
 
     Ids of the other beyond the policy's do no harm: nobody sends them.
     """
     theirs = {index: token for token, index in other_tokenizer.get_vocab().items()}
     for index, token in sorted((index, token) for token, index in policy_tokenizer.get_vocab().items()):
         if theirs.get(index) != token:
-            raise ModelError(
-                f"the tokenizer of the {role} differs from the policy's: id {index} is {theirs.get(index)!r}, "
-                f"not {token!r}; allowed: the same token for every id"
-            )
+            return f"id {index} is {theirs.get(index)!r}, not {token!r}"
+    return None
+
+
+def max_positions(config: Any) -> int | None:
+    """How many tokens a model was made for; None where it has no such limit, or one that is not in the (text) config."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
+    kinds = {one.get("rope_type") for one in (rope, *by_layer_type)}
+    return None if kinds & EXTENDED_ROPE else getattr(config, "max_position_embeddings", None)
 
 
 def _load(
@@ -133,14 +170,3 @@ def _classifier(source: Any, trust_remote_code: bool) -> str:
         f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or token-classification models "
         f"with one label"
     )
-
-
-def _check_causal(model: Any, source: Any) -> None:
-    """Another last token must not change earlier states."""
-    trunk = trunk_of(model)
-    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=trunk.device)
-    with acting(trunk):
-        one, other = hidden_states(trunk, tokens, [3, 3])[:, :2].float()
-    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3):
-        name = source if isinstance(source, str) else type(model).__name__
-        raise ModelError(f"reward model {name!r} looks ahead (bidirectional attention); allowed: causal models")

@@ -25,12 +25,12 @@ def score_texts(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch
         for row, i in enumerate(group):
             tokens[row, : lengths[i]] = [*texts[i][0], *texts[i][1]]
         states = text_states(scorer.model, torch.from_numpy(tokens).to(scores.device), lengths[group])
-        scores[torch.from_numpy(group).to(scores.device)] = _read(scorer, states, prompt_lengths[group], lengths[group])
+        scores[torch.from_numpy(group).to(scores.device)] = read_scores(scorer, states, prompt_lengths[group], lengths[group])
     return scores
 
 
-def _read(scorer: Scorer, states: Tensor, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """The scores (b,) from states (b, L, ...)."""
+def read_scores(scorer: Scorer, states: Tensor, prompt_lengths: np.ndarray, lengths: np.ndarray) -> Tensor:
+    """The scores (b,) from states (b, L, ...), with the ambient grad mode; lengths are of the prompts and the whole texts."""
     position = np.arange(states.shape[1])
     if scorer.per_token:
         wanted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])

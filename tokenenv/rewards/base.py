@@ -179,6 +179,11 @@ class Parts:
         """The scorer, if it scores every prefix."""
         return self.task.scorer if isinstance(self.task.scorer, Scorer) else None
 
+    @property
+    def step_scorer(self) -> Scorer | None:
+        """What scores the steps of a text: the task's own step scorer, or else its causal scorer."""
+        return self.task.step_scorer or self.causal_scorer
+
     def has(self, need: str) -> bool:
         """Whether the env has one of `NEEDS`."""
         scorer = self.scorer
@@ -190,6 +195,7 @@ class Parts:
             "reference": self.reference is not None,
             "tokenizer": self.spec.tokenizer is not None,
             "implicit model": self.task.implicit_model is not None,
+            "step scorer": self.step_scorer is not None,
             "step ends": bool(self.task.step_end_token_ids),
             "oracle": self.task.oracle is not None,
         }[need]
@@ -203,6 +209,7 @@ NEEDS = {
     "reference": "a reference model",
     "tokenizer": "a tokenizer",
     "implicit model": "a preference-tuned language model (implicit_model=)",
+    "step scorer": "a causal reward model with the policy's own tokens, which scores steps (reward_model=)",
     "step ends": "tokens that end a step (step_end_token_ids=)",
     "oracle": "a task whose optimum is known, such as tokenenv/DelayedKey-v0",
 }

@@ -5,8 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.base import RewardTerm, Weight, weight_now
+from tokenenv.rewards.gradient import Gradient
+from tokenenv.rewards.implicit import Implicit
+from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.process import Process
+from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
+from tokenenv.rewards.shapley import Shapley
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
@@ -15,9 +23,17 @@ Design = str | RewardTerm
 RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 
 DESIGNS: dict[str, Callable[[], RewardSpec]] = {
+    "attention": Attention,
     "delta": Delta,
+    "gradient": Gradient,
+    "implicit": Implicit,
+    "occlusion": Occlusion,
     "oracle": Oracle,
+    "process": Process,
+    "progressive": progressive,
+    "segment": Segment,
     "shaping": Shaping,
+    "shapley": Shapley,
     "terminal": Terminal,
     "token": Token,
     "uniform": Uniform,

@@ -1,0 +1,99 @@
+"""Hand-made finished texts and scorers for the designs that redistribute a score."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import fakes
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.models.automaton import Automaton
+from tokenenv.models.heads import make_scorer
+from tokenenv.models.text_scores import score_texts
+from tokenenv.rewards.base import FinishedTexts, Parts
+from tokenenv.types import Scorer, Task, TextIds, TokenSpec
+
+T = 9
+LENGTHS = ((2, 9, 0), (4, 1, 0), (1, 6, 3), (3, 5, 4), (5, 7, 0), (1, 2, 0), (2, 8, 1))
+"""Tokens of prompt, response, and the response's prefix that earns nothing."""
+
+
+def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
+    """Random texts of these lengths, and their unpaid tokens."""
+    rng = np.random.default_rng(seed)
+    pairs = [tuple(rng.integers(3, fakes.VOCAB_SIZE, size).tolist() for size in sizes[:2]) for sizes in LENGTHS]
+    return pairs, [unpaid for *_, unpaid in LENGTHS]
+
+
+def finished(pairs: list[TextIds], unpaid: list[int], score: Tensor, padding: int = 2) -> FinishedTexts:
+    """The texts as reward terms see them, with some more padding than needed."""
+    ids = [np.asarray([*prompt, *response]) for prompt, response in pairs]
+    tokens = np.zeros((len(ids), max(map(len, ids)) + padding), dtype=np.int64)
+    for row, text in enumerate(ids):
+        tokens[row, : len(text)] = text
+    prompt_length = np.asarray([len(prompt) for prompt, _ in pairs])
+    length = np.asarray([len(text) for text in ids])
+    return FinishedTexts(torch.from_numpy(tokens), length, prompt_length, np.asarray(unpaid), score, ids)
+
+
+def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
+    """The term in an env with this scorer."""
+    spec = TokenSpec(None, fakes.VOCAB_SIZE, 0, (1,), 5, T)
+    task = Task(
+        tokenizer=None,
+        reference=object(),
+        prompts=[],
+        max_prompt_tokens=5,
+        max_new_tokens=T,
+        stop_token_ids=(1,),
+        scorer=scorer,
+    )
+    term.bind(Parts(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens))
+    return term
+
+
+def placed(term: Any, scorer: Any, pairs: list[TextIds], unpaid: list[int], **options: Any) -> Tensor:
+    """(B, T): what the term places on the texts."""
+    return bound(term, scorer, **options).place(finished(pairs, unpaid, score_texts(scorer, pairs)), T)
+
+
+class Words:
+    """Scores finished texts by any function of their tokens."""
+
+    per_token = False
+
+    def __init__(self, score: Callable[[list[int], list[int]], float]) -> None:
+        self.score = score
+
+    def token_scores(self, texts: list[TextIds], width: int) -> Tensor:
+        out = torch.zeros(len(texts), width)
+        out[:, -1] = torch.tensor([self.score(prompt, response) for prompt, response in texts])
+        return out
+
+
+def _automaton() -> Scorer:
+    rng = np.random.default_rng(1)
+    model = Automaton(rng.integers(0, 11, (11, fakes.VOCAB_SIZE)), rng.normal(size=11))
+    return Scorer(model, model.score, per_token=False)
+
+
+def smooth(kind: str) -> Scorer:
+    """A LayerNorm model: its score changes evenly along the line from zero embeddings."""
+    return make_scorer(fakes.reward_model(kind, "gpt2"))
+
+
+SCORERS: dict[str, Callable[[], Any]] = {
+    "token": lambda: smooth("token"),
+    "sequence": lambda: make_scorer(fakes.reward_model("sequence")),
+    "automaton": _automaton,
+    "text": lambda: Words(lambda prompt, response: sum(prompt) / 50 + sum(a * b for a, b in pairwise(response)) / 900),
+}
+TRANSFORMERS = ("token", "sequence")
+
+
+def close(actual: Any, expected: Any) -> None:
+    """Equal up to float32 rounding of the largest number."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected).max()))

@@ -1,0 +1,147 @@
+"""What each reward design keeps, the return and the policy gradient, by enumeration of every text of a small world."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from tabular import BETA, SCORERS, World, relative_error, to_go, worlds
+from torch import Tensor
+
+from tokenenv.rewards.base import FinishedTexts, RewardTerm
+from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
+from tokenenv.rewards.segment import Segment
+from tokenenv.rewards.shaping import Shaping
+
+HOLDS, BROKEN = 1e-5, 0.05
+"""Relative errors: of float32 rewards, and of a promise that does not hold in some world."""
+
+
+class RandomShares(RewardTerm):
+    """The score, placed by random positive weights: attention that knows nothing."""
+
+    name = "shares"
+    kind = "hindsight"
+    needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = False
+
+    def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shares = torch.rand(len(texts.ids), max_new_tokens, generator=generator) * texts.payable(max_new_tokens)
+        assert texts.score is not None
+        return shares / shares.sum(1, keepdim=True) * texts.score[:, None]
+
+
+REWARDS: dict[str, RewardSpec] = {
+    **{name: name for name in DESIGNS},
+    "random shares": RandomShares(),
+    "another potential": Shaping(lambda states: states.step.float().sin()),
+    "short segments": Segment(threshold=0.8),
+}
+"""Every design that is registered, and a few terms more; the default segments are longer than these texts."""
+
+
+def fits(scorer: str, name: str) -> bool:
+    """Whether an env with this scorer has what the design needs."""
+    parts = worlds()[0].env(scorer, reward="terminal")._engine.parts
+    return all(parts.has(need) for term in make_terms(REWARDS[name]).values() for need in term.needs)
+
+
+CASES = [(name, scorer) for name in REWARDS for scorer in SCORERS if fits(scorer, name)]
+cases = pytest.mark.parametrize(("name", "scorer"), CASES)
+
+
+@dataclass
+class Measured:
+    """A design in one world: what it promises, what it pays, and how far that is from the score and its gradient."""
+
+    keeps_return: bool
+    keeps_gradient: bool
+    rewards: Tensor
+    exact: Tensor
+    return_error: float
+    gradient_error: float
+
+
+@cache
+def measured(name: str, scorer: str) -> list[Measured]:
+    """The design in each world; one of several terms pays their mean."""
+    return [measure(world, name, scorer) for world in worlds()]
+
+
+def measure(world: World, name: str, scorer: str) -> Measured:
+    envs = world.env(scorer, reward=REWARDS[name], kl_coef=BETA)
+    terms = {key: term for key, term in envs._engine.rewards.terms.items() if key != "kl"}
+    paid = world.score(envs, kl_coef=0.0, weights=dict.fromkeys(terms, 1 / len(terms)))
+    rewards, score = (torch.from_numpy(array).double() for array in (paid.token_rewards, paid.score))
+    exact = world.gradient_of_mean(lambda logprob: score)
+    constant = rewards.sum(1) - score
+    return Measured(
+        keeps_return=stated([term.preserves_return for term in terms.values()]),
+        keeps_gradient=stated([term.preserves_gradient for term in terms.values()]),
+        rewards=rewards,
+        exact=exact,
+        return_error=float((constant - constant.mean()).norm() / (score - score.mean()).norm()),
+        gradient_error=relative_error(world.policy_gradient(to_go(rewards)), exact),
+    )
+
+
+def stated(flags: list[bool | None]) -> bool:
+    """A sum keeps what all of its terms keep; a design without a statement is no design."""
+    assert None not in flags
+    return all(flags)
+
+
+def test_no_design_is_left_out() -> None:
+    assert {name for name, _ in CASES} == set(REWARDS)
+
+
+@cases
+def test_the_return_is_kept_where_a_design_says_so(name: str, scorer: str) -> None:
+    errors = [m.return_error for m in measured(name, scorer)]
+    assert max(errors) < HOLDS if measured(name, scorer)[0].keeps_return else max(errors) > BROKEN
+
+
+@cases
+def test_the_gradient_is_kept_where_a_design_says_so(name: str, scorer: str) -> None:
+    errors = [m.gradient_error for m in measured(name, scorer)]
+    assert max(errors) < HOLDS if measured(name, scorer)[0].keeps_gradient else max(errors) > BROKEN
+
+
+@cases
+def test_the_whole_return_at_every_token_is_exact_where_the_return_is_kept(name: str, scorer: str) -> None:
+    """In hindsight placements too: what biases them is that reward-to-go leaves earlier shares out."""
+    for world, m in zip(worlds(), measured(name, scorer), strict=True):
+        whole = m.rewards.sum(1, keepdim=True).expand_as(m.rewards)
+        error = relative_error(world.policy_gradient(whole), m.exact)
+        assert error < HOLDS or not m.keeps_return
+
+
+@pytest.mark.parametrize("name", ["uniform", "random shares"])
+def test_hindsight_shares_keep_the_return_and_bias_reward_to_go_in_every_world(name: str) -> None:
+    for m in measured(name, "sequence"):
+        assert m.return_error < HOLDS
+        assert m.gradient_error > 0.1
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+def test_discounted_shaping_keeps_the_discounted_gradient_alone(gamma: float) -> None:
+    for world in worlds():
+        shaped, terminal = (world.paid(reward=reward).token_rewards for reward in (Shaping(gamma=gamma), "terminal"))
+        exact = world.policy_gradient(to_go(terminal, gamma))
+        assert relative_error(world.policy_gradient(to_go(shaped, gamma)), exact) < HOLDS
+        assert relative_error(world.policy_gradient(to_go(shaped)), world.policy_gradient(to_go(terminal))) > BROKEN
+        assert not Shaping(gamma=gamma).preserves_return
+
+
+@pytest.mark.parametrize("scorer", ["sequence", "token", "hindsight"])
+def test_the_score_is_the_worlds_own_and_terminal_pays_it_last(scorer: str) -> None:
+    for world in worlds():
+        paid = world.paid(scorer, reward="terminal")
+        own = world.shares * world.mask if scorer == "hindsight" else world.rewards(per_token=scorer == "token")
+        score = own.sum(1)
+        torch.testing.assert_close(torch.from_numpy(paid.score).double(), score, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            torch.from_numpy(paid.token_rewards).double(), score[:, None] * world.final, rtol=0, atol=1e-6
+        )

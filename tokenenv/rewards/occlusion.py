@@ -1,0 +1,46 @@
+"""What the score loses when a token is left out."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.models.batching import upload
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
+from tokenenv.rewards.redistribute import distinct_scores, rest_on_last
+
+
+class Occlusion(RewardTerm):
+    """r_t = score - score of the text without y_t, and on the last token also what the sum of these lacks to the score.
+
+    Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): the token is deleted and the text closed up. Where each token
+    adds a number of its own whatever surrounds it, r_t is that number.
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
+    Costs T scores of whole texts a text, so T forwards of a token for each of its tokens; equal texts are scored once.
+    It fails where tokens say the same thing twice (leaving out either costs nothing, and the last token gets it all) and
+    where the scorer has never seen broken text.
+    """
+
+    name = "occlusion"
+    kind = "hindsight"
+    needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = False
+    withheld = True
+
+    def bind(self, parts: Parts) -> None:
+        """Takes the scorer."""
+        super().bind(parts)
+        assert parts.scorer is not None
+        self._scorer, self._max_batch_tokens = parts.scorer, parts.max_batch_tokens
+
+    def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        """(B, T): what each token that may be paid adds to the others."""
+        assert texts.score is not None
+        device = texts.score.device
+        pairs = texts.prompt_and_response_ids()
+        places = [(row, t) for row, (_, response) in enumerate(pairs) for t in range(texts.unpaid[row], len(response))]
+        without = [(pairs[row][0], pairs[row][1][:t] + pairs[row][1][t + 1 :]) for row, t in places]
+        row, column = upload(np.asarray(places).T, device)
+        loss = texts.score[row] - distinct_scores(self._scorer, without, self._max_batch_tokens).to(device)
+        placed = torch.zeros(len(pairs), max_new_tokens, device=device).index_put((row, column), loss)
+        return rest_on_last(placed, texts)

@@ -1,0 +1,96 @@
+"""Scores at the ends of a text's steps: a process reward, in the four forms that are in use."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.models.batching import micro_batches, upload
+from tokenenv.models.trunks import text_states
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, States, Transitions
+from tokenenv.rewards.redistribute import at_response
+
+FORMS = ("sum", "delta", "clip", "min")
+
+
+class Process(RewardTerm):
+    """At the last token of step k, with q_k the step scorer's score there (and q_0 that of the prompt), else 0:
+
+        "sum"     r = q_k                                      (Lightman et al. 2023, arXiv 2305.20050)
+        "delta"   r = q_k - q_{k-1}                            (Gao et al. 2024, arXiv 2410.15115)
+        "clip"    r = min(q_k - floor, 0)                      (the same)
+        "min"     r = softmax(-q / temperature)_k q_k          (PURE, Cheng et al. 2025, arXiv 2504.15275)
+
+    A step ends with one of the task's `step_end_token_ids`, and where a scored text ends; an unscored truncation ends none.
+    The rewards add up to something other than the score, so neither return nor gradient is preserved; only "delta" on the
+    sequence score itself, which is `Shaping` with Phi = the score after the last step, preserves both.
+    "sum" pays for the number of steps, so a policy learns to make many; "delta" and "clip" bound the return, and "min"
+    pays about the worst step. "min" needs the finished text (hindsight) and one more forward of it.
+
+    Args:
+        form: one of "sum", "delta", "clip", "min".
+        floor: of "clip", in units of q: steps that score it or more are paid nothing.
+        temperature: of "min", in units of q, more than 0; towards 0 the worst step alone is paid.
+    """
+
+    name = "process"
+    needs = frozenset({"step ends", "step scorer"})
+    preserves_return = False
+    preserves_gradient = False
+
+    def __init__(self, form: str = "sum", *, floor: float = 0.5, temperature: float = 0.1) -> None:
+        check_choice("form", form, FORMS)
+        if not temperature > 0:
+            raise InvalidArgument(f"temperature={temperature} is not allowed; it must be more than 0.")
+        self.form, self.floor, self.temperature = form, floor, temperature
+        self.has_memory = form == "delta"
+        if form == "min":
+            self.kind, self.withheld = "hindsight", True
+
+    def bind(self, parts: Parts) -> None:
+        """Takes the step scorer and the tokens that end a step."""
+        super().bind(parts)
+        scorer = parts.step_scorer
+        assert scorer is not None
+        self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, parts.max_batch_tokens
+        self._ends_step = torch.zeros(parts.spec.vocab_size, dtype=torch.bool, device=parts.device)
+        self._ends_step[list(parts.task.step_end_token_ids)] = True
+        if self.form == "delta":
+            self.preserves_return = self.preserves_gradient = scorer is parts.scorer and not scorer.per_token
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): what a step is worth at its last token."""
+        q = self._score(batch.after)
+        paid = {"sum": lambda: q, "delta": lambda: q - batch.before.memory[self.name], "clip": lambda: self._clipped(q)}
+        return torch.where(self._ends_step[batch.tokens] | batch.scored, paid[self.form](), 0.0)
+
+    def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
+        """(K,): the score after the last step; where a text begins, that of its prompt."""
+        q = self._score(states)
+        return q if memory is None else torch.where(self._ends_step[tokens], q, memory)
+
+    def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        """(B, T): each step's score at its last token, weighted towards the worst."""
+        payable = texts.payable(max_new_tokens)
+        last = upload(texts.length - texts.prompt_length - 1, payable.device)
+        tokens = at_response(texts.tokens, texts.prompt_length, max_new_tokens)
+        ends = payable & (self._ends_step[tokens] | (torch.arange(max_new_tokens, device=last.device) == last[:, None]))
+        q = self._text_scores(texts, max_new_tokens)
+        share = torch.where(ends, -q / self.temperature, -torch.inf).softmax(1)
+        return torch.where(ends, share * q, 0.0)
+
+    def _score(self, states: States) -> Tensor:
+        return self._head(states.of(self.models[0]))
+
+    def _clipped(self, q: Tensor) -> Tensor:
+        return (q - self.floor).clamp(max=0.0)
+
+    def _text_scores(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
+        """(B, T): the step scorer's score after each response token."""
+        scores = torch.zeros(len(texts.length), max_new_tokens, device=texts.tokens.device)
+        for rows in micro_batches(texts.length, self._max_batch_tokens):
+            at, width = upload(rows, scores.device), int(texts.length[rows].max())
+            states = text_states(self.models[0], texts.tokens[at, :width], texts.length[rows])
+            each = self._head(states.flatten(0, 1)).view(len(rows), width)
+            scores[at] = at_response(each, np.asarray(texts.prompt_length[rows]), max_new_tokens)
+        return scores
