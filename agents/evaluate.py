@@ -1,13 +1,15 @@
 """Measuring a policy on an env: the true metric with its standard error, the KL spent, and signs of collapse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.batching import last_states
 
 from .actor import Actor, Policy
 from .collector import Collector
@@ -83,6 +85,20 @@ def _first_texts(collector: Collector, num_texts: int) -> list[Episode]:
             if index < rounds:
                 found[index, episode.slot] = episode
     return [found[key] for key in sorted(found)][:num_texts]
+
+
+def next_token_probs(policy: Any, temperature: float = 1.0) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """pi(. | text) of an `LMPolicy` as a function of a NumPy observation of K texts, (K, V) float64: what an env's exact
+    `oracle.evaluate` asks for. Every call reads the texts from their start."""
+
+    @torch.no_grad()
+    def probs(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+        lengths = np.asarray(obs["length"])
+        tokens_KL = torch.as_tensor(obs["tokens"][:, : lengths.max()], device=policy.device)
+        logits_KV = policy.head(last_states(policy.states(tokens_KL, lengths)[0], lengths))
+        return (logits_KV.double() / temperature).softmax(-1).cpu().numpy()
+
+    return probs
 
 
 def summarise(episodes: Sequence[Episode]) -> Evaluation:

@@ -7,6 +7,8 @@ import yaml
 
 from tokenenv import __version__
 from tokenenv.cli import Train, load_config, main, save_config
+from tokenenv.registration import TASKS
+from tokenenv.rewards.designs import DESIGNS
 
 SMALL = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--agent.epochs", "1"]
 
@@ -60,10 +62,22 @@ def test_evaluate_compares_with_the_reference(run_dir, capsys):
         assert word in printed
 
 
-def test_envs_and_version(capsys):
+def test_evaluate_says_how_far_the_optimum_is_where_it_is_known(tmp_path, capsys):
+    env = ["--env", "tokenenv/Negation-v0", "--options", "max_new_tokens", "5"]
+    main(["train", *SMALL, *env, "--run-dir", str(tmp_path / "x")])
+    main(["evaluate", str(tmp_path / "x"), "--num-texts", "8"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "J = score - 0.05 KL: " in printed
+    assert "at the optimum" in printed
+
+
+def test_envs_rewards_and_version(capsys):
     main(["envs"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("Reviews-v0", "PyDocs-v0", "TextGen-v0"))
+    assert all(name in printed for name in TASKS)
+    main(["rewards"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in DESIGNS)
     main(["version"])
     assert __version__ in capsys.readouterr().out
 
@@ -98,7 +112,7 @@ def test_an_unknown_key_in_a_config_is_named(tmp_path, capsys):
     assert "Did you mean 'total_tokens'" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["envs"], ["version"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["envs"], ["rewards"], ["version"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

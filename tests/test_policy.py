@@ -12,6 +12,7 @@ from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
 from tokenenv.agents import LMPolicy
 from tokenenv.agents import actor as module
 from tokenenv.agents.actor import Actor, sample
+from tokenenv.agents.evaluate import next_token_probs
 from tokenenv.agents.generate import generate, keep_likely
 from tokenenv.agents.learner import Outputs, Reference, accumulate_gradient, outputs, state_values
 from tokenenv.agents.losses import token_weights
@@ -61,6 +62,16 @@ def text_obs(texts, array=np.asarray):
         row[: len(text)] = text
     lengths = np.array([len(text) for text in texts])
     return {"tokens": array(tokens), "length": array(lengths), "prompt_length": array(np.ones_like(lengths))}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_next_token_probs_are_the_plain_forwards(temperature):
+    policy, obs = LMPolicy(tiny_lm(seed=3)), text_obs([[2, 3], [4], [5, 6, 7]])
+    probs = next_token_probs(policy, temperature)(obs)
+    assert probs.shape == (3, V)
+    for token in range(V):
+        expected = uncached_logprobs(policy, obs, [token] * 3, temperature).exp()
+        np.testing.assert_allclose(probs[:, token], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("array", [np.asarray, torch.as_tensor])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenenv.rewards.base import FinishedTexts, RewardTerm
 from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
+from tokenenv.rewards.process import FORMS, Process
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Shaping
 
@@ -38,6 +39,7 @@ REWARDS: dict[str, RewardSpec] = {
     "random shares": RandomShares(),
     "another potential": Shaping(lambda states: states.step.float().sin()),
     "short segments": Segment(threshold=0.8),
+    **{f"steps, {form}": Process(form) for form in FORMS},
 }
 """Every design that is registered, and a few terms more; the default segments are longer than these texts."""
 

@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, evaluate, envs, version."""
+"""The `tokenenv` command: train, evaluate, envs, rewards, version."""
 
 import argparse
 import dataclasses
@@ -14,14 +14,16 @@ import gymnasium as gym
 import tyro
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokenenv import __version__
 from tokenenv.agents import PPO, PPOConfig
-from tokenenv.agents.evaluate import Evaluation, evaluate
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
 from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
+from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.vector_env import TokenVectorEnv
 
 AGENTS = {"ppo": PPO}
@@ -41,7 +43,7 @@ class Train:
     num_envs: int = 64
     """Texts that run side by side."""
     reward: str | None = None
-    """A reward design, such as token, delta, terminal, uniform; by default the env's own."""
+    """A reward design; `tokenenv rewards` lists them; by default the env's own."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
     algo: Literal["ppo"] = "ppo"
@@ -108,6 +110,8 @@ class Evaluate:
         }
         found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
         console.print(comparison(found))
+        if envs.oracle is not None:
+            console.print(distance_to_optimum(agents["after"], envs))
         show_examples(found, envs.token_spec.tokenizer, self.examples)
 
 
@@ -117,11 +121,27 @@ class Envs:
 
     def run(self) -> None:
         """Prints the table."""
-        table = Table("id", "what", "options of its own")
+        table = Table(Column("id", min_width=max(map(len, TASKS))), "what", "options of its own")
         for env_id, source in sorted(TASKS.items()):
             table.add_row(env_id, first_line(source), ", ".join(task_options(source)))
         console.print(table)
         console.print("options of every env: the fields of tokenenv.config.EnvConfig")
+
+
+@dataclass(kw_only=True)
+class Rewards:
+    """List the reward designs: when they pay, what they need, what they preserve (docs/rewards.md explains each)."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        table = Table("name", "kind", "needs", "keeps return", "keeps gradient")
+        for name in DESIGNS:
+            terms = list(make_terms(name).values())
+            needs = sorted({need for term in terms for need in term.needs})
+            kept = all(term.preserves_return for term in terms), all(term.preserves_gradient for term in terms)
+            answers = ("yes" if each else "no" for each in kept)
+            table.add_row(name, terms[-1].kind, ", ".join(needs), *answers)
+        console.print(table)
 
 
 @dataclass(kw_only=True)
@@ -141,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Annotated[Train, tyro.conf.subcommand("train", default=_train_default(args))]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
+            | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
         command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
@@ -184,6 +205,18 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
     for label, cell in rows.items():
         table.add_row(label, *map(cell, found.values()))
     return table
+
+
+def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
+    """Where a policy stands between the reference and the exact optimum of J = score - beta KL."""
+    oracle, beta = envs.oracle, envs.kl_coef
+    found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
+    floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
+    share = (found.objective - floor) / (best - floor)
+    return (
+        f"J = score - {beta} KL: {floor:.3f} of the reference, {found.objective:.3f} ± {found.error:.3f} of the run, "
+        f"{best:.3f} at the optimum ({share:.0%} of the way)"
+    )
 
 
 def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:

@@ -3,6 +3,10 @@
 import gymnasium as gym
 
 TASKS = {
+    "tokenenv/Brackets-v0": "tokenenv.envs.brackets:task",
+    "tokenenv/DelayedKey-v0": "tokenenv.envs.delayed_key:task",
+    "tokenenv/Negation-v0": "tokenenv.envs.negation:task",
+    "tokenenv/PlantedPhrase-v0": "tokenenv.envs.planted_phrase:task",
     "tokenenv/PyDocs-v0": "tokenenv.envs.pydocs:task",
     "tokenenv/Reviews-v0": "tokenenv.envs.reviews:task",
     "tokenenv/TextGen-v0": "tokenenv.envs.textgen:task",

@@ -74,8 +74,10 @@ class Scorer:
 class TextScorer(Protocol):
     """A sequence score that only finished texts have: another tokenizer's reward model, or one that looks ahead."""
 
-    per_token: bool
-    """Whether the model scores tokens (the score is their sum), or the text as a whole."""
+    @property
+    def per_token(self) -> bool:
+        """Whether the model scores tokens (the score is their sum), or the text as a whole."""
+        ...
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
         """(B, width) float32: the score of each of the policy's response tokens, zero to the right. Each row's sum is the
@@ -120,8 +122,8 @@ class Task:
     """Scores the steps of a text, where `reward="process"` should not read the scorer."""
     step_end_token_ids: tuple[int, ...] = ()
     """Tokens that end a step of the text; the end of the text ends one too."""
-    oracle: Any = None
-    """The exact optimum, where it is known (see `Oracle`)."""
+    oracle: Oracle | None = None
+    """The exact optimum, where it is known."""
     features: Callable[[dict[int, Tensor], Tensor], Tensor] | None = None
     """observation="features": maps the states of all models (by the id of their trunk) and the response tokens so far
     (N,) to features (N, F) float32. None: the reference's last hidden state."""

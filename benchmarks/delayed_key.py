@@ -1,0 +1,107 @@
+"""How many tokens PPO needs on DelayedKey-v0 by reward design: the share of J* - J(pi_ref) that it closes.
+
+The score is decided by the first token and paid T - 1 tokens later. Everything but the reward (and lambda) is the same: the
+default small transformer policy, five seeds of environment, initialisation and sampling, budgets in tokens that the policy
+emitted. J is exact in every state that sampled texts reach (`oracle.evaluate`), so its error is small; the share closed is
+(J - J_ref) / (J* - J_ref). "tokens to 80%" is where the share first is 0.8 or more, measured about every `EVERY` tokens.
+
+Wanted: at T = 16 `oracle` within 100,000 tokens and `terminal` (lambda 0.95) below half at 150,000; at T = 32 `oracle` within
+250,000 and `terminal` below 0.1 at 300,000. `terminal` with lambda 1 is reported beside.
+"""
+
+import argparse
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import tokenenv  # noqa: F401  (registers the ids)
+from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents.evaluate import next_token_probs
+from tokenenv.models.residual_lm import ResidualLM
+
+BETA, GOAL, EVERY, N = 0.05, 0.8, 10_000, 64
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "lr_schedule": "constant", "batch_tokens": 2048}
+"""Of PPO, the same for all."""
+BUDGETS = {"oracle": {16: 100_000, 32: 250_000}, "terminal": {16: 150_000, 32: 300_000}}
+DESIGNS: dict[str, dict[str, Any]] = {
+    "oracle": {"lambda_": 0.95},
+    "terminal": {"lambda_": 0.95},
+    "terminal, lambda 1": {"lambda_": 1.0},
+}
+console = Console()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: the share closed after so many tokens."""
+
+    tokens: list[int]
+    share: list[float]
+
+    def reached(self) -> int | None:
+        """The tokens to the goal, or None."""
+        return next((t for t, share in zip(self.tokens, self.share, strict=True) if share >= GOAL), None)
+
+
+def run(design: str, length: int, seed: int) -> Curve:
+    """Trains one policy, measuring as it goes."""
+    torch.set_num_threads(1)
+    reward, lambda_ = design.split(",")[0], DESIGNS[design]["lambda_"]
+    options = {"max_new_tokens": length, "task_seed": seed, "kl_coef": BETA, "reward": reward}
+    envs = gym.make_vec("tokenenv/DelayedKey-v0", num_envs=N, autoreset_mode="SameStep", **options)
+    policy = LMPolicy(ResidualLM(envs.unwrapped.reference, seed=seed))
+    agent = PPO(envs, policy=policy, seed=seed, lambda_actor=lambda_, lambda_critic=lambda_, **SETTINGS)
+    oracle = envs.unwrapped.oracle
+    floor, best = oracle.reference_objective(), oracle.optimal_objective(BETA)
+    curve = Curve([], [])
+
+    def measure(metrics: Any, episodes: Any) -> None:
+        if curve.tokens and agent.tokens_seen < curve.tokens[-1] + EVERY and agent.tokens_seen < total:
+            return
+        found = oracle.evaluate(next_token_probs(policy), BETA, num_texts=256, seed=seed)
+        curve.tokens.append(agent.tokens_seen)
+        curve.share.append((found.objective - floor) / (best - floor))
+
+    total = BUDGETS[reward][length]
+    agent.learn(total, on_update=measure)
+    return curve
+
+
+def row(design: str, curves: list[Curve]) -> tuple[str, ...]:
+    """A table row of one design's seeds, runs that did not get there shown as such."""
+    reached = [curve.reached() for curve in curves]
+    ends = [curve.share[-1] for curve in curves]
+    tokens = " ".join("never" if t is None else f"{t / 1000:.0f}k" for t in reached)
+    ok = sum(t is not None for t in reached)
+    return design, f"{ok} of {len(curves)}", tokens, " ".join(f"{x:.2f}" for x in ends), f"{statistics.median(ends):.2f}"
+
+
+def main() -> None:
+    """Runs what is asked for and prints one table a length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[16, 32], choices=[16, 32])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    args = parser.parse_args()
+    plan = [(design, length, seed) for length in args.lengths for design in args.designs for seed in range(args.seeds)]
+    with ProcessPoolExecutor(args.workers) as pool:
+        found = list(track(pool.map(run, *zip(*plan, strict=True)), "runs", total=len(plan), console=console, transient=True))
+    curves = dict(zip(plan, found, strict=True))
+    for length in args.lengths:
+        table = Table("design", "reached 80%", "tokens to 80%, by seed", "share at the end, by seed", "median")
+        table.title = f"DelayedKey-v0, T = {length}, budgets " + ", ".join(f"{k} {v[length]:,}" for k, v in BUDGETS.items())
+        for design in args.designs:
+            table.add_row(*row(design, [curves[design, length, seed] for seed in range(args.seeds)]))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
