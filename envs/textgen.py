@@ -95,6 +95,8 @@ def task(
     tokenizer = _tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
     if gold is not None and tokenizer is None:
         raise InvalidArgument("gold= reads texts; give a tokenizer= too.")
+    if reward_tokenizer is not None and tokenizer is None:
+        raise InvalidArgument("reward_tokenizer= reads texts; give a tokenizer= too.")
     stop_ids = _stop_ids(policy, tokenizer, stop_token_ids)
     ids = load_prompts(  # before more models are loaded, which may take minutes
         prompts,
@@ -108,7 +110,8 @@ def task(
     options["device"] = device or policy.device
     others = {"reference": reference, "implicit model": implicit_model}
     for role, source in others.items():
-        _check_tokens(tokenizer, source, role, trust_remote_code)
+        if source != model:
+            _check_tokens(tokenizer, source, role, trust_remote_code)
     loaded = {role: _other_model(source, role, policy, model, length, options) for role, source in others.items()}
     scorer = None
     if reward_model is not None:
@@ -176,7 +179,9 @@ def _tokenizer(source: Any, trust_remote_code: bool) -> Any:
         return source if hasattr(source, "get_vocab") else None
     tokenizer = load_tokenizer(source, trust_remote_code)
     if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):  # what some families make up without files
-        raise ModelError(f"{str(source)!r} brings no tokenizer; give one with tokenizer=.")
+        raise ModelError(
+            f"{str(source)!r} brings no tokenizer; give the policy's as tokenizer=, the reward model's as reward_tokenizer="
+        )
     return tokenizer
 
 
@@ -203,12 +208,12 @@ def _stop_ids(model: Any, tokenizer: Any, given: Sequence[int] | None) -> tuple[
     chosen = next((ids for ids in found if ids is not None), None)
     if chosen is None:
         raise InvalidArgument("the model names no end-of-text id; give the ids that end a text as stop_token_ids=.")
-    return _token_ids("stop_token_ids", (chosen,) if isinstance(chosen, int) else chosen, model, least=1)
+    return _token_ids("stop_token_ids", chosen, model, least=1)
 
 
-def _token_ids(argument: str, given: Sequence[int], model: Any, least: int = 0) -> tuple[int, ...]:
+def _token_ids(argument: str, given: int | Sequence[int], model: Any, least: int = 0) -> tuple[int, ...]:
     """The ids, at least so many, if the model has all of them."""
-    ids, last = tuple(given), vocab_size_of(model) - 1
+    ids, last = (given,) if isinstance(given, int) else tuple(given), vocab_size_of(model) - 1
     if len(ids) < least or not all(isinstance(token, (int, np.integer)) and 0 <= token <= last for token in ids):
         raise InvalidArgument(f"{argument}={ids}; allowed: {least} or more of the model's token ids, 0 to {last}.")
     return ids

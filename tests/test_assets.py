@@ -13,7 +13,7 @@ import torch
 from tokenenv.envs.bundled import ASSETS
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-MODELS = ("pydocs-lm", "pydocs-reward", "reviews-lm", "reviews-reward")
+MODELS = ("arithmetic-lm", "pydocs-lm", "pydocs-reward", "reviews-lm", "reviews-reward")
 
 
 def test_all_models_together_stay_below_ten_megabytes() -> None:
@@ -74,6 +74,18 @@ def test_targets_of_the_sentiment(script: ModuleType) -> None:
     words = script.split_words("a waiter said good morning. the tea was very nice.")
     one, two = 4 * math.tanh(0.5), 4 * math.tanh(1.0)
     assert script.running_score(words) == pytest.approx([0, 0, 0, one, 0, 0, 0, 0, 0, 0, two, two])
+
+
+@pytest.mark.parametrize("script", ["make_arithmetic"], indirect=True)
+def test_sums_depend_on_the_seed_alone_and_are_often_wrong(script: ModuleType) -> None:
+    tokenizer = script.make_tokenizer()
+    first, again, other = (script.make_texts("train", 400, random.Random(seed), tokenizer) for seed in (1, 1, 2))
+    assert first == again != other
+    saved = json.loads((ASSETS / "arithmetic-lm" / "tokenizer.json").read_text())
+    assert tokenizer.get_vocab() == saved["model"]["vocab"]
+    questions = [tokenizer.decode(text, skip_special_tokens=True).split("=") for text in first]
+    right = [sum(map(int, question.split("+"))) == int(answer) for question, answer in questions]
+    assert 0.6 < sum(right) / len(right) < 0.85
 
 
 @pytest.mark.parametrize("script", ["make_pydocs"], indirect=True)

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
+from tokenenv.models.text_scores import score_texts
 from tokenenv.rewards.rule import Rule
+from tokenenv.types import Scorer
 
 CHAT = "{% for m in messages %}you {{ m.content }} {% endfor %}{% if add_generation_prompt %}it{% endif %}"
 TEXTS = ["the cat is", "a good film", "rain"]
@@ -41,6 +45,12 @@ def make(model, **options):
     if not isinstance(model, str):
         options = {"tokenizer": fakes.tokenizer(), **options}
     return gym.make_vec("tokenenv/TextGen-v0", num_envs=N, model=model, autoreset_mode="Disabled", **options)
+
+
+def task(model, **options):
+    """What the env is made of."""
+    given = {} if isinstance(model, str) else {"tokenizer": fakes.tokenizer()}
+    return textgen.task(**{"model": model, "prompts": TEXTS, "max_prompt_tokens": P, "max_new_tokens": T, **given, **options})
 
 
 def play(envs, seed=0):
@@ -110,21 +120,27 @@ def test_the_policy_starts_from_the_model_and_the_kl_from_the_reference(saved):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_reference_that_is_the_model_is_loaded_and_run_once(on_disk, saved, caplog):
+def test_a_reference_or_implicit_model_that_is_the_model_is_loaded_and_run_once(on_disk, saved, caplog):
     model = saved["policy"] if on_disk else fakes.causal_lm()
     with caplog.at_level(logging.INFO, "tokenenv"):
-        envs = make(model, reference=model, reward_model=saved["token"]).unwrapped
+        envs = make(model, reference=model, implicit_model=model, reward={"a": "implicit", "b": RULE}).unwrapped
     assert envs.reference is envs.model
-    assert "on 2 model(s)" in caplog.text
+    assert "on 1 model(s)" in caplog.text
+    made = task(model, implicit_model=model)
+    assert made.implicit_model is made.reference
+    own = fakes.tokenizer(list(reversed(fakes.WORDS)))  # the model's tokens are whatever its user says
+    assert prompts_seen(make(model, reference=model, implicit_model=model, reward={}, tokenizer=own)) == set(TEXTS)
 
 
 def test_models_are_frozen_and_in_eval_mode(saved):
-    objects = [fakes.causal_lm(), fakes.causal_lm(seed=9), fakes.reward_model("token")]
-    for model in objects:
+    objects = [fakes.causal_lm(), fakes.causal_lm(seed=9), fakes.causal_lm(seed=8)]
+    rewarders = [fakes.reward_model("token"), fakes.bidirectional_reward_model()]
+    for model in objects + rewarders:
         model.train().requires_grad_(True)
-    make(objects[0], reference=objects[1], reward_model=objects[2])
-    loaded = make(saved["policy"], reference=saved["reference"], reward={}).unwrapped
-    for model in (*objects, loaded.model, loaded.reference):
+    for rewarder in rewarders:
+        make(objects[0], reference=objects[1], implicit_model=objects[2], reward_model=rewarder)
+    loaded = task(saved["policy"], reference=saved["reference"], implicit_model=saved["reference"])
+    for model in (*objects, *rewarders, loaded.model, loaded.reference, loaded.implicit_model):
         assert not any(module.training for module in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -161,15 +177,16 @@ def test_an_unknown_dtype_is_named(saved):
 
 def test_other_models_go_where_the_model_object_is_and_options_are_passed_on(saved, monkeypatch):
     seen = []
-    for name in ("load_causal_lm", "load_reward_model"):
+    for name in ("load_causal_lm", "load_classifier"):
         load = getattr(textgen, name)
         monkeypatch.setattr(
             textgen, name, lambda source, _load=load, **options: seen.append(options) or _load(source, **options)
         )
     options = {"attn_implementation": "eager", "trust_remote_code": True, "dtype": torch.float32}
-    make(fakes.causal_lm(), reference=saved["reference"], reward_model=saved["token"], **options)
+    others = {"reference": saved["reference"], "implicit_model": saved["policy"], "reward_model": saved["token"]}
+    make(fakes.causal_lm(), **others, **options)
     assert seen[0] == options | {"device": None}
-    assert seen[1] == seen[2] == options | {"device": torch.device("cpu")}
+    assert seen[1] == seen[2] == seen[3] == options | {"device": torch.device("cpu")}
 
 
 # ------------------------------------------------------------------ prompts
@@ -262,17 +279,16 @@ def test_without_stop_ids_they_are_asked_for():
     with pytest.raises(InvalidArgument, match="names no end-of-text id; give the ids that end a text as stop_token_ids="):
         make(without_stop_ids(), tokenizer=None, prompts=[[3]])
     for wrong in ([], [61], [-1], ["1"]):
-        with pytest.raises(InvalidArgument, match=r"stop_token_ids=\(.*\); allowed: one or more .* 0 to 60"):
+        with pytest.raises(InvalidArgument, match=r"stop_token_ids=\(.*\); allowed: 1 or more .* 0 to 60"):
             make(fakes.causal_lm(), stop_token_ids=wrong)
 
 
 # ---------------------------------------------------------------- tokenizers
 
 
-@pytest.mark.parametrize("role", ["reference", "reward_model"])
+@pytest.mark.parametrize("role", ["reference", "implicit_model"])
 def test_tokenizers_must_have_the_same_tokens(role, saved, tmp_path):
-    model = fakes.causal_lm(seed=9) if role == "reference" else fakes.reward_model("token")
-    source = fakes.saved(model, tmp_path)
+    source = fakes.saved(fakes.causal_lm(seed=9), tmp_path)
     words = list(fakes.WORDS)
     words[0], words[1] = words[1], words[0]
     fakes.tokenizer(words).save_pretrained(tmp_path)
@@ -280,7 +296,7 @@ def test_tokenizers_must_have_the_same_tokens(role, saved, tmp_path):
     message = f"the tokenizer of the {name} differs from the policy's: id 3 is {words[0]!r}, not {words[1]!r}"
     for policy in (saved["policy"], fakes.causal_lm()):
         with pytest.raises(ModelError, match=message):
-            make(policy, **{role: source})
+            make(policy, reward={}, **{role: source})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -317,21 +333,218 @@ def test_a_reward_model_needs_a_scalar_head(saved):
     for kind in ("token", "sequence"):
         with pytest.raises(ModelError, match=r"has 2 labels; allowed: .* with one label"):
             make(saved["policy"], reward_model=fakes.reward_model(kind, num_labels=2))
-    with pytest.raises(ModelError, match="looks ahead"):
-        make(saved["policy"], reward_model=fakes.bidirectional_reward_model())
+    for wrong, message in (
+        (fakes.causal_lm(), r"gives logits \(1, 3, 61\)"),
+        (fakes.bidirectional_reward_model().bert, "BertModel"),
+    ):
+        with pytest.raises(ModelError, match=rf"{message}.*allowed: sequence- or token-classification models with one label"):
+            make(saved["policy"], reward_model=wrong, reward_tokenizer=letters())
+
+
+def test_implicit_models_pay_their_log_ratio(saved):
+    envs = make(saved["policy"], implicit_model=saved["reference"], reward="implicit", kl_coef=0.5)
+    prompts, responses, steps = play(envs)
+    paid = np.stack([infos["reward_terms"]["implicit"] for *_, infos in steps], axis=1)
+    models = fakes.causal_lm(seed=9), fakes.causal_lm(seed=0)
+    tuned, reference = ([logprobs(model, *text) for text in zip(prompts, responses, strict=True)] for model in models)
+    np.testing.assert_allclose(paid, 0.5 * (np.array(tuned) - reference), atol=1e-4)
+    scored = envs.unwrapped.score_episodes(prompts, responses)
+    np.testing.assert_allclose(scored.terms["implicit"], paid, atol=1e-5)
+    with pytest.raises(InvalidArgument, match=r"reward='implicit' needs .* \(implicit_model=\), which this env has not"):
+        make(saved["policy"], reward="implicit")
+
+
+def test_step_ends_are_ids_of_the_model(saved):
+    options = {"reward_model": saved["sequence"], "reward": "process"}
+    envs = make(saved["policy"], step_end_token_ids=[7, np.int64(9)], **options)
+    envs.reset(seed=0)
+    paid = np.stack([envs.step(np.full(N, token))[4]["reward_terms"]["process"] for token in (7, 8, 9, 8)])
+    assert ((paid != 0).T == [True, False, True, True]).all()
+    assert task(saved["policy"], step_end_token_ids=7).step_end_token_ids == (7,)
+    assert task(saved["policy"]).step_end_token_ids == ()
+    for wrong in ([61], [7, -1], ["7"]):
+        with pytest.raises(InvalidArgument, match=r"step_end_token_ids=\(.*\); allowed: 0 or more .* 0 to 60"):
+            make(saved["policy"], step_end_token_ids=wrong, **options)
+    with pytest.raises(InvalidArgument, match=r"reward='process' needs .* \(step_end_token_ids=\)"):
+        make(saved["policy"], **options)
+
+
+# ---------------------------------------- reward models with tokens of their own
+
+
+def letters():
+    """A tokenizer of pieces of words, <s> before each text and </s> behind it."""
+    special = ["<pad>", "<s>", "</s>"]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.train_from_iterator(fakes.WORDS, trainers.BpeTrainer(vocab_size=50, special_tokens=special, show_progress=False))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+FOREIGN = {
+    "token": lambda: fakes.reward_model("token"),
+    "sequence": lambda: fakes.reward_model("sequence"),
+    "bidirectional": fakes.bidirectional_reward_model,
+}
+
+
+def foreign_score(model, prompt, response):
+    """By transformers alone: the tokens that end in the response and the closing one."""
+    start, text = (fakes.tokenizer().decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + response))
+    encoded = letters()(text, return_offsets_mapping=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(encoded["input_ids"]).logits[0]
+    counted = encoded["offset_mapping"][0, :, 1] > len(start)
+    counted[-1] = True
+    return float(logits[counted].sum() if len(logits) > 1 else logits)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("head", FOREIGN)
+def test_a_reward_model_with_other_tokens_scores_finished_texts(head, on_disk, saved, tmp_path):
+    model, source = FOREIGN[head](), {"reward_tokenizer": letters()}
+    if on_disk:
+        letters().save_pretrained(tmp_path)
+        source = {}
+    envs = make(
+        saved["policy"], reward_model=fakes.saved(model, tmp_path, with_tokenizer=False) if on_disk else model, **source
+    )
+    prompts, responses, steps = play(envs)
+    rewards = np.stack([reward for _, reward, *_ in steps], axis=1)
+    scored = envs.unwrapped.score_episodes(prompts, responses)
+    assert set(scored.terms) == {"terminal" if head == "sequence" else "token", "kl"}
+    np.testing.assert_allclose(scored.step_rewards, rewards, atol=1e-5)
+    placed = steps[-1][4]["token_rewards"]
+    np.testing.assert_allclose(scored.token_rewards, placed, atol=1e-5)
+    np.testing.assert_allclose(placed.sum(1), rewards.sum(1), atol=1e-5)
+    by_hand = [foreign_score(model, *text) for text in zip(prompts, responses, strict=True)]
+    np.testing.assert_allclose(steps[-1][4]["score"], by_hand, atol=1e-4)
+    np.testing.assert_allclose(scored.score, by_hand, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["token", "bidirectional"])
+def test_without_kl_the_token_rewards_add_up_to_the_score_which_the_last_step_pays(head, saved):
+    options = {"reward_model": FOREIGN[head](), "reward_tokenizer": letters(), "reward": "token", "kl": "none"}
+    steps = play(make(saved["policy"], **options))[2]
+    infos, rewards = steps[-1][4], np.stack([reward for _, reward, *_ in steps], axis=1)
+    assert (rewards[:, :-1] == 0).all()
+    assert (infos["token_rewards"][1:] != 0).mean() > 0.5  # row 0 ends in a stop token, which has no characters
+    np.testing.assert_allclose(infos["token_rewards"].sum(1), infos["score"], atol=1e-5)
+    np.testing.assert_allclose(rewards[:, -1], infos["score"], atol=1e-5)
+
+
+def test_a_reward_model_whose_words_have_other_ids_places_what_it_paid_with_the_policys(saved):
+    """The words in reverse order, and the embeddings with them."""
+    own, native = fakes.tokenizer(list(reversed(fakes.WORDS))), fakes.reward_model("token")
+    foreign = fakes.reward_model("token")
+    foreign.model.embed_tokens.weight[3:] = native.model.embed_tokens.weight[3:].flip(0)
+    one = make(saved["policy"], reward_model=native, reward_tokenizer=fakes.tokenizer())
+    other = make(saved["policy"], reward_model=foreign, reward_tokenizer=own)
+    prompts, responses = one.unwrapped.token_spec.tokenizer(TEXTS)["input_ids"], [[3, 4, 60, 17], [9], [25, 25, 30]]
+    paid, placed = (envs.unwrapped.score_episodes(prompts, responses) for envs in (one, other))
+    np.testing.assert_allclose(placed.token_rewards, paid.token_rewards, atol=1e-5)
+    np.testing.assert_allclose(placed.score, paid.score, atol=1e-5)
+    np.testing.assert_allclose(paid.step_rewards, paid.token_rewards, atol=1e-5)  # causal: each paid at once
+    assert (np.abs(placed.step_rewards - paid.step_rewards).max(1) > 1e-2).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("head", FOREIGN)
+@pytest.mark.parametrize("design", ["terminal", "uniform", "occlusion", "shapley"])
+def test_designs_that_read_finished_texts(design, head, saved):
+    options = {"reward_model": FOREIGN[head](), "reward_tokenizer": letters()}
+    envs = make(saved["policy"], reward=design, kl="none", **options)
+    prompts, responses, steps = play(envs)
+    infos = steps[-1][4]
+    scored = envs.unwrapped.score_episodes(prompts, responses)
+    np.testing.assert_allclose(scored.token_rewards, infos["token_rewards"], atol=1e-5)
+    np.testing.assert_allclose(scored.step_rewards, np.stack([reward for _, reward, *_ in steps], axis=1), atol=1e-5)
+    expected = infos["score"]
+    if design == "shapley":
+        expected = expected - score_texts(task(saved["policy"], **options).scorer, [(prompt, []) for prompt in prompts]).numpy()
+    np.testing.assert_allclose(infos["token_rewards"].sum(1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("design", ["delta", "segment", "attention", "gradient"])
+def test_designs_that_read_prefixes_or_the_models_inside_are_refused(design, saved):
+    message = rf"reward='{design}' needs a .*causal.* with the policy's own tokens.*, which this env has not"
+    for head in FOREIGN:
+        with pytest.raises(InvalidArgument, match=message):
+            make(saved["policy"], reward_model=FOREIGN[head](), reward_tokenizer=letters(), reward=design)
+
+
+def test_only_a_causal_model_with_the_policys_tokens_scores_prefixes(saved):
+    cases = [("token", fakes.tokenizer()), ("token", None), ("token", letters()), ("bidirectional", None)]
+    scorers = [task(saved["policy"], reward_model=FOREIGN[head](), reward_tokenizer=own).scorer for head, own in cases]
+    assert [isinstance(scorer, Scorer) for scorer in scorers] == [True, True, False, False]
+    more = task(saved["policy"], reward_model=saved["token"], reward_tokenizer=fakes.tokenizer([*fakes.WORDS, "more"])).scorer
+    assert isinstance(more, Scorer)  # ids that the policy never sends
+
+
+def test_a_reward_model_that_looks_ahead_reads_the_policys_tokens_where_it_brings_none(saved, tmp_path, caplog):
+    model = fakes.bidirectional_reward_model()
+    envs = make(saved["policy"], reward_model=fakes.saved(model, tmp_path, with_tokenizer=False))
+    assert "the reward model is taken to read the model's token ids" in caplog.text
+    prompts = [[3, 4]]
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 4, 9, 25]])).logits[0, 2:, 0]
+    np.testing.assert_allclose(envs.unwrapped.score_episodes(prompts, [[9, 25]]).score, [logits.sum()], atol=1e-5)
+
+
+def test_reward_models_that_read_texts_need_the_policys_tokenizer():
+    options = {"tokenizer": None, "prompts": [[3, 4]]}
+    with pytest.raises(ModelError, match=r"\(BertForTokenClassification\) looks ahead, .*finished texts; give a tokenizer="):
+        make(fakes.causal_lm(), reward_model=fakes.bidirectional_reward_model(), **options)
+    with pytest.raises(InvalidArgument, match="reward_tokenizer= reads texts; give a tokenizer= too"):
+        make(fakes.causal_lm(), reward_model=fakes.reward_model(), reward_tokenizer=letters(), **options)
+
+
+def test_a_reward_tokenizer_that_does_not_fit_the_reward_model_is_named(saved, tmp_path):
+    with pytest.raises(
+        ModelError, match=r"has ids up to \d+ and LlamaForTokenClassification 20 embeddings; .*reward_tokenizer="
+    ):
+        make(saved["policy"], reward_model=fakes.reward_model("token", vocab_size=20), reward_tokenizer=letters())
+    bare = fakes.saved(fakes.reward_model("token", "gpt2"), tmp_path, with_tokenizer=False)
+    with pytest.raises(ModelError, match=r"brings no tokenizer; .* the reward model's as reward_tokenizer="):
+        make(saved["policy"], reward_model=bare, reward_tokenizer=bare)
+    with pytest.raises(ModelError, match="nothing-here' cannot be loaded"):
+        make(saved["policy"], reward_model=saved["token"], reward_tokenizer=tmp_path / "nothing-here")
+
+
+@pytest.mark.parametrize("reward", ["token", "shapley"])
+def test_the_envs_max_batch_tokens_bounds_the_reward_models_forwards(reward, saved):
+    sizes, paid = {}, {}
+    for bound in (16384, 40):
+        model, seen = FOREIGN["bidirectional"](), []
+        options = {"reward_model": model, "reward_tokenizer": letters(), "reward": reward, "max_batch_tokens": bound}
+        envs = make(saved["policy"], **options)
+        model.register_forward_pre_hook(lambda m, a, kwargs, s=seen: s.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        paid[bound] = play(envs)[2][-1][1]
+        sizes[bound] = max(seen)
+    assert sizes[40] <= 40 < sizes[16384]
+    np.testing.assert_allclose(paid[40], paid[16384], atol=1e-5)
 
 
 # ------------------------------------------------------- limits, memory, spec
 
 
-@pytest.mark.parametrize("role", ["model", "reference", "reward_model"])
+@pytest.mark.parametrize("role", ["model", "reference", "implicit_model", "reward_model"])
 def test_texts_longer_than_a_models_positions_are_refused(role):
     short = {"max_position_embeddings": P + T}
-    models = {"model": fakes.causal_lm(), "reference": fakes.causal_lm(seed=9), "reward_model": fakes.reward_model("token")}
+    models = {name: fakes.causal_lm(seed=seed) for seed, name in enumerate(("model", "reference", "implicit_model"))}
+    models["reward_model"] = fakes.reward_model("token")
     models[role] = fakes.reward_model("token", **short) if role == "reward_model" else fakes.causal_lm(seed=3, **short)
     make(**models)
     with pytest.raises(InvalidArgument, match=rf"= 8 tokens; allowed: at most 7, the {role.replace('_', ' ')}'s positions"):
         make(**models, max_new_tokens=T + 1)
+
+
+def test_a_reward_model_that_reads_texts_may_be_too_short_for_them(saved):
+    model = fakes.reward_model("token", max_position_embeddings=6)
+    with pytest.warns(UserWarning, match="longer than the 6 tokens that the reward model can read") as caught:
+        infos = play(make(saved["policy"], reward_model=model, reward_tokenizer=letters(), kl="none"))[2][-1][4]
+    assert len(caught) == 1
+    np.testing.assert_allclose(infos["token_rewards"].sum(1), infos["score"], atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama_dynamic", "gemma3_dynamic"])
@@ -350,7 +563,7 @@ def test_the_caches_memory_is_reported_before_it_is_taken(saved, caplog, monkeyp
 
     caplog.clear()
     monkeypatch.setattr(trunks, "LARGE", taken)
-    monkeypatch.setattr(trunks, "_slot_model", lambda *args, **kwargs: pytest.fail("stop here"))
+    monkeypatch.setattr(trunks, "slot_model", lambda *args, **kwargs: pytest.fail("stop here"))
     with pytest.raises(pytest.fail.Exception, match="stop here"):
         make(saved["policy"], **options)
     assert caplog.records[0].levelno == logging.WARNING

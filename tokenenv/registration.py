@@ -3,6 +3,7 @@
 import gymnasium as gym
 
 TASKS = {
+    "tokenenv/Arithmetic-v0": "tokenenv.envs.arithmetic:task",
     "tokenenv/Brackets-v0": "tokenenv.envs.brackets:task",
     "tokenenv/DelayedKey-v0": "tokenenv.envs.delayed_key:task",
     "tokenenv/Negation-v0": "tokenenv.envs.negation:task",

@@ -1,7 +1,7 @@
 """A finite automaton that reads tokens and scores texts by the state they end in."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -47,9 +47,9 @@ class Automaton:
         """V."""
         return self.transitions.shape[1]
 
-    def slots(self, num_rows: int, max_length: int) -> "AutomatonRows":
+    def slots(self, num_rows: int, max_length: int) -> "StateRows":
         """N running texts of any length."""
-        return AutomatonRows(self, num_rows)
+        return StateRows(self, num_rows)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
         """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token t."""
@@ -74,24 +74,39 @@ class Automaton:
         return states
 
 
-class AutomatonRows:
-    """N running texts (a `SlotModel`), a state each."""
+class Machine(Protocol):
+    """A model whose state after a token follows from the state before it and the token."""
 
-    def __init__(self, model: Automaton, num_rows: int) -> None:
+    device: torch.device
+
+    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+        """Right-padded `tokens` (B, L) to states (B, L, ...)."""
+        ...
+
+    def after(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The states (K, ...) after one more token (K,)."""
+        ...
+
+
+class StateRows:
+    """N running texts of a `Machine` (a `SlotModel`), a state each."""
+
+    def __init__(self, model: Machine, num_rows: int) -> None:
         self.model = model
-        self._states = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        self._states = model.states(torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device), [1] * num_rows)[:, 0]
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n,) after each."""
+        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, ...) after each."""
         states = last_states(self.states(tokens, lengths), lengths)
         self._states[self._upload(slots)] = states
         return states
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only where `active` (N,) bool; returns a copy of the states (N,)."""
+        """Adds one token to each row (N,), or only where `active` (N,) bool; returns a copy of the states (N, ...)."""
         after = self.model.after(self._states, tokens)
         if active is not None and not np.all(active):
-            after = torch.where(upload(np.asarray(active, dtype=bool), self.model.device), after, self._states)
+            mask = upload(np.asarray(active, dtype=bool), self.model.device)
+            after = torch.where(mask.view(-1, *[1] * (after.ndim - 1)), after, self._states)
         self._states = after
         return after.clone()
 

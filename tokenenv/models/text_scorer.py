@@ -24,8 +24,8 @@ def make_text_scorer(model: Any, tokenizer: Any, policy_tokenizer: Any, *, max_b
     """A `TextScorer` that gives a reward model the policy's texts in the reward model's own tokens.
 
     The text is prompt and response as the policy's tokenizer decodes them together, without special tokens; the reward
-    model's tokenizer adds its own. Of a text that is longer than the reward model's positions the beginning is left out,
-    with one warning; response tokens there score 0.
+    model's tokenizer adds its own, and reads those that the text spells out as what they are. Of a text that is longer than
+    the reward model's positions the beginning is left out, with one warning; response tokens there score 0.
 
     Args:
         model: a sequence- or token-classification model with one label; causal or not.
@@ -54,7 +54,7 @@ def make_text_scorer(model: Any, tokenizer: Any, policy_tokenizer: Any, *, max_b
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class AlignedScorer:
     """Scores finished texts in the reward model's own tokens; see `make_text_scorer`."""
 
@@ -66,6 +66,8 @@ class AlignedScorer:
     max_tokens: int | None
     """The longest text that the model can read, in its own tokens; None: no limit."""
     max_batch_tokens: int
+    warned: bool = False
+    """Whether the user knows that texts are cut."""
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
         """(B, width) float32: the score of each of the policy's response tokens, zero to the right.
@@ -97,7 +99,8 @@ class AlignedScorer:
         """The reward tokens of each text and their characters."""
         cut = {} if self.max_tokens is None else {"truncation": True, "max_length": self.max_tokens}
         encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False, **cut)
-        if any(one.overflowing for one in encoded.encodings):
+        if not self.warned and any(one.overflowing for one in encoded.encodings):
+            self.warned = True
             warnings.warn(
                 f"a text is longer than the {self.max_tokens} tokens that the reward model can read; its beginning is left "
                 "out, and response tokens there score 0",
@@ -122,7 +125,8 @@ class AlignedScorer:
         """The model's own logits (b, R) or (b, 1) of right-padded texts."""
         mask = np.arange(lengths.max()) < lengths[:, None]
         tokens = np.full(mask.shape, self._pad_id or 0)
-        tokens[mask] = np.concatenate(ids)
+        known = self.model.get_input_embeddings().num_embeddings  # a text may spell out a special token that the model lacks
+        tokens[mask] = np.concatenate(ids).clip(max=known - 1)
         options = {"use_cache": False} if "use_cache" in signature(self.model.forward).parameters else {}
         on_device = [torch.from_numpy(array).to(self.model.device) for array in (tokens, mask.astype(np.int64))]
         logits = self.model(input_ids=on_device[0], attention_mask=on_device[1], **options).logits
@@ -130,8 +134,9 @@ class AlignedScorer:
 
     @property
     def _pad_id(self) -> int | None:
-        """The id by which the model itself finds a text's last token."""
-        return self.model.config.get_text_config().pad_token_id
+        """The id by which the model itself finds a text's last token; some configs say -1 where there is none."""
+        pad_id = self.model.config.get_text_config().pad_token_id
+        return None if pad_id is None or pad_id < 0 else pad_id
 
     @property
     def _budget(self) -> int:
@@ -142,7 +147,7 @@ class AlignedScorer:
 def _scores_tokens(model: Any) -> bool:
     """Whether the model gives one score a token, rather than one a text."""
     with acting(model):
-        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits
+        logits = getattr(model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)), "logits", torch.zeros(0))
     if tuple(logits.shape) not in ((1, 3, 1), (1, 1)):
         raise ModelError(
             f"{type(model).__name__} gives logits {tuple(logits.shape)} for a text of 3 tokens; allowed: sequence- or "
@@ -154,7 +159,8 @@ def _scores_tokens(model: Any) -> bool:
 def _check_vocabulary(model: Any, tokenizer: Any) -> None:
     """An id that the model has no embedding for would end a CUDA process."""
     special, size = set(tokenizer.all_special_ids), model.get_input_embeddings().num_embeddings
-    last = max(index for index in tokenizer.get_vocab().values() if index not in special)
+    common = [index for index in tokenizer.get_vocab().values() if index not in special]
+    last = max([*common, *tokenizer("")["input_ids"]])  # a special token that no text is given is often beyond the model's
     if last >= size:
         raise ModelError(
             f"the reward model's tokenizer has ids up to {last} and {type(model).__name__} {size} embeddings; "

@@ -99,6 +99,7 @@ class Oracle(Shaping):
     def bind(self, parts: Parts) -> None:
         """Takes the task's oracle, and beta where none was given."""
         super().bind(parts)
+        assert parts.task.oracle is not None
         self._oracle = parts.task.oracle
         self._beta = parts.kl_coef if self.beta is None else self.beta
 

@@ -1,0 +1,102 @@
+"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and digit by digit."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import check_choice
+from tokenenv.models.automaton import StateRows
+
+PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
+TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
+"""Ids are places in this list."""
+LAST, ALL = 1, 2
+"""Bits of an `Adder`'s state: the last token was right, all tokens of the answer so far were."""
+MAX_OPERAND = 99
+LARGEST = 10**9
+"""Operands of prompts that nobody meant to be sums are kept below this."""
+
+
+@cache
+def sums(split: str) -> tuple[tuple[int, int], ...]:
+    """The pairs of operands of one split ('train' or 'test', a quarter), both 0 to 99, in order."""
+    check_choice("split", split, ("train", "test"))
+    pairs = ((a, b) for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1))
+    return tuple(pair for pair in pairs if split_of(*pair) == split)
+
+
+def split_of(a: int, b: int) -> str:
+    """'train' or 'test', by a stable hash of the question; a + b and b + a are in one split."""
+    question = f"{min(a, b)}+{max(a, b)}="
+    return "test" if hashlib.sha256(question.encode()).digest()[0] < 64 else "train"
+
+
+class Adder:
+    """Reads a question such as "27+85=" and then the answer, token by token (a `TokenModel`: a scorer's trunk).
+
+    States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1 within the question), and in
+    two bits whether the last token was right and whether all of the answer's were. Right are the digits of the sum from the
+    first on, each at its place, and <eos> behind the last; whatever the earlier tokens were. Any tokens can be read: the
+    question ends at the first "=", signs between its digits and pluses are nothing, an operand without digits is 0.
+    """
+
+    vocab_size = len(TOKENS)
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        self._powers = 10 ** torch.arange(12, device=self.device)
+
+    def slots(self, num_rows: int, max_length: int) -> StateRows:
+        """N running texts of any length."""
+        return StateRows(self, num_rows)
+
+    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
+        """Right-padded `tokens` (B, L) to states (B, L, 4), in which state t has read token t."""
+        return torch.stack(list(self._walk(tokens)), dim=1)
+
+    def after(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The states (K, 4) after one more token (K,)."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        total, operand, place, marks = states.unbind(-1)
+        asking = place < 0
+        digit, closes = tokens - ZERO, (tokens == PLUS) | (tokens == EQUALS)
+        longer = torch.where((digit >= 0) & (digit < 10), operand * 10 + digit, operand) % LARGEST
+        right = tokens == self._expected(total, place)
+        answer = right * LAST + (right & (marks & ALL > 0)) * ALL
+        question = [
+            torch.where(closes, total + operand, total),
+            torch.where(closes, 0, longer),
+            torch.where(tokens == EQUALS, 0, -1),
+            torch.full_like(marks, ALL),
+        ]
+        columns = zip(question, (total, operand, place + 1, answer), strict=True)
+        return torch.stack([torch.where(asking, one, other) for one, other in columns], dim=-1)
+
+    def score(self, states: Tensor) -> Tensor:
+        """(K,) float32: 1 where the text is a question with its whole right answer, <eos> included, else 0."""
+        total, _, place, marks = states.unbind(-1)
+        return ((place == self._num_digits(total) + 1) & (marks & ALL > 0)).float()
+
+    def step_score(self, states: Tensor) -> Tensor:
+        """(K,) float32: the share of the answer that the last token got right: 1 / its tokens, <eos> included, or 0."""
+        total, _, _, marks = states.unbind(-1)
+        return (marks & LAST > 0) / (self._num_digits(total) + 1)
+
+    def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
+        state = torch.tensor([0, 0, -1, ALL], device=self.device).expand(len(tokens), 4)
+        for column in tokens.unbind(1):
+            state = self.after(state, column)
+            yield state
+
+    def _expected(self, total: Tensor, place: Tensor) -> Tensor:
+        """The right token (K,) at a place of the answer; none, -1, beyond its end."""
+        left = self._num_digits(total) - 1 - place
+        digit = total // self._powers[left.clamp(0, len(self._powers) - 1)] % 10
+        return torch.where(left >= 0, ZERO + digit, torch.where(left == -1, EOS, -1))
+
+    def _num_digits(self, total: Tensor) -> Tensor:
+        return (total[:, None] >= self._powers).sum(-1).clamp(min=1)
