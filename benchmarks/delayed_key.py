@@ -27,7 +27,7 @@ from tokenenv.agents.evaluate import next_token_probs
 from tokenenv.models.residual_lm import ResidualLM
 
 BETA, GOAL, EVERY, N = 0.05, 0.8, 10_000, 64
-SETTINGS: dict[str, Any] = {"lr": 2e-3, "lr_schedule": "constant", "batch_tokens": 2048, "vf_coef": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 3e-3, "lr_schedule": "constant", "batch_tokens": 2048, "vf_coef": 0.1}
 """Of PPO, the same for all."""
 BUDGETS = {"oracle": {16: 100_000, 32: 250_000}, "terminal": {16: 150_000, 32: 300_000}}
 DESIGNS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenenv.errors import check_choice
 from tokenenv.models.automaton import StateRows
+from tokenenv.models.batching import upload
 
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
@@ -87,7 +88,7 @@ class Adder:
         return (marks & LAST > 0) / (self._num_digits(total) + 1)
 
     def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
-        state = torch.tensor([0, 0, -1, ALL], device=self.device).expand(len(tokens), 4)
+        state = upload(np.array([0, 0, -1, ALL]), self.device).expand(len(tokens), 4)
         for column in tokens.unbind(1):
             state = self.after(state, column)
             yield state

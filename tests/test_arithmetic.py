@@ -1,7 +1,5 @@
 """Arithmetic-v0: what is right is what Python says, whole and digit by digit, read at once or token by token."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import tasks
@@ -10,7 +8,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenenv.envs.adder import EOS, TOKENS, Adder, sums
+from tokenenv.envs.adder import EOS, PAD, TOKENS, Adder, sums
 from tokenenv.envs.bundled import bundled_lm, bundled_tokenizer
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.process import FORMS, Process
@@ -85,6 +83,11 @@ def test_odd_questions_have_answers_too(question: str, answer: str) -> None:
     assert float(ADDER.score(read(ids(f"{question}{answer}$")))[-1]) == 1
 
 
+def test_what_is_no_digit_within_a_question_is_nothing() -> None:
+    tokens = [*ids("1"), PAD, 40, *ids("+"), EOS, *ids("2"), -3, *ids("=3$")]
+    assert float(ADDER.score(read(tokens))[-1]) == 1
+
+
 @given(st.data())
 @settings(max_examples=50)
 def test_rows_read_what_whole_texts_say(data: st.DataObject) -> None:
@@ -120,9 +123,11 @@ def test_prompts_are_the_sums_and_decode_as_text() -> None:
         assert (int(a), int(b)) in set(sums("test"))
 
 
-@pytest.mark.parametrize("reward", ["terminal", "delta", *(Process(form) for form in FORMS)], ids=str)
-def test_stepping_pays_what_scoring_says(reward: Any) -> None:
-    envs = tasks.make_vec(4, AutoresetMode.SAME_STEP, ID, reward=reward)
+@pytest.mark.parametrize("design", ["terminal", *FORMS])
+def test_stepping_pays_what_scoring_says(design: str) -> None:
+    envs = tasks.make_vec(
+        4, AutoresetMode.SAME_STEP, ID, reward={"it": "terminal" if design == "terminal" else Process(design)}
+    )
     episodes = tasks.play(envs, steps=30, stop=0.3)
     paid = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
     tasks.assert_equal(paid.step_rewards, np.stack([e.padded(e.rewards, 4) for e in episodes]), 1e-5)
@@ -131,10 +136,11 @@ def test_stepping_pays_what_scoring_says(reward: Any) -> None:
 
 def test_process_adds_up_to_the_share_of_right_tokens() -> None:
     envs = tasks.make_vec(1, env_id=ID, reward="process", kl="none", max_new_tokens=6)
-    questions, answers = ["27+85=", "27+85=", "27+85=", "5+3="], [ids("112$"), ids("122$"), ids("111111"), ids("8$")]
+    questions = ["27+85=", "27+85=", "27+85=", "5+3=", "45+54="]
+    answers = [ids(answer) for answer in ("112$", "122$", "111111", "8$", "99$")]
     paid = envs.unwrapped.score_episodes([ids(question) for question in questions], answers)
-    np.testing.assert_allclose(paid.token_rewards.sum(1), [1, 0.75, 0.5, 1], atol=1e-6)
-    np.testing.assert_allclose(paid.score, [1, 0, 0, 1])
+    np.testing.assert_allclose(paid.token_rewards.sum(1), [1, 0.75, 0.5, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(paid.score, [1, 0, 0, 1, 1])
     np.testing.assert_allclose(paid.gold, paid.score)
 
 
@@ -154,3 +160,11 @@ def test_the_reference_is_often_right_and_often_wrong() -> None:
         responses.append(text[len(prompt) :])
     assert tokenizer.decode(prompts[0]).endswith("=")
     assert 0.5 < envs.unwrapped.score_episodes(prompts, responses).score.mean() < 0.85
+
+
+def test_a_text_ends_with_the_stop() -> None:
+    envs = tasks.make_vec(2, env_id=ID)
+    envs.reset(seed=0)
+    _, _, terminated, truncated, _ = envs.step(np.array([EOS, TOKENS.index("1")]))
+    assert terminated.tolist() == [True, False]
+    assert not truncated.any()

@@ -136,10 +136,14 @@ class Gradient(RewardTerm):
 
 
 def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near 0: Gauss-Legendre in u, at u**3."""
+    """Points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near 0: Gauss-Legendre in u, at u**3.
+
+    The weights add up to 1 for one point too, so that a constant is always integrated exactly.
+    """
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     u = (nodes + 1) / 2
-    return (u**3).astype(np.float32), (weights / 2 * 3 * u**2).astype(np.float32)
+    weights = weights * u**2
+    return (u**3).astype(np.float32), (weights / weights.sum()).astype(np.float32)
 
 
 def _relative_error(placed: Tensor, change: Tensor) -> Tensor:
