@@ -34,7 +34,10 @@ lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and
 bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/cached_lm.py
+	$(BIN)/python benchmarks/automata.py
+	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/delayed_key.py
 
 clean:  ## everything that was made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -165,6 +165,14 @@ class Embeddings(nn.Module):
         return (states + 1.0 if self.uses_ids and input_ids is not None else states,)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 16])
+def test_a_constant_is_integrated_exactly_and_what_is_steep_near_zero_well(steps):
+    points, weights = quadrature(steps)
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    if steps == 16:
+        assert (weights * 1e-3 / (points + 1e-3) ** 2).sum() == pytest.approx(1 / 1.001, rel=0.01)
+
+
 def test_a_score_linear_in_the_embeddings_is_shared_exactly_by_one_point():
     scorer = summing(Embeddings().requires_grad_(False))
     rewards = placed(Gradient(steps=1), scorer, PAIRS, UNPAID)
