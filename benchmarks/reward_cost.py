@@ -7,7 +7,6 @@ need, against `terminal` there.
 """
 
 import argparse
-import copy
 import time
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers import LlamaForCausalLM
 
 import tokenenv  # noqa: F401  (registers the ids)
-from tokenenv.envs.bundled import bundled_lm, bundled_scorer
+from tokenenv.envs.bundled import bundled_scorer
 from tokenenv.rewards.designs import DESIGNS
 from tokenenv.rewards.implicit import Implicit
 
@@ -30,10 +30,11 @@ console = Console()
 
 
 def shared_implicit() -> Implicit:
-    """The log-ratio of a language model on the reward model's own trunk."""
-    model = copy.copy(bundled_lm("pydocs-lm", "cpu", torch.float32))
-    model._modules = dict(model._modules) | {"model": bundled_scorer("pydocs-reward", "cpu", torch.float32).model}
-    return Implicit(model)
+    """The log-ratio of a language model on the reward model's own trunk, with its input embeddings as the output layer."""
+    trunk = bundled_scorer("pydocs-reward", "cpu", torch.float32).model
+    model = LlamaForCausalLM(trunk.config)
+    model.model, model.lm_head.weight = trunk, trunk.embed_tokens.weight
+    return Implicit(model.eval().requires_grad_(False))
 
 
 def make_envs(design: str, env_id: str, length: int) -> gym.vector.VectorEnv:
@@ -70,7 +71,7 @@ def measure(designs: list[str], env_id: str, length: int, repetitions: int) -> d
 def main() -> None:
     """Prints microseconds per token, and how many times `terminal`'s that is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=7)
     repetitions = parser.parse_args().repetitions
     here = [design for design in DESIGNS if design not in PLACES and design != "terminal"]
     found = {length: measure(here, "tokenenv/PyDocs-v0", length, repetitions) for length in LENGTHS}
