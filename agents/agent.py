@@ -48,8 +48,6 @@ class Agent:
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
-    reward_to_go: ClassVar[bool] = True
-    """Whether a token is credited with the rewards from it on alone, as advantage estimates do."""
 
     def __init__(
         self,
@@ -61,8 +59,7 @@ class Agent:
         **overrides: Any,
     ) -> None:
         check_env(envs)
-        if self.reward_to_go:
-            warn_if_biased(envs)
+        warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
             raise InvalidArgument(f"config={config!r} is no {self.config_class.__name__}.")
         for name in overrides:

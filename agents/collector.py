@@ -47,6 +47,8 @@ class Collector:
         self._ring = torch.zeros(0)
         self._potential = torch.zeros(envs.num_envs)
         """(N,) the env's Phi of the texts as they stand."""
+        self.has_potential = False
+        """Whether the env has reported one."""
         self._clock = 0
         self._age = np.zeros(envs.num_envs, np.int64)
         self.finished = np.zeros(envs.num_envs, np.int64)
@@ -124,6 +126,7 @@ class Collector:
     def _note_potential(self, infos: Mapping[str, Any]) -> None:
         """Rows that the info leaves out keep theirs."""
         if "potential" in infos:
+            self.has_potential = True
             known, potential = (torch.as_tensor(infos[key], device=self._ring.device) for key in ("_potential", "potential"))
             self._potential = torch.where(known, potential.float(), self._potential)
 

@@ -31,7 +31,7 @@ def warn_if_biased(envs: VectorEnv) -> None:
             "rewards add up to something else, or early ones depend on later tokens (docs/rewards.md). 'terminal', 'delta', "
             "'segment', 'shaping' and a causal 'token' do; keep this one to compare with, and judge by score and gold.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -53,7 +53,7 @@ class PPOConfig(AgentConfig):
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
     critic_offset: str | None = None
     """"potential": shaping is taken out of the rewards, and the potential that the env reports added to the critic: the
-    same advantages from unshaped rewards; None leaves rewards as they are."""
+    same advantages from unshaped rewards (up to the scale that `scale_rewards` finds); None leaves rewards as they are."""
     separate_value: bool = False
     """Whether the critic has a trunk of its own, or shares the policy's."""
 
@@ -103,7 +103,7 @@ class PPO(Agent):
         rewards_BT, potential_BT1 = self.rewards(batch), batch.potential_BT1
         if self.config.critic_offset is None:
             return rewards_BT, torch.zeros_like(potential_BT1)
-        if not potential_BT1.any():
+        if not self.collector.has_potential:
             raise InvalidArgument(
                 "critic_offset='potential' needs an env that reports a potential: a potential-based design, such as 'delta'."
             )

@@ -1,4 +1,4 @@
-"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and digit by digit."""
+"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and up to each digit."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,6 @@ from tokenenv.models.batching import upload
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
 """Ids are places in this list."""
-LAST, ALL = 1, 2
-"""Bits of an `Adder`'s state: the last token was right, all tokens of the answer so far were."""
 MAX_OPERAND = 99
 LARGEST = 10**9
 """Operands of prompts that nobody meant to be sums are kept below this."""
@@ -39,10 +37,9 @@ def split_of(a: int, b: int) -> str:
 class Adder:
     """Reads a question such as "27+85=" and then the answer, token by token (a `TokenModel`: a scorer's trunk).
 
-    States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1 within the question), and in
-    two bits whether the last token was right and whether all of the answer's were. Right are the digits of the sum from the
-    first on, each at its place, and <eos> behind the last; whatever the earlier tokens were. Any tokens can be read: the
-    question ends at the first "=", signs between its digits and pluses are nothing, an operand without digits is 0.
+    States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1 within the question), and
+    whether the answer is right up to there: the digits of the sum from the first on, and <eos> behind the last. Any tokens
+    can be read: the question ends at the first "=", what is no digit or sign in it is nothing, an operand without digits is 0.
     """
 
     vocab_size = len(TOKENS)
@@ -62,33 +59,31 @@ class Adder:
     def after(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The states (K, 4) after one more token (K,)."""
         tokens = tokens.to(self.device, non_blocking=True)
-        total, operand, place, marks = states.unbind(-1)
+        total, operand, place, right = states.unbind(-1)
         asking = place < 0
         digit, closes = tokens - ZERO, (tokens == PLUS) | (tokens == EQUALS)
         longer = torch.where((digit >= 0) & (digit < 10), operand * 10 + digit, operand) % LARGEST
-        right = tokens == self._expected(total, place)
-        answer = right * LAST + (right & (marks & ALL > 0)) * ALL
         question = [
             torch.where(closes, total + operand, total),
             torch.where(closes, 0, longer),
             torch.where(tokens == EQUALS, 0, -1),
-            torch.full_like(marks, ALL),
+            right,
         ]
-        columns = zip(question, (total, operand, place + 1, answer), strict=True)
+        answer = [total, operand, place + 1, right * (tokens == self._expected(total, place))]
+        columns = zip(question, answer, strict=True)
         return torch.stack([torch.where(asking, one, other) for one, other in columns], dim=-1)
 
     def score(self, states: Tensor) -> Tensor:
         """(K,) float32: 1 where the text is a question with its whole right answer, <eos> included, else 0."""
-        total, _, place, marks = states.unbind(-1)
-        return ((place == self._num_digits(total) + 1) & (marks & ALL > 0)).float()
+        total, _, place, right = states.unbind(-1)
+        return ((place == self._num_digits(total) + 1) & (right == 1)).float()
 
     def step_score(self, states: Tensor) -> Tensor:
-        """(K,) float32: the share of the answer that the last token got right: 1 / its tokens, <eos> included, or 0."""
-        total, _, _, marks = states.unbind(-1)
-        return (marks & LAST > 0) / (self._num_digits(total) + 1)
+        """(K,) float32: 1 where the answer is right up to here, else 0."""
+        return states[:, 3].float()
 
     def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
-        state = upload(np.array([0, 0, -1, ALL]), self.device).expand(len(tokens), 4)
+        state = upload(np.array([0, 0, -1, 1]), self.device).expand(len(tokens), 4)
         for column in tokens.unbind(1):
             state = self.after(state, column)
             yield state

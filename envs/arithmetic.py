@@ -2,7 +2,7 @@
 
 Prompts are sums of two numbers from 0 to 99, such as "27+85=". A text ends with <eos>; it scores 1 if what stands between is
 the right answer, else 0: verified, not learned. The reference learned from pupils who make mistakes, so it is often wrong.
-reward="process" pays each digit, and the <eos>, its share of the answer where it is right at its place.
+The steps of reward="process" are the digits and the <eos>: each scores 1 if the answer is right up to there, else 0.
 """
 
 import torch
@@ -26,7 +26,7 @@ def task(*, split: str = "train", max_new_tokens: int = 4, device: str = "cpu", 
         prompts=tokenizer([f"{a}+{b}=" for a, b in sums(split)])["input_ids"],
         reference=bundled_lm("arithmetic-lm", device, dtype),
         scorer=Scorer(adder, adder.score, per_token=False),
-        step_scorer=Scorer(adder, adder.step_score, per_token=True),
+        step_scorer=Scorer(adder, adder.step_score, per_token=False),
         step_end_token_ids=tuple(range(ZERO, ZERO + 10)),
         gold="score",
         max_prompt_tokens=MAX_PROMPT_TOKENS,

@@ -45,7 +45,7 @@ class AutomatonOracle:
 
     (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r + V*(s'). An `obs` holds N
     texts as the env observes them, NumPy or torch, with a prompt of one token; beta is in reward per nat, 0 or more.
-    Tables of the last few betas are kept.
+    The tables of the last two betas are kept.
 
     Raises:
         InvalidArgument: an observation is not of this task, or a next token is asked for after a text has ended.
@@ -56,8 +56,8 @@ class AutomatonOracle:
             raise InvalidArgument(f"automaton reads {automaton.vocab_size} tokens, reference has {reference.vocab_size}.")
         self.automaton, self.reference = automaton, reference
         self.max_new_tokens, self.vocab_size = max_new_tokens, reference.vocab_size
-        self._values = lru_cache(maxsize=4)(self._solve)
-        self._device_values = lru_cache(maxsize=4)(self._upload)
+        self._values = lru_cache(maxsize=2)(self._solve)
+        self._device_values = lru_cache(maxsize=1)(self._upload)
 
     def value(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
         """V* (N,) float64; of a finished text, its score."""
@@ -152,7 +152,10 @@ class AutomatonOracle:
 
     def _read(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Step, automaton state and last token (N,) of N texts."""
-        tokens, length, prompt_length = (_host(obs[key]) for key in ("tokens", "length", "prompt_length"))
+        if not isinstance(obs, Mapping) or not {"tokens", "length", "prompt_length"} <= set(obs):
+            raise InvalidArgument("obs must be a token observation: tokens, length and prompt_length.")
+        tokens = np.atleast_2d(_host(obs["tokens"]))
+        length, prompt_length = (np.atleast_1d(_host(obs[key])) for key in ("length", "prompt_length"))
         if (prompt_length != 1).any() or (length < 1).any() or (length > self.max_new_tokens + 1).any():
             raise InvalidArgument(
                 f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} tokens; allowed: 1, and 1 to "

@@ -1,7 +1,6 @@
 """A reward design of your own, from the class to a trained policy.
 
-The design pays a token for what it changes in the reward model's score, but only when the text has become better or worse
-by a margin since the last time it paid: small ups and downs of the score are not worth learning from.
+It pays a token for what it changes in the reward model's score, but only when that has moved by a margin since it last paid.
 """
 
 import gymnasium as gym
@@ -25,6 +24,7 @@ class Milestones(RewardTerm):
     preserves_return = True
     preserves_gradient = True
     has_memory = True
+    has_potential = True
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
@@ -34,6 +34,10 @@ class Milestones(RewardTerm):
         if memory is None:
             return states.score
         return torch.where((states.score - memory).abs() >= self.margin, states.score, memory)
+
+    def potential(self, states: States) -> Tensor:
+        """(K,): the same number; the env reports it, for `PPO(critic_offset="potential")`."""
+        return states.memory[self.name]
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the change since the last milestone, where there is a new one."""

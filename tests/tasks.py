@@ -66,6 +66,7 @@ def device_task(device: str) -> Task:
         stop_token_ids=STOPS,
         scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1).to(device)),
         gold=lambda prompt, response: float(len(response)),
+        implicit_model=fakes.causal_lm(seed=5, num_hidden_layers=1).to(device),
     )
 
 

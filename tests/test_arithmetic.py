@@ -30,11 +30,10 @@ def read(tokens: list[int]) -> torch.Tensor:
 
 
 def by_hand(question: str, answer: list[int]) -> tuple[float, list[float]]:
-    """The score, and each answer token's share, by Python's own sum."""
+    """The score, and whether the answer is right up to each of its tokens, by Python's own sum."""
     a, b = question[:-1].split("+")
     expected = [*ids(str(int(a) + int(b))), EOS]
-    right = [token == wanted for token, wanted in zip(answer, expected + [-1] * len(answer), strict=False)]
-    return float(answer == expected), [one / len(expected) for one in right]
+    return float(answer == expected), [float(answer[:n] == expected[:n]) for n in range(1, len(answer) + 1)]
 
 
 @given(numbers, numbers, st.none() | characters)
@@ -43,37 +42,34 @@ def test_right_is_what_python_says(a: int, b: int, tokens: list[int] | None) -> 
     question = f"{a}+{b}="
     answer = [*ids(str(a + b)), EOS] if tokens is None else tokens
     states = read(ids(question) + answer)[len(question) - 1 :]
-    score, shares = by_hand(question, answer)
+    score, steps = by_hand(question, answer)
     assert float(ADDER.score(states)[-1]) == score
-    np.testing.assert_allclose(ADDER.step_score(states), [0.0, *shares], rtol=1e-6)
+    assert ADDER.step_score(states).tolist() == [1.0, *steps]
 
 
 @pytest.mark.parametrize(
-    ("text", "score", "shares"),
+    ("text", "score", "steps"),
     [
         ("27+85=112$", 1, [1, 1, 1, 1]),
         ("27+85=112", 0, [1, 1, 1]),  # not ended
-        ("27+85=122$", 0, [1, 0, 1, 1]),  # the digits behind a wrong one count at their places
+        ("27+85=122$", 0, [1, 0, 0, 0]),  # nothing behind a wrong digit is right
         ("27+85=11$", 0, [1, 1, 0]),
         ("27+85=1122$", 0, [1, 1, 1, 0, 0]),
         ("0+0=0$", 1, [1, 1]),
         ("0+9=09$", 0, [0, 0, 0]),
     ],
 )
-def test_examples(text: str, score: float, shares: list[int]) -> None:
+def test_examples(text: str, score: float, steps: list[int]) -> None:
     states = read(ids(text))
     assert float(ADDER.score(states)[-1]) == score
-    each = ADDER.step_score(states)[text.index("=") + 1 :]
-    question = text.split("=")[0]
-    np.testing.assert_allclose(each, np.array(shares) / (len(str(sum(map(int, question.split("+"))))) + 1), rtol=1e-6)
+    assert ADDER.step_score(states)[text.index("=") + 1 :].tolist() == steps
 
 
 @given(st.lists(st.integers(-5, 40), min_size=1, max_size=40))
 def test_any_tokens_can_be_read(tokens: list[int]) -> None:
     states = read(tokens)
     assert ((ADDER.score(states) == 0) | (ADDER.score(states) == 1)).all()
-    total = ADDER.step_score(states).sum()
-    assert 0 <= total <= 1 + 1e-6
+    assert (ADDER.step_score(states).diff() <= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -134,14 +130,23 @@ def test_stepping_pays_what_scoring_says(design: str) -> None:
     tasks.assert_equal(paid.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]), 1e-5)
 
 
-def test_process_adds_up_to_the_share_of_right_tokens() -> None:
-    envs = tasks.make_vec(1, env_id=ID, reward="process", kl="none", max_new_tokens=6)
-    questions = ["27+85=", "27+85=", "27+85=", "5+3=", "45+54="]
-    answers = [ids(answer) for answer in ("112$", "122$", "111111", "8$", "99$")]
-    paid = envs.unwrapped.score_episodes([ids(question) for question in questions], answers)
-    np.testing.assert_allclose(paid.token_rewards.sum(1), [1, 0.75, 0.5, 1, 1], atol=1e-6)
-    np.testing.assert_allclose(paid.score, [1, 0, 0, 1, 1])
+@pytest.mark.parametrize(
+    ("form", "returns"),
+    [("sum", [4, 1, 0, 0]), ("delta", [0, -1, -1, -1]), ("clip", [0, -1.5, -0.5, -2]), ("min", [1, 0, 0, 0])],
+)
+def test_every_form_of_process_prefers_the_right_answer(form: str, returns: list[float]) -> None:
+    envs = tasks.make_vec(1, env_id=ID, reward=Process(form), kl="none")
+    answers = [ids(answer) for answer in ("112$", "122$", "$", "9999")]
+    paid = envs.unwrapped.score_episodes([ids("27+85=")] * 4, answers)
+    np.testing.assert_allclose(paid.token_rewards.sum(1), returns, atol=1e-3)
+    np.testing.assert_allclose(paid.score, [1, 0, 0, 0])
     np.testing.assert_allclose(paid.gold, paid.score)
+
+
+def test_every_digit_ends_a_step() -> None:
+    envs = tasks.make_vec(1, env_id=ID, reward="process", kl="none")
+    paid = envs.unwrapped.score_episodes([ids("45+54="), ids("9+69="), ids("1+1=")], [ids("99$"), ids("78$"), ids("2$")])
+    np.testing.assert_allclose(paid.token_rewards, [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
 
 
 def test_the_reference_is_often_right_and_often_wrong() -> None:

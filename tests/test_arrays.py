@@ -15,8 +15,18 @@ from gymnasium.vector import AutoresetMode
 from tasks import MODES, assert_equal, copied, make_vec, random_actions, some_modes
 
 from tokenenv.models import cached_lm, heads
-from tokenenv.rewards.base import RewardTerm
-from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards import (
+    Clipped,
+    Implicit,
+    PositionScaled,
+    RewardTerm,
+    Rule,
+    Scaled,
+    Segment,
+    Shaping,
+    TokenRule,
+    progressive,
+)
 from tokenenv.vector_env import TokenVectorEnv
 
 N = 4
@@ -81,6 +91,10 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
     "unscored": {"reward": "uniform", "score_truncated": False},
     "features": {"observation": "features", "reward": "delta"},
     "none": {"kl": "none", "reward": {}},
+    "segment": {"reward": Segment(1.0)},
+    "implicit": {"reward": Implicit(clip=0.5, mix=1.0)},
+    "fading": {"reward": progressive("terminal", Shaping(gamma=0.9))},
+    "wrapped": {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), "c": Clipped("delta", -1, 1)}},
 }
 CASES_IN_MODES = [(name, AutoresetMode.SAME_STEP) for name in DEVICE_CASES] + [("all", mode) for mode in MODES[:1] + MODES[2:]]
 

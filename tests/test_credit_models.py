@@ -218,3 +218,11 @@ def test_a_sum_that_stays_wrong_is_warned_of_once_and_paid_on_the_last_token():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         term.place(texts, T)
+
+
+def test_a_caller_may_step_in_inference_mode():
+    scorer = smooth("token")
+    term, texts = bound(Gradient(), scorer), finished(PAIRS, UNPAID, score_texts(scorer, PAIRS))
+    with torch.inference_mode():
+        inside = term.place(finished(PAIRS, UNPAID, score_texts(scorer, PAIRS)), T)
+    close(inside, term.place(texts, T))

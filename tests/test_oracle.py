@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -297,8 +298,17 @@ def test_observations_may_be_tensors_and_hold_texts_of_any_length(name):
         np.testing.assert_array_equal(method({key: torch.from_numpy(x) for key, x in mixed.items()}, 0.1), alone)
 
 
+def test_a_single_envs_observation_is_one_text():
+    obs, _ = gym.make("tokenenv/DelayedKey-v0").reset(seed=0)
+    oracle = small("DelayedKey").oracle
+    assert oracle.value({**obs, "tokens": obs["tokens"][: small("DelayedKey").T + 1]}, 0.1).shape == (1,)
+
+
 def test_observations_that_make_no_sense_are_refused():
     s = small("DelayedKey")
+    for wrong in (np.zeros((3, 4)), {"tokens": np.zeros((3, 4), int)}):
+        with pytest.raises(InvalidArgument, match="obs must be a token observation"):
+            s.oracle.value(wrong, 0.1)
     finished = observation(s.prefixes(s.T)[:3], s.T)
     for method in (s.oracle.q, s.oracle.policy):
         with pytest.raises(InvalidArgument, match=r"finished texts \(rows \[0, 1, 2\]\)"):

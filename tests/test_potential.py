@@ -61,6 +61,12 @@ def test_an_env_without_a_potential_has_nothing_to_offset() -> None:
         PPO(make_vec(4, "SameStep"), critic_offset="potentials")
 
 
+def test_a_potential_that_is_zero_is_one() -> None:
+    """A sparse score, or a schedule that has not begun."""
+    for reward in (Shaping(lambda states: torch.zeros(states.step.shape)), {"later": ("delta", 0.0), "now": "terminal"}):
+        PPO(make_vec(4, "SameStep", reward=reward), batch_tokens=16, critic_offset="potential").learn(32)
+
+
 def test_the_critic_takes_the_potential_without_a_change_to_the_advantages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shaped rewards, and unshaped ones with an offset critic, give the same advantages and critic targets."""
     seen = []

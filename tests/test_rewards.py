@@ -1,7 +1,10 @@
 """Reward terms on hand-made transitions: each number can be checked by eye."""
 
+import math
+
 import numpy as np
 import pytest
+import tasks
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,7 +206,10 @@ def test_one_term_serves_several_envs():
     [
         ("tokn", "reward='tokn' is not known; allowed: .*Did you mean 'token'"),
         ({"kl": "token"}, "the term name 'kl' is taken; use kl= and kl_coef= instead"),
-        ({"a": ("token", "much")}, "the weight of 'a' must be a number or a schedule"),
+        ({"a": ("token", "much")}, "the weight of 'a' must be a finite number or a schedule"),
+        ({"a": ("token", math.nan)}, "the weight of 'a' must be a finite number"),
+        ({"mix": ({"a": ("terminal", "high")}, 0.5)}, "the weight of 'a' must be a finite number"),
+        ({"a": ("terminal", 1, 2)}, r"reward= has a tuple of 3 at 'a'; allowed: \(design, weight\)"),
         (3, "reward=3 must be a design's name, a RewardTerm, or a mapping"),
     ],
 )
@@ -224,3 +230,44 @@ def test_bad_rewards_are_named(reward, message):
 def test_what_a_term_needs_is_named(term, lacking, message):
     with pytest.raises(InvalidArgument, match=message):
         term.bind(parts(**lacking))
+
+
+def test_numpy_numbers_are_weights():
+    assert weight_now(make_terms({"a": ("terminal", np.float32(0.5))})["a"].weight, 0) == 0.5
+
+
+class Endless(RewardTerm):
+    """Worth -inf in every way."""
+
+    name, has_potential = "endless", True
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def reward(self, batch):
+        return torch.full(batch.tokens.shape, -torch.inf)
+
+    def place(self, texts, max_new_tokens):
+        return torch.full((len(texts.ids), max_new_tokens), -torch.inf)
+
+    def potential(self, states):
+        return torch.full(states.step.shape, -torch.inf)
+
+
+@pytest.mark.parametrize("kind", ["causal", "hindsight"])
+def test_a_weight_of_0_is_off_whatever_the_term_is_worth(kind):
+    envs = tasks.make_vec(4, "SameStep", reward={"off": (Endless(kind), 0.0)}, kl="none")
+    for episode in tasks.play(envs, steps=12):
+        assert all(reward == 0 for reward in episode.rewards)
+        assert all(info["potential"] == 0 for info in episode.infos)
+
+
+def test_terms_that_read_log_pi_need_actions_that_carry_it():
+    with pytest.raises(InvalidArgument, match="reward term 'p' reads log pi, which actions carry only with kl='policy'"):
+        tasks.make_vec(2, reward={"p": PolicyKL("k1")})
+
+
+@pytest.mark.parametrize(("estimator", "biased"), [("k1", False), ("k2", True), ("k3", True)])
+def test_estimators_that_follow_another_gradient_are_known_to_agents(estimator, biased):
+    envs = tasks.make_vec(2, reward="delta", kl="policy", kl_estimator=estimator)
+    assert envs.unwrapped.biased_terms == (("kl",) if biased else ())

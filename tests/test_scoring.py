@@ -207,3 +207,10 @@ def test_scoring_leaves_running_episodes_alone() -> None:
 
     assert [e.rewards for e in run(True)] == [e.rewards for e in run(False)]
     assert TOY in tasks.gym.registry
+
+
+def test_weights_are_numbers_or_one_a_text() -> None:
+    envs = make_vec(2, reward="terminal")
+    message = r"the weight of 'terminal' has shape \(3,\); allowed: a number, or one a text \(2\)"
+    with pytest.raises(InvalidArgument, match=message):
+        envs.unwrapped.score_episodes([[3], [4]], [[5], [6]], weights={"terminal": [1.0, 2.0, 3.0]})

@@ -273,3 +273,29 @@ def test_states_of_other_rewards_and_tasks_are_refused() -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             make_vec(N, SAME_STEP, **options).unwrapped.load_state(saved)
+
+
+@pytest.mark.parametrize("reward", ["segment", "delta"])
+def test_a_state_loads_into_an_env_that_has_been_reset(reward: str) -> None:
+    """A term may carry the very scores, as `segment` does at first: writing one must not write the other."""
+    settings = {"reward": reward, "kl": "none"}
+    envs, other = running(settings), make_vec(N, SAME_STEP, TOY, **settings)
+    other.reset(seed=7)
+    other.unwrapped.load_state(envs.unwrapped.save_state())
+    for actions in plan_of(envs, 6):
+        assert_equal(*(copied(dict(enumerate(env.step(copied(actions))))) for env in (envs, other)), tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("score_truncated", [True, False])
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
+def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: AutoresetMode, score_truncated: bool) -> None:
+    """Zero where they have ended and were scored."""
+    envs = make_vec(N, mode, TOY, reward="delta", score_truncated=score_truncated)
+    envs.reset(seed=1)
+    for stop in (0.0, 0.6):
+        info = envs.step(plan_of(envs, 1, stop=stop)[0])[4]
+    assert envs.unwrapped._ended.any()
+    loaded = envs.unwrapped.load_state(envs.unwrapped.save_state())[1]
+    assert_equal(loaded["potential"], info["potential"], TOLERANCE)
+    assert (info["potential"] == 0).any()
+    assert not (info["potential"] == 0).all()

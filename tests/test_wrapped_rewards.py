@@ -20,7 +20,7 @@ from tokenenv.rewards.shaping import Delta
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
-from tokenenv.rewards.wrappers import Clipped, PositionScaled, Scaled, line, updated_moments
+from tokenenv.rewards.wrappers import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
 from tokenenv.types import Task, TokenSpec
 
 LONGEST = 6
@@ -503,3 +503,28 @@ def test_a_copied_row_goes_on_as_its_source():
         action = np.full(4, random_actions(rng, envs, stop=0.0)[0])
         _, reward, *_ = envs.step(action)
         np.testing.assert_allclose(reward[1:3], reward[0], atol=1e-5)
+
+
+def test_an_unscored_text_that_is_paid_nothing_teaches_nothing():
+    envs = make_vec(4, "SameStep", reward=Scaled("uniform"), kl="none", score_truncated=False, stops=())
+    envs.reset(seed=0)
+    for _ in range(20):
+        envs.step(random_actions(np.random.default_rng(0), envs))
+    assert envs.unwrapped.save_state()["engine"]["learned"]["uniform"][0] == 0
+
+
+class Halved(Wrapper):
+    """A wrapper of one's own."""
+
+    def change(self, rewards, step, own):
+        return rewards / 2
+
+
+def test_a_wrapper_of_ones_own_keeps_nothing_unless_it_says_so():
+    envs = make_vec(4, "SameStep", reward=Halved("delta"), kl="none", scorer="sequence")
+    term = envs.unwrapped._engine.rewards.terms["delta"]
+    assert not term.has_potential
+    assert term.preserves_return is term.preserves_gradient is False
+    plain = make_vec(4, "SameStep", reward="delta", kl="none", scorer="sequence")
+    for one, other in zip(play(envs), play(plain), strict=True):
+        np.testing.assert_allclose(one.rewards, np.array(other.rewards) / 2, atol=1e-6)

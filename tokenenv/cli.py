@@ -209,7 +209,7 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
 
 def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
     """Where a policy stands between the reference and the exact optimum of J = score - beta KL."""
-    oracle, beta = envs.oracle, envs.kl_coef
+    oracle, beta = envs.oracle, 0.0 if envs.config.kl == "none" else envs.kl_coef
     found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
     floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
     share = (found.objective - floor) / (best - floor)

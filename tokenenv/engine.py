@@ -210,7 +210,9 @@ class RewardEngine:
             states.score = self._first_score(slots, texts, hidden)
             states.statistics = {name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()}
             last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
-            states.memory = {name: term.remember(None, last, states) for name, term in self.rewards.with_memory.items()}
+            # Copies: a term may well return the scores themselves.
+            first = {name: term.remember(None, last, states) for name, term in self.rewards.with_memory.items()}
+            states.memory = {name: memory.clone() for name, memory in first.items()}
         else:
             states.score = None if saved["score"] is None else texts.upload(saved["score"])
             states.memory = {name: texts.upload(saved["memory"][name]) for name in self.rewards.with_memory}

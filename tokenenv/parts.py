@@ -92,8 +92,14 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
         kl_coef=0.0 if config.kl == "none" else beta,
         max_batch_tokens=config.max_batch_tokens,
     )
+    terms = all_terms(task, config)
+    for name, term in terms.items():
+        if term.kind == "policy" and config.kl != "policy":
+            raise InvalidArgument(
+                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', not {config.kl!r}."
+            )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
-    return RewardEngine(parts, all_terms(task, config), num_envs, **options)
+    return RewardEngine(parts, terms, num_envs, **options)
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:

@@ -33,7 +33,7 @@ def score_episodes(
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
-    each = {name: np.broadcast_to(np.asarray(weight, np.float32), count).copy() for name, weight in weights.items()}
+    each = {name: _read_weight(name, weight, count) for name, weight in weights.items()}
     shape = (count, spec.max_new_tokens)
     out = EpisodeScores(
         token_rewards=np.zeros(shape, np.float32),
@@ -76,6 +76,13 @@ def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpe
                 f"responses[{i}] has {len(response)} tokens; allowed: 1 to max_new_tokens={spec.max_new_tokens}."
             )
     return ids[0], ids[1]
+
+
+def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
+    array = np.asarray(weight, np.float32)
+    if array.shape not in ((), (count,)):
+        raise InvalidArgument(f"the weight of {name!r} has shape {array.shape}; allowed: a number, or one a text ({count}).")
+    return np.broadcast_to(array, count).copy()
 
 
 def _read_truncated(truncated: Sequence[bool] | None, responses: list[list[int]], spec: TokenSpec) -> np.ndarray:

@@ -236,7 +236,7 @@ class TokenVectorEnv(VectorEnv):
             logprobs: log pi of every response token, in nats; needed under kl="policy".
             truncated: which texts were cut; by default those that do not end in a stop token.
             kl_coef: beta of the episodes; by default the env's present one.
-            weights: the terms' weights; by default the present ones.
+            weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
         """
         self._require_open()
         now = self._engine.weights_now(self.tokens_seen, self._kl_coef if kl_coef is None else 0.0)
@@ -322,10 +322,15 @@ class TokenVectorEnv(VectorEnv):
         rows[slots] = True
         infos = Infos()
         infos.add("prompt_id", self._prompt_id.copy(), rows)
-        potential = self._engine.potential()
+        potential = self._engine.potential(self._texts.upload(self._scored_rows()))
         if potential is not None:
             infos.add("potential", potential, rows)
         return infos
+
+    def _scored_rows(self) -> np.ndarray:
+        """(N,) bool: rows that have ended and were scored, which waits for their reset outside SAME_STEP."""
+        last = self._texts.tokens[np.arange(self.num_envs), self._texts.length - 1]
+        return self._ended & (self.token_spec.score_truncated | self._is_stop[last])
 
     def _step_infos(self, paid: Paid, active: np.ndarray, ended: np.ndarray) -> Infos:
         infos = Infos()

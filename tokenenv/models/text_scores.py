@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.batching import micro_batches
+from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.trunks import text_states
 from tokenenv.types import Scorer, TextIds, TextScorer
 
@@ -24,8 +24,8 @@ def score_texts(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch
         tokens = np.zeros((len(group), int(lengths[group].max())), dtype=np.int64)
         for row, i in enumerate(group):
             tokens[row, : lengths[i]] = [*texts[i][0], *texts[i][1]]
-        states = text_states(scorer.model, torch.from_numpy(tokens).to(scores.device), lengths[group])
-        scores[torch.from_numpy(group).to(scores.device)] = read_scores(scorer, states, prompt_lengths[group], lengths[group])
+        states = text_states(scorer.model, upload(tokens, scores.device), lengths[group])
+        scores[upload(group, scores.device)] = read_scores(scorer, states, prompt_lengths[group], lengths[group])
     return scores
 
 
@@ -36,6 +36,6 @@ def read_scores(scorer: Scorer, states: Tensor, prompt_lengths: np.ndarray, leng
         wanted = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
     else:
         wanted = position == lengths[:, None] - 1
-    row, column = (torch.from_numpy(index).to(states.device) for index in np.nonzero(wanted))
+    row, column = (upload(index, states.device) for index in np.nonzero(wanted))
     scores = scorer.head(states[row, column])
     return scores.new_zeros(len(states)).index_add(0, row, scores)

@@ -12,11 +12,11 @@ from tokenenv.errors import ModelError
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.cached_lm import acting
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
-from tokenenv.rewards.redistribute import at_response, read_rows
+from tokenenv.rewards.base import FinishedTexts, Parts
+from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
 
 
-class Attention(RewardTerm):
+class Attention(Redistribution):
     """r_t = score * a_t, with a_t the attention of the text's last token to y_t in the reward model's last attention layer,
     in the mean over heads, divided by its sum over the tokens that may be paid.
 
@@ -30,17 +30,13 @@ class Attention(RewardTerm):
     """
 
     name = "attention"
-    kind = "hindsight"
     needs = frozenset({"transformer scorer"})
-    preserves_return = True
-    preserves_gradient = False
-    withheld = True
 
     def bind(self, parts: Parts) -> None:
         """Takes the reward model's trunk. Raises `ModelError` if it has no attention weights."""
         super().bind(parts)
         assert parts.causal_scorer is not None
-        self._trunk, self._max_batch_tokens = trunk_of(parts.causal_scorer.model), parts.max_batch_tokens
+        self._trunk = trunk_of(parts.causal_scorer.model)
         last_attention(self._trunk, torch.zeros(1, 2, dtype=torch.int64, device=self._trunk.device), np.array([2]))
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:

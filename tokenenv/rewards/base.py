@@ -86,6 +86,8 @@ class FinishedTexts:
     """(B, p) each term's `statistics` when the texts began, by its name."""
     learning: bool = False
     """True where statistics may be learned from these texts: while stepping, not while scoring."""
+    scored: Tensor | None = None
+    """(B,) bool: texts whose sequence score is due; None while it is not yet known."""
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """B pairs of token id lists."""
@@ -104,6 +106,11 @@ class FinishedTexts:
         response = (self.length - self.prompt_length)[:, None]
         mask = (position >= self.unpaid[:, None]) & (position < response)
         return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
+
+    def due(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
+        """(B, T) bool: the tokens on which `term` pays; none of an unscored text where it pays the sequence score."""
+        payable = self.payable(max_new_tokens)
+        return payable if self.scored is None or not term.withheld else payable & self.scored[:, None]
 
 
 @dataclass(slots=True)
@@ -292,17 +299,15 @@ class RewardSum:
 
     def paid(self, batch: Transitions, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The causal and policy-dependent terms' weighted rewards (K,); `weights` are (K,)."""
-        # A term that is switched off pays 0, also where its reward is -inf (a token that the reference does not have).
-        rewards = {name: self.terms[name].reward(batch) for name in self.causal}
-        return {name: torch.where(weights[name] == 0, 0.0, weights[name] * reward) for name, reward in rewards.items()}
+        return {name: weighted(weights[name], self.terms[name].reward(batch)) for name in self.causal}
 
     def placed(self, texts: FinishedTexts, scored: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The hindsight terms' weighted rewards (B, T); `scored` and `weights` are (B,)."""
-        return {name: self._place(self.terms[name], texts, scored) * weights[name][:, None] for name in self.hindsight}
+        texts.scored = scored
+        return {name: weighted(weights[name][:, None], self._place(self.terms[name], texts)) for name in self.hindsight}
 
-    def _place(self, term: RewardTerm, texts: FinishedTexts, scored: Tensor) -> Tensor:
-        placed = term.place(texts, self.max_new_tokens) * texts.payable(self.max_new_tokens)
-        return placed * scored[:, None] if term.withheld else placed
+    def _place(self, term: RewardTerm, texts: FinishedTexts) -> Tensor:
+        return torch.where(texts.due(term, self.max_new_tokens), term.place(texts, self.max_new_tokens), 0.0)
 
     @property
     def has_potential(self) -> bool:
@@ -321,8 +326,14 @@ class RewardSum:
 
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
         """The weighted sum of the potentials (K,), or None where no term is potential-based."""
-        parts = [weights[name] * term.potential(states) for name, term in self.terms.items() if term.has_potential]
+        shaped = {name: term for name, term in self.terms.items() if term.has_potential}
+        parts = [weighted(weights[name], term.potential(states)) for name, term in shaped.items()]
         return torch.stack(parts).sum(0) if parts else None
+
+
+def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
+    """Their product; 0 of a term that is switched off, also where its reward is -inf (a token the reference has not)."""
+    return torch.where(weight == 0, 0.0, weight * rewards)
 
 
 def weight_now(weight: Weight, tokens_seen: int) -> float:

@@ -1,8 +1,11 @@
 """Named designs: what `reward="..."` may be, and how a `reward=` argument becomes terms."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.attention import Attention
@@ -45,8 +48,8 @@ RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
     """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight) pairs, as named terms.
 
-    A mapping within a mapping is a term of several parts, "name.part", whose weights are multiplied. The terms are shallow
-    copies, so that one object may be given to several envs.
+    A mapping within a mapping is a term of several parts, "name.part", whose weights are multiplied; a weight given beside
+    a term replaces the term's own. The terms are shallow copies, so that one object may be given to several envs.
     """
     terms: dict[str, RewardTerm] = {}
     for term in _expand(reward, None, None):
@@ -64,7 +67,7 @@ def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator
         yield _named(copy.copy(reward), name, weight)
     elif isinstance(reward, Mapping):
         for part, value in reward.items():
-            design, share = value if isinstance(value, tuple) else (value, None)
+            design, share = _pair(part, value) if isinstance(value, tuple) else (value, None)
             yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
     else:
         raise InvalidArgument(f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to them.")
@@ -75,9 +78,21 @@ def _named(term: RewardTerm, name: str | None, weight: Weight | None) -> RewardT
     if term.name in RESERVED:
         raise InvalidArgument(f"the term name {term.name!r} is taken; use {RESERVED[term.name]} instead.")
     term.weight = term.weight if weight is None else weight
-    if not callable(term.weight) and not isinstance(term.weight, (int, float)):
-        raise InvalidArgument(f"the weight of {term.name!r} must be a number or a schedule of tokens seen, not {weight!r}.")
+    _check_weight(term.name, term.weight)
     return term
+
+
+def _pair(name: object, value: tuple[Any, ...]) -> tuple[Any, Weight]:
+    if len(value) != 2:
+        raise InvalidArgument(f"reward= has a tuple of {len(value)} at {name!r}; allowed: (design, weight).")
+    _check_weight(name, value[1])
+    return value[0], value[1]
+
+
+def _check_weight(name: object, weight: object) -> None:
+    if callable(weight) or (isinstance(weight, Real) and math.isfinite(weight)):
+        return
+    raise InvalidArgument(f"the weight of {name!r} must be a finite number or a schedule of tokens seen, not {weight!r}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,15 @@ from tokenenv.models.batching import hidden_states, micro_batches, upload
 from tokenenv.models.cached_lm import acting
 from tokenenv.models.text_scores import read_scores
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
-from tokenenv.rewards.redistribute import at_response, read_rows, rest_on_last
+from tokenenv.rewards.base import FinishedTexts, Parts
+from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
+from tokenenv.types import Scorer
 
 DOUBLINGS = 3
 """A text may take up to 2**3 times the points."""
 
 
-class Gradient(RewardTerm):
+class Gradient(Redistribution):
     """r_t = e_t . int_0^1 (d score / d e_t)(a e) da over the input embeddings e of the tokens that may be paid, and on the
     last token also what the sum of these lacks to the score.
 
@@ -39,11 +40,7 @@ class Gradient(RewardTerm):
     """
 
     name = "gradient"
-    kind = "hindsight"
     needs = frozenset({"transformer scorer"})
-    preserves_return = True
-    preserves_gradient = False
-    withheld = True
 
     def __init__(self, steps: int = 16, tolerance: float = 0.01) -> None:
         if steps < 1:
@@ -56,15 +53,15 @@ class Gradient(RewardTerm):
         """Takes the scorer. Raises `ModelError` if its trunk does not run on input embeddings."""
         super().bind(parts)
         assert parts.causal_scorer is not None
-        self._scorer, self._trunk = parts.causal_scorer, trunk_of(parts.causal_scorer.model)
-        self._max_batch_tokens = parts.max_batch_tokens
+        self._trunk = trunk_of(parts.causal_scorer.model)
         self._warned = False
         _check_embeddings(self._trunk)
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the attributions; the baseline's score and the error of the integral on the last token."""
         assert texts.score is not None
-        with acting(self._trunk):
+        # Gradients also where the caller steps in inference mode.
+        with torch.inference_mode(False), acting(self._trunk):
             placed = self._attributions(texts, max_new_tokens, texts.score - self._baseline(texts))
         return rest_on_last(placed, texts)
 
@@ -122,6 +119,7 @@ class Gradient(RewardTerm):
     def _scores(self, inputs: Tensor, texts: FinishedTexts, rows: np.ndarray) -> Tensor:
         """(n,): the scores of `inputs` (n, W, H) in place of the embeddings."""
         states = _states(self._trunk, inputs)
+        assert isinstance(self._scorer, Scorer)
         return read_scores(self._scorer, states, texts.prompt_length[rows], texts.length[rows])
 
     def _warn(self, count: int, error: float) -> None:

@@ -37,6 +37,7 @@ class PolicyKL(RewardTerm):
     def __init__(self, estimator: str = "k1", clamp: float | None = None) -> None:
         self.estimator = estimator
         self.clamp = clamp
+        self.preserves_gradient = None if estimator == "k1" and clamp is None else False
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): minus the estimate, clamped to [-clamp, clamp] where a clamp is given."""

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from tokenenv.models.batching import upload
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
-from tokenenv.rewards.redistribute import distinct_scores, rest_on_last
+from tokenenv.rewards.base import FinishedTexts
+from tokenenv.rewards.redistribute import Redistribution, distinct_scores, rest_on_last
 
 
-class Occlusion(RewardTerm):
+class Occlusion(Redistribution):
     """r_t = score - score of the text without y_t, and on the last token also what the sum of these lacks to the score.
 
     Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): the token is deleted and the text closed up. Where each token
@@ -21,17 +21,6 @@ class Occlusion(RewardTerm):
     """
 
     name = "occlusion"
-    kind = "hindsight"
-    needs = frozenset({"scorer"})
-    preserves_return = True
-    preserves_gradient = False
-    withheld = True
-
-    def bind(self, parts: Parts) -> None:
-        """Takes the scorer."""
-        super().bind(parts)
-        assert parts.scorer is not None
-        self._scorer, self._max_batch_tokens = parts.scorer, parts.max_batch_tokens
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): what each token that may be paid adds to the others."""

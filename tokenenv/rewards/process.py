@@ -23,7 +23,8 @@ class Process(RewardTerm):
 
     A step ends with one of the task's `step_end_token_ids`, and where a scored text ends; an unscored truncation ends none.
     The rewards add up to something other than the score, so neither return nor gradient is preserved; only "delta" on the
-    sequence score itself, which is `Shaping` with Phi = the score after the last step, preserves both.
+    sequence score itself, which is `Shaping` with Phi = the score after the last step, preserves both (and is then reported
+    as potential-based).
     "sum" pays for the number of steps, so a policy learns to make many; "delta" and "clip" bound the return, and "min"
     pays about the worst step. "min" needs the finished text (hindsight) and one more forward of it.
 
@@ -55,8 +56,8 @@ class Process(RewardTerm):
         self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, parts.max_batch_tokens
         self._ends_step = torch.zeros(parts.spec.vocab_size, dtype=torch.bool, device=parts.device)
         self._ends_step[list(parts.task.step_end_token_ids)] = True
-        if self.form == "delta":
-            self.preserves_return = self.preserves_gradient = scorer is parts.scorer and not scorer.per_token
+        if self.form == "delta" and scorer is parts.scorer and not scorer.per_token:
+            self.preserves_return = self.preserves_gradient = self.has_potential = True
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what a step is worth at its last token."""
@@ -68,6 +69,10 @@ class Process(RewardTerm):
         """(K,): the score after the last step; where a text begins, that of its prompt."""
         q = self._score(states)
         return q if memory is None else torch.where(self._ends_step[tokens], q, memory)
+
+    def potential(self, states: States) -> Tensor:
+        """(K,): the score after the last step, of "delta"."""
+        return states.memory[self.name]
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): each step's score at its last token, weighted towards the worst."""

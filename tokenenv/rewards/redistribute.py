@@ -9,8 +9,27 @@ from torch.nn.functional import pad
 
 from tokenenv.models.batching import upload
 from tokenenv.models.text_scores import score_texts
-from tokenenv.rewards.base import FinishedTexts
+from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
 from tokenenv.types import Scorer, TextIds, TextScorer
+
+
+class Redistribution(RewardTerm):
+    """A design that places the score of a finished text on its tokens.
+
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
+    """
+
+    kind = "hindsight"
+    needs = frozenset({"scorer"})
+    preserves_return = True
+    preserves_gradient = False
+    withheld = True
+
+    def bind(self, parts: Parts) -> None:
+        """Takes the scorer."""
+        super().bind(parts)
+        assert parts.scorer is not None
+        self._scorer, self._max_batch_tokens = parts.scorer, parts.max_batch_tokens
 
 
 def distinct_scores(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int) -> Tensor:

@@ -85,7 +85,8 @@ class Oracle(Shaping):
     that learned dense rewards can be measured against. Preserves the return up to V*(prompt), and the gradient.
 
     Args:
-        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its construction.
+        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its construction, which is
+            0 under kl="none".
     """
 
     name = "oracle"

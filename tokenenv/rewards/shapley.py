@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import upload
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
-from tokenenv.rewards.redistribute import distinct_scores
+from tokenenv.rewards.base import FinishedTexts
+from tokenenv.rewards.redistribute import Redistribution, distinct_scores
 from tokenenv.types import TextIds
 
 
-class Shapley(RewardTerm):
+class Shapley(Redistribution):
     """r_t = phi_k / n_k on the n_k tokens of segment k, where phi_k is what segment k adds to the score when it joins the
     text, in the mean over the orders in which the segments may join.
 
@@ -34,11 +34,6 @@ class Shapley(RewardTerm):
     """
 
     name = "shapley"
-    kind = "hindsight"
-    needs = frozenset({"scorer"})
-    preserves_return = True
-    preserves_gradient = False
-    withheld = True
 
     def __init__(self, max_segments: int = 8, permutations: int = 8) -> None:
         if max_segments < 1:
@@ -46,12 +41,6 @@ class Shapley(RewardTerm):
         if permutations < 2 or permutations % 2:
             raise InvalidArgument(f"permutations={permutations} is not allowed; it must be an even number, 2 or more.")
         self.max_segments, self.permutations = max_segments, permutations
-
-    def bind(self, parts: Parts) -> None:
-        """Takes the scorer."""
-        super().bind(parts)
-        assert parts.scorer is not None
-        self._scorer, self._max_batch_tokens = parts.scorer, parts.max_batch_tokens
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the value of each token's segment, in equal shares."""

@@ -2,21 +2,17 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.base import FinishedTexts, RewardTerm
+from tokenenv.rewards.base import FinishedTexts
+from tokenenv.rewards.redistribute import Redistribution
 
 
-class Uniform(RewardTerm):
+class Uniform(Redistribution):
     """r_t = score / T for each of the T tokens.
 
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
     """
 
     name = "uniform"
-    kind = "hindsight"
-    needs = frozenset({"scorer"})
-    preserves_return = True
-    preserves_gradient = False
-    withheld = True
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): equal shares on the tokens that may be paid."""

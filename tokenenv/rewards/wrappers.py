@@ -24,8 +24,8 @@ class Wrapper(RewardTerm):
     those of its term followed by its own.
     """
 
-    breaks: tuple[str, ...] = ()
-    """Which promises of the wrapped term it cannot keep."""
+    breaks: tuple[str, ...] = ("has_potential", "preserves_return", "preserves_gradient")
+    """What the wrapped term has and the changed one has not; a wrapper that keeps more says so."""
     _num_inner = 0
 
     def __init__(self, term: Design) -> None:
@@ -75,7 +75,7 @@ class Wrapper(RewardTerm):
         rewards = self.term.place(self._inside(texts), max_new_tokens)
         step = torch.arange(max_new_tokens, device=rewards.device).expand(rewards.shape)
         if texts.learning:
-            self.learn(rewards, step, texts.payable(max_new_tokens))
+            self.learn(rewards, step, texts.due(self, max_new_tokens))
         return self.change(rewards, step, self._own(texts, rewards)[:, None])
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
@@ -110,8 +110,6 @@ class Wrapper(RewardTerm):
 class Clipped(Wrapper):
     """Each token's reward, clipped to [low, high]. Preserves neither the return nor the gradient, whatever it wraps, and
     is no longer potential-based."""
-
-    breaks = ("has_potential", "preserves_return", "preserves_gradient")
 
     def __init__(self, term: Design, low: float, high: float) -> None:
         if not low < high:
@@ -190,10 +188,10 @@ class PositionScaled(_Learned):
 
     Only the drift is taken out, and m is such that all that is subtracted, in units of what is paid, adds up to zero over a
     text of the largest length. A shorter text still keeps part of it, so this preserves neither return nor gradient; where
-    texts differ in length, `Scaled` is the safe choice.
+    texts differ in length, `Scaled` is the safe choice. Every token is paid its shift, also by a term that pays at the end
+    alone.
     """
 
-    breaks = ("has_potential", "preserves_return", "preserves_gradient")
     per_position = True
 
     def own_statistics(self) -> Tensor:
