@@ -41,7 +41,9 @@ def prompts() -> list[list[int]]:
     return [rng.integers(10, fakes.VOCAB_SIZE, rng.integers(1, P + 1)).tolist() for _ in range(40)]
 
 
-def toy(*, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: bool = True) -> Task:
+def toy(
+    *, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: bool = True, step_ends: tuple[int, ...] = ()
+) -> Task:
     """Tiny random models; `gold` is the number of words in the response."""
     return Task(
         tokenizer=tokenizer(),
@@ -51,6 +53,7 @@ def toy(*, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: b
         max_new_tokens=T,
         stop_token_ids=stops,
         scorer=scorer_of(scorer) if scorer else None,
+        step_end_token_ids=step_ends,
         gold=(lambda prompt, response: float(len(response.split()))) if gold else None,
     )
 

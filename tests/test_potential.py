@@ -15,7 +15,7 @@ from tokenenv.agents.advantages import unshaped
 from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.shaping import Shaping
+from tokenenv.rewards import Process, Segment, Shaping
 
 
 def collected(mode: Any, **options: Any) -> list[Episode]:
@@ -40,6 +40,19 @@ def test_taking_the_shaping_out_leaves_the_terminal_reward(mode: Any, gamma: flo
     torch.testing.assert_close(base, expected, atol=1e-5, rtol=1e-5)
     kept = batch.potential_BT1[torch.arange(len(batch)), last + 1]
     assert torch.equal(kept == 0, scored)
+
+
+@pytest.mark.parametrize("score_truncated", [True, False])
+@pytest.mark.parametrize("reward", [Segment(3.4), Process("delta")], ids=["segment", "process"])
+def test_a_potential_read_at_cuts_comes_out_of_the_rewards_too(reward: Any, score_truncated: bool) -> None:
+    options = {"scorer": "sequence", "score_truncated": score_truncated, "step_ends": tuple(range(20, 40))}
+    batch = EpisodeBatch.stack(collected("SameStep", reward=reward, **options))
+    base = unshaped(batch.reward_BT, batch.potential_BT1, batch.response_length_B, 1.0)
+    due = torch.where(batch.terminated_B | score_truncated, batch.score_B, 0.0).float()
+    torch.testing.assert_close(base.sum(1), due, atol=1e-5, rtol=1e-5)
+    inside = batch.mask_BT & (torch.arange(base.shape[1]) < batch.response_length_B[:, None] - 1)
+    assert base[inside].abs().max() < 1e-5
+    assert (batch.potential_BT1[:, 1:-1][inside[:, :-1]].diff() == 0).any()  # not every token is a cut
 
 
 def test_the_potential_is_the_prefix_score() -> None:

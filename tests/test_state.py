@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 from tasks import TOY, TOYS, P, T, assert_equal, copied, make_vec, random_actions, row_of, some_modes, toy_cases
 
 from tokenenv.errors import CheckpointError, InvalidArgument, NotReset
+from tokenenv.rewards import Segment
 
 N = 4
 SAME_STEP = AutoresetMode.SAME_STEP
@@ -275,8 +276,8 @@ def test_states_of_other_rewards_and_tasks_are_refused() -> None:
             make_vec(N, SAME_STEP, **options).unwrapped.load_state(saved)
 
 
-@pytest.mark.parametrize("reward", ["segment", "delta"])
-def test_a_state_loads_into_an_env_that_has_been_reset(reward: str) -> None:
+@pytest.mark.parametrize("reward", [Segment(100.0), "delta"], ids=["segment", "delta"])
+def test_a_state_loads_into_an_env_that_has_been_reset(reward: Any) -> None:
     """A term may carry the very scores, as `segment` does at first: writing one must not write the other."""
     settings = {"reward": reward, "kl": "none"}
     envs, other = running(settings), make_vec(N, SAME_STEP, TOY, **settings)
@@ -292,10 +293,10 @@ def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: Aut
     """Zero where they have ended and were scored."""
     envs = make_vec(N, mode, TOY, reward="delta", score_truncated=score_truncated)
     envs.reset(seed=1)
-    for stop in (0.0, 0.6):
-        info = envs.step(plan_of(envs, 1, stop=stop)[0])[4]
-    assert envs.unwrapped._ended.any()
+    for stop in [0.0] * (T - 1) + [0.5]:
+        _, _, terminated, truncated, info = envs.step(plan_of(envs, 1, stop=stop)[0])
+    assert terminated.any()
+    assert truncated.any()
     loaded = envs.unwrapped.load_state(envs.unwrapped.save_state())[1]
     assert_equal(loaded["potential"], info["potential"], TOLERANCE)
-    assert (info["potential"] == 0).any()
-    assert not (info["potential"] == 0).all()
+    assert (info["potential"] == 0).tolist() == (terminated | score_truncated).tolist()
