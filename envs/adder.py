@@ -1,6 +1,5 @@
 """Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and up to each digit."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -12,6 +11,8 @@ from tokenenv.errors import check_choice
 from tokenenv.models.automaton import StateRows
 from tokenenv.models.batching import upload
 
+from .splits import SPLITS, split_of
+
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
 """Ids are places in this list."""
@@ -22,16 +23,10 @@ LARGEST = 10**9
 
 @cache
 def sums(split: str) -> tuple[tuple[int, int], ...]:
-    """The pairs of operands of one split ('train' or 'test', a quarter), both 0 to 99, in order."""
-    check_choice("split", split, ("train", "test"))
+    """The pairs of operands of one split ('train' or 'test'), both 0 to 99, in order; a + b and b + a are in one split."""
+    check_choice("split", split, SPLITS)
     pairs = ((a, b) for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1))
-    return tuple(pair for pair in pairs if split_of(*pair) == split)
-
-
-def split_of(a: int, b: int) -> str:
-    """'train' or 'test', by a stable hash of the question; a + b and b + a are in one split."""
-    question = f"{min(a, b)}+{max(a, b)}="
-    return "test" if hashlib.sha256(question.encode()).digest()[0] < 64 else "train"
+    return tuple((a, b) for a, b in pairs if split_of(f"{min(a, b)}+{max(a, b)}=") == split)
 
 
 class Adder:

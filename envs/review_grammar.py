@@ -5,13 +5,14 @@ negator up to three words before it in the same clause turns the sign round ("no
 like opinions ("good morning"). A review is positive if its sum is above zero.
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
 from functools import cache
 
 from tokenenv.errors import check_choice
+
+from .splits import split_of
 
 POSITIVE_ADJECTIVES = str.split(
     "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine nice charming delicious "
@@ -192,8 +193,3 @@ def openings(split: str) -> tuple[str, ...]:
         if len(words) > length and split_of(text) == split and not list(opinions(words[:length])):
             found[text] = None
     return tuple(found)
-
-
-def split_of(text: str) -> str:
-    """'train' or 'test', by a stable hash of the text."""
-    return "test" if hashlib.sha256(text.encode()).digest()[0] < 64 else "train"

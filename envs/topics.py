@@ -1,6 +1,5 @@
 """English prose of the Python reference, read at run time from the standard library's `pydoc_data.topics`."""
 
-import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -8,10 +7,11 @@ from functools import cache
 
 from tokenenv.errors import ModelError, check_choice
 
+from .splits import SPLITS, split_of
+
 MIN_WORDS, MAX_WORDS = 25, 44
 """Length of a passage in words."""
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
-_TEST_SHARE = 0.25
 _CODE = re.compile(r"::=|>>>|[|{}=<>\\]|\+--|\*\*|__ __")
 _VERSION_NOTE = re.compile(r"(Changed|New|Added|Removed) in version|Deprecated since|Availability:")
 _BULLET = re.compile(r"^\s*(\* |\[\d+\] |\d+\. |- )")
@@ -51,12 +51,6 @@ def passages(text: str) -> Iterator[str]:
             yield fitting[-1]
 
 
-def split_of(topic: str) -> str:
-    """'train' or 'test', by a stable hash of the topic's name."""
-    digest = hashlib.sha256(topic.encode()).digest()
-    return "test" if digest[0] < 256 * _TEST_SHARE else "train"
-
-
 @cache
 def prose(split: str) -> tuple[str, ...]:
     """The paragraphs of one split ('train' or 'test').
@@ -64,7 +58,7 @@ def prose(split: str) -> tuple[str, ...]:
     Topics repeat one another's paragraphs; a paragraph belongs to the shortest topic that holds it, so that no paragraph
     is in both splits.
     """
-    check_choice("split", split, ("train", "test"))
+    check_choice("split", split, SPLITS)
     topics = _topics()
     owner: dict[str, str] = {}
     for topic in sorted(topics, key=lambda name: (len(topics[name]), name)):

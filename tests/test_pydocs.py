@@ -10,6 +10,7 @@ from sampling import sample, summed_scores
 from tokenenv.envs import pydocs, topics
 from tokenenv.envs.bundled import bundled_tokenizer
 from tokenenv.envs.readability import count_sentences, count_syllables, reading_ease, words
+from tokenenv.envs.splits import split_of
 from tokenenv.errors import InvalidArgument, ModelError
 
 
@@ -106,8 +107,8 @@ def test_splits_share_no_topic_and_no_paragraph() -> None:
     train, test = topics.prose("train"), topics.prose("test")
     assert not set(train) & set(test)
     assert len(train) > 1.5 * len(test) > 200
-    assert topics.split_of("while") == "test"
-    assert topics.split_of("import") == "train"
+    assert split_of("while") == "test"
+    assert split_of("import") == "train"
     assert all(text.isascii() and "::=" not in text and ">>>" not in text for text in train + test)
 
 
