@@ -64,6 +64,8 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
     placed = np.stack([e.infos[-1]["token_rewards"] for e in episodes])
     stepped = np.stack([e.padded(e.rewards, tasks.T) for e in episodes])
     tasks.assert_equal(paid.token_rewards, placed, 1e-5)
+    for name, values in paid.token_reward_terms.items():
+        tasks.assert_equal(values, np.stack([e.infos[-1]["token_reward_terms"][name] for e in episodes]), 1e-5)
     tasks.assert_equal(paid.step_rewards, stepped, 1e-5)
     tasks.assert_equal(placed.sum(1), stepped.sum(1), 1e-5)
     assert len(episodes) >= 4

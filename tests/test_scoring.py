@@ -41,6 +41,9 @@ def test_stepping_equals_scoring(env_id: str, options: dict[str, Any]) -> None:
         paid = [[info["reward_terms"][name] for info in e.infos] for e in episodes]
         close(values, np.stack([e.padded(row, limit) for e, row in zip(episodes, paid, strict=True)]))
     close(whole.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]))
+    for name, values in whole.token_reward_terms.items():
+        close(values, np.stack([e.infos[-1]["token_reward_terms"][name] for e in episodes]))
+    close(sum(whole.token_reward_terms.values()), whole.token_rewards)
     close(whole.token_rewards.sum(1), [sum(e.rewards) for e in episodes])
     for key in ("score", "gold"):
         if getattr(whole, key) is None:

@@ -28,7 +28,8 @@ from tokenenv.trial import (
     run,
 )
 
-END_KEYS = ("score", "gold", "token_rewards")
+SCORED_KEYS = ("score", "gold", "token_rewards")
+END_KEYS = (*SCORED_KEYS, "token_reward_terms")
 KEYS = ("reward_terms", "ref_logprob", "kl_coef", "prompt_id", "potential", *END_KEYS, "final_info")
 """The infos that belong to the contract; wrappers may add others."""
 
@@ -176,8 +177,11 @@ def _check_reward(step: Step, paid: np.ndarray, tolerance: float) -> None:
     has = step.info.get("_token_rewards", np.zeros_like(step.active))
     require((has == step.ended).all(), "infos['token_rewards'] is not there exactly where rows end.")
     if has.any():
-        placed = step.info["token_rewards"].sum(1)
-        require(close(placed[has], paid[has], tolerance), "token_rewards do not sum to what step() paid.")
+        placed = step.info["token_rewards"]
+        require(close(placed.sum(1)[has], paid[has], tolerance), "token_rewards do not sum to what step() paid.")
+        parts = [values for key, values in step.info["token_reward_terms"].items() if not key.startswith("_")]
+        same = close(sum(parts, np.zeros_like(placed)), placed, tolerance)
+        require(same, "infos['token_reward_terms'] do not add up to token_rewards.")
 
 
 def _check_aliases(steps: list[Step]) -> None:
@@ -252,7 +256,7 @@ def _check_score(envs: Any, row: int, prompt: list[int], steps: list[Step], tole
     said = envs.unwrapped.score_episodes([prompt], [list(map(int, tokens))], logprobs=[logprobs], truncated=cut)
     paid = np.array([step.reward[row] for step in steps])
     require(close(paid, said.step_rewards[0, : len(steps)], tolerance), "step() does not pay what score_episodes() says.")
-    for key in END_KEYS:
+    for key in SCORED_KEYS:
         values = getattr(said, key)
         require((values is not None) == (key in steps[-1].info), f"infos[{key!r}] is given by one of step(), score_episodes().")
         if values is not None:

@@ -66,9 +66,15 @@ class RewardEngine:
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
         self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
-        self.token_rewards = torch.zeros(num_rows, parts.spec.max_new_tokens, device=parts.device)
+        self.token_terms = torch.zeros(num_rows, len(terms), parts.spec.max_new_tokens, device=parts.device)
+        """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
+
+    @property
+    def term_names(self) -> list[str]:
+        """The causal terms, then the hindsight ones."""
+        return [*self.rewards.causal, *self.rewards.hindsight]
 
     @property
     def started(self) -> bool:
@@ -86,7 +92,7 @@ class RewardEngine:
         """Begins the texts of `slots`, with the given weight of each term."""
         for name, weight in weights.items():
             self.weights[name][slots] = weight
-        self.token_rewards[texts.upload(np.asarray(slots))] = 0.0
+        self.token_terms[texts.upload(np.asarray(slots))] = 0.0
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
@@ -144,7 +150,7 @@ class RewardEngine:
         for weights in self.weights.values():
             weights[targets] = weights[sources]
         source, target = texts.upload(np.asarray(sources)), texts.upload(np.asarray(targets))
-        for tensor in [self.token_rewards, *self.states.tensors()]:
+        for tensor in [self.token_terms, *self.states.tensors()]:
             tensor[target] = tensor[source]
         self._refresh_weights(texts)
 
@@ -155,7 +161,7 @@ class RewardEngine:
         learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
         return {
             "weights": {name: weights[slots].copy() for name, weights in self.weights.items()},
-            "token_rewards": self.token_rewards[texts.upload(np.asarray(slots))].cpu().numpy(),
+            "token_terms": self.token_terms[texts.upload(np.asarray(slots))].cpu().numpy(),
             "score": None if chosen.score is None else chosen.score.cpu().numpy(),
             "memory": {name: memory.cpu().numpy() for name, memory in chosen.memory.items()},
             "statistics": {name: statistics.cpu().numpy() for name, statistics in chosen.statistics.items()},
@@ -168,7 +174,7 @@ class RewardEngine:
         learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
         return {
             "weights": dict.fromkeys(self.weights, floats),
-            "token_rewards": ((count, self.parts.spec.max_new_tokens), np.float32),
+            "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
             "score": floats if self.parts.causal_scorer else None,
             "memory": dict.fromkeys(self.rewards.with_memory, floats),
             "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
@@ -181,7 +187,7 @@ class RewardEngine:
             self.weights[name][slots] = weights
         for name, array in saved["learned"].items():
             self.rewards.terms[name].load_statistics(array)
-        self.token_rewards[texts.upload(np.asarray(slots))] = texts.upload(saved["token_rewards"])
+        self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
     def read_score(self, hidden: dict[int, Tensor], running: Tensor | float) -> Tensor | None:
@@ -261,8 +267,9 @@ class RewardEngine:
                 terms[name] = torch.where(mask, terms[name], 0.0)
         if terms:
             # Rows that took no token have ended: they begin anew, and with them their line here.
-            at = step.clamp(max=self.token_rewards.shape[1] - 1)[:, None]
-            self.token_rewards.scatter_(1, at, total(terms)[:, None])
+            at = step.clamp(max=self.token_terms.shape[2] - 1)
+            causal_NS1 = torch.stack(list(terms.values()), 1)[:, :, None]
+            self.token_terms.scatter_(2, at[:, None, None].expand_as(causal_NS1), causal_NS1)
 
     def _settle(self, finished: FinishedTexts | None, batch: Transitions) -> dict[str, Tensor]:
         """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due where a text ends."""
@@ -272,7 +279,7 @@ class RewardEngine:
         rows = batch.finished_at
         weights = {name: weight[rows] for name, weight in self._device_weights.items()}
         for name, placed in self.rewards.placed(finished, batch.scored[rows], weights).items():
-            self.token_rewards[rows] += placed
+            self.token_terms[rows, self.term_names.index(name)] = placed
             sums[name][rows] = placed.sum(1)
         return sums
 

@@ -39,6 +39,7 @@ def score_episodes(
         token_rewards=np.zeros(shape, np.float32),
         step_rewards=np.zeros(shape, np.float32),
         terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
+        token_reward_terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
         score=None if engine.parts.scorer is None else np.zeros(count, np.float32),
         gold=None if gold is None else np.zeros(count, np.float32),
     )
@@ -47,11 +48,11 @@ def score_episodes(
         texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
         given = None if logprobs is None else [logprobs[i] for i in group]
         group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
-        terms, placed = _score_group(engine, texts, given, cut[group], group_weights)
-        for name, values in terms.items():
-            out.terms[name][group] = values.cpu().numpy()
+        paid, placed = _score_group(engine, texts, given, cut[group], group_weights)
+        for name in placed:
+            out.terms[name][group], out.token_reward_terms[name][group] = paid[name].cpu().numpy(), placed[name].cpu().numpy()
             out.step_rewards[group] += out.terms[name][group]
-        out.token_rewards[group] = placed.cpu().numpy()
+            out.token_rewards[group] += out.token_reward_terms[name][group]
         if out.score is not None and texts.score is not None:
             out.score[group] = texts.score.cpu().numpy()
         if out.gold is not None and callable(gold):
@@ -127,8 +128,8 @@ def _score_group(
     logprobs: list[Sequence[float]] | None,
     truncated: np.ndarray,
     weights: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms as stepping pays them and the rewards as placed, all (b, T); sets the texts' score."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms as stepping pays them and as they are placed, all (b, T); sets the texts' score."""
     device, spec = engine.parts.device, engine.parts.spec
     valid = texts.payable(spec.max_new_tokens)
     row, t = valid.nonzero(as_tuple=True)
@@ -146,12 +147,10 @@ def _score_group(
         batch.logprob = torch.tensor([x for one in logprobs for x in one], dtype=torch.float32, device=device)
     paid = engine.rewards.paid(batch, {name: weight[row] for name, weight in weights.items()})
     nothing = torch.zeros(valid.shape, device=device)
-    terms = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
-    token_rewards = torch.stack([nothing, *terms.values()]).sum(0)
-    for name, placed in engine.rewards.placed(texts, scored, weights).items():
-        token_rewards = token_rewards + placed
-        terms[name] = nothing.scatter(1, last[:, None], placed.sum(1, keepdim=True))
-    return terms, token_rewards
+    causal = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
+    placed = engine.rewards.placed(texts, scored, weights)
+    at_end = {name: nothing.scatter(1, last[:, None], values.sum(1, keepdim=True)) for name, values in placed.items()}
+    return causal | at_end, causal | placed
 
 
 def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Tensor) -> Transitions:

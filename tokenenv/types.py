@@ -52,7 +52,9 @@ class EpisodeScores:
     step_rewards: np.ndarray
     """(B, T) float32: the same total as `step` pays it, hindsight terms on the last token."""
     terms: dict[str, np.ndarray]
-    """(B, T) float32 for every term, weighted, as `step` pays it."""
+    """(B, T) float32 for every term, weighted, as `step` pays it; they add up to `step_rewards`."""
+    token_reward_terms: dict[str, np.ndarray]
+    """(B, T) float32 for every term, weighted, placed where it belongs; they add up to `token_rewards`."""
     score: np.ndarray | None
     """(B,) float32: the unweighted sequence score, or None without a scorer."""
     gold: np.ndarray | None
