@@ -346,7 +346,9 @@ class TokenVectorEnv(VectorEnv):
                 infos.add("score", paid.score.clone(), ended)
             if self._task.gold is not None:
                 infos.add("gold", self._gold(paid, ended), ended)
-            infos.add("token_rewards", self._engine.token_rewards.clone(), ended)
+            placed = self._engine.token_terms.clone()
+            infos.add("token_rewards", placed.sum(1), ended)
+            infos.add("token_reward_terms", dict(zip(self._engine.term_names, placed.unbind(1), strict=True)), ended)
         return infos
 
     def _gold(self, paid: Paid, ended: np.ndarray) -> Tensor | np.ndarray:
