@@ -24,10 +24,10 @@ from .advantages import kl_penalised
 from .checkpoint import read_checkpoint, write_checkpoint
 from .collector import Collector
 from .config import AgentConfig, learning_rate
-from .env_rows import check_env, env_core, num_actions, reference_of, wants_logprob, warn_if_biased
+from .env_rows import check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
 from .generate import generate
-from .learner import LossFunction, Metrics, Reference, accumulate_gradient
+from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient
 from .policy import LMPolicy
 from .progress import ProgressLine
 from .saving import agent_state, restore, resume_env, trained_weights
@@ -48,6 +48,8 @@ class Agent:
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
+    grouped: ClassVar[bool] = False
+    """Whether texts are compared with others of their prompt: the env needs a `group_size`; batches hold whole groups."""
 
     def __init__(
         self,
@@ -73,27 +75,37 @@ class Agent:
         if self.policy.vocab_size != num_actions(envs):
             raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
-        self.collector = Collector(envs, self.actor, seed=cfg.seed)
+        self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
+        self.collector = Collector(envs, self.actor, seed=cfg.seed, group_size=self.group_size)
         self.optimizer = torch.optim.AdamW(trained_weights(self.policy).values(), lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.updates = 0
         self.reference = None
         if cfg.full_kl_coef:
-            self.reference = Reference(reference_of(envs, "leave full_kl_coef at 0"), self.policy.vocab_size)
+            self.reference = FrozenLM(reference_of(envs, "leave full_kl_coef at 0"), self.policy.vocab_size)
         self.statistics: dict[str, Any] = self.running_statistics()
 
     def running_statistics(self) -> dict[str, Any]:
         """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""
         return {}
 
+    def collect(self) -> list[Episode]:
+        """The finished episodes that the next update learns from."""
+        return self.collector.collect(self.config.batch_tokens)
+
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Learns from finished episodes; returns scalars to log."""
+        """Learns from finished episodes; returns scalars to log, and leaves in `batch.learned` what it makes of each token."""
         raise NotImplementedError
 
     @property
     def tokens_seen(self) -> int:
         """Tokens emitted so far."""
         return self.collector.tokens_seen
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest response."""
+        return self.spec.max_new_tokens if self.spec else int(self.envs.single_observation_space["tokens"].shape[0])
 
     @property
     def kl_coef(self) -> float:
@@ -132,7 +144,7 @@ class Agent:
 
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
         before = self.tokens_seen
-        episodes = self.collector.collect(self.config.batch_tokens)
+        episodes = self.collect()
         # At the middle of what was just collected: neither the first update nor the last is lost to a rate of zero.
         lr = learning_rate(self.config, (before + self.tokens_seen) / 2 / total_tokens)
         for group in self.optimizer.param_groups:
@@ -148,13 +160,20 @@ class Agent:
             "policy/lr": lr,
             "time/tokens": self.tokens_seen,
             "time/updates": self.updates,
-        }, episodes
+        }, batch.unstack()
 
     def rewards(self, batch: EpisodeBatch) -> Tensor:
         """Rewards (B, T) with the whole KL penalty: the env's, and the learner's half where the env pays only its own."""
         if wants_logprob(self.envs):
             return batch.reward_BT
         return kl_penalised(batch.reward_BT, batch.logprob_BT, batch.kl_coef_B)
+
+    def sources(self, batch: EpisodeBatch) -> dict[str, Tensor]:
+        """The rewards (B, T) by where they come from, which add up to `rewards`: each term of the env, and "kl", which is
+        the whole penalty; without terms all of it is "reward"."""
+        terms = {name: rewards_BT for name, rewards_BT in batch.terms.items() if name != "kl"}
+        rest_BT = self.rewards(batch) - sum(terms.values())
+        return {**terms, "kl" if terms else "reward": rest_BT}
 
     def bootstrap(self, batch: EpisodeBatch) -> Tensor:
         """Where (B,) the last state's value counts: at truncation, if the env does not score it; never at termination."""
@@ -168,7 +187,8 @@ class Agent:
         cfg, seen = self.config, []
         for rows in self._minibatches(len(batch)):
             weights_B = torch.zeros(len(batch))
-            weights_B[rows] = losses.token_weights(batch.response_length_B[rows], cfg.aggregation)
+            lengths = batch.response_length_B[rows]
+            weights_B[rows] = losses.token_weights(lengths, cfg.aggregation)
             metrics = accumulate_gradient(
                 self.policy,
                 batch,
@@ -177,6 +197,7 @@ class Agent:
                 cfg.max_batch_tokens,
                 temperature=cfg.temperature,
                 reference=self.reference,
+                scale=losses.loss_scale(lengths, cfg.aggregation, self.max_new_tokens),
             )
             seen.append(metrics)
             if cfg.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > cfg.target_kl:

@@ -6,6 +6,7 @@ Suffixes: N envs, L context, T response tokens.
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .actor import Actor
 from .env_rows import action, flags, take, take_info, take_obs
-from .episodes import Episode
+from .episodes import Episode, EpisodeBatch
 
 # One line per step: what must be remembered of a running text; the text itself is in the observation.
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
@@ -38,8 +39,8 @@ class Collector:
     An episode may straddle updates: each token keeps the log-probability it was sampled with.
     """
 
-    def __init__(self, envs: VectorEnv, actor: Actor, *, seed: int = 0) -> None:
-        self.envs, self.actor, self.seed = envs, actor, seed
+    def __init__(self, envs: VectorEnv, actor: Actor, *, seed: int = 0, group_size: int = 1) -> None:
+        self.envs, self.actor, self.seed, self.group_size = envs, actor, seed, group_size
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.tokens_seen = 0
         """Tokens emitted so far, those of running episodes included."""
@@ -54,15 +55,32 @@ class Collector:
         self.finished = np.zeros(envs.num_envs, np.int64)
         """(N,) episodes that have ended in each row."""
         self._resetting = np.zeros(envs.num_envs, bool)
+        self._waiting: list[Episode] = []
+        self._first = np.zeros(envs.num_envs, np.int64)
+        """(N,) episodes that had ended in each row when all began anew."""
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them."""
+        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them.
+
+        With a `group_size` above 1, whole groups only, one after the other: the k-th texts of consecutive slots, which
+        share a prompt. The first texts of a group wait for its last.
+        """
         episodes: list[Episode] = []
         while num_tokens > 0:
-            ended = self.step()
+            ended = self.step() if self.group_size == 1 else self._complete_groups(self.step())
             episodes += ended
             num_tokens -= sum(len(e.response) for e in ended)
         return episodes
+
+    def _complete_groups(self, ended: list[Episode]) -> list[Episode]:
+        self._waiting += ended
+        groups: dict[tuple[int, int], list[Episode]] = {}
+        for episode in self._waiting:
+            count = episode.index - int(self._first[episode.slot])
+            groups.setdefault((episode.slot // self.group_size, count), []).append(episode)
+        complete = {key: group for key, group in groups.items() if len(group) == self.group_size}
+        self._waiting = [episode for key, group in groups.items() if key not in complete for episode in group]
+        return [episode for group in complete.values() for episode in sorted(group, key=lambda e: e.slot)]
 
     def step(self) -> list[Episode]:
         """Emits one token in every row and returns the episodes that this ended."""
@@ -90,6 +108,7 @@ class Collector:
         self._potential = torch.zeros(num_envs, device=self._ring.device)
         self._note_potential(infos)
         self._age[:], self._resetting[:] = 0, False
+        self._waiting, self._first = [], self.finished.copy()
 
     @property
     def running(self) -> bool:
@@ -98,13 +117,17 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the env's own state and the observation that comes with it."""
-        names = ("tokens_seen", "finished", "_age", "_resetting", "_clock") + (("_ring", "_potential") if self.running else ())
-        return copy.deepcopy({name: getattr(self, name) for name in names})
+        names = ["tokens_seen", "finished", "_first", "_age", "_resetting", "_clock"]
+        names += ["_ring", "_potential"] if self.running else []
+        waiting = asdict(EpisodeBatch.stack(self._waiting)) if self._waiting else None
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | {"waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
         """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
-        names = state if running else ("tokens_seen", "finished")
+        waiting = state["waiting"]
+        names = [name for name in state if name != "waiting"] if running else ["tokens_seen", "finished"]
         vars(self).update({name: state[name] for name in names})
+        self._waiting = EpisodeBatch(**waiting).unstack() if running and waiting else []
 
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Goes on from the observation of an env that has been restored to where it was."""
@@ -136,24 +159,32 @@ class Collector:
             obs, infos = infos["final_obs"], infos["final_info"]
         known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
         ends = {"terminated": terminated[rows], "truncated": truncated[rows], **take_obs(obs, rows), **known}
+        placed = infos.get("token_reward_terms", {})
+        terms = {name: take(values, rows) for name, values in placed.items() if not name.startswith("_")}
         records = take(self._ring.movedim(2, 0), rows)
         # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
         records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
         episodes = [
-            self._episode(int(slot), {key: values[n] for key, values in ends.items()}, records[n])
+            self._episode(
+                int(slot),
+                {key: values[n] for key, values in ends.items()},
+                records[n],
+                {name: values[n] for name, values in terms.items()},
+            )
             for n, slot in enumerate(rows)
         ]
         self.finished[rows] += 1
         self._age[rows] = 0
         return episodes
 
-    def _episode(self, slot: int, end: dict[str, Any], record: np.ndarray) -> Episode:
-        """One finished text from its last observation and infos, and its row of the ring."""
+    def _episode(self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]) -> Episode:
+        """One finished text from its last observation and infos, its row of the ring, and its terms (T,)."""
         age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
         start = length - age
+        own = slice(start - end["prompt_length"], length - end["prompt_length"])
         record = record[(self._clock - np.arange(age)[::-1]) % len(record)]
         if not np.isnan(placed).all():
-            record[:, REWARD] = placed[start - end["prompt_length"] : length - end["prompt_length"]]
+            record[:, REWARD] = placed[own]
         return Episode(
             prompt=end["tokens"][:start],
             response=end["tokens"][start:length],
@@ -169,6 +200,7 @@ class Collector:
             prompt_id=int(end["prompt_id"]),
             slot=slot,
             index=int(self.finished[slot]),
+            terms={name: values[own] for name, values in terms.items()},
         )
 
 

@@ -36,7 +36,8 @@ class AgentConfig:
     temperature: float = 1.0
     """Logits are divided by it when tokens are drawn and again when their log-probabilities are recomputed; above 0."""
     aggregation: str = "token-mean"
-    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length."""
+    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length; "fixed-length": as
+    the first, but the sum is divided by the longest length that texts can have."""
     kl_coef: float | None = None
     """beta, reward per nat, 0 or more; None leaves the env's."""
     kl_target: float | None = None

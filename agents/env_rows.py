@@ -55,6 +55,16 @@ def reference_of(envs: VectorEnv, otherwise: str) -> Any:
     return reference
 
 
+def group_size_of(envs: VectorEnv, agent: str) -> int:
+    """How many consecutive slots share each prompt, or `InvalidArgument` where that is one."""
+    group_size = int(getattr(envs.unwrapped, "group_size", 1))
+    if group_size < 2:
+        raise InvalidArgument(
+            f"group_size={group_size} leaves {agent} nothing to compare a text with; make the env with group_size=4, say."
+        )
+    return group_size
+
+
 def wants_logprob(envs: VectorEnv) -> bool:
     """True where the action carries `logprob`, i.e. where the env pays the whole KL penalty itself."""
     return isinstance(envs.single_action_space, gym.spaces.Dict)

@@ -5,7 +5,7 @@ response; the response is what the policy emitted, so a prefix given at reset be
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,6 +48,12 @@ class Episode:
     """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where it has none."""
     index: int
     """How many episodes that row had finished before."""
+    terms: dict[str, np.ndarray] = field(default_factory=dict)
+    """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where the env names none."""
+    value: np.ndarray | None = None
+    """(T,) float32: the critic's value before each token, in reward; None before learning, or without a critic."""
+    advantage: np.ndarray | None = None
+    """(T,) float32: the weight that the learner gave to each token; None before learning."""
 
     @property
     def kl(self) -> float:
@@ -78,6 +84,10 @@ class EpisodeBatch:
     prompt_id_B: Tensor
     slot_B: Tensor
     index_B: Tensor
+    terms: dict[str, Tensor]
+    """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
+    learned: dict[str, Tensor] = field(default_factory=dict)
+    """(B, T) of what a learner makes of each token; "advantage" and "value" go into the episodes."""
 
     @property
     def mask_BT(self) -> Tensor:
@@ -100,6 +110,30 @@ class EpisodeBatch:
             reward_BT=_pad([e.reward for e in episodes]),
             potential_BT1=_pad([e.potential for e in episodes]),
             **{f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE},
+            terms={name: _pad([e.terms[name] for e in episodes]) for name in episodes[0].terms},
+        )
+
+    def unstack(self) -> list[Episode]:
+        """The episodes that `stack` was given, with what has been learned of them."""
+        return [self._episode(row) for row in range(len(self))]
+
+    def _episode(self, row: int) -> Episode:
+        end, length = int(self.length_B[row]), int(self.response_length_B[row])
+
+        def tokens(values_BT: Tensor, extra: int = 0) -> np.ndarray:
+            return values_BT[row, : length + extra].numpy()
+
+        text = self.tokens_BL[row, :end].numpy()
+        return Episode(
+            prompt=text[: end - length],
+            response=text[end - length :],
+            logprob=tokens(self.logprob_BT),
+            ref_logprob=tokens(self.ref_logprob_BT),
+            reward=tokens(self.reward_BT),
+            potential=tokens(self.potential_BT1, 1),
+            **{name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE},
+            terms={name: tokens(values) for name, values in self.terms.items()},
+            **{name: tokens(self.learned[name]) for name in ("advantage", "value") if name in self.learned},
         )
 
 

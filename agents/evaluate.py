@@ -55,25 +55,40 @@ def evaluate(
 
     With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the same `seed`. `envs` is
     reset, so it should not be the one in which an agent is learning. `temperature` is the agent's (a policy's is 1).
+    `BestOfN` draws n texts for each of these, and its KL is the bound that it reports.
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
         raise InvalidArgument(f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate.")
     policy: Policy = getattr(agent, "policy", agent)
     own = agent.config.temperature if policy is not agent else 1.0
-    collector = Collector(envs, Actor(policy, temperature=temperature or own, seed=seed), seed=seed)
-    if prompts is None:
-        return summarise(_first_texts(collector, num_texts))
-    episodes: list[Episode] = []
-    for start in range(0, len(prompts), envs.num_envs):
-        group = list(prompts[start : start + envs.num_envs])
-        padded = group + group[:1] * (envs.num_envs - len(group))
-        collector.reset({"prompts": padded})
-        episodes += _first_texts(collector, envs.num_envs)[: len(group)]
-    return summarise(episodes)
+    best_of = getattr(agent, "best_of", 1)
+
+    def texts(actor_seed: int) -> list[Episode]:
+        collector = Collector(envs, Actor(policy, temperature=temperature or own, seed=actor_seed), seed=seed)
+        return first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
+
+    # One draw from each prompt at a time: the same seed of the env gives the same prompts again.
+    draws = zip(*(texts(seed * best_of + draw) for draw in range(best_of)), strict=True)
+    return summarise([max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of))
 
 
-def _first_texts(collector: Collector, num_texts: int) -> list[Episode]:
+def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
+    """One text of each prompt."""
+    episodes, num_envs = [], collector.envs.num_envs
+    for start in range(0, len(prompts), num_envs):
+        group = list(prompts[start : start + num_envs])
+        collector.reset({"prompts": group + group[:1] * (num_envs - len(group))})
+        episodes += first_texts(collector, num_envs)[: len(group)]
+    return episodes
+
+
+def best_of_n_kl(n: int) -> float:
+    """The bound on KL(best of n || one), in nats: log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879)."""
+    return float(np.log(n)) - (n - 1) / n
+
+
+def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
     """The first texts of each slot, as many from each: taking whatever ends first would favour short ones."""
     num_envs = collector.envs.num_envs
     rounds = -(-num_texts // num_envs)
@@ -101,8 +116,8 @@ def next_token_probs(policy: Any, temperature: float = 1.0) -> Callable[[Mapping
     return probs
 
 
-def summarise(episodes: Sequence[Episode]) -> Evaluation:
-    """The figures of an evaluation from its episodes."""
+def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
+    """The figures of an evaluation from its episodes; `extra_kl` nats are what choosing among texts adds."""
     gold, score = [e.gold for e in episodes], [e.score for e in episodes]
     return Evaluation(
         num_texts=len(episodes),
@@ -110,7 +125,7 @@ def summarise(episodes: Sequence[Episode]) -> Evaluation:
         gold_error=standard_error(gold),
         score=mean_of(score),
         score_error=standard_error(score),
-        kl=mean_of([e.kl for e in episodes]),
+        kl=mean_of([e.kl for e in episodes]) + extra_kl,
         length=mean_of([len(e.response) for e in episodes]),
         terminated=mean_of([e.terminated for e in episodes]),
         distinct_bigrams=distinct_bigrams([e.response for e in episodes]),

@@ -45,7 +45,7 @@ class Outputs:
         return chosen.to(self.logprob.device)
 
 
-class Reference:
+class FrozenLM:
     """A frozen causal LM to measure full-vocabulary KL against."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
@@ -85,7 +85,7 @@ def outputs(
     rows: np.ndarray,
     *,
     temperature: float = 1.0,
-    reference: Reference | None = None,
+    reference: FrozenLM | None = None,
 ) -> Outputs:
     """One forward over the whole texts `rows`, read where response tokens were chosen."""
     texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
@@ -117,6 +117,16 @@ def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -
     return values_BT1
 
 
+@torch.no_grad()
+def token_logprobs(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, temperature: float = 1.0) -> Tensor:
+    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right."""
+    logprob_BT = torch.zeros_like(batch.logprob_BT)
+    for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
+        out = outputs(policy, batch, rows, temperature=temperature)
+        logprob_BT[out.rows, out.steps] = out.logprob.cpu()
+    return logprob_BT
+
+
 LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
 """A sum over tokens whose weights sum to 1 over the minibatch, and metrics that are such sums as well."""
 
@@ -129,14 +139,16 @@ def accumulate_gradient(
     max_batch_tokens: int,
     *,
     temperature: float = 1.0,
-    reference: Reference | None = None,
+    reference: FrozenLM | None = None,
+    scale: float = 1.0,
 ) -> Metrics:
-    """Adds the gradient of one minibatch to the weights' `.grad`, one micro-batch at a time; returns the summed metrics."""
+    """Adds the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch at a time; returns the
+    summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches(batch.length_B.numpy()[rows], max_batch_tokens):
         out = outputs(policy, batch, rows[micro], temperature=temperature, reference=reference)
         loss, metrics = loss_function(out)
-        loss.backward()
+        (scale * loss).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
     return {name: float(value) for name, value in totals.items()}

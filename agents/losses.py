@@ -7,26 +7,46 @@ up to exactly the minibatch's loss, however it is cut. All logarithms are natura
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token-mean", "sequence-mean")
+AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 
 
 def token_weights(lengths_B: Tensor, aggregation: str) -> Tensor:
     """The weight (B,) float32 of each token of B episodes that are averaged together.
 
     "token-mean": every token counts alike (DAPO). "sequence-mean": every episode counts alike, its tokens sharing (GRPO).
+    "fixed-length" is the former, times `loss_scale`.
     """
     lengths_B = lengths_B.float()
-    if aggregation == "token-mean":
-        return torch.full_like(lengths_B, 1.0) / lengths_B.sum()
-    return 1.0 / (len(lengths_B) * lengths_B)
+    if aggregation == "sequence-mean":
+        return 1.0 / (len(lengths_B) * lengths_B)
+    return torch.full_like(lengths_B, 1.0) / lengths_B.sum()
+
+
+def loss_scale(lengths_B: Tensor, aggregation: str, max_length: int) -> float:
+    """What a loss is multiplied with: under "fixed-length" the mean length over the longest possible one, so that the
+    loss is a sum over tokens divided by a constant (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783); otherwise 1.
+    """
+    return float(lengths_B.float().mean()) / max_length if aggregation == "fixed-length" else 1.0
+
+
+def policy_gradient_loss(logprobs_K: Tensor, advantages_K: Tensor, weights_K: Tensor) -> Tensor:
+    """`-sum w A log pi`, whose gradient is the policy gradient's (Williams 1992)."""
+    return -(weights_K * advantages_K * logprobs_K).sum()
 
 
 def clipped_policy_loss(
-    logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, weights_K: Tensor, clip_range: float
+    logprobs_K: Tensor,
+    old_logprobs_K: Tensor,
+    advantages_K: Tensor,
+    weights_K: Tensor,
+    clip_range: float,
+    clip_high: float | None = None,
 ) -> Tensor:
-    """`-sum w min(ratio A, clip(ratio, 1 +- clip_range) A)` (PPO, Schulman et al. 2017, equation 7)."""
+    """`-sum w min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_high) A)` (PPO, Schulman et al. 2017, equation 7; a
+    `clip_high` other than `clip_range`, its default, is DAPO's, Yu et al. 2025, arXiv 2503.14476).
+    """
     ratio_K = torch.exp(logprobs_K - old_logprobs_K)
-    clipped_K = ratio_K.clamp(1.0 - clip_range, 1.0 + clip_range)
+    clipped_K = ratio_K.clamp(1.0 - clip_range, 1.0 + (clip_range if clip_high is None else clip_high))
     return -(weights_K * torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K)).sum()
 
 
@@ -49,9 +69,12 @@ def approx_kl(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor) -> 
     return (weights_K * (torch.expm1(log_ratio_K) - log_ratio_K)).sum()
 
 
-def clip_fraction(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor, clip_range: float) -> Tensor:
-    """The weighted share of tokens whose ratio lies outside `1 +- clip_range`."""
-    outside_K = (torch.exp(logprobs_K - old_logprobs_K) - 1.0).abs() > clip_range
+def clip_fraction(
+    logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor, clip_range: float, clip_high: float | None = None
+) -> Tensor:
+    """The weighted share of tokens whose ratio lies outside `[1 - clip_range, 1 + clip_high]`."""
+    change_K = torch.exp(logprobs_K - old_logprobs_K) - 1.0
+    outside_K = (change_K < -clip_range) | (change_K > (clip_range if clip_high is None else clip_high))
     return (weights_K * outside_K).sum()
 
 

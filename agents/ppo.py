@@ -8,7 +8,7 @@ losses; minibatches of whole texts; an early stop on KL; entropy and full-vocabu
 What it leaves out: replay, learning from unfinished texts (they wait, keeping the log-probabilities they were sampled
 with), and more than one process.
 
-Suffixes: B episodes, T response tokens, K response tokens of one micro-batch, flat.
+Suffixes: B episodes, T response tokens.
 """
 
 from dataclasses import dataclass
@@ -20,35 +20,26 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument, check_choice
 
 from . import losses
-from .advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, unshaped, whiten
-from .agent import Agent
-from .config import AgentConfig
+from .advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, unshaped
 from .episodes import EpisodeBatch
 from .learner import LossFunction, Metrics, Outputs, state_values
+from .policy_gradient import PolicyGradient, PolicyGradientConfig
 
 
 @dataclass(kw_only=True, slots=True)
-class PPOConfig(AgentConfig):
+class PPOConfig(PolicyGradientConfig):
     """Settings of `PPO`."""
 
-    clip_range: float = 0.2
-    """The policy ratio is clipped to 1 +- this; above 0."""
     value_clip: float | None = 0.2
     """Values are clipped to their old ones +- this, in units of (scaled) return, above 0; None does not clip."""
     vf_coef: float = 0.5
     """Weight of the value loss; 0 or more."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus, in nats per token; 0 or more. It looks one token ahead only, unlike the KL reward."""
-    gamma: float = 1.0
-    """Discount per token, 0 to 1."""
     lambda_actor: float = 0.95
     """GAE lambda of the policy's advantages, 0 to 1."""
     lambda_critic: float = 0.95
     """GAE lambda of the critic's targets, 0 to 1; 1 gives the plain return."""
     lambda_alpha: float | None = None
     """Above 0: the policy's lambda is 1 - 1 / (alpha length) for each text, in place of `lambda_actor`; None is off."""
-    whiten: bool = True
-    """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
     scale_rewards: bool = True
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
     critic_offset: str | None = None
@@ -58,15 +49,15 @@ class PPOConfig(AgentConfig):
     """Whether the critic has a trunk of its own, or shares the policy's."""
 
     def __post_init__(self) -> None:
-        AgentConfig.__post_init__(self)
-        self.check("above", 0, "clip_range", "value_clip", "lambda_alpha")
-        self.check("at least", 0, "vf_coef", "entropy_coef")
+        PolicyGradientConfig.__post_init__(self)
+        self.check("above", 0, "value_clip", "lambda_alpha")
+        self.check("at least", 0, "vf_coef")
         if self.critic_offset is not None:
             check_choice("critic_offset", self.critic_offset, ("potential",))
-        self.check_share("gamma", "lambda_actor", "lambda_critic")
+        self.check_share("lambda_actor", "lambda_critic")
 
 
-class PPO(Agent):
+class PPO(PolicyGradient):
     """Proximal policy optimisation (Schulman et al. 2017) with one token as one action."""
 
     config_class = PPOConfig
@@ -76,27 +67,22 @@ class PPO(Agent):
         """The deviation that rewards are divided by."""
         return {"reward_std": RunningStd()}
 
-    def update(self, batch: EpisodeBatch) -> Metrics:
-        """Learns from finished episodes; returns the field's scalars."""
-        cfg, lengths_B, mask_BT = self.config, batch.response_length_B, batch.mask_BT
+    def advantages(self, batch: EpisodeBatch) -> Tensor:
+        """Generalised advantage estimates; leaves the critic's values and what they are to become."""
+        cfg, lengths_B = self.config, batch.response_length_B
         rewards_BT, offset_BT1 = self.offset_rewards(batch)
-        if cfg.scale_rewards:
-            running: RunningStd = self.statistics["reward_std"]
-            running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
-            rewards_BT, offset_BT1 = rewards_BT / running.std, offset_BT1 / running.std
+        scale = self.reward_scale(rewards_BT, batch)
+        rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
         own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
-        values_BT, values_BT1, bootstrap_B = own_BT1[:, :-1], own_BT1 + offset_BT1, self.bootstrap(batch)
+        values_BT1, bootstrap_B = own_BT1 + offset_BT1, self.bootstrap(batch)
         lambda_B = cfg.lambda_actor if cfg.lambda_alpha is None else length_adaptive_lambda(lengths_B, cfg.lambda_alpha)
-        advantages_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, lambda_B)
-        targets_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, cfg.lambda_critic) + values_BT
-        if cfg.whiten:
-            advantages_BT = whiten(advantages_BT, mask_BT)
-        metrics = self.optimise(batch, lambda weights_B: self.loss(batch, advantages_BT, values_BT, targets_BT, weights_B))
-        return metrics | {
-            "value/explained_variance": losses.explained_variance(values_BT[mask_BT], targets_BT[mask_BT]),
-            "value/mean": float(values_BT[mask_BT].mean()),
-            "value/target": float(targets_BT[mask_BT].mean()),
-        }
+        errors_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, cfg.lambda_critic)
+        batch.learned.update(
+            value=scale * values_BT1[:, :-1].masked_fill(~batch.mask_BT, 0.0),
+            old_value=own_BT1[:, :-1],
+            target=own_BT1[:, :-1] + errors_BT,
+        )
+        return gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, lambda_B)
 
     def offset_rewards(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """The rewards (B, T) to learn from, and what is added to the critic's values (B, T + 1)."""
@@ -109,26 +95,32 @@ class PPO(Agent):
             )
         return unshaped(rewards_BT, potential_BT1, batch.response_length_B, self.config.gamma), potential_BT1
 
-    def loss(
-        self, batch: EpisodeBatch, advantages_BT: Tensor, values_BT: Tensor, targets_BT: Tensor, weights_B: Tensor
-    ) -> LossFunction:
-        """The loss of one minibatch, in which a token of episode b counts `weights_B[b]`."""
-        cfg = self.config
+    def reward_scale(self, rewards_BT: Tensor, batch: EpisodeBatch) -> float:
+        """The running deviation of returns, these included; 1 where rewards are not scaled."""
+        if not self.config.scale_rewards:
+            return 1.0
+        running: RunningStd = self.statistics["reward_std"]
+        running.update(returns_to_go(rewards_BT, batch.response_length_B, self.config.gamma)[batch.mask_BT])
+        return running.std
+
+    def update(self, batch: EpisodeBatch) -> Metrics:
+        """Learns from finished episodes; returns the field's scalars."""
+        metrics, mask_BT = super().update(batch), batch.mask_BT
+        values_K, targets_K = batch.learned["old_value"][mask_BT], batch.learned["target"][mask_BT]
+        return metrics | {
+            "value/explained_variance": losses.explained_variance(values_K, targets_K),
+            "value/mean": float(values_K.mean()),
+            "value/target": float(targets_K.mean()),
+        }
+
+    def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
+        """The policy's loss and the critic's, with `weights_B[b]` for each token of episode b."""
+        cfg, policy_loss = self.config, super().loss(batch, weights_B)
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-            weights, old = out.pick(weights_B), out.pick(batch.logprob_BT)
-            policy = losses.clipped_policy_loss(out.logprob, old, out.pick(advantages_BT), weights, cfg.clip_range)
-            value = losses.clipped_value_loss(out.value, out.pick(values_BT), out.pick(targets_BT), weights, cfg.value_clip)
-            entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
-            total = policy + cfg.vf_coef * value - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
-            with torch.no_grad():
-                metrics = {
-                    "loss/policy": policy,
-                    "loss/value": value,
-                    "policy/entropy": entropy,
-                    "policy/approx_kl": losses.approx_kl(out.logprob, old, weights),
-                    "policy/clip_fraction": losses.clip_fraction(out.logprob, old, weights, cfg.clip_range),
-                }
-            return total, metrics | ({"loss/full_kl": ref_kl} if cfg.full_kl_coef else {})
+            total, metrics = policy_loss(out)
+            old, target = out.pick(batch.learned["old_value"]), out.pick(batch.learned["target"])
+            value = losses.clipped_value_loss(out.value, old, target, out.pick(weights_B), cfg.value_clip)
+            return total + cfg.vf_coef * value, metrics | {"loss/value": value}
 
         return loss

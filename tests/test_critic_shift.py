@@ -102,12 +102,9 @@ class Update:
         self.batch = EpisodeBatch.stack(agent.collector.collect(80))
         with patch.context() as inner:
             inner.setattr(ppo, "state_values", lambda *args: own(*args) + shift)
-            inner.setattr(agent, "loss", self.keep)
-            inner.setattr(agent, "optimise", lambda batch, make_loss: make_loss(None) or {})
+            inner.setattr(agent, "optimise", lambda batch, make_loss: {})
             agent.update(self.batch)
-
-    def keep(self, batch: Any, advantages: Tensor, values: Tensor, targets: Tensor, weights: Any) -> None:
-        self.advantages, self.targets = advantages, targets
+        self.advantages, self.targets = (self.batch.learned[name] for name in ("advantage", "target"))
 
 
 @both_ends

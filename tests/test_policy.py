@@ -14,7 +14,7 @@ from tokenenv.agents import actor as module
 from tokenenv.agents.actor import Actor, sample
 from tokenenv.agents.evaluate import next_token_probs
 from tokenenv.agents.generate import generate, keep_likely
-from tokenenv.agents.learner import Outputs, Reference, accumulate_gradient, outputs, state_values
+from tokenenv.agents.learner import FrozenLM, Outputs, accumulate_gradient, outputs, state_values
 from tokenenv.agents.losses import token_weights
 from tokenenv.agents.policy import add_lora
 from tokenenv.errors import InvalidArgument, MissingDependency
@@ -215,7 +215,7 @@ def test_learning_forward_equals_the_models_own(separate_value):
     policy = LMPolicy(tiny_lm(seed=3), separate_value=separate_value)
     torch.nn.init.normal_(policy.value_head.weight)
     _, batch = episodes_batch(policy=policy)
-    out = outputs(policy, batch, np.arange(len(batch))[::-1].copy(), reference=Reference(tiny_lm(), V))
+    out = outputs(policy, batch, np.arange(len(batch))[::-1].copy(), reference=FrozenLM(tiny_lm(), V))
     values = state_values(policy, batch, 40)
     torch.testing.assert_close(out.logprob, out.pick(batch.logprob_BT), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.value, out.pick(values[:, :-1]))

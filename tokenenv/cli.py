@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cast
 
 import gymnasium as gym
 import tyro
@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tokenenv import __version__
-from tokenenv.agents import PPO, PPOConfig
-from tokenenv.agents.agent import Agent
+from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig, Reference
 from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
 from tokenenv.parts import load_task
@@ -26,13 +25,22 @@ from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.vector_env import TokenVectorEnv
 
-AGENTS = {"ppo": PPO}
+if TYPE_CHECKING:
+    Algorithm = str
+else:
+    Algorithm = Literal[tuple(ALGORITHMS)]
+Config = TypeVar("Config", bound=AgentConfig)
+GROUP_SIZE = 4
+"""Of envs for group methods, where --options does not say."""
 console = Console()
 
 
 @dataclass(kw_only=True)
-class Train:
-    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every episode as JSON."""
+class Train(Generic[Config]):
+    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every episode as JSON.
+
+    The agent options shown are those of the algorithm: `tokenenv train --algo grpo --help`.
+    """
 
     config: Path | None = None
     """A run's config.yaml to start from; other flags override it."""
@@ -46,9 +54,9 @@ class Train:
     """A reward design; `tokenenv rewards` lists them; by default the env's own."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
-    algo: Literal["ppo"] = "ppo"
-    """The algorithm."""
-    agent: PPOConfig = field(default_factory=PPOConfig)
+    algo: Algorithm = "ppo"
+    """The algorithm; docs/algorithms.md compares them."""
+    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Its settings."""
     total_tokens: int = 200_000
     """Tokens to emit in all."""
@@ -57,16 +65,21 @@ class Train:
     run_dir: Path | None = None
     """The run folder; by default runs/ENV-ALGO-SEED-TIME."""
 
+    def __post_init__(self) -> None:
+        expected = ALGORITHMS[self.algo].config_class
+        if type(self.agent) is not expected:
+            raise InvalidArgument(f"agent={self.agent!r} is no {expected.__name__}, which algo={self.algo!r} takes.")
+
     def run(self) -> None:
         """Trains, and says where the run folder is."""
         if self.resume is not None:
             total = self.total_tokens
             folder, made = self.resume, load_config(self.resume / "config.yaml")
             self.__dict__.update({**vars(made), "total_tokens": max(total, made.total_tokens)})
-            agent = AGENTS[self.algo].load(folder / "checkpoint", self.make_envs(), run_dir=folder)
+            agent = ALGORITHMS[self.algo].load(folder / "checkpoint", self.make_envs(), run_dir=folder)
         else:
             folder = self.run_dir or default_run_dir(self)
-            agent = AGENTS[self.algo](self.make_envs(), self.agent, run_dir=folder)
+            agent = ALGORITHMS[self.algo](self.make_envs(), self.agent, run_dir=folder)
             save_config(self, folder / "config.yaml")
         checkpoint = folder / "checkpoint"
 
@@ -82,7 +95,9 @@ class Train:
         """The run's envs; `changes` override its options."""
         check_choice("env", self.env, TASKS)
         options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
-        given = {"reward": self.reward, "autoreset_mode": "SameStep"}
+        given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
+        if ALGORITHMS[self.algo].grouped:
+            given["group_size"] = GROUP_SIZE
         envs = gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
         return cast(TokenVectorEnv, envs)
 
@@ -103,10 +118,10 @@ class Evaluate:
     def run(self) -> None:
         """Prints the table and the examples."""
         made = load_config(self.run_dir / "config.yaml")
-        envs = made.make_envs(**held_out(made.env))
+        envs = made.make_envs(group_size=1, **held_out(made.env))
         agents = {
-            "before": AGENTS[made.algo](envs, made.agent),
-            "after": AGENTS[made.algo].load(self.run_dir / "checkpoint", made.make_envs()),
+            "before": Reference(envs, temperature=made.agent.temperature),
+            "after": ALGORITHMS[made.algo].load(self.run_dir / "checkpoint", made.make_envs()),
         }
         found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
         console.print(comparison(found))
@@ -157,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; an error of ours is one line, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        default = _train_default(args)
         commands = (
-            Annotated[Train, tyro.conf.subcommand("train", default=_train_default(args))]
+            Annotated[train_type(default.algo), tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
@@ -187,8 +203,15 @@ def load_config(path: Path) -> Train:
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
-    agent = _from_mapping(PPOConfig, values.pop("agent", {}), path)
+    algo = values.setdefault("algo", "ppo")
+    check_choice(f"{path}: algo", algo, ALGORITHMS)
+    agent = _from_mapping(ALGORITHMS[algo].config_class, values.pop("agent", {}), path)
     return _from_mapping(Train, {**values, "agent": agent}, path)
+
+
+def train_type(algo: str) -> Any:
+    """`Train` with the settings of one algorithm, which tyro shows."""
+    return Train[ALGORITHMS[algo].config_class]  # type: ignore[misc]
 
 
 def comparison(found: Mapping[str, Evaluation]) -> Table:
@@ -251,11 +274,17 @@ def default_run_dir(config: Train) -> Path:
 
 
 def _train_default(args: Sequence[str]) -> Train:
-    """`--config PATH` sets the defaults that the other flags override."""
+    """`--config PATH` sets the defaults that the other flags override; `--algo NAME` says which settings there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    path = parser.parse_known_args(args)[0].config
-    return Train() if path is None else load_config(path)
+    parser.add_argument("--algo")
+    given = parser.parse_known_args(args)[0]
+    made = Train() if given.config is None else load_config(given.config)
+    if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
+        return made
+    if given.config is not None:
+        raise InvalidArgument(f"--algo {given.algo} does not fit --config {given.config}, which is for {made.algo}.")
+    return Train(algo=given.algo, agent=ALGORITHMS[given.algo].config_class())
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], path: Path) -> Any:

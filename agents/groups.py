@@ -1,0 +1,75 @@
+"""Texts compared with others of the same prompt: baselines from the other texts, place by place and source by source.
+
+With a reward on the last token only, all of this is the published sequence-level baseline. With dense rewards the return
+of a token is what is still to come after it, and it is compared with what is still to come in the others at the same
+place. A baseline may depend on anything but the token itself and what follows it, so none of this biases the gradient.
+
+Suffixes: B episodes, T response tokens; G consecutive episodes are a group.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+
+from .advantages import returns_to_go
+from .episodes import EpisodeBatch
+from .policy_gradient import PolicyGradient, PolicyGradientConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupConfig(PolicyGradientConfig):
+    """Settings shared by the group methods."""
+
+    gammas: dict[str, float] = field(default_factory=dict)
+    """Discounts per token, 0 to 1, of single reward terms by name, in place of `gamma` ("kl" is the KL penalty)."""
+
+    def __post_init__(self) -> None:
+        PolicyGradientConfig.__post_init__(self)
+        for name, gamma in self.gammas.items():
+            if not 0.0 <= gamma <= 1.0:
+                raise InvalidArgument(f"gammas[{name!r}]={gamma} is not allowed; it must lie between 0 and 1.")
+
+
+class GroupMethod(PolicyGradient):
+    """Base of the agents whose baseline is a group's."""
+
+    config_class = GroupConfig
+    config: GroupConfig
+    grouped = True
+
+    def returns(self, batch: EpisodeBatch) -> dict[str, Tensor]:
+        """Returns-to-go (B, T) of each source of reward, each with its own discount."""
+        cfg = self.config
+        return {
+            name: returns_to_go(rewards_BT, batch.response_length_B, cfg.gammas.get(name, cfg.gamma))
+            for name, rewards_BT in self.sources(batch).items()
+        }
+
+
+def hold_last(values_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """Right of each text the value at its last token: what a longer text is compared with once this one has ended.
+
+    A reward on the last token alone thus gives every place of a text the same return, ended or not.
+    """
+    last_B1 = values_BT.gather(1, lengths_B[:, None] - 1)
+    right_BT = torch.arange(values_BT.shape[1]) >= lengths_B[:, None]
+    return torch.where(right_BT, last_B1, values_BT)
+
+
+def group_mean(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
+    """(B, T): the mean of each group's values at every place, each text's own left out or not."""
+    held_GT = hold_last(values_BT, lengths_B).unflatten(0, (-1, group_size))
+    sums_GT = held_GT.sum(1, keepdim=True)
+    if leave_one_out:
+        return ((sums_GT - held_GT) / (group_size - 1)).flatten(0, 1)
+    return (sums_GT / group_size).expand_as(held_GT).flatten(0, 1)
+
+
+def group_std(values_B: Tensor, group_size: int) -> Tensor:
+    """(B, 1): the standard deviation of each group's values, 1 where they are all the same."""
+    std_G1 = values_B.unflatten(0, (-1, group_size)).std(1, correction=0, keepdim=True)
+    std_G1 = torch.where(std_G1 < 1e-6, 1.0, std_G1)
+    return std_G1.expand(-1, group_size).flatten()[:, None]

@@ -1,0 +1,122 @@
+"""KLQ: soft Q-learning with a language model as its own Q-function (after KLQ, arXiv 2508.17000, and path consistency,
+Nachum et al. 2017), off-policy, with replay.
+
+At the optimum of score - beta KL, beta log pi*(a|s)/pi_ref(a|s) = Q*(s, a) - V*(s). So Q(s, a) is read off the policy and
+its value head, V(s) + beta log pi(a|s)/pi_ref(a|s), and regressed on
+
+    Q(s_t, y_t) + sum_k lambda^k (r_{t+k} + V(s_{t+k+1}) - Q(s_{t+k}, y_{t+k})),
+
+whose errors vanish at the optimum along every text, whoever wrote it, since the next state is the text with the token
+added. Old texts are therefore as good as new ones, for every lambda, and no ratios are needed.
+
+What it does: replay of whole episodes, targets made with the present policy, one loss for policy and critic.
+
+What it leaves out: beta = 0 (Q would say nothing about the policy), a target network, and an env that pays the policy's
+part of the penalty itself (`kl="policy"`: it was paid for another policy).
+
+Suffixes: B episodes, T response tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+
+from . import losses
+from .advantages import gae, kl_penalised
+from .agent import Agent
+from .config import AgentConfig
+from .env_rows import wants_logprob
+from .episodes import EpisodeBatch
+from .learner import LossFunction, Metrics, Outputs, state_values, token_logprobs
+from .replay import Replay
+
+
+@dataclass(kw_only=True, slots=True)
+class KLQConfig(AgentConfig):
+    """Settings of `KLQ`."""
+
+    lambda_: float = 1.0
+    """How far targets look, 0 to 1: one token at 0, to the end of the text at 1."""
+    vf_coef: float = 0.5
+    """Weight of the critic's part of the loss beside the policy's; 0 or more."""
+    replay_tokens: int = 20_000
+    """Response tokens that are kept, the latest; 1 or more."""
+    replay_ratio: float = 2.0
+    """Response tokens learnt from per new one, above 0."""
+    separate_value: bool = False
+    """Whether the critic has a trunk of its own, or shares the policy's."""
+
+    def __post_init__(self) -> None:
+        AgentConfig.__post_init__(self)
+        self.check("at least", 0, "vf_coef")
+        self.check("at least", 1, "replay_tokens")
+        self.check("above", 0, "replay_ratio")
+        self.check_share("lambda_")
+
+
+class KLQ(Agent):
+    """KL-regularised Q-learning on tokens."""
+
+    config_class = KLQConfig
+    config: KLQConfig
+
+    def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
+        super().__init__(envs, config, **options)
+        if wants_logprob(envs):
+            raise InvalidArgument("KLQ adds the KL penalty itself: give it an env with kl='reference', not kl='policy'.")
+
+    def running_statistics(self) -> dict[str, Any]:
+        """The replayed episodes."""
+        return {"replay": Replay(self.config.replay_tokens)}
+
+    def update(self, batch: EpisodeBatch) -> Metrics:
+        """Takes new episodes in and learns from a sample of all."""
+        if not (batch.kl_coef_B > 0).all():
+            raise InvalidArgument("KLQ needs kl_coef above 0: its Q-function is beta log pi / pi_ref.")
+        replay: Replay = self.statistics["replay"]
+        if self.updates == 0:
+            self.centre_critic(batch)
+        replay.add(batch.unstack())
+        tokens = int(self.config.replay_ratio * int(batch.response_length_B.sum()))
+        sampled = EpisodeBatch.stack(replay.sample(tokens, self.rng))
+        self.estimate(sampled)
+        metrics = self.optimise(sampled, lambda weights_B: self.loss(sampled, weights_B))
+        return metrics | {"replay/tokens": replay.tokens, "replay/sampled": int(sampled.response_length_B.sum())}
+
+    def centre_critic(self, batch: EpisodeBatch) -> None:
+        """Starts the critic at the mean return: an error that all states share would push every token up, or down."""
+        totals_B = self.rewards(batch).sum(1)
+        torch.nn.init.constant_(self.policy.value_head.bias, float(totals_B.mean()))
+
+    def estimate(self, batch: EpisodeBatch) -> None:
+        """Leaves the errors of Q under the present policy, (B, T), and the values and log-probabilities that they rest on."""
+        cfg, lengths_B = self.config, batch.response_length_B
+        logprob_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
+        values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
+        rewards_BT = kl_penalised(batch.reward_BT, logprob_BT, batch.kl_coef_B)
+        errors_BT = gae(rewards_BT, values_BT1, lengths_B, self.bootstrap(batch), 1.0, cfg.lambda_)
+        batch.learned.update(advantage=errors_BT, value=values_BT1[:, :-1], old_logprob=logprob_BT)
+
+    def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
+        """Half the squared error of Q, each part of Q with the other held; the policy's divided by beta."""
+        learned, cfg = batch.learned, self.config
+
+        def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+            weights, beta = out.pick(weights_B), out.pick(batch.kl_coef_B)
+            log_ratio, moved = out.logprob - out.pick(learned["old_logprob"]), out.value - out.pick(learned["value"])
+            error = out.pick(learned["advantage"])
+            policy = 0.5 * (weights * (beta * log_ratio + moved.detach() - error) ** 2 / beta).sum()
+            value = 0.5 * (weights * (beta * log_ratio.detach() + moved - error) ** 2).sum()
+            metrics = {
+                "loss/policy": policy,
+                "loss/value": value,
+                "policy/entropy": (weights * out.entropy).sum(),
+                "policy/approx_kl": losses.approx_kl(out.logprob, out.pick(learned["old_logprob"]), weights),
+            }
+            return policy + cfg.vf_coef * value, {name: metric.detach() for name, metric in metrics.items()}
+
+        return loss

@@ -1,0 +1,25 @@
+"""REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): each token's return-to-go, whitened over the batch, and no critic.
+
+What it does: the rewards of a token and of those after it, with the whole KL penalty inside; the batch's mean is the
+baseline; PPO's clip.
+
+What it leaves out: a critic, and groups. The baseline knows neither the prompt nor the place in the text, so advantages
+vary more than with either; dense rewards help it most.
+"""
+
+from torch import Tensor
+
+from .advantages import returns_to_go
+from .episodes import EpisodeBatch
+from .policy_gradient import PolicyGradient, PolicyGradientConfig
+
+
+class ReinforcePlusPlus(PolicyGradient):
+    """Token-level REINFORCE with a batch baseline. Its settings are those of every policy gradient."""
+
+    config_class = PolicyGradientConfig
+    config: PolicyGradientConfig
+
+    def advantages(self, batch: EpisodeBatch) -> Tensor:
+        """Returns-to-go (B, T)."""
+        return returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)

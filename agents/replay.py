@@ -1,0 +1,48 @@
+"""Finished episodes kept for learning from them again."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .episodes import Episode, EpisodeBatch
+
+
+class Replay:
+    """The latest episodes, as many as hold `capacity` response tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.episodes: deque[Episode] = deque()
+        self.tokens = 0
+        """Response tokens that are kept."""
+
+    def add(self, episodes: Sequence[Episode]) -> None:
+        """Takes episodes in; the oldest leave."""
+        self.episodes.extend(episodes)
+        self.tokens += sum(len(e.response) for e in episodes)
+        while self.tokens > self.capacity and len(self.episodes) > 1:
+            self.tokens -= len(self.episodes.popleft().response)
+
+    def sample(self, num_tokens: int, rng: np.random.Generator) -> list[Episode]:
+        """Different episodes that hold at least `num_tokens` response tokens, or all there are."""
+        chosen: list[Episode] = []
+        for i in rng.permutation(len(self.episodes)):
+            if num_tokens <= 0:
+                break
+            chosen.append(self.episodes[i])
+            num_tokens -= len(chosen[-1].response)
+        return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a checkpoint needs."""
+        return {"episodes": asdict(EpisodeBatch.stack(self.episodes)) if self.episodes else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict()`."""
+        self.episodes.clear()
+        self.tokens = 0
+        if state["episodes"]:
+            self.add(EpisodeBatch(**state["episodes"]).unstack())

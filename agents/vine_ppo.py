@@ -1,0 +1,123 @@
+"""VinePPO (Kazemnejad et al. 2024, arXiv 2410.01679): values by playing on from the states themselves.
+
+What it does: each text is cut into `segments` of equal length; from the start of each, `rollouts` continuations are drawn
+with the present policy, and the mean of what they earn is the value there. A segment's tokens share one advantage: what
+the segment earned, plus the value after it, minus the value before it. PPO's clip; no critic is trained.
+
+The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches included) to its
+neighbours, all play to the end; then the running texts are taken up again where they were. Their tokens count as seen.
+
+What it leaves out: a value of the last state of a text that was cut without a score (`score_truncated=False`): no text
+can be played on from there, so it counts as 0.
+
+Suffixes: B episodes, T response tokens, S segments, K rollouts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument
+
+from .advantages import returns_to_go
+from .collector import Collector
+from .episodes import Episode, EpisodeBatch
+from .learner import Metrics
+from .policy_gradient import PolicyGradient, PolicyGradientConfig
+from .saving import resume_env
+
+Prefix = tuple[Sequence[int], Sequence[int]]
+"""The token ids of a prompt and of the response so far."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VinePPOConfig(PolicyGradientConfig):
+    """Settings of `VinePPO`."""
+
+    batch_tokens: int = 512
+    """Response tokens of finished episodes that one update learns from, at least, rollouts aside; 1 or more."""
+    segments: int = 4
+    """Places of each text whose value is estimated; 1 or more, and no more than it has tokens."""
+    rollouts: int = 4
+    """Continuations per value; 1 or more, at most the env's slots."""
+
+    def __post_init__(self) -> None:
+        PolicyGradientConfig.__post_init__(self)
+        self.check("at least", 1, "segments", "rollouts")
+
+
+class VinePPO(PolicyGradient):
+    """PPO with Monte-Carlo values."""
+
+    config_class = VinePPOConfig
+    config: VinePPOConfig
+
+    def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
+        super().__init__(envs, config, **options)
+        if not hasattr(self.core, "fork"):
+            raise InvalidArgument(f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot.")
+        if self.config.rollouts > envs.num_envs:
+            raise InvalidArgument(f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots.")
+
+    def update(self, batch: EpisodeBatch) -> Metrics:
+        """Learns from finished episodes; reports the tokens that their values took."""
+        before = self.tokens_seen
+        metrics = super().update(batch)
+        return metrics | {"time/rollout_tokens": self.tokens_seen - before}
+
+    def advantages(self, batch: EpisodeBatch) -> Tensor:
+        """(B, T): the same for all tokens of a segment."""
+        starts = [cuts(int(length), self.config.segments) for length in batch.response_length_B]
+        episodes = batch.unstack()
+        states = [(e.prompt, e.response[:t]) for e, places in zip(episodes, starts, strict=True) for t in places]
+        values = iter(self.values(states))
+        rewards_BT, gamma = self.rewards(batch), self.config.gamma
+        batch.learned["value"] = torch.zeros_like(rewards_BT)
+        advantages_BT = torch.zeros_like(rewards_BT)
+        for b, places in enumerate(starts):
+            ends, own = [*places[1:], len(episodes[b].response)], [next(values) for _ in places]
+            for start, end, value, after in zip(places, ends, own, [*own[1:], 0.0], strict=True):
+                earned = rewards_BT[b, start:end] @ gamma ** torch.arange(end - start)
+                advantages_BT[b, start:end] = earned + gamma ** (end - start) * after - value
+                batch.learned["value"][b, start:end] = value
+        return advantages_BT
+
+    def values(self, states: Sequence[Prefix]) -> list[float]:
+        """The mean return from each state under the present policy, by K continuations each."""
+        running, found = self.core.save_state(), []
+        at_once = self.envs.num_envs // self.config.rollouts
+        for first in range(0, len(states), at_once):
+            group = states[first : first + at_once]
+            batch = EpisodeBatch.stack(self.play_on(group))
+            returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[:, 0]
+            found += returns_B.unflatten(0, (len(group), -1)).mean(1).tolist()
+        resume_env(self, running)
+        return found
+
+    def play_on(self, states: Sequence[Prefix]) -> list[Episode]:
+        """K continuations of each state, one after the other: read once, then copied."""
+        rollouts = self.config.rollouts
+        leaders = np.arange(len(states)) * rollouts
+        followers = np.setdiff1d(np.arange(len(states) * rollouts), leaders)
+        mask = np.isin(np.arange(self.envs.num_envs), leaders)
+        given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
+        collector = Collector(self.envs, self.actor)
+        options = {"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]}
+        collector.reset(options)
+        collector.resume(self.core.fork(followers // rollouts * rollouts, followers)[0])
+        found: dict[int, Episode] = {}
+        while len(found) < len(states) * rollouts:
+            for episode in collector.step():
+                if episode.slot < len(states) * rollouts:
+                    found.setdefault(episode.slot, episode)
+        self.collector.tokens_seen += collector.tokens_seen
+        return [found[slot] for slot in range(len(states) * rollouts)]
+
+
+def cuts(length: int, segments: int) -> list[int]:
+    """Where the segments of a text of so many tokens begin: evenly spread, the first at 0."""
+    return sorted({length * s // segments for s in range(segments)})
