@@ -92,6 +92,11 @@ class TokenVectorEnv(VectorEnv):
         return tuple(name for name, term in terms if term.preserves_gradient is False)
 
     @property
+    def group_size(self) -> int:
+        """How many consecutive slots share each prompt."""
+        return self.config.group_size
+
+    @property
     def device(self) -> torch.device:
         """Where the models, and the tensors of `array="torch"`, are."""
         return self._engine.parts.device
