@@ -14,6 +14,8 @@ from torch import Tensor
 from tokenenv.models.batching import upload
 from tokenenv.types import SlotModel
 
+from .masks import allowed_of, rule_out
+
 
 class Policy(Protocol):
     """What acting and learning ask of a policy; `LMPolicy` is the one for transformers."""
@@ -76,7 +78,10 @@ class Actor:
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or torch observations."""
+        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or torch observations.
+
+        With an `action_mask` (N, V) in the observation, both are of the policy over the allowed tokens.
+        """
         device = self.generator.device
         texts_NL = torch.as_tensor(obs["tokens"], device=device)
         lengths_N = torch.as_tensor(obs["length"], device=device)
@@ -84,6 +89,7 @@ class Actor:
             self._start(*texts_NL.shape)
         with self.policy.autocast():
             logits_NV = self.policy.head(self._read(texts_NL, lengths_N))
+        logits_NV = rule_out(logits_NV, allowed_of(obs, device))
         tokens_N, logprobs_N = sample(logits_NV, self.temperature, self.generator)
         self._expect(texts_NL, lengths_N, tokens_N)
         return tokens_N, logprobs_N

@@ -17,6 +17,7 @@ from torch import Tensor
 from .actor import Actor
 from .env_rows import action, flags, take, take_info, take_obs
 from .episodes import Episode, EpisodeBatch
+from .masks import pack
 
 # One line per step: what must be remembered of a running text; the text itself is in the observation.
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
@@ -46,6 +47,8 @@ class Collector:
         """Tokens emitted so far, those of running episodes included."""
         self._obs: Mapping[str, Any] = {}
         self._ring = torch.zeros(0)
+        self._masks = np.zeros((0, 0, 0), np.uint8)
+        """(L, N, M): the action masks of each step, beside the ring; empty where the env allows everything."""
         self._potential = torch.zeros(envs.num_envs)
         """(N,) the env's Phi of the texts as they stand."""
         self.has_potential = False
@@ -87,8 +90,9 @@ class Collector:
         if not self.running:
             self.reset()
         tokens, logprobs = self.actor.act(self._obs)
+        allowed = pack(self._obs)
         obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
-        self._record(logprobs, rewards, infos)
+        self._record(logprobs, rewards, infos, allowed)
         terminated, truncated = flags(terminations, truncations)
         ended = terminated | truncated
         episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else []
@@ -118,7 +122,7 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the env's own state and the observation that comes with it."""
         names = ["tokens_seen", "finished", "_first", "_age", "_resetting", "_clock"]
-        names += ["_ring", "_potential"] if self.running else []
+        names += ["_ring", "_masks", "_potential"] if self.running else []
         waiting = asdict(EpisodeBatch.stack(self._waiting)) if self._waiting else None
         return copy.deepcopy({name: getattr(self, name) for name in names}) | {"waiting": waiting}
 
@@ -134,7 +138,7 @@ class Collector:
         self._obs = obs
         self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
 
-    def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any]) -> None:
+    def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None) -> None:
         """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age stays 0."""
         self._clock = (self._clock + 1) % len(self._ring)
         line = self._ring[self._clock]
@@ -142,6 +146,10 @@ class Collector:
         line[REWARD] = torch.as_tensor(rewards)
         line[REF_LOGPROB] = torch.as_tensor(infos.get("ref_logprob", 0.0))
         line[POTENTIAL] = self._potential
+        if allowed is not None:
+            if not self._masks.size:
+                self._masks = np.zeros((len(self._ring), *allowed.shape), np.uint8)
+            self._masks[self._clock] = allowed
         self._note_potential(infos)
         self._age += ~self._resetting
         self.tokens_seen += int(np.count_nonzero(~self._resetting))
@@ -182,7 +190,8 @@ class Collector:
         age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
         start = length - age
         own = slice(start - end["prompt_length"], length - end["prompt_length"])
-        record = record[(self._clock - np.arange(age)[::-1]) % len(record)]
+        lines = (self._clock - np.arange(age)[::-1]) % len(record)
+        record = record[lines]
         if not np.isnan(placed).all():
             record[:, REWARD] = placed[own]
         return Episode(
@@ -201,6 +210,7 @@ class Collector:
             slot=slot,
             index=int(self.finished[slot]),
             terms={name: values[own] for name, values in terms.items()},
+            action_mask=self._masks[lines, slot] if self._masks.size else None,
         )
 
 

@@ -40,6 +40,17 @@ def env_core(envs: VectorEnv) -> Any:
     return envs.unwrapped
 
 
+def method(envs: VectorEnv, name: str) -> Any:
+    """A method beyond Gymnasium's interface, of the outermost wrapper that has it (one that adds to observations, say);
+    None where there is none."""
+    layer: Any = envs
+    while layer is not None:
+        if hasattr(layer, name):
+            return getattr(layer, name)
+        layer = getattr(layer, "env", None)
+    return None
+
+
 def num_actions(envs: VectorEnv) -> int:
     """V."""
     space: Any = envs.single_action_space

@@ -54,6 +54,8 @@ class Episode:
     """(T,) float32: the critic's value before each token, in reward; None before learning, or without a critic."""
     advantage: np.ndarray | None = None
     """(T,) float32: the weight that the learner gave to each token; None before learning."""
+    action_mask: np.ndarray | None = None
+    """(T, M) uint8: the tokens that were allowed, eight to a byte (`masks.pack`); None where all were."""
 
     @property
     def kl(self) -> float:
@@ -86,6 +88,8 @@ class EpisodeBatch:
     index_B: Tensor
     terms: dict[str, Tensor]
     """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
+    action_mask_BTM: Tensor | None = None
+    """uint8: the allowed tokens, eight to a byte; None where all were."""
     learned: dict[str, Tensor] = field(default_factory=dict)
     """(B, T) of what a learner makes of each token; "advantage" and "value" go into the episodes."""
 
@@ -111,6 +115,7 @@ class EpisodeBatch:
             potential_BT1=_pad([e.potential for e in episodes]),
             **{f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE},
             terms={name: _pad([e.terms[name] for e in episodes]) for name in episodes[0].terms},
+            action_mask_BTM=_pad(masks) if (masks := [e.action_mask for e in episodes if e.action_mask is not None]) else None,
         )
 
     def unstack(self) -> list[Episode]:
@@ -133,6 +138,7 @@ class EpisodeBatch:
             potential=tokens(self.potential_BT1, 1),
             **{name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE},
             terms={name: tokens(values) for name, values in self.terms.items()},
+            action_mask=None if self.action_mask_BTM is None else tokens(self.action_mask_BTM),
             **{name: tokens(self.learned[name]) for name in ("advantage", "value") if name in self.learned},
         )
 

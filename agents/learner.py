@@ -75,6 +75,11 @@ class _Texts:
     def at(self, states_BLH: Tensor) -> Tensor:
         return states_BLH.flatten(0, 1).index_select(0, self._place_K)
 
+    def masks(self, batch: EpisodeBatch) -> Tensor | None:
+        if batch.action_mask_BTM is None:
+            return None
+        return batch.action_mask_BTM[self.rows, self.steps].to(self.tokens_BL.device)
+
     def chosen(self) -> Tensor:
         return self.tokens_BL.flatten()[self._place_K + 1]
 
@@ -97,6 +102,7 @@ def outputs(
             policy.head,
             policy.vocab_size,
             temperature=temperature,
+            mask_KM=texts.masks(batch),
             ref_states_KH=texts.at(reference.states(texts.tokens_BL, texts.lengths)) if reference else None,
             ref_head=reference.head if reference else None,
         )

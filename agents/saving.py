@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from tokenenv.errors import CheckpointError
 
+from .env_rows import method
+
 if TYPE_CHECKING:
     from .agent import Agent
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
     """Everything that the next update depends on; frozen weights come from the env's model again."""
-    resumable = agent.collector.running and hasattr(agent.core, "save_state")
+    save_state = method(agent.envs, "save_state")
     return {
         "agent": type(agent).__name__,
         "config": asdict(agent.config),
@@ -25,7 +27,7 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
         "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
         "collector": agent.collector.state_dict(),
         "kl_coef": agent.kl_coef,
-        "env": agent.core.save_state() if resumable else None,
+        "env": save_state() if agent.collector.running and save_state else None,
     }
 
 
@@ -50,7 +52,7 @@ def resume_env(agent: "Agent", env_state: Any) -> None:
     last bits of what they give.
     """
     if env_state is not None:
-        obs, _ = agent.core.load_state(env_state)
+        obs, _ = method(agent.envs, "load_state")(env_state)
         agent.collector.resume(obs)
     agent.actor.refresh()
 

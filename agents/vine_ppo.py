@@ -25,6 +25,7 @@ from tokenenv.errors import InvalidArgument
 
 from .advantages import returns_to_go
 from .collector import Collector
+from .env_rows import method
 from .episodes import Episode, EpisodeBatch
 from .learner import Metrics
 from .policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -58,7 +59,7 @@ class VinePPO(PolicyGradient):
 
     def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
-        if not hasattr(self.core, "fork"):
+        if method(envs, "fork") is None:
             raise InvalidArgument(f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot.")
         if self.config.rollouts > envs.num_envs:
             raise InvalidArgument(f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots.")
@@ -88,7 +89,7 @@ class VinePPO(PolicyGradient):
 
     def values(self, states: Sequence[Prefix]) -> list[float]:
         """The mean return from each state under the present policy, by K continuations each."""
-        running, found = self.core.save_state(), []
+        running, found = method(self.envs, "save_state")(), []
         at_once = self.envs.num_envs // self.config.rollouts
         for first in range(0, len(states), at_once):
             group = states[first : first + at_once]
@@ -108,7 +109,7 @@ class VinePPO(PolicyGradient):
         collector = Collector(self.envs, self.actor)
         options = {"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]}
         collector.reset(options)
-        collector.resume(self.core.fork(followers // rollouts * rollouts, followers)[0])
+        collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
         found: dict[int, Episode] = {}
         while len(found) < len(states) * rollouts:
             for episode in collector.step():
