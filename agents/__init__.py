@@ -11,7 +11,7 @@ from .groups import GroupConfig
 from .grpo import GRPO, GRPOConfig
 from .klq import KLQ, KLQConfig
 from .policy import LMPolicy
-from .policy_gradient import PolicyGradientConfig
+from .policy_gradient import PolicyGradient, PolicyGradientConfig
 from .ppo import PPO, PPOConfig
 from .reference import Reference
 from .reinforce_plus_plus import ReinforcePlusPlus
@@ -47,6 +47,7 @@ __all__ = [
     "KLQConfig",
     "LMPolicy",
     "PPOConfig",
+    "PolicyGradient",
     "PolicyGradientConfig",
     "Reference",
     "ReinforcePlusPlus",
