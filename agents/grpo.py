@@ -6,7 +6,7 @@ returns; PPO's clip; every text counts alike. Switches turn it into its variants
 - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `scale="none"`, `aggregation="fixed-length"`.
 - DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `aggregation="token-mean"`, `skip_flat_groups=True`, and an
   env with `kl_coef=0` (its penalty on overlong texts is a reward term: `missing_eos_penalty`).
-- GDPO (Liu et al. 2026): `scale="source"`.
+- GDPO (Liu et al. 2026, arXiv 2601.05242): `scale="source"`, `whiten=True`.
 
 The KL penalty is a reward here, so that it is credited like one; DeepSeek's KL as a loss is `full_kl_coef` (exact over
 the vocabulary) in an env with `kl_coef=0`.
