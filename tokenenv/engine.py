@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.trunks import Trunks, logprob_reader, trunk_of
+from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
@@ -127,6 +127,13 @@ class RewardEngine:
         terms |= self._settle(finished, batch)
         reward = total(terms) if terms else torch.zeros_like(ref_logprob)
         return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
+
+    @torch.no_grad()
+    def ref_logprobs(self) -> Tensor:
+        """log pi_ref of every next token, (N, V)."""
+        assert self.states is not None
+        logits_NV = logits_head(self.parts.reference, self.parts.spec.vocab_size)(self.states.of(self.parts.reference))
+        return torch.log_softmax(logits_NV.float(), dim=-1)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:

@@ -215,6 +215,18 @@ class TokenVectorEnv(VectorEnv):
             self._begin(self._ended.copy())
         return self._observation(), self._start_infos(slots).to_dict(self._export)
 
+    def ref_logprobs(self) -> Any:
+        """log pi_ref of every next token of the texts as they stand, (N, V) float32, in nats."""
+        self._require_reset()
+        return self._export(self._engine.ref_logprobs())
+
+    def responses(self) -> list[list[int]]:
+        """The response tokens of the texts as they stand."""
+        self._require_reset()
+        texts = self._texts
+        spans = zip(texts.tokens, texts.prompt_length, texts.length, strict=True)
+        return [row[start:end].tolist() for row, start, end in spans]
+
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
         """The texts, prompt and response, of a token observation, batched or of one text."""
         if self.token_spec.tokenizer is None or not isinstance(observation, Mapping):

@@ -1,0 +1,137 @@
+"""Which tokens may come next under a regular expression or a grammar, by llguidance.
+
+Suffixes: V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.types import TokenSpec
+
+SPECIAL = b"\xff"
+"""Begins the name of a token that has no text; no text has this byte."""
+
+
+def compile_matcher(spec: TokenSpec, *, regex: str | None = None, grammar: str | None = None) -> Any:
+    """A matcher at the start of a response; raises `InvalidArgument` for an expression that cannot be read.
+
+    What is matched is the response's text, a space before its first word left out or not.
+    """
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise MissingDependency("regex= and grammar= need llguidance: pip install 'tokenenv-rl[masks]'") from error
+    if spec.tokenizer is None:
+        raise InvalidArgument("regex= and grammar= need a task whose tokens have text.")
+    wanted = LLMatcher.grammar_from_regex(f" ?(?:{regex})") if grammar is None else LLMatcher.grammar_from_lark(grammar)
+    matcher = LLMatcher(_tokenizer(spec), wanted, log_level=0)
+    if matcher.is_error():
+        name, given = ("regex", regex) if grammar is None else ("grammar", grammar)
+        raise InvalidArgument(f"{name}={given!r} cannot be used: {matcher.get_error().splitlines()[0]}.")
+    return matcher
+
+
+class Follower:
+    """What may follow the response of one running text.
+
+    Tokens are matched by their text alone, so one that is the beginning of another (" a" of " amazing") may fit and lead
+    nowhere, where words are single tokens. Those are tried: what nothing can follow is not allowed.
+    """
+
+    def __init__(self, start: Any, spec: TokenSpec) -> None:
+        self._start, self._matcher = start, start.deep_copy()
+        self._stops = list(spec.stop_token_ids)
+        self._vocab_size = spec.vocab_size
+        self._read: list[int] = []
+
+    def follow(self, response: Sequence[int]) -> None:
+        """Moves on to this response: by its last token, or, if it is another text, from the start."""
+        response = list(response)
+        if response == self._read:
+            return
+        if response[:-1] == self._read and response:
+            self._matcher.consume_token(response[-1])
+        else:
+            self._matcher = self._start.deep_copy()
+            self._matcher.consume_tokens(response)
+        self._read = response
+
+    def allowed(self, beginnings: np.ndarray) -> np.ndarray:
+        """(V,) bool, never all False; `beginnings` are the tokens whose text is the beginning of another's."""
+        allowed = self._fitting()
+        for token in beginnings[allowed[beginnings]]:
+            self._matcher.consume_token(int(token))
+            allowed[token] = self._matcher.is_accepting() or self._fitting().any()
+            self._matcher.rollback(1)
+        allowed[self._stops] = self._matcher.is_accepting() or not allowed.any()
+        return allowed
+
+    def _fitting(self) -> np.ndarray:
+        """(V,) bool without the stop tokens."""
+        if self._matcher.is_stopped() or self._matcher.is_error():
+            return np.zeros(self._vocab_size, bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        fitting = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+        fitting[self._stops] = False
+        return fitting
+
+
+def beginnings(spec: TokenSpec) -> np.ndarray:
+    """The tokens whose text is the beginning of another token's, where no token continues within a word."""
+    if not _whole_words(spec.tokenizer):
+        return np.zeros(0, np.int64)
+    pieces = _pieces(spec)
+    return np.array([i for i, a in enumerate(pieces) if any(b != a and b.startswith(a) for b in pieces)], np.int64)
+
+
+def _tokenizer(spec: TokenSpec) -> Any:
+    import llguidance
+    from llguidance.hf import from_tokenizer
+
+    if not _whole_words(spec.tokenizer):
+        return from_tokenizer(spec.tokenizer, n_vocab=spec.vocab_size, eos_token=list(spec.stop_token_ids))
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words(spec)))
+
+
+class _Words:
+    """What llguidance asks of a tokenizer whose tokens are words: it must be able to write any text.
+
+    So every byte is a token as well, beyond V, where no policy can choose it.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, spec: TokenSpec) -> None:
+        pieces = _pieces(spec)
+        self.tokens = [*pieces, *(bytes([byte]) for byte in range(256))]
+        self.special_token_ids = [i for i, piece in enumerate(pieces) if piece.startswith(SPECIAL)]
+        self.eos_token_id = spec.stop_token_ids[0]
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The longest word that fits, from the left; a byte where none does."""
+        ids: list[int] = []
+        while text:
+            i = max((i for i, piece in enumerate(self.tokens) if text.startswith(piece)), key=lambda i: len(self.tokens[i]))
+            ids.append(i)
+            text = text[len(self.tokens[i]) :]
+        return ids
+
+
+def _whole_words(tokenizer: Any) -> bool:
+    return type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+
+
+def _pieces(spec: TokenSpec) -> list[bytes]:
+    """What each token adds to a text; a special token stands for itself."""
+    tokenizer, special = spec.tokenizer, set(spec.tokenizer.all_special_ids) | set(spec.stop_token_ids)
+    known = range(min(spec.vocab_size, len(tokenizer)))
+    first = next(i for i in known if i not in special)
+    base = tokenizer.decode([first])
+    pieces = [SPECIAL + b"%d" % i for i in range(spec.vocab_size)]
+    for i in known:
+        if i not in special:
+            pieces[i] = tokenizer.decode([first, i])[len(base) :].encode()
+    return pieces

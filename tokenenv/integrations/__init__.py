@@ -1,0 +1,1 @@
+"""Other people's learners on token environments, one file each."""

@@ -1,0 +1,188 @@
+"""Smaller action spaces: the reference's likeliest tokens as `Discrete(k)`, and masks of what is allowed.
+
+Both wrap a vector env of this package in any autoreset mode, with either observation and either kind of array.
+Suffixes: N envs, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from tokenenv import grammar as grammars
+from tokenenv.errors import InvalidAction, InvalidArgument
+from tokenenv.vector_env import TokenVectorEnv
+
+
+class TopKActions(VectorWrapper):
+    """Action i is the reference's i-th likeliest next token, i = 0 .. k - 1: `Discrete(k)`.
+
+    It makes value-based learners and small policies practical. A text ends early only where a stop token is among the k.
+    Under `kl="policy"` the `logprob` is that of the choice. Over an `ActionMask` the choices are the likeliest allowed
+    tokens; where there are fewer than k, the rest repeat the likeliest.
+
+    Args:
+        envs: a vector env of this package, wrapped or not.
+        k: 1 to V.
+    """
+
+    def __init__(self, envs: VectorEnv, k: int) -> None:
+        super().__init__(envs)
+        core = _core(envs)
+        if not 1 <= k <= core.token_spec.vocab_size:
+            raise InvalidArgument(f"k={k} is not allowed; it must lie between 1 and {core.token_spec.vocab_size}.")
+        self.k = k
+        choice = gym.spaces.Discrete(k)
+        single = envs.single_action_space
+        self.single_action_space = (
+            gym.spaces.Dict({**single.spaces, "token": choice}) if isinstance(single, gym.spaces.Dict) else choice
+        )
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def choices(self) -> np.ndarray:
+        """The tokens (N, k) on offer now, the likeliest first; equally likely ones by id."""
+        logprobs_NV = _host(self.unwrapped.ref_logprobs())
+        mask = getattr(self.env, "action_masks", None)
+        allowed_NV = np.ones_like(logprobs_NV, bool) if mask is None else mask()
+        order = np.argsort(np.where(allowed_NV, -logprobs_NV, np.inf), axis=1, kind="stable")[:, : self.k]
+        return np.where(np.take_along_axis(allowed_NV, order, 1), order, order[:, :1])
+
+    def step(self, actions: Any) -> Any:
+        """Takes the numbers of the choices (N,), or a dict of them as `token` and their `logprob`."""
+        given = actions["token"] if isinstance(actions, Mapping) else actions
+        picks = _host(given)
+        if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
+            raise InvalidAction(f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env.")
+        for row in np.flatnonzero((picks < 0) | (picks >= self.k)):
+            raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
+        tokens = _like(np.take_along_axis(self.choices(), picks[:, None], 1)[:, 0], given)
+        return self.env.step({**actions, "token": tokens} if isinstance(actions, Mapping) else tokens)
+
+
+class ActionMask(VectorWrapper):
+    """Rules tokens out: those outside the reference's nucleus, or those that a regular expression or a grammar forbids.
+
+    `action_masks()` gives (N, V) bool; a token observation gets it as `action_mask` (N, V) int8, so that learners keep it
+    with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else
+    is; a text cut at `max_new_tokens` may be unfinished. Where nothing of the nucleus is allowed, the expression decides.
+
+    Args:
+        envs: a vector env of this package, wrapped or not.
+        top_p: keeps the fewest likeliest tokens that hold this probability under the reference; above 0, below 1.
+        regex: what the response's text must match, a space before its first word aside.
+        grammar: the same as a Lark grammar of llguidance.
+    """
+
+    def __init__(
+        self, envs: VectorEnv, *, top_p: float | None = None, regex: str | None = None, grammar: str | None = None
+    ) -> None:
+        super().__init__(envs)
+        core = _core(envs)
+        _check_mask_options(top_p, regex, grammar)
+        self.top_p = top_p
+        self._followers: list[grammars.Follower] = []
+        if regex is not None or grammar is not None:
+            start = grammars.compile_matcher(core.token_spec, regex=regex, grammar=grammar)
+            self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
+            self._beginnings = grammars.beginnings(core.token_spec)
+        self._ended = np.zeros(envs.num_envs, bool)
+        self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
+        self._in_obs = isinstance(envs.single_observation_space, gym.spaces.Dict)
+        if self._in_obs:
+            mask = gym.spaces.Box(0, 1, (core.token_spec.vocab_size,), np.int8)
+            self.single_observation_space = gym.spaces.Dict({**envs.single_observation_space.spaces, "action_mask": mask})
+            self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
+
+    def action_masks(self) -> np.ndarray:
+        """(N, V) bool on the host: what may come next in each text."""
+        return self._masks.copy()
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        """As the env's."""
+        return self._masked(*self.env.reset(seed=seed, options=options))
+
+    def fork(self, sources: Any, targets: Any) -> Any:
+        """As the env's."""
+        return self._masked(*self.unwrapped.fork(sources, targets))
+
+    def load_state(self, saved: dict[str, Any]) -> Any:
+        """As the env's."""
+        return self._masked(*self.unwrapped.load_state(saved))
+
+    def step(self, actions: Any) -> Any:
+        """As the env's; raises `InvalidAction` for a token that is not allowed, and nothing changes."""
+        tokens = _host(actions["token"] if isinstance(actions, Mapping) else actions)
+        self._check(tokens)
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        self._ended = _host(terminations) | _host(truncations)
+        if "final_obs" in infos and self._in_obs:
+            anything = _like(np.ones(self._masks.shape, np.int8), infos["final_obs"]["tokens"])
+            infos["final_obs"] = {**infos["final_obs"], "action_mask": anything}
+        return self._masked(obs, infos)[0], rewards, terminations, truncations, infos
+
+    def _check(self, tokens: np.ndarray) -> None:
+        if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
+            return  # The env says what is wrong.
+        inside = (tokens >= 0) & (tokens < self._masks.shape[1])
+        allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
+        ignored = self._ended & (self.env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP)
+        for row in np.flatnonzero(~allowed & ~ignored):
+            raise InvalidAction(
+                f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
+            )
+
+    def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
+        """The observation with the masks of the texts as they stand."""
+        self._masks = self._allowed()
+        if self._in_obs:
+            obs = {**obs, "action_mask": _like(self._masks.astype(np.int8), obs["tokens"])}
+        return obs, infos
+
+    def _allowed(self) -> np.ndarray:
+        allowed = np.ones_like(self._masks)
+        for row, (follower, response) in enumerate(zip(self._followers, self.unwrapped.responses(), strict=False)):
+            follower.follow(response)
+            allowed[row] = follower.allowed(self._beginnings)
+        if self.top_p is None:
+            return allowed
+        both = allowed & _nucleus(_host(self.unwrapped.ref_logprobs()), self.top_p)
+        return np.where(both.any(1, keepdims=True), both, allowed)
+
+
+def _nucleus(logprobs_NV: np.ndarray, top_p: float) -> np.ndarray:
+    """(N, V) bool: the fewest likeliest tokens that hold probability `top_p`; the likeliest is always there."""
+    order = np.argsort(-logprobs_NV, axis=1, kind="stable")
+    probs = np.exp(np.take_along_axis(logprobs_NV, order, 1))
+    kept = np.cumsum(probs, axis=1) - probs < top_p
+    nucleus = np.zeros_like(kept)
+    np.put_along_axis(nucleus, order, kept, 1)
+    return nucleus
+
+
+def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | None) -> None:
+    if top_p is None and regex is None and grammar is None:
+        raise InvalidArgument("ActionMask rules nothing out; give top_p=, regex= or grammar=.")
+    if regex is not None and grammar is not None:
+        raise InvalidArgument("give regex= or grammar=, not both.")
+    if top_p is not None and not 0.0 < top_p < 1.0:
+        raise InvalidArgument(f"top_p={top_p} is not allowed; it must lie above 0 and below 1.")
+
+
+def _core(envs: VectorEnv) -> TokenVectorEnv:
+    if not isinstance(envs.unwrapped, TokenVectorEnv):
+        raise InvalidArgument(f"envs={type(envs.unwrapped).__name__} is no vector env of this package (gym.make_vec).")
+    return envs.unwrapped
+
+
+def _host(values: Any) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _like(values: np.ndarray, other: Any) -> Any:
+    """As a tensor where `other` is one."""
+    return torch.as_tensor(values, device=other.device) if isinstance(other, Tensor) else values
