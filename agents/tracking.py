@@ -1,15 +1,26 @@
-"""The run folder: TensorBoard events and every finished episode as a line of JSON."""
+"""The run folder: TensorBoard events, finished episodes as lines of JSON; and Weights & Biases where it is asked for.
+
+Suffixes: K tokens of any texts.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tokenenv.errors import MissingDependency
+from tokenenv.models.pieces import TokenPieces
 from tokenenv.types import TokenSpec
 
 from .episodes import Episode
+
+DETAILED = 32
+"""Episodes of each update whose tokens are written one by one: a line of each is enough of the others."""
+EVERY = 10
+"""Updates between sample texts and pictures."""
+QUARTERS = 4
 
 
 class RunFolder:
@@ -23,6 +34,7 @@ class RunFolder:
         self._writer = SummaryWriter(str(directory))
         self._episodes = (directory / "episodes.jsonl").open("a", encoding="utf-8")
         self._tokenizer = spec.tokenizer if spec else None
+        self._pieces = TokenPieces(self._tokenizer)
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Logs one update at the tokens seen so far."""
@@ -30,14 +42,83 @@ class RunFolder:
         for name, value in metrics.items():
             if np.isfinite(value):
                 self._writer.add_scalar(name, value, step)
-        for episode in episodes:
-            self._episodes.write(json.dumps({"tokens_seen": step, **episode_record(episode, self._tokenizer)}) + "\n")
+        for name, values_K in histograms(episodes).items():
+            self._writer.add_histogram(name, values_K, step)
+        if int(metrics["time/updates"]) % EVERY == 1:
+            self._writer.add_text("samples", self._samples(episodes), step)
+            self._writer.add_figure("tokens/by_position", by_position(episodes), step)
+        for number, episode in enumerate(episodes):
+            record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
+            record |= token_columns(episode, self._pieces) if number < DETAILED else {}
+            self._episodes.write(json.dumps(record) + "\n")
         self._episodes.flush()
+
+    def _samples(self, episodes: Sequence[Episode], count: int = 4) -> str:
+        """The texts with the highest and the lowest scores, as Markdown."""
+        ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
+        chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
+        texts = ("".join(self._pieces(e.prompt)) + " **|** " + "".join(self._pieces(e.response)) for e in chosen)
+        return "\n\n".join(f"score {e.score:.3g}: {text}" for e, text in zip(chosen, texts, strict=True))
 
     def close(self) -> None:
         """Flushes and closes both files."""
         self._writer.close()
         self._episodes.close()
+
+
+class WandbRun:
+    """The same figures in Weights & Biases: a listener for `learn(on_update=...)`; `close` ends the run."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingDependency("track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'") from error
+        directory.mkdir(parents=True, exist_ok=True)
+        self._histogram = wandb.Histogram
+        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=dict(config))
+
+    def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
+        """Logs one update at the tokens seen so far."""
+        drawn = {name: self._histogram(values_K) for name, values_K in histograms(episodes).items()}
+        known = {name: value for name, value in metrics.items() if np.isfinite(value)}
+        self._run.log(known | drawn, step=int(metrics["time/tokens"]))
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
+    """Reward and advantage of single tokens (K,): of all, and of each quarter of the texts, which shows where they sit."""
+    columns = {"reward": [e.reward for e in episodes], "advantage": [e.advantage for e in episodes if e.advantage is not None]}
+    out: dict[str, np.ndarray] = {}
+    for name, rows in columns.items():
+        if rows:
+            values_K, quarter_K = np.concatenate(rows), np.concatenate([_quarters(len(row)) for row in rows])
+            parts = {f"tokens/{name}_quarter_{q + 1}": values_K[quarter_K == q] for q in range(QUARTERS)}
+            out |= {f"tokens/{name}": values_K} | {key: part for key, part in parts.items() if len(part)}
+    return {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
+
+
+def by_position(episodes: Sequence[Episode]) -> Any:
+    """A matplotlib figure of mean reward and advantage by place in the text, with the middle half of the texts shaded."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "advantage"), strict=True):
+        rows = [row for e in episodes if (row := getattr(e, name)) is not None]
+        if rows:
+            table = np.full((len(rows), max(map(len, rows))), np.nan)
+            for line, row in zip(table, rows, strict=True):
+                line[: len(row)] = row
+            low, high = np.nanpercentile(table, [25, 75], axis=0)
+            axes.fill_between(range(table.shape[1]), low, high, alpha=0.25)
+            axes.plot(np.nanmean(table, axis=0))
+        axes.set_ylabel(name)
+        axes.axhline(0.0, linewidth=0.5, color="gray")
+    axes.set_xlabel("response token")
+    return figure
 
 
 def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
@@ -55,3 +136,28 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "terminated": episode.terminated,
         **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
     }
+
+
+def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
+    """One entry for each response token, numbers to four digits: its text, reward, terms, log pi - log pi_ref, and the
+    value and advantage that the learner found."""
+    columns = {
+        "token_rewards": episode.reward,
+        "token_kl": episode.logprob - episode.ref_logprob if episode.ref_logprob.any() else None,
+        "token_values": episode.value,
+        "token_advantages": episode.advantage,
+    }
+    return {
+        "tokens": pieces(episode.response),
+        **{name: _rounded(column) for name, column in columns.items() if column is not None},
+        "token_terms": {name: _rounded(column) for name, column in episode.terms.items()},
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
+
+
+def _quarters(length: int) -> np.ndarray:
+    """(length,) the quarter, 0 to 3, of each place."""
+    return np.arange(length) * QUARTERS // length

@@ -18,7 +18,9 @@ from rich.table import Column, Table
 
 from tokenenv import __version__
 from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig, Reference
+from tokenenv.agents.episodes import Episode
 from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
+from tokenenv.agents.tracking import WandbRun
 from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
 from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
@@ -64,6 +66,8 @@ class Train(Generic[Config]):
     """Updates between checkpoints; the last update always writes one."""
     run_dir: Path | None = None
     """The run folder; by default runs/ENV-ALGO-SEED-TIME."""
+    track: Literal["wandb"] | None = None
+    """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
 
     def __post_init__(self) -> None:
         expected = ALGORITHMS[self.algo].config_class
@@ -82,14 +86,20 @@ class Train(Generic[Config]):
             agent = ALGORITHMS[self.algo](self.make_envs(), self.agent, run_dir=folder)
             save_config(self, folder / "config.yaml")
         checkpoint = folder / "checkpoint"
+        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
 
-        def on_update(metrics: Mapping[str, float], episodes: Sequence[object]) -> None:
+        def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
+            if wandb is not None:
+                wandb(metrics, episodes)
             if agent.updates % self.checkpoint_every == 0:
                 agent.save(checkpoint)
 
         agent.learn(self.total_tokens, progress=True, on_update=on_update)
         agent.save(checkpoint)
-        console.print(f"run folder: {folder}\nlook at it: tokenenv evaluate {folder}; tensorboard --logdir {folder}")
+        if wandb is not None:
+            wandb.close()
+        console.print(f"run folder: {folder}\nlook at it: tokenenv show {folder}; tokenenv evaluate {folder}")
+        console.print(f"curves: tensorboard --logdir {folder}")
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""
@@ -190,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def save_config(config: Train, path: Path) -> None:
     """Writes what reruns a run: `tokenenv train --config PATH`."""
     values = dataclasses.asdict(config)
-    for key in ("config", "resume", "run_dir"):
+    for key in ("config", "resume", "run_dir", "track"):
         del values[key]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.models.pieces import TokenPieces
 from tokenenv.types import TokenSpec
 
 SPECIAL = b"\xff"
@@ -126,12 +127,6 @@ def _whole_words(tokenizer: Any) -> bool:
 
 def _pieces(spec: TokenSpec) -> list[bytes]:
     """What each token adds to a text; a special token stands for itself."""
-    tokenizer, special = spec.tokenizer, set(spec.tokenizer.all_special_ids) | set(spec.stop_token_ids)
-    known = range(min(spec.vocab_size, len(tokenizer)))
-    first = next(i for i in known if i not in special)
-    base = tokenizer.decode([first])
-    pieces = [SPECIAL + b"%d" % i for i in range(spec.vocab_size)]
-    for i in known:
-        if i not in special:
-            pieces[i] = tokenizer.decode([first, i])[len(base) :].encode()
-    return pieces
+    special = set(spec.tokenizer.all_special_ids) | set(spec.stop_token_ids) | set(range(len(spec.tokenizer), spec.vocab_size))
+    text = TokenPieces(spec.tokenizer)
+    return [SPECIAL + b"%d" % i if i in special else text([i])[0].encode() for i in range(spec.vocab_size)]
