@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, evaluate, envs, rewards, version."""
+"""The `tokenenv` command: train, evaluate, show, envs, rewards, version."""
 
 import argparse
 import dataclasses
@@ -25,6 +25,7 @@ from tokenenv.errors import InvalidArgument, TokenEnvError, check_choice
 from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS, make_terms
+from tokenenv.show import write_page
 from tokenenv.vector_env import TokenVectorEnv
 
 if TYPE_CHECKING:
@@ -141,6 +142,23 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
+class Show:
+    """Write one page of a run's episodes, to open in a browser: every token coloured by reward, KL, value or advantage."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run folder that `tokenenv train` made, finished or not."""
+    output: Path | None = None
+    """Where the page goes; by default episodes.html in the run folder."""
+    max_episodes: int = 200
+    """Episodes on the page, evenly over the run."""
+
+    def run(self) -> None:
+        """Writes the page and says where it is."""
+        path = write_page(self.run_dir, self.output, self.max_episodes)
+        console.print(f"open {path} in a browser", soft_wrap=True)
+
+
+@dataclass(kw_only=True)
 class Envs:
     """List the registered ids."""
 
@@ -186,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands = (
             Annotated[train_type(default.algo), tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+            | Annotated[Show, tyro.conf.subcommand("show")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]

@@ -1,0 +1,131 @@
+"""`tokenenv show`: the page holds the run's numbers, hostile texts stay text, and what is missing is said."""
+
+import json
+import re
+
+import pytest
+
+from tokenenv.cli import main
+from tokenenv.errors import InvalidArgument
+from tokenenv.show import evenly, page, read_episodes, score_curve, write_page
+
+
+def episode(order=0, tokens=("a", " b"), **changes):
+    """A line of episodes.jsonl as the run folder writes it."""
+    numbers = [0.5 * i - 1.0 for i in range(len(tokens))]
+    return {
+        "tokens_seen": 100 * (order + 1),
+        "prompt": "say",
+        "response": "".join(tokens),
+        "length": len(tokens),
+        "terminated": True,
+        "score": float(order),
+        "gold": None,
+        "reward": sum(numbers),
+        "kl": 0.25,
+        "tokens": list(tokens),
+        "token_rewards": numbers,
+        "token_kl": numbers[::-1],
+        "token_terms": {"token": numbers, "kl": [0.0] * len(tokens)},
+        **changes,
+    }
+
+
+def write(folder, episodes, tail=""):
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(e) + "\n" for e in episodes)
+    (folder / "episodes.jsonl").write_text(text + tail, encoding="utf-8")
+    return folder
+
+
+def data_of(path):
+    """What the page's script reads, as a browser finds it: up to the first end of a script element."""
+    return json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script', path.read_text(encoding="utf-8"), re.S).group(1))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run folder that `tokenenv train` made."""
+    folder = tmp_path_factory.mktemp("runs") / "x"
+    flags = ["--num-envs", "8", "--total-tokens", "600", "--agent.batch-tokens", "200", "--options", "max_new_tokens", "8"]
+    main(["train", *flags, "--run-dir", str(folder)])
+    return folder
+
+
+def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
+    main(["show", str(run_dir)])
+    assert "episodes.html" in capsys.readouterr().out
+    data, lines = data_of(run_dir / "episodes.html"), read_episodes(run_dir)
+    assert data["total"] == len(lines)
+    assert data["run"] == {"env": "tokenenv/Reviews-v0", "algo": "ppo"}
+    detailed = [line for line in lines if "tokens" in line]
+    assert data["episodes"] == detailed
+    for e in detailed:
+        assert (
+            len(e["tokens"]) == len(e["token_rewards"]) == len(e["token_advantages"]) == len(e["token_values"]) == e["length"]
+        )
+        assert sum(e["token_rewards"]) == pytest.approx(e["reward"], abs=0.01)
+        assert sum(e["token_kl"]) == pytest.approx(e["kl"], abs=0.01)
+        for t in range(e["length"]):
+            assert sum(column[t] for column in e["token_terms"].values()) == pytest.approx(e["token_rewards"][t], abs=2e-3)
+        assert "".join(e["tokens"]).strip() == e["response"].strip()
+
+
+def test_hostile_tokens_stay_data(tmp_path):
+    evil = ["</script><script>alert(1)</script>", "<!--", "<img src=x onerror=alert(2)>", "\u2028", '"', "\\", "__DATA__", "\n"]
+    path = write_page(write(tmp_path / "x", [episode(tokens=evil)]))
+    assert data_of(path)["episodes"][0]["tokens"] == evil
+    html = path.read_text(encoding="utf-8")
+    assert html.count("</script") == 2
+    assert "<img" not in html
+
+
+def test_the_page_needs_no_network(tmp_path):
+    html = write_page(write(tmp_path / "x", [episode()])).read_text(encoding="utf-8")
+    assert "default-src 'none'" in html
+    assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    folder = write(tmp_path / "x", [episode(0), episode(1)], tail='{"tokens_seen": 300, "pro')
+    assert [e["score"] for e in read_episodes(folder)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder, "has no episodes.jsonl; `tokenenv train` makes run folders"),
+        (lambda folder: write(folder, []), "holds no finished episode yet"),
+        (lambda folder: write(folder, [], tail='{"half'), "holds no finished episode yet"),
+        (lambda folder: write(folder, [{"score": 1.0, "tokens_seen": 3}]), "has no token columns; train again"),
+        (lambda folder: write(folder, [], tail='{"half\n' + json.dumps(episode())), "line 1, is no JSON"),
+    ],
+    ids=["no-folder", "empty", "half-a-line", "old", "broken"],
+)
+def test_what_is_missing_is_said(tmp_path, make, message, capsys):
+    make(tmp_path / "x")
+    with pytest.raises(SystemExit) as stop:
+        main(["show", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_episodes_are_chosen_evenly_and_the_last_is_there(tmp_path):
+    assert evenly(range(10), 5) == [1, 3, 5, 7, 9]
+    assert evenly(range(3), 5) == [0, 1, 2]
+    folder = write(tmp_path / "x", [episode(i) for i in range(50)])
+    chosen = data_of(write_page(folder, tmp_path / "deep" / "page.html", max_episodes=7))["episodes"]
+    assert len(chosen) == 7
+    assert chosen[-1]["score"] == 49.0
+    with pytest.raises(InvalidArgument, match="max_episodes=0"):
+        write_page(folder, max_episodes=0)
+
+
+def test_the_curve_is_the_mean_score_of_each_update():
+    lines = [{"tokens_seen": 5, "score": 1.0}, {"tokens_seen": 5, "score": 2.0}, {"tokens_seen": 9, "score": None}]
+    assert score_curve(lines) == [(5, 1.5)]
+
+
+def test_the_page_is_what_is_read():
+    assert json.loads(re.search(r'json">(.*?)</script', page({"a": "<b>"})).group(1)) == {"a": "<b>"}
