@@ -112,7 +112,7 @@ def test_an_unknown_key_in_a_config_is_named(tmp_path, capsys):
     assert "Did you mean 'total_tokens'" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["envs"], ["rewards"], ["version"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["show"], ["envs"], ["rewards"], ["version"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

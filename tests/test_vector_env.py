@@ -66,7 +66,7 @@ def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates() -> Non
 
 def test_spaces_spec_and_metadata() -> None:
     envs = make_vec(3, SAME_STEP, kl="policy")
-    assert envs.metadata == {"autoreset_mode": SAME_STEP, "render_modes": []}
+    assert envs.metadata["autoreset_mode"] == SAME_STEP
     assert make_vec(1, "NextStep").metadata["autoreset_mode"] == NEXT_STEP
     assert TokenVectorEnv.metadata is not envs.metadata
     assert envs.single_action_space["token"] == gym.spaces.Discrete(fakes.VOCAB_SIZE)
@@ -406,7 +406,7 @@ def test_steps_need_a_reset_an_open_env_and_running_rows() -> None:
     ("options", "message"),
     [
         ({"max_episode_steps": 9}, "max_episode_steps=9 is not taken: .* Use max_new_tokens"),
-        ({"render_mode": "human"}, "render_mode='human' is not known"),
+        ({"render_mode": "rgb"}, "render_mode='rgb' is not known; .* Did you mean 'rgb_array'"),
         ({"kl_coeff": 0.1}, "option='kl_coeff' is not known; allowed: .* Did you mean 'kl_coef'"),
         ({"scorrer": "token"}, "option='scorrer' is not known; .* Did you mean 'scorer'"),
         ({"reward": "tokn"}, "reward='tokn' is not known; allowed: .*terminal, token, uniform. Did you mean 'token'"),

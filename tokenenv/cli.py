@@ -48,7 +48,7 @@ class Train(Generic[Config]):
     config: Path | None = None
     """A run's config.yaml to start from; other flags override it."""
     resume: Path | None = None
-    """A run folder to go on with from its checkpoint; no other flag but --total-tokens then counts."""
+    """A run folder to go on with from its checkpoint; no other flags but --total-tokens and --track then count."""
     env: str = "tokenenv/Reviews-v0"
     """A registered id; `tokenenv envs` lists them."""
     num_envs: int = 64
@@ -77,17 +77,14 @@ class Train(Generic[Config]):
 
     def run(self) -> None:
         """Trains, and says where the run folder is."""
+        folder = self.resume or self.run_dir or default_run_dir(self)
         if self.resume is not None:
-            total = self.total_tokens
-            folder, made = self.resume, load_config(self.resume / "config.yaml")
-            self.__dict__.update({**vars(made), "total_tokens": max(total, made.total_tokens)})
-            agent = ALGORITHMS[self.algo].load(folder / "checkpoint", self.make_envs(), run_dir=folder)
-        else:
-            folder = self.run_dir or default_run_dir(self)
-            agent = ALGORITHMS[self.algo](self.make_envs(), self.agent, run_dir=folder)
-            save_config(self, folder / "config.yaml")
-        checkpoint = folder / "checkpoint"
+            made = load_config(folder / "config.yaml")
+            kept = {"total_tokens": max(self.total_tokens, made.total_tokens), "resume": self.resume, "track": self.track}
+            self.__dict__.update({**vars(made), **kept})
+        # First of all, so that a missing package leaves no folder behind.
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
+        agent, checkpoint = self.make_agent(folder), folder / "checkpoint"
 
         def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
             if wandb is not None:
@@ -101,6 +98,15 @@ class Train(Generic[Config]):
             wandb.close()
         console.print(f"run folder: {folder}\nlook at it: tokenenv show {folder}; tokenenv evaluate {folder}")
         console.print(f"curves: tensorboard --logdir {folder}")
+
+    def make_agent(self, folder: Path) -> Agent:
+        """A new agent, and its config in the run folder; or the one whose checkpoint is there."""
+        algorithm = ALGORITHMS[self.algo]
+        if self.resume is not None:
+            return algorithm.load(folder / "checkpoint", self.make_envs(), run_dir=folder)
+        agent = algorithm(self.make_envs(), self.agent, run_dir=folder)
+        save_config(self, folder / "config.yaml")
+        return agent
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""

@@ -25,8 +25,8 @@ def compile_matcher(spec: TokenSpec, *, regex: str | None = None, grammar: str |
         from llguidance import LLMatcher
     except ImportError as error:
         raise MissingDependency("regex= and grammar= need llguidance: pip install 'tokenenv-rl[masks]'") from error
-    if spec.tokenizer is None:
-        raise InvalidArgument("regex= and grammar= need a task whose tokens have text.")
+    if spec.tokenizer is None or not spec.stop_token_ids:
+        raise InvalidArgument("regex= and grammar= need a task whose tokens have text, and that has a stop token.")
     wanted = LLMatcher.grammar_from_regex(f" ?(?:{regex})") if grammar is None else LLMatcher.grammar_from_lark(grammar)
     matcher = LLMatcher(_tokenizer(spec), wanted, log_level=0)
     if matcher.is_error():

@@ -15,6 +15,7 @@ from tokenenv.config import EnvConfig
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
+from tokenenv.render import RENDER_MODES
 from tokenenv.rewards.base import Parts, RewardTerm
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
@@ -110,7 +111,7 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
             "score. Use max_new_tokens."
         )
     if render_mode is not None:
-        raise InvalidArgument(f"render_mode={render_mode!r} is not known; allowed: None. Use decode(obs) for texts.")
+        check_choice("render_mode", render_mode, RENDER_MODES)
 
 
 def check_num_envs(num_envs: int, config: EnvConfig) -> None:

@@ -6,6 +6,7 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.render import RENDER_MODES
 from tokenenv.vector_env import TokenVectorEnv
 
 
@@ -15,7 +16,7 @@ class TokenEnv(gym.Env):
     Takes the same options, but for those of a batch: num_envs, autoreset_mode, group_size.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 10}  # noqa: RUF012
 
     def __init__(self, **options: Any) -> None:
         for key in ("num_envs", "autoreset_mode", "group_size"):
@@ -47,6 +48,11 @@ class TokenEnv(gym.Env):
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
         self.vector.kl_coef = value
+
+    def render(self) -> Any:
+        """A string or a picture (H, W, 3) uint8 of the text, by `render_mode`; see `TokenVectorEnv.render`."""
+        shown = self.vector.render()
+        return None if shown is None else shown[0]
 
     def close(self) -> None:
         """Lets go of the models."""

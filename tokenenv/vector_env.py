@@ -10,12 +10,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from tokenenv import parts, state
+from tokenenv import parts, render, state
 from tokenenv.actions import read_actions, require_valid, token_codes
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidArgument, NotReset, check_choice
 from tokenenv.infos import Infos
+from tokenenv.models.pieces import TokenPieces
 from tokenenv.prompts import draw
 from tokenenv.reset_options import Seed, read_options, read_seed
 from tokenenv.scoring import score_episodes
@@ -33,7 +34,8 @@ class TokenVectorEnv(VectorEnv):
     Args:
         num_envs: N.
         task: a function that returns a `Task`, "module:function" naming one, or a `Task`; the registered id sets it.
-        render_mode: None; texts are read with `decode`.
+        render_mode: what `render` gives of each text: "ansi", a string with terminal colours; "rgb_array", a picture;
+            "human" prints them after every step.
         max_episode_steps: refused; the length of a text is `max_new_tokens`.
         **options: the fields of `tokenenv.config.EnvConfig`, and those of the task's function.
     """
@@ -53,13 +55,14 @@ class TokenVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(self.config.autoreset_mode)
-        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
+        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": list(render.RENDER_MODES), "render_fps": 10}
         self.token_spec = spec = parts.token_spec_of(self._task, self.config.score_truncated)
         self.single_observation_space, self.single_action_space = parts.single_spaces(self._task, spec, self.config)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._engine = parts.make_engine(self._task, spec, self.config, num_envs)
         self._texts = TextBuffer(num_envs, spec.max_prompt_tokens + spec.max_new_tokens, spec.pad_token_id, self.device)
+        self._pieces = TokenPieces(spec.tokenizer)
         self._is_stop = np.isin(np.arange(spec.vocab_size), spec.stop_token_ids)
         self._prompt_id = np.zeros(num_envs, dtype=np.int64)
         self._episode_kl_coef = np.zeros(num_envs, dtype=np.float32)
@@ -129,6 +132,7 @@ class TokenVectorEnv(VectorEnv):
             self._require_reset()
         self._seed_streams(given.mask, read_seed(seed, self.num_envs))
         infos = self._begin(given.mask, given.prompts, given.prefixes)
+        self._render_for_people()
         return self._observation(), infos.to_dict(self._export)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -159,7 +163,15 @@ class TokenVectorEnv(VectorEnv):
             infos.overlay(self._begin(ended))
         flags = self._export(ends.terminated), self._export(ends.truncated)
         info = infos.to_dict(self._export) | final
+        self._render_for_people()
         return self._observation(), self._export(paid.reward), *flags, info
+
+    def render(self) -> tuple[Any, ...] | None:
+        """One string or picture (H, W, 3) uint8 for each text, by `render_mode`; the rewards in it are those paid so far."""
+        if self.render_mode is None:
+            return None
+        self._require_reset()
+        return render.show(self.render_mode, render.running_texts(self._texts, self._engine, self._pieces))
 
     def fork(self, sources: Sequence[int], targets: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         """Copies the running episodes `sources` onto the slots `targets`, caches included; returns (obs, info).
@@ -274,6 +286,10 @@ class TokenVectorEnv(VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         """Lets go of the models and their caches."""
         del self._engine, self._texts
+
+    def _render_for_people(self) -> None:
+        if self.render_mode == "human":
+            self.render()
 
     # ---------------------------------------------------------------- episodes
 

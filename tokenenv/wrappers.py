@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
@@ -22,9 +22,10 @@ from tokenenv.vector_env import TokenVectorEnv
 class TopKActions(VectorWrapper):
     """Action i is the reference's i-th likeliest next token, i = 0 .. k - 1: `Discrete(k)`.
 
-    It makes value-based learners and small policies practical. A text ends early only where a stop token is among the k.
-    Under `kl="policy"` the `logprob` is that of the choice. Over an `ActionMask` the choices are the likeliest allowed
-    tokens; where there are fewer than k, the rest repeat the likeliest.
+    It makes value-based learners and small policies practical. A stop token is not added: a text can end where one is among
+    the k, so where the reference itself might end it, and is cut at `max_new_tokens` otherwise. Under `kl="policy"` the
+    `logprob` is that of the choice. Over an `ActionMask` the choices are the likeliest allowed tokens; where there are
+    fewer than k, the rest repeat the likeliest, and `action_masks()` rules the repetitions out.
 
     Args:
         envs: a vector env of this package, wrapped or not.
@@ -34,9 +35,11 @@ class TopKActions(VectorWrapper):
     def __init__(self, envs: VectorEnv, k: int) -> None:
         super().__init__(envs)
         core = _core(envs)
+        _require_tokens(envs)
         if not 1 <= k <= core.token_spec.vocab_size:
             raise InvalidArgument(f"k={k} is not allowed; it must lie between 1 and {core.token_spec.vocab_size}.")
         self.k = k
+        self._mask = _mask_of(envs)
         choice = gym.spaces.Discrete(k)
         single = envs.single_action_space
         self.single_action_space = (
@@ -46,11 +49,25 @@ class TopKActions(VectorWrapper):
 
     def choices(self) -> np.ndarray:
         """The tokens (N, k) on offer now, the likeliest first; equally likely ones by id."""
-        logprobs_NV = _host(self.unwrapped.ref_logprobs())
-        mask = getattr(self.env, "action_masks", None)
-        allowed_NV = np.ones_like(logprobs_NV, bool) if mask is None else mask()
-        order = np.argsort(np.where(allowed_NV, -logprobs_NV, np.inf), axis=1, kind="stable")[:, : self.k]
-        return np.where(np.take_along_axis(allowed_NV, order, 1), order, order[:, :1])
+        ids_Nk, allowed_Nk = self._offer()
+        return np.where(allowed_Nk, ids_Nk, ids_Nk[:, :1])
+
+    def action_masks(self) -> np.ndarray:
+        """(N, k) bool on the host: the choices that are no repetitions. An `action_mask` observed beneath is the tokens'."""
+        return self._offer()[1]
+
+    def _offer(self) -> tuple[np.ndarray, np.ndarray]:
+        """The k likeliest tokens (N, k), those that are ruled out last, and which are not."""
+        logprobs_NV = torch.as_tensor(self.unwrapped.ref_logprobs())
+        if self._mask is None:
+            ids_Nk = likeliest(logprobs_NV, self.k).cpu().numpy()
+            return ids_Nk, np.ones(ids_Nk.shape, bool)
+        allowed_NV = self._mask.action_masks()
+        # What the reference never says may be all that is allowed: it still comes before what is ruled out.
+        possible_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
+        ruled_out_NV = torch.as_tensor(~allowed_NV, device=possible_NV.device)
+        ids_Nk = likeliest(possible_NV.masked_fill(ruled_out_NV, -torch.inf), self.k).cpu().numpy()
+        return ids_Nk, np.take_along_axis(allowed_NV, ids_Nk, 1)
 
     def step(self, actions: Any) -> Any:
         """Takes the numbers of the choices (N,), or a dict of them as `token` and their `logprob`."""
@@ -58,8 +75,9 @@ class TopKActions(VectorWrapper):
         picks = _host(given)
         if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
             raise InvalidAction(f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env.")
-        for row in np.flatnonzero((picks < 0) | (picks >= self.k)):
+        for row in np.flatnonzero(((picks < 0) | (picks >= self.k)) & ~_resting(self.unwrapped)):
             raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
+        picks = picks.clip(0, self.k - 1)
         tokens = _like(np.take_along_axis(self.choices(), picks[:, None], 1)[:, 0], given)
         return self.env.step({**actions, "token": tokens} if isinstance(actions, Mapping) else tokens)
 
@@ -68,14 +86,16 @@ class ActionMask(VectorWrapper):
     """Rules tokens out: those outside the reference's nucleus, or those that a regular expression or a grammar forbids.
 
     `action_masks()` gives (N, V) bool; a token observation gets it as `action_mask` (N, V) int8, so that learners keep it
-    with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else
-    is; a text cut at `max_new_tokens` may be unfinished. Where nothing of the nucleus is allowed, the expression decides.
+    with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else is:
+    where no token of the vocabulary goes on to a match, or a prefix is none. A text that is cut at `max_new_tokens` may be
+    unfinished. Where nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the env
+    itself leave the masks behind; call the wrapper's.
 
     Args:
         envs: a vector env of this package, wrapped or not.
         top_p: keeps the fewest likeliest tokens that hold this probability under the reference; above 0, below 1.
-        regex: what the response's text must match, a space before its first word aside.
-        grammar: the same as a Lark grammar of llguidance.
+        regex: what the whole response must match, a space before its first word aside.
+        grammar: the same as a Lark grammar of llguidance, that space included (`start: " "? ...`).
     """
 
     def __init__(
@@ -83,14 +103,16 @@ class ActionMask(VectorWrapper):
     ) -> None:
         super().__init__(envs)
         core = _core(envs)
+        _require_tokens(envs)
         _check_mask_options(top_p, regex, grammar)
+        if _mask_of(envs) is not None:
+            raise InvalidArgument("envs has an ActionMask already; give top_p= and regex= (or grammar=) to one.")
         self.top_p = top_p
         self._followers: list[grammars.Follower] = []
         if regex is not None or grammar is not None:
             start = grammars.compile_matcher(core.token_spec, regex=regex, grammar=grammar)
             self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
             self._beginnings = grammars.beginnings(core.token_spec)
-        self._ended = np.zeros(envs.num_envs, bool)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
         self._in_obs = isinstance(envs.single_observation_space, gym.spaces.Dict)
         if self._in_obs:
@@ -119,7 +141,6 @@ class ActionMask(VectorWrapper):
         tokens = _host(actions["token"] if isinstance(actions, Mapping) else actions)
         self._check(tokens)
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
-        self._ended = _host(terminations) | _host(truncations)
         if "final_obs" in infos and self._in_obs:
             anything = _like(np.ones(self._masks.shape, np.int8), infos["final_obs"]["tokens"])
             infos["final_obs"] = {**infos["final_obs"], "action_mask": anything}
@@ -130,8 +151,7 @@ class ActionMask(VectorWrapper):
             return  # The env says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
         allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
-        ignored = self._ended & (self.env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP)
-        for row in np.flatnonzero(~allowed & ~ignored):
+        for row in np.flatnonzero(~allowed & ~_resting(self.unwrapped)):
             raise InvalidAction(
                 f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
             )
@@ -150,18 +170,24 @@ class ActionMask(VectorWrapper):
             allowed[row] = follower.allowed(self._beginnings)
         if self.top_p is None:
             return allowed
-        both = allowed & _nucleus(_host(self.unwrapped.ref_logprobs()), self.top_p)
+        both = allowed & nucleus(torch.as_tensor(self.unwrapped.ref_logprobs()), self.top_p).cpu().numpy()
         return np.where(both.any(1, keepdims=True), both, allowed)
 
 
-def _nucleus(logprobs_NV: np.ndarray, top_p: float) -> np.ndarray:
+def likeliest(scores_NV: Tensor, k: int) -> Tensor:
+    """Ids (N, k) of the k highest scores, the highest first and equal ones by id, which `topk` does not promise."""
+    least_N1 = scores_NV.topk(k).values[:, -1:]
+    above_NV, equal_NV = scores_NV > least_N1, scores_NV == least_N1
+    room_N1 = k - above_NV.sum(1, keepdim=True)
+    ids_Nk = (above_NV | (equal_NV & (equal_NV.cumsum(1) <= room_N1))).nonzero()[:, 1].view(-1, k)
+    return ids_Nk.gather(1, scores_NV.gather(1, ids_Nk).argsort(dim=1, descending=True, stable=True))
+
+
+def nucleus(logprobs_NV: Tensor, top_p: float) -> Tensor:
     """(N, V) bool: the fewest likeliest tokens that hold probability `top_p`; the likeliest is always there."""
-    order = np.argsort(-logprobs_NV, axis=1, kind="stable")
-    probs = np.exp(np.take_along_axis(logprobs_NV, order, 1))
-    kept = np.cumsum(probs, axis=1) - probs < top_p
-    nucleus = np.zeros_like(kept)
-    np.put_along_axis(nucleus, order, kept, 1)
-    return nucleus
+    probs_NV, order_NV = logprobs_NV.exp().sort(dim=1, descending=True, stable=True)
+    kept_NV = probs_NV.cumsum(1) - probs_NV < top_p
+    return torch.zeros_like(kept_NV).scatter(1, order_NV, kept_NV)
 
 
 def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | None) -> None:
@@ -171,6 +197,26 @@ def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | N
         raise InvalidArgument("give regex= or grammar=, not both.")
     if top_p is not None and not 0.0 < top_p < 1.0:
         raise InvalidArgument(f"top_p={top_p} is not allowed; it must lie above 0 and below 1.")
+
+
+def _resting(core: TokenVectorEnv) -> np.ndarray:
+    """(N,) bool: texts that have ended and wait for their reset. What is done to them is the env's to judge."""
+    spec = core.token_spec
+    return np.array([len(r) == spec.max_new_tokens or r[-1:] in [[i] for i in spec.stop_token_ids] for r in core.responses()])
+
+
+def _mask_of(envs: Any) -> "ActionMask | None":
+    """The `ActionMask` among the wrappers."""
+    while envs is not None and not isinstance(envs, ActionMask):
+        envs = getattr(envs, "env", None)
+    return envs
+
+
+def _require_tokens(envs: VectorEnv) -> None:
+    space: Any = envs.single_action_space
+    count = (space["token"] if isinstance(space, gym.spaces.Dict) else space).n
+    if count != envs.unwrapped.token_spec.vocab_size:
+        raise InvalidArgument("envs takes choices, not tokens; TopKActions goes around everything else, and once.")
 
 
 def _core(envs: VectorEnv) -> TokenVectorEnv:

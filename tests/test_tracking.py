@@ -1,0 +1,147 @@
+"""The run folder: what TensorBoard gets, what a line of episodes.jsonl holds, and Weights & Biases."""
+
+import json
+import sys
+import types
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tokenenv  # noqa: F401
+from tokenenv.agents import PPO
+from tokenenv.agents.episodes import Episode
+from tokenenv.agents.tracking import DETAILED, WandbRun, by_position, histograms
+from tokenenv.cli import main
+from tokenenv.errors import MissingDependency
+from tokenenv.models.pieces import TokenPieces
+
+
+def episode(reward, advantage=None, **changes):
+    length = len(reward)
+    return Episode(
+        prompt=np.array([1]),
+        response=np.arange(length),
+        logprob=np.zeros(length, np.float32),
+        ref_logprob=np.zeros(length, np.float32),
+        reward=np.array(reward, np.float32),
+        kl_coef=0.0,
+        terminated=True,
+        truncated=False,
+        score=0.0,
+        gold=float("nan"),
+        prompt_id=0,
+        slot=0,
+        potential=np.zeros(length + 1, np.float32),
+        index=0,
+        advantage=None if advantage is None else np.array(advantage, np.float32),
+        **changes,
+    )
+
+
+def test_histograms_show_in_which_quarter_the_reward_sits():
+    found = histograms([episode([0, 0, 0, 8]), episode([1, 2, 3, 4, 5, 6, 7, 8], advantage=[0.5] * 8)])
+    np.testing.assert_array_equal(found["tokens/reward"], [0, 0, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8])
+    np.testing.assert_array_equal(found["tokens/reward_quarter_1"], [0, 1, 2])
+    np.testing.assert_array_equal(found["tokens/reward_quarter_4"], [8, 7, 8])
+    np.testing.assert_array_equal(found["tokens/advantage"], [0.5] * 8)
+    quarters = np.concatenate([found[f"tokens/reward_quarter_{q}"] for q in (1, 2, 3, 4)])
+    np.testing.assert_array_equal(np.sort(quarters), np.sort(found["tokens/reward"]))
+    assert set(histograms([episode([2.0])])) == {"tokens/reward", "tokens/reward_quarter_1"}
+    assert histograms([episode([np.nan])]) == {}
+
+
+def test_the_picture_draws_the_mean_by_position():
+    reward, advantage = by_position([episode([1, 3]), episode([3], advantage=[2])]).axes
+    np.testing.assert_array_equal(reward.lines[0].get_ydata(), [2, 3])
+    np.testing.assert_array_equal(advantage.lines[0].get_ydata(), [2])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder, and the episodes that listeners were given."""
+    folder, seen = tmp_path_factory.mktemp("runs") / "x", []
+    envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=16, autoreset_mode="SameStep", max_new_tokens=6)
+    agent = PPO(envs, run_dir=folder, batch_tokens=300)
+    agent.learn(900, on_update=lambda metrics, episodes: seen.append(episodes))
+    return folder, seen, TokenPieces(envs.unwrapped.token_spec.tokenizer)
+
+
+def test_tensorboard_has_scalars_histograms_texts_and_a_picture(run):
+    folder, seen, _ = run
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+    tags = events.Tags()
+    names = {"objective/score", "objective/kl", "policy/entropy", "loss/value", "episode/length", "time/tokens_per_second"}
+    assert names <= set(tags["scalars"])
+    assert {"tokens/reward", "tokens/reward_quarter_4", "tokens/advantage"} <= set(tags["histograms"])
+    assert "tokens/by_position" in tags["images"]
+    assert "samples/text_summary" in tags["tensors"]
+    first = events.Histograms("tokens/reward")[0].histogram_value
+    assert first.num == sum(len(e.reward) for e in seen[0])
+    assert first.sum == pytest.approx(sum(float(e.reward.sum()) for e in seen[0]), rel=1e-4)
+
+
+def test_lines_hold_every_token_of_the_first_episodes(run):
+    folder, seen, pieces = run
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(map(len, seen))
+    assert len(seen[0]) > DETAILED
+    assert ["tokens" in line for line in lines[: len(seen[0])]] == [i < DETAILED for i in range(len(seen[0]))]
+    for line, e in zip(lines, seen[0][:DETAILED], strict=False):
+        assert line["tokens"] == pieces(e.response)
+        for name, values in {"token_rewards": e.reward, "token_values": e.value, "token_advantages": e.advantage}.items():
+            np.testing.assert_allclose(line[name], values, rtol=1e-3)
+        np.testing.assert_allclose(line["token_kl"], e.logprob - e.ref_logprob, rtol=1e-3)
+        assert set(line["token_terms"]) == {"token", "kl"}
+        np.testing.assert_allclose(np.sum(list(line["token_terms"].values()), 0), e.reward, atol=2e-3)
+
+
+def test_pieces_join_to_the_text():
+    for name in ("Reviews", "PyDocs", "Arithmetic", "Negation"):
+        spec = gym.make_vec(f"tokenenv/{name}-v0", num_envs=1).unwrapped.token_spec
+        ids = [i for i in range(min(spec.vocab_size, 90)) if i not in spec.tokenizer.all_special_ids][3:]
+        joined = "".join(TokenPieces(spec.tokenizer)(ids))
+        assert joined.strip() == spec.tokenizer.decode(ids).strip()
+    assert TokenPieces(None)([4, 5]) == [" 4", " 5"]
+
+
+class FakeWandb(types.ModuleType):
+    """What a run is told."""
+
+    Histogram = staticmethod(lambda values: ("histogram", len(values)))
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.logged, self.finished = [], False
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_the_same_figures(monkeypatch, tmp_path):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    flags = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--options", "max_new_tokens", "6"]
+    main(["train", *flags, "--track", "wandb", "--run-dir", str(tmp_path / "x")])
+    assert fake.options["name"] == "x"
+    assert fake.options["config"]["agent"]["batch_tokens"] == 100
+    assert fake.finished
+    steps = [step for step, _ in fake.logged]
+    assert steps == sorted(steps)
+    assert steps[-1] >= 300
+    assert {"objective/score", "tokens/reward"} <= set(fake.logged[0][1])
+
+
+def test_wandb_that_is_missing_is_named_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[wandb\]'"):
+        WandbRun(tmp_path / "x", {})
+    assert not (tmp_path / "x").exists()
