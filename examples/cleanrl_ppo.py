@@ -1,0 +1,196 @@
+"""PPO in one file, in the manner of CleanRL, on any Gymnasium id with vector observations and discrete actions.
+
+    python examples/cleanrl_ppo.py --env-id CartPole-v1
+    python examples/cleanrl_ppo.py --env-id tokenenv/Negation-v0
+
+Nothing here knows about text: tokenenv is imported to register its ids, and asked for its features.
+
+What it leaves out: continuous actions, frame stacks, recurrent policies, annealed clipping, more than one process. On
+tokenenv it also leaves out the KL penalty (`kl="none"`): the features are the reference model's, frozen, and the little
+network above them is a policy of its own. And it has no need to bootstrap there: a truncated text is scored, so
+`--no-bootstrap-truncated` is right for it, while CartPole's time limit is one of ignorance, and wants the default.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch import Tensor, nn
+
+
+@dataclass
+class Args:
+    """PPO's settings."""
+
+    env_id: str = "CartPole-v1"
+    """Any id with Box observations and Discrete actions."""
+    env_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the env: --env-options max_new_tokens 8"""
+    total_steps: int = 100_000
+    """Environment steps in all."""
+    num_envs: int = 16
+    """Environments side by side."""
+    num_steps: int = 64
+    """Steps of each between updates."""
+    epochs: int = 6
+    """Passes over what was collected."""
+    minibatches: int = 4
+    """Optimizer steps a pass."""
+    lr: float = 2e-3
+    """Of Adam, annealed to zero."""
+    gamma: float = 0.99
+    """Discount."""
+    gae_lambda: float = 0.95
+    """Of generalised advantage estimation."""
+    clip: float = 0.2
+    """Of the ratio."""
+    entropy_coef: float = 0.01
+    """Of the entropy bonus."""
+    value_coef: float = 0.5
+    """Of the value loss."""
+    bootstrap_truncated: bool | None = None
+    """Whether the value of the last state counts where an episode was cut; by default yes, but for tokenenv."""
+    seed: int = 0
+    """Of everything."""
+
+
+class Network(nn.Module):
+    """Two small networks, as CleanRL's CartPole agent has them."""
+
+    def __init__(self, num_inputs: int, num_actions: int) -> None:
+        super().__init__()
+        self.actor = nn.Sequential(layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, 0.01))
+        self.critic = nn.Sequential(layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0))
+
+    def policy(self, obs: Tensor) -> torch.distributions.Categorical:
+        """The distribution of the next action."""
+        return torch.distributions.Categorical(logits=self.actor(obs))
+
+    def value(self, obs: Tensor) -> Tensor:
+        """V of each observation."""
+        return self.critic(obs)[..., 0]
+
+
+def layer(num_inputs: int, num_outputs: int, gain: float = 2**0.5) -> nn.Linear:
+    """Orthogonal weights, no bias."""
+    made = nn.Linear(num_inputs, num_outputs)
+    nn.init.orthogonal_(made.weight, gain)
+    nn.init.zeros_(made.bias)
+    return made
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """A vector env in SAME_STEP mode, so that no step is lost: the last observation of an episode is in the infos."""
+    if args.env_id.startswith("tokenenv/"):
+        import tokenenv  # noqa: F401  (registers the ids)
+
+        options = {"observation": "features", "kl": "none", "autoreset_mode": "SameStep", **args.env_options}
+        return gym.make_vec(args.env_id, num_envs=args.num_envs, **options)
+    kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    return gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=kwargs, **args.env_options)
+
+
+def final_rows(final_obs: Any, rows: np.ndarray) -> np.ndarray:
+    """The last observations of episodes that ended: Gymnasium gives an array of arrays, other vector envs a batch."""
+    return np.stack([np.asarray(final_obs[row], dtype=np.float32) for row in rows])
+
+
+class Rollout:
+    """Steps of all envs, and what was seen: (steps, envs, ...) each."""
+
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv) -> None:
+        self.envs, self.args = envs, args
+        self.obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32)
+        self.returns, self._running = [], np.zeros(args.num_envs)
+        self.bootstrap = (
+            not args.env_id.startswith("tokenenv/") if args.bootstrap_truncated is None else args.bootstrap_truncated
+        )
+
+    @torch.no_grad()
+    def collect(self, network: Network) -> dict[str, Tensor]:
+        """One batch, with advantages and returns."""
+        lines = [self._step(network) for _ in range(self.args.num_steps)]
+        batch = {name: torch.stack([line[name] for line in lines]) for name in lines[0]}
+        batch["advantage"] = advantages(batch, network.value(self.obs), self.args)
+        batch["return"] = batch["advantage"] + batch["value"]
+        return {name: values.flatten(0, 1) for name, values in batch.items()}
+
+    def _step(self, network: Network) -> dict[str, Tensor]:
+        policy, obs = network.policy(self.obs), self.obs
+        action = policy.sample()
+        next_obs, reward, terminated, truncated, infos = self.envs.step(action.numpy())
+        reward = np.array(reward, dtype=np.float32)
+        ended = terminated | truncated
+        self._running += reward
+        self.returns += self._running[ended].tolist()
+        self._running[ended] = 0.0
+        cut = np.flatnonzero(truncated & ~terminated)
+        if len(cut) and self.bootstrap:
+            last = torch.as_tensor(final_rows(infos["final_obs"], cut))
+            reward[cut] += self.args.gamma * network.value(last).numpy()
+        self.obs = torch.as_tensor(next_obs, dtype=torch.float32)
+        seen = {"obs": obs, "action": action, "logprob": policy.log_prob(action), "value": network.value(obs)}
+        return seen | {"reward": torch.as_tensor(reward), "ended": torch.as_tensor(ended)}
+
+
+def advantages(batch: dict[str, Tensor], next_value: Tensor, args: Args) -> Tensor:
+    """Generalised advantage estimates; nothing flows over the end of an episode."""
+    out, running = torch.zeros_like(batch["reward"]), torch.zeros_like(next_value)
+    for t in reversed(range(len(out))):
+        going_on = 1.0 - batch["ended"][t].float()
+        error = batch["reward"][t] + args.gamma * next_value * going_on - batch["value"][t]
+        running = error + args.gamma * args.gae_lambda * going_on * running
+        out[t], next_value = running, batch["value"][t]
+    return out
+
+
+def loss(network: Network, part: dict[str, Tensor], args: Args) -> Tensor:
+    """Clipped policy loss, value loss, entropy."""
+    policy = network.policy(part["obs"])
+    advantage = (part["advantage"] - part["advantage"].mean()) / (part["advantage"].std() + 1e-8)
+    ratio = torch.exp(policy.log_prob(part["action"]) - part["logprob"])
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
+    error = 0.5 * ((network.value(part["obs"]) - part["return"]) ** 2).mean()
+    return -gain + args.value_coef * error - args.entropy_coef * policy.entropy().mean()
+
+
+def train(args: Args) -> list[float]:
+    """The returns of all episodes, in the order in which they ended."""
+    torch.manual_seed(args.seed)
+    envs = make_envs(args)
+    network = Network(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n))
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, eps=1e-5)
+    rollout, start = Rollout(args, envs), time.time()
+    size = args.num_envs * args.num_steps
+    updates = args.total_steps // size
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - update / updates)
+        batch = rollout.collect(network)
+        for _ in range(args.epochs):
+            for rows in torch.randperm(size).chunk(args.minibatches):
+                optimizer.zero_grad()
+                loss(network, {name: values[rows] for name, values in batch.items()}, args).backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+                optimizer.step()
+        if update % max(1, updates // 10) == 0 or update == updates - 1:
+            speed = (update + 1) * size / (time.time() - start)
+            print(f"{(update + 1) * size:>8,} steps | {speed:,.0f} steps/s | mean return {mean(rollout.returns[-100:]):.2f}")
+    envs.close()
+    return rollout.returns
+
+
+def mean(values: list[float]) -> float:
+    """NaN for none."""
+    return float(np.mean(values)) if values else float("nan")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    returns = train(args)
+    tenth = max(1, len(returns) // 10)
+    print(f"{args.env_id}: mean return {mean(returns[:tenth]):.2f} first, {mean(returns[-tenth:]):.2f} last")
