@@ -59,8 +59,9 @@ class TokenEnv(gym.Env):
         self.vector.close()
 
     def __getattr__(self, name: str) -> Any:
-        # token_spec, reference, decode, save_state and the rest are the vector env's.
-        if name.startswith("_") or name == "vector":
+        # token_spec, reference, decode, save_state and the rest are the vector env's, but for what would make this one look
+        # like a vector env itself.
+        if name.startswith(("_", "single_")) or name in ("vector", "num_envs"):
             raise AttributeError(name)
         return getattr(self.vector, name)
 

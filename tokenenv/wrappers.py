@@ -75,8 +75,9 @@ class TopKActions(VectorWrapper):
         picks = _host(given)
         if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
             raise InvalidAction(f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env.")
-        for row in np.flatnonzero(((picks < 0) | (picks >= self.k)) & ~_resting(self.unwrapped)):
-            raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
+        for row in np.flatnonzero((picks < 0) | (picks >= self.k)):
+            if not _rests(self.unwrapped, row):
+                raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
         picks = picks.clip(0, self.k - 1)
         tokens = _like(np.take_along_axis(self.choices(), picks[:, None], 1)[:, 0], given)
         return self.env.step({**actions, "token": tokens} if isinstance(actions, Mapping) else tokens)
@@ -151,10 +152,11 @@ class ActionMask(VectorWrapper):
             return  # The env says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
         allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
-        for row in np.flatnonzero(~allowed & ~_resting(self.unwrapped)):
-            raise InvalidAction(
-                f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
-            )
+        for row in np.flatnonzero(~allowed):
+            if not _rests(self.unwrapped, row):
+                raise InvalidAction(
+                    f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
+                )
 
     def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
         """The observation with the masks of the texts as they stand."""
@@ -199,10 +201,10 @@ def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | N
         raise InvalidArgument(f"top_p={top_p} is not allowed; it must lie above 0 and below 1.")
 
 
-def _resting(core: TokenVectorEnv) -> np.ndarray:
-    """(N,) bool: texts that have ended and wait for their reset. What is done to them is the env's to judge."""
-    spec = core.token_spec
-    return np.array([len(r) == spec.max_new_tokens or r[-1:] in [[i] for i in spec.stop_token_ids] for r in core.responses()])
+def _rests(core: TokenVectorEnv, row: int) -> bool:
+    """Whether this text has ended and waits for its reset: what is done to it is the env's to judge."""
+    response, spec = core.responses()[row], core.token_spec
+    return len(response) == spec.max_new_tokens or bool(set(response[-1:]) & set(spec.stop_token_ids))
 
 
 def _mask_of(envs: Any) -> "ActionMask | None":

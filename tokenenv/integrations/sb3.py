@@ -8,6 +8,7 @@ docs/stable-baselines3.md says what each combination optimises. Suffixes: N envs
 
 import copy
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.env_rows import method, wants_logprob
+from tokenenv.agents.env_rows import wants_logprob
 from tokenenv.agents.masks import allowed_of, rule_out
 from tokenenv.errors import InvalidArgument, MissingDependency
 from tokenenv.models.batching import last_states
@@ -43,11 +44,17 @@ class SB3VecEnv(VecEnv):
     and the env's own numbers (`score`, `gold`, ...). `TimeLimit.truncated` tells SB3 to bootstrap, so it is true only for
     texts that were cut without a score (`score_truncated=False`).
 
+    SB3's learners add no `-beta log pi`: under `kl="reference"` they would optimise score + beta E[log pi_ref], whose optimum
+    is the single likeliest good text, and this class warns. `kl="policy"` (with `LMActorCriticPolicy`) is the bundled
+    agents' objective, score - beta KL; with any other policy, on `observation="features"` say, take `kl="none"`.
+
     Args:
         envs: with `autoreset_mode="SameStep"`, as SB3 takes the first observation of the next text at once.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
+        if not isinstance(envs, VectorEnv):
+            raise InvalidArgument(f"envs={type(envs).__name__} is no vector env; build one with gym.make_vec.")
         mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         if mode != AutoresetMode.SAME_STEP:
             raise InvalidArgument(f"autoreset_mode={mode.value!r} is not SB3's; make the env with autoreset_mode='SameStep'.")
@@ -58,6 +65,7 @@ class SB3VecEnv(VecEnv):
         self._returns, self._lengths, self._start = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64), time.time()
         spec = getattr(envs.unwrapped, "token_spec", None)
         self._bootstraps = not getattr(spec, "score_truncated", False)
+        _warn_of_kl(envs)
 
     @property
     def unwrapped(self) -> Any:
@@ -117,21 +125,18 @@ class SB3VecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The attribute of the outermost wrapper that has it, once for each row."""
-        if attr_name == "render_mode":
-            return [getattr(self.envs, "render_mode", None)] * len(self._rows(indices))
-        found = method(self.envs, attr_name)
-        if found is None:
-            raise AttributeError(f"{type(self.unwrapped).__name__} has no attribute {attr_name!r}.")
-        return [found] * len(self._rows(indices))
+        return [getattr(self._layer(attr_name), attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets an attribute of the env, which all rows share."""
-        setattr(self.unwrapped, attr_name, value)
+        """Sets the attribute that `get_attr` gives; all rows share it."""
+        if indices is not None and self._rows(indices) != list(range(self.num_envs)):
+            raise InvalidArgument(f"indices={indices!r} is not allowed; {attr_name!r} belongs to all rows together.")
+        setattr(self._layer(attr_name), attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
         """Calls a method once; a result with a row for each env is handed out by rows (`action_masks`)."""
         result = self.get_attr(method_name)[0](*args, **kwargs)
-        by_row = isinstance(result, np.ndarray | Sequence) and len(result) == self.num_envs
+        by_row = isinstance(result, np.ndarray | Tensor | Sequence) and len(result) == self.num_envs
         return [result[i] if by_row else result for i in self._rows(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
@@ -141,6 +146,15 @@ class SB3VecEnv(VecEnv):
     def get_images(self) -> Sequence[Any]:
         """What the env renders, one picture a row."""
         return list(self.envs.render() or [])
+
+    def _layer(self, name: str) -> Any:
+        """The outermost wrapper, or the env, that has this attribute."""
+        layer: Any = self.envs
+        while not hasattr(layer, name):
+            layer = getattr(layer, "env", None)
+            if layer is None:
+                raise AttributeError(f"{type(self.unwrapped).__name__} has no attribute {name!r}.")
+        return layer
 
     def _rows(self, indices: Any) -> list[int]:
         return list(self._get_indices(indices))
@@ -171,14 +185,27 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             raise InvalidArgument('model=None: give PPO(..., policy_kwargs={"model": envs.unwrapped.model}).')
         if not isinstance(observation_space, spaces.Dict) or "tokens" not in observation_space.spaces:
             raise InvalidArgument("LMActorCriticPolicy reads tokens; with observation='features' take 'MlpPolicy'.")
+        self._separate_value = separate_value
         self._make_lm = lambda: LMPolicy(copy.deepcopy(model), separate_value=separate_value)
         super().__init__(observation_space, action_space, lr_schedule, features_extractor_class=_NoFeatures, **options)
 
     def _build(self, lr_schedule: Any) -> None:
         self.lm = self._make_lm()
         self.with_logprob = isinstance(self.action_space, spaces.Box)
+        self._require_tokens()
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = self.optimizer_class(weights, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Nothing: with dropout, learning would not see the distribution that acting drew from."""
+
+    def _require_tokens(self) -> None:
+        space: Any = self.action_space
+        count = space.high[0] if self.with_logprob else getattr(space, "n", None)
+        if count != self.lm.vocab_size:
+            raise InvalidArgument(
+                f"model has {self.lm.vocab_size} tokens, action_space is {space}; LMActorCriticPolicy chooses among all tokens."
+            )
 
     def read(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (K, V) of the next token, tokens that an `action_mask` rules out at -inf, and values (K, 1)."""
@@ -224,7 +251,10 @@ class LMActorCriticPolicy(ActorCriticPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         kept = ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs")
         parameters = super()._get_constructor_parameters()
-        return {name: parameters[name] for name in kept} | {"model": self.lm.model}
+        return {name: parameters[name] for name in kept} | {
+            "model": self.lm.model,
+            "separate_value": self._separate_value,
+        }
 
 
 class _NoFeatures(BaseFeaturesExtractor):
@@ -235,9 +265,23 @@ class _NoFeatures(BaseFeaturesExtractor):
 
 
 def _flat_space(space: Any) -> spaces.Box:
-    """The Box of (token, logprob); SB3 wants finite bounds."""
-    low, high = [0.0, np.finfo(np.float32).min], [space["token"].n - 1, 0.0]
+    """The Box of (token, logprob).
+
+    SB3 wants finite bounds, and clips actions to them. One beyond what is allowed: clipped nonsense stays nonsense.
+    """
+    low, high = [-1.0, np.finfo(np.float32).min], [space["token"].n, 1.0]
     return spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
+
+
+def _warn_of_kl(envs: VectorEnv) -> None:
+    config = getattr(envs.unwrapped, "config", None)
+    if getattr(config, "kl", None) == "reference" and envs.unwrapped.kl_coef > 0:
+        warnings.warn(
+            "kl='reference' pays beta log pi_ref, and SB3 does not add -beta log pi: it optimises another objective, short, "
+            "mode-seeking texts. Make the env with kl='policy' for LMActorCriticPolicy, with kl='none' for other policies.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _host(values: Any) -> Any:
