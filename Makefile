@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-tianshou lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -25,6 +25,11 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
 
+test-tianshou:  ## the Tianshou example, in an environment of its own: its pins and ours do not meet
+	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
+	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' --editable .
+	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
+
 lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +43,7 @@ bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
+	$(BIN)/python benchmarks/algorithms.py
 
 clean:  ## everything that was made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tianshou build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,15 +1,80 @@
-"""The examples run as they stand, on fewer tokens."""
+"""Every example runs, in a process of its own, for a few hundred steps; the documentation's snippets run as they stand."""
 
+import ast
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+FEW = ["--total-steps", "512", "--num-steps", "16"]
+EXAMPLES = {
+    "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
+    "cleanrl_ppo-cartpole": ("cleanrl_ppo.py", FEW),
+    "cleanrl_ppo-negation": (
+        "cleanrl_ppo.py",
+        ["--env-id", "tokenenv/Negation-v0", *FEW],
+    ),
+    "cleanrl_ppo-reviews": ("cleanrl_ppo.py", ["--env-id", "tokenenv/Reviews-v0", *FEW]),
+    "torchrl_ppo": ("torchrl_ppo.py", ["--total-steps", "512", "--batch-steps", "256", "--num-envs", "8"]),
+}
+
+
+def run(arguments, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path):
+    file, flags = EXAMPLES[name]
+    done = run([str(ROOT / "examples" / file), *flags], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout.lower().replace("negation", "")
 
 
 def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "custom_reward.py"))["main"](total_tokens=200, num_texts=8)
+    runpy.run_path(str(ROOT / "examples" / "custom_reward.py"))["main"](total_tokens=200, num_texts=8)
     printed = capsys.readouterr().out
     assert "milestones: " in printed
     assert "terminal: " in printed
+
+
+def test_the_single_file_solves_cartpole(tmp_path):
+    flags = ["--total-steps", "40000", "--lr", "3e-3"]
+    done = run([str(ROOT / "examples" / "cleanrl_ppo.py"), *flags], tmp_path)
+    first, last = map(float, re.search(r"mean return ([\d.]+) first, ([\d.]+) last", done.stdout).groups())
+    assert first < 60
+    assert last > 300
+
+
+def test_the_single_file_knows_nothing_of_this_package_but_its_name():
+    tree = ast.parse((ROOT / "examples" / "cleanrl_ppo.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    froms = {node.module.split(".")[0] for node in imports if isinstance(node, ast.ImportFrom)}
+    assert "tokenenv" in names
+    assert "tokenenv" not in froms
+    attributes = {
+        node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert "tokenenv" not in attributes
+
+
+def test_a_new_algorithm_is_short_and_touches_nothing():
+    text = (ROOT / "examples" / "custom_algorithm.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+
+
+@pytest.mark.parametrize("page", ["stable-baselines3.md", "seeing.md"])
+def test_the_snippets_of_a_page_run(page, tmp_path):
+    """One after the other, in one process, as a reader would paste them."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+    assert snippets
+    done = run(["-c", "\n".join(snippets)], tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenenv.agents import LMPolicy
 from tokenenv.agents.env_rows import wants_logprob
 from tokenenv.agents.masks import allowed_of, rule_out
-from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency
 from tokenenv.models.batching import last_states
 
 try:
@@ -104,13 +104,13 @@ class SB3VecEnv(VecEnv):
     def _env_actions(self, actions: np.ndarray) -> Any:
         if not self.with_logprob:
             return actions
-        tokens = np.asarray(actions)[:, 0]
-        if (tokens != tokens.round()).any():
-            raise InvalidArgument(
+        actions = np.asarray(actions)
+        if actions.shape != (self.num_envs, 2) or (actions[:, 0] != actions[:, 0].round()).any():
+            raise InvalidAction(
                 "under kl='policy' actions are (token, logprob), which LMActorCriticPolicy gives; for another policy make the "
                 "env with kl='none'."
             )
-        return {"token": tokens.astype(np.int64), "logprob": np.asarray(actions)[:, 1]}
+        return {"token": actions[:, 0].astype(np.int64), "logprob": actions[:, 1]}
 
     def _end(self, row: int, infos: Mapping[str, Any]) -> dict[str, Any]:
         final = infos["final_obs"]

@@ -1,0 +1,465 @@
+"""stable-baselines3 on texts: what the adapter owes SB3, and that SB3 trains what the bundled agents train."""
+
+import importlib
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fakes
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecMonitor
+from tasks import STOPS, TOYS, T, assert_equal, copied, make_vec, random_actions, row_of
+
+from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency
+from tokenenv.integrations import sb3
+from tokenenv.integrations.sb3 import LMActorCriticPolicy, SB3VecEnv
+from tokenenv.wrappers import ActionMask, TopKActions
+
+N, BETA = 4, 0.3
+SAME_STEP = AutoresetMode.SAME_STEP
+
+
+def make(num_envs: int = N, env_id: str = "tests/Toy-v0", **options: Any) -> Any:
+    return make_vec(num_envs, SAME_STEP, env_id, **{"kl": "none", **options})
+
+
+def learner(algorithm: Any, envs: Any, **options: Any) -> Any:
+    """An SB3 algorithm on the env's own language model."""
+    model = options.pop("model", envs.unwrapped.model)
+    policy = {"model": model, **options.pop("policy_kwargs", {})}
+    return algorithm(LMActorCriticPolicy, SB3VecEnv(envs), policy_kwargs=policy, device="cpu", seed=0, **options)
+
+
+def ppo(envs: Any, **options: Any) -> Any:
+    return learner(PPO, envs, **{"n_steps": 10, "batch_size": 20, "n_epochs": 2, "gamma": 1.0, **options})
+
+
+class Steps(BaseCallback):
+    """Keeps what the env was given and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[np.ndarray] = []
+        self.infos: list[list[dict[str, Any]]] = []
+
+    def _on_step(self) -> bool:
+        self.actions.append(self.locals["clipped_actions"])
+        self.rewards.append(self.locals["rewards"].copy())
+        self.infos.append(self.locals["infos"])
+        return True
+
+
+def rollout(model: Any) -> tuple[Any, Steps]:
+    """SB3's buffer after one rollout, and what passed between the two."""
+    _, callback = model._setup_learn(model.n_steps * N, Steps())
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return model.rollout_buffer, callback
+
+
+def stored(buffer: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Observations, actions and log-probs as training sees them, steps before rows."""
+    obs = {key: torch.as_tensor(values).flatten(0, 1) for key, values in buffer.observations.items()}
+    return obs, torch.as_tensor(buffer.actions).flatten(0, 1), torch.as_tensor(buffer.log_probs).flatten()
+
+
+def unfreeze_values(model: Any) -> None:
+    """A critic that starts at zero would hide whether SB3 asks it."""
+    head = model.policy.lm.value_head
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.constant_(head.bias, 0.7)
+
+
+# --------------------------------------------------------------------------------------------------------- the adapter
+
+
+@pytest.mark.parametrize(
+    ("options", "wrap"),
+    [
+        ({}, lambda envs: envs),
+        ({"array": "torch"}, lambda envs: envs),
+        ({"observation": "features"}, lambda envs: envs),
+        ({}, RecordEpisodeStatistics),
+    ],
+    ids=["numpy", "torch", "features", "wrapped"],
+)
+def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any) -> None:
+    envs, plain = SB3VecEnv(wrap(make(**TOYS["mixture"] | options))), make(**TOYS["mixture"] | options)
+    rng, ended = np.random.default_rng(0), 0
+    returns, lengths = np.zeros(N), np.zeros(N, int)
+    envs.seed(5)
+    expected, info = plain.reset(seed=5)
+    assert_equal(envs.reset(), copied(expected))
+    assert_equal(dict(enumerate(envs.reset_infos)), {row: row_of(copied(info), row) for row in range(N)})
+    for _ in range(25):
+        actions = random_actions(rng, plain)
+        obs, rewards, dones, infos = envs.step(actions)
+        expected, paid, terminated, truncated, info = copied(dict(enumerate(plain.step(actions)))).values()
+        assert_equal(obs, expected)
+        assert_equal(rewards, paid)
+        assert rewards.dtype == np.float32
+        np.testing.assert_array_equal(dones, terminated | truncated)
+        returns, lengths = returns + paid, lengths + 1
+        for row in range(N):
+            if not dones[row]:
+                assert infos[row] == {}
+                continue
+            final = info["final_obs"]
+            last = {key: value[row] for key, value in final.items()} if isinstance(final, dict) else final[row]
+            assert_equal(infos[row]["terminal_observation"], last)
+            assert infos[row]["episode"]["r"] == pytest.approx(returns[row], abs=1e-5)
+            assert infos[row]["episode"]["r"] == pytest.approx(info["token_rewards"][row].sum(), abs=1e-5)
+            assert infos[row]["episode"]["l"] == lengths[row]
+            assert_equal({key: infos[row][key] for key in row_of(info["final_info"], row)}, row_of(info["final_info"], row))
+            assert {"score", "gold"} <= set(infos[row])
+            ended += 1
+        returns[dones], lengths[dones] = 0.0, 0
+    assert ended >= N
+
+
+def test_what_it_returns_is_the_callers_own() -> None:
+    (a, b), rng = [SB3VecEnv(make(**TOYS["mixture"])) for _ in range(2)], np.random.default_rng(0)
+    for envs in (a, b):
+        envs.seed(0)
+        envs.reset()
+    for _ in range(15):
+        actions = random_actions(rng, a.envs)
+        one, other = a.step(actions), b.step(actions)
+        assert_equal(one[0], other[0])
+        assert_equal(dict(enumerate(one[1:3])), dict(enumerate(other[1:3])))
+        for array in (*one[0].values(), one[1]):
+            array[:] = 1
+
+
+def test_seeds_count_for_one_reset() -> None:
+    envs = SB3VecEnv(make())
+    envs.seed(3)
+    first, second = envs.reset(), envs.reset()
+    envs.seed(3)
+    assert_equal(envs.reset(), first)
+    assert (second["tokens"] != first["tokens"]).any()
+
+
+def test_attributes_and_methods() -> None:
+    mask = ActionMask(make(), top_p=0.5)
+    envs = SB3VecEnv(RecordEpisodeStatistics(mask))
+    envs.reset()
+    assert envs.get_attr("top_p") == [0.5] * N
+    assert envs.get_attr("oracle", indices=[0, 2]) == [None, None]
+    assert envs.has_attr("action_masks")
+    assert not envs.has_attr("no_such_thing")
+    np.testing.assert_array_equal(envs.env_method("action_masks"), mask.action_masks())
+    np.testing.assert_array_equal(envs.env_method("action_masks", indices=1)[0], mask.action_masks()[1])
+    assert [len(row) for row in envs.env_method("responses")] == [0] * N
+    envs.set_attr("kl_coef", 0.25)
+    assert envs.unwrapped.kl_coef == 0.25
+    envs.set_attr("top_p", 0.7)
+    assert mask.top_p == 0.7
+    with pytest.raises(AttributeError, match="TokenVectorEnv has no attribute 'no_such_thing'"):
+        envs.set_attr("no_such_thing", 1)
+    with pytest.raises(InvalidArgument, match=r"indices=\[0\] is not allowed; 'top_p' belongs to all rows"):
+        envs.set_attr("top_p", 0.5, indices=[0])
+    assert envs.env_is_wrapped(Monitor) == [True] * N
+    assert envs.env_is_wrapped(gym.Wrapper, indices=0) == [False]
+    assert SB3VecEnv(make(array="torch")).env_method("reset") is not None
+
+
+def test_beneath_sb3s_own_wrappers() -> None:
+    with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):
+        envs = VecMonitor(SB3VecEnv(make(stops=())))
+    envs.reset()
+    for _ in range(T):
+        *_, infos = envs.step(np.full(N, 20))
+    assert [info["episode"]["l"] for info in infos] == [T] * N
+    assert envs.unwrapped.token_spec.max_new_tokens == T
+
+
+# ---------------------------------------------------------------------------------------------------- the same objective
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+def test_the_log_prob_paid_for_is_the_one_stored_and_the_one_recomputed(masked: bool) -> None:
+    envs = make(kl="policy", kl_coef=BETA, **({"stops": (STOPS[0],)} if masked else {}))
+    envs = ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good", top_p=0.95) if masked else envs
+    model = ppo(envs, n_steps=20)
+    buffer, steps = rollout(model)
+    obs, actions, logprobs = stored(buffer)
+    np.testing.assert_array_equal(np.concatenate(steps.actions)[:, 1], logprobs)
+    model.policy.set_training_mode(True)
+    _, again, entropy = model.policy.evaluate_actions(obs, actions)
+    torch.testing.assert_close(again, logprobs, atol=1e-4, rtol=0)
+    assert entropy.isfinite().all()
+    if masked:
+        allowed = obs["action_mask"].gather(1, actions[:, :1].long())
+        assert allowed.all()
+        assert (logprobs == 0).any()
+
+
+def test_the_kl_term_is_the_k1_penalty() -> None:
+    envs = make(kl="policy", kl_coef=BETA, reward={})
+    paid: list[Any] = []
+    step = envs.step
+    envs.step = lambda actions: paid.append((actions, result := step(actions))) or result
+    buffer, _ = rollout(ppo(envs))
+    for t, (actions, (_, rewards, _, _, infos)) in enumerate(paid):
+        np.testing.assert_allclose(infos["reward_terms"]["kl"], -BETA * (buffer.log_probs[t] - infos["ref_logprob"]), atol=1e-5)
+        np.testing.assert_array_equal(rewards, infos["reward_terms"]["kl"])
+        np.testing.assert_array_equal(actions["token"], buffer.actions[t][:, 0])
+    # The policy is the reference itself, so every log-ratio is 0 to begin with; after an update it is not.
+    assert np.abs(buffer.rewards).max() < 1e-4
+
+
+def test_rewards_in_the_buffer_add_up_to_the_episodes() -> None:
+    buffer, steps = rollout(ppo(make(**TOYS["mixture"] | {"kl": "policy"}), n_steps=25))
+    running, seen = np.zeros(N), 0
+    for rewards, infos in zip(buffer.rewards, steps.infos, strict=True):
+        running += rewards
+        for row, info in enumerate(infos):
+            if "episode" in info:
+                assert running[row] == pytest.approx(info["episode"]["r"], abs=1e-4)
+                assert running[row] == pytest.approx(info["token_rewards"].sum(), abs=1e-4)
+                running[row] = 0.0
+                seen += 1
+    assert seen >= N
+
+
+@pytest.mark.parametrize("scored", [True, False], ids=["scored", "unscored"])
+def test_learners_bootstrap_only_where_a_cut_text_is_not_scored(scored: bool) -> None:
+    model = ppo(make(kl="policy", score_truncated=scored, stops=(STOPS[0],)), n_steps=2 * T, batch_size=28)
+    unfreeze_values(model)
+    buffer, steps = rollout(model)
+    cut = 0
+    for stored, paid, infos in zip(buffer.rewards, steps.rewards, steps.infos, strict=True):
+        for row, info in enumerate(infos):
+            bonus = 0.0
+            if "episode" in info and info["episode"]["l"] == T and info["terminal_observation"]["tokens"][-1] != STOPS[0]:
+                assert info["TimeLimit.truncated"] == (not scored)
+                last = {key: torch.as_tensor(value)[None] for key, value in info["terminal_observation"].items()}
+                bonus = 0.0 if scored else float(model.policy.predict_values(last).detach())
+                cut += 1
+            assert stored[row] == pytest.approx(paid[row] + bonus, abs=1e-5)
+    assert cut >= N
+
+
+def test_a_text_that_ends_with_a_stop_token_never_bootstraps() -> None:
+    envs = SB3VecEnv(make(score_truncated=False))
+    envs.reset()
+    _, _, dones, infos = envs.step(np.full(N, STOPS[0]))
+    assert dones.all()
+    assert not any(info["TimeLimit.truncated"] for info in infos)
+
+
+def test_a_row_is_read_without_its_neighbours() -> None:
+    model = ppo(make(kl="policy"))
+    unfreeze_values(model)
+    obs, actions, logprobs = stored(rollout(model)[0])
+    values = model.policy.predict_values(obs).detach()
+    for row in (0, 7, 30):
+        one = {key: value[row : row + 1] for key, value in obs.items()}
+        with torch.no_grad():
+            alone = model.policy.evaluate_actions(one, actions[row : row + 1])
+        assert float(alone[0]) == pytest.approx(float(values[row]), abs=1e-5)
+        assert float(alone[1]) == pytest.approx(float(logprobs[row]), abs=1e-5)
+
+
+def test_dropout_is_off_when_learning() -> None:
+    """Or the log-probs of the first epoch would already differ from those that the texts were drawn with."""
+    model = ppo(make(kl="policy"), model=fakes.causal_lm("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5))
+    obs, actions, logprobs = stored(rollout(model)[0])
+    model.policy.set_training_mode(True)
+    torch.testing.assert_close(model.policy.evaluate_actions(obs, actions)[1], logprobs, atol=1e-4, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- learning
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def assert_learned(model: Any, before: dict[str, torch.Tensor]) -> None:
+    after = weights(model)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any((after[name] != before[name]).any() for name in before)
+
+
+def bundled(name: str, **options: Any) -> Any:
+    return make(8, f"tokenenv/{name}", **{"max_new_tokens": 6, **options})
+
+
+CASES = {
+    "ppo reviews": lambda: ppo(bundled("Reviews-v0", kl="policy"), n_steps=12, batch_size=48, ent_coef=0.01),
+    "ppo masked": lambda: ppo(
+        ActionMask(bundled("Reviews-v0", kl="policy"), regex="[a-z ]*", top_p=0.9), n_steps=12, batch_size=48, ent_coef=0.01
+    ),
+    "ppo two trunks": lambda: ppo(bundled("Negation-v0", kl="policy"), policy_kwargs={"separate_value": True}),
+    "ppo without kl": lambda: ppo(bundled("Reviews-v0")),
+    "a2c brackets": lambda: learner(A2C, bundled("Brackets-v0", kl="policy", max_new_tokens=8), n_steps=8),
+    "ppo features": lambda: PPO(
+        "MlpPolicy", SB3VecEnv(bundled("Reviews-v0", observation="features")), n_steps=16, device="cpu"
+    ),
+    "dqn top k": lambda: DQN(
+        "MlpPolicy",
+        SB3VecEnv(TopKActions(bundled("Negation-v0", observation="features"), 4)),
+        learning_starts=64,
+        batch_size=32,
+        device="cpu",
+    ),
+    "maskable": lambda: MaskablePPO(
+        "MlpPolicy",
+        SB3VecEnv(ActionMask(bundled("Negation-v0", observation="features"), top_p=0.5)),
+        n_steps=12,
+        device="cpu",
+    ),
+    "maskable top k": lambda: MaskablePPO(
+        "MlpPolicy",
+        SB3VecEnv(TopKActions(ActionMask(bundled("Reviews-v0", observation="features"), regex="(very )*(good|bad)"), 5)),
+        n_steps=12,
+        device="cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_it_learns_without_an_error(name: str) -> None:
+    model = CASES[name]()
+    before = weights(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        model.learn(200)
+    assert_learned(model, before)
+
+
+def test_ppo_learns_the_task() -> None:
+    envs = bundled("Negation-v0", kl="policy", kl_coef=0.02)
+    model = ppo(envs, n_steps=24, batch_size=96, learning_rate=2e-2)
+    scores: list[float] = []
+
+    class Scores(BaseCallback):
+        def _on_step(self) -> bool:
+            scores.extend(info["score"] for info in self.locals["infos"] if info)
+            return True
+
+    model.learn(3000, callback=Scores())
+    assert np.mean(scores[-100:]) > np.mean(scores[:100]) + 0.5, (np.mean(scores[:100]), np.mean(scores[-100:]))
+
+
+def test_evaluation_and_prediction() -> None:
+    model = ppo(make(kl="policy"))
+    mean, _ = evaluate_policy(model, model.env, n_eval_episodes=5)
+    assert np.isfinite(mean)
+    obs = model.env.reset()
+    actions, _ = model.predict(obs, deterministic=True)
+    tensors = {key: torch.as_tensor(value) for key, value in obs.items()}
+    logits = model.policy.read(tensors)[0]
+    np.testing.assert_array_equal(actions[:, 0], logits.argmax(1))
+    np.testing.assert_allclose(actions[:, 1], torch.log_softmax(logits, 1).max(1).values.detach(), atol=1e-5)
+    tokens, _ = ppo(make()).predict(obs, deterministic=True)
+    assert tokens.shape == (N,)
+
+
+# ------------------------------------------------------------------------------------------------------ saving, loading
+
+
+@pytest.mark.parametrize("env_id", ["Reviews-v0", "Negation-v0"])
+def test_a_saved_model_goes_on(tmp_path: Path, env_id: str) -> None:
+    model = ppo(bundled(env_id, kl="policy"), learning_rate=1e-2, policy_kwargs={"separate_value": True})
+    model.learn(80)
+    model.save(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "model", env=SB3VecEnv(bundled(env_id, kl="policy")), device="cpu")
+    assert_equal({k: v.numpy() for k, v in weights(loaded).items()}, {k: v.numpy() for k, v in weights(model).items()})
+    obs = {key: torch.as_tensor(value) for key, value in loaded.env.reset().items()}
+    for mine, theirs in zip(model.policy.read(obs), loaded.policy.read(obs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    before = weights(loaded)
+    loaded.learn(80)
+    assert_learned(loaded, before)
+
+
+def test_a_saved_policy_is_the_policy(tmp_path: Path) -> None:
+    envs = make(kl="policy")
+    model = ppo(envs, policy_kwargs={"separate_value": True})
+    unfreeze_values(model)
+    model.policy.save(tmp_path / "policy")
+    loaded = LMActorCriticPolicy.load(tmp_path / "policy", device="cpu")
+    obs = {key: torch.as_tensor(value) for key, value in envs.reset()[0].items()}
+    for mine, theirs in zip(model.policy.read(obs), loaded.read(obs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_the_envs_own_model_is_not_trained() -> None:
+    envs = make(kl="policy")
+    before = {name: value.clone() for name, value in envs.unwrapped.reference.state_dict().items()}
+    ppo(envs, learning_rate=1e-2).learn(80)
+    for name, value in envs.unwrapped.reference.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_other_resets_and_envs_are_refused() -> None:
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
+        message = f"autoreset_mode='{mode.value}' is not SB3's; make the env with autoreset_mode='SameStep'"
+        with pytest.raises(InvalidArgument, match=message):
+            SB3VecEnv(make_vec(2, mode))
+    with pytest.raises(InvalidArgument, match="is no vector env; build one with gym"):
+        SB3VecEnv(gym.make("tests/Toy-v0"))  # type: ignore[arg-type]
+    envs = SB3VecEnv(make())
+    envs.set_options({"prompts": ["a"]})
+    with pytest.raises(InvalidArgument, match="reset the env itself"):
+        envs.reset()
+
+
+def test_the_kl_that_sb3_does_not_add_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="SB3 does not add -beta log pi"):
+        SB3VecEnv(make(kl="reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SB3VecEnv(make(kl="policy"))
+        SB3VecEnv(make(kl="reference", kl_coef=0.0))
+
+
+@pytest.mark.parametrize("num_envs", [1, N])
+def test_a_policy_that_gives_no_log_prob_is_an_error(num_envs: int) -> None:
+    envs = SB3VecEnv(make(num_envs, kl="policy", observation="features"))
+    with pytest.raises(InvalidAction):
+        PPO("MlpPolicy", envs, n_steps=16, batch_size=16, device="cpu").learn(16)
+    envs = SB3VecEnv(make(kl="policy"))
+    envs.reset()
+    for actions in (np.full((N, 2), 0.5, np.float32), np.full(N, 3)):
+        with pytest.raises(InvalidAction, match=r"actions are \(token, logprob\), which LMActorCriticPolicy gives"):
+            envs.step(actions)
+    for logprob in (np.nan, 1.0):
+        with pytest.raises(InvalidAction, match="needs a finite log-prob, 0 or less"):
+            envs.step(np.full((N, 2), [3, logprob], np.float32))
+
+
+def test_a_policy_that_cannot_be() -> None:
+    envs = make()
+    with pytest.raises(InvalidArgument, match=r"model=None: give PPO\(..., policy_kwargs="):
+        PPO(LMActorCriticPolicy, SB3VecEnv(envs), device="cpu")
+    with pytest.raises(InvalidArgument, match="LMActorCriticPolicy reads tokens"):
+        ppo(make(observation="features"))
+    for kl in ("none", "policy"):
+        with pytest.raises(InvalidArgument, match=rf"model has {fakes.VOCAB_SIZE} tokens, action_space is .*chooses among all"):
+            ppo(TopKActions(make(kl=kl), 5))
+
+
+def test_without_sb3_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "stable_baselines3"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependency, match=re.escape("pip install 'tokenenv-rl[sb3]'")):
+        importlib.reload(sb3)
