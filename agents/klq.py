@@ -80,6 +80,7 @@ class KLQ(Agent):
         replay: Replay = self.statistics["replay"]
         if self.updates == 0:
             self.centre_critic(batch)
+        self.estimate(batch)  # for people to look at: what is learnt from is drawn below
         replay.add(batch.unstack())
         tokens = int(self.config.replay_ratio * int(batch.response_length_B.sum()))
         sampled = EpisodeBatch.stack(replay.sample(tokens, self.rng))

@@ -101,22 +101,19 @@ class VinePPO(PolicyGradient):
 
     def play_on(self, states: Sequence[Prefix]) -> list[Episode]:
         """K continuations of each state, one after the other: read once, then copied."""
-        rollouts = self.config.rollouts
-        leaders = np.arange(len(states)) * rollouts
-        followers = np.setdiff1d(np.arange(len(states) * rollouts), leaders)
-        mask = np.isin(np.arange(self.envs.num_envs), leaders)
+        rollouts, wanted = self.config.rollouts, len(states) * self.config.rollouts
+        followers = np.flatnonzero(np.arange(wanted) % rollouts)
+        mask = ~np.isin(np.arange(self.envs.num_envs), followers)
+        # Slots that are left over play on from the last state, and what they write is not looked at.
         given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
         collector = Collector(self.envs, self.actor)
-        options = {"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]}
-        collector.reset(options)
+        collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
         collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
         found: dict[int, Episode] = {}
-        while len(found) < len(states) * rollouts:
-            for episode in collector.step():
-                if episode.slot < len(states) * rollouts:
-                    found.setdefault(episode.slot, episode)
+        while len(found) < wanted:
+            found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
         self.collector.tokens_seen += collector.tokens_seen
-        return [found[slot] for slot in range(len(states) * rollouts)]
+        return [found[slot] for slot in range(wanted)]
 
 
 def cuts(length: int, segments: int) -> list[int]:
