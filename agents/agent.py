@@ -105,7 +105,8 @@ class Agent:
     @property
     def max_new_tokens(self) -> int:
         """The longest response."""
-        return self.spec.max_new_tokens if self.spec else int(self.envs.single_observation_space["tokens"].shape[0])
+        space: Any = self.envs.single_observation_space
+        return self.spec.max_new_tokens if self.spec else int(space["tokens"].shape[0])
 
     @property
     def kl_coef(self) -> float:

@@ -6,6 +6,7 @@ response; the response is what the policy emitted, so a prefix given at reset be
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .advantages import token_mask
 
+LEARNED = ("value", "advantage")
 PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index")
 
 
@@ -105,6 +107,8 @@ class EpisodeBatch:
     def stack(cls, episodes: Sequence[Episode]) -> "EpisodeBatch":
         """Pads and stacks at least one episode."""
         texts = [np.concatenate([e.prompt, e.response]) for e in episodes]
+        masks = [e.action_mask for e in episodes if e.action_mask is not None]
+        ends: dict[str, Any] = {f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE}
         return cls(
             tokens_BL=_pad(texts),
             length_B=torch.tensor([len(text) for text in texts]),
@@ -113,9 +117,9 @@ class EpisodeBatch:
             ref_logprob_BT=_pad([e.ref_logprob for e in episodes]),
             reward_BT=_pad([e.reward for e in episodes]),
             potential_BT1=_pad([e.potential for e in episodes]),
-            **{f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE},
             terms={name: _pad([e.terms[name] for e in episodes]) for name in episodes[0].terms},
-            action_mask_BTM=_pad(masks) if (masks := [e.action_mask for e in episodes if e.action_mask is not None]) else None,
+            action_mask_BTM=_pad(masks) if masks else None,
+            **ends,
         )
 
     def unstack(self) -> list[Episode]:
@@ -129,6 +133,8 @@ class EpisodeBatch:
             return values_BT[row, : length + extra].numpy()
 
         text = self.tokens_BL[row, :end].numpy()
+        ends: dict[str, Any] = {name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE}
+        learned: dict[str, Any] = {name: tokens(self.learned[name]) for name in LEARNED if name in self.learned}
         return Episode(
             prompt=text[: end - length],
             response=text[end - length :],
@@ -136,10 +142,10 @@ class EpisodeBatch:
             ref_logprob=tokens(self.ref_logprob_BT),
             reward=tokens(self.reward_BT),
             potential=tokens(self.potential_BT1, 1),
-            **{name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE},
             terms={name: tokens(values) for name, values in self.terms.items()},
             action_mask=None if self.action_mask_BTM is None else tokens(self.action_mask_BTM),
-            **{name: tokens(self.learned[name]) for name in ("advantage", "value") if name in self.learned},
+            **ends,
+            **learned,
         )
 
 

@@ -17,6 +17,7 @@ What it leaves out: a critic. Dividing by a group's deviation weighs prompts by 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokenenv.errors import check_choice
@@ -76,11 +77,12 @@ class GRPO(GroupMethod):
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """(B, T)."""
         returns, lengths_B, scale = self.returns(batch), batch.response_length_B, self.config.scale
-        total_BT = batch.reward_BT.new_zeros(batch.reward_BT.shape)
+        total_BT, totals_B = torch.zeros_like(batch.reward_BT), torch.zeros(len(batch))
         for name, returns_BT in returns.items():
             centred_BT = returns_BT - group_mean(returns_BT, lengths_B, self.group_size, leave_one_out=False)
             alone = scale == "source" and name != "kl"
+            totals_B += returns_BT[:, 0]
             total_BT += centred_BT / group_std(returns_BT[:, 0], self.group_size) if alone else centred_BT
         if scale == "group":
-            total_BT /= group_std(sum(returns.values())[:, 0], self.group_size)
+            total_BT /= group_std(totals_B, self.group_size)
         return total_BT

@@ -31,7 +31,7 @@ from .learner import Metrics
 from .policy_gradient import PolicyGradient, PolicyGradientConfig
 from .saving import resume_env
 
-Prefix = tuple[Sequence[int], Sequence[int]]
+Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
 
 

@@ -207,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         default = _train_default(args)
-        commands = (
-            Annotated[train_type(default.algo), tyro.conf.subcommand("train", default=default)]
+        train: Any = train_type(default.algo)
+        commands: Any = (
+            Annotated[train, tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Show, tyro.conf.subcommand("show")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]

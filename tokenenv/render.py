@@ -80,6 +80,7 @@ def colour(reward: float) -> tuple[int, int, int]:
 
 def _placed(text: RunningText) -> list[tuple[int, tuple[int, str, Any, str]]]:
     """(line, (column, characters, background, ink)) of the last `LINES` lines, wrapped at `COLUMNS`."""
+    parts: list[tuple[str, Any, str]]
     parts = [(piece, None, "#5b6270") for piece in textwrap.wrap(text.prompt, COLUMNS, drop_whitespace=False) or [""]]
     parts += [(_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)]
     placed, line, column = [], 0, 0
