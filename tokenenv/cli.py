@@ -14,6 +14,7 @@ import gymnasium as gym
 import tyro
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from tokenenv import __version__
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
         command.run()
     except TokenEnvError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 
