@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import gymnasium as gym
 import numpy as np
@@ -113,6 +114,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)  # others look whether there is one
         self.logged, self.finished = [], False
 
     def init(self, **options):
