@@ -218,6 +218,14 @@ def test_masks_are_of_the_text_alone_however_it_came_about(options: dict[str, An
     check(envs.reset(options={"prefixes": ["the cat", None, "a dog is", "a"]})[0])
 
 
+def test_another_text_of_the_same_length_or_one_longer_is_read_from_its_start() -> None:
+    envs = ActionMask(wordy(num_envs=1), regex="the cat is|a dog was")
+    words = envs.unwrapped.token_spec.tokenizer.convert_ids_to_tokens
+    for prefix, following in (("the", "cat"), ("a", "dog"), ("the cat", "is"), ("a dog", "was"), ("the", "cat")):
+        envs.reset(options={"prefixes": [prefix]})
+        assert words(np.flatnonzero(envs.action_masks()[0]).tolist()) == [following]
+
+
 def test_masks_follow_texts_that_begin_anew() -> None:
     envs, rng, ends = ActionMask(wordy(), regex=SENTENCE), np.random.default_rng(3), 0
     envs.reset(seed=1)

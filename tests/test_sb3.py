@@ -442,6 +442,10 @@ def test_a_policy_that_gives_no_log_prob_is_an_error(num_envs: int) -> None:
     for actions in (np.full((N, 2), 0.5, np.float32), np.full(N, 3)):
         with pytest.raises(InvalidAction, match=r"actions are \(token, logprob\), which LMActorCriticPolicy gives"):
             envs.step(actions)
+    for junk in ([-0.7, -1.0], [1e4, -1.0], [3.0, 0.4]):
+        clipped = np.clip(junk, envs.action_space.low, envs.action_space.high)  # as SB3 does to every Box action
+        with pytest.raises(InvalidAction):
+            envs.step(np.array([clipped] * N, np.float32))
     for logprob in (np.nan, 1.0):
         with pytest.raises(InvalidAction, match="needs a finite log-prob, 0 or less"):
             envs.step(np.full((N, 2), [3, logprob], np.float32))

@@ -129,9 +129,9 @@ def test_rows_that_wait_for_their_reset_take_any_pick() -> None:
             envs.step(np.array([-1, 0, 0]))
         if mode == DISABLED:
             with pytest.raises(FinishedRow):
-                envs.step(np.array([0, -1, 0]))
+                envs.step(np.array([0, 999, 0]))
         else:
-            obs = envs.step(np.array([0, -1, 0]))[0]
+            obs = envs.step(np.array([0, 999, 0]))[0]
             np.testing.assert_array_equal(obs["length"] - obs["prompt_length"], [2, 0, 2])
 
 

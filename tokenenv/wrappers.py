@@ -34,8 +34,8 @@ class TopKActions(VectorWrapper):
 
     def __init__(self, envs: VectorEnv, k: int) -> None:
         super().__init__(envs)
-        core = _core(envs)
-        _require_tokens(envs)
+        self._core = core = _core(envs)
+        _require_tokens(envs, core)
         if not 1 <= k <= core.token_spec.vocab_size:
             raise InvalidArgument(f"k={k} is not allowed; it must lie between 1 and {core.token_spec.vocab_size}.")
         self.k = k
@@ -58,7 +58,7 @@ class TopKActions(VectorWrapper):
 
     def _offer(self) -> tuple[np.ndarray, np.ndarray]:
         """The k likeliest tokens (N, k), those that are ruled out last, and which are not."""
-        logprobs_NV = torch.as_tensor(self.unwrapped.ref_logprobs())
+        logprobs_NV = torch.as_tensor(self._core.ref_logprobs())
         if self._mask is None:
             ids_Nk = likeliest(logprobs_NV, self.k).cpu().numpy()
             return ids_Nk, np.ones(ids_Nk.shape, bool)
@@ -75,8 +75,8 @@ class TopKActions(VectorWrapper):
         picks = _host(given)
         if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
             raise InvalidAction(f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env.")
-        for row in np.flatnonzero((picks < 0) | (picks >= self.k)):
-            if not _rests(self.unwrapped, row):
+        for row in map(int, np.flatnonzero((picks < 0) | (picks >= self.k))):
+            if not _rests(self._core, row):
                 raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
         picks = picks.clip(0, self.k - 1)
         tokens = _like(np.take_along_axis(self.choices(), picks[:, None], 1)[:, 0], given)
@@ -103,8 +103,8 @@ class ActionMask(VectorWrapper):
         self, envs: VectorEnv, *, top_p: float | None = None, regex: str | None = None, grammar: str | None = None
     ) -> None:
         super().__init__(envs)
-        core = _core(envs)
-        _require_tokens(envs)
+        self._core = core = _core(envs)
+        _require_tokens(envs, core)
         _check_mask_options(top_p, regex, grammar)
         if _mask_of(envs) is not None:
             raise InvalidArgument("envs has an ActionMask already; give top_p= and regex= (or grammar=) to one.")
@@ -115,10 +115,11 @@ class ActionMask(VectorWrapper):
             self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
             self._beginnings = grammars.beginnings(core.token_spec)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
-        self._in_obs = isinstance(envs.single_observation_space, gym.spaces.Dict)
-        if self._in_obs:
+        seen = envs.single_observation_space
+        self._in_obs = isinstance(seen, gym.spaces.Dict)
+        if isinstance(seen, gym.spaces.Dict):
             mask = gym.spaces.Box(0, 1, (core.token_spec.vocab_size,), np.int8)
-            self.single_observation_space = gym.spaces.Dict({**envs.single_observation_space.spaces, "action_mask": mask})
+            self.single_observation_space = gym.spaces.Dict({**seen.spaces, "action_mask": mask})
             self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
 
     def action_masks(self) -> np.ndarray:
@@ -131,11 +132,11 @@ class ActionMask(VectorWrapper):
 
     def fork(self, sources: Any, targets: Any) -> Any:
         """As the env's."""
-        return self._masked(*self.unwrapped.fork(sources, targets))
+        return self._masked(*self._core.fork(sources, targets))
 
     def load_state(self, saved: dict[str, Any]) -> Any:
         """As the env's."""
-        return self._masked(*self.unwrapped.load_state(saved))
+        return self._masked(*self._core.load_state(saved))
 
     def step(self, actions: Any) -> Any:
         """As the env's; raises `InvalidAction` for a token that is not allowed, and nothing changes."""
@@ -152,8 +153,8 @@ class ActionMask(VectorWrapper):
             return  # The env says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
         allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
-        for row in np.flatnonzero(~allowed):
-            if not _rests(self.unwrapped, row):
+        for row in map(int, np.flatnonzero(~allowed)):
+            if not _rests(self._core, row):
                 raise InvalidAction(
                     f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
                 )
@@ -167,12 +168,12 @@ class ActionMask(VectorWrapper):
 
     def _allowed(self) -> np.ndarray:
         allowed = np.ones_like(self._masks)
-        for row, (follower, response) in enumerate(zip(self._followers, self.unwrapped.responses(), strict=False)):
+        for row, (follower, response) in enumerate(zip(self._followers, self._core.responses(), strict=False)):
             follower.follow(response)
             allowed[row] = follower.allowed(self._beginnings)
         if self.top_p is None:
             return allowed
-        both = allowed & nucleus(torch.as_tensor(self.unwrapped.ref_logprobs()), self.top_p).cpu().numpy()
+        both = allowed & nucleus(torch.as_tensor(self._core.ref_logprobs()), self.top_p).cpu().numpy()
         return np.where(both.any(1, keepdims=True), both, allowed)
 
 
@@ -214,10 +215,8 @@ def _mask_of(envs: Any) -> "ActionMask | None":
     return envs
 
 
-def _require_tokens(envs: VectorEnv) -> None:
-    space: Any = envs.single_action_space
-    count = (space["token"] if isinstance(space, gym.spaces.Dict) else space).n
-    if count != envs.unwrapped.token_spec.vocab_size:
+def _require_tokens(envs: VectorEnv, core: TokenVectorEnv) -> None:
+    if envs.single_action_space != core.single_action_space:
         raise InvalidArgument("envs takes choices, not tokens; TopKActions goes around everything else, and once.")
 
 

@@ -74,14 +74,14 @@ class SB3VecEnv(VecEnv):
 
     def reset(self) -> Any:
         """The first observations; a seed given by `seed` counts once."""
-        seeds = None if all(seed is None for seed in self._seeds) else list(self._seeds)
+        seeds: Any = None if all(seed is None for seed in self._seeds) else list(self._seeds)
         if any(self._options):
             raise InvalidArgument("options of single envs cannot be set through SB3; reset the env itself with them.")
-        obs, infos = self.envs.reset(seed=seeds)
+        obs, infos = map(_host, self.envs.reset(seed=seeds))
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._returns[:], self._lengths[:] = 0.0, 0
-        return _host(obs)
+        return obs
 
     def step_async(self, actions: np.ndarray) -> None:
         """Takes the actions (N,), or (N, 2) with log-probs."""
@@ -95,9 +95,11 @@ class SB3VecEnv(VecEnv):
         self._returns += rewards
         self._lengths += 1
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for i in np.flatnonzero(dones):
-            cut = bool(truncations[i]) and not terminations[i] and self._bootstraps
-            rows[i] = self._end(int(i), infos) | {"TimeLimit.truncated": cut}
+        if dones.any():
+            ends = _host({key: infos[key] for key in ("final_obs", "final_info")})
+            for i in map(int, np.flatnonzero(dones)):
+                cut = bool(truncations[i]) and not terminations[i] and self._bootstraps
+                rows[i] = self._end(i, ends) | {"TimeLimit.truncated": cut}
         self._returns[dones], self._lengths[dones] = 0.0, 0
         return obs, rewards.astype(np.float32), dones, rows
 
@@ -112,12 +114,12 @@ class SB3VecEnv(VecEnv):
             )
         return {"token": actions[:, 0].astype(np.int64), "logprob": actions[:, 1]}
 
-    def _end(self, row: int, infos: Mapping[str, Any]) -> dict[str, Any]:
-        final = infos["final_obs"]
-        last = {key: _host(value)[row] for key, value in final.items()} if isinstance(final, Mapping) else _host(final)[row]
+    def _end(self, row: int, ends: Mapping[str, Any]) -> dict[str, Any]:
+        final = ends["final_obs"]
+        last = {key: value[row] for key, value in final.items()} if isinstance(final, Mapping) else final[row]
         seconds = round(time.time() - self._start, 6)
         episode = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": seconds}
-        return _row(infos["final_info"], row) | {"terminal_observation": last, "episode": episode}
+        return _row(ends["final_info"], row) | {"terminal_observation": last, "episode": episode}
 
     def close(self) -> None:
         """Closes the env."""
@@ -274,8 +276,8 @@ def _flat_space(space: Any) -> spaces.Box:
 
 
 def _warn_of_kl(envs: VectorEnv) -> None:
-    config = getattr(envs.unwrapped, "config", None)
-    if getattr(config, "kl", None) == "reference" and envs.unwrapped.kl_coef > 0:
+    core: Any = envs.unwrapped
+    if getattr(getattr(core, "config", None), "kl", None) == "reference" and core.kl_coef > 0:
         warnings.warn(
             "kl='reference' pays beta log pi_ref, and SB3 does not add -beta log pi: it optimises another objective, short, "
             "mode-seeking texts. Make the env with kl='policy' for LMActorCriticPolicy, with kl='none' for other policies.",
@@ -292,10 +294,6 @@ def _host(values: Any) -> Any:
 
 
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One row of Gymnasium's vector info, without the keys that it has not."""
-    out: dict[str, Any] = {}
-    for key, value in infos.items():
-        if key.startswith("_") or not bool(infos[f"_{key}"][row]):
-            continue
-        out[key] = _row(value, row) if isinstance(value, Mapping) else _host(value)[row]
-    return out
+    """One row of Gymnasium's vector info on the host, without the keys that it has not."""
+    present = [key for key in infos if not key.startswith("_") and infos[f"_{key}"][row]]
+    return {key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row] for key in present}
