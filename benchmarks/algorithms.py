@@ -50,7 +50,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Of the bundled algorithms, where not the default."""
 SLOTS = {"vineppo": 16}
 """Where not N: VinePPO learns from few texts and plays on from them."""
-PPO_SETTINGS: dict[str, Any] = {"n_steps": 32, "batch_size": 512, "n_epochs": 2, "gamma": 1.0, "learning_rate": 1e-3}
+PPO_SETTINGS: dict[str, Any] = {
+    "n_steps": 32,
+    "batch_size": 512,
+    "n_epochs": 2,
+    "gamma": 1.0,
+    "learning_rate": lambda left: 1e-3 * left,
+}
+"""As the bundled PPO's: the same learning rate, falling to zero."""
 A2C_SETTINGS: dict[str, Any] = {"n_steps": 8, "gamma": 1.0, "use_rms_prop": False, "learning_rate": 3e-4}
 DQN_SETTINGS: dict[str, Any] = {
     "learning_starts": 2_000,
@@ -63,7 +70,7 @@ DQN_SETTINGS: dict[str, Any] = {
     "exploration_fraction": 0.3,
     "target_update_interval": 1_000,
 }
-console = Console()
+console = Console(width=100)
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ def speeds(env: str, repeats: int) -> str:
 def main() -> None:
     """Runs what is asked for and prints one table an env."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--learners", nargs="*", default=list(LEARNERS), choices=list(LEARNERS))
+    parser.add_argument("--learners", nargs="*", metavar="NAME", default=list(LEARNERS), choices=list(LEARNERS))
     parser.add_argument("--envs", nargs="*", default=list(ENVS), choices=list(ENVS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--total-tokens", type=int, default=60_000)
@@ -203,7 +210,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers) as pool:
         found = list(track(pool.map(run, *columns), "runs", total=len(plan), console=console, transient=True))
     results = dict(zip(plan, found, strict=True))
-    for env in args.envs:
+    for env in args.envs if plan else ():
         rows = {learner: [results[learner, env, seed] for seed in args.seeds] for learner in args.learners}
         console.print(table(env, rows, args.total_tokens))
     for env in args.envs if args.repeats else ():
