@@ -236,7 +236,8 @@ def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor)
 def deviation(count: Tensor, mean: Tensor, squares: Tensor) -> Tensor:
     """The standard deviation, 0 where it is no more than rounding."""
     spread = (squares / count.clamp(min=1)).sqrt()
-    return torch.where(spread > 1e-6 * mean.abs(), spread, 0.0)
+    # What float32 cannot hold is no spread to divide by.
+    return torch.where(spread > (1e-6 * mean.abs()).clamp(min=torch.finfo(torch.float32).tiny), spread, 0.0)
 
 
 def line(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
