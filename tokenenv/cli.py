@@ -97,8 +97,8 @@ class Train(Generic[Config]):
         agent.save(checkpoint)
         if wandb is not None:
             wandb.close()
-        console.print(f"run folder: {folder}\nlook at it: tokenenv show {folder}; tokenenv evaluate {folder}")
-        console.print(f"curves: tensorboard --logdir {folder}")
+        looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
+        console.print(f"run folder: {folder}; look at it:", *looks, sep="\n  ", soft_wrap=True)
 
     def make_agent(self, folder: Path) -> Agent:
         """A new agent, and its config in the run folder; or the one whose checkpoint is there."""
