@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.errors import InvalidArgument
+
 from .agent import Agent
+from .env_rows import wants_logprob
 from .episodes import Episode, EpisodeBatch
 from .evaluate import best_of_n_kl
 from .learner import Metrics
@@ -27,8 +30,8 @@ class BestOfN(Agent):
 
     def collect(self) -> list[Episode]:
         """The best text of each finished group."""
-        episodes, n = super().collect(), self.best_of
-        return [max(episodes[i : i + n], key=lambda e: e.score) for i in range(0, len(episodes), n)]
+        episodes = super().collect()
+        return [episodes[i] for i in self.best([e.score for e in episodes])]
 
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Nothing is learned; the KL is the bound."""
@@ -36,8 +39,18 @@ class BestOfN(Agent):
 
     def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[int]]:
         """The best of n continuations of each prompt, by the env's score."""
-        n = self.best_of
-        repeated = [prompt for prompt in prompts for _ in range(n)]
+        repeated = [prompt for prompt in prompts for _ in range(self.best_of)]
         responses = super().generate(repeated, **options)
-        scores = self.core.score_episodes(repeated, responses).score.reshape(-1, n)
-        return [responses[i * n + int(best)] for i, best in enumerate(np.argmax(scores, axis=1))]
+        if not responses:
+            return []
+        # The score knows of no KL: where the env asks for log-probabilities, any will do.
+        logprobs = [[0.0] * len(response) for response in responses] if wants_logprob(self.envs) else None
+        scores = self.core.score_episodes(repeated, responses, logprobs=logprobs).score
+        return [responses[i] for i in self.best(scores)]
+
+    def best(self, scores: Any) -> list[int]:
+        """The place of the highest score of every n."""
+        if scores is None or np.isnan(scores).any():
+            raise InvalidArgument(f"BestOfN needs a score of every text, which {type(self.core).__name__} does not give.")
+        scores_GN = np.reshape(scores, (-1, self.best_of))
+        return [self.best_of * group + int(best) for group, best in enumerate(scores_GN.argmax(axis=1))]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, check_choice
 
 from .advantages import returns_to_go
 from .episodes import EpisodeBatch
@@ -42,10 +42,12 @@ class GroupMethod(PolicyGradient):
 
     def returns(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """Returns-to-go (B, T) of each source of reward, each with its own discount."""
-        cfg = self.config
+        cfg, sources = self.config, self.sources(batch)
+        for name in cfg.gammas:
+            check_choice("gammas key", name, sources)
         return {
             name: returns_to_go(rewards_BT, batch.response_length_B, cfg.gammas.get(name, cfg.gamma))
-            for name, rewards_BT in self.sources(batch).items()
+            for name, rewards_BT in sources.items()
         }
 
 
@@ -69,7 +71,7 @@ def group_mean(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_o
 
 
 def group_std(values_B: Tensor, group_size: int) -> Tensor:
-    """(B, 1): the standard deviation of each group's values, 1 where they are all the same."""
-    std_G1 = values_B.unflatten(0, (-1, group_size)).std(1, correction=0, keepdim=True)
-    std_G1 = torch.where(std_G1 < 1e-6, 1.0, std_G1)
+    """(B, 1): the standard deviation of each group's values, 1 where they are the same as far as float32 can tell."""
+    std_G1, mean_G1 = torch.std_mean(values_B.unflatten(0, (-1, group_size)), 1, correction=0, keepdim=True)
+    std_G1 = torch.where(std_G1 < 1e-6 * mean_G1.abs().clamp(min=1.0), 1.0, std_G1)
     return std_G1.expand(-1, group_size).flatten()[:, None]

@@ -17,6 +17,7 @@ part of the penalty itself (`kl="policy"`: it was paid for another policy).
 Suffixes: B episodes, T response tokens.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ class KLQ(Agent):
             self.centre_critic(batch)
         self.estimate(batch)  # for people to look at: what is learnt from is drawn below
         replay.add(batch.unstack())
-        tokens = int(self.config.replay_ratio * int(batch.response_length_B.sum()))
+        tokens = math.ceil(self.config.replay_ratio * int(batch.response_length_B.sum()))
         sampled = EpisodeBatch.stack(replay.sample(tokens, self.rng))
         self.estimate(sampled)
         metrics = self.optimise(sampled, lambda weights_B: self.loss(sampled, weights_B))

@@ -82,7 +82,7 @@ class VinePPO(PolicyGradient):
         for b, places in enumerate(starts):
             ends, own = [*places[1:], len(episodes[b].response)], [next(values) for _ in places]
             for start, end, value, after in zip(places, ends, own, [*own[1:], 0.0], strict=True):
-                earned = rewards_BT[b, start:end] @ gamma ** torch.arange(end - start)
+                earned = (rewards_BT[b, start:end] * gamma ** torch.arange(end - start)).sum()
                 advantages_BT[b, start:end] = earned + gamma ** (end - start) * after - value
                 batch.learned["value"][b, start:end] = value
         return advantages_BT
@@ -108,7 +108,8 @@ class VinePPO(PolicyGradient):
         given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
         collector = Collector(self.envs, self.actor)
         collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
-        collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
+        if len(followers):
+            collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
         found: dict[int, Episode] = {}
         while len(found) < wanted:
             found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
