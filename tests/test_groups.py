@@ -7,6 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
+from tabular import BETA, relative_error, worlds
 from toy_env import ToyEnv
 
 import tokenenv  # noqa: F401
@@ -36,6 +37,9 @@ def test_means_by_hand():
 def test_deviations_by_hand_and_flat_groups():
     assert group_std(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2).tolist() == [[1.0], [1.0], [1.0], [1.0]]
     assert group_std(torch.tensor([0.0, 8.0]), 2).tolist() == [[4.0], [4.0]]
+    # What rounding leaves of equal returns is no spread.
+    assert group_std(torch.tensor([100.0, 100.00001]), 2).tolist() == [[1.0], [1.0]]
+    assert group_std(torch.tensor([100.0, 101.0]), 2).tolist() == [[0.5], [0.5]]
 
 
 @given(st.data())
@@ -118,6 +122,9 @@ def test_sources_have_their_own_discounts_and_are_linear_without():
     torch.testing.assert_close(after["dense"], returns_to_go(batch.terms["dense"], batch.response_length_B, 0.5))
     for name in ("end", "kl"):
         torch.testing.assert_close(after[name], before[name])
+    lengths = batch.response_length_B
+    expected = sum(values - group_mean(values, lengths, 4, leave_one_out=True) for values in after.values())
+    torch.testing.assert_close(split.advantages(batch)[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
 
 def test_a_source_is_scaled_on_its_own_and_the_penalty_never():
@@ -134,46 +141,66 @@ def test_a_source_is_scaled_on_its_own_and_the_penalty_never():
 # ---------------------------------------------------------------- unbiased, by enumeration
 
 
-def texts(T=3, V=3):
-    """All texts of a tiny world: 0 stops, others go on, up to T tokens."""
-    open_texts, done = [()], []
-    for _ in range(T):
-        grown = [(*text, token) for text in open_texts for token in range(V)]
-        done += [text for text in grown if text[-1] == 0 or len(text) == T]
-        open_texts = [text for text in grown if text[-1] != 0 and len(text) < T]
-    return done
+REWARDS = {
+    "terminal": {"reward": "terminal"},
+    "dense": {"reward": "token"},
+    "shaped": {"reward": "delta"},
+    "mixed": {"reward": {"dense": ("token", 0.5), "end": ("terminal", 0.5)}},
+}
 
 
-@pytest.mark.parametrize("reward", ["dense", "terminal"])
-def test_the_expected_gradient_of_a_group_is_the_policy_gradient(reward):
-    """Over all pairs of texts, weighted by their probability: with dense rewards and texts of different lengths."""
-    all_texts, generator = texts(), torch.Generator().manual_seed(0)
-    prefixes = sorted({text[:t] for text in all_texts for t in range(len(text))})
-    logits = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.double).requires_grad_()
-    pays = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.double)
-    if reward == "terminal":
-        final = torch.tensor([[(*p, a) in all_texts for a in range(3)] for p in prefixes])
-        pays = pays * final
-    row = {prefix: i for i, prefix in enumerate(prefixes)}
-    logpi = torch.log_softmax(logits, -1)
-    lengths = torch.tensor([len(text) for text in all_texts])
-    paid = torch.zeros(len(all_texts), 3, dtype=torch.double)
-    rows = [[logpi[row[text[:t]], text[t]] if t < len(text) else logits.new_zeros(()) for t in range(3)] for text in all_texts]
-    logprob = torch.stack([torch.stack(line) for line in rows])
-    for i, text in enumerate(all_texts):
-        for t, token in enumerate(text):
-            paid[i, t] = pays[row[text[:t]], token]
-    prob = logprob.sum(1).exp()
-    torch.testing.assert_close(prob.sum().detach(), torch.ones((), dtype=torch.double))
-    [exact] = torch.autograd.grad((prob * paid.sum(1)).sum(), logits, retain_graph=True)
-    returns = returns_to_go(paid, lengths, 1.0)
-    pairs = torch.cartesian_prod(torch.arange(len(all_texts)), torch.arange(len(all_texts)))
-    flat, weight = pairs.flatten(), (prob.detach()[pairs[:, 0]] * prob.detach()[pairs[:, 1]]).repeat_interleave(2) / 2
-    for leave_one_out, factor in ((True, 1.0), (False, 0.5)):
-        advantages = returns[flat] - group_mean(returns[flat], lengths[flat], 2, leave_one_out=leave_one_out)
-        inside = torch.arange(3) < lengths[flat][:, None]
-        [found] = torch.autograd.grad((weight[:, None] * advantages * logprob[flat] * inside).sum(), logits, retain_graph=True)
-        torch.testing.assert_close(found, factor * exact, atol=1e-12, rtol=1e-9)
+def every_group(world, paid, size):
+    """All groups of `size` texts of a small world as one batch, and how likely each is."""
+    rows = torch.cartesian_prod(*[torch.arange(len(world.texts))] * size)
+    probs = world.logprob(world.policy).sum(1).exp()[rows].prod(1)
+    flat, width = rows.flatten(), world.mask.shape[1]
+    count = len(flat)
+    nothing, never = torch.zeros(count, width, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
+    batch = EpisodeBatch(
+        tokens_BL=world.tokens[flat],
+        length_B=world.length[flat] + 1,
+        response_length_B=world.length[flat],
+        logprob_BT=world.logprob(world.policy)[flat],
+        ref_logprob_BT=world.logprob(world.reference.logprobs)[flat],
+        reward_BT=torch.from_numpy(paid.token_rewards).double()[flat],
+        potential_BT1=torch.zeros(count, width + 1),
+        kl_coef_B=torch.full((count,), BETA, dtype=torch.float64),
+        terminated_B=never,
+        truncated_B=never,
+        score_B=nothing[:, 0],
+        gold_B=nothing[:, 0],
+        prompt_id_B=never.long(),
+        slot_B=never.long(),
+        index_B=never.long(),
+        terms={name: torch.from_numpy(values).double()[flat] for name, values in paid.token_reward_terms.items()},
+    )
+    return batch, rows, probs
+
+
+def toy_agent(algorithm, size, **options):
+    envs = ToyEnv(2 * size)
+    envs.group_size = size
+    return algorithm(envs, **options)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("design", REWARDS)
+@pytest.mark.parametrize("world", [world for world in worlds() if world.stops], ids=lambda world: f"seed{world.seed}")
+def test_the_expected_gradient_over_all_groups_is_the_policy_gradient(world, design, size):
+    """Of E[score - BETA KL], with dense rewards and texts of different lengths; GRPO's is (G - 1) / G of it."""
+    paid = world.score(world.env("token", kl_coef=BETA, **REWARDS[design]))
+    score, ref_logprob = world.rewards(per_token=True).sum(1), world.logprob(world.reference.logprobs).sum(1)
+    exact = world.gradient_of_mean(lambda logprob: score - BETA * (logprob.sum(1) - ref_logprob))
+    batch, rows, probs = every_group(world, paid, size)
+    for algorithm, options, factor in ((RLOO, {}, 1.0), (GRPO, {"scale": "none"}, (size - 1) / size)):
+        advantages = toy_agent(algorithm, size, **options).advantages(batch).masked_fill(~batch.mask_BT, 0.0)
+        # The mean advantage of each token of each text, over all that may be beside it.
+        weighted = (probs[:, None, None] * advantages.unflatten(0, (-1, size))).flatten(0, 1) / size
+        credit = torch.zeros(world.mask.shape, dtype=torch.float64).index_add_(0, rows.flatten(), weighted)
+        credit /= world.logprob(world.policy).sum(1, keepdim=True).exp()
+        found = world.policy_gradient(credit)
+        assert relative_error(found, factor * exact) < 1e-5
+        assert advantages.abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- groups stay whole
@@ -208,10 +235,28 @@ def test_flat_groups_are_drawn_again():
         assert len({e.score for e in kept[i : i + 4]}) > 1
 
 
-def test_a_group_of_one_is_refused():
-    with pytest.raises(InvalidArgument, match="group_size=1 leaves RLOO nothing to compare a text with"):
-        RLOO(reviews(4, 1))
+@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
+def test_waiting_texts_survive_a_checkpoint(mode, tmp_path):
+    """Those that wait for the rest of their group are in the file; their group is whole afterwards."""
+    agent = RLOO(reviews(12, 3, mode, max_new_tokens=30))
+    agent.collector.collect(900)
+    waiting = agent.collector._waiting
+    assert len(waiting) > 2
+    agent.save(tmp_path / "c")
+    resumed = RLOO.load(tmp_path / "c", reviews(12, 3, mode, max_new_tokens=30))
+    assert [(e.slot, e.index) for e in resumed.collector._waiting] == [(e.slot, e.index) for e in waiting]
+    for one, other in zip(agent.collector.collect(400), resumed.collector.collect(400), strict=True):
+        for field in one.__dataclass_fields__:
+            np.testing.assert_equal(getattr(one, field), getattr(other, field))
+
+
+def test_what_they_cannot_use_is_refused():
+    for algorithm in (RLOO, GRPO):
+        with pytest.raises(InvalidArgument, match=f"group_size=1 leaves {algorithm.__name__} nothing to compare a text with"):
+            algorithm(reviews(4, 1))
     with pytest.raises(InvalidArgument, match=r"gammas\['dense'\]=1.5 is not allowed"):
         RLOO(reviews(), gammas={"dense": 1.5})
+    with pytest.raises(InvalidArgument, match=r"gammas key='tokn' is not known; allowed: kl, token\. Did you mean 'token'"):
+        RLOO(reviews(), gammas={"tokn": 0.5}, batch_tokens=20).learn(20)
     with pytest.raises(InvalidArgument, match="scale='std' is not known"):
         GRPO(reviews(), scale="std")

@@ -1,11 +1,13 @@
 """KLQ: no error at the optimum on any text, the policy gradient away from it, and a replay that forgets the oldest."""
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from test_ppo import collected
-from toy_env import ToyEnv, V, tiny_lm
+from toy_env import T, ToyEnv, V, tiny_lm
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import KLQ, LMPolicy, klq
@@ -53,10 +55,6 @@ def test_there_is_no_error_at_the_optimum_on_any_text(monkeypatch, lambda_):
 
 
 def test_it_finds_the_kl_regularised_optimum():
-    import math
-
-    from toy_env import T
-
     beta, best = 0.3, 0.0
     for _ in range(T):
         good, other = math.exp((1 + best) / beta), math.exp(best / beta)
@@ -102,6 +100,33 @@ def test_the_critic_starts_at_the_mean_return():
     _, batch = collected(agent, 100)
     agent.centre_critic(batch)
     assert float(agent.policy.value_head.bias.detach()) == pytest.approx(float(agent.rewards(batch).sum(1).mean()), rel=1e-5)
+
+
+def test_a_small_share_of_the_new_tokens_is_still_a_text():
+    agent, seen = KLQ(ToyEnv(4, kl_coef=0.2), batch_tokens=20, replay_ratio=0.01), []
+    agent.learn(60, on_update=lambda metrics, episodes: seen.append(metrics))
+    assert all(1 <= m["replay/sampled"] <= T for m in seen)
+
+
+def test_old_texts_are_learnt_from(monkeypatch):
+    """What is sampled comes from all that is kept, and each token's error is of the present policy."""
+    agent = KLQ(ToyEnv(8, kl_coef=0.2), batch_tokens=60, replay_ratio=0.5, lr=1e-2)
+    drawn, estimate = [], agent.estimate
+
+    def spy(batch):
+        estimate(batch)
+        expected = klq.token_logprobs(agent.policy, batch, 10_000)
+        torch.testing.assert_close(batch.learned["old_logprob"], expected)
+        drawn.append({(e.slot, e.index) for e in batch.unstack()})
+
+    monkeypatch.setattr(agent, "estimate", spy)
+    agent.learn(500)
+    fresh, sampled = drawn[::2], drawn[1::2]
+    assert all(not texts <= new for new, texts in zip(fresh[2:], sampled[2:], strict=True))
+    seen = set()
+    for new, texts in zip(fresh, sampled, strict=True):
+        seen |= new
+        assert texts <= seen
 
 
 def test_the_replay_keeps_the_latest_tokens():

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from toy_env import T, ToyEnv
 
-from tokenenv.agents import losses
+from tokenenv.agents import ReinforcePlusPlus, losses
+from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.token_stats import token_stats
 
 HALF = torch.tensor([0.5, 0.5])
@@ -25,6 +28,31 @@ def test_policy_gradient_vanishes_where_clipped():
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -0.5 * 2.0 * 0.5]))
 
 
+def test_each_side_of_the_clip_has_its_own_range():
+    # Ratios 1.5, 1.25 and 0.5 within 0.8 to 1.28, then to 1.2: gains are capped there, losses are not.
+    logprobs, old, weights = torch.tensor([1.5, 1.25, 0.5]).log(), torch.zeros(3), torch.tensor([0.5, 0.25, 0.25])
+    for high, gained, lost in [(0.28, (1.28, 1.25, 0.5), (1.5, 1.25, 0.8)), (None, (1.2, 1.2, 0.5), (1.5, 1.25, 0.8))]:
+        for sign, ratios in ((1.0, gained), (-1.0, lost)):
+            loss = losses.clipped_policy_loss(logprobs, old, torch.full((3,), sign), weights, 0.2, high)
+            assert loss.item() == pytest.approx(-sign * float(weights @ torch.tensor(ratios)))
+        outside = losses.clip_fraction(logprobs, old, weights, 0.2, high).item()
+        assert outside == pytest.approx(0.75 if high else 1.0)
+    assert losses.clip_fraction(torch.tensor([0.75, 0.75]).log(), torch.zeros(2), HALF, 0.2, 0.28).item() == 1.0
+
+
+def test_plain_policy_loss_by_hand():
+    logprobs = torch.tensor([0.5, 0.25]).log().requires_grad_()
+    loss = losses.policy_gradient_loss(logprobs, torch.tensor([2.0, -3.0]), torch.tensor([0.75, 0.25]))
+    assert loss.item() == pytest.approx(0.75 * 2.0 * math.log(2.0) - 0.25 * 3.0 * math.log(4.0))
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-1.5, 0.75]))
+    # At ratio 1 it has the gradient of the clipped one.
+    again = logprobs.detach().clone().requires_grad_()
+    advantages, weights = torch.tensor([2.0, -3.0]), torch.tensor([0.75, 0.25])
+    losses.clipped_policy_loss(again, again.detach(), advantages, weights, 0.2).backward()
+    torch.testing.assert_close(again.grad, logprobs.grad)
+
+
 def test_value_loss_by_hand():
     values, old, targets = torch.tensor([2.0, 0.1]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.0])
     # Clipped to 0.5: (0.5 - 3)^2 is the larger; 0.1 is inside.
@@ -38,6 +66,38 @@ def test_aggregations_by_hand():
     torch.testing.assert_close(losses.token_weights(lengths, "sequence-mean"), torch.tensor([0.5, 1 / 6]))
     for name in losses.AGGREGATIONS:
         assert (losses.token_weights(lengths, name) * lengths).sum().item() == pytest.approx(1.0)
+
+
+def test_a_fixed_length_divides_the_sum_over_tokens_by_a_constant():
+    lengths, each = torch.tensor([1, 3, 2]), torch.tensor([2.0, 3, 5, 7, 11, 13])
+    weights = losses.token_weights(lengths, "fixed-length").repeat_interleave(lengths)
+    scale = losses.loss_scale(lengths, "fixed-length", 8)
+    assert scale * float(weights @ each) == pytest.approx(float(each.sum()) / (3 * 8))
+    for name in ("token-mean", "sequence-mean"):
+        assert losses.loss_scale(lengths, name, 8) == 1.0
+
+
+@pytest.mark.parametrize("max_batch_tokens", [12, 10_000])
+def test_a_fixed_length_reaches_the_gradient(monkeypatch, max_batch_tokens):
+    """The whole gradient, however a minibatch is cut, is that of the sum over tokens / (episodes * longest length)."""
+    options = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, "whiten": False, "max_batch_tokens": max_batch_tokens}
+    agent = ReinforcePlusPlus(ToyEnv(4, kl_coef=0.2), aggregation="fixed-length", **options)
+    batch = EpisodeBatch.stack(agent.collector.collect(80))
+    grads = {}
+    monkeypatch.setattr(
+        agent.optimizer, "step", lambda: grads.update({n: p.grad.clone() for n, p in agent.policy.model.named_parameters()})
+    )
+    agent.update(batch)
+    agent.policy.zero_grad()
+    total = torch.zeros(())
+    for b, e in enumerate(batch.unstack()):
+        text, start = torch.as_tensor(np.concatenate([e.prompt, e.response]))[None], len(e.prompt)
+        logprobs = torch.log_softmax(agent.policy.model(input_ids=text).logits[0, start - 1 : -1], -1)
+        chosen = logprobs.gather(1, text[0, start:, None])[:, 0]
+        total = total - (batch.learned["advantage"][b, : len(e.response)] * chosen).sum()
+    (total / (len(batch) * T)).backward()
+    for name, parameter in agent.policy.model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=2e-6)
 
 
 def test_kl_and_clip_fraction_by_hand():
