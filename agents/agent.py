@@ -128,7 +128,7 @@ class Agent:
             self.kl_coef = self.config.kl_coef
         listeners: list[OnUpdate] = [on_update] if on_update else []
         if self.run_dir is not None:
-            listeners.insert(0, RunFolder(self.run_dir, self.spec))
+            listeners.insert(0, RunFolder(self.run_dir, self.spec, self.tokens_seen))
         if progress:
             listeners.append(ProgressLine(total_tokens, self.tokens_seen))
         try:

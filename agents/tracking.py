@@ -3,6 +3,7 @@
 Suffixes: K tokens of any texts.
 """
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,14 +25,19 @@ QUARTERS = 4
 
 
 class RunFolder:
-    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update."""
+    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update.
 
-    def __init__(self, directory: Path, spec: TokenSpec | None) -> None:
+    A directory holds one run. What was written of it after `tokens_seen` tokens is taken out first: a run that goes on from
+    a checkpoint writes that again.
+    """
+
+    def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int) -> None:
         # Imported here: it takes a second, and most uses write nothing.
         from torch.utils.tensorboard import SummaryWriter
 
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = SummaryWriter(str(directory))
+        keep_lines(directory / "episodes.jsonl", tokens_seen)
+        self._writer = SummaryWriter(str(directory), purge_step=tokens_seen + 1)
         self._episodes = (directory / "episodes.jsonl").open("a", encoding="utf-8")
         self._tokenizer = spec.tokenizer if spec else None
         self._pieces = TokenPieces(self._tokenizer)
@@ -57,8 +63,11 @@ class RunFolder:
         """The texts with the highest and the lowest scores, as Markdown."""
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
-        texts = ("".join(self._pieces(e.prompt)) + " **|** " + "".join(self._pieces(e.response)) for e in chosen)
-        return "\n\n".join(f"score {e.score:.3g}: {text}" for e, text in zip(chosen, texts, strict=True))
+        texts = [tuple(html.escape("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
+        return "\n\n".join(
+            f"score {e.score:.3g}, reward {e.reward.sum():.3g}: {prompt} **|** {response}"
+            for e, (prompt, response) in zip(chosen, texts, strict=True)
+        )
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -89,6 +98,23 @@ class WandbRun:
         self._run.finish()
 
 
+def keep_lines(path: Path, tokens_seen: int) -> None:
+    """Keeps the whole lines of an `episodes.jsonl`, if there is one, that were written at or before so many tokens."""
+    if not path.exists():
+        return
+    kept = path.with_suffix(".kept")
+    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
+        out.writelines(line for line in lines if _seen_after(line) <= tokens_seen)
+    kept.replace(path)
+
+
+def _seen_after(line: str) -> float:
+    try:
+        return json.loads(line)["tokens_seen"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):  # a run that was killed has left half a line
+        return float("inf")
+
+
 def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     """Reward and advantage of single tokens (K,): of all, and of each quarter of the texts, which shows where they sit."""
     columns = {"reward": [e.reward for e in episodes], "advantage": [e.advantage for e in episodes if e.advantage is not None]}
@@ -107,7 +133,7 @@ def by_position(episodes: Sequence[Episode]) -> Any:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "advantage"), strict=True):
-        rows = [row for e in episodes if (row := getattr(e, name)) is not None]
+        rows = [row for e in episodes if (row := getattr(e, name)) is not None and np.isfinite(row).all()]
         if rows:
             table = np.full((len(rows), max(map(len, rows))), np.nan)
             for line, row in zip(table, rows, strict=True):

@@ -44,7 +44,7 @@ def page(path: Path, browser: str) -> None:
             tab.locator(".token").nth(6).hover()
             tab.screenshot(path=path)
             window.close()
-    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
+    Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 def main() -> None:

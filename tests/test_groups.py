@@ -1,5 +1,7 @@
 """Group baselines: the published ones where the reward is at the end, unbiased wherever it is; groups stay whole."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tokenenv.agents import GRPO, RLOO
 from tokenenv.agents.advantages import returns_to_go
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.groups import group_mean, group_std, hold_last
+from tokenenv.agents.grpo import MAX_TRIES
 from tokenenv.errors import InvalidArgument
 
 LENGTHS = torch.tensor([3, 1, 2, 2])
@@ -227,12 +230,29 @@ def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
     assert set(seen) | set(waiting) == ended
 
 
-def test_flat_groups_are_drawn_again():
-    env = gym.make_vec("tokenenv/Arithmetic-v0", num_envs=16, group_size=4, autoreset_mode="SameStep")
-    kept = GRPO(env, skip_flat_groups=True, batch_tokens=60).collect()
-    assert sum(len(e.response) for e in kept) >= 60
-    for i in range(0, len(kept), 4):
-        assert len({e.score for e in kept[i : i + 4]}) > 1
+def test_flat_groups_are_drawn_again(monkeypatch):
+    """Until as many tokens are there as were asked for; where all are flat it is given up, and the first batch taken."""
+    agent = GRPO(reviews(8, 4), skip_flat_groups=True, batch_tokens=60)
+    one = agent.collector.collect(40)[:4]
+    flat, mixed = (
+        [replace(e, score=float(score)) for e, score in zip(one, scores, strict=True)] for scores in ("1111", "1112")
+    )
+    size, asked = sum(len(e.response) for e in one), []
+    assert size < 30
+
+    def scripted(batches):
+        asked.clear()
+        draws = iter(batches)
+        monkeypatch.setattr(agent.collector, "collect", lambda tokens: (asked.append(tokens), next(draws))[1])
+        return agent.collect()
+
+    assert scripted([flat + mixed, flat, mixed + flat, mixed]) == mixed * 3
+    assert asked == [60, 60 - size, 60 - size, 60 - 2 * size]
+    assert scripted([mixed * 3, flat]) == mixed * 3
+    assert scripted([flat * 2, *[flat] * MAX_TRIES]) == flat * 2
+    assert len(asked) == 1 + MAX_TRIES
+    agent.config.skip_flat_groups = False
+    assert scripted([flat + mixed]) == flat + mixed
 
 
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])

@@ -76,6 +76,26 @@ def test_line_breaks_and_words_longer_than_a_line():
     assert "↵" in ansi(text(pieces=["a\n"], rewards=[0.0]))
 
 
+def test_control_characters_neither_steer_the_terminal_nor_stop_the_drawing():
+    evil = text(pieces=["\x1b[2J", "\r\x08\x00", "\u202e\u2028", "a\tb\n"], rewards=[0.0] * 4, prompt="\x1b]0;x\x07p")
+    tokens = [token[3] for token in ANSI.findall(ansi(evil))]
+    assert tokens == ["·[2J", "···", "··", "a    b↵\n"]
+    assert "\x1b[2m·]0;x·p\x1b[0m" in ansi(evil)
+    assert picture(evil).shape == picture(text()).shape
+
+
+def test_the_header_tells_the_kl_term_apart():
+    envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=2, render_mode="ansi", reward="token", autoreset_mode="Disabled")
+    envs.reset(seed=0)
+    paid = [envs.step(np.array([20, 41]))[4]["reward_terms"] for _ in range(3)]
+    kl, token = (np.sum([terms[name] for terms in paid], 0) for name in ("kl", "token"))
+    for row, string in enumerate(envs.render()):
+        assert string.startswith(
+            f"score {token[row]:.2f}   reward {kl[row] + token[row]:.2f}, of which kl {kl[row]:.2f}   3 tokens"
+        )
+    assert " kl " not in ansi(text())
+
+
 def test_every_mode_on_one_text(capsys):
     shown = {}
     for mode in (None, "ansi", "rgb_array", "human"):

@@ -99,8 +99,9 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
         (lambda folder: write(folder, [], tail='{"half'), "holds no finished episode yet"),
         (lambda folder: write(folder, [{"score": 1.0, "tokens_seen": 3}]), "has no token columns; train again"),
         (lambda folder: write(folder, [], tail='{"half\n' + json.dumps(episode())), "line 1, is no JSON"),
+        (lambda folder: write(folder, [episode()], tail="[1, 2]\n"), "line 2, is no episode but [1, 2]"),
     ],
-    ids=["no-folder", "empty", "half-a-line", "old", "broken"],
+    ids=["no-folder", "empty", "half-a-line", "old", "broken", "other"],
 )
 def test_what_is_missing_is_said(tmp_path, make, message, capsys):
     make(tmp_path / "x")

@@ -67,6 +67,15 @@ def test_tokens_are_coloured_by_what_is_clicked(show):
     assert background(page, 0) == down
 
 
+def test_where_few_tokens_are_paid_they_set_the_scale(show):
+    page = show([episode(tokens=["x"] * 200, token_rewards=[0.0] * 199 + [-0.03], terminated=False)])
+    assert alpha(background(page, 0)) == 0.0
+    assert alpha(background(page, 199)) == pytest.approx(0.9, abs=0.01)
+    assert page.locator("#high").inner_text() == "0.03"
+    assert "truncated" in page.locator("#text .end").inner_text()
+    assert "✂" in page.locator("#list li").first.text_content()
+
+
 def test_pointing_at_a_token_tells_everything(show):
     page = show([FIVE])
     page.locator(".token").nth(1).hover()
@@ -99,11 +108,14 @@ def test_sorting_filtering_and_keys(show):
 
 def test_hostile_tokens_are_shown_not_run(show):
     evil = "</script><img src=x onerror=\"document.title='hacked'\">"
-    page = show([episode(tokens=[evil, "\n"], prompt="<b>bold</b>")])
+    page = show([episode(tokens=[evil, "\n", "\u202elive\x00", "  "], prompt="<b>bold</b>")])
     assert evil in page.locator("#text").inner_text()
     assert "<b>bold</b>" in page.locator("#text").inner_text()
     assert "↵" in page.locator(".token").nth(1).inner_text()
     assert page.title() == "x"
+    assert [page.locator(".token").nth(i).inner_text() for i in (2, 3)] == ["·live·", "␣␣"]
+    page.locator(".token").nth(2).hover()
+    assert page.locator("#detail b").inner_text() == '"\\u202elive\\u0000"'
 
 
 def test_ten_thousand_tokens_and_hundreds_of_episodes_are_quick(show):
@@ -113,7 +125,7 @@ def test_ten_thousand_tokens_and_hundreds_of_episodes_are_quick(show):
     assert page.locator(".token").count() == 10_000
     page.keyboard.press("2")
     page.keyboard.press("ArrowRight")
-    assert "token 1 of 10000" in page.locator("#detail").inner_text()
+    assert "token 1 of 10,000" in page.locator("#detail").inner_text()
     assert time.monotonic() - start < 10.0
 
 

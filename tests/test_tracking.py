@@ -1,6 +1,8 @@
 """The run folder: what TensorBoard gets, what a line of episodes.jsonl holds, and Weights & Biases."""
 
 import json
+import os
+import subprocess
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import tokenenv  # noqa: F401
 from tokenenv.agents import PPO
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.tracking import DETAILED, WandbRun, by_position, histograms
+from tokenenv.agents.tracking import DETAILED, RunFolder, WandbRun, by_position, histograms
 from tokenenv.cli import main
 from tokenenv.errors import MissingDependency
 from tokenenv.models.pieces import TokenPieces
@@ -98,6 +100,45 @@ def test_lines_hold_every_token_of_the_first_episodes(run):
         np.testing.assert_allclose(np.sum(list(line["token_terms"].values()), 0), e.reward, atol=2e-3)
 
 
+def test_numbers_that_are_none_stop_nothing(tmp_path):
+    folder = RunFolder(tmp_path, None, 0)
+    metrics = {"time/tokens": 5, "time/updates": 1, "loss/policy": np.nan, "loss/value": np.inf, "objective/score": 1.0}
+    folder(metrics, [episode([np.nan, 1.0], advantage=[np.inf, 1.0]), episode([np.inf])])
+    folder.close()
+    lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [line["token_rewards"] for line in lines] == [[None, 1.0], [None]]
+    assert [line["reward"] for line in lines] == [None, None]
+    assert lines[0]["token_advantages"] == [None, 1.0]
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["time/tokens", "time/updates", "objective/score"]
+
+
+def test_sample_texts_are_no_markup(tmp_path):
+    folder = RunFolder(tmp_path, None, 0)
+    folder._pieces = lambda ids: ["<eos>"] * len(ids)
+    assert folder._samples([episode([2.0, 1.0])]) == "score 0, reward 3: &lt;eos&gt; **|** &lt;eos&gt;&lt;eos&gt;"
+    folder.close()
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
+    def make_envs():
+        return gym.make_vec("tokenenv/Reviews-v0", num_envs=8, autoreset_mode="SameStep", max_new_tokens=6)
+
+    def save_first(metrics, episodes):
+        if agent.updates == 2:
+            agent.save(tmp_path / "checkpoint")
+
+    agent = PPO(make_envs(), run_dir=tmp_path, batch_tokens=100)
+    agent.learn(500, on_update=save_first)
+    path = tmp_path / "episodes.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"tokens_seen": 200, "pro')
+    PPO.load(tmp_path / "checkpoint", make_envs(), run_dir=tmp_path).learn(500)
+    assert path.read_text() == whole
+    steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("objective/score")]
+    assert steps == sorted({json.loads(line)["tokens_seen"] for line in whole.splitlines()})
+    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == ["checkpoint", "episodes", "events", "events"]
+
+
 def test_pieces_join_to_the_text():
     for name in ("Reviews", "PyDocs", "Arithmetic", "Negation"):
         spec = gym.make_vec(f"tokenenv/{name}-v0", num_envs=1).unwrapped.token_spec
@@ -150,3 +191,13 @@ def test_wandb_that_is_missing_is_named_before_anything_is_written(monkeypatch, 
         main(["train", "--track", "wandb", "--run-dir", str(tmp_path / "x")])
     assert "pip install 'tokenenv-rl[wandb]'" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_wandb_itself_takes_a_run_offline(tmp_path):
+    pytest.importorskip("wandb")
+    flags = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--options", "max_new_tokens", "6"]
+    command = [sys.executable, "-m", "tokenenv.cli", "train", "--track", "wandb", "--run-dir", str(tmp_path / "x"), *flags]
+    done = subprocess.run(command, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [log] = (tmp_path / "x").glob("wandb/offline-run-*/*.wandb")
+    assert b"objective/score" in log.read_bytes()

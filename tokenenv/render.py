@@ -5,6 +5,7 @@ Colours are blue for below zero and orange for above, which the colour-blind tel
 
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ UP, DOWN = (230, 126, 20), (66, 133, 222)
 WIDTH, COLUMNS, LINES, LINE_HEIGHT = 720, 82, 14, 20
 """A picture's width in pixels, and the text it has room for: the last lines, if there are more."""
 MARGIN, HEADER = 12, 30
+NOT_SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's control, format and surrogate characters, line and paragraph separators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,15 @@ class RunningText:
     """(T,) what the env has paid for each response token; hindsight terms are placed once the text has ended."""
     score: float | None
     """The scorer's score of the text so far, where it scores prefixes."""
+    kl: float | None = None
+    """What the KL term has paid of `rewards`, where there is one."""
 
     @property
     def header(self) -> str:
         """The figures of the text in one line."""
         score = "" if self.score is None else f"score {self.score:.2f}   "
-        return f"{score}reward {sum(self.rewards):.2f}   {len(self.pieces)} tokens"
+        kl = "" if self.kl is None else f", of which kl {self.kl:.2f}"
+        return f"{score}reward {sum(self.rewards):.2f}{kl}   {len(self.pieces)} tokens"
 
 
 def ansi(text: RunningText) -> str:
@@ -50,7 +56,7 @@ def ansi(text: RunningText) -> str:
         f"\033[48;2;{r};{g};{b}m\033[38;2;0;0;0m{_visible(piece)}\033[0m"
         for piece, (r, g, b) in zip(text.pieces, map(colour, text.rewards), strict=True)
     )
-    return f"{text.header}\n\033[2m{text.prompt}\033[0m{tokens}"
+    return f"{text.header}\n\033[2m{_harmless(text.prompt)}\033[0m{tokens}"
 
 
 def picture(text: RunningText) -> np.ndarray:
@@ -81,7 +87,9 @@ def colour(reward: float) -> tuple[int, int, int]:
 def _placed(text: RunningText) -> list[tuple[int, tuple[int, str, Any, str]]]:
     """(line, (column, characters, background, ink)) of the last `LINES` lines, wrapped at `COLUMNS`."""
     parts: list[tuple[str, Any, str]]
-    parts = [(piece, None, "#5b6270") for piece in textwrap.wrap(text.prompt, COLUMNS, drop_whitespace=False) or [""]]
+    parts = [
+        (piece, None, "#5b6270") for piece in textwrap.wrap(_harmless(text.prompt), COLUMNS, drop_whitespace=False) or [""]
+    ]
     parts += [(_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)]
     placed, line, column = [], 0, 0
     for piece, background, ink in parts:
@@ -110,7 +118,12 @@ def _legend(draw: Any) -> None:
 
 
 def _visible(piece: str) -> str:
-    return piece.replace("\n", "↵\n").replace("\t", "    ")
+    return _harmless(piece).replace("\n", "↵\n")
+
+
+def _harmless(text: str) -> str:
+    """Control characters as dots: a token must not steer the terminal, and fonts cannot draw them."""
+    return "".join(c if c == "\n" or unicodedata.category(c) not in NOT_SHOWN else "·" for c in text.replace("\t", "    "))
 
 
 @lru_cache(maxsize=1)
@@ -131,12 +144,15 @@ def running_texts(buffer: TextBuffer, engine: RewardEngine, pieces: TokenPieces)
     """The N texts of an env as they stand."""
     assert engine.states is not None
     rewards_NT = engine.token_terms.sum(1).cpu().numpy()
+    names = engine.term_names
+    kl_N = engine.token_terms[:, names.index("kl")].sum(1).tolist() if "kl" in names else [None] * len(rewards_NT)
     scores = [None] * len(rewards_NT) if engine.states.score is None else engine.states.score.tolist()
     texts = []
     for row, (start, end) in enumerate(zip(buffer.prompt_length, buffer.length, strict=True)):
         prompt, response = buffer.tokens[row, :start], buffer.tokens[row, start:end]
         prompt_text = "".join(pieces(prompt)).lstrip()
-        texts.append(RunningText(prompt_text, pieces(response), rewards_NT[row, : end - start].tolist(), scores[row]))
+        rewards = rewards_NT[row, : end - start].tolist()
+        texts.append(RunningText(prompt_text, pieces(response), rewards, scores[row], kl_N[row]))
     return texts
 
 

@@ -57,6 +57,9 @@ def read_episodes(run_dir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise InvalidArgument(f"{path}, line {number}, is no JSON: {error}.") from error
+            continue
+        if not isinstance(episodes[-1], dict):
+            raise InvalidArgument(f"{path}, line {number}, is no episode but {line[:40]}.")
     if not episodes:
         raise InvalidArgument(f"{path} holds no finished episode yet.")
     return episodes
