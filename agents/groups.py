@@ -2,7 +2,8 @@
 
 With a reward on the last token only, all of this is the published sequence-level baseline. With dense rewards the return
 of a token is what is still to come after it, and it is compared with what is still to come in the others at the same
-place. A baseline may depend on anything but the token itself and what follows it, so none of this biases the gradient.
+place. A baseline may depend on anything but the token itself and what follows it, so a mean of the other texts does not
+bias the gradient; a mean with the own text in it scales it by (G - 1) / G.
 
 Suffixes: B episodes, T response tokens; G consecutive episodes are a group.
 """
