@@ -27,10 +27,12 @@ from .config import AgentConfig, learning_rate
 from .env_rows import check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
 from .generate import generate
-from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient
+from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
-from .saving import agent_state, restore, resume_env, trained_weights
+from .saving import agent_state, restore, trained_weights
+from .staleness import mismatch, staleness
+from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
 
 OnUpdate = Callable[[Metrics, Sequence[Episode]], None]
@@ -76,7 +78,7 @@ class Agent:
             raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
-        self.collector = Collector(envs, self.actor, seed=cfg.seed, group_size=self.group_size)
+        self.collector: Collector | TextCollector = self._make_collector()
         self.optimizer = torch.optim.AdamW(trained_weights(self.policy).values(), lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.updates = 0
@@ -84,6 +86,15 @@ class Agent:
         if cfg.full_kl_coef:
             self.reference = FrozenLM(reference_of(envs, "leave full_kl_coef at 0"), self.policy.vocab_size)
         self.statistics: dict[str, Any] = self.running_statistics()
+
+    def _make_collector(self) -> Collector | TextCollector:
+        cfg, group_size = self.config, self.group_size
+        if cfg.rollout == "step":
+            return Collector(self.envs, self.actor, seed=cfg.seed, group_size=group_size)
+        spec = check_text_env(self.envs).token_spec
+        options = {"temperature": cfg.temperature, "num_texts": self.envs.num_envs, **cfg.rollout_options}
+        engine = make_engine(cfg.rollout, self.policy, spec=spec, **options)
+        return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, max_staleness=cfg.max_staleness)
 
     def running_statistics(self) -> dict[str, Any]:
         """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""
@@ -152,8 +163,8 @@ class Agent:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
         kl_coef = self.kl_coef
-        metrics = summary(episodes) | self.update(batch)
-        self.actor.refresh()
+        metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
+        self.collector.refresh()
         self._adapt_kl_coef(batch)
         self.updates += 1
         return metrics | {
@@ -162,6 +173,15 @@ class Agent:
             "time/tokens": self.tokens_seen,
             "time/updates": self.updates,
         }, batch.unstack()
+
+    def _rollout_metrics(self, batch: EpisodeBatch) -> Metrics:
+        """How old the texts are and, where an engine wrote them, how far its log-probs are from the learner's."""
+        metrics = staleness(batch, self.updates)
+        if self.config.rollout == "step":
+            return metrics
+        cfg = self.config
+        batch.learned["learner_logprob"] = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
+        return metrics | mismatch(batch, self.updates)
 
     def rewards(self, batch: EpisodeBatch) -> Tensor:
         """Rewards (B, T) with the whole KL penalty: the env's, and the learner's half where the env pays only its own."""
@@ -246,7 +266,7 @@ class Agent:
         """Writes a checkpoint atomically. The run then goes on from it too, so that it and a resumed run stay equal."""
         state = agent_state(self)
         write_checkpoint(path, state)
-        resume_env(self, state["env"])
+        self.collector.load_env(state["env"])
 
     @classmethod
     def load(

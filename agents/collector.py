@@ -5,7 +5,7 @@ Suffixes: N envs, L context, T response tokens.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,9 +15,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from .actor import Actor
-from .env_rows import action, flags, take, take_info, take_obs
+from .env_rows import action, flags, method, take, take_info, take_obs
 from .episodes import Episode, EpisodeBatch
 from .masks import pack
+
+Prefix = tuple[np.ndarray, np.ndarray]
+"""The token ids of a prompt and of the response so far."""
 
 # One line per step: what must be remembered of a running text; the text itself is in the observation.
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
@@ -61,6 +64,10 @@ class Collector:
         self._waiting: list[Episode] = []
         self._first = np.zeros(envs.num_envs, np.int64)
         """(N,) episodes that had ended in each row when all began anew."""
+        self.version = 0
+        """Updates that the policy has had."""
+        self._version = np.zeros(envs.num_envs, np.int64)
+        """(N,) the version that each row's text began with."""
 
     def collect(self, num_tokens: int) -> list[Episode]:
         """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them.
@@ -121,7 +128,7 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the env's own state and the observation that comes with it."""
-        names = ["tokens_seen", "finished", "_first", "_age", "_resetting", "_clock"]
+        names = ["tokens_seen", "finished", "version", "_version", "_first", "_age", "_resetting", "_clock"]
         names += ["_ring", "_masks", "_potential"] if self.running else []
         waiting = asdict(EpisodeBatch.stack(self._waiting)) if self._waiting else None
         return copy.deepcopy({name: getattr(self, name) for name in names}) | {"waiting": waiting}
@@ -129,9 +136,52 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
         """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
         waiting = state["waiting"]
-        names = [name for name in state if name != "waiting"] if running else ["tokens_seen", "finished"]
+        names = [name for name in state if name != "waiting"] if running else ["tokens_seen", "finished", "version"]
         vars(self).update({name: state[name] for name in names})
         self._waiting = EpisodeBatch(**waiting).unstack() if running and waiting else []
+
+    def refresh(self) -> None:
+        """To be called when the weights have changed."""
+        self.version += 1
+        self.actor.refresh()
+
+    def save_env(self) -> Any:
+        """The env's state; None where no text runs, or the env cannot save it."""
+        save_state = method(self.envs, "save_state")
+        return save_state() if self.running and save_state else None
+
+    def load_env(self, saved: Any) -> None:
+        """Goes on from what `save_env` returned, with caches filled anew: how they were filled shows in the last bits of
+        what they give."""
+        if saved is not None:
+            self.resume(method(self.envs, "load_state")(saved)[0])
+        self.actor.refresh()
+
+    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
+        """`rollouts` continuations of each state to the end, one after the other; the running texts wait meanwhile."""
+        running, found = self.save_env(), []
+        at_once = self.envs.num_envs // rollouts
+        for first in range(0, len(states), at_once):
+            found += self._play_on(states[first : first + at_once], rollouts)
+        self.load_env(running)
+        return found
+
+    def _play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
+        """Each state is read once, then copied."""
+        wanted = len(states) * rollouts
+        followers = np.flatnonzero(np.arange(wanted) % rollouts)
+        mask = ~np.isin(np.arange(self.envs.num_envs), followers)
+        # Slots that are left over play on from the last state, and what they write is not looked at.
+        given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
+        collector = Collector(self.envs, self.actor)
+        collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
+        if len(followers):
+            collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
+        found: dict[int, Episode] = {}
+        while len(found) < wanted:
+            found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
+        self.tokens_seen += collector.tokens_seen
+        return [found[slot] for slot in range(wanted)]
 
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Goes on from the observation of an env that has been restored to where it was."""
@@ -151,6 +201,7 @@ class Collector:
                 self._masks = np.zeros((len(self._ring), *allowed.shape), np.uint8)
             self._masks[self._clock] = allowed
         self._note_potential(infos)
+        self._version[self._age == 0] = self.version
         self._age += ~self._resetting
         self.tokens_seen += int(np.count_nonzero(~self._resetting))
 
@@ -209,6 +260,7 @@ class Collector:
             prompt_id=int(end["prompt_id"]),
             slot=slot,
             index=int(self.finished[slot]),
+            version=int(self._version[slot]),
             terms={name: values[own] for name, values in terms.items()},
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )

@@ -1,7 +1,7 @@
 """What all learners have in common to set."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenenv.errors import InvalidArgument, check_choice
 
@@ -52,13 +52,23 @@ class AgentConfig:
     """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on GPUs that have it."""
     lora_rank: int = 0
     """Trains low-rank adapters of this rank instead of all weights; 0 trains all."""
+    rollout: str = "step"
+    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or the URL of a vLLM server.
+    Rewards are the same: those are whole texts, which the env scores (docs/vllm.md)."""
+    rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4."""
+    max_staleness: int = 1
+    """Updates that may lie between a text's first token and the update that learns from it, where vLLM writes; 0 or more. At
+    0 vLLM idles until the last text of each batch has ended."""
 
     def __post_init__(self) -> None:
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
+        if not self.rollout.startswith(("http://", "https://")):
+            check_choice("rollout", self.rollout, ("step", "vllm", "http://HOST:PORT"))
         self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon")
-        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank")
+        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .advantages import token_mask
 
 LEARNED = ("value", "advantage")
-PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index")
+PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Episode:
     """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where it has none."""
     index: int
     """How many episodes that row had finished before."""
+    version: int = 0
+    """How many updates the policy had had when the first token was drawn: the later ones may have had more."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
     """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where the env names none."""
     value: np.ndarray | None = None
@@ -88,6 +90,7 @@ class EpisodeBatch:
     prompt_id_B: Tensor
     slot_B: Tensor
     index_B: Tensor
+    version_B: Tensor
     terms: dict[str, Tensor]
     """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
     action_mask_BTM: Tensor | None = None

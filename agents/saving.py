@@ -7,15 +7,12 @@ from torch import Tensor, nn
 
 from tokenenv.errors import CheckpointError
 
-from .env_rows import method
-
 if TYPE_CHECKING:
     from .agent import Agent
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
     """Everything that the next update depends on; frozen weights come from the env's model again."""
-    save_state = method(agent.envs, "save_state")
     return {
         "agent": type(agent).__name__,
         "config": asdict(agent.config),
@@ -27,7 +24,7 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
         "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
         "collector": agent.collector.state_dict(),
         "kl_coef": agent.kl_coef,
-        "env": save_state() if agent.collector.running and save_state else None,
+        "env": agent.collector.save_env(),
     }
 
 
@@ -44,17 +41,7 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
     if agent.kl_coef != state["kl_coef"]:
         agent.kl_coef = state["kl_coef"]
-    resume_env(agent, state["env"])
-
-
-def resume_env(agent: "Agent", env_state: Any) -> None:
-    """Goes on from a saved env state (None: none was running) with caches filled anew: how they were filled shows in the
-    last bits of what they give.
-    """
-    if env_state is not None:
-        obs, _ = method(agent.envs, "load_state")(env_state)
-        agent.collector.resume(obs)
-    agent.actor.refresh()
+    agent.collector.load_env(state["env"])
 
 
 def trained_weights(policy: nn.Module) -> dict[str, Tensor]:

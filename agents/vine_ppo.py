@@ -5,7 +5,8 @@ with the present policy, and the mean of what they earn is the value there. A se
 the segment earned, plus the value after it, minus the value before it. PPO's clip; no critic is trained.
 
 The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches included) to its
-neighbours, all play to the end; then the running texts are taken up again where they were. Their tokens count as seen.
+neighbours, all play to the end; then the running texts are taken up again where they were. With `rollout="vllm"` vLLM
+writes them, beside the running texts. Their tokens count as seen.
 
 What it leaves out: a value of the last state of a text that was cut without a score (`score_truncated=False`): no text
 can be played on from there, so it counts as 0.
@@ -17,22 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 
 from .advantages import returns_to_go
-from .collector import Collector
+from .collector import Prefix
 from .env_rows import method
-from .episodes import Episode, EpisodeBatch
+from .episodes import EpisodeBatch
 from .learner import Metrics
 from .policy_gradient import PolicyGradient, PolicyGradientConfig
-from .saving import resume_env
-
-Prefix = tuple[np.ndarray, np.ndarray]
-"""The token ids of a prompt and of the response so far."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +55,7 @@ class VinePPO(PolicyGradient):
 
     def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
-        if method(envs, "fork") is None:
+        if self.config.rollout == "step" and method(envs, "fork") is None:
             raise InvalidArgument(f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot.")
         if self.config.rollouts > envs.num_envs:
             raise InvalidArgument(f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots.")
@@ -89,32 +85,9 @@ class VinePPO(PolicyGradient):
 
     def values(self, states: Sequence[Prefix]) -> list[float]:
         """The mean return from each state under the present policy, by K continuations each."""
-        running, found = method(self.envs, "save_state")(), []
-        at_once = self.envs.num_envs // self.config.rollouts
-        for first in range(0, len(states), at_once):
-            group = states[first : first + at_once]
-            batch = EpisodeBatch.stack(self.play_on(group))
-            returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[:, 0]
-            found += returns_B.unflatten(0, (len(group), -1)).mean(1).tolist()
-        resume_env(self, running)
-        return found
-
-    def play_on(self, states: Sequence[Prefix]) -> list[Episode]:
-        """K continuations of each state, one after the other: read once, then copied."""
-        rollouts, wanted = self.config.rollouts, len(states) * self.config.rollouts
-        followers = np.flatnonzero(np.arange(wanted) % rollouts)
-        mask = ~np.isin(np.arange(self.envs.num_envs), followers)
-        # Slots that are left over play on from the last state, and what they write is not looked at.
-        given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
-        collector = Collector(self.envs, self.actor)
-        collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
-        if len(followers):
-            collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
-        found: dict[int, Episode] = {}
-        while len(found) < wanted:
-            found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
-        self.collector.tokens_seen += collector.tokens_seen
-        return [found[slot] for slot in range(wanted)]
+        batch = EpisodeBatch.stack(self.collector.play_on(states, self.config.rollouts))
+        returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[:, 0]
+        return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()
 
 
 def cuts(length: int, segments: int) -> list[int]:

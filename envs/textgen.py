@@ -27,6 +27,7 @@ from tokenenv.models.loading import (
 )
 from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.models.trunks import vocab_size_of
+from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.prompts import load_prompts
 from tokenenv.types import Scorer, Task, TextScorer
 
@@ -64,10 +65,12 @@ def task(
         model: the policy's initial weights: hub id, local directory (safetensors), or an object, which will be frozen.
         prompts: texts or token ids in a list, a .jsonl or text file, or a `datasets` dataset (see `load_prompts`).
         reward_model: likewise, a sequence- or token-classification model with one label. One that is causal and reads the
-            policy's tokens scores every prefix; any other scores finished texts (see `make_text_scorer`).
+            policy's tokens scores every prefix; any other scores finished texts (see `make_text_scorer`), as does a
+            `TextScorer` of one's own and the URL of a vLLM server (a `VLLMRewardModel`: tokens scored by the policy's ids).
         reward_tokenizer: the reward model's, as hub id, local directory or object; by default the one saved with it, or
             else the policy's.
-        reference: pi_ref, likewise; by default the model itself, which is then run once for both.
+        reference: pi_ref, likewise; by default the model itself, which is then run once for both. A `TokenModel`, too; or
+            the URL of a vLLM server, which scores whole texts only (a `VLLMReference`).
         implicit_model: likewise, a preference-tuned causal language model with the policy's tokens, for reward="implicit".
         tokenizer: by default the model's own; a model object brings none, and without one prompts are token ids.
         max_prompt_tokens: P.
@@ -110,11 +113,15 @@ def task(
     options["device"] = device or policy.device
     others = {"reference": reference, "implicit model": implicit_model}
     for role, source in others.items():
-        if source != model:
+        if source != model and not _on_server(source):
             _check_tokens(tokenizer, source, role, trust_remote_code)
     loaded = {role: _other_model(source, role, policy, model, length, options) for role, source in others.items()}
-    scorer = None
-    if reward_model is not None:
+    scorer: Scorer | TextScorer | None = None
+    if _on_server(reward_model):
+        scorer = VLLMRewardModel(reward_model)
+    elif hasattr(reward_model, "token_scores"):
+        scorer = reward_model
+    elif reward_model is not None:
         given = _tokenizer(reward_tokenizer, trust_remote_code)
         own = _own_tokenizer(reward_model, "reward model", trust_remote_code) if given is None else given
         scorer = _scorer(load_classifier(reward_model, **options), own, tokenizer, length, max_batch_tokens)
@@ -137,9 +144,15 @@ def task(
 
 def _other_model(source: Any, role: str, policy: Any, policy_source: Any, length: int, options: dict[str, Any]) -> Any:
     """A further language model, which may be the policy's own; None where none was given."""
-    if source is None:
-        return None
+    if source is None or hasattr(source, "slots"):
+        return source
+    if _on_server(source):
+        return VLLMReference(source)
     return policy if source == policy_source else _frozen(load_causal_lm(source, **options), role, length)
+
+
+def _on_server(source: Any) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
 def _scorer(classifier: Any, own: Any, tokenizer: Any, length: int, max_batch_tokens: int) -> Scorer | TextScorer:

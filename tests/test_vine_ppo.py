@@ -8,7 +8,6 @@ import torch
 import tokenenv  # noqa: F401
 from tokenenv.agents import VinePPO
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.saving import resume_env
 from tokenenv.agents.vine_ppo import cuts
 from tokenenv.errors import InvalidArgument
 
@@ -42,8 +41,8 @@ def test_values_are_the_expected_return():
     }
     exact = np.asarray(envs.unwrapped.oracle.value(obs, 1e5))
     assert np.ptp(exact) > 0.5
-    drawn, play_on = [], agent.play_on
-    agent.play_on = lambda group: drawn.extend(found := play_on(group)) or found
+    drawn, play_on = [], agent.collector.play_on
+    agent.collector.play_on = lambda *group: drawn.extend(found := play_on(*group)) or found
     values = np.array(agent.values(states))
     spread = np.array([e.score for e in drawn]).reshape(len(states), rollouts).std(1) + 1e-3
     errors = (values - exact) * np.sqrt(rollouts) / spread
@@ -95,7 +94,7 @@ def test_the_running_texts_go_on_as_if_nothing_had_happened(mode, array, monkeyp
     envs, batch = agent.envs, collected(agent)
     collected(other)
     agent.kl_coef = other.kl_coef = 0.3  # of texts to come; running ones keep theirs
-    resume_env(other, other.envs.unwrapped.save_state())  # caches filled anew, as values leave them
+    other.collector.load_env(other.collector.save_env())  # caches filled anew, as values leave them
     before, seen, generator = envs.unwrapped.save_state(), agent.tokens_seen, agent.actor.generator.get_state()
     observed, steps, step = shown(agent), [], envs.step
     monkeypatch.setattr(envs, "step", lambda actions: (steps.append(1), step(actions))[1])

@@ -1,5 +1,6 @@
 """The models and reward terms of N running texts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,35 +166,42 @@ class RewardEngine:
         """What `load` needs beyond the texts: weights, rewards, running scores, memories, statistics; no caches."""
         assert self.states is not None
         chosen = self.states.at(texts.upload(np.asarray(slots)))
-        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
         return {
             "weights": {name: weights[slots].copy() for name, weights in self.weights.items()},
             "token_terms": self.token_terms[texts.upload(np.asarray(slots))].cpu().numpy(),
             "score": None if chosen.score is None else chosen.score.cpu().numpy(),
             "memory": {name: memory.cpu().numpy() for name, memory in chosen.memory.items()},
             "statistics": {name: statistics.cpu().numpy() for name, statistics in chosen.statistics.items()},
-            "learned": {name: array for name, array in learned.items() if array is not None},
+            "learned": self.save_statistics(),
         }
+
+    def save_statistics(self) -> dict[str, np.ndarray]:
+        """What terms have learned, by name, of those that learn."""
+        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
+        return {name: array for name, array in learned.items() if array is not None}
+
+    def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save_statistics` returned."""
+        for name, array in saved.items():
+            self.rewards.terms[name].load_statistics(array)
 
     def layout(self, count: int) -> Layout:
         """The arrays that `save` returns for so many slots."""
         floats = ((count,), np.float32)
-        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
         return {
             "weights": dict.fromkeys(self.weights, floats),
             "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
             "score": floats if self.parts.causal_scorer else None,
             "memory": dict.fromkeys(self.rewards.with_memory, floats),
             "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
-            "learned": {name: (array.shape, np.float64) for name, array in learned.items() if array is not None},
+            "learned": {name: (array.shape, np.float64) for name, array in self.save_statistics().items()},
         }
 
     def load(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any]) -> None:
         """Takes saved episodes up again; caches are filled from the texts."""
         for name, weights in saved["weights"].items():
             self.weights[name][slots] = weights
-        for name, array in saved["learned"].items():
-            self.rewards.terms[name].load_statistics(array)
+        self.load_statistics(saved["learned"])
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
@@ -210,7 +218,8 @@ class RewardEngine:
         scorer = self.parts.scorer
         if scorer is None or isinstance(scorer, Scorer):
             return
-        texts.token_scores = scorer.token_scores(texts.prompt_and_response_ids(), self.parts.spec.max_new_tokens)
+        scores = scorer.token_scores(texts.prompt_and_response_ids(), self.parts.spec.max_new_tokens)
+        texts.token_scores = scores.to(self.parts.device)
         texts.score = texts.token_scores.sum(1)
 
     @torch.no_grad()

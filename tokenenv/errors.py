@@ -38,6 +38,10 @@ class CheckpointError(TokenEnvError, ValueError):
     """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
 
 
+class ServerError(TokenEnvError, ConnectionError):
+    """A server did not answer, or not as it should, after as many tries as were allowed."""
+
+
 class ContractError(TokenEnvError, AssertionError):
     """An env does not keep the contract of token envs; see `tokenenv.checker`."""
 

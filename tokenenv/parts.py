@@ -89,7 +89,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
     parts = Parts(
         spec=spec,
         task=task,
-        device=torch.device(task.reference.device),
+        device=torch.device((task.model or task.reference).device),
         kl_coef=0.0 if config.kl == "none" else beta,
         max_batch_tokens=config.max_batch_tokens,
     )

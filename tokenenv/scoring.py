@@ -1,7 +1,7 @@
 """Whole texts, scored as stepping would have paid them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,14 +27,19 @@ def score_episodes(
     weights: Mapping[str, float | Sequence[float]],
     gold: Callable[[str, str], float] | Literal["score"] | None,
     max_batch_tokens: int,
+    learning: bool = False,
 ) -> EpisodeScores:
-    """Rewards (B, T) of B finished texts in length-sorted parallel forwards; see `TokenVectorEnv.score_episodes`."""
+    """Rewards (B, T) of B finished texts in length-sorted parallel forwards; see `TokenVectorEnv.score_episodes`.
+
+    With `learning`, terms with statistics take the texts in, but score all of them with those they had before.
+    """
     spec, count = engine.parts.spec, len(prompts)
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
     each = {name: _read_weight(name, weight, count) for name, weight in weights.items()}
     shape = (count, spec.max_new_tokens)
+    statistics = engine.rewards.statistics()
     out = EpisodeScores(
         token_rewards=np.zeros(shape, np.float32),
         step_rewards=np.zeros(shape, np.float32),
@@ -42,22 +47,44 @@ def score_episodes(
         token_reward_terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
         score=None if engine.parts.scorer is None else np.zeros(count, np.float32),
         gold=None if gold is None else np.zeros(count, np.float32),
+        lengths=np.asarray([len(response) for response in response_ids]),
+        ref_logprobs=np.zeros(shape, np.float32),
+        potentials=np.zeros((count, shape[1] + 1), np.float32) if engine.rewards.has_potential else None,
     )
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     for group in micro_batches(lengths, max_batch_tokens):
         texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
+        texts.statistics, texts.learning = {name: s.expand(len(group), -1) for name, s in statistics.items()}, learning
         given = None if logprobs is None else [logprobs[i] for i in group]
         group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
-        paid, placed = _score_group(engine, texts, given, cut[group], group_weights)
-        for name in placed:
-            out.terms[name][group], out.token_reward_terms[name][group] = paid[name].cpu().numpy(), placed[name].cpu().numpy()
+        scored = _score_group(engine, texts, given, cut[group], group_weights)
+        for name in scored.placed:
+            out.terms[name][group] = scored.paid[name].cpu().numpy()
+            out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
             out.step_rewards[group] += out.terms[name][group]
             out.token_rewards[group] += out.token_reward_terms[name][group]
+        out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
+        if out.potentials is not None and scored.potential is not None:
+            out.potentials[group] = scored.potential.cpu().numpy()
         if out.score is not None and texts.score is not None:
             out.score[group] = texts.score.cpu().numpy()
         if out.gold is not None and callable(gold):
             out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
     return replace(out, gold=out.score) if gold == "score" else out
+
+
+@dataclass(slots=True)
+class _Scored:
+    """What one micro-batch of b texts has earned, on the device."""
+
+    paid: dict[str, Tensor]
+    """(b, T) each term as stepping pays it."""
+    placed: dict[str, Tensor]
+    """(b, T) each term where it belongs."""
+    ref_logprob: Tensor
+    """(b, T)."""
+    potential: Tensor | None
+    """(b, T + 1)."""
 
 
 def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpec) -> tuple[list[list[int]], list[list[int]]]:
@@ -128,8 +155,8 @@ def _score_group(
     logprobs: list[Sequence[float]] | None,
     truncated: np.ndarray,
     weights: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The terms as stepping pays them and as they are placed, all (b, T); sets the texts' score."""
+) -> _Scored:
+    """What the texts have earned; sets their score."""
     device, spec = engine.parts.device, engine.parts.spec
     valid = texts.payable(spec.max_new_tokens)
     row, t = valid.nonzero(as_tuple=True)
@@ -141,23 +168,38 @@ def _score_group(
     batch.truncated, batch.terminated, batch.scored = ends & cut[row], ends & ~cut[row], ends & scored[row]
     batch.finished, batch.finished_at = texts, ends.nonzero().squeeze(1)
     texts.score = None if batch.after.score is None else batch.after.score[batch.finished_at]
-    texts.statistics = {name: s.expand(len(texts.ids), -1) for name, s in engine.rewards.statistics().items()}
+    batch.learning = torch.ones_like(ends) if texts.learning else None
     engine.read_finished(texts)
     if logprobs is not None:
         batch.logprob = torch.tensor([x for one in logprobs for x in one], dtype=torch.float32, device=device)
-    paid = engine.rewards.paid(batch, {name: weight[row] for name, weight in weights.items()})
+    each = {name: weight[row] for name, weight in weights.items()}
+    paid = engine.rewards.paid(batch, each)
     nothing = torch.zeros(valid.shape, device=device)
     causal = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
     placed = engine.rewards.placed(texts, scored, weights)
     at_end = {name: nothing.scatter(1, last[:, None], values.sum(1, keepdim=True)) for name, values in placed.items()}
-    return causal | at_end, causal | placed
+    assert batch.ref_logprob is not None
+    ref_logprob = nothing.index_put((row, t), batch.ref_logprob)
+    return _Scored(causal | at_end, causal | placed, ref_logprob, _potentials(engine, batch, each, valid.shape, row, t))
+
+
+def _potentials(
+    engine: RewardEngine, batch: Transitions, weights: dict[str, Tensor], shape: Sequence[int], row: Tensor, t: Tensor
+) -> Tensor | None:
+    """Phi (b, T + 1) before each token and of each last state, where it is zero if the text is scored there."""
+    before, after = engine.rewards.potential(batch.before, weights), engine.rewards.potential(batch.after, weights)
+    if before is None or after is None or batch.finished_at is None:
+        return None
+    last = batch.finished_at
+    potential = before.new_zeros(shape[0], shape[1] + 1).index_put((row, t), before)
+    return potential.index_put((row[last], t[last] + 1), torch.where(batch.scored, 0.0, after)[last])
 
 
 def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Tensor) -> Transitions:
     """Every response token of the texts, with the states around it."""
     states = engine.trunks.states(texts.tokens, texts.length.tolist())
     at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
-    statistics = {name: s.expand(len(t), -1) for name, s in engine.rewards.statistics().items()}
+    statistics = {name: s[row] for name, s in texts.statistics.items()}
     before = States({key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics)
     after = States({key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics)
     before.score, after.score = _running_scores(engine, before, after, row, t)

@@ -59,6 +59,24 @@ class EpisodeScores:
     """(B,) float32: the unweighted sequence score, or None without a scorer."""
     gold: np.ndarray | None
     """(B,) float32: the task's true metric, or None where none is known."""
+    lengths: np.ndarray
+    """(B,) int64: response tokens of each text."""
+    ref_logprobs: np.ndarray
+    """(B, T) float32: log pi_ref of each token, in nats."""
+    potentials: np.ndarray | None
+    """(B, T + 1) float32: Phi before each token, then of the last state; None where no term is potential-based."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A text that a `RolloutEngine` has written."""
+
+    key: int
+    """What it was begun under."""
+    tokens: list[int]
+    """The response, with the stop token where there was one."""
+    logprobs: list[float]
+    """log pi of each token when it was drawn, in nats, at the sampling temperature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +99,34 @@ class TextScorer(Protocol):
         """Whether the model scores tokens (the score is their sum), or the text as a whole."""
         ...
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether what it gives a token may depend on later ones."""
+        ...
+
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """(B, width) float32: the score of each of the policy's response tokens, zero to the right. Each row's sum is the
-        text's score; a model that scores whole texts puts it on the last token."""
+        """(B, width) float32 on any device: the score of each of the policy's response tokens, zero to the right. Each
+        row's sum is the text's score; a model that scores whole texts puts it on the last token."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Writes whole texts with a policy's weights, many side by side: an inference engine such as vLLM."""
+
+    def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
+        """Begins a text under a key that no running text has; it ends with a stop token or after `max_tokens`."""
+        ...
+
+    def ended(self) -> list[Written]:
+        """Waits until at least one of the running texts has ended, and returns those that have."""
+        ...
+
+    def sync(self) -> None:
+        """Takes the policy's present weights: the next token of every text, running ones included, is drawn with them."""
+        ...
+
+    def abort(self) -> None:
+        """Drops the running texts."""
         ...
 
 

@@ -100,6 +100,16 @@ class TokenVectorEnv(VectorEnv):
         return self.config.group_size
 
     @property
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """The prompts that episodes begin with, token ids; `infos["prompt_id"]` counts them."""
+        return self._task.prompts
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term, "kl" included, in an episode that begins now."""
+        return self._engine.weights_now(self.tokens_seen, self._kl_coef)
+
+    @property
     def device(self) -> torch.device:
         """Where the models, and the tensors of `array="torch"`, are."""
         return self._engine.parts.device
@@ -151,7 +161,7 @@ class TokenVectorEnv(VectorEnv):
         self._texts.append(tokens, active)
         ends = self._find_ends(tokens, active)
         self.tokens_seen += int(active.sum())
-        paid = self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
+        paid = self._advance(tokens, logprob, active, ends)
         ended = ends.ended
         self._ended = ended.copy()
         infos = self._step_infos(paid, active, ended)
@@ -256,6 +266,7 @@ class TokenVectorEnv(VectorEnv):
         truncated: Sequence[bool] | None = None,
         kl_coef: float | Sequence[float] | None = None,
         weights: Mapping[str, float | Sequence[float]] | None = None,
+        played: bool = False,
     ) -> EpisodeScores:
         """The rewards that stepping would have paid for B whole texts, in batched parallel forwards.
 
@@ -266,13 +277,14 @@ class TokenVectorEnv(VectorEnv):
             truncated: which texts were cut; by default those that do not end in a stop token.
             kl_coef: beta of the episodes; by default the env's present one.
             weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
+            played: whether the texts count as played here: their tokens as seen, and as something for terms to learn from.
         """
         self._require_open()
-        now = self._engine.weights_now(self.tokens_seen, self._kl_coef if kl_coef is None else 0.0)
+        now = self.weights
         for name in weights or {}:
             check_choice("weights key", name, now)
         chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **(weights or {})}
-        return score_episodes(
+        scores = score_episodes(
             self._engine,
             prompts,
             responses,
@@ -281,7 +293,18 @@ class TokenVectorEnv(VectorEnv):
             weights={name: chosen[name] for name in now},
             gold=self._task.gold,
             max_batch_tokens=self.config.max_batch_tokens,
+            learning=played,
         )
+        self.tokens_seen += int(scores.lengths.sum()) if played else 0
+        return scores
+
+    def save_statistics(self) -> dict[str, np.ndarray]:
+        """What terms have learned, by name: all that a run on whole texts has to keep of this env beside `tokens_seen`."""
+        return self._engine.save_statistics()
+
+    def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what `save_statistics` returned."""
+        self._engine.load_statistics(saved)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Lets go of the models and their caches."""
@@ -320,6 +343,14 @@ class TokenVectorEnv(VectorEnv):
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
         self._ended[mask] = False
         return self._start_infos(slots)
+
+    def _advance(self, tokens: np.ndarray, logprob: Tensor | None, active: np.ndarray, ends: Ends) -> Paid:
+        try:
+            return self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
+        except Exception:
+            # A reward server that is down, say. Half a step cannot be taken back: reset() or load_state() comes next.
+            self._engine.states = None
+            raise
 
     def _active_rows(self) -> np.ndarray:
         """Rows that take a token: all but those that NEXT_STEP resets now."""

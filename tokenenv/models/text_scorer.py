@@ -66,6 +66,8 @@ class AlignedScorer:
     max_tokens: int | None
     """The longest text that the model can read, in its own tokens; None: no limit."""
     max_batch_tokens: int
+    looks_ahead: bool = True
+    """What a token of other tokens is worth is known when the whole of it is there."""
     warned: bool = False
     """Whether the user knows that texts are cut."""
 

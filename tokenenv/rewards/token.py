@@ -13,7 +13,8 @@ class Token(RewardTerm):
 
     With a reward model that reads finished texts only (another tokenizer, or attention that looks ahead) the scores are
     placed in hindsight, aligned to the policy's tokens: the sum is still the score, but a token's share may then depend
-    on later tokens, and reward-to-go loses the part of the gradient that it drops.
+    on later tokens, and reward-to-go loses the part of the gradient that it drops. One that is causal and reads the
+    policy's tokens, but is run on whole texts only (by vLLM), places what it would have paid.
     """
 
     name = "token"
@@ -26,7 +27,7 @@ class Token(RewardTerm):
         super().bind(parts)
         scorer = parts.causal_scorer
         if scorer is None:
-            self.kind, self.preserves_gradient = "hindsight", False
+            self.kind, self.preserves_gradient = "hindsight", not getattr(parts.scorer, "looks_ahead", True)
         else:
             self.models, self._head = (scorer.model,), scorer.head
 

@@ -1,0 +1,252 @@
+"""Whole texts from an engine such as vLLM, scored by the env: what `Collector` does, for those who generate elsewhere.
+
+The engine is kept busy: a text may be begun under one version of the weights and ended under a later one, whose log-probs
+its later tokens then have. Suffixes: B episodes, T response tokens.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from tokenenv.errors import InvalidArgument
+from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
+
+from .collector import Prefix
+from .env_rows import wants_logprob
+from .episodes import Episode
+from .policy import LMPolicy
+
+ENGINES = {"vllm": "tokenenv.rollout.vllm:VLLMEngine", "http": "tokenenv.rollout.server:VLLMServerEngine"}
+"""What `rollout=` may name, besides "step": "vllm", or the URL of a vLLM server. Imported where they are used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text, running or finished."""
+
+    number: int
+    """How many texts of the run were begun before; continuations (`play_on`) count down from -1."""
+    version: int
+    """Updates that the policy had had when it was begun."""
+    prompt: list[int]
+    prompt_id: int
+    weights: dict[str, float]
+    """Of the reward terms, when it was begun."""
+    prefix: list[int] = field(default_factory=list)
+    """The beginning of the response, where it was given."""
+    response: list[int] = field(default_factory=list)
+    """What was written, without the prefix."""
+    logprob: list[float] = field(default_factory=list)
+
+
+class TextCollector:
+    """Keeps `envs.num_envs` texts running in an engine, in groups that share a prompt, and has finished ones scored.
+
+    A text's prompt and its sampling seed depend on the run's seed and the text's number alone.
+    """
+
+    def __init__(
+        self, envs: VectorEnv, engine: RolloutEngine, *, seed: int = 0, group_size: int = 1, max_staleness: int = 1
+    ) -> None:
+        self.core = check_text_env(envs)
+        self.pays_logprob = wants_logprob(envs)
+        self.engine, self.seed, self.group_size, self.max_staleness = engine, seed, group_size, max_staleness
+        self.num_texts = envs.num_envs
+        self.spec: TokenSpec = self.core.token_spec
+        self.tokens_seen = 0
+        """Tokens of the texts that have ended."""
+        self.version = 0
+        """Updates that the policy has had."""
+        self.has_potential = False
+        self._begun = 0
+        """Texts that were begun."""
+        self._continued = 0
+        """Continuations that were begun."""
+        self._running: dict[int, Text] = {}
+        self._waiting: dict[int, Text] = {}
+        """Finished texts of groups that are not complete, by number."""
+        self._ready: list[Text] = []
+        """Texts of complete groups that are not scored yet: an error while they are leaves them here."""
+        self._continuations: dict[int, Text] = {}
+        """Finished continuations, by number."""
+        self._cut: list[Text] = []
+        """Texts that were running when the engine was stopped: they are begun again first."""
+
+    # ---------------------------------------------------------------- what agents call
+
+    def collect(self, num_tokens: int) -> list[Episode]:
+        """Episodes that hold at least `num_tokens` response tokens, in whole groups.
+
+        Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended:
+        nothing is thrown away for its age, which would favour short texts.
+        """
+        while self._missing(num_tokens) > 0 or self._overdue():
+            if self._missing(num_tokens) > 0 or self.max_staleness > 0:
+                self._begin_groups()
+            self._wait()
+        episodes = self._score(self._ready)
+        self._ready = []
+        return episodes
+
+    def refresh(self) -> None:
+        """To be called when the weights have changed."""
+        self.version += 1
+        self.engine.sync()
+
+    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
+        """`rollouts` continuations of each state to the end, one after the other, beside the running texts."""
+        numbers = []
+        for prompt, prefix in states:
+            for _ in range(rollouts):
+                self._continued += 1
+                text = Text(-self._continued, self.version, prompt.tolist(), -1, self.core.weights, prefix.tolist())
+                self._begin(text)
+                numbers.append(text.number)
+        while not all(number in self._continuations for number in numbers):
+            self._wait()
+        return self._score([self._continuations.pop(number) for number in numbers])
+
+    def save_env(self) -> dict[str, Any]:
+        """What the env keeps beside the texts."""
+        return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
+
+    def load_env(self, saved: dict[str, Any]) -> None:
+        """Goes on from what `save_env` returned; running texts are begun again with the present weights."""
+        self.core.tokens_seen = int(saved["tokens_seen"])
+        self.core.load_statistics(saved["statistics"])
+        self._stop()
+        self.engine.sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but what the env and the engine keep."""
+        texts = {"waiting": list(self._waiting.values()), "ready": self._ready, "cut": self._unfinished()}
+        names = ("tokens_seen", "version", "_begun", "_continued")
+        kept: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return kept | {name: [asdict(text) for text in some] for name, some in texts.items()}
+
+    def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
+        """Continues from `state_dict()`."""
+        texts = {name: [Text(**text) for text in state[name]] for name in ("waiting", "ready", "cut")}
+        vars(self).update({name: value for name, value in state.items() if name not in texts})
+        self._waiting = {text.number: text for text in texts["waiting"]}
+        self._ready, self._cut = texts["ready"], texts["cut"]
+
+    # ---------------------------------------------------------------- texts
+
+    def _missing(self, num_tokens: int) -> int:
+        return num_tokens - sum(len(text.response) for text in self._ready)
+
+    def _overdue(self) -> bool:
+        """Whether a text that is not ready yet would be too old for the next batch."""
+        oldest = min((text.version for text in [*self._unfinished(), *self._waiting.values()]), default=self.version)
+        return self.version + 1 - oldest > self.max_staleness and bool(self._unfinished() or self._waiting)
+
+    def _unfinished(self) -> list[Text]:
+        return [*self._cut, *(text for text in self._running.values() if text.number >= 0)]
+
+    def _begin_groups(self) -> None:
+        while self._cut:
+            self._begin(replace(self._cut.pop(0), version=self.version, weights=self.core.weights))
+        while len(self._running) + self.group_size <= self.num_texts:
+            prompt_id = self._draw(self._begun // self.group_size)
+            prompt = [int(token) for token in self.core.prompts[prompt_id]]
+            for _ in range(self.group_size):
+                self._begin(Text(self._begun, self.version, prompt, prompt_id, self.core.weights))
+                self._begun += 1
+
+    def _draw(self, group: int) -> int:
+        return int(np.random.default_rng([self.seed, group]).integers(len(self.core.prompts)))
+
+    def _begin(self, text: Text) -> None:
+        stream = [self.seed, int(text.number < 0), abs(text.number)]
+        seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
+        max_tokens = self.spec.max_new_tokens - len(text.prefix)
+        self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
+        self._running[text.number] = text
+
+    def _wait(self) -> None:
+        """Takes in the texts that end next. Where the engine fails, what was running is begun again by the next `collect`."""
+        try:
+            written = self.engine.ended()
+        except Exception:
+            self._stop()
+            raise
+        for one in written:
+            text = replace(self._running.pop(one.key), response=one.tokens, logprob=one.logprobs)
+            self.tokens_seen += len(text.response)
+            (self._waiting if text.number >= 0 else self._continuations)[text.number] = text
+        self._ready += self._complete_groups()
+
+    def _complete_groups(self) -> list[Text]:
+        """Takes the texts of complete groups out of those that wait, group by group."""
+        size = self.group_size
+        groups = sorted({number // size for number in self._waiting})
+        numbers = [range(group * size, (group + 1) * size) for group in groups]
+        whole = [number for some in numbers if all(n in self._waiting for n in some) for number in some]
+        return [self._waiting.pop(number) for number in whole]
+
+    def _stop(self) -> None:
+        self._cut = self._unfinished()
+        self._running.clear()
+        self.engine.abort()
+
+    # ---------------------------------------------------------------- scores
+
+    def _score(self, texts: list[Text]) -> list[Episode]:
+        names = texts[0].weights
+        scores = self.core.score_episodes(
+            [text.prompt for text in texts],
+            [[*text.prefix, *text.response] for text in texts],
+            logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
+            weights={name: [text.weights[name] for text in texts] for name in names},
+            played=True,
+        )
+        self.has_potential = scores.potentials is not None
+        return [self._episode(text, scores, row) for row, text in enumerate(texts)]
+
+    def _episode(self, text: Text, scores: EpisodeScores, row: int) -> Episode:
+        start, end = len(text.prefix), len(text.prefix) + len(text.response)
+        terminated = text.response[-1] in self.spec.stop_token_ids
+        nothing = np.zeros(end + 1, np.float32)
+        return Episode(
+            prompt=np.asarray([*text.prompt, *text.prefix], np.int64),
+            response=np.asarray(text.response, np.int64),
+            logprob=np.asarray(text.logprob, np.float32),
+            ref_logprob=scores.ref_logprobs[row, start:end],
+            reward=scores.token_rewards[row, start:end],
+            potential=nothing[start:] if scores.potentials is None else scores.potentials[row, start : end + 1],
+            kl_coef=text.weights.get("kl", 0.0),
+            terminated=terminated,
+            truncated=not terminated,
+            score=float("nan") if scores.score is None else float(scores.score[row]),
+            gold=float("nan") if scores.gold is None else float(scores.gold[row]),
+            prompt_id=text.prompt_id,
+            slot=text.number % self.num_texts,
+            index=text.number // self.num_texts,
+            version=text.version,
+            terms={name: values[row, start:end] for name, values in scores.token_reward_terms.items()},
+        )
+
+
+def check_text_env(envs: VectorEnv) -> Any:
+    """The env, if it scores whole texts and nothing around it would be left out; else `InvalidArgument`."""
+    core: Any = envs.unwrapped
+    if not hasattr(core, "score_episodes"):
+        raise InvalidArgument(f"rollout needs an env that scores whole texts (score_episodes), not {type(core).__name__}.")
+    if envs is not core:
+        raise InvalidArgument(
+            f"rollout takes the bare env: {type(envs).__name__} around it would see none of the texts, which are scored whole."
+        )
+    return core
+
+
+def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine:
+    """The engine that `rollout` names, for the policy's model; a URL is a vLLM server's."""
+    name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)
+    return engine(policy.model, dtype="bfloat16" if policy.bfloat16 else "float32", **given, **options)
