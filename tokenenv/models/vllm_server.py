@@ -51,7 +51,7 @@ class VLLMServer:
         return session
 
     def ask(self, path: str, body: Any = None, *, method: str = "POST", **query: str) -> Any:
-        """The answer's JSON; None if it is empty.
+        """The answer's JSON; None if it is none.
 
         Raises:
             ServerError: no answer after all tries, or one that says what is wrong.
@@ -67,7 +67,7 @@ class VLLMServer:
             ) from error
         if not answer.ok:
             raise ServerError(f"the vLLM server at {self.url} refused {path} ({answer.status_code}): {_message(answer)}")
-        return answer.json() if answer.content else None
+        return answer.json() if "json" in answer.headers.get("Content-Type", "") else None
 
     @property
     def model(self) -> str:
