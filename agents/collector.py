@@ -49,6 +49,7 @@ class Collector:
         self.tokens_seen = 0
         """Tokens emitted so far, those of running episodes included."""
         self._obs: Mapping[str, Any] = {}
+        self._seeded = False
         self._ring = torch.zeros(0)
         self._masks = np.zeros((0, 0, 0), np.uint8)
         """(L, N, M): the action masks of each step, beside the ring; empty where the env allows everything."""
@@ -98,7 +99,7 @@ class Collector:
             self.reset()
         tokens, logprobs = self.actor.act(self._obs)
         allowed = pack(self._obs)
-        obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+        obs, rewards, terminations, truncations, infos = self._step_env(action(self.envs, self._obs, tokens, logprobs))
         self._record(logprobs, rewards, infos, allowed)
         terminated, truncated = flags(terminations, truncations)
         ended = terminated | truncated
@@ -111,9 +112,18 @@ class Collector:
             self._note_potential(infos)
         return episodes
 
+    def _step_env(self, actions: Any) -> Any:
+        try:
+            return self.envs.step(actions)
+        except Exception:
+            # A reward server that is down, say: half a step cannot be gone on from. The next step begins anew.
+            self._obs = {}
+            raise
+
     def reset(self, options: dict[str, Any] | None = None) -> None:
-        """Begins anew in every row; running episodes are dropped."""
-        self._obs, infos = self.envs.reset(seed=None if self.running else self.seed, options=options)
+        """Begins anew in every row; running episodes are dropped. The first time is seeded."""
+        self._obs, infos = self.envs.reset(seed=None if self._seeded else self.seed, options=options)
+        self._seeded = True
         num_envs, length = self._obs["tokens"].shape
         self._ring = torch.zeros(length, 4, num_envs, device=_device(self._obs))
         self._potential = torch.zeros(num_envs, device=self._ring.device)
@@ -185,7 +195,7 @@ class Collector:
 
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Goes on from the observation of an env that has been restored to where it was."""
-        self._obs = obs
+        self._obs, self._seeded = obs, True
         self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
 
     def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None) -> None:

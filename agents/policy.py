@@ -48,7 +48,7 @@ class LMPolicy(nn.Module):
         # A critic that starts at zero starts unbiased by chance; its first targets are then the returns themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.bfloat16 = wants_bfloat16(precision, self.device)
+        self.uses_bfloat16 = wants_bfloat16(precision, self.device)
         self.eval()
 
     @property
@@ -74,7 +74,7 @@ class LMPolicy(nn.Module):
 
     def autocast(self) -> AbstractContextManager:
         """The precision that forwards run in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
 
 
 def wants_bfloat16(precision: str, device: torch.device) -> bool:

@@ -249,4 +249,4 @@ def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)
-    return engine(policy.model, dtype="bfloat16" if policy.bfloat16 else "float32", **given, **options)
+    return engine(policy.model, dtype="bfloat16" if policy.uses_bfloat16 else "float32", **given, **options)

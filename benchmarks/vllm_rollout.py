@@ -1,0 +1,109 @@
+"""What vLLM's texts cost and teach, on Reviews-v0 (in vLLM's environment: `.venv-vllm/bin/python benchmarks/vllm_rollout.py`).
+
+1. PPO with rollout="vllm" against rollout="step": the gold score on held-out prompts, several seeds each.
+2. Tokens per second of whole episodes with rewards, against vLLM's `generate` alone and against stepping.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from timing import medians
+
+import tokenenv  # noqa: F401  (registers the ids)
+from tokenenv.agents import PPO
+from tokenenv.agents.evaluate import Evaluation, evaluate
+
+console = Console(width=120)
+ENV = "tokenenv/Reviews-v0"
+WHAT = {
+    "generate": "vLLM's generate alone",
+    "vllm": "whole episodes: vLLM, rewards, reference",
+    "step": "the same by stepping with the local cache",
+}
+
+
+def make(num_envs: int, **options: Any) -> Any:
+    return gym.make_vec(ENV, num_envs=num_envs, autoreset_mode="SameStep", **options)
+
+
+def learn(rollout: str, seed: int, args: argparse.Namespace) -> tuple[Evaluation, dict[str, float]]:
+    """One run: its evaluation on held-out prompts, and means over its updates of what the agent says of its rollouts."""
+    agent, seen, started = PPO(make(64), rollout=rollout, seed=seed), [], time.perf_counter()
+    agent.learn(args.total_tokens, on_update=lambda metrics, episodes: seen.append(metrics))
+    seconds = time.perf_counter() - started
+    names = ("rollout/staleness", "rollout/mismatch", "rollout/mismatch_max")
+    means = {name: float(np.nanmean([m[name] for m in seen])) for name in names if name in seen[0]}
+    return evaluate(agent, make(64, split="test"), num_texts=args.texts), means | {"seconds": seconds}
+
+
+def compare_learning(args: argparse.Namespace) -> None:
+    """Prints a line a run, and the difference of the means beside its standard error over seeds."""
+    table = Table("rollout", "seed", "gold", "score", "KL, nats", "staleness", "mismatch, nats: mean", "largest", "s")
+    golds: dict[str, list[float]] = {"step": [], "vllm": []}
+    for seed in range(args.seeds):
+        for rollout in golds:
+            found, seen = learn(rollout, seed, args)
+            golds[rollout].append(found.gold)
+            numbers = [f"{found.gold:.3f}", f"{found.score:.2f}", f"{found.kl:.2f}", f"{seen['rollout/staleness']:.2f}"]
+            numbers += [f"{seen[name]:.1e}" if name in seen else "" for name in ("rollout/mismatch", "rollout/mismatch_max")]
+            table.add_row(rollout, str(seed), *numbers, f"{seen['seconds']:.0f}")
+    console.print(table)
+    means = {rollout: np.mean(values) for rollout, values in golds.items()}
+    spread = np.sqrt(sum(np.var(values, ddof=1) for values in golds.values()) / args.seeds) if args.seeds > 1 else np.nan
+    console.print(
+        f"{args.total_tokens:,} tokens, {args.seeds} seeds: gold {means['step']:.3f} by step, {means['vllm']:.3f} by vllm; "
+        f"difference {means['vllm'] - means['step']:+.3f}, its standard error over seeds {spread:.3f}"
+    )
+
+
+def compare_speed(args: argparse.Namespace) -> None:
+    """Prints tokens per second: `generate` alone, whole episodes with rewards from the same vLLM, and stepping."""
+    from vllm import SamplingParams
+
+    tokens_of: dict[str, int] = {}
+    envs = make(args.num_envs)
+    agents = {rollout: PPO(make(args.num_envs), rollout=rollout, max_staleness=0) for rollout in ("vllm", "step")}
+    llm = agents["vllm"].collector.engine.llm  # type: ignore[union-attr]
+    spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
+    rng = np.random.default_rng(0)
+
+    def generate() -> None:
+        texts = [{"prompt_token_ids": list(prompts[i])} for i in rng.integers(len(prompts), size=4 * args.num_envs)]
+        params = SamplingParams(
+            temperature=1.0, max_tokens=spec.max_new_tokens, stop_token_ids=list(spec.stop_token_ids), detokenize=False
+        )
+        outputs = llm.generate(texts, params, use_tqdm=False)
+        tokens_of["generate"] = sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def episodes(rollout: str) -> None:
+        found = agents[rollout].collector.collect(tokens_of["generate"])
+        tokens_of[rollout] = sum(len(episode.response) for episode in found)
+
+    candidates = {"generate": generate, "vllm": lambda: episodes("vllm"), "step": lambda: episodes("step")}
+    found = medians(candidates, args.repetitions)
+    rates = {name: tokens_of[name] / found[name] for name in candidates}
+    console.print(f"tokens/s, {args.num_envs} texts side by side, medians of {args.repetitions} interleaved repetitions:")
+    for name, what in WHAT.items():
+        console.print(f"  {what:45} {rates[name]:8,.0f}   {rates[name] / rates['generate']:.2f}")
+
+
+def main() -> None:
+    """Runs both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--total-tokens", type=int, default=60_000)
+    parser.add_argument("--texts", type=int, default=512, help="of each evaluation")
+    parser.add_argument("--num-envs", type=int, default=64, help="of the speed comparison")
+    parser.add_argument("--repetitions", type=int, default=7)
+    args = parser.parse_args()
+    compare_speed(args)
+    compare_learning(args)
+
+
+if __name__ == "__main__":
+    main()
