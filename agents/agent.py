@@ -92,9 +92,10 @@ class Agent:
         if cfg.rollout == "step":
             return Collector(self.envs, self.actor, seed=cfg.seed, group_size=group_size)
         spec = check_text_env(self.envs).token_spec
-        options = {"temperature": cfg.temperature, "num_texts": self.envs.num_envs, **cfg.rollout_options}
+        options = {"temperature": cfg.temperature, "num_texts": self.envs.num_envs} | cfg.rollout_options
         engine = make_engine(cfg.rollout, self.policy, spec=spec, **options)
-        return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, max_staleness=cfg.max_staleness)
+        limits: dict[str, Any] = {"num_texts": options["num_texts"], "max_staleness": cfg.max_staleness}
+        return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, **limits)
 
     def running_statistics(self) -> dict[str, Any]:
         """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""

@@ -56,7 +56,8 @@ class AgentConfig:
     """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or the URL of a vLLM server.
     Rewards are the same: those are whole texts, which the env scores (docs/vllm.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4."""
+    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4; num_texts, texts side by side, is the env's
+    num_envs if it is not given."""
     max_staleness: int = 1
     """Updates that may lie between a text's first token and the update that learns from it, where vLLM writes; 0 or more. At
     0 vLLM idles until the last text of each batch has ended."""

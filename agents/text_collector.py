@@ -44,18 +44,25 @@ class Text:
 
 
 class TextCollector:
-    """Keeps `envs.num_envs` texts running in an engine, in groups that share a prompt, and has finished ones scored.
+    """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished ones scored.
 
     A text's prompt and its sampling seed depend on the run's seed and the text's number alone.
     """
 
     def __init__(
-        self, envs: VectorEnv, engine: RolloutEngine, *, seed: int = 0, group_size: int = 1, max_staleness: int = 1
+        self,
+        envs: VectorEnv,
+        engine: RolloutEngine,
+        *,
+        num_texts: int,
+        seed: int = 0,
+        group_size: int = 1,
+        max_staleness: int = 1,
     ) -> None:
         self.core = check_text_env(envs)
         self.pays_logprob = wants_logprob(envs)
         self.engine, self.seed, self.group_size, self.max_staleness = engine, seed, group_size, max_staleness
-        self.num_texts = envs.num_envs
+        self.num_texts = max(num_texts, group_size)
         self.spec: TokenSpec = self.core.token_spec
         self.tokens_seen = 0
         """Tokens of the texts that have ended."""

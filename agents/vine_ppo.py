@@ -55,7 +55,9 @@ class VinePPO(PolicyGradient):
 
     def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
-        if self.config.rollout == "step" and method(envs, "fork") is None:
+        if self.config.rollout != "step":
+            return
+        if method(envs, "fork") is None:
             raise InvalidArgument(f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot.")
         if self.config.rollouts > envs.num_envs:
             raise InvalidArgument(f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots.")

@@ -53,11 +53,13 @@ def compare_learning(args: argparse.Namespace) -> None:
             numbers += [f"{seen[name]:.1e}" if name in seen else "" for name in ("rollout/mismatch", "rollout/mismatch_max")]
             table.add_row(rollout, str(seed), *numbers, f"{seen['seconds']:.0f}")
     console.print(table)
-    means = {rollout: np.mean(values) for rollout, values in golds.items()}
-    spread = np.sqrt(sum(np.var(values, ddof=1) for values in golds.values()) / args.seeds) if args.seeds > 1 else np.nan
+    step, vllm = np.array(golds["step"]), np.array(golds["vllm"])
+    over_seeds = np.sqrt((step.var(ddof=1) + vllm.var(ddof=1)) / args.seeds) if args.seeds > 1 else np.nan
+    of_texts = np.sqrt(sum(gold * (1 - gold) for gold in [*step, *vllm]) / args.texts) / args.seeds
     console.print(
-        f"{args.total_tokens:,} tokens, {args.seeds} seeds: gold {means['step']:.3f} by step, {means['vllm']:.3f} by vllm; "
-        f"difference {means['vllm'] - means['step']:+.3f}, its standard error over seeds {spread:.3f}"
+        f"{args.total_tokens:,} tokens, {args.seeds} seeds: gold {step.mean():.3f} by step, {vllm.mean():.3f} by vllm;\n"
+        f"difference {vllm.mean() - step.mean():+.3f}, its standard error {over_seeds:.3f} from the spread of the seeds, and\n"
+        f"{of_texts:.3f} from the number of texts alone ({args.texts:,} each)"
     )
 
 
@@ -67,7 +69,7 @@ def compare_speed(args: argparse.Namespace) -> None:
 
     tokens_of: dict[str, int] = {}
     envs = make(args.num_envs)
-    agents = {rollout: PPO(make(args.num_envs), rollout=rollout, max_staleness=0) for rollout in ("vllm", "step")}
+    agents = {rollout: PPO(make(args.num_envs), rollout=rollout) for rollout in ("vllm", "step")}
     llm = agents["vllm"].collector.engine.llm  # type: ignore[union-attr]
     spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
     rng = np.random.default_rng(0)
@@ -97,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--total-tokens", type=int, default=60_000)
-    parser.add_argument("--texts", type=int, default=512, help="of each evaluation")
+    parser.add_argument("--texts", type=int, default=2048, help="of each evaluation")
     parser.add_argument("--num-envs", type=int, default=64, help="of the speed comparison")
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()

@@ -35,6 +35,7 @@ def start_vllm(model: str | os.PathLike[str], **options: Any) -> Any:
     """
     # In one process weights are handed over as they are. A value that is set, "1" say, is kept.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it says much, and warns of the tokenizer that is left out
     try:
         from vllm import LLM
         from vllm.platforms import current_platform

@@ -1,0 +1,143 @@
+"""How old texts are, how far off their log-probs, and the correction: by hand, and by enumeration."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import EOS
+from gymnasium.vector import AutoresetMode
+from tabular import relative_error
+from toy_env import ToyEnv, tiny_lm
+
+from tokenenv.agents import A2C, PPO, LMPolicy
+from tokenenv.agents.actor import Actor
+from tokenenv.agents.collector import Collector
+from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.learner import outputs, token_logprobs
+from tokenenv.agents.losses import clipped_policy_loss, policy_gradient_loss
+from tokenenv.agents.staleness import importance, mismatch, staleness
+from tokenenv.errors import InvalidArgument
+
+
+def batch_of(versions, lengths, logprobs):
+    """A batch of which nothing else is looked at."""
+
+    def episode(version, length, logprob):
+        nothing = np.zeros(length, np.float32)
+        text = np.full(length, EOS)
+        values = np.asarray(logprob[:length], np.float32)
+        return Episode(
+            text, text, values, nothing, nothing, 0.0, True, False, 0.0, 0.0, 0, 0, np.zeros(length + 1), 0, version=version
+        )
+
+    return EpisodeBatch.stack([episode(*one) for one in zip(versions, lengths, logprobs, strict=True)])
+
+
+def test_by_hand():
+    batch = batch_of([4, 3, 4, 1], [2, 1, 1, 2], [[-1.0, -2.0], [-1.0], [-3.0], [-1.0, -1.0]])
+    found = staleness(batch, 4)
+    assert found == {"rollout/staleness": 1.0, "rollout/staleness_max": 3.0, "rollout/stale_texts": 2.0}
+    batch.learned["learner_logprob"] = torch.tensor([[-1.5, -2.0], [9.0, 9.0], [-2.0, 9.0], [9.0, 9.0]])
+    log_ratio = torch.tensor([-0.5, 0.0, 1.0])  # of the texts that are not stale
+    found = mismatch(batch, 4)
+    assert found["rollout/mismatch"] == pytest.approx(0.5)
+    assert found["rollout/mismatch_max"] == pytest.approx(1.0)
+    assert found["rollout/mismatch_kl"] == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()))
+    weights = importance(batch, 2.0)
+    torch.testing.assert_close(weights[0], torch.tensor([-0.5, 0.0]).exp())
+    assert weights[2, 0] == 2.0  # e is more than the cap
+    for value in mismatch(batch, 9).values():
+        assert value != value  # NaN: all are stale
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_the_stepping_collector_notes_what_a_text_began_with(mode):
+    """Against a count of updates at each text's first token, kept here."""
+    collector = Collector(ToyEnv(5, mode), Actor(LMPolicy(tiny_lm(seed=3)), seed=1))
+    begun, updates, seen = {}, 0, []
+    for step in range(60):
+        for row in range(5):
+            if mode != AutoresetMode.NEXT_STEP or not collector._resetting[row]:
+                begun.setdefault((row, int(collector.finished[row])), updates)
+        for episode in collector.step():
+            assert episode.version == begun[episode.slot, episode.index]
+            seen.append(episode)
+        if step % 7 == 3:
+            updates += 1
+            collector.refresh()
+    assert {e.version for e in seen} > {0, 1, 2}
+    assert any(e.version < updates - 1 for e in seen)
+
+
+def moved(agent):
+    """A batch, after which the policy has moved: what the sampler knew is old."""
+    batch = EpisodeBatch.stack(agent.collector.collect(80))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in agent.policy.model.parameters():
+            weight.add_(3.0 * weight.std() * torch.randn(weight.shape, generator=generator))
+    return batch
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(algorithm):
+    agent = algorithm(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), importance_cap=1.5, value_clip=None, vf_coef=0.0)
+    batch = moved(agent)
+    learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
+    batch.learned.update(learned)
+    assert agent._correct(batch)["rollout/importance"] != pytest.approx(1.0, abs=1e-3)
+    own = token_logprobs(agent.policy, batch, 10_000)
+    capped = torch.exp(own - batch.logprob_BT).clamp(max=1.5)
+    assert 0 < (capped == 1.5)[batch.mask_BT].float().mean() < 1
+    weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))
+    rows = torch.arange(len(batch)).numpy()
+    out = outputs(agent.policy, batch, rows)
+    loss, metrics = agent.loss(batch, weights_B)(out)
+    advantage, weights = out.pick(batch.learned["advantage"]), out.pick(weights_B) * out.pick(capped)
+    if algorithm is PPO:
+        by_hand = clipped_policy_loss(out.logprob, out.pick(own), advantage, weights, 0.2)
+    else:
+        by_hand = policy_gradient_loss(out.logprob, advantage, weights)
+    torch.testing.assert_close(metrics["loss/policy"], by_hand.detach(), rtol=1e-4, atol=1e-6)
+    assert metrics["policy/approx_kl"] < 1e-6  # to the policy before the update, which is still this one
+    torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_cap_the_ratio_is_to_the_sampler():
+    agent = PPO(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), vf_coef=0.0)
+    batch = moved(agent)
+    learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
+    batch.learned.update(learned)
+    assert agent._correct(batch) == {}
+    weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))
+    out = outputs(agent.policy, batch, torch.arange(len(batch)).numpy())
+    _, metrics = agent.loss(batch, weights_B)(out)
+    by_hand = clipped_policy_loss(
+        out.logprob, out.pick(batch.logprob_BT), out.pick(batch.learned["advantage"]), out.pick(weights_B), 0.2
+    )
+    torch.testing.assert_close(metrics["loss/policy"], by_hand.detach())
+    assert metrics["policy/approx_kl"] > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_token_texts_of_another_sampler_give_the_on_policy_gradient(seed):
+    """Summed over the vocabulary: with the weights pi / mu the expected gradient is the policy's own; without, it is not."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
+    mu = torch.log_softmax(torch.randn(6, dtype=torch.float64, generator=generator), 0)
+    reward = torch.randn(6, dtype=torch.float64, generator=generator)
+    own = torch.log_softmax(logits, 0)
+    wanted = torch.autograd.grad((own.exp() * reward).sum(), logits, retain_graph=True)[0]
+
+    def expected(weights):
+        loss = policy_gradient_loss(own, reward, mu.exp() * weights)
+        return -torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    ratio = (own - mu).detach().exp()
+    assert relative_error(expected(ratio), wanted) < 1e-9
+    assert relative_error(expected(torch.ones(6)), wanted) > 0.05
+    assert relative_error(expected(ratio.clamp(max=2.0)), wanted) < relative_error(expected(torch.ones(6)), wanted)
+
+
+def test_a_cap_must_be_positive():
+    with pytest.raises(InvalidArgument, match="importance_cap=0"):
+        PPO(ToyEnv(2), policy=LMPolicy(tiny_lm(seed=3)), importance_cap=0.0)
