@@ -1,7 +1,8 @@
 """A running vLLM server, by URL: what it is asked, and what happens when it does not answer."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -73,35 +74,49 @@ class VLLMServer:
     def model(self) -> str:
         """The name of the model that it serves."""
         if self._model is None:
-            self._model = self.ask("/v1/models", method="GET")["data"][0]["id"]
+            with self.reading("/v1/models"):
+                self._model = self.ask("/v1/models", method="GET")["data"][0]["id"]
         return self._model
 
     def token_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """The raw output of a token-classification model with one label for every token of each text, float32."""
-        options = {"task": "token_classify", "use_activation": False}
-        return self._pooled(texts, options)
+        return self._pooled(texts, {"task": "token_classify", "use_activation": False}, [len(text) for text in texts])
 
     def text_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """The raw output (1,) of a sequence-classification model with one label for each text, float32."""
-        return self._pooled(texts, {"task": "classify", "use_activation": False})
+        return self._pooled(texts, {"task": "classify", "use_activation": False}, [1] * len(texts))
 
     def prompt_logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """log p of every token of each text but its first, in nats at temperature 1: (len(text) - 1,) float32."""
         found = []
         for some in _chunks(texts):
             body = {"model": self.model, "prompt": some, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-            choices = sorted(self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
-            for text, choice in zip(some, choices, strict=True):
-                pairs = zip(choice["prompt_logprobs"][1:], text[1:], strict=True)
-                found.append(np.asarray([known[str(token)]["logprob"] for known, token in pairs], np.float32))
+            with self.reading("/v1/completions"):
+                choices = sorted(self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+                for text, choice in zip(some, choices, strict=True):
+                    pairs = zip(choice["prompt_logprobs"][1:], text[1:], strict=True)
+                    found.append(np.asarray([known[str(token)]["logprob"] for known, token in pairs], np.float32))
         return found
 
-    def _pooled(self, texts: Sequence[Sequence[int]], options: dict[str, Any]) -> list[np.ndarray]:
-        found = []
+    def _pooled(self, texts: Sequence[Sequence[int]], options: dict[str, Any], sizes: Sequence[int]) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
         for some in _chunks(texts):
-            data = self.ask("/pooling", {"model": self.model, "input": some, **options})["data"]
-            found += [np.asarray(one["data"], np.float32).reshape(-1) for one in sorted(data, key=lambda one: one["index"])]
+            body = {"model": self.model, "input": some, **options}
+            with self.reading("/pooling"):
+                data = sorted(self.ask("/pooling", body)["data"], key=lambda one: one["index"])
+                wanted = sizes[len(found) : len(found) + len(some)]
+                pairs = zip(data, wanted, strict=True)
+                found += [np.asarray(one["data"], np.float32).reshape(size) for one, size in pairs]
         return found
+
+    @contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Within it, an answer that holds something else than expected is an error of the server."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"[:200]
+            raise ServerError(f"the vLLM server at {self.url} answered {path} with something unexpected ({what}).") from error
 
 
 def _chunks(texts: Sequence[Sequence[int]]) -> list[list[list[int]]]:

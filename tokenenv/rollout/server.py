@@ -102,8 +102,9 @@ class VLLMServerEngine:
             "return_token_ids": True,
             **UNFILTERED,
         }
-        (choice,) = self.server.ask("/v1/completions", body)["choices"]
-        return Written(key, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        with self.server.reading("/v1/completions"):
+            (choice,) = self.server.ask("/v1/completions", body)["choices"]
+            return Written(key, choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     def sync(self) -> None:
         """Hands the model's weights over while the running texts stand still; see `RolloutEngine`. Raises `ServerError`."""

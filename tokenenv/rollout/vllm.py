@@ -85,7 +85,7 @@ class VLLMEngine:
         self.weight_sync = self._choose(weight_sync)
         self._sampling = {"temperature": temperature, "stop_token_ids": list(spec.stop_token_ids), "ignore_eos": True}
         self._running: set[int] = set()
-        self._transfer = None
+        self._transfer: Any = None
         if has_adapter(model):
             self.sync()
 
