@@ -5,7 +5,8 @@ its later tokens then have. Suffixes: B episodes, T response tokens.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -81,7 +82,9 @@ class TextCollector:
         self._continuations: dict[int, Text] = {}
         """Finished continuations, by number."""
         self._cut: list[Text] = []
-        """Texts that were running when the engine was stopped: they are begun again first."""
+        """Texts that were running when the engine was stopped, or are not begun yet: they are begun first."""
+        self._synced = True
+        """Whether the engine has the present weights."""
 
     # ---------------------------------------------------------------- what agents call
 
@@ -91,7 +94,10 @@ class TextCollector:
         Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended:
         nothing is thrown away for its age, which would favour short texts.
         """
+        if not self._synced:
+            self._sync()
         while self._missing(num_tokens) > 0 or self._overdue():
+            self._begin_cut()
             if self._missing(num_tokens) > 0 or self.max_staleness > 0:
                 self._begin_groups()
             self._wait()
@@ -102,7 +108,7 @@ class TextCollector:
     def refresh(self) -> None:
         """To be called when the weights have changed."""
         self.version += 1
-        self.engine.sync()
+        self._sync()
 
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
         """`rollouts` continuations of each state to the end, one after the other, beside the running texts."""
@@ -126,7 +132,7 @@ class TextCollector:
         self.core.tokens_seen = int(saved["tokens_seen"])
         self.core.load_statistics(saved["statistics"])
         self._stop()
-        self.engine.sync()
+        self._sync()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but what the env and the engine keep."""
@@ -155,15 +161,18 @@ class TextCollector:
     def _unfinished(self) -> list[Text]:
         return [*self._cut, *(text for text in self._running.values() if text.number >= 0)]
 
-    def _begin_groups(self) -> None:
+    def _begin_cut(self) -> None:
         while self._cut:
             self._begin(replace(self._cut.pop(0), version=self.version, weights=self.core.weights))
+
+    def _begin_groups(self) -> None:
         while len(self._running) + self.group_size <= self.num_texts:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
-            for _ in range(self.group_size):
-                self._begin(Text(self._begun, self.version, prompt, prompt_id, self.core.weights))
-                self._begun += 1
+            numbers = range(self._begun, self._begun + self.group_size)
+            self._begun += self.group_size
+            self._cut = [Text(number, self.version, prompt, prompt_id, self.core.weights) for number in numbers]
+            self._begin_cut()
 
     def _draw(self, group: int) -> int:
         return int(np.random.default_rng([self.seed, group]).integers(len(self.core.prompts)))
@@ -172,16 +181,14 @@ class TextCollector:
         stream = [self.seed, int(text.number < 0), abs(text.number)]
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         max_tokens = self.spec.max_new_tokens - len(text.prefix)
-        self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
         self._running[text.number] = text
+        with self._stopping():
+            self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
 
     def _wait(self) -> None:
-        """Takes in the texts that end next. Where the engine fails, what was running is begun again by the next `collect`."""
-        try:
+        """Takes in the texts that end next."""
+        with self._stopping():
             written = self.engine.ended()
-        except Exception:
-            self._stop()
-            raise
         for one in written:
             text = replace(self._running.pop(one.key), response=one.tokens, logprob=one.logprobs)
             self.tokens_seen += len(text.response)
@@ -196,9 +203,25 @@ class TextCollector:
         whole = [number for some in numbers if all(n in self._waiting for n in some) for number in some]
         return [self._waiting.pop(number) for number in whole]
 
+    def _sync(self) -> None:
+        """Where the engine fails, the next `collect` tries again before it draws anything."""
+        self._synced = False
+        self.engine.sync()
+        self._synced = True
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Where the engine fails, what was running is begun again by the next `collect`."""
+        try:
+            yield
+        except Exception:
+            self._stop()
+            raise
+
     def _stop(self) -> None:
         self._cut = self._unfinished()
         self._running.clear()
+        self._continuations.clear()
         self.engine.abort()
 
     # ---------------------------------------------------------------- scores

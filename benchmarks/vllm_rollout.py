@@ -17,6 +17,7 @@ from timing import medians
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.evaluate import Evaluation, evaluate
+from tokenenv.rollout.vllm import VLLMEngine
 
 console = Console(width=120)
 ENV = "tokenenv/Reviews-v0"
@@ -70,7 +71,7 @@ def compare_speed(args: argparse.Namespace) -> None:
     tokens_of: dict[str, int] = {}
     envs = make(args.num_envs)
     agents = {rollout: PPO(make(args.num_envs), rollout=rollout) for rollout in ("vllm", "step")}
-    llm = agents["vllm"].collector.engine.llm  # type: ignore[union-attr]
+    alone = VLLMEngine(envs.unwrapped.reference, envs.unwrapped.token_spec, num_texts=args.num_envs).llm
     spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
     rng = np.random.default_rng(0)
 
@@ -79,7 +80,7 @@ def compare_speed(args: argparse.Namespace) -> None:
         params = SamplingParams(
             temperature=1.0, max_tokens=spec.max_new_tokens, stop_token_ids=list(spec.stop_token_ids), detokenize=False
         )
-        outputs = llm.generate(texts, params, use_tqdm=False)
+        outputs = alone.generate(texts, params, use_tqdm=False)
         tokens_of["generate"] = sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def episodes(rollout: str) -> None:

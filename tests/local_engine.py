@@ -1,6 +1,7 @@
 """A rollout engine in a few lines: the policy's own model, one full forward a token."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,30 +21,46 @@ class Running:
 
 
 class LocalEngine:
-    """Takes the weights at `sync`, as vLLM does, and draws each text from a stream of its own."""
+    """Takes the weights at `sync`, as vLLM does, and draws each text from a stream of its own.
+
+    `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on. `note(key)` is called when
+    a text's first token is drawn.
+    """
 
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):
         check_transformers_model(model)
         self.policy, self.model = model, copy.deepcopy(model)
         self.stops, self.temperature, self.num_texts = spec.stop_token_ids, temperature, num_texts
         self.running: dict[int, Running] = {}
-        self.prompts: dict[int, list[int]] = {}
+        self.asked: dict[int, tuple[list[int], int, int]] = {}
         self.most = 0
-        self.down = False
+        self.down: dict[str, int] = {}
+        self.note: Callable[[int], None] = lambda key: None
+
+    def _may_fail(self, call):
+        left = self.down.pop(call, None)
+        if left == 0:
+            raise ConnectionError("down")
+        if left is not None:
+            self.down[call] = left - 1
 
     def begin(self, key, prompt, max_tokens, seed):
+        self._may_fail("begin")
         assert key not in self.running
+        asked = list(prompt), max_tokens, seed
+        assert self.asked.setdefault(key, asked) == asked  # a text that is begun again is the same
         self.running[key] = Running(list(prompt), max_tokens, torch.Generator().manual_seed(seed))
-        self.prompts[key] = list(prompt)
         self.most = max(self.most, len(self.running))
 
     @torch.no_grad()
     def ended(self):
+        assert self.running  # else this would be asked for ever
         found = []
-        while self.running and not found:
-            if self.down:
-                raise ConnectionError("down")
+        while not found:
+            self._may_fail("ended")
             for key, text in list(self.running.items()):
+                if not text.tokens:
+                    self.note(key)
                 logits = self.model(torch.tensor([text.prompt + text.tokens])).logits[:, -1]
                 token, logprob = sample(logits, self.temperature, text.generator)
                 text.tokens.append(token.item())
@@ -54,6 +71,7 @@ class LocalEngine:
         return found
 
     def sync(self):
+        self._may_fail("sync")
         self.model.load_state_dict(self.policy.state_dict())
 
     def abort(self):

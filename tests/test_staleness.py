@@ -5,7 +5,7 @@ import pytest
 import torch
 from fakes import EOS
 from gymnasium.vector import AutoresetMode
-from tabular import relative_error
+from tabular import T, V, World, relative_error, to_go, worlds
 from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import A2C, PPO, LMPolicy
@@ -80,7 +80,8 @@ def moved(agent):
 
 @pytest.mark.parametrize("algorithm", [PPO, A2C])
 def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(algorithm):
-    agent = algorithm(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), importance_cap=1.5, value_clip=None, vf_coef=0.0)
+    options = {"importance_cap": 1.5, "value_clip": None, "vf_coef": 0.0, "entropy_coef": 0.1}
+    agent = algorithm(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), **options)
     batch = moved(agent)
     learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
     batch.learned.update(learned)
@@ -99,7 +100,27 @@ def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(
         by_hand = policy_gradient_loss(out.logprob, advantage, weights)
     torch.testing.assert_close(metrics["loss/policy"], by_hand.detach(), rtol=1e-4, atol=1e-6)
     assert metrics["policy/approx_kl"] < 1e-6  # to the policy before the update, which is still this one
-    torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-6)
+    entropy = (out.pick(weights_B) * out.entropy).sum()  # which is no estimate from texts: it needs no correction
+    torch.testing.assert_close(loss, by_hand - 0.1 * entropy, rtol=1e-4, atol=1e-6)
+    # At ratio 1 nothing is clipped: the gradient is that of the weighted -A log pi.
+    trained = [weight for weight in agent.policy.model.parameters() if weight.requires_grad]
+    plain = -(weights * advantage * out.logprob).sum() - 0.1 * entropy
+    found, wanted = (torch.autograd.grad(one, trained, retain_graph=True) for one in (loss, plain))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert max(one.abs().max() for one in found) > 1e-3
+
+
+def test_texts_of_the_present_policy_need_no_correction():
+    losses = []
+    for cap in (None, 2.0):
+        agent = PPO(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), importance_cap=cap, vf_coef=0.0)
+        batch = EpisodeBatch.stack(agent.collector.collect(80))
+        agent.update(batch)
+        losses.append([weight.detach().clone() for weight in agent.policy.parameters()])
+        assert cap is None or batch.learned["importance"][batch.mask_BT].sub(1.0).abs().max() < 1e-5
+    for one, other in zip(*losses, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_without_a_cap_the_ratio_is_to_the_sampler():
@@ -118,24 +139,69 @@ def test_without_a_cap_the_ratio_is_to_the_sampler():
     assert metrics["policy/approx_kl"] > 1e-3
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_one_token_texts_of_another_sampler_give_the_on_policy_gradient(seed):
-    """Summed over the vocabulary: with the weights pi / mu the expected gradient is the policy's own; without, it is not."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
-    mu = torch.log_softmax(torch.randn(6, dtype=torch.float64, generator=generator), 0)
-    reward = torch.randn(6, dtype=torch.float64, generator=generator)
-    own = torch.log_softmax(logits, 0)
-    wanted = torch.autograd.grad((own.exp() * reward).sum(), logits, retain_graph=True)[0]
+# ---------------------------------------------------------------- by enumeration
 
-    def expected(weights):
-        loss = policy_gradient_loss(own, reward, mu.exp() * weights)
-        return -torch.autograd.grad(loss, logits, retain_graph=True)[0]
+ONE_TOKEN = [World(seed, stops=tuple(range(V))) for seed in range(3)]
+SEVERAL = [world for world in worlds() if world.stops]
 
-    ratio = (own - mu).detach().exp()
-    assert relative_error(expected(ratio), wanted) < 1e-9
-    assert relative_error(expected(torch.ones(6)), wanted) > 0.05
-    assert relative_error(expected(ratio.clamp(max=2.0)), wanted) < relative_error(expected(torch.ones(6)), wanted)
+
+def of_world(world):
+    return f"seed{world.seed}-stops{len(world.stops)}"
+
+
+def sampler(world, first=0):
+    """Another policy: its logits differ from the first of so many histories on."""
+    logits, generator = world.policy.clone(), torch.Generator().manual_seed(100 + world.seed)
+    logits[first:] += torch.randn(logits[first:].shape, generator=generator, dtype=torch.float64)
+    return logits
+
+
+def expected_gradient(world, credit, mu, weigh):
+    """What a learner follows on average over texts that `mu` draws: credit (B, T) of each token, weighed by `weigh(batch)`."""
+    by_mu, by_own = world.logprob(mu), world.logprob(world.policy)
+    batch = batch_of([0] * len(world.texts), world.length.tolist(), by_mu.tolist())
+    batch.learned["learner_logprob"] = by_own[:, : batch.mask_BT.shape[1]].float()
+    weights = torch.zeros_like(by_mu)
+    weights[:, : batch.mask_BT.shape[1]] = weigh(batch).double()
+    logits = world.policy.clone().requires_grad_()
+    loss = policy_gradient_loss(world.logprob(logits), credit, by_mu.sum(1).exp()[:, None] * weights * world.mask)
+    return -torch.autograd.grad(loss, logits)[0]
+
+
+def uncorrected(batch):
+    return torch.ones_like(batch.logprob_BT)
+
+
+@pytest.mark.parametrize("world", ONE_TOKEN, ids=of_world)
+def test_one_token_texts_of_another_sampler_give_the_on_policy_gradient(world):
+    """With the weights pi / mu the expected gradient is the policy's own; without, or under a low cap, it is not."""
+    credit, mu = to_go(world.rewards(per_token=True)), sampler(world)
+    wanted = world.gradient_of_mean(lambda logprob: credit[:, 0])
+    found = {cap: expected_gradient(world, credit, mu, lambda batch, cap=cap: importance(batch, cap)) for cap in (1.2, 1e9)}
+    plain = relative_error(expected_gradient(world, credit, mu, uncorrected), wanted)
+    assert relative_error(found[1e9], wanted) < 1e-5
+    assert plain > 0.05
+    assert relative_error(found[1.2], wanted) > 1e-3
+
+
+@pytest.mark.parametrize("world", SEVERAL, ids=of_world)
+def test_in_longer_texts_a_tokens_own_ratio_corrects_its_own_draw(world):
+    """What is left is the draw of what comes before and after: nothing where only last tokens differ and earn for
+    themselves. The product of a whole text's weights would leave nothing anywhere."""
+    last = (V ** (T - 1) - 1) // (V - 1)
+    own, whole = world.rewards(per_token=True), to_go(world.rewards(per_token=True))
+    mu = sampler(world, last)
+    wanted = world.policy_gradient(own)
+    assert relative_error(expected_gradient(world, own, mu, lambda batch: importance(batch, 1e9)), wanted) < 1e-5
+    assert relative_error(expected_gradient(world, own, mu, uncorrected), wanted) > 0.02
+    mu, wanted = sampler(world), world.policy_gradient(whole)
+
+    def product(batch):
+        return importance(batch, 1e9).masked_fill(~batch.mask_BT, 1.0).prod(1, keepdim=True)
+
+    assert relative_error(expected_gradient(world, whole, mu, product), wanted) < 1e-5
+    left = relative_error(expected_gradient(world, whole, mu, lambda batch: importance(batch, 1e9)), wanted)
+    assert 0.05 < left < relative_error(expected_gradient(world, whole, mu, uncorrected), wanted)
 
 
 def test_a_cap_must_be_positive():

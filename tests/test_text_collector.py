@@ -1,5 +1,8 @@
 """Whole texts from an engine: what stepping would have paid, no older than allowed, none lost, none twice."""
 
+import itertools
+import sys
+
 import fakes
 import gymnasium as gym
 import numpy as np
@@ -15,7 +18,7 @@ from tokenenv.agents.learner import token_logprobs
 from tokenenv.errors import InvalidArgument, MissingDependency
 from tokenenv.models.heads import make_scorer
 from tokenenv.rewards.rule import Rule
-from tokenenv.rewards.wrappers import Scaled
+from tokenenv.rewards.wrappers import PositionScaled, Scaled
 from tokenenv.types import Task
 from tokenenv.vector_env import TokenVectorEnv
 
@@ -29,20 +32,25 @@ REWARDS = {
     "terminal": "terminal",
     "delta": "delta",
     "mixed": {"dense": ("token", schedule), "end": ("terminal", 0.5), "even": "uniform"},
+    "scaled": {"dense": (PositionScaled("token"), schedule), "shaped": Scaled("delta"), "even": (Scaled("uniform"), 0.5)},
 }
 
 
-def make(num_envs=6, mode=AutoresetMode.SAME_STEP, **options):
-    """Tiny random models with a stop token that is drawn now and then."""
+def length_of(prompt, response):
+    return float(len(response))
+
+
+def make(num_envs=6, mode=AutoresetMode.SAME_STEP, *, long=False, gold=length_of, **options):
+    """Tiny random models with a stop token that is drawn now and then; in `long` texts, rarely."""
     task = Task(
         tokenizer=fakes.tokenizer(),
         reference=fakes.causal_lm(num_hidden_layers=1),
         prompts=[[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [5, 15]],
         max_prompt_tokens=4,
-        max_new_tokens=8,
-        stop_token_ids=(fakes.EOS, 7, 9, 11, 20),
+        max_new_tokens=24 if long else 8,
+        stop_token_ids=(fakes.EOS,) if long else (fakes.EOS, 7, 9, 11, 20),
         scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1)),
-        gold=lambda prompt, response: float(len(response)),
+        gold=gold,
     )
     return TokenVectorEnv(num_envs, task=task, autoreset_mode=mode, **options)
 
@@ -74,45 +82,88 @@ def replayed(envs, episode):
     return np.array(steps), np.array(potential), terminations[0], truncations[0], info
 
 
+def begun_under(agent):
+    """Tokens seen and beta when each text was begun, as they are noted from now on."""
+    core, engine, noted = agent.core, agent.collector.engine, {}
+    engine.note = lambda key: noted.update({key: (core.tokens_seen, core.kl_coef)})
+    return noted
+
+
 @pytest.mark.parametrize("kl", ["reference", "policy", "none"])
 @pytest.mark.parametrize("reward", REWARDS)
 def test_episodes_earn_what_stepping_pays(reward, kl):
+    """Those of the first batch, and those that were begun before an update and ended after it."""
     options = {"reward": REWARDS[reward], "kl": kl, "kl_coef": 0.3}
-    agent = agent_of(make(**options))
-    episodes = agent.collector.collect(100)
-    other = make(1, mode=AutoresetMode.DISABLED, **options)  # nothing has been seen there, as when these texts began
-    for e in episodes[:8]:
-        steps, potential, terminated, truncated, info = replayed(other, e)
-        other.tokens_seen = 0
-        np.testing.assert_allclose(e.reward, info["token_rewards"][0][: len(e.response)], atol=1e-5)
-        assert e.reward.sum() == pytest.approx(steps[:, 0].sum(), abs=1e-4)
-        np.testing.assert_allclose(e.ref_logprob, steps[:, 1], atol=1e-5)
-        np.testing.assert_allclose(e.potential, potential, atol=1e-5)
-        assert (e.terminated, e.truncated) == (terminated, truncated)
-        assert e.score == pytest.approx(info["score"][0], abs=1e-5)
-        assert e.gold == info["gold"][0]
-        assert e.kl_coef == pytest.approx(info["kl_coef"][0])
-        for name, values in info["token_reward_terms"].items():
-            if not name.startswith("_"):
-                np.testing.assert_allclose(e.terms[name], values[0][: len(e.response)], atol=1e-5)
-    assert len({len(e.response) for e in episodes}) > 2
+    agent = agent_of(make(**options), kl_target=0.1, kl_horizon=200)
+    noted, other, straddled = begun_under(agent), make(1, mode=AutoresetMode.DISABLED, **options), 0
+    for _ in range(3):
+        learned = agent.core.save_statistics()
+        seen, episodes = agent.tokens_seen, agent.collector.collect(60)
+        for e in episodes[:8]:
+            other.load_statistics(learned)
+            other.tokens_seen, other.kl_coef = noted[e.index * 6 + e.slot]
+            straddled += other.tokens_seen < seen
+            check_against_stepping(e, *replayed(other, e))
+        agent.update(EpisodeBatch.stack(episodes))
+        agent.collector.refresh()
+        agent._adapt_kl_coef(EpisodeBatch.stack(episodes))
+    assert straddled
     assert {e.terminated for e in episodes} == {True, False}
+    assert any(e.potential.any() for e in episodes) == (reward in ("delta", "scaled"))
+
+
+def check_against_stepping(e, steps, potential, terminated, truncated, info):
+    np.testing.assert_allclose(e.reward, info["token_rewards"][0][: len(e.response)], atol=1e-5)
+    assert e.reward.sum() == pytest.approx(steps[:, 0].sum(), abs=1e-4)
+    np.testing.assert_allclose(e.ref_logprob, steps[:, 1], atol=1e-5)
+    np.testing.assert_allclose(e.potential, potential, atol=1e-5)
+    assert (e.terminated, e.truncated) == (terminated, truncated)
+    assert e.score == pytest.approx(info["score"][0], abs=1e-5)
+    assert e.gold == info["gold"][0]
+    assert e.kl_coef == pytest.approx(info["kl_coef"][0])
+    for name, values in info["token_reward_terms"].items():
+        if not name.startswith("_"):
+            np.testing.assert_allclose(e.terms[name], values[0][: len(e.response)], atol=1e-5)
+
+
+@pytest.mark.parametrize("score_truncated", [True, False])
+def test_whole_texts_show_what_stepping_shows(score_truncated):
+    """Lengths, log pi_ref and potentials, that of the last state included; nothing right of a text."""
+    options = {"reward": {"dense": "token", "shaped": "delta"}, "score_truncated": score_truncated}
+    envs, stepped = make(**options), make(1, AutoresetMode.DISABLED, **options)
+    episodes, kept = agent_of(envs).collector.collect(60), 0
+    scores = envs.score_episodes([e.prompt.tolist() for e in episodes], [e.response.tolist() for e in episodes])
+    for row, e in enumerate(episodes):
+        steps, potential, terminated, *_ = replayed(stepped, e)
+        end = len(e.response)
+        assert scores.lengths[row] == end
+        np.testing.assert_allclose(scores.ref_logprobs[row, :end], steps[:, 1], atol=1e-5)
+        np.testing.assert_allclose(scores.potentials[row, : end + 1], potential, atol=1e-5)
+        assert not scores.ref_logprobs[row, end:].any()
+        assert not scores.potentials[row, end + 1 :].any()
+        assert (potential[-1] == 0.0) == (score_truncated or terminated)
+        kept += potential[-1] != 0.0
+    assert bool(kept) == (not score_truncated)
+    assert make().score_episodes([[5]], [[6]]).potentials is None
 
 
 def test_log_probs_are_the_policys_at_the_temperature():
-    agent = agent_of(make(), temperature=0.7)
+    agent, seen = agent_of(make(), temperature=0.7, importance_cap=9.0), []
     for _ in range(2):
-        agent.learn(agent.tokens_seen + 1)
+        agent.learn(agent.tokens_seen + 1, on_update=lambda metrics, episodes: seen.append(metrics))
+        assert seen[-1]["rollout/mismatch_max"] < 1e-5
         batch = EpisodeBatch.stack(agent.collector.collect(60))
         own = token_logprobs(agent.policy, batch, 1000, 0.7)
         fresh = batch.version_B == agent.updates
         assert fresh.any()
         torch.testing.assert_close((own * batch.mask_BT)[fresh], batch.logprob_BT[fresh], atol=1e-5, rtol=0)
+    assert seen[0]["rollout/importance"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_played_texts_count_and_teach_as_stepping_does():
     """The same texts, stepped and scored: the same statistics; scoring alone changes nothing."""
-    options = {"reward": {"scaled": Scaled("token"), "end": Scaled("uniform")}, "kl": "none"}
+    learning = {"scaled": Scaled("token"), "even": Scaled("uniform"), "placed": PositionScaled("token")}
+    options = {"reward": learning, "kl": "none"}
     stepped, scored, split = (
         make(1, AutoresetMode.DISABLED, **options),
         make(1, **options),
@@ -131,8 +182,8 @@ def test_played_texts_count_and_teach_as_stepping_does():
     np.testing.assert_allclose(other.token_rewards, plain.token_rewards, atol=1e-5)
     assert scored.tokens_seen == stepped.tokens_seen == first.lengths.sum()
     for name, learned in stepped.save_statistics().items():
-        np.testing.assert_allclose(scored.save_statistics()[name], learned, rtol=1e-5)
-        np.testing.assert_allclose(split.save_statistics()[name], learned, rtol=1e-5)
+        np.testing.assert_allclose(scored.save_statistics()[name], learned, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(split.save_statistics()[name], learned, rtol=1e-6, atol=1e-6)
     assert not np.allclose(scored.score_episodes(*texts).token_rewards, plain.token_rewards, atol=1e-3)
     words = scored.token_spec.tokenizer.batch_decode(texts[1][:2])
     before, count = scored.tokens_seen, sum(len(scored.token_spec.tokenizer(word)["input_ids"]) for word in words)
@@ -167,6 +218,36 @@ def test_no_text_is_older_than_allowed_and_none_is_lost(max_staleness, group_siz
     assert collector.tokens_seen - sum(len(e.response) for e in found) == sum(
         len(t.response) for t in collector._waiting.values()
     )
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_the_limit_is_reached_and_never_passed(max_staleness, group_size, saved, tmp_path):
+    """Long texts, an update whenever some are there; a checkpoint begins those that run again, not those that wait."""
+    algorithm = GRPO if group_size > 1 else PPO
+    agent = agent_of(make(long=True, group_size=group_size), algorithm, max_staleness=max_staleness, batch_tokens=1, epochs=1)
+    drawn, ages, seen = {}, [], []
+    agent.collector.engine.note = lambda key: drawn.update({key: agent.updates})
+
+    def on_update(metrics, episodes):
+        assert [e.version for e in episodes] == [drawn[number] for number in numbers(episodes)]
+        ages.extend(agent.updates - 1 - e.version for e in episodes)
+        assert metrics["rollout/staleness_max"] == max(ages[-len(episodes) :])
+        seen.extend(numbers(episodes))
+        if saved:
+            agent.save(tmp_path / "c")
+
+    while agent.updates < 12:
+        agent.learn(agent.tokens_seen + 1, on_update=on_update)
+    assert min(ages) == 0
+    assert max(ages) <= max_staleness
+    assert saved or max(ages) == max_staleness
+    assert not saved or group_size == 1 or max(ages) > 0 or max_staleness == 0
+    assert len(set(seen)) == len(seen)
+    collector = agent.collector
+    unfinished = [text.number for text in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]]
+    assert sorted([*seen, *unfinished]) == list(range(collector._begun))
 
 
 def test_texts_straddle_updates_with_the_log_probs_of_either_policy():
@@ -232,6 +313,9 @@ def test_continuations_begin_with_their_state_and_earn_what_comes_after_it():
         whole = agent.core.score_episodes([prompt], [[*prefix, *e.response]])
         np.testing.assert_allclose(e.reward, whole.token_rewards[0, len(prefix) :][: len(e.response)], atol=1e-5)
     assert agent.tokens_seen == sum(len(e.response) for e in episodes)
+    agent.collector.collect(60)
+    seeds = [seed for _, _, seed in agent.collector.engine.asked.values()]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_values_are_those_of_stepping():
@@ -308,17 +392,71 @@ def test_waiting_texts_of_a_group_survive_a_checkpoint(tmp_path):
         np.testing.assert_array_equal(one.response, other.response)
 
 
-def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing():
-    agent = agent_of(make())
+@pytest.mark.parametrize("call", ["begin", "ended"])
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_staleness, group_size, call):
+    """Wherever it fails in a batch: the next `collect` goes on, and every text is what it would have been."""
+    algorithm = GRPO if group_size > 1 else PPO
+
+    def collector():
+        return agent_of(make(group_size=group_size), algorithm, max_staleness=max_staleness).collector
+
+    wanted, one = {}, collector()
+    for _ in range(4):
+        found = one.collect(60)
+        wanted |= dict(zip(numbers(found), found, strict=True))
+    for when in itertools.count(step=2):
+        other = collector()
+        other.engine.down = {call: when}
+        try:
+            found = other.collect(60)
+        except ConnectionError:
+            assert not other.engine.running
+            found = other.collect(60)
+        over = bool(other.engine.down)  # it was not asked so often
+        other.engine.down.clear()
+        found += other.collect(60)
+        assert sum(len(e.response) for e in found) >= 120
+        for number, e in zip(numbers(found), found, strict=True):
+            np.testing.assert_array_equal(e.response, wanted[number].response)
+            assert e.prompt_id == wanted[number].prompt_id
+        for group in np.reshape(numbers(found), (-1, group_size)):
+            np.testing.assert_array_equal(group, group[0] // group_size * group_size + np.arange(group_size))
+        unfinished = [text.number for text in [*other._unfinished(), *other._waiting.values()]]
+        assert sorted([*numbers(found), *unfinished]) == list(range(other._begun))
+        if over:
+            break
+    assert when > 10
+
+
+@pytest.mark.parametrize("call", ["begin", "ended"])
+def test_an_engine_that_fails_in_continuations_leaves_none(call):
+    agent = agent_of(make(), VinePPO)
     agent.learn(1)
-    agent.collector.engine.down = True
     running = set(agent.collector._running)
+    agent.collector.engine.down = {call: 1}
     with pytest.raises(ConnectionError):
-        agent.learn(2000)
+        agent.collector.play_on([(np.array([5, 6, 7]), np.array([], np.int64))], 4)
     assert not agent.collector.engine.running
-    agent.collector.engine.down = False
+    assert not agent.collector._continuations
     episodes = agent.collector.collect(60)
     assert running <= {*numbers(episodes), *agent.collector._running}
+    assert len(agent.collector.play_on([(np.array([8]), np.array([12]))], 4)) == 4
+    assert not agent.collector._continuations
+
+
+def test_weights_that_did_not_arrive_are_handed_over_before_the_next_text():
+    agent = agent_of(make(), max_staleness=0)
+    batch = EpisodeBatch.stack(agent.collector.collect(60))
+    agent.update(batch)
+    agent.collector.engine.down = {"sync": 0}
+    with pytest.raises(ConnectionError):
+        agent.collector.refresh()
+    batch = EpisodeBatch.stack(agent.collector.collect(60))
+    assert (batch.version_B == 1).all()
+    own = token_logprobs(agent.policy, batch, 1000)
+    torch.testing.assert_close(own * batch.mask_BT, batch.logprob_BT, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -339,6 +477,29 @@ def test_texts_that_could_not_be_scored_are_scored_later(saved, tmp_path, monkey
     if saved:
         agent = PPO.load(tmp_path / "c", make())
     assert numbers(agent.collector.collect(1)) == ready
+
+
+def test_texts_that_are_scored_again_teach_once():
+    """The first of several forwards has taught terms something when the metric of the second fails."""
+    asked = []
+
+    def gold(prompt, response):
+        asked.append(response)
+        if len(asked) == 8:
+            raise ConnectionError("down")
+        return 0.0
+
+    options = {"reward": {"scaled": Scaled("token"), "placed": PositionScaled("uniform")}, "max_batch_tokens": 24}
+    agent, other = agent_of(make(gold=gold, **options)), agent_of(make(**options))
+    before = agent.core.save_statistics()
+    with pytest.raises(ConnectionError):
+        agent.collector.collect(60)
+    np.testing.assert_equal(agent.core.save_statistics(), before)
+    assert agent.core.tokens_seen == 0
+    for one, same in zip(agent.collector.collect(60), other.collector.collect(60), strict=True):
+        np.testing.assert_array_equal(one.reward, same.reward)
+    np.testing.assert_equal(agent.core.save_statistics(), other.core.save_statistics())
+    assert agent.core.tokens_seen == other.core.tokens_seen
 
 
 # ---------------------------------------------------------------- refusals
@@ -364,7 +525,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
 
 def test_without_vllm_its_install_line_is_said(monkeypatch):
     monkeypatch.setitem(text_collector.ENGINES, "vllm", "tokenenv.rollout.vllm:VLLMEngine")
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[vllm\]'"):
         agent_of(make())
 

@@ -52,24 +52,30 @@ def score_episodes(
         potentials=np.zeros((count, shape[1] + 1), np.float32) if engine.rewards.has_potential else None,
     )
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    for group in micro_batches(lengths, max_batch_tokens):
-        texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
-        texts.statistics, texts.learning = {name: s.expand(len(group), -1) for name, s in statistics.items()}, learning
-        given = None if logprobs is None else [logprobs[i] for i in group]
-        group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
-        scored = _score_group(engine, texts, given, cut[group], group_weights)
-        for name in scored.placed:
-            out.terms[name][group] = scored.paid[name].cpu().numpy()
-            out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
-            out.step_rewards[group] += out.terms[name][group]
-            out.token_rewards[group] += out.token_reward_terms[name][group]
-        out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
-        if out.potentials is not None and scored.potential is not None:
-            out.potentials[group] = scored.potential.cpu().numpy()
-        if out.score is not None and texts.score is not None:
-            out.score[group] = texts.score.cpu().numpy()
-        if out.gold is not None and callable(gold):
-            out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
+    learned = engine.save_statistics()
+    try:
+        for group in micro_batches(lengths, max_batch_tokens):
+            texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
+            texts.statistics, texts.learning = {name: s.expand(len(group), -1) for name, s in statistics.items()}, learning
+            given = None if logprobs is None else [logprobs[i] for i in group]
+            group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
+            scored = _score_group(engine, texts, given, cut[group], group_weights)
+            for name in scored.placed:
+                out.terms[name][group] = scored.paid[name].cpu().numpy()
+                out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
+                out.step_rewards[group] += out.terms[name][group]
+                out.token_rewards[group] += out.token_reward_terms[name][group]
+            out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
+            if out.potentials is not None and scored.potential is not None:
+                out.potentials[group] = scored.potential.cpu().numpy()
+            if out.score is not None and texts.score is not None:
+                out.score[group] = texts.score.cpu().numpy()
+            if out.gold is not None and callable(gold):
+                out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
+    except Exception:
+        # A reward server that is down, say: texts that are scored again must not teach twice.
+        engine.load_statistics(learned)
+        raise
     return replace(out, gold=out.score) if gold == "score" else out
 
 

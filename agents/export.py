@@ -1,0 +1,156 @@
+"""Episodes as files, for those who stay with their trainer: a line of JSON or an Arrow row each, and as padded tensors.
+
+The KL term is left out of the rewards: every trainer has a KL penalty of its own, and log pi_ref and beta are beside them.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.errors import InvalidArgument, MissingDependency
+
+from .advantages import token_mask
+from .episodes import Episode
+
+COLUMNS = {
+    "prompt_ids": "list<int64>",
+    "response_ids": "list<int64>",
+    "token_rewards": "list<float32>",
+    "logprobs": "list<float32>",
+    "ref_logprobs": "list<float32>",
+    "terms": "map<string, list<float32>>",
+    "kl_coef": "float32",
+    "score": "float32",
+    "gold": "float32",
+    "terminated": "bool",
+    "prompt_id": "int64",
+    "version": "int64",
+    "prompt": "string",
+    "response": "string",
+}
+"""The columns of a file and their Arrow types; docs/export.md explains each."""
+SUFFIXES = (".jsonl", ".arrow")
+
+Row = dict[str, Any]
+
+
+def write_episodes(path: str | os.PathLike[str], episodes: Iterable[Episode], tokenizer: Any = None) -> None:
+    """Writes `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
+
+    With a `tokenizer` the texts are there too. Raises `InvalidArgument` for another suffix, `MissingDependency` for Arrow
+    without pyarrow.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    rows = [episode_row(episode, tokenizer) for episode in episodes]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix == ".jsonl":
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        _write_arrow(temporary, rows)
+    os.replace(temporary, path)
+
+
+def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows that `write_episodes` wrote, as dicts of `COLUMNS`."""
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise InvalidArgument(f"path={str(path)!r} is not a file; write_episodes makes one.")
+    if path.suffix == ".arrow":
+        with _pyarrow().memory_map(str(path)) as source:
+            rows = _pyarrow().ipc.open_file(source).read_all().to_pylist()
+        return [{**row, "terms": dict(row["terms"])} for row in rows]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
+    """One episode as plain values; what is not known is None."""
+    terms = {name: values for name, values in episode.terms.items() if name != "kl"}
+    rewards = np.sum(list(terms.values()), axis=0) if terms else episode.reward
+    texts = [None, None]
+    if tokenizer is not None:
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (episode.prompt, episode.response)]
+    return {
+        "prompt_ids": episode.prompt.tolist(),
+        "response_ids": episode.response.tolist(),
+        "token_rewards": rewards.tolist(),
+        "logprobs": episode.logprob.tolist(),
+        "ref_logprobs": episode.ref_logprob.tolist(),
+        "terms": {name: values.tolist() for name, values in terms.items()},
+        "kl_coef": episode.kl_coef,
+        "score": _known(episode.score),
+        "gold": _known(episode.gold),
+        "terminated": episode.terminated,
+        "prompt_id": episode.prompt_id,
+        "version": episode.version,
+        "prompt": texts[0],
+        "response": texts[1],
+    }
+
+
+def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """B rows as tensors, prompts (B, P) padded on the left and responses (B, T) on the right, as trainers hold them.
+
+    Returns:
+        `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`, `logprobs`,
+        `ref_logprobs` float32, zero where there is no token.
+    """
+    lengths = torch.tensor([len(row["response_ids"]) for row in rows])
+    prompts = [torch.tensor(row["prompt_ids"][::-1]) for row in rows]
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    out = {
+        "prompt_ids": _pad(prompts, pad_token_id).flip(1),
+        "prompt_mask": token_mask(prompt_lengths, int(prompt_lengths.max())).flip(1),
+        "response_ids": _pad([torch.tensor(row["response_ids"]) for row in rows], pad_token_id),
+        "response_mask": token_mask(lengths, int(lengths.max())),
+    }
+    for name in ("token_rewards", "logprobs", "ref_logprobs"):
+        out[name] = _pad([torch.tensor(row[name], dtype=torch.float32) for row in rows], 0.0)
+    return out
+
+
+def _pad(rows: list[Tensor], value: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise InvalidArgument(f"path={str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError as error:
+        raise MissingDependency(".arrow files need pyarrow: pip install 'tokenenv-rl[datasets]'") from error
+    return pyarrow
+
+
+def _write_arrow(path: Path, rows: list[Row]) -> None:
+    pa = _pyarrow()
+    types = {
+        "list<int64>": pa.list_(pa.int64()),
+        "list<float32>": pa.list_(pa.float32()),
+        "map<string, list<float32>>": pa.map_(pa.string(), pa.list_(pa.float32())),
+        "float32": pa.float32(),
+        "int64": pa.int64(),
+        "bool": pa.bool_(),
+        "string": pa.string(),
+    }
+    schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
+    table = pa.Table.from_pylist([{**row, "terms": list(row["terms"].items())} for row in rows], schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(table)

@@ -1,0 +1,185 @@
+"""Episodes in files and as padded tensors: nothing changed, nothing lost, and what the examples make of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenenv.agents.episodes import Episode
+from tokenenv.agents.export import COLUMNS, episode_row, padded, read_episodes, write_episodes
+from tokenenv.errors import InvalidArgument, MissingDependency
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def episodes(draw):
+    """Any episode, with terms of which one is the KL's."""
+    prompt = draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=5))
+    length = draw(st.integers(1, 6))
+
+    def column():
+        return np.asarray(draw(st.lists(numbers, min_size=length, max_size=length)), np.float32)
+
+    terms = {name: column() for name in draw(st.sampled_from([(), ("token",), ("token", "kl"), ("a", "b", "kl")]))}
+    return Episode(
+        prompt=np.asarray(prompt),
+        response=np.arange(length),
+        logprob=column(),
+        ref_logprob=column(),
+        reward=column() if not terms else np.sum(list(terms.values()), axis=0, dtype=np.float32),
+        kl_coef=draw(numbers),
+        terminated=draw(st.booleans()),
+        truncated=False,
+        score=draw(numbers | st.just(float("nan"))),
+        gold=draw(numbers | st.just(float("nan"))),
+        prompt_id=draw(st.integers(-1, 9)),
+        slot=0,
+        potential=np.zeros(length + 1, np.float32),
+        index=0,
+        version=draw(st.integers(0, 9)),
+        terms=terms,
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "arrow"])
+@settings(deadline=None)  # pyarrow is imported in the first
+@given(some=st.lists(episodes(), max_size=4))
+def test_what_is_written_is_read_bit_for_bit(suffix, some, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / f"e.{suffix}"
+    write_episodes(path, some)
+    rows = read_episodes(path)
+    assert len(rows) == len(some)
+    for row, episode in zip(rows, some, strict=True):
+        assert list(row) == list(COLUMNS)
+        for column, values in (("prompt_ids", episode.prompt), ("response_ids", episode.response)):
+            assert row[column] == values.tolist()
+        for column, values in (("logprobs", episode.logprob), ("ref_logprobs", episode.ref_logprob)):
+            np.testing.assert_array_equal(np.asarray(row[column], np.float32), values)
+        for name, values in episode.terms.items():
+            if name != "kl":
+                np.testing.assert_array_equal(np.asarray(row["terms"][name], np.float32), values)
+        assert "kl" not in row["terms"]
+        for column in ("score", "gold"):
+            value = getattr(episode, column)
+            assert row[column] is None if np.isnan(value) else np.float32(row[column]) == np.float32(value)
+        assert (row["terminated"], row["prompt_id"], row["version"]) == (episode.terminated, episode.prompt_id, episode.version)
+    if suffix == "jsonl":
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@given(episode=episodes())
+def test_rewards_are_the_terms_without_the_penalty(episode):
+    row = episode_row(episode)
+    rest = [values for name, values in episode.terms.items() if name != "kl"]
+    expected = np.sum(rest, axis=0) if rest else episode.reward
+    np.testing.assert_array_equal(np.asarray(row["token_rewards"], np.float32), expected)
+
+
+def row_of(prompt, rewards):
+    return {
+        "prompt_ids": prompt,
+        "response_ids": list(range(10, 10 + len(rewards))),
+        "token_rewards": rewards,
+        "logprobs": [-1.0] * len(rewards),
+        "ref_logprobs": [-2.0] * len(rewards),
+    }
+
+
+ROWS = [row_of([1, 2, 3], [0.5, 1.5]), row_of([4], [1.0, 2.0, 3.0, 4.0])]
+
+
+def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
+    out = padded(ROWS, pad_token_id=99)
+    assert out["prompt_ids"].tolist() == [[1, 2, 3], [99, 99, 4]]
+    assert out["prompt_mask"].tolist() == [[True] * 3, [False, False, True]]
+    assert out["response_ids"].tolist() == [[10, 11, 99, 99], [10, 11, 12, 13]]
+    assert out["response_mask"].tolist() == [[True, True, False, False], [True] * 4]
+    assert out["token_rewards"].tolist() == [[0.5, 1.5, 0, 0], [1, 2, 3, 4]]
+    assert out["logprobs"].dtype == torch.float32
+
+
+def test_bad_paths_and_a_missing_pyarrow_are_named(tmp_path, monkeypatch):
+    with pytest.raises(InvalidArgument, match=r"ends in '.csv'; allowed: .jsonl, .arrow"):
+        write_episodes(tmp_path / "e.csv", [])
+    with pytest.raises(InvalidArgument, match="is not a file"):
+        read_episodes(tmp_path / "e.jsonl")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[datasets\]'"):
+        write_episodes(tmp_path / "e.arrow", [])
+
+
+def test_texts_come_with_a_tokenizer():
+    tokenizer = fakes.tokenizer()
+    ids = tokenizer(" ".join(fakes.WORDS[3:6]))["input_ids"]
+    nothing = np.zeros(len(ids), np.float32)
+    episode = Episode(
+        *(np.asarray(ids), np.asarray(ids), nothing, nothing, nothing, 0.0, True, False, 0.0, 0.0, 0, 0), np.zeros(1), 0
+    )
+    row = episode_row(episode, tokenizer)
+    assert row["prompt"] == row["response"] == " ".join(fakes.WORDS[3:6])
+    assert episode_row(episode)["prompt"] is None
+
+
+# ---------------------------------------------------------------- the examples
+
+
+def test_verls_columns():
+    from export_verl import tensors_of
+
+    out = tensors_of(ROWS)
+    assert out["input_ids"].tolist() == [[1, 2, 3, 10, 11, 0, 0], [0, 0, 4, 10, 11, 12, 13]]
+    assert out["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert out["position_ids"].tolist() == [[0, 1, 2, 3, 4, 4, 4], [0, 0, 0, 1, 2, 3, 4]]
+    assert out["rm_scores"].sum(1).tolist() == [2.0, 10.0]
+
+
+def test_openrlhfs_rewards_are_its_own_where_only_the_last_token_is_paid():
+    """Its formula: -beta KL everywhere, the text's number on the last token of the mask. A mask may begin anywhere."""
+    from export_openrlhf import TokenReward
+
+    rows = [row_of([1, 2], [0.0, 5.0]), row_of([4], [0.0, 0.0, 7.0])]
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
+    kl = torch.randn(2, 5) * mask
+    expected = -0.1 * kl
+    expected[0, 2] += 5.0
+    expected[1, 3] += 7.0
+    reward = TokenReward(lambda: rows)
+    torch.testing.assert_close(reward(None, 0.1, kl, mask), expected)
+    dense = TokenReward(lambda: ROWS)(None, -1.0, kl := torch.zeros(2, 6), torch.tensor([[0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]))
+    assert dense.tolist() == [[0, 0.5, 1.5, 0, 0, 0], [1, 2, 3, 4, 0, 0]]
+    assert kl.sum() == 0
+
+
+def test_trls_advantages_are_returns_to_go_around_their_mean():
+    from export_trl import inputs_of
+
+    out = inputs_of(ROWS)
+    returns = torch.tensor([[2.0, 1.5, 0, 0], [10, 9, 7, 4]])
+    mean = (2 + 1.5 + 10 + 9 + 7 + 4) / 6
+    torch.testing.assert_close(out["advantages"], (returns - mean) * out["completion_mask"])
+    assert out["num_items_in_batch"] == 6
+
+
+@pytest.mark.parametrize("name", ["verl", "openrlhf", "trl"])
+def test_the_examples_run(name, tmp_path):
+    """Without the trainer's package they say what is missing."""
+    path = tmp_path / "e.jsonl"
+    rows = [{**dict.fromkeys(COLUMNS), "terms": {}, **row} for row in ROWS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [str(path), "a-model"] if name == "trl" else [str(path)]
+    done = subprocess.run([sys.executable, EXAMPLES / f"export_{name}.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "(2, 4)" in done.stdout
+    assert "pip install" in done.stdout or name == "openrlhf"
