@@ -23,8 +23,8 @@ class Running:
 class LocalEngine:
     """Takes the weights at `sync`, as vLLM does, and draws each text from a stream of its own.
 
-    `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on. `note(key)` is called when
-    a text's first token is drawn.
+    `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on. Texts in `slow` take a token
+    at every third step. `note(key)` is called when a text's first token is drawn.
     """
 
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):
@@ -34,6 +34,8 @@ class LocalEngine:
         self.running: dict[int, Running] = {}
         self.asked: dict[int, tuple[list[int], int, int]] = {}
         self.most = 0
+        self.steps = 0
+        self.slow: set[int] = set()
         self.down: dict[str, int] = {}
         self.note: Callable[[int], None] = lambda key: None
 
@@ -58,7 +60,10 @@ class LocalEngine:
         found = []
         while not found:
             self._may_fail("ended")
+            self.steps += 1
             for key, text in list(self.running.items()):
+                if key in self.slow and self.steps % 3:
+                    continue
                 if not text.tokens:
                     self.note(key)
                 logits = self.model(torch.tensor([text.prompt + text.tokens])).logits[:, -1]

@@ -250,6 +250,21 @@ def test_the_limit_is_reached_and_never_passed(max_staleness, group_size, saved,
     assert sorted([*seen, *unfinished]) == list(range(collector._begun))
 
 
+def test_a_text_that_waits_for_its_group_does_not_grow_too_old():
+    """Though the one it waits for was begun again, under a later version."""
+    agent = agent_of(make(long=True, group_size=2), GRPO)
+    collector = agent.collector
+    collector.engine.slow = {1}
+    while 0 not in collector._waiting:
+        assert {0, 1}.isdisjoint(numbers(collector.collect(1)))
+    collector.refresh()
+    collector.load_env(collector.save_env())
+    episodes = collector.collect(1)
+    versions = dict(zip(numbers(episodes), [e.version for e in episodes], strict=True))
+    assert (versions[0], versions[1]) == (0, 1)
+    assert len(versions) > 2
+
+
 def test_texts_straddle_updates_with_the_log_probs_of_either_policy():
     agent = agent_of(make(), lr=0.05)
     old = {name: weight.clone() for name, weight in agent.policy.state_dict().items()}
@@ -435,9 +450,9 @@ def test_an_engine_that_fails_in_continuations_leaves_none(call):
     agent = agent_of(make(), VinePPO)
     agent.learn(1)
     running = set(agent.collector._running)
-    agent.collector.engine.down = {call: 1}
+    agent.collector.engine.down = {call: 5}
     with pytest.raises(ConnectionError):
-        agent.collector.play_on([(np.array([5, 6, 7]), np.array([], np.int64))], 4)
+        agent.collector.play_on([(np.array([5, 6, 7]), np.array([], np.int64))], 20)
     assert not agent.collector.engine.running
     assert not agent.collector._continuations
     episodes = agent.collector.collect(60)
