@@ -254,14 +254,15 @@ def test_a_text_that_waits_for_its_group_does_not_grow_too_old():
     """Though the one it waits for was begun again, under a later version."""
     agent = agent_of(make(long=True, group_size=2), GRPO)
     collector = agent.collector
-    collector.engine.slow = {1}
-    while 0 not in collector._waiting:
-        assert {0, 1}.isdisjoint(numbers(collector.collect(1)))
+    collector.engine.slow = {3}
+    collector.collect(1)
+    assert 2 in collector._waiting
+    assert 3 in collector._running
     collector.refresh()
     collector.load_env(collector.save_env())
     episodes = collector.collect(1)
     versions = dict(zip(numbers(episodes), [e.version for e in episodes], strict=True))
-    assert (versions[0], versions[1]) == (0, 1)
+    assert (versions[2], versions[3]) == (0, 1)
     assert len(versions) > 2
 
 
