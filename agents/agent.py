@@ -165,9 +165,9 @@ class Agent:
         batch = EpisodeBatch.stack(episodes)
         kl_coef = self.kl_coef
         metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
-        self.collector.refresh()
         self._adapt_kl_coef(batch)
-        self.updates += 1
+        self.updates += 1  # before weights are handed over, which may fail: the policy has had it
+        self.collector.refresh()
         return metrics | {
             "objective/kl_coef": kl_coef,
             "policy/lr": lr,

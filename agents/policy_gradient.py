@@ -32,8 +32,8 @@ class PolicyGradientConfig(AgentConfig):
     """Discount per token, 0 to 1."""
     importance_cap: float | None = None
     """Above 0: each token's policy loss is weighted by pi_old / pi_sampler, at most this, and ratios are taken to pi_old, the
-    learner's policy before the update; it corrects for stale texts and for the log-probs of an engine (2 is usual). None
-    takes pi_sampler for pi_old."""
+    learner's policy before the update. It makes what stale texts and an engine's log-probs distort smaller (2 is usual); in
+    texts of several tokens not zero. None takes pi_sampler for pi_old."""
     whiten: bool = True
     """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
 

@@ -422,7 +422,7 @@ def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_sta
     for _ in range(4):
         found = one.collect(60)
         wanted |= dict(zip(numbers(found), found, strict=True))
-    for when in itertools.count(step=2):
+    for when in itertools.count(step=3):
         other = collector()
         other.engine.down = {call: when}
         try:

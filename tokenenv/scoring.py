@@ -38,38 +38,16 @@ def score_episodes(
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
     each = {name: _read_weight(name, weight, count) for name, weight in weights.items()}
-    shape = (count, spec.max_new_tokens)
-    statistics = engine.rewards.statistics()
-    out = EpisodeScores(
-        token_rewards=np.zeros(shape, np.float32),
-        step_rewards=np.zeros(shape, np.float32),
-        terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
-        token_reward_terms={name: np.zeros(shape, np.float32) for name in engine.rewards.terms},
-        score=None if engine.parts.scorer is None else np.zeros(count, np.float32),
-        gold=None if gold is None else np.zeros(count, np.float32),
-        lengths=np.asarray([len(response) for response in response_ids]),
-        ref_logprobs=np.zeros(shape, np.float32),
-        potentials=np.zeros((count, shape[1] + 1), np.float32) if engine.rewards.has_potential else None,
-    )
+    out = _nothing_yet(engine, response_ids, gold is not None)
+    statistics, learned = engine.rewards.statistics(), engine.save_statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    learned = engine.save_statistics()
     try:
         for group in micro_batches(lengths, max_batch_tokens):
             texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
             texts.statistics, texts.learning = {name: s.expand(len(group), -1) for name, s in statistics.items()}, learning
             given = None if logprobs is None else [logprobs[i] for i in group]
             group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
-            scored = _score_group(engine, texts, given, cut[group], group_weights)
-            for name in scored.placed:
-                out.terms[name][group] = scored.paid[name].cpu().numpy()
-                out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
-                out.step_rewards[group] += out.terms[name][group]
-                out.token_rewards[group] += out.token_reward_terms[name][group]
-            out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
-            if out.potentials is not None and scored.potential is not None:
-                out.potentials[group] = scored.potential.cpu().numpy()
-            if out.score is not None and texts.score is not None:
-                out.score[group] = texts.score.cpu().numpy()
+            _fill(out, group, texts, _score_group(engine, texts, given, cut[group], group_weights))
             if out.gold is not None and callable(gold):
                 out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
     except Exception:
@@ -77,6 +55,40 @@ def score_episodes(
         engine.load_statistics(learned)
         raise
     return replace(out, gold=out.score) if gold == "score" else out
+
+
+def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
+    """Zeros for so many texts."""
+    count, width, names = len(responses), engine.parts.spec.max_new_tokens, list(engine.rewards.terms)
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros((count, *shape), np.float32)
+
+    return EpisodeScores(
+        token_rewards=zeros(width),
+        step_rewards=zeros(width),
+        terms={name: zeros(width) for name in names},
+        token_reward_terms={name: zeros(width) for name in names},
+        score=None if engine.parts.scorer is None else zeros(),
+        gold=zeros() if has_gold else None,
+        lengths=np.asarray([len(response) for response in responses]),
+        ref_logprobs=zeros(width),
+        potentials=zeros(width + 1) if engine.rewards.has_potential else None,
+    )
+
+
+def _fill(out: EpisodeScores, group: np.ndarray, texts: FinishedTexts, scored: "_Scored") -> None:
+    """Takes in a micro-batch: the rows `group`."""
+    for name in scored.placed:
+        out.terms[name][group] = scored.paid[name].cpu().numpy()
+        out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
+        out.step_rewards[group] += out.terms[name][group]
+        out.token_rewards[group] += out.token_reward_terms[name][group]
+    out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
+    if out.potentials is not None and scored.potential is not None:
+        out.potentials[group] = scored.potential.cpu().numpy()
+    if out.score is not None and texts.score is not None:
+        out.score[group] = texts.score.cpu().numpy()
 
 
 @dataclass(slots=True)
