@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenenv.errors import CheckpointError
 
-FORMAT, VERSION = "tokenenv-checkpoint", "2"
+FORMAT, VERSION = "tokenenv-checkpoint", "3"
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ BROKEN = {
     "text": (lambda data: b"a text of some length, not a checkpoint at all", "cannot be read as a checkpoint"),
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
-    "version": (lambda data: data.replace(b'"version":"2"', b'"version":"7"'), "has checkpoint version 7; .* reads 2"),
+    "version": (lambda data: data.replace(b'"version":"3"', b'"version":"7"'), "has checkpoint version 7; .* reads 3"),
 }
 
 
