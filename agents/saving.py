@@ -38,10 +38,14 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     agent.updates = state["updates"]
     for name, value in agent.statistics.items():
         value.load_state_dict(state["statistics"][name])
-    agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
     if agent.kl_coef != state["kl_coef"]:
         agent.kl_coef = state["kl_coef"]
-    agent.collector.load_env(state["env"])
+    if (agent.config.rollout == "step") == (state["config"]["rollout"] == "step"):
+        agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
+        agent.collector.load_env(state["env"])
+    else:  # texts that were running are of the other kind: they are left, and the env begins anew
+        agent.collector.tokens_seen, agent.collector.version = state["collector"]["tokens_seen"], state["collector"]["version"]
+        agent.collector.load_env(None)
 
 
 def trained_weights(policy: nn.Module) -> dict[str, Tensor]:

@@ -127,10 +127,11 @@ class TextCollector:
         """What the env keeps beside the texts."""
         return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
 
-    def load_env(self, saved: dict[str, Any]) -> None:
+    def load_env(self, saved: dict[str, Any] | None) -> None:
         """Goes on from what `save_env` returned; running texts are begun again with the present weights."""
-        self.core.tokens_seen = int(saved["tokens_seen"])
-        self.core.load_statistics(saved["statistics"])
+        if saved is not None:
+            self.core.tokens_seen = int(saved["tokens_seen"])
+            self.core.load_statistics(saved["statistics"])
         self._stop()
         self._sync()
 

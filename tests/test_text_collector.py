@@ -396,6 +396,21 @@ def test_resuming_is_exact(name, tmp_path):
     np.testing.assert_equal(straight.core.save_statistics(), resumed.core.save_statistics())
 
 
+@pytest.mark.parametrize("rollouts", [("vllm", "step"), ("step", "vllm")])
+def test_a_run_may_go_on_by_the_other_rollout(rollouts, tmp_path):
+    """Weights and counts are kept; the texts that were running are not."""
+    agent = agent_of(make(), rollout=rollouts[0], lr=0.05)
+    run(agent, 2)
+    agent.save(tmp_path / "c")
+    other = PPO.load(tmp_path / "c", make(), rollout=rollouts[1])
+    assert (other.tokens_seen, other.updates, other.collector.version) == (agent.tokens_seen, 2, 2)
+    batch = EpisodeBatch.stack(other.collector.collect(60))
+    own = token_logprobs(agent.policy, batch, 1000) * batch.mask_BT
+    torch.testing.assert_close(own, batch.logprob_BT, atol=1e-5, rtol=0)
+    assert (batch.version_B == 2).all()
+    run(other, 3)
+
+
 def test_waiting_texts_of_a_group_survive_a_checkpoint(tmp_path):
     agent = agent_of(make(group_size=3), GRPO)
     while not agent.collector._waiting:

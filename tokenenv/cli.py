@@ -139,7 +139,7 @@ class Evaluate:
         envs = made.make_envs(group_size=1, **held_out(made.env))
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
-            "after": ALGORITHMS[made.algo].load(self.run_dir / "checkpoint", made.make_envs()),
+            "after": ALGORITHMS[made.algo].load(self.run_dir / "checkpoint", made.make_envs(), rollout="step"),
         }
         found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
         console.print(comparison(found))
