@@ -57,8 +57,7 @@ def play(envs, seed=0):
     """One episode a slot, all T tokens long, of which the first ends in a stop token: prompts, responses, steps."""
     rng = np.random.default_rng(seed)
     spec = envs.unwrapped.token_spec
-    # No pad id either: transformers' own sequence classifier would take the last of them for padding.
-    allowed = [token for token in range(spec.vocab_size) if token not in (*spec.stop_token_ids, fakes.PAD)]
+    allowed = [token for token in range(spec.vocab_size) if token not in spec.stop_token_ids]
     responses = rng.choice(allowed, (N, T))
     responses[0, -1] = spec.stop_token_ids[0]
     obs, _ = envs.reset(seed=seed)

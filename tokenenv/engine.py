@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
+from tokenenv.models.text_scores import read_length, score_texts
+from tokenenv.models.trunks import Trunks, logits_head, logprob_reader
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
@@ -205,13 +206,16 @@ class RewardEngine:
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
-    def read_score(self, hidden: dict[int, Tensor], running: Tensor | float) -> Tensor | None:
-        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum."""
+    def _next_score(self, after: States, tokens: Tensor, before: Tensor | None) -> Tensor | None:
+        """The scores (K,) of K texts from their states after `tokens` (K,) and the scores before them: a per-token scorer
+        adds to the sum, any other passes over pad tokens."""
         scorer = self.parts.causal_scorer
-        if scorer is None:
+        if scorer is None or before is None:
             return None
-        scores = scorer.head(hidden[id(trunk_of(scorer.model))])
-        return scores + running if scorer.per_token else scores
+        scores = scorer.head(after.of(scorer.model))
+        if scorer.per_token:
+            return scores + before
+        return scores if scorer.pad_token_id is None else torch.where(tokens == scorer.pad_token_id, before, scores)
 
     def read_finished(self, texts: FinishedTexts) -> None:
         """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
@@ -229,7 +233,7 @@ class RewardEngine:
         hidden = self.trunks.prefill(slots, tokens, lengths)
         states = States(hidden, texts.upload(texts.response_length[slots]))
         if saved is None:
-            states.score = self._first_score(slots, texts, hidden)
+            states.score = self._first_score(slots, texts, states)
             states.statistics = {name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()}
             last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
             # Copies: a term may well return the scores themselves.
@@ -245,23 +249,26 @@ class RewardEngine:
             self.states.put(texts.upload(np.asarray(slots)), states)
         self._refresh_weights(texts)
 
-    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: dict[int, Tensor]) -> Tensor | None:
-        """The score of the texts that begin in `slots`: a per-token scorer has scored a prefix, but no prompt."""
+    def _first_score(self, slots: Slots, texts: TextBuffer, states: States) -> Tensor | None:
+        """The score of the texts that begin in `slots`, from their states: a per-token scorer has scored a prefix, but no
+        prompt, and any other may have read the text at an earlier token than its last."""
         scorer = self.parts.causal_scorer
-        if scorer is None or not scorer.per_token:
-            return self.read_score(hidden, 0.0)
-        first = torch.zeros(len(slots), device=self.parts.device)
+        if scorer is None:
+            return None
+        last = scorer.head(states.of(scorer.model))
+        first = torch.zeros_like(last) if scorer.per_token else last.clone()
         for row, slot in enumerate(slots):
-            if texts.unpaid[slot]:
-                tokens, lengths = texts.rows([slot])
-                states = self.trunks.of(scorer.model).states(tokens, lengths)
-                first[row] = scorer.head(states[0, texts.prompt_length[slot] :]).sum()
+            ids = texts.tokens[slot, : texts.length[slot]]
+            if texts.unpaid[slot] if scorer.per_token else read_length(ids, scorer.pad_token_id) < len(ids):
+                whole = ids.tolist()
+                start = texts.prompt_length[slot]
+                first[row] = score_texts(scorer, [(whole[:start], whole[start:])])[0]
         return first
 
     def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
         hidden = self.trunks.append(tokens, active)
-        score = self.read_score(hidden, 0.0 if before.score is None else before.score)
-        after = States(hidden, before.step + 1, score, {}, before.statistics)
+        after = States(hidden, before.step + 1, None, {}, before.statistics)
+        after.score = self._next_score(after, tokens, before.score)
         for name, term in self.rewards.with_memory.items():
             after.memory[name] = term.remember(before.memory[name], tokens, after)
         return after

@@ -11,9 +11,10 @@ from torch import Tensor
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import micro_batches
+from tokenenv.models.text_scores import read_length, score_texts
 from tokenenv.prompts import fit_prompt, to_ids
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
-from tokenenv.types import EpisodeScores, TokenSpec
+from tokenenv.types import EpisodeScores, Scorer, TokenSpec
 
 
 @torch.no_grad()
@@ -220,7 +221,7 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     statistics = {name: s[row] for name, s in texts.statistics.items()}
     before = States({key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics)
     after = States({key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics)
-    before.score, after.score = _running_scores(engine, before, after, row, t)
+    before.score, after.score = _running_scores(engine.parts.causal_scorer, texts, before, after, row, t)
     tokens = texts.tokens[row, at]
     for name, term in engine.rewards.with_memory.items():
         first = texts.tokens[row, at - 1]
@@ -245,13 +246,37 @@ def _recall(
 
 
 def _running_scores(
-    engine: RewardEngine, before: States, after: States, row: Tensor, t: Tensor
+    scorer: Scorer | None, texts: FinishedTexts, before: States, after: States, row: Tensor, t: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end."""
-    scores = engine.read_score(after.hidden, 0.0)
-    if scores is None or engine.parts.causal_scorer is None:
+    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end,
+    any other's stays as it was at tokens that it passes over."""
+    if scorer is None:
         return None, None
-    if not engine.parts.causal_scorer.per_token:
-        return engine.read_score(before.hidden, 0.0), scores
+    scores = scorer.head(after.of(scorer.model))
+    if not scorer.per_token:
+        scores = torch.cat([_prompt_scores(scorer, texts, before, t), scores])
+        read = _read_at(scorer, texts, row, t)
+        return scores[read[row, t]], scores[read[row, t + 1]]
     sums = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, device=scores.device).index_put((row, t), scores).cumsum(1)
     return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]
+
+
+def _prompt_scores(scorer: Scorer, texts: FinishedTexts, before: States, t: Tensor) -> Tensor:
+    """The scores (b,) of the prompts."""
+    scores = scorer.head(before.of(scorer.model)[t == 0]).clone()
+    for i, (ids, length) in enumerate(zip(texts.ids, texts.prompt_length, strict=True)):
+        if read_length(ids[:length], scorer.pad_token_id) < length:
+            scores[i] = score_texts(scorer, [(ids[:length].tolist(), [])])[0]
+    return scores
+
+
+def _read_at(scorer: Scorer, texts: FinishedTexts, row: Tensor, t: Tensor) -> Tensor:
+    """(b, T + 1): where the score after 0, 1, ..., T tokens of each text stands among the b of the prompts and the K of the
+    tokens: at the last token that is not passed over."""
+    count, width = len(texts.ids), int(t.max()) + 2
+    prompts = torch.arange(count, device=row.device)[:, None].expand(-1, width)
+    own = prompts.index_put((row, t + 1), count + torch.arange(len(row), device=row.device))
+    if scorer.pad_token_id is not None:
+        at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
+        own[row, t + 1] = torch.where(texts.tokens[row, at] == scorer.pad_token_id, row, own[row, t + 1])
+    return own.cummax(1).values

@@ -89,6 +89,9 @@ class Scorer:
     """States (K, H) to scores (K,)."""
     per_token: bool
     """True: the score of a text is the sum of its response tokens' scores. False: the score at its last token."""
+    pad_token_id: int | None = None
+    """Where `per_token` is False, the last token of a text is its last one that is not this: so do transformers' sequence
+    classifiers read, also where their pad id is the stop id. None: whatever the last token is."""
 
 
 class TextScorer(Protocol):
