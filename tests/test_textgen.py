@@ -270,7 +270,7 @@ def test_stop_ids_fall_back_to_the_config_and_the_tokenizer():
     model = without_stop_ids()
     assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (fakes.EOS,)  # the tokenizer's
     model.config.eos_token_id = 7
-    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7,)
+    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7, fakes.EOS)
     assert make(model, reward={}, stop_token_ids=[8, 9]).unwrapped.token_spec.stop_token_ids == (8, 9)
 
 

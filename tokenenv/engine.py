@@ -1,19 +1,32 @@
 """The models and reward terms of N running texts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.text_scores import read_length, score_texts
-from tokenenv.models.trunks import Trunks, logits_head, logprob_reader
+from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
 from tokenenv.types import Scorer, Slots
+
+
+def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the engine, or a function of it, that finds all models in eval mode; afterwards they are as they were."""
+
+    @wraps(method)
+    def run(engine: "RewardEngine", *args: Any, **kwargs: Any) -> Any:
+        with evaluating(*engine.modules):
+            return method(engine, *args, **kwargs)
+
+    return run
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -64,6 +77,9 @@ class RewardEngine:
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
+        parts_of = (part for model in models for part in (model, trunk_of(model)))
+        self.modules = list(dict.fromkeys(part for part in parts_of if isinstance(part, nn.Module)))
+        """The models, which may be put into train mode between steps; none of them is run in it."""
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
         self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
@@ -103,6 +119,7 @@ class RewardEngine:
         return {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
 
     @torch.no_grad()
+    @in_eval_mode
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
@@ -227,6 +244,7 @@ class RewardEngine:
         texts.score = texts.token_scores.sum(1)
 
     @torch.no_grad()
+    @in_eval_mode
     def _enter(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any] | None = None) -> None:
         """Reads the texts of `slots` from their start; `saved` holds what cannot be read off them."""
         tokens, lengths = texts.rows(slots)

@@ -41,6 +41,8 @@ class TokenSpec:
     """T: the episode is truncated after this many response tokens."""
     score_truncated: bool = True
     """True: a truncated text is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
+    chats: Any = None
+    """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a chat template; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ class Task:
 
     tokenizer: Any
     """A transformers tokenizer shared by all models, or None where tokens have no text."""
+    chats: Any = None
+    """The `tokenenv.models.chats.Chats` behind the prompts, where prompts that are given as texts or messages are chats."""
     reference: Any
     """pi_ref: a transformers causal LM, or any `TokenModel`; frozen, in eval mode."""
     prompts: Sequence[Sequence[int]]

@@ -17,7 +17,7 @@ def token_ends(prefixes: Sequence[str]) -> np.ndarray:
         prefixes: the text decoded after 0, 1, ..., T response tokens, so that the last one is the whole text and end 0 is
             where the prompt ends.
     """
-    agree = np.array([_common(prefix, prefixes[-1]) for prefix in prefixes])
+    agree = np.array([common_length(prefix, prefixes[-1]) for prefix in prefixes])
     return np.minimum.accumulate(agree[::-1])[::-1]  # what a later prefix takes back was not yet final
 
 
@@ -45,7 +45,7 @@ def align(scores: np.ndarray, offsets: Sequence[tuple[int, int]] | np.ndarray, e
     return (np.asarray(scores, dtype=np.float64) @ shares(offsets, ends)).astype(np.float32)
 
 
-def _common(prefix: str, text: str) -> int:
+def common_length(prefix: str, text: str) -> int:
     """With how many of its characters `prefix` agrees with the beginning of `text`."""
     return bisect(range(1, len(prefix) + 1), False, key=lambda count: not text.startswith(prefix[:count]))
 

@@ -12,7 +12,7 @@ from tokenenv.errors import ModelError
 from tokenenv.types import Head, Scorer
 
 from .batching import hidden_states
-from .cached_lm import acting, trunk_of
+from .cached_lm import acting, evaluating, trunk_of
 
 CHUNK = 512
 """Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
@@ -61,7 +61,8 @@ def make_scorer(model: Any) -> Scorer:
         raise ModelError(f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with one label")
 
     def head(states: Tensor) -> Tensor:
-        return linear(states).float().squeeze(-1)
+        with evaluating(linear):  # some heads are more than a layer, with dropout
+            return linear(states).float().squeeze(-1)
 
     per_token = _check_head(model, head, lambda logits: logits.flatten())
     pad_token_id = None if per_token else _passed_over(model, head)
