@@ -167,7 +167,7 @@ def test_ids_of_no_known_conversation_are_read_as_plain_text_with_one_warning():
     np.testing.assert_array_equal(known, envs.score_episodes([CHAT], [[5, STOP]]).score)
     strange = policy_ids("a cat")
     with pytest.warns(UserWarning, match="token ids of no known conversation") as caught:
-        plain = [envs.score_episodes([strange], [[5, STOP]]).score for _ in range(2)][0]
+        plain, _ = (envs.score_episodes([strange], [[5, STOP]]).score for _ in range(2))
     assert len(caught) == 1
     text = POLICY.decode([*strange, 5], skip_special_tokens=True)
     with torch.no_grad():
