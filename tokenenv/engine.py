@@ -12,7 +12,7 @@ from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Scorer, Slots
+from tokenenv.types import Scorer, Slots, TrunkStates
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -205,12 +205,12 @@ class RewardEngine:
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
-    def read_score(self, hidden: dict[int, Tensor], running: Tensor | float) -> Tensor | None:
+    def read_score(self, hidden: TrunkStates, running: Tensor | float) -> Tensor | None:
         """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum."""
         scorer = self.parts.causal_scorer
         if scorer is None:
             return None
-        scores = scorer.head(hidden[id(trunk_of(scorer.model))])
+        scores = scorer.head(hidden[trunk_of(scorer.model)])
         return scores + running if scorer.per_token else scores
 
     def read_finished(self, texts: FinishedTexts) -> None:
@@ -245,7 +245,7 @@ class RewardEngine:
             self.states.put(texts.upload(np.asarray(slots)), states)
         self._refresh_weights(texts)
 
-    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: dict[int, Tensor]) -> Tensor | None:
+    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: TrunkStates) -> Tensor | None:
         """The score of the texts that begin in `slots`: a per-token scorer has scored a prefix, but no prompt."""
         scorer = self.parts.causal_scorer
         if scorer is None or not scorer.per_token:

@@ -26,8 +26,8 @@ Weight = float | Callable[[int], float]
 class States:
     """K texts as the models see them after their last token."""
 
-    hidden: dict[int, Tensor]
-    """A state (K, H) for every trunk, by its id()."""
+    hidden: dict[Any, Tensor]
+    """A state (K, H) for every trunk, by the trunk itself."""
     step: Tensor
     """(K,) int64: response tokens so far."""
     score: Tensor | None = None
@@ -40,7 +40,7 @@ class States:
 
     def of(self, model: Any) -> Tensor:
         """The states (K, H) of `model`'s trunk; the term lists the model in `models`."""
-        return self.hidden[id(trunk_of(model))]
+        return self.hidden[trunk_of(model)]
 
     def tensors(self) -> list[Tensor]:
         """All of it, always in the same order."""
