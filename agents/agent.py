@@ -16,7 +16,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from tokenenv.errors import CheckpointError, InvalidArgument, check_choice
+from tokenenv.errors import CheckpointError, InvalidArgument, NotFinite, check_choice
 
 from . import losses
 from .actor import Actor
@@ -26,6 +26,7 @@ from .collector import Collector
 from .config import AgentConfig, learning_rate
 from .env_rows import check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
+from .failures import write_failures
 from .generate import generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
@@ -152,6 +153,10 @@ class Agent:
                 metrics["time/tokens_per_second"] = (self.tokens_seen - before) / (time.perf_counter() - started)
                 for listener in listeners:
                     listener(metrics, episodes)
+        except NotFinite as error:
+            if self.run_dir is not None:
+                write_failures(self.run_dir, error, self.spec, self.updates, self.tokens_seen)
+            raise
         finally:
             for listener in listeners:
                 getattr(listener, "close", lambda: None)()

@@ -14,9 +14,12 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from tokenenv.errors import InvalidAction, NotFinite
+
 from .actor import Actor
 from .env_rows import action, flags, method, take, take_info, take_obs
-from .episodes import Episode
+from .episodes import Episode, check_finite
+from .failures import require_finite_policy, running_texts
 from .masks import pack
 from .pairing import Pairing
 
@@ -125,7 +128,11 @@ class Collector:
         if not self.running:
             self.reset()
         self.running = False
-        yield
+        try:
+            yield
+        except NotFinite as error:
+            error.texts = error.texts or running_texts(self._obs, error.rows)
+            raise
         self.running = True
 
     def step(self) -> list[Episode]:
@@ -137,9 +144,14 @@ class Collector:
         """The episodes that one more token ended, by number."""
         tokens, logprobs = self.actor.act(self._obs)
         allowed = pack(self._obs)
-        obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+        try:
+            obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+        except InvalidAction:  # kl="policy" takes the log-probs
+            require_finite_policy(~logprobs.isfinite().cpu().numpy(), self.version)
+            raise
         self._record(logprobs, rewards, infos, allowed)
-        terminated, truncated = flags(terminations, truncations)
+        terminated, truncated, invalid = flags(terminations, truncations, logprobs)
+        require_finite_policy(invalid, self.version)
         ended = terminated | truncated
         episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else {}
         self._obs = obs
@@ -274,6 +286,7 @@ class Collector:
             )
             for n, slot in enumerate(rows)
         }
+        check_finite(list(episodes.values()), self.version)
         self.finished[rows] += 1
         self._age[rows] = 0
         self.pairing.begin(rows)

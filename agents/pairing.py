@@ -46,7 +46,7 @@ class Pairing:
         prompt, member = np.divmod(count, self.group_size)
         self.number[slots] = (prompt * len(self._begun) + group) * self.group_size + member
 
-    def take(self, ended: Mapping[int, Episode]) -> set[int]:
+    def take(self, ended: dict[int, Episode]) -> set[int]:
         """Takes in texts that ended, by number; returns the groups that they completed.
 
         Raises:

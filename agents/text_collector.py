@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
 from .collector import Prefix
 from .env_rows import wants_logprob
-from .episodes import Episode
+from .episodes import Episode, check_finite
 from .pairing import whole_groups
 from .policy import LMPolicy
 
@@ -104,7 +104,13 @@ class TextCollector:
                 if self._missing(num_tokens) > 0 or self.max_staleness > 0:
                     self._begin_groups()
                 self._wait()
-        episodes, self._ready = self._score(self._ready), []
+        try:
+            episodes = self._score(self._ready)
+        except NotFinite as error:
+            failed = {self._ready[row].number // self.group_size for row in error.rows}
+            self._ready = [text for text in self._ready if text.number // self.group_size not in failed]
+            raise
+        self._ready = []
         return episodes
 
     @property
@@ -232,16 +238,21 @@ class TextCollector:
     # ---------------------------------------------------------------- scores
 
     def _score(self, texts: list[Text]) -> list[Episode]:
-        names = texts[0].weights
-        scores = self.core.score_episodes(
-            [text.prompt for text in texts],
-            [[*text.prefix, *text.response] for text in texts],
-            logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
-            weights={name: [text.weights[name] for text in texts] for name in names},
-            played=True,
-        )
+        try:
+            scores = self.core.score_episodes(
+                [text.prompt for text in texts],
+                [[*text.prefix, *text.response] for text in texts],
+                logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
+                weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
+                played=True,
+            )
+        except NotFinite as error:
+            error.texts = [texts[row] for row in error.rows]
+            raise
         self.has_potential = scores.potentials is not None
-        return [self._episode(text, scores, row) for row, text in enumerate(texts)]
+        episodes = [self._episode(text, scores, row) for row, text in enumerate(texts)]
+        check_finite(episodes, self.version)
+        return episodes
 
     def _episode(self, text: Text, scores: EpisodeScores, row: int) -> Episode:
         start, end = len(text.prefix), len(text.prefix) + len(text.response)
