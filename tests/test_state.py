@@ -214,7 +214,7 @@ def entry(index: Any, value: Any) -> Any:
 CORRUPT = {
     "nothing": (lambda saved: None, "this is no state of a tokenenv env"),
     "format": (put("format", 0), "this is no state"),
-    "missing": (lambda saved: saved.pop("rngs") and saved, "this is no state"),
+    "missing": (lambda saved: saved.pop("streams") and saved, "this is no state"),
     "empty slots": (put("slots", np.zeros(0, np.int64)), "slots are not numbers in order"),
     "twice": (put("slots", np.array([0, 1, 1, 2])), "slots are not numbers in order"),
     "negative": (put("slots", np.array([-1, 0, 1, 2])), "slots are not numbers in order"),
@@ -233,8 +233,11 @@ CORRUPT = {
     "long text": (put("texts.length", entry(1, P + T + 1)), "its texts do not fit this env"),
     "full": (put("texts.length", lambda old: old + T), "its texts do not fit this env"),
     "prefix": (put("texts.unpaid", entry(2, T)), "its texts do not fit this env"),
-    "no generator": (put("rngs", lambda rngs: rngs[:-1]), "3 random states for 4 slots"),
-    "generator": (put("rngs", lambda rngs: [*rngs[:-1], {"state": 1}]), "the state is corrupt"),
+    "no stream": (put("streams", None), "group_size=None and this env group_size=1"),
+    "groups": (put("streams.group_size", 2), "the state has group_size=2 and this env group_size=1"),
+    "no seed": (put("streams.seeds", lambda seeds: seeds[:-1]), "the seeds of its streams are not 4 whole numbers, 0 or more"),
+    "seed": (put("streams.seeds", lambda seeds: [*seeds[:-1], -1]), "the seeds of its streams are not 4 whole numbers"),
+    "count": (put("streams.begun", lambda begun: [*begun[:-1], 0.5]), "the begun of its streams are not 4 whole numbers"),
     "kl_coef": (put("kl_coef", float("nan")), "kl_coef=nan"),
     "tokens_seen": (put("tokens_seen", None), "the state is corrupt"),
 }

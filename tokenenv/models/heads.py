@@ -1,6 +1,7 @@
 """What is read from a causal model's states: next-token logits, scores, log-probs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,41 @@ CHUNK = 512
 """Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
 
 
+# Heads are objects rather than functions, so that a copy or a pickle of what holds them reads its own model.
+@dataclass(frozen=True, slots=True, eq=False)
+class LMHead:
+    """States (K, H) to float32 logits (K, V); see `lm_head`."""
+
+    linear: Any
+    scale: float
+    cap: float | None
+    vocab_size: int | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The logits (K, V)."""
+        logits = self.linear(states).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.cap:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits if self.vocab_size is None else self._resized(logits, self.vocab_size)
+
+    def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
+        missing = vocab_size - logits.shape[-1]
+        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreHead:
+    """States (K, H) to float32 scores (K,); see `score_head`."""
+
+    linear: Any
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The scores (K,)."""
+        return self.linear(states).float().squeeze(-1)
+
+
 def lm_head(model: Any, vocab_size: int | None = None) -> Head:
     """The model's map from states (K, H) to float32 logits (K, V), final soft-capping and scaling included.
 
@@ -30,16 +66,9 @@ def lm_head(model: Any, vocab_size: int | None = None) -> Head:
     linear = model.get_output_embeddings()
     if linear is None:
         raise ModelError(f"{_name(model)} has no language-model head; allowed: causal language models")
-    scale, cap = _logit_options(model.config.get_text_config())
-
-    def head(states: Tensor) -> Tensor:
-        logits = linear(states).float()
-        if scale != 1:
-            logits = logits * scale
-        return torch.tanh(logits / cap) * cap if cap else logits
-
+    head = LMHead(linear, *_logit_options(model.config.get_text_config()))
     _check_head(model, head, lambda logits: logits[0])
-    return head if vocab_size is None else _resized(head, vocab_size)
+    return replace(head, vocab_size=vocab_size)
 
 
 def score_head(model: Any) -> Head:
@@ -59,9 +88,7 @@ def make_scorer(model: Any) -> Scorer:
         labels = "no scalar head" if linear is None else f"{model.config.num_labels} labels"
         raise ModelError(f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with one label")
 
-    def head(states: Tensor) -> Tensor:
-        return linear(states).float().squeeze(-1)
-
+    head = ScoreHead(linear)
     per_token = _check_head(model, head, lambda logits: logits.flatten())
     return Scorer(model=trunk_of(model), head=head, per_token=per_token)
 
@@ -101,15 +128,6 @@ def _logit_options(config: Any) -> tuple[float, float | None]:
     """Factor and soft cap: `logit_scale` (Cohere), `logits_scaling` (Granite), `final_logit_softcapping` (Gemma)."""
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def _resized(head: Head, vocab_size: int) -> Head:
-    def resized(states: Tensor) -> Tensor:
-        logits = head(states)
-        missing = vocab_size - logits.shape[-1]
-        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
-
-    return resized
 
 
 def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> bool:
