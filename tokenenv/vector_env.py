@@ -73,7 +73,7 @@ class TokenVectorEnv(VectorEnv):
         self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
         self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
         self._interrupted: _Interrupted | None = None
-        self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
+        self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
 
@@ -405,7 +405,9 @@ class TokenVectorEnv(VectorEnv):
     def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
         """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
         tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
-        codes = self._to_host(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes = token_codes(tokens, logprob, self.token_spec.vocab_size)
+        codes = self._to_host(self._engine.watch.mark(codes))
+        self._engine.watch.check(codes)
         codes[~active] = self.token_spec.pad_token_id
         require_valid(codes, tokens, logprob, self.token_spec)
         return codes, logprob
