@@ -1,5 +1,6 @@
 """TextGen-v0 with models that the tests make: in memory and on disk."""
 
+import copy
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tokenenv.agents import LMPolicy
 from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
@@ -339,6 +341,35 @@ def test_a_reward_model_needs_a_scalar_head(saved):
     ):
         with pytest.raises(ModelError, match=rf"{message}.*allowed: sequence- or token-classification models with one label"):
             make(saved["policy"], reward_model=wrong, reward_tokenizer=letters())
+
+
+def test_ref_logprobs_read_the_head_and_run_no_model():
+    model = fakes.causal_lm()
+    envs, runs = make(model, reward=RULE), []
+    envs.reset(seed=0)
+    first = envs.unwrapped.ref_logprobs()
+    model.register_forward_pre_hook(lambda *_: runs.append("model"))
+    model.base_model.register_forward_pre_hook(lambda *_: runs.append("trunk"))
+    np.testing.assert_array_equal(envs.unwrapped.ref_logprobs(), first)
+    assert runs == []
+
+
+def test_a_policy_or_a_reference_that_looks_ahead_is_refused():
+    with pytest.raises(ModelError, match=r"BertGenerationDecoder .* looks ahead"):
+        make(fakes.lm_that_looks_ahead("bert_generation"), reward=RULE)
+    with pytest.raises(ModelError, match=r"XLMWithLMHeadModel .* looks ahead"):
+        make(fakes.causal_lm(), reference=fakes.lm_that_looks_ahead("xlm"), reward=RULE)
+
+
+def test_features_and_values_read_states_of_the_size_that_a_model_gives():
+    """OPT-350m's states are projected: they are smaller than its config's hidden_size."""
+    model = fakes.causal_lm("opt")
+    envs = make(model, reward=RULE, observation="features")
+    obs, _ = envs.reset(seed=0)
+    assert envs.observation_space.shape == obs.shape == (N, 16)
+    policy = LMPolicy(copy.deepcopy(model), separate_value=True)
+    _, states_BLH = policy.states(torch.tensor([[3, 4]]), np.array([2]))
+    assert policy.value(states_BLH[0]).shape == (2,)
 
 
 def test_implicit_models_pay_their_log_ratio(saved):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Scorer, Slots, TrunkStates
+from tokenenv.types import Head, Scorer, Slots, TrunkStates
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -61,11 +62,11 @@ class RewardEngine:
             term.bind(parts)
         self.parts = parts
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
+        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
-        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_terms = torch.zeros(num_rows, len(terms), parts.spec.max_new_tokens, device=parts.device)
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
@@ -133,8 +134,12 @@ class RewardEngine:
     def ref_logprobs(self) -> Tensor:
         """log pi_ref of every next token, (N, V)."""
         assert self.states is not None
-        logits_NV = logits_head(self.parts.reference, self.parts.spec.vocab_size)(self.states.of(self.parts.reference))
-        return torch.log_softmax(logits_NV.float(), dim=-1)
+        return torch.log_softmax(self.ref_head(self.states.of(self.parts.reference)).float(), dim=-1)
+
+    @cached_property
+    def ref_head(self) -> Head:
+        """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it is made."""
+        return logits_head(self.parts.reference, self.parts.spec.vocab_size)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
