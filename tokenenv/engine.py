@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
@@ -62,6 +63,7 @@ class RewardEngine:
             term.bind(parts)
         self.parts = parts
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
+        check_adapters_apart({"policy's model": parts.task.model or parts.reference, **self.frozen_models()})
         self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
@@ -72,6 +74,19 @@ class RewardEngine:
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
+
+    def frozen_models(self) -> dict[str, Any]:
+        """The models that are read, by role."""
+        task = self.parts.task
+        found = {
+            "reference": task.reference,
+            "reward model": getattr(task.scorer, "model", None),
+            "implicit model": task.implicit_model,
+            "step scorer": getattr(task.step_scorer, "model", None),
+        }
+        for name, term in self.rewards.terms.items():
+            found |= {f"model {i} of reward term {name!r}": model for i, model in enumerate(term.models)}
+        return {role: model for role, model in found.items() if model is not None}
 
     @property
     def term_names(self) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, ModelError
 
+from .adapters import unwrapped
 from .batching import hidden_states, in_micro_batches, upload
 from .rope import fix_rope
 
@@ -175,9 +176,7 @@ class CachedLM:
 
 def trunk_of(model: Any) -> Any:
     """The transformers base model inside a model with a head or a peft model; a base model is returned as it is."""
-    if hasattr(model, "get_base_model"):  # peft, whose own `base_model` is something else
-        model = model.get_base_model()
-    return model.base_model
+    return unwrapped(model).base_model  # a peft model's own `base_model` is something else
 
 
 def text_part(trunk: Any) -> Any:
