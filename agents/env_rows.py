@@ -8,9 +8,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.adapters import shared_weight
 
 
 def check_env(envs: Any) -> None:
@@ -20,6 +21,17 @@ def check_env(envs: Any) -> None:
     space = envs.single_observation_space
     if not isinstance(space, gym.spaces.Dict) or not {"tokens", "length", "prompt_length"} <= set(space.spaces):
         raise InvalidArgument('envs must observe "tokens", "length" and "prompt_length"; agents read texts, not features.')
+
+
+def check_apart(policy: nn.Module, core: Any) -> None:
+    """Raises `InvalidArgument` if training the policy would change a model that the env reads, its reference first of all."""
+    models = {"reference": getattr(core, "reference", None), **getattr(core, "frozen_models", {})}
+    for role, model in models.items():
+        if name := shared_weight(policy, model):
+            raise InvalidArgument(
+                f"policy trains {name}, a weight of the env's own {role}, which must stay as it is: give the policy a deep "
+                "copy (before peft puts adapters into it)."
+            )
 
 
 def warn_if_biased(envs: VectorEnv) -> None:

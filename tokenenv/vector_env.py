@@ -88,6 +88,11 @@ class TokenVectorEnv(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def frozen_models(self) -> dict[str, Any]:
+        """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        return self._engine.frozen_models()
+
+    @property
     def oracle(self) -> Any:
         """The task's exact optimum, or None where it is not known."""
         return self._task.oracle
