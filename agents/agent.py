@@ -203,11 +203,6 @@ class Agent:
         rest_BT = self.rewards(batch) - sum(terms.values())
         return {**terms, "kl" if terms else "reward": rest_BT}
 
-    def bootstrap(self, batch: EpisodeBatch) -> Tensor:
-        """Where (B,) the last state's value counts: at truncation, if the env does not score it; never at termination."""
-        scored = getattr(self.spec, "score_truncated", True)
-        return batch.truncated_B & ~batch.terminated_B & torch.tensor(not scored)
-
     def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
         """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token
         of episode b counts `weights_B[b]`; a metric "policy/approx_kl" above `target_kl` ends the update before its step.

@@ -34,7 +34,9 @@ class Ends:
     """Which rows of a step end, (N,) bool on the host."""
 
     terminated: np.ndarray
+    """By a stop token."""
     truncated: np.ndarray
+    """Cut at `max_new_tokens`."""
     scored: np.ndarray
     """Terminated, or truncated where truncated texts are scored: learners do not bootstrap there."""
 
@@ -42,6 +44,11 @@ class Ends:
     def ended(self) -> np.ndarray:
         """(N,) bool."""
         return self.terminated | self.truncated
+
+    def flags(self, cut: str) -> tuple[np.ndarray, np.ndarray]:
+        """Terminations and truncations as `step` returns them; `cut` names the flag of a scored cut."""
+        terminations = self.scored if cut == "terminated" else self.terminated
+        return terminations, self.ended & ~terminations
 
 
 @dataclass(slots=True)
