@@ -67,7 +67,7 @@ def play(envs, seed=0):
     prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)]
     steps = [envs.step(responses[:, t]) for t in range(T)]
     assert (steps[-1][2] | steps[-1][3]).tolist() == [True] * N
-    assert steps[-1][2].tolist() == [True] + [False] * (N - 1)
+    assert steps[-1][4]["cut"].tolist() == [False] + [True] * (N - 1)
     return prompts, responses.tolist(), steps
 
 
