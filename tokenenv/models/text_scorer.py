@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tokenenv.errors import ModelError
 from tokenenv.types import TextIds
 
-from .alignment import align, token_ends
+from .alignment import align, read_text
 from .batching import micro_batches
 from .cached_lm import acting, trunk_of
 from .loading import max_positions
@@ -78,24 +79,25 @@ class AlignedScorer:
         score goes to its last token, and to the first place where the response is empty.
         """
         decoded = [self._decode(text) for text in texts]
-        ids, offsets = self._encode([prefixes[-1] for prefixes in decoded])
+        ids, offsets = self._encode([text for text, _ in decoded])
         out = np.zeros((len(texts), width), dtype=np.float32)
         for i, scores in enumerate(self._scores(ids)):
             if self.per_token:
-                aligned = align(scores, offsets[i], token_ends(decoded[i]))
+                aligned = align(scores, offsets[i], decoded[i][1])
                 out[i, : len(aligned)] = aligned
             else:
                 out[i, max(0, len(texts[i][1]) - 1)] = scores.item()
         return torch.from_numpy(out).to(self.model.device)
 
-    def _decode(self, text: TextIds) -> list[str]:
-        """The text after 0, 1, ..., T response tokens; only the whole one where nothing is to be aligned.
+    def _decode(self, text: TextIds) -> tuple[str, np.ndarray]:
+        """The whole text, and where the prompt and each response token end; only its own end where nothing is aligned.
 
         Prompt and response are decoded together: alone, some tokenizers drop the space between them.
         """
         prompt, response = text
-        counts = range(0 if self.per_token else len(response), len(response) + 1)
-        return self.policy_tokenizer.batch_decode([[*prompt, *response[:k]] for k in counts], skip_special_tokens=True)
+        if not self.per_token:
+            prompt, response = [*prompt, *response], []
+        return read_text(partial(self.policy_tokenizer.batch_decode, skip_special_tokens=True), prompt, response)
 
     def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """The reward tokens of each text and their characters."""
