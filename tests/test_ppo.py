@@ -164,7 +164,7 @@ def test_it_bootstraps_at_unscored_truncation_only(score_truncated):
     assert batch.truncated_B.any()
     assert batch.terminated_B.any()
     expected = batch.truncated_B & ~batch.terminated_B if not score_truncated else torch.zeros(len(batch), dtype=torch.bool)
-    assert agent.bootstrap(batch).tolist() == expected.tolist()
+    assert batch.bootstraps_B.tolist() == expected.tolist()
 
 
 def test_target_kl_stops_before_the_step():
