@@ -68,7 +68,7 @@ def play(envs, seed=0):
     prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)]
     steps = [envs.step(responses[:, t]) for t in range(T)]
     assert (steps[-1][2] | steps[-1][3]).tolist() == [True] * N
-    assert steps[-1][2].tolist() == [True] + [False] * (N - 1)
+    assert steps[-1][4]["cut"].tolist() == [False] + [True] * (N - 1)
     return prompts, responses.tolist(), steps
 
 
@@ -151,7 +151,7 @@ def test_models_are_frozen_and_in_eval_mode(saved):
 @pytest.mark.parametrize("size", [40, 80])
 def test_a_reference_with_fewer_or_more_embeddings(size):
     reference = fakes.causal_lm(seed=9, vocab_size=size)
-    envs = make(fakes.causal_lm(), reference=reference, reward={})
+    envs = make(fakes.causal_lm(), reference=reference, reward={}, kl_coef=0.0)
     assert envs.unwrapped.token_spec.vocab_size == envs.single_action_space.n == fakes.VOCAB_SIZE
     prompts, _, _ = play(envs)
     envs.reset(seed=0)
