@@ -60,8 +60,7 @@ def play(envs, seed=0):
     """One episode a slot, all T tokens long, of which the first ends in a stop token: prompts, responses, steps."""
     rng = np.random.default_rng(seed)
     spec = envs.unwrapped.token_spec
-    # No pad id either: transformers' own sequence classifier would take the last of them for padding.
-    allowed = [token for token in range(spec.vocab_size) if token not in (*spec.stop_token_ids, fakes.PAD)]
+    allowed = [token for token in range(spec.vocab_size) if token not in spec.stop_token_ids]
     responses = rng.choice(allowed, (N, T))
     responses[0, -1] = spec.stop_token_ids[0]
     obs, _ = envs.reset(seed=seed)
@@ -274,7 +273,7 @@ def test_stop_ids_fall_back_to_the_config_and_the_tokenizer():
     model = without_stop_ids()
     assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (fakes.EOS,)  # the tokenizer's
     model.config.eos_token_id = 7
-    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7,)
+    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7, fakes.EOS)
     assert make(model, reward={}, stop_token_ids=[8, 9]).unwrapped.token_spec.stop_token_ids == (8, 9)
 
 

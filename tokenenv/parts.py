@@ -52,17 +52,19 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id gets a stop id as pad."""
-    pad = getattr(task.tokenizer, "pad_token_id", None)
+    """What agents may know of the task; a tokenizer without a pad id, or with one that the model has not (an added [PAD]),
+    gets a stop id as pad."""
+    pad, vocab_size = getattr(task.tokenizer, "pad_token_id", None), vocab_size_of(task.model or task.reference)
     stand_in = next(iter(task.stop_token_ids), 0)
     return TokenSpec(
         tokenizer=task.tokenizer,
-        vocab_size=vocab_size_of(task.model or task.reference),
-        pad_token_id=stand_in if pad is None else pad,
+        vocab_size=vocab_size,
+        pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
+        chats=task.chats,
     )
 
 

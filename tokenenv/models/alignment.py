@@ -34,7 +34,7 @@ def read_text(decode: Decode, prompt: Sequence[int], response: Sequence[int]) ->
         counts = range(first, min(first + WINDOW, len(ids) + 1))
         before, *decoded = decode([ids[context:begin], *(ids[context:count] for count in counts)])
         tails = [one[len(before) :] for one in decoded]
-        agree += [known + _common(tail, text, known) for tail in tails]
+        agree += [known + common_length(tail, text, known) for tail in tails]
         final = _final(agree[-len(tails) :])
         for place in reversed(range(len(tails) - SETTLED)):
             tail, count = tails[place], counts[place]
@@ -58,7 +58,7 @@ def token_ends(prefixes: Sequence[str]) -> np.ndarray:
         prefixes: the text decoded after 0, 1, ..., T response tokens, so that the last one is the whole text and end 0 is
             where the prompt ends.
     """
-    return _final([_common(prefix, prefixes[-1]) for prefix in prefixes])
+    return _final([common_length(prefix, prefixes[-1]) for prefix in prefixes])
 
 
 def shares(offsets: Sequence[tuple[int, int]] | np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,7 +101,7 @@ def _final(agree: Sequence[int]) -> np.ndarray:
     return np.minimum.accumulate(np.array(agree)[::-1])[::-1]
 
 
-def _common(tail: str, text: str, start: int = 0) -> int:
+def common_length(tail: str, text: str, start: int = 0) -> int:
     """With how many of its characters `tail` agrees with the text from `start` on."""
     return bisect(range(1, len(tail) + 1), False, key=lambda count: not text.startswith(tail[:count], start))
 
