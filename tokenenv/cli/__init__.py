@@ -1,0 +1,62 @@
+"""The `tokenenv` command: train, evaluate, show, envs, rewards, version."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from tokenenv.agents import ALGORITHMS
+from tokenenv.cli.envs import Envs
+from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.rewards import Rewards
+from tokenenv.cli.show import Show
+from tokenenv.cli.train import Train, load_config, save_config
+from tokenenv.cli.version import Version
+from tokenenv.errors import InvalidArgument, TokenEnvError
+
+__all__ = ["Train", "load_config", "main", "save_config"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; an error of ours is one line, without a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        default = _train_default(args)
+        train: Any = train_type(default.algo)
+        commands: Any = (
+            Annotated[train, tyro.conf.subcommand("train", default=default)]
+            | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+            | Annotated[Show, tyro.conf.subcommand("show")]
+            | Annotated[Envs, tyro.conf.subcommand("envs")]
+            | Annotated[Rewards, tyro.conf.subcommand("rewards")]
+            | Annotated[Version, tyro.conf.subcommand("version")]
+        )
+        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+        command.run()
+    except TokenEnvError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+def train_type(algo: str) -> Any:
+    """`Train` with the settings of one algorithm, which tyro shows."""
+    return Train[ALGORITHMS[algo].config_class]  # type: ignore[misc]
+
+
+def _train_default(args: Sequence[str]) -> Train:
+    """`--config PATH` sets the defaults that the other flags override; `--algo NAME` says which settings there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--algo")
+    given = parser.parse_known_args(args)[0]
+    made = Train() if given.config is None else load_config(given.config)
+    if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
+        return made
+    if given.config is not None:
+        raise InvalidArgument(f"--algo {given.algo} does not fit --config {given.config}, which is for {made.algo}.")
+    return Train(algo=given.algo, agent=ALGORITHMS[given.algo].config_class())
