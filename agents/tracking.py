@@ -59,9 +59,10 @@ class RunFolder:
         with reporting(self._path.parent, "take this update"):
             self._write_episodes(int(metrics["time/tokens"]), episodes)
             self._write_events(metrics, episodes)
+            self._writer.flush()
 
     def _write_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
-        """On disk at once: a checkpoint that follows must not be newer than they are."""
+        """On disk at once: a checkpoint that follows is never newer than they are."""
         lines = []
         for number, episode in enumerate(episodes):
             record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}

@@ -1,6 +1,7 @@
 """The `tokenenv` command: train, evaluate, show, envs, rewards, version."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; an error of ours is one line, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        default = _train_default(args)
+        made = _train_default(args)
+        # Empty dicts: for entries that a default has, flags would need other names.
+        default = dataclasses.replace(made, options={}, agent=dataclasses.replace(made.agent, rollout_options={}))
         train: Any = train_type(default.algo)
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
@@ -37,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
         command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+        if isinstance(command, Train):  # what the config's dicts hold and the flags do not
+            command.options = made.options | command.options
+            command.agent.rollout_options = made.agent.rollout_options | command.agent.rollout_options
         command.run()
-    except TokenEnvError as error:
+    except (TokenEnvError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def train_type(algo: str) -> Any:
@@ -49,14 +57,17 @@ def train_type(algo: str) -> Any:
 
 
 def _train_default(args: Sequence[str]) -> Train:
-    """`--config PATH` sets the defaults that the other flags override; `--algo NAME` says which settings there are."""
+    """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo NAME` says which settings
+    there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
     parser.add_argument("--algo")
     given = parser.parse_known_args(args)[0]
-    made = Train() if given.config is None else load_config(given.config)
+    path = given.config if given.resume is None else given.resume / "config.yaml"
+    made = Train() if path is None else load_config(path)
     if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
         return made
-    if given.config is not None:
-        raise InvalidArgument(f"--algo {given.algo} does not fit --config {given.config}, which is for {made.algo}.")
+    if path is not None:
+        raise InvalidArgument(f"--algo {given.algo} does not fit {path}, which is for {made.algo}.")
     return Train(algo=given.algo, agent=ALGORITHMS[given.algo].config_class())
