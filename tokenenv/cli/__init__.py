@@ -1,18 +1,19 @@
 """The `tokenenv` command: train, evaluate, show, envs, rewards, version."""
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from tokenenv.agents import ALGORITHMS
+from tokenenv.cli.console import say_error
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; an error of ours is one line, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        default = _train_default(args)
+        made = _train_default(args)
+        # Empty dicts: for entries that a default has, flags would need other names.
+        default = dataclasses.replace(made, options={}, agent=dataclasses.replace(made.agent, rollout_options={}))
         train: Any = train_type(default.algo)
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
@@ -36,10 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
-        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+        with NUMBERS:
+            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+        if isinstance(command, Train) and command.config is not None:  # what the config's dicts hold and the flags do not
+            command.options = made.options | command.options
+            command.agent.rollout_options = made.agent.rollout_options | command.agent.rollout_options
         command.run()
-    except TokenEnvError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+    except (TokenEnvError, OSError) as error:
+        say_error(str(error))
         sys.exit(2)
 
 
@@ -48,13 +55,23 @@ def train_type(algo: str) -> Any:
     return Train[ALGORITHMS[algo].config_class]  # type: ignore[misc]
 
 
+def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
+    """The dotted names of what flags say of what a file may not (`tokenenv.trust`)."""
+    names = {f"options.{key}" for key in flags["options"][::2]}
+    names |= {f"agent.rollout_options.{key}" for key in flags["rollout_options"][::2]}
+    return names | ({"agent.rollout"} if flags["rollout"] else set())
+
+
 def _train_default(args: Sequence[str]) -> Train:
     """`--config PATH` sets the defaults that the other flags override; `--algo NAME` says which settings there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--algo")
+    parser.add_argument("--options", nargs="*", default=[])
+    parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
+    parser.add_argument("--agent.rollout-options", "--agent.rollout_options", nargs="*", default=[], dest="rollout_options")
     given = parser.parse_known_args(args)[0]
-    made = Train() if given.config is None else load_config(given.config)
+    made = Train() if given.config is None else load_config(given.config, said_in(vars(given)))
     if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
         return made
     if given.config is not None:

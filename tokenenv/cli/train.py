@@ -2,20 +2,25 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import gymnasium as gym
-import yaml
 
 from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.episodes import Episode
 from tokenenv.agents.tracking import WandbRun
-from tokenenv.cli.console import console
+from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
+from tokenenv.cli.console import say
+from tokenenv.config import EnvConfig
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
+from tokenenv.shown import without_secrets
+from tokenenv.values import fit
 from tokenenv.vector_env import TokenVectorEnv
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ else:
 Config = TypeVar("Config", bound=AgentConfig)
 GROUP_SIZE = 4
 """Of envs for group methods, where --options does not say."""
+NOT_SAVED = ("config", "resume", "run_dir", "track")
+"""Fields that say where one run comes from and goes to, not what it is."""
 
 
 @dataclass(kw_only=True)
@@ -62,17 +69,20 @@ class Train(Generic[Config]):
     def __post_init__(self) -> None:
         expected = ALGORITHMS[self.algo].config_class
         if type(self.agent) is not expected:
-            raise InvalidArgument(f"agent={self.agent!r} is no {expected.__name__}, which algo={self.algo!r} takes.")
+            raise InvalidArgument(f"agent= is no {expected.__name__}, which algo={self.algo!r} takes.")
+        for name in ("num_envs", "total_tokens", "checkpoint_every"):
+            check_count(name, getattr(self, name))
 
     def run(self) -> None:
         """Trains, and says where the run folder is."""
         folder = self.resume or self.run_dir or default_run_dir(self)
         if self.resume is not None:
-            made = load_config(folder / "config.yaml")
+            made = load_config(folder / "config.yaml", self.said())
+            made.options, made.agent = made.options | self.options, with_rollout(made.agent, self.agent)
             kept = {"total_tokens": max(self.total_tokens, made.total_tokens), "resume": self.resume, "track": self.track}
             self.__dict__.update({**vars(made), **kept})
         # First of all, so that a missing package leaves no folder behind.
-        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
+        wandb = self.make_wandb(folder) if self.track == "wandb" else None
         agent, checkpoint = self.make_agent(folder), folder / "checkpoint"
 
         def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
@@ -86,21 +96,35 @@ class Train(Generic[Config]):
         if wandb is not None:
             wandb.close()
         looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
-        console.print(f"run folder: {folder}; look at it:", *looks, sep="\n  ", soft_wrap=True)
+        say(f"run folder: {folder}; look at it:", *looks)
 
     def make_agent(self, folder: Path) -> Agent:
         """A new agent, and its config in the run folder; or the one whose checkpoint is there."""
         algorithm = ALGORITHMS[self.algo]
         if self.resume is not None:
-            return algorithm.load(folder / "checkpoint", self.make_envs(), run_dir=folder)
+            rollout = {"rollout": self.agent.rollout, "rollout_options": self.agent.rollout_options}
+            return algorithm.load(folder / "checkpoint", self.make_envs(), run_dir=folder, **rollout)
         agent = algorithm(self.make_envs(), self.agent, run_dir=folder)
         save_config(self, folder / "config.yaml")
         return agent
 
+    def make_wandb(self, folder: Path) -> WandbRun:
+        """The run at Weights & Biases, which records the command line too: no key may stand there."""
+        values = dataclasses.asdict(self)
+        if without_secrets(values) != values:
+            raise InvalidArgument("track='wandb' records the command line, which holds a key: give it as VLLM_API_KEY instead.")
+        return WandbRun(folder, values)
+
+    def said(self) -> set[str]:
+        """What the flags of a run that goes on say of what a file may not (`tokenenv.trust`), by name."""
+        names = {f"options.{key}" for key in self.options}
+        names |= {f"agent.rollout_options.{key}" for key in self.agent.rollout_options}
+        return names | ({"agent.rollout"} if self.agent.rollout != "step" else set())
+
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""
         check_choice("env", self.env, TASKS)
-        options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
+        options = option_values(self.env, self.options)
         given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
         if ALGORITHMS[self.algo].grouped:
             given["group_size"] = GROUP_SIZE
@@ -109,35 +133,50 @@ class Train(Generic[Config]):
 
 
 def save_config(config: Train, path: Path) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`."""
-    values = dataclasses.asdict(config)
-    for key in ("config", "resume", "run_dir", "track"):
-        del values[key]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out."""
+    write_values(path, {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED})
 
 
-def load_config(path: Path) -> Train:
-    """Reads a config that `save_config` wrote."""
-    if not path.is_file():
-        raise InvalidArgument(f"config={str(path)!r} is not a file; a run folder holds a config.yaml.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
-    algo = values.setdefault("algo", "ppo")
-    check_choice(f"{path}: algo", algo, ALGORITHMS)
-    agent = _from_mapping(ALGORITHMS[algo].config_class, values.pop("agent", {}), path)
-    return _from_mapping(Train, {**values, "agent": agent}, path)
+def load_config(path: Path, said: Collection[str] = ()) -> Train:
+    """Reads a config that `save_config` wrote.
+
+    A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
+    Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
+    """
+    values = fields_from(Train, read_values(path), path, NOT_SAVED)
+    check_choice(f"{path}: env", values["env"], TASKS)
+    check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
+    config_class = ALGORITHMS[values["algo"]].config_class
+    values["agent"] = fields_from(config_class, mapping(values["agent"], path, "agent"), path)
+    check_run(values, path, said)
+    try:
+        return Train(**{**values, "agent": config_class(**values["agent"])})
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number, `model` "1e-3" a folder."""
+    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(load_task(str(options.get("task", TASKS[env_id]))))
+    wanted = {key: hint for key, hint in wanted.items() if key != "return"} | {"task": str}
+    for key in options:
+        check_choice("option", key, wanted)
+    return {key: fit(key, value, wanted[key]) for key, value in options.items()}
+
+
+def with_rollout(agent: Config, said: AgentConfig) -> Config:
+    """An agent's config, with what the command line says of what writes the texts."""
+    rollout = agent.rollout if said.rollout == "step" else said.rollout
+    return dataclasses.replace(agent, rollout=rollout, rollout_options=agent.rollout_options | said.rollout_options)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises `InvalidArgument` for a number that counts nothing."""
+    if value < least:
+        raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
 
 
 def default_run_dir(config: Train) -> Path:
     """runs/ENV-ALGO-SEED-TIME."""
     name = config.env.split("/")[-1].lower()
     return Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _from_mapping(cls: type, values: Mapping[str, Any], path: Path) -> Any:
-    names = {one.name for one in dataclasses.fields(cls)}
-    for key in values:
-        check_choice(f"{path}: the field", key, names)
-    return cls(**values)
