@@ -6,7 +6,7 @@ An algorithm is a subclass with a config and an `update`; see `ppo.py`. Suffixes
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,6 +17,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.errors import CheckpointError, InvalidArgument, check_choice
+from tokenenv.trust import check_from_file
 
 from . import losses
 from .actor import Actor
@@ -65,7 +66,7 @@ class Agent:
         check_env(envs)
         warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
-            raise InvalidArgument(f"config={config!r} is no {self.config_class.__name__}.")
+            raise InvalidArgument(f"config= is a {type(config).__name__}, no {self.config_class.__name__}.")
         for name in overrides:
             check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
         self.config = cfg = replace(config or self.config_class(), **overrides)
@@ -299,17 +300,29 @@ class Agent:
         """The agent that `save` wrote, going on in `envs`; `policy` gives the architecture where it was not the default.
 
         An env that cannot save its state begins anew. Where the file is damaged, the one before it is taken, with a warning.
-        Raises `CheckpointError` where file, agent and env do not fit.
+        Raises `CheckpointError` where file, agent and env do not fit, and `InvalidArgument` for a server's URL or an engine's
+        options that a file may not give (`tokenenv.trust`): say them again, as `rollout=` and `rollout_options=`.
         """
         state = read_newest(path, set_aside=run_dir is not None)
         if state.get("agent") != cls.__name__:
             raise CheckpointError(f"{path} was saved by {state.get('agent')}, not by {cls.__name__}.")
-        agent = cls(envs, cls.config_class(**state["config"]), policy=policy, run_dir=run_dir, **overrides)
+        config = dict(state["config"])
+        check_rollout(config, path, overrides)
+        agent = cls(envs, cls.config_class(**config), policy=policy, run_dir=run_dir, **overrides)
         restore(agent, state)
         agent._has_begun = True
         if "kl_coef" in overrides:
             agent.kl_coef = overrides["kl_coef"]
         return agent
+
+
+def check_rollout(config: dict[str, Any], path: object, said: Collection[str]) -> None:
+    """Raises where a checkpoint's config asks for what a file may not, and is not said again."""
+    entries = {"agent.rollout": config.get("rollout", "step")}
+    if "rollout" in said or config.get("rollout") != "step":
+        entries |= {f"agent.rollout_options.{key}": value for key, value in config.get("rollout_options", {}).items()}
+    again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
+    check_from_file(entries, path, {again[name] for name in said if name in again})
 
 
 def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.shown import without_user
 
 from .losses import AGGREGATIONS
 from .policy import PRECISIONS
@@ -67,7 +68,7 @@ class AgentConfig:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
         if not self.rollout.startswith(("http://", "https://")):
-            check_choice("rollout", self.rollout, ("step", "vllm", "http://HOST:PORT"))
+            check_choice("rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT"))
         self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon")
         self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tokenenv.errors import CheckpointError
+from tokenenv.shown import without_secrets
 
 from .env_rows import method
 
@@ -18,7 +19,7 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
     """Everything that the next update depends on; frozen weights come from the env's model again."""
     return {
         "agent": type(agent).__name__,
-        "config": asdict(agent.config),
+        "config": without_secrets(asdict(agent.config)),
         "identity": env_identity(agent),
         "weights": trained_weights(agent.policy),
         "optimizer": agent.optimizer.state_dict(),

@@ -6,6 +6,7 @@ Suffixes: K tokens of any texts.
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from tokenenv.errors import MissingDependency
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.shown import visible, without_secrets
 from tokenenv.types import TokenSpec
 
 from .episodes import Episode
@@ -87,7 +89,7 @@ class RunFolder:
         """The texts with the highest and the lowest scores, as Markdown."""
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
-        texts = [tuple(html.escape("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
+        texts = [tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
         return "\n\n".join(
             f"score {e.score:.3g}, reward {e.reward.sum():.3g}: {prompt} **|** {response}"
             for e, (prompt, response) in zip(chosen, texts, strict=True)
@@ -106,7 +108,7 @@ class WandbRun:
         wandb = import_wandb()
         directory.mkdir(parents=True, exist_ok=True)
         self._histogram = wandb.Histogram
-        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=dict(config))
+        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=without_secrets(config))
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Logs one update at the tokens seen so far."""
@@ -117,6 +119,11 @@ class WandbRun:
     def close(self) -> None:
         """Ends the run."""
         self._run.finish()
+
+
+def markdown(text: str) -> str:
+    """Any text as Markdown that shows it: neither HTML nor links, pictures or headings."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(visible(text)))
 
 
 def import_wandb() -> Any:

@@ -131,6 +131,9 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names."""
+    """The task function that "module:function" names: code, which no file may name (`tokenenv.trust`)."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidArgument(f"task={name!r} is not there ({error}); give a function as module:function.") from error

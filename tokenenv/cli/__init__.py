@@ -3,17 +3,17 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 
 from tokenenv.agents import ALGORITHMS
+from tokenenv.cli.console import say_error
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
@@ -39,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
-        command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+        with NUMBERS:
+            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
         if isinstance(command, Train):  # what the config's dicts hold and the flags do not
             command.options = made.options | command.options
             command.agent.rollout_options = made.agent.rollout_options | command.agent.rollout_options
         command.run()
     except (TokenEnvError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -56,6 +57,13 @@ def train_type(algo: str) -> Any:
     return Train[ALGORITHMS[algo].config_class]  # type: ignore[misc]
 
 
+def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
+    """The dotted names of what flags say of what a file may not (`tokenenv.trust`)."""
+    names = {f"options.{key}" for key in flags["options"][::2]}
+    names |= {f"agent.rollout_options.{key}" for key in flags["rollout_options"][::2]}
+    return names | ({"agent.rollout"} if flags["rollout"] else set())
+
+
 def _train_default(args: Sequence[str]) -> Train:
     """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo NAME` says which settings
     there are."""
@@ -63,9 +71,12 @@ def _train_default(args: Sequence[str]) -> Train:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--algo")
+    parser.add_argument("--options", nargs="*", default=[])
+    parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
+    parser.add_argument("--agent.rollout-options", "--agent.rollout_options", nargs="*", default=[], dest="rollout_options")
     given = parser.parse_known_args(args)[0]
     path = given.config if given.resume is None else given.resume / "config.yaml"
-    made = Train() if path is None else load_config(path)
+    made = Train() if path is None else load_config(path, said_in(vars(given)))
     if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
         return made
     if path is not None:

@@ -1,7 +1,7 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from rich.table import Table
 
 from tokenenv.agents import ALGORITHMS, Agent, Reference
 from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
-from tokenenv.cli.console import console
+from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
-from tokenenv.cli.train import load_config
+from tokenenv.cli.train import check_count, load_config
 from tokenenv.registration import TASKS
 from tokenenv.vector_env import TokenVectorEnv
 
@@ -29,19 +29,29 @@ class Evaluate:
     """Of the prompts and of the sampling."""
     examples: int = 3
     """Texts to print beside each other."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of the env, over those of the run: --options device cuda. What runs code or opens a connection is not taken from
+    the run's config: it has to be said again here, --options trust_remote_code true"""
 
     def run(self) -> None:
         """Prints the table and the examples."""
-        made = load_config(self.run_dir / "config.yaml")
+        for name, least in (("num_texts", 1), ("seed", 0), ("examples", 0)):
+            check_count(name, getattr(self, name), least)
+        # What wrote the run's texts is not asked again: evaluating steps.
+        said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options)}
+        made = load_config(self.run_dir / "config.yaml", said)
+        made.options |= self.options
         envs = made.make_envs(group_size=1, **held_out(made.env))
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
-            "after": ALGORITHMS[made.algo].load(self.run_dir / "checkpoint", made.make_envs(), rollout="step"),
+            "after": ALGORITHMS[made.algo].load(
+                self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
+            ),
         }
         found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
         console.print(comparison(found))
         if envs.oracle is not None:
-            console.print(distance_to_optimum(agents["after"], envs))
+            say(distance_to_optimum(agents["after"], envs))
         show_examples(found, envs.token_spec.tokenizer, self.examples)
 
 
@@ -76,10 +86,16 @@ def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
 def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
     """Prints the first prompts with each evaluation's continuation."""
     for episodes in list(zip(*(evaluation.episodes for evaluation in found.values()), strict=False))[:count]:
-        console.print(f"\n[bold]{tokenizer.decode(episodes[0].prompt, skip_special_tokens=True)}[/bold] …")
+        say("")
+        say(text_of(episodes[0].prompt, tokenizer), style="bold", end="")
+        say(" …")
         for name, episode in zip(found, episodes, strict=True):
-            text = tokenizer.decode(episode.response, skip_special_tokens=True)
-            console.print(f"  {name} (gold {episode.gold:.1f}): {text}", markup=False, highlight=False)
+            say(f"  {name} (gold {episode.gold:.1f}): {text_of(episode.response, tokenizer)}")
+
+
+def text_of(tokens: Any, tokenizer: Any) -> str:
+    """The text of token ids, or the ids where tokens have no text."""
+    return str(tokens.tolist()) if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def held_out(env_id: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from tokenenv.cli.console import console
+from tokenenv.cli.console import say
 from tokenenv.show import write_page
 
 
@@ -23,4 +23,4 @@ class Show:
     def run(self) -> None:
         """Writes the page and says where it is."""
         path = write_page(self.run_dir, self.output, self.max_episodes)
-        console.print(f"open {path} in a browser", soft_wrap=True)
+        say(f"open {path} in a browser")

@@ -5,25 +5,29 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import gymnasium as gym
-import yaml
-from rich.console import Console
 
 from tokenenv import __version__
 from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.files import locked, new_folder, previous_of, refuse_run, replace_file
+from tokenenv.agents.files import locked, new_folder, previous_of, refuse_run
 from tokenenv.agents.tracking import WandbRun, import_wandb
-from tokenenv.cli.console import console
+from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
+from tokenenv.cli.console import say, say_on_stderr
 from tokenenv.cli.signals import stopping
+from tokenenv.config import EnvConfig
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
+from tokenenv.shown import without_secrets
+from tokenenv.values import fit
 from tokenenv.vector_env import TokenVectorEnv
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ GROUP_SIZE = 4
 """Of envs for group methods, where --options does not say."""
 MAY_CHANGE = ("rollout", "rollout_options", "max_batch_tokens")
 """The agent's settings that a run may go on with others of: who writes the texts, and memory."""
+NOT_SAVED = ("config", "resume", "run_dir", "track")
+"""Fields that say where one run comes from and goes to, not what it is."""
 
 
 @dataclass(kw_only=True)
@@ -72,16 +78,25 @@ class Train(Generic[Config]):
     def __post_init__(self) -> None:
         expected = ALGORITHMS[self.algo].config_class
         if type(self.agent) is not expected:
-            raise InvalidArgument(f"agent={self.agent!r} is no {expected.__name__}, which algo={self.algo!r} takes.")
+            raise InvalidArgument(f"agent= is no {expected.__name__}, which algo={self.algo!r} takes.")
+        for name in ("num_envs", "total_tokens", "checkpoint_every"):
+            check_count(name, getattr(self, name))
 
     def run(self) -> None:
         """Trains, and says where the run folder is."""
         if self.track == "wandb":
-            import_wandb()  # before anything is written
+            self._check_tracking()  # before anything is written
         if self.resume is None:
             self._begin()
         else:
             self._go_on(self.resume)
+
+    def _check_tracking(self) -> None:
+        """Weights & Biases records the command line too: no key may stand there."""
+        import_wandb()
+        values = dataclasses.asdict(self)
+        if without_secrets(values) != values:
+            raise InvalidArgument("track='wandb' records the command line, which holds a key: give it as VLLM_API_KEY instead.")
 
     def _begin(self) -> None:
         if self.run_dir is not None:
@@ -97,7 +112,7 @@ class Train(Generic[Config]):
             raise InvalidArgument(f"--resume {folder} takes config and folder from there: leave out --config and --run-dir.")
         with locked(folder):
             agent = self._resumed_agent(folder)
-            self._check_end(agent, load_config(folder / "config.yaml").total_tokens)
+            self._check_end(agent, int(read_values(folder / "config.yaml")["total_tokens"]))
             self._learn(agent, folder)
 
     def _new_agent(self) -> Agent:
@@ -128,19 +143,17 @@ class Train(Generic[Config]):
             )
         if total > planned:
             now, then = (learning_rate(agent.config, seen / end) for end in (total, planned))
-            console.print(
+            say(
                 f"the run was to end at {planned:,} tokens and goes on to {total:,}: from here on its learning rate is that of "
-                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, where it was {then:.3g})",
-                soft_wrap=True,
+                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, where it was {then:.3g})"
             )
         elif seen >= total:
-            console.print(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer", soft_wrap=True)
+            say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
         agent.run_dir, checkpoint = folder, folder / "checkpoint"
-        save_config(self.as_run(agent.core), folder / "config.yaml", about(agent.core))
+        save_config(self.as_run(agent.core), folder / "config.yaml", agent.core)
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
-
         saved = agent.tokens_seen if checkpoint.exists() else None
 
         def save() -> None:
@@ -163,10 +176,10 @@ class Train(Generic[Config]):
             wandb.close()
         if received:
             where = f"saved at {agent.tokens_seen:,} tokens; go on with: tokenenv train --resume {folder}"
-            Console(stderr=True).print(f"stopped by {received[0].name}; {where}", markup=False, highlight=False, soft_wrap=True)
+            say_on_stderr(f"stopped by {received[0].name}; {where}")
             sys.exit(128 + received[0])
         looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
-        console.print(f"run folder: {folder}; look at it:", *looks, sep="\n  ", soft_wrap=True)
+        say(f"run folder: {folder}; look at it:", *looks)
 
     def as_run(self, envs: TokenVectorEnv) -> "Train":
         """This, with every option of the env as it is, defaults included."""
@@ -178,7 +191,7 @@ class Train(Generic[Config]):
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""
         check_choice("env", self.env, TASKS)
-        options: dict[str, Any] = {key: yaml.safe_load(str(value)) for key, value in self.options.items()}
+        options = option_values(self.env, self.options)
         given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
         if ALGORITHMS[self.algo].grouped:
             given["group_size"] = GROUP_SIZE
@@ -186,13 +199,11 @@ class Train(Generic[Config]):
         return cast(TokenVectorEnv, envs)
 
 
-def save_config(config: Train, path: Path, made_with: Mapping[str, Any] | None = None) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. `made_with` is a record that nothing is read from."""
-    values = dataclasses.asdict(config)
-    for key in ("config", "resume", "run_dir", "track"):
-        del values[key]
-    text = yaml.safe_dump(values | ({"made_with": dict(made_with)} if made_with else {}), sort_keys=False)
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
+    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out. With `envs` it says what they
+    are too: `made_with` is a record, from which nothing is read."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED}
+    write_values(path, values, {} if envs is None else {"made_with": about(envs)})
 
 
 def about(envs: TokenVectorEnv) -> dict[str, Any]:
@@ -204,28 +215,42 @@ def about(envs: TokenVectorEnv) -> dict[str, Any]:
     }
 
 
-def load_config(path: Path) -> Train:
-    """Reads a config that `save_config` wrote."""
-    if not path.is_file():
-        raise InvalidArgument(f"config={str(path)!r} is not a file; a run folder holds a config.yaml.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
+def load_config(path: Path, said: Collection[str] = ()) -> Train:
+    """Reads a config that `save_config` wrote.
+
+    A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
+    Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
+    """
+    values = read_values(path)
     values.pop("made_with", None)
-    algo = values.setdefault("algo", "ppo")
-    check_choice(f"{path}: algo", algo, ALGORITHMS)
-    agent = _from_mapping(ALGORITHMS[algo].config_class, values.pop("agent", {}), path)
-    return _from_mapping(Train, {**values, "agent": agent}, path)
+    values = fields_from(Train, values, path, NOT_SAVED)
+    check_choice(f"{path}: env", values["env"], TASKS)
+    check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
+    config_class = ALGORITHMS[values["algo"]].config_class
+    values["agent"] = fields_from(config_class, mapping(values["agent"], path, "agent"), path)
+    check_run(values, path, said)
+    try:
+        return Train(**{**values, "agent": config_class(**values["agent"])})
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number, `model` "1e-3" a folder."""
+    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(load_task(str(options.get("task", TASKS[env_id]))))
+    wanted = {key: hint for key, hint in wanted.items() if key != "return"} | {"task": str}
+    for key in options:
+        check_choice("option", key, wanted)
+    return {key: fit(key, value, wanted[key]) for key, value in options.items()}
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises `InvalidArgument` for a number that counts nothing."""
+    if value < least:
+        raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
 
 
 def default_run_dir(config: Train) -> Path:
     """runs/ENV-ALGO-SEED-TIME."""
     name = config.env.split("/")[-1].lower()
     return Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _from_mapping(cls: type, values: Mapping[str, Any], path: Path) -> Any:
-    names = {one.name for one in dataclasses.fields(cls)}
-    for key in values:
-        check_choice(f"{path}: the field", key, names)
-    return cls(**values)
