@@ -88,12 +88,13 @@ def action(envs: VectorEnv, obs: Mapping[str, Any], tokens_N: Tensor, logprobs_N
     return {"token": tokens, "logprob": logprobs} if wants_logprob(envs) else tokens
 
 
-def flags(terminations: Any, truncations: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both flags (N,) on the host, in one copy."""
+def flags(terminations: Any, truncations: Any, logprobs_N: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both flags (N,) on the host, and which log-probs are not finite; in one copy where the env gives tensors."""
+    invalid_N = ~logprobs_N.isfinite()
     if isinstance(terminations, Tensor):
-        both = torch.stack([terminations, truncations]).cpu().numpy()
-        return both[0], both[1]
-    return np.asarray(terminations), np.asarray(truncations)
+        three = torch.stack([terminations, truncations, invalid_N.to(terminations.device)]).cpu().numpy()
+        return three[0], three[1], three[2]
+    return np.asarray(terminations), np.asarray(truncations), invalid_N.cpu().numpy()
 
 
 def take(values: Any, rows: np.ndarray) -> np.ndarray:

@@ -424,7 +424,7 @@ def test_steps_need_a_reset_an_open_env_and_running_rows() -> None:
         ({"group_size": 2}, "group_size=2 must divide num_envs=3"),
         ({"group_size": 0}, "group_size=0 must be a whole number, 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be 0 or more"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be finite and 0 or more"),
         ({"missing_eos_penalty": 1.0, "score_truncated": False}, "needs score_truncated=True"),
         ({"num_envs": 0}, "num_envs=0 must be a whole number, 1 or more"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.finite import RewardWatch, require_finite_weight
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
@@ -69,6 +70,7 @@ class RewardEngine:
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_terms = torch.zeros(num_rows, len(terms), parts.spec.max_new_tokens, device=parts.device)
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
+        self.watch = RewardWatch()
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
 
@@ -97,9 +99,12 @@ class RewardEngine:
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
-        """The weights of an episode that begins now."""
+        """The weights of an episode that begins now; `InvalidArgument` where a schedule gives none."""
         terms = self.rewards.terms.items()
-        return {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        weights = {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        for name, weight in weights.items():
+            require_finite_weight(name, weight, tokens_seen)
+        return weights
 
     @torch.no_grad()
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
@@ -127,6 +132,7 @@ class RewardEngine:
         self._note(terms, before.step, active, texts)
         terms |= self._settle(finished, batch)
         reward = total(terms) if terms else torch.zeros_like(ref_logprob)
+        self.watch.look(terms, reward, ref_logprob, tokens, before.step)
         return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ class TokenVectorEnv(VectorEnv):
         self._ended = np.zeros(num_envs, dtype=bool)
         self._rngs: list[np.random.Generator] = []
         self._seed_streams(np.ones(num_envs, dtype=bool), read_seed(np_random()[1] % 2**31, num_envs))
-        self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
+        self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction; schedules are asked with it."""
 
@@ -149,6 +149,8 @@ class TokenVectorEnv(VectorEnv):
         if not given.mask.all():
             self._require_reset()
         self._seed_streams(given.mask, read_seed(seed, self.num_envs))
+        if given.mask.all():
+            self._engine.watch.clear()
         infos = self._begin(given.mask, given.prompts, given.prefixes)
         self._render_for_people()
         return self._observation(), infos.to_dict(self._export)
@@ -234,6 +236,8 @@ class TokenVectorEnv(VectorEnv):
         slots = state.check_state(saved, self.num_envs, self.token_spec, self._engine.layout)
         if len(slots) < self.num_envs:
             self._require_reset()
+        else:
+            self._engine.watch.clear()
         self._texts.load(slots, saved["texts"])
         self._engine.load(slots, self._texts, saved["engine"])
         self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
@@ -372,7 +376,9 @@ class TokenVectorEnv(VectorEnv):
     def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
         """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
         tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
-        codes = self._to_host(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes = token_codes(tokens, logprob, self.token_spec.vocab_size)
+        codes = self._to_host(self._engine.watch.mark(codes))
+        self._engine.watch.check(codes)
         codes[~active] = self.token_spec.pad_token_id
         require_valid(codes, tokens, logprob, self.token_spec)
         return codes, logprob
