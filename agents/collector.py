@@ -37,6 +37,10 @@ INFO_DEFAULTS: dict[str, float] = {
 }
 
 
+class Stopped(Exception):
+    """`collect` was asked to stop; what had ended by then is kept for the next one."""
+
+
 class Collector:
     """Steps an env one token at a time; slots never idle, and only finished episodes come out.
 
@@ -63,6 +67,10 @@ class Collector:
         """(N,) episodes that have ended in each row."""
         self._resetting = np.zeros(envs.num_envs, bool)
         self._waiting: list[Episode] = []
+        self._batch: list[Episode] = []
+        """What has ended for the batch that is being collected."""
+        self.stopping = False
+        """Set by a signal's handler, say: `collect` ends after the step that is under way."""
         self._first = np.zeros(envs.num_envs, np.int64)
         """(N,) episodes that had ended in each row when all began anew."""
         self.version = 0
@@ -74,13 +82,16 @@ class Collector:
         """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them.
 
         With a `group_size` above 1, whole groups only, one after the other: the k-th texts of consecutive slots, which
-        share a prompt. The first texts of a group wait for its last.
+        share a prompt. The first texts of a group wait for its last. Raises `Stopped` where `stopping` is set meanwhile.
         """
-        episodes: list[Episode] = []
-        while num_tokens > 0:
+        missing = num_tokens - sum(len(e.response) for e in self._batch)
+        while missing > 0:
+            if self.stopping:
+                raise Stopped
             ended = self.step() if self.group_size == 1 else self._complete_groups(self.step())
-            episodes += ended
-            num_tokens -= sum(len(e.response) for e in ended)
+            self._batch += ended
+            missing -= sum(len(e.response) for e in ended)
+        episodes, self._batch = self._batch, []
         return episodes
 
     def _complete_groups(self, ended: list[Episode]) -> list[Episode]:
@@ -140,15 +151,16 @@ class Collector:
         """Everything but the env's own state and the observation that comes with it."""
         names = ["tokens_seen", "finished", "version", "_version", "_first", "_age", "_resetting", "_clock"]
         names += ["_ring", "_masks", "_potential"] if self.running else []
-        waiting = asdict(EpisodeBatch.stack(self._waiting)) if self._waiting else None
-        return copy.deepcopy({name: getattr(self, name) for name in names}) | {"waiting": waiting}
+        lists = {"waiting": self._waiting, "batch": self._batch}
+        stacked = {name: asdict(EpisodeBatch.stack(some)) if some else None for name, some in lists.items()}
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | stacked
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
         """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
-        waiting = state["waiting"]
-        names = [name for name in state if name != "waiting"] if running else ["tokens_seen", "finished", "version"]
-        vars(self).update({name: state[name] for name in names})
-        self._waiting = EpisodeBatch(**waiting).unstack() if running and waiting else []
+        waiting, batch = (EpisodeBatch(**some).unstack() if some else [] for some in (state["waiting"], state["batch"]))
+        names = [name for name in state if name not in ("waiting", "batch")]
+        vars(self).update({name: state[name] for name in (names if running else ["tokens_seen", "finished", "version"])})
+        self._waiting, self._batch = (waiting if running else []), batch
 
     def refresh(self) -> None:
         """To be called when the weights have changed."""

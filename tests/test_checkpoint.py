@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents import PPO, LMPolicy, files
 from tokenenv.agents import checkpoint as module
 from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
 from tokenenv.errors import CheckpointError
@@ -65,7 +65,7 @@ BROKEN = {
     "text": (lambda data: b"a text of some length, not a checkpoint at all", "cannot be read as a checkpoint"),
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
-    "version": (lambda data: data.replace(b'"version":"3"', b'"version":"7"'), "has checkpoint version 7; .* reads 3"),
+    "version": (lambda data: data.replace(b'"version":"4"', b'"version":"7"'), "has checkpoint version 7; .* reads 4"),
 }
 
 
@@ -97,21 +97,22 @@ def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os if where == "replace" else module, where, crash)
+        patch.setattr({"save_file": module, "_sync": files, "replace": files.os}[where], where, crash)
         with pytest.raises(KeyboardInterrupt):
             write_checkpoint(tmp_path / "c", {"turn": 2})
     assert read_checkpoint(tmp_path / "c") == {"turn": 1}
     write_checkpoint(tmp_path / "c", {"turn": 3})
     assert read_checkpoint(tmp_path / "c") == {"turn": 3}
-    assert os.listdir(tmp_path) == ["c"]
+    assert read_checkpoint(tmp_path / "c.previous") == {"turn": 1}
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.previous"]
 
 
 def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     """fsync of the file, then rename, then fsync of the directory."""
     calls = []
-    sync, replace = module._sync, os.replace
-    monkeypatch.setattr(module, "_sync", lambda path: (calls.append(path.name), sync(path)))
-    monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: (calls.append(path.name), sync(path)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_checkpoint(tmp_path / "c", {"turn": 1})
     assert calls == ["c.tmp", "replace", tmp_path.name]
 

@@ -15,6 +15,7 @@ from tokenenv.actions import read_actions, require_valid, token_codes
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidArgument, NotReset, check_choice
+from tokenenv.identity import identity
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.prompts import draw
@@ -122,6 +123,13 @@ class TokenVectorEnv(VectorEnv):
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
         self._kl_coef = check_kl_coef(value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
+        env_id = None if self.spec is None else self.spec.id
+        terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
+        return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
 
     @property
     def cache_bytes(self) -> int:

@@ -41,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         with NUMBERS:
             command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
-        if isinstance(command, Train) and command.config is not None:  # what the config's dicts hold and the flags do not
+        if isinstance(command, Train):  # what the config's dicts hold and the flags do not
             command.options = made.options | command.options
             command.agent.rollout_options = made.agent.rollout_options | command.agent.rollout_options
         command.run()
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def train_type(algo: str) -> Any:
@@ -63,17 +65,20 @@ def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _train_default(args: Sequence[str]) -> Train:
-    """`--config PATH` sets the defaults that the other flags override; `--algo NAME` says which settings there are."""
+    """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo NAME` says which settings
+    there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
     parser.add_argument("--algo")
     parser.add_argument("--options", nargs="*", default=[])
     parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
     parser.add_argument("--agent.rollout-options", "--agent.rollout_options", nargs="*", default=[], dest="rollout_options")
     given = parser.parse_known_args(args)[0]
-    made = Train() if given.config is None else load_config(given.config, said_in(vars(given)))
+    path = given.config if given.resume is None else given.resume / "config.yaml"
+    made = Train() if path is None else load_config(path, said_in(vars(given)))
     if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
         return made
-    if given.config is not None:
-        raise InvalidArgument(f"--algo {given.algo} does not fit --config {given.config}, which is for {made.algo}.")
+    if path is not None:
+        raise InvalidArgument(f"--algo {given.algo} does not fit {path}, which is for {made.algo}.")
     return Train(algo=given.algo, agent=ALGORITHMS[given.algo].config_class())

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents.files import replace_file
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.designs import DESIGNS
 from tokenenv.shown import without_secrets
@@ -14,9 +15,9 @@ from tokenenv.values import fit, from_yaml, to_yaml, typed
 
 
 def write_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes the values without keys and passwords; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(without_secrets(values)), encoding="utf-8")
+    """Writes the values, whole or not at all, without keys and passwords."""
+    text = to_yaml(without_secrets(values))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_values(path: Path) -> dict[str, Any]:

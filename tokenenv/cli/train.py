@@ -1,6 +1,9 @@
 """`tokenenv train`, and the config that its run folders hold."""
 
 import dataclasses
+import importlib.metadata
+import platform
+import sys
 import time
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -9,12 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import gymnasium as gym
+from rich.console import Console
 
+from tokenenv import __version__
 from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
+from tokenenv.agents.config import learning_rate
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.tracking import WandbRun
+from tokenenv.agents.files import locked, new_folder, previous_of, refuse_run
+from tokenenv.agents.tracking import WandbRun, import_wandb
 from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
 from tokenenv.cli.console import say
+from tokenenv.cli.signals import stopping
 from tokenenv.config import EnvConfig
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.parts import load_task
@@ -32,6 +40,8 @@ GROUP_SIZE = 4
 """Of envs for group methods, where --options does not say."""
 NOT_SAVED = ("config", "resume", "run_dir", "track")
 """Fields that say where one run comes from and goes to, not what it is."""
+MAY_CHANGE = ("rollout", "rollout_options", "max_batch_tokens")
+"""The agent's settings that a run may go on with others of: who writes the texts, and memory."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +54,7 @@ class Train(Generic[Config]):
     config: Path | None = None
     """A run's config.yaml to start from; other flags override it."""
     resume: Path | None = None
-    """A run folder to go on with from its checkpoint; no other flags but --total-tokens and --track then count."""
+    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes it longer."""
     env: str = "tokenenv/Reviews-v0"
     """A registered id; `tokenenv envs` lists them."""
     num_envs: int = 64
@@ -62,7 +72,7 @@ class Train(Generic[Config]):
     checkpoint_every: int = 10
     """Updates between checkpoints; the last update always writes one."""
     run_dir: Path | None = None
-    """The run folder; by default runs/ENV-ALGO-SEED-TIME."""
+    """The run folder, which holds no run yet; by default runs/ENV-ALGO-SEED-TIME."""
     track: Literal["wandb"] | None = None
     """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
 
@@ -75,51 +85,110 @@ class Train(Generic[Config]):
 
     def run(self) -> None:
         """Trains, and says where the run folder is."""
-        folder = self.resume or self.run_dir or default_run_dir(self)
-        if self.resume is not None:
-            made = load_config(folder / "config.yaml", self.said())
-            made.options, made.agent = made.options | self.options, with_rollout(made.agent, self.agent)
-            kept = {"total_tokens": max(self.total_tokens, made.total_tokens), "resume": self.resume, "track": self.track}
-            self.__dict__.update({**vars(made), **kept})
-        # First of all, so that a missing package leaves no folder behind.
-        wandb = self.make_wandb(folder) if self.track == "wandb" else None
-        agent, checkpoint = self.make_agent(folder), folder / "checkpoint"
+        if self.track == "wandb":
+            import_wandb()  # before anything is written
+            self._check_no_key()
+        if self.resume is None:
+            self._begin()
+        else:
+            self._go_on(self.resume)
+
+    def _begin(self) -> None:
+        if self.run_dir is not None:
+            refuse_run(self.run_dir)  # before models are loaded
+        agent = self._new_agent()
+        folder = self.run_dir or new_folder(default_run_dir(self))
+        with locked(folder):
+            refuse_run(folder)  # which another process may have taken meanwhile
+            self._learn(agent, folder)
+
+    def _go_on(self, folder: Path) -> None:
+        if self.config is not None or self.run_dir not in (None, folder):
+            raise InvalidArgument(f"--resume {folder} takes config and folder from there: leave out --config and --run-dir.")
+        with locked(folder):
+            agent = self._resumed_agent(folder)
+            self._check_end(agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int))
+            self._learn(agent, folder)
+
+    def _new_agent(self) -> Agent:
+        return ALGORITHMS[self.algo](self.make_envs(), self.agent)
+
+    def _resumed_agent(self, folder: Path) -> Agent:
+        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those of the agent, in `load`
+        those of the env."""
+        checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
+        begun = checkpoint.exists() or previous_of(checkpoint).exists() or (episodes.exists() and episodes.stat().st_size)
+        if not begun:  # stopped before its first checkpoint, so before its first update
+            return self._new_agent()
+        changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
+        agent = ALGORITHMS[self.algo].load(checkpoint, self.make_envs(), run_dir=folder, **changes)
+        saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        named = {name: (saved[name], value) for name, value in given.items() if saved[name] != value}
+        differing = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in named.items()]
+        if differing:
+            raise InvalidArgument(f"--resume {folder} goes on with the settings of its checkpoint: {'; '.join(differing)}.")
+        return agent
+
+    def _check_end(self, agent: Agent, planned: int) -> None:
+        """A run ends where its config says, or later."""
+        total, seen = self.total_tokens, agent.tokens_seen
+        if total < planned:
+            raise InvalidArgument(
+                f"--total-tokens {total} is less than the run's own {planned}: --resume can only make it longer."
+            )
+        if total > planned:
+            now, then = (learning_rate(agent.config, seen / end) for end in (total, planned))
+            say(
+                f"the run was to end at {planned:,} tokens and goes on to {total:,}: from here on its learning rate is that of "
+                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, where it was {then:.3g})"
+            )
+        elif seen >= total:
+            say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
+
+    def _learn(self, agent: Agent, folder: Path) -> None:
+        agent.run_dir, checkpoint = folder, folder / "checkpoint"
+        save_config(self.as_run(agent.core), folder / "config.yaml", about(agent.core))
+        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
+
+        saved = agent.tokens_seen if checkpoint.exists() else None
+
+        def save() -> None:
+            nonlocal saved
+            if agent.tokens_seen != saved:
+                agent.save(checkpoint)
+                saved = agent.tokens_seen
 
         def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
             if wandb is not None:
                 wandb(metrics, episodes)
             if agent.updates % self.checkpoint_every == 0:
-                agent.save(checkpoint)
+                save()
 
-        agent.learn(self.total_tokens, progress=True, on_update=on_update)
-        agent.save(checkpoint)
+        with stopping(agent.stop) as received:
+            save()
+            agent.learn(self.total_tokens, progress=True, on_update=on_update)
+            save()
         if wandb is not None:
             wandb.close()
+        if received:
+            where = f"saved at {agent.tokens_seen:,} tokens; go on with: tokenenv train --resume {folder}"
+            Console(stderr=True).print(f"stopped by {received[0].name}; {where}", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(128 + received[0])
         looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
         say(f"run folder: {folder}; look at it:", *looks)
 
-    def make_agent(self, folder: Path) -> Agent:
-        """A new agent, and its config in the run folder; or the one whose checkpoint is there."""
-        algorithm = ALGORITHMS[self.algo]
-        if self.resume is not None:
-            rollout = {"rollout": self.agent.rollout, "rollout_options": self.agent.rollout_options}
-            return algorithm.load(folder / "checkpoint", self.make_envs(), run_dir=folder, **rollout)
-        agent = algorithm(self.make_envs(), self.agent, run_dir=folder)
-        save_config(self, folder / "config.yaml")
-        return agent
+    def as_run(self, envs: TokenVectorEnv) -> "Train":
+        """This, with every option of the env as it is, defaults included."""
+        known = {name: value for name, value in envs.identity["options"].items() if value is not None}
+        if known["kl"] == "none":
+            del known["kl_coef"]
+        return dataclasses.replace(self, options=self.options | known)
 
-    def make_wandb(self, folder: Path) -> WandbRun:
-        """The run at Weights & Biases, which records the command line too: no key may stand there."""
+    def _check_no_key(self) -> None:
+        """Weights & Biases records the command line too."""
         values = dataclasses.asdict(self)
         if without_secrets(values) != values:
             raise InvalidArgument("track='wandb' records the command line, which holds a key: give it as VLLM_API_KEY instead.")
-        return WandbRun(folder, values)
-
-    def said(self) -> set[str]:
-        """What the flags of a run that goes on say of what a file may not (`tokenenv.trust`), by name."""
-        names = {f"options.{key}" for key in self.options}
-        names |= {f"agent.rollout_options.{key}" for key in self.agent.rollout_options}
-        return names | ({"agent.rollout"} if self.agent.rollout != "step" else set())
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """The run's envs; `changes` override its options."""
@@ -132,9 +201,20 @@ class Train(Generic[Config]):
         return cast(TokenVectorEnv, envs)
 
 
-def save_config(config: Train, path: Path) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out."""
-    write_values(path, {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED})
+def save_config(config: Train, path: Path, made_with: Mapping[str, Any] | None = None) -> None:
+    """Writes what reruns a run: `tokenenv train --config PATH`. `made_with` is a record that nothing is read from. Keys and
+    passwords are left out."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED}
+    write_values(path, values | ({"made_with": dict(made_with)} if made_with else {}))
+
+
+def about(envs: TokenVectorEnv) -> dict[str, Any]:
+    """What a run was made with: the versions of what computes, and the env's `identity`."""
+    versions = {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy", "torch", "transformers")}
+    return {
+        "versions": {"python": platform.python_version(), "tokenenv": __version__, **versions},
+        "env": {key: value for key, value in envs.identity.items() if key != "options"},
+    }
 
 
 def load_config(path: Path, said: Collection[str] = ()) -> Train:
@@ -143,7 +223,9 @@ def load_config(path: Path, said: Collection[str] = ()) -> Train:
     A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
     Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
     """
-    values = fields_from(Train, read_values(path), path, NOT_SAVED)
+    read = read_values(path)
+    read.pop("made_with", None)
+    values = fields_from(Train, read, path, NOT_SAVED)
     check_choice(f"{path}: env", values["env"], TASKS)
     check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
     config_class = ALGORITHMS[values["algo"]].config_class
@@ -162,12 +244,6 @@ def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for key in options:
         check_choice("option", key, wanted)
     return {key: fit(key, value, wanted[key]) for key, value in options.items()}
-
-
-def with_rollout(agent: Config, said: AgentConfig) -> Config:
-    """An agent's config, with what the command line says of what writes the texts."""
-    rollout = agent.rollout if said.rollout == "step" else said.rollout
-    return dataclasses.replace(agent, rollout=rollout, rollout_options=agent.rollout_options | said.rollout_options)
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
