@@ -125,10 +125,10 @@ def _keep(path: Path) -> None:
     """Gives the file at `path` a second name, so that there is no moment without one at `path`."""
     spare = path.with_name(path.name + ".spare")
     spare.unlink(missing_ok=True)
+    if not path.exists():
+        return
     try:
         os.link(path, spare)
-    except FileNotFoundError:
-        return
     except OSError:  # a file system without hard links
         shutil.copyfile(path, spare)
     os.replace(spare, previous_of(path))

@@ -1,4 +1,5 @@
-"""Runs that are killed at any moment and gone on with end as if nothing had happened. `make kill-test` kills fifty times."""
+"""Runs that are killed at any moment and gone on with end as if nothing had happened; `make kill-test` kills fifty times.
+A signal that asks is heard: the run saves and ends."""
 
 import os
 import random
@@ -7,19 +8,22 @@ import time
 from collections import Counter
 
 import pytest
-from processes import Commands, send
+from processes import Commands, send, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import same
 
 from tokenenv.agents.checkpoint import read_checkpoint
+from tokenenv.cli.signals import SIGNALS
 
-KILLS = int(os.environ.get("KILLS", "3"))
-SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--agent.batch-tokens", "100", "--agent.epochs", "1"]
+KILLS = int(os.environ.get("KILLS", "2"))
+SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--agent.batch-tokens", "80", "--agent.epochs", "1"]
 RUNS = {
-    "ppo": ["--algo", "ppo", *SMALL, "--total-tokens", "3000", "--checkpoint-every", "2"],
-    "grpo": ["--algo", "grpo", *SMALL, "--total-tokens", "3000", "--checkpoint-every", "1"],
-    "automaton": ["--env", "tokenenv/Negation-v0", *SMALL, "--total-tokens", "3000", "--checkpoint-every", "3"],
+    "ppo": ["--algo", "ppo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "2"],
+    "grpo": ["--algo", "grpo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "1"],
+    "automaton": ["--env", "tokenenv/Negation-v0", *SMALL, "--total-tokens", "800", "--checkpoint-every", "3"],
 }
+
+ENDLESS = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--total-tokens", "100000000"]
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +89,21 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
         for where, count in found.most_common():
             print(f"  {count:3d} {where}")
         print("checkpoints equal to an uninterrupted run's, bit for bit; 0 episodes or events doubled, 0 missing")
+
+
+@pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
+def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(commands, tmp_path, signum):
+    """The batch is never full: the run stops between two steps, and keeps what the batch holds so far."""
+    folder, output = tmp_path / "x", tmp_path / "output"
+    argv = ["train", *ENDLESS, "--agent.batch-tokens", "100000000", "--run-dir", folder]
+    pid = commands.start(argv, output)
+    wait_until((folder / "checkpoint").exists, pid)
+    time.sleep(0.5)
+    os.kill(pid, signum)
+    assert commands.wait(pid) == 128 + signum
+    state = read_checkpoint(folder / "checkpoint")
+    [said] = [line for line in output.read_text().splitlines() if "tokens/s" not in line]
+    seen = state["collector"]["tokens_seen"]
+    assert said == f"stopped by {signum.name}; saved at {seen:,} tokens; go on with: tokenenv train --resume {folder}"
+    assert seen > 0
+    assert state["updates"] == 0
