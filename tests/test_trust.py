@@ -158,7 +158,7 @@ def test_flags_add_to_the_options_of_a_config(run_dir, tmp_path):
     config = ["--config", str(run_dir / "config.yaml"), "--run-dir", str(tmp_path / "y")]
     main(["train", *config, "--options", "vocab_size", "3e1", "max_new_tokens", "3"])
     options = load_config(tmp_path / "y" / "config.yaml").options
-    assert options | {"max_new_tokens": 3, "vocab_size": "3e1"} == options
+    assert (options["max_new_tokens"], options["vocab_size"]) == (3, "3e1")
 
 
 @pytest.mark.parametrize("cut", ["num_envs", "agent", "options", "lr"])

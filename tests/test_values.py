@@ -135,7 +135,7 @@ def test_numbers_on_the_command_line_and_in_the_config(tmp_path):
     assert (config.num_envs, config.total_tokens, config.agent.batch_tokens, config.agent.lr) == (4, 100, 50, 0.001)
     assert config.make_envs().kl_coef == 0.001
     path = run / "config.yaml"
-    path.write_text(path.read_text().replace("lr: 0.001", "lr: 2e-3").replace("kl_coef: '1e-3'", "kl_coef: 1e-2"))
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 2e-3").replace("kl_coef: 0.001", "kl_coef: 1e-2"))
     config = load_config(path)
     assert (config.agent.lr, config.make_envs().kl_coef) == (0.002, 0.01)
 

@@ -9,6 +9,7 @@ import tyro
 from rich.table import Table
 
 from tokenenv.agents import ALGORITHMS, Agent, Reference
+from tokenenv.agents.config import check_seed
 from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
@@ -35,7 +36,8 @@ class Evaluate:
 
     def run(self) -> None:
         """Prints the table and the examples."""
-        for name, least in (("num_texts", 1), ("seed", 0), ("examples", 0)):
+        check_seed(self.seed)
+        for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
         # What wrote the run's texts is not asked again: evaluating steps.
         said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options)}

@@ -112,7 +112,7 @@ class Train(Generic[Config]):
             raise InvalidArgument(f"--resume {folder} takes config and folder from there: leave out --config and --run-dir.")
         with locked(folder):
             agent = self._resumed_agent(folder)
-            self._check_end(agent, int(read_values(folder / "config.yaml")["total_tokens"]))
+            self._check_end(agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int))
             self._learn(agent, folder)
 
     def _new_agent(self) -> Agent:
@@ -221,9 +221,9 @@ def load_config(path: Path, said: Collection[str] = ()) -> Train:
     A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
     Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
     """
-    values = read_values(path)
-    values.pop("made_with", None)
-    values = fields_from(Train, values, path, NOT_SAVED)
+    read = read_values(path)
+    read.pop("made_with", None)
+    values = fields_from(Train, read, path, NOT_SAVED)
     check_choice(f"{path}: env", values["env"], TASKS)
     check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
     config_class = ALGORITHMS[values["algo"]].config_class
