@@ -27,6 +27,10 @@ class NotReset(TokenEnvError, ResetNeeded):
     """`step` before the first `reset`."""
 
 
+class Interrupted(NotReset):
+    """A call after one that was interrupted half-way: `reset()` or `load_state()` comes next."""
+
+
 class EnvClosed(TokenEnvError, ClosedEnvironmentError):
     """A call after `close`."""
 
