@@ -16,7 +16,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from tokenenv.errors import CheckpointError, InvalidArgument, NotFinite, check_choice
+from tokenenv.errors import InvalidArgument, NotFinite, check_choice
 from tokenenv.trust import check_from_file
 
 from . import losses
@@ -32,7 +32,7 @@ from .generate import generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
-from .saving import agent_state, restore, trained_weights
+from .saving import agent_state, check_state, restore, trained_weights
 from .staleness import mismatch, staleness, waiting
 from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
@@ -305,8 +305,7 @@ class Agent:
         options that a file may not give (`tokenenv.trust`): say them again, as `rollout=` and `rollout_options=`.
         """
         state = read_newest(path, set_aside=run_dir is not None)
-        if state.get("agent") != cls.__name__:
-            raise CheckpointError(f"{path} was saved by {state.get('agent')}, not by {cls.__name__}.")
+        check_state(state, cls.__name__, [field.name for field in fields(cls.config_class)], path)
         config = dict(state["config"])
         check_rollout(config, path, overrides)
         agent = cls(envs, cls.config_class(**config), policy=policy, run_dir=run_dir, **overrides)
