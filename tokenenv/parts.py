@@ -140,15 +140,33 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
     return int(num_envs)
 
 
+def check_device(device: Any) -> None:
+    """Raises `InvalidArgument` unless tensors can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidArgument(f"device={device!r} cannot be used here: {reason}.") from error
+
+
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
     known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
     for key in options:
         check_choice("option", key, known | env_options)
+    if not isinstance(task, Task):
+        for key, parameter in inspect.signature(task).parameters.items():
+            if parameter.default is parameter.empty and key not in options and parameter.kind is parameter.KEYWORD_ONLY:
+                raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
+    if options.get("device") is not None:
+        check_device(options["device"])
     return task if isinstance(task, Task) else task(**{key: value for key, value in options.items() if key in known})
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names."""
+    """The task function that "module:function" names: code, which no file may name (`tokenenv.trust`)."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidArgument(f"task={name!r} is not there ({error}); give a function as module:function.") from error
