@@ -18,6 +18,7 @@ from tokenenv.ambient import ordinary_tensors
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
 from tokenenv.errors import EnvClosed, FinishedRow, Interrupted, InvalidArgument, NotReset, check_choice
+from tokenenv.identity import identity
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.reset_options import Seed, read_options, read_seed
@@ -134,6 +135,13 @@ class TokenVectorEnv(VectorEnv):
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
         self._kl_coef = check_kl_coef(value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
+        env_id = None if self.spec is None else self.spec.id
+        terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
+        return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
 
     @property
     def cache_bytes(self) -> int:

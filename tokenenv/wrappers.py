@@ -47,6 +47,12 @@ class TopKActions(VectorWrapper):
         )
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The env's, and the number of choices: checkpoints hold it."""
+        inner: Any = self.env
+        return {**inner.identity, "TopKActions": {"k": self.k}}
+
     def choices(self) -> np.ndarray:
         """The tokens (N, k) on offer now, the likeliest first; equally likely ones by id."""
         ids_Nk, allowed_Nk = self._offer()
@@ -108,7 +114,7 @@ class ActionMask(VectorWrapper):
         _check_mask_options(top_p, regex, grammar)
         if _mask_of(envs) is not None:
             raise InvalidArgument("envs has an ActionMask already; give top_p= and regex= (or grammar=) to one.")
-        self.top_p = top_p
+        self.top_p, self.regex, self.grammar = top_p, regex, grammar
         self._followers: list[grammars.Follower] = []
         if regex is not None or grammar is not None:
             start = grammars.compile_matcher(core.token_spec, regex=regex, grammar=grammar)
@@ -121,6 +127,12 @@ class ActionMask(VectorWrapper):
             mask = gym.spaces.Box(0, 1, (core.token_spec.vocab_size,), np.int8)
             self.single_observation_space = gym.spaces.Dict({**seen.spaces, "action_mask": mask})
             self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The env's, and what is ruled out: checkpoints hold it."""
+        inner: Any = self.env
+        return {**inner.identity, "ActionMask": {"top_p": self.top_p, "regex": self.regex, "grammar": self.grammar}}
 
     def action_masks(self) -> np.ndarray:
         """(N, V) bool on the host: what may come next in each text."""
