@@ -1,13 +1,12 @@
 """Groups of texts that share a prompt: none is mixed, none is lost, none waits for long, whatever the lengths are."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from line_env import LineActor, LineEnv, check_episodes
+from tasks import make_vec
 from toy_env import ToyEnv
 
-import tokenenv  # noqa: F401
 from tokenenv.agents import GRPO, RLOO, BestOfN
 from tokenenv.agents.collector import Collector
 from tokenenv.agents.pairing import Pairing, whole_groups
@@ -15,9 +14,8 @@ from tokenenv.agents.staleness import waiting
 from tokenenv.errors import ContractError, InvalidArgument
 
 
-def reviews(num_envs=12, group_size=3, mode="SameStep", **options):
-    options = {"max_new_tokens": 30, **options}
-    return gym.make_vec("tokenenv/Reviews-v0", num_envs=num_envs, group_size=group_size, autoreset_mode=mode, **options)
+def toy(num_envs=12, group_size=3, mode="SameStep", **options):
+    return make_vec(num_envs, mode, group_size=group_size, reward="token", **options)
 
 
 def test_numbers_by_hand():
@@ -44,10 +42,9 @@ def run(collector, updates, tokens):
     return ages, waits
 
 
-@pytest.mark.parametrize("mode", AutoresetMode)
-def test_texts_do_not_age_as_updates_go_by(mode):
-    """Geometric lengths of mean 8, 16 steps an update: pairing the k-th texts of each slot drifts to 5.0, and 4 batches."""
-    collector = Collector(LineEnv(32, mode, 4, T=32), LineActor(1 / 8), group_size=4)
+def test_texts_do_not_age_as_updates_go_by():
+    """Geometric lengths of mean 8, 16 steps an update: the k-th texts of each slot drift to a mean of 6."""
+    collector = Collector(LineEnv(32, AutoresetMode.SAME_STEP, 4, T=32), LineActor(1 / 8), group_size=4)
     ages, waits = run(collector, 100, 512)
     late = np.concatenate(ages[60:])
     assert late.mean() < 1.5
@@ -83,7 +80,7 @@ def test_at_staleness_0_lengths_are_right_from_the_first_batch_on(group_size):
     found = {}
     for limit in (0, None):
         sums = np.zeros((2, 2))
-        for seed in range(40):
+        for seed in range(25):
             env = LineEnv(8, AutoresetMode.SAME_STEP, group_size, T)
             collector = Collector(env, LineActor(stop, seed), group_size=group_size, max_staleness=limit)
             for batch in range(2):
@@ -91,14 +88,14 @@ def test_at_staleness_0_lengths_are_right_from_the_first_batch_on(group_size):
                 sums[batch] += sum(lengths), len(lengths)
                 collector.refresh()
         found[limit] = sums[:, 0] / sums[:, 1]
-    assert np.abs(found[0] / true - 1).max() < 0.08  # 600 texts, deviation 0.8 of the mean: 3.3 %
+    assert np.abs(found[0] / true - 1).max() < 0.1  # 300 texts at least, deviation 0.8 of the mean: 4.6 %
     assert found[None][0] / true < 0.92
 
 
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
 def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
     """Of the env itself, which hands the prompts out."""
-    agent = RLOO(reviews(mode=mode))
+    agent = RLOO(toy(mode=mode))
     seen = []
     for _ in range(4):
         episodes = agent.collector.collect(100)
@@ -119,12 +116,12 @@ def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
 def test_waiting_texts_survive_a_checkpoint(mode, max_staleness, tmp_path):
     """Those that wait for the rest of their group are in the file; their group is whole afterwards."""
-    agent = RLOO(reviews(mode=mode), max_staleness=max_staleness)
+    agent = RLOO(toy(mode=mode), max_staleness=max_staleness)
     agent.collector.collect(100)
     while max_staleness is None and len(agent.collector.waiting) < 3:
         agent.collector.collect(1)
     agent.save(tmp_path / "c")
-    resumed = RLOO.load(tmp_path / "c", reviews(mode=mode))
+    resumed = RLOO.load(tmp_path / "c", toy(mode=mode))
     assert [(e.slot, e.index) for e in resumed.collector.waiting] == [(e.slot, e.index) for e in agent.collector.waiting]
     for one, other in zip(agent.collector.collect(150), resumed.collector.collect(150), strict=True):
         for field in one.__dataclass_fields__:
@@ -163,9 +160,9 @@ def check_whole(episodes):
 def test_groups_are_whole_for_those_who_ask_twice(max_staleness):
     """GRPO draws what flat groups leave missing; BestOfN takes one of each group."""
     options = {"batch_tokens": 60, "max_staleness": max_staleness, "epochs": 1, "minibatches": 1}
-    agent = GRPO(reviews(8, 4, max_new_tokens=6), skip_flat_groups=True, **options)
+    agent = GRPO(toy(8, 4), skip_flat_groups=True, **options)
     check_whole(agent.collect())
-    best = BestOfN(reviews(8, 4, max_new_tokens=6), batch_tokens=60, max_staleness=max_staleness)
+    best = BestOfN(toy(8, 4), batch_tokens=60, max_staleness=max_staleness)
     whole = []
     collect_best = best.collector.collect
     best.collector.collect = lambda tokens: whole.extend(found := collect_best(tokens)) or found
@@ -177,4 +174,4 @@ def test_groups_are_whole_for_those_who_ask_twice(max_staleness):
 
 def test_a_limit_below_0_is_refused():
     with pytest.raises(InvalidArgument, match="max_staleness=-1"):
-        RLOO(reviews(), max_staleness=-1)
+        RLOO(toy(), max_staleness=-1)
