@@ -24,7 +24,7 @@ from .advantages import kl_penalised
 from .checkpoint import read_checkpoint, write_checkpoint
 from .collector import Collector
 from .config import AgentConfig, learning_rate
-from .env_rows import check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
+from .env_rows import check_apart, check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
 from .failures import write_failures
 from .generate import generate
@@ -73,8 +73,7 @@ class Agent:
         self.envs, self.core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
         self.spec = getattr(self.core, "token_spec", None)
         self.policy = policy or default_policy(envs, cfg)
-        if self.policy.model is getattr(self.core, "reference", None):
-            raise InvalidArgument("policy holds the env's own reference, which must stay as it is: give it a deep copy.")
+        check_apart(self.policy, self.core)
         if self.policy.vocab_size != num_actions(envs):
             raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
@@ -203,11 +202,6 @@ class Agent:
         terms = {name: rewards_BT for name, rewards_BT in batch.terms.items() if name != "kl"}
         rest_BT = self.rewards(batch) - sum(terms.values())
         return {**terms, "kl" if terms else "reward": rest_BT}
-
-    def bootstrap(self, batch: EpisodeBatch) -> Tensor:
-        """Where (B,) the last state's value counts: at truncation, if the env does not score it; never at termination."""
-        scored = getattr(self.spec, "score_truncated", True)
-        return batch.truncated_B & ~batch.terminated_B & torch.tensor(not scored)
 
     def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
         """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidAction, NotFinite
 
 from .actor import Actor
-from .env_rows import action, flags, method, take, take_info, take_obs
+from .env_rows import action, flags, method, read_ends, take, take_info, take_obs
 from .episodes import Episode, check_finite
 from .failures import require_finite_policy, running_texts
 from .masks import pack
@@ -271,7 +271,8 @@ class Collector:
         if self.mode == AutoresetMode.SAME_STEP:
             obs, infos = infos["final_obs"], infos["final_info"]
         known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
-        ends = {"terminated": terminated[rows], "truncated": truncated[rows], **take_obs(obs, rows), **known}
+        cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, rows)
+        ends = {"truncated": cut, "bootstraps": bootstraps, **take_obs(obs, rows), **known}
         placed = infos.get("token_reward_terms", {})
         terms = {name: take(values, rows) for name, values in placed.items() if not name.startswith("_")}
         records = take(self._ring.movedim(2, 0), rows)
@@ -309,7 +310,7 @@ class Collector:
             reward=record[:, REWARD],
             potential=np.append(record[:, POTENTIAL], np.float32(end["potential"])),
             kl_coef=float(end["kl_coef"]),
-            terminated=bool(end["terminated"]),
+            terminated=not end["truncated"],
             truncated=bool(end["truncated"]),
             score=float(end["score"]),
             gold=float(end["gold"]),
@@ -317,6 +318,7 @@ class Collector:
             slot=slot,
             index=int(self.finished[slot]),
             version=int(self._version[slot]),
+            bootstraps=bool(end["bootstraps"]),
             terms={name: values[own] for name, values in terms.items()},
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )

@@ -17,7 +17,7 @@ from tokenenv.errors import NotFinite
 from .advantages import token_mask
 
 LEARNED = ("value", "advantage")
-PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version")
+PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version", "bootstraps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class Episode:
     """How many episodes that row had finished before."""
     version: int = 0
     """How many updates the policy had had when the first token was drawn: the later ones may have had more."""
+    bootstraps: bool = False
+    """Whether the value of the last state counts: the text was cut, and nothing was paid for it as a whole."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
     """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where the env names none."""
     value: np.ndarray | None = None
@@ -93,6 +95,7 @@ class EpisodeBatch:
     slot_B: Tensor
     index_B: Tensor
     version_B: Tensor
+    bootstraps_B: Tensor
     terms: dict[str, Tensor]
     """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
     action_mask_BTM: Tensor | None = None

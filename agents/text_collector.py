@@ -274,6 +274,7 @@ class TextCollector:
             slot=text.number % self.num_texts,
             index=text.number // self.num_texts,
             version=text.version,
+            bootstraps=not terminated and not self.spec.score_truncated,
             terms={name: values[row, start:end] for name, values in scores.token_reward_terms.items()},
         )
 

@@ -88,6 +88,11 @@ class TokenVectorEnv(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def frozen_models(self) -> dict[str, Any]:
+        """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        return self._engine.frozen_models()
+
+    @property
     def oracle(self) -> Any:
         """The task's exact optimum, or None where it is not known."""
         return self._task.oracle
@@ -192,13 +197,14 @@ class TokenVectorEnv(VectorEnv):
         ended = ends.ended
         self._ended = ended.copy()
         infos = self._step_infos(paid, active, ended)
+        infos.add("cut", ends.truncated.copy(), ended)
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
             infos.overlay(self._begin(~active))
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             final = self._final(infos, ended)
             infos.overlay(self._begin(ended))
-        flags = self._export(ends.terminated), self._export(ends.truncated)
+        flags = map(self._export, ends.flags(self.config.cut))
         info = infos.to_dict(self._export) | final
         self._render_for_people()
         return self._observation(), self._export(paid.reward), *flags, info
