@@ -103,7 +103,7 @@ class RewardEngine:
             num_rows, len(terms), parts.spec.max_new_tokens, dtype=torch.float32, device=parts.device
         )
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
-        self.watch = RewardWatch()
+        self.watch = RewardWatch(parts.device)
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
 

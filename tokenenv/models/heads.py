@@ -151,14 +151,18 @@ def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> b
 
 def _three_tokens(model: Any) -> list[int]:
     """Ids other than the pad id."""
-    config = model.config.get_text_config()
-    return [token for token in range(config.vocab_size) if token != config.pad_token_id][1:4]
+    pad_id = _pad_id(model)
+    return [token for token in range(model.config.get_text_config().vocab_size) if token != pad_id][1:4]
+
+
+def _pad_id(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
 def _passed_over(model: Any, head: Head) -> int | None:
     """The pad id of a model that scores texts, if it reads a text that ends in it at the token before, as transformers'
     own classifiers do; None if it reads every text at its last token. Other models' code is asked, not believed."""
-    pad_id, trunk = model.config.get_text_config().pad_token_id, trunk_of(model)
+    pad_id, trunk = _pad_id(model), trunk_of(model)
     if pad_id is None or not 0 <= pad_id < trunk.get_input_embeddings().num_embeddings:
         return None
     tokens = torch.tensor([[*_three_tokens(model), pad_id, pad_id]], device=trunk.device)
