@@ -8,9 +8,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.adapters import shared_weight
 
 
 def check_env(envs: Any) -> None:
@@ -20,6 +21,17 @@ def check_env(envs: Any) -> None:
     space = envs.single_observation_space
     if not isinstance(space, gym.spaces.Dict) or not {"tokens", "length", "prompt_length"} <= set(space.spaces):
         raise InvalidArgument('envs must observe "tokens", "length" and "prompt_length"; agents read texts, not features.')
+
+
+def check_apart(policy: nn.Module, core: Any) -> None:
+    """Raises `InvalidArgument` if training the policy would change a model that the env reads, its reference first of all."""
+    models = {"reference": getattr(core, "reference", None), **getattr(core, "frozen_models", {})}
+    for role, model in models.items():
+        if name := shared_weight(policy, model):
+            raise InvalidArgument(
+                f"policy trains {name}, a weight of the env's own {role}, which must stay as it is: give the policy a deep "
+                "copy (before peft puts adapters into it)."
+            )
 
 
 def warn_if_biased(envs: VectorEnv) -> None:
@@ -88,12 +100,13 @@ def action(envs: VectorEnv, obs: Mapping[str, Any], tokens_N: Tensor, logprobs_N
     return {"token": tokens, "logprob": logprobs} if wants_logprob(envs) else tokens
 
 
-def flags(terminations: Any, truncations: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both flags (N,) on the host, in one copy."""
+def flags(terminations: Any, truncations: Any, logprobs_N: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both flags (N,) on the host, and which log-probs are not finite; in one copy where the env gives tensors."""
+    invalid_N = ~logprobs_N.isfinite()
     if isinstance(terminations, Tensor):
-        both = torch.stack([terminations, truncations]).cpu().numpy()
-        return both[0], both[1]
-    return np.asarray(terminations), np.asarray(truncations)
+        three = torch.stack([terminations, truncations, invalid_N.to(terminations.device)]).cpu().numpy()
+        return three[0], three[1], three[2]
+    return np.asarray(terminations), np.asarray(truncations), invalid_N.cpu().numpy()
 
 
 def read_ends(

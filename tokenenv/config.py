@@ -57,9 +57,10 @@ class EnvConfig:
         if self.kl_coef is not None:
             check_kl_coef(self.kl_coef)
         self._check_kl_options()
-        if self.missing_eos_penalty < 0 or (self.missing_eos_penalty and not self.score_truncated):
+        penalty = self.missing_eos_penalty
+        if not 0 <= penalty < math.inf or (penalty and not self.score_truncated):
             raise InvalidArgument(
-                f"missing_eos_penalty={self.missing_eos_penalty} must be 0 or more, and needs score_truncated=True."
+                f"missing_eos_penalty={penalty} must be finite and 0 or more, and needs score_truncated=True."
             )
         for name in ("group_size", "max_batch_tokens", "max_new_tokens"):
             value = getattr(self, name)
