@@ -8,16 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.models.text_scores import sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
 from tokenenv.types import Scorer, Slots, TrunkStates
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """In which token scores are added up: float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -223,8 +219,7 @@ class RewardEngine:
         self._enter(slots, texts, saved)
 
     def read_score(self, hidden: TrunkStates, running: Tensor | float) -> Tensor | None:
-        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum, in float64: in
-        float32 thousands of tokens drift."""
+        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum."""
         scorer = self.parts.causal_scorer
         if scorer is None:
             return None

@@ -19,7 +19,7 @@ def score_texts(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch
         return scorer.token_scores(texts, max(1, *(len(response) for _, response in texts))).sum(1)
     lengths = np.asarray([len(prompt) + len(response) for prompt, response in texts])
     prompt_lengths = np.asarray([len(prompt) for prompt, _ in texts])
-    scores = torch.zeros(len(texts), device=scorer.model.device)
+    scores = torch.zeros(len(texts), dtype=torch.float32, device=scorer.model.device)
     for group in micro_batches(lengths, max_batch_tokens):
         tokens = np.zeros((len(group), int(lengths[group].max())), dtype=np.int64)
         for row, i in enumerate(group):
@@ -38,4 +38,10 @@ def read_scores(scorer: Scorer, states: Tensor, prompt_lengths: np.ndarray, leng
         wanted = position == lengths[:, None] - 1
     row, column = (upload(index, states.device) for index in np.nonzero(wanted))
     scores = scorer.head(states[row, column])
-    return scores.new_zeros(len(states)).index_add(0, row, scores)
+    total = torch.zeros(len(states), dtype=sum_dtype(scores.device), device=scores.device)
+    return total.index_add(0, row, scores.to(total.dtype)).float()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which token scores are added up: in float32 thousands of them drift, and Apple's GPUs have nothing else."""
+    return torch.float32 if device.type == "mps" else torch.float64
