@@ -73,6 +73,8 @@ class TokenVectorEnv(VectorEnv):
         self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
         self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
         self._interrupted: _Interrupted | None = None
+        self.changes = 0
+        """Calls that have changed the texts: what was made of them before the last one is out of date."""
         self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
@@ -371,6 +373,7 @@ class TokenVectorEnv(VectorEnv):
         self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
         if whole:
             self._engine.forget()
+        self.changes += 1
         yield
         self._interrupted = None
 
