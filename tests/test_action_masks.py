@@ -395,7 +395,8 @@ def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(o
         def stop(frame: Any, event: str, argument: Any) -> None:
             """At the at-th call of the wrapper's own after the env has taken the tokens."""
             done = core.changes > before and core._interrupted is None  # noqa: B023
-            if event == "call" and done and frame.f_code.co_filename.endswith(("tokenenv/wrappers.py", "grammar.py")):
+            ours = frame.f_code.co_filename.endswith(("tokenenv/wrappers.py", "grammar.py"))
+            if event == "call" and done and ours and frame.f_code.co_name != "__call__":  # llguidance asks, and eats the error
                 calls.append(frame.f_code.co_name)  # noqa: B023
                 if len(calls) > at:  # noqa: B023
                     raise KeyboardInterrupt
