@@ -9,7 +9,7 @@ import pytest
 import tasks
 import torch
 from gymnasium.vector import AutoresetMode
-from tasks import STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
+from tasks import MODES, STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
 
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
 from tokenenv.types import Task
@@ -52,16 +52,41 @@ def test_a_text_by_hand() -> None:
     np.testing.assert_allclose(info["token_rewards"][0], [first[0], second[0]] + [0.0] * (T - 2))
 
 
-def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates() -> None:
-    envs = started(2, reset={"prompts": [[11], [11]]}, max_new_tokens=3)
-    for _ in range(2):
-        *_, terminated, truncated, info = envs.step(np.array([20, 20]))
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "terminated"),
+        ({"cut": "truncated"}, "truncated"),
+        ({"score_truncated": False}, "truncated"),
+        ({"score_truncated": False, "cut": "truncated"}, "truncated"),
+    ],
+)
+def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates(
+    options: dict[str, Any], expected: str, array: str
+) -> None:
+    """Nothing is paid after a scored cut, so by default it is a termination; a cut without a score is a truncation."""
+    for mode in MODES:
+        envs = make_vec(3, mode, max_new_tokens=3, array=array, **options)
+        envs.reset(options={"prompts": [[11], [11], [11]], "prefixes": [None, None, [20]]})
+        *_, terminated, truncated, info = envs.step([20, 20, 20])
         assert not (terminated | truncated).any()
-    *_, terminated, truncated, info = envs.step(np.array([20, STOPS[0]]))
-    np.testing.assert_array_equal(truncated, [True, False])
-    np.testing.assert_array_equal(terminated, [False, True])
-    np.testing.assert_array_equal(info["final_obs"]["length"], [4, 4])
-    np.testing.assert_array_equal(info["final_obs"]["tokens"][:, 3], [20, STOPS[0]])
+        assert "cut" not in info
+        *_, terminated, truncated, info = envs.step([20, 20, STOPS[0]])
+        np.testing.assert_array_equal(terminated, [False, False, True])
+        np.testing.assert_array_equal(info["cut"], [False, False, False])
+        np.testing.assert_array_equal(info["_cut"], [False, False, True])
+        if mode == DISABLED:
+            envs.reset(options={"reset_mask": np.array([False, False, True])})
+        obs, _, terminated, truncated, info = envs.step([20, STOPS[0], 20])
+        np.testing.assert_array_equal(truncated, [expected == "truncated", False, False])
+        np.testing.assert_array_equal(terminated, [expected == "terminated", True, False])
+        np.testing.assert_array_equal(info["cut"], [True, False, False])
+        np.testing.assert_array_equal(info["_cut"], [True, True, False])
+        last = info["final_obs"] if mode == SAME_STEP else obs
+        np.testing.assert_array_equal(info.get("final_info", info)["cut"], info["cut"])
+        np.testing.assert_array_equal(last["length"][:2], [4, 4])
+        np.testing.assert_array_equal(last["tokens"][:2, 3], [20, STOPS[0]])
 
 
 def test_spaces_spec_and_metadata() -> None:
@@ -252,9 +277,10 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
         np.testing.assert_allclose(first, plain.score[0], atol=1e-5)
         total = np.zeros(2)
         for step in range(T - 3):
-            _, rewards, _, truncated, info = envs.step([30 + step] * 2)
+            _, rewards, terminated, _, info = envs.step([30 + step] * 2)
             total += rewards
-        np.testing.assert_array_equal(truncated, [True, False])
+        np.testing.assert_array_equal(terminated, [True, False])
+        np.testing.assert_array_equal(info["final_info"]["cut"], [True, False])
         whole = envs.unwrapped.score_episodes([[11]], [prefix + [30 + step for step in range(T - 3)]])
         np.testing.assert_allclose(info["score"][0], whole.score[0], atol=1e-5)
         np.testing.assert_allclose(total[0], 3 * whole.score[0] - first, atol=1e-4)
@@ -465,7 +491,7 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     envs = started(2, render_mode="ansi").unwrapped
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
-    gone = ("weights", "device", "cache_bytes", "biased_terms")
+    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models")
     calls = [(name, ()) for name in ("reset", "render", "save_state", "ref_logprobs", "responses", "save_statistics")]
     calls += [("step", (TWO,)), ("fork", ([0], [1])), ("load_state", (saved,)), ("load_statistics", ({},))]
     for call in [lambda name=name: getattr(envs, name) for name in gone] + [
@@ -512,12 +538,13 @@ def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
         ({"kl_estimator": "k3"}, "kl_estimator='k3' .* need kl='policy'"),
         ({"kl": "policy", "kl_clamp": 0.0}, "kl_clamp=0.0 must be above 0"),
         ({"array": "jax"}, "array='jax' is not known; allowed: numpy, torch"),
+        ({"cut": "scored"}, "cut='scored' is not known; allowed: terminated, truncated"),
         ({"observation": "text"}, "observation='text' is not known"),
         ({"autoreset_mode": "Same"}, "autoreset_mode='Same' is not known; allowed: Disabled, NextStep, SameStep"),
         ({"group_size": 2}, "group_size=2 must divide num_envs=3"),
         ({"group_size": 0}, "group_size=0 must be a whole number, 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be 0 or more"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be finite and 0 or more"),
         ({"missing_eos_penalty": 1.0, "score_truncated": False}, "needs score_truncated=True"),
         ({"num_envs": 0}, "num_envs=0 must be a whole number, 1 or more"),
     ],

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.finite import RewardWatch, require_finite_weight
+from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.text_scores import sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Scorer, Slots, TrunkStates
+from tokenenv.types import Head, Scorer, Slots, TrunkStates
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -27,7 +30,9 @@ class Ends:
     """Which rows of a step end, (N,) bool on the host."""
 
     terminated: np.ndarray
+    """By a stop token."""
     truncated: np.ndarray
+    """Cut at `max_new_tokens`."""
     scored: np.ndarray
     """Terminated, or truncated where truncated texts are scored: learners do not bootstrap there."""
 
@@ -35,6 +40,11 @@ class Ends:
     def ended(self) -> np.ndarray:
         """(N,) bool."""
         return self.terminated | self.truncated
+
+    def flags(self, cut: str) -> tuple[np.ndarray, np.ndarray]:
+        """Terminations and truncations as `step` returns them; `cut` names the flag of a scored cut."""
+        terminations = self.scored if cut == "terminated" else self.terminated
+        return terminations, self.ended & ~terminations
 
 
 @dataclass(slots=True)
@@ -62,18 +72,33 @@ class RewardEngine:
             term.bind(parts)
         self.parts = parts
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
+        check_adapters_apart({"policy's model": parts.task.model or parts.reference, **self.frozen_models()})
+        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
-        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_terms = torch.zeros(
             num_rows, len(terms), parts.spec.max_new_tokens, dtype=torch.float32, device=parts.device
         )
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
+        self.watch = RewardWatch()
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
+
+    def frozen_models(self) -> dict[str, Any]:
+        """The models that are read, by role."""
+        task = self.parts.task
+        found = {
+            "reference": task.reference,
+            "reward model": getattr(task.scorer, "model", None),
+            "implicit model": task.implicit_model,
+            "step scorer": getattr(task.step_scorer, "model", None),
+        }
+        for name, term in self.rewards.terms.items():
+            found |= {f"model {i} of reward term {name!r}": model for i, model in enumerate(term.models)}
+        return {role: model for role, model in found.items() if model is not None}
 
     @property
     def term_names(self) -> list[str]:
@@ -100,9 +125,12 @@ class RewardEngine:
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
-        """The weights of an episode that begins now."""
+        """The weights of an episode that begins now; `InvalidArgument` where a schedule gives none."""
         terms = self.rewards.terms.items()
-        return {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        weights = {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        for name, weight in weights.items():
+            require_finite_weight(name, weight, tokens_seen)
+        return weights
 
     @torch.no_grad()
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
@@ -130,14 +158,19 @@ class RewardEngine:
         self._note(terms, before.step, active, texts)
         terms |= self._settle(finished, batch)
         reward = total(terms) if terms else torch.zeros_like(ref_logprob)
+        self.watch.look(terms, reward, ref_logprob, tokens, before.step)
         return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:
         """log pi_ref of every next token, (N, V)."""
         assert self.states is not None
-        logits_NV = logits_head(self.parts.reference, self.parts.spec.vocab_size)(self.states.of(self.parts.reference))
-        return torch.log_softmax(logits_NV.float(), dim=-1)
+        return torch.log_softmax(self.ref_head(self.states.of(self.parts.reference)).float(), dim=-1)
+
+    @cached_property
+    def ref_head(self) -> Head:
+        """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it is made."""
+        return logits_head(self.parts.reference, self.parts.spec.vocab_size)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
@@ -198,6 +231,7 @@ class RewardEngine:
     def forget(self) -> None:
         """Holds no text any more, as before the first `start`, which must now be of every row."""
         self.states = None
+        self.watch.clear()
 
     def layout(self, count: int) -> Layout:
         """The arrays that `save` returns for so many slots."""

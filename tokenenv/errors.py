@@ -1,7 +1,8 @@
 """Errors: one root, each child also the standard error a caller would expect."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
@@ -36,6 +37,17 @@ class EnvClosed(TokenEnvError, ClosedEnvironmentError):
 
 class ModelError(TokenEnvError, ValueError):
     """A model or tokenizer cannot play the part it was given."""
+
+
+class NotFinite(TokenEnvError, FloatingPointError):
+    """A reward, log-prob or gradient is NaN or infinite; nothing has been learnt from it."""
+
+    def __init__(self, message: str, rows: Sequence[int] = (), texts: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
+        """The env rows, or the texts that were scored, at fault."""
+        self.texts = list(texts)
+        """What was written in them, where a collector knows: objects with a `prompt` and a `response` of token ids."""
 
 
 class CheckpointError(TokenEnvError, ValueError):

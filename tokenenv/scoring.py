@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument
+from tokenenv.finite import require_finite_scores
 from tokenenv.models.batching import micro_batches
 from tokenenv.prompts import fit_prompt, to_ids
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
@@ -50,6 +51,7 @@ def score_episodes(
             _fill(out, group, texts, _score_group(engine, texts, given, cut[group], group_weights))
             if out.gold is not None and callable(gold):
                 out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
+        require_finite_scores(out)
     except BaseException:
         # A reward server that is down, or Ctrl-C: texts that are scored again must not teach twice.
         engine.load_statistics(learned)

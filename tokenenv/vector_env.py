@@ -75,7 +75,7 @@ class TokenVectorEnv(VectorEnv):
         self._interrupted: _Interrupted | None = None
         self.changes = 0
         """Calls that have changed the texts: what was made of them before the last one is out of date."""
-        self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
+        self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
 
@@ -88,6 +88,12 @@ class TokenVectorEnv(VectorEnv):
     def model(self) -> Any:
         """The policy's default initial weights: the reference's, unless the task was given another model."""
         return self._task.model or self._task.reference
+
+    @property
+    def frozen_models(self) -> dict[str, Any]:
+        """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        self._require_open()
+        return self._engine.frozen_models()
 
     @property
     def oracle(self) -> Any:
@@ -194,13 +200,14 @@ class TokenVectorEnv(VectorEnv):
         ended = ends.ended
         self._ended = ended.copy()
         infos = self._step_infos(paid, active, ended)
+        infos.add("cut", ends.truncated.copy(), ended)
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
             infos.overlay(self._begin(~active))
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             final = self._final(infos, ended)
             infos.overlay(self._begin(ended))
-        flags = self._export(ends.terminated), self._export(ends.truncated)
+        flags = map(self._export, ends.flags(self.config.cut))
         info = infos.to_dict(self._export) | final
         self._render_for_people()
         return self._observation(), self._export(paid.reward), *flags, info
@@ -408,7 +415,9 @@ class TokenVectorEnv(VectorEnv):
     def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
         """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
         tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
-        codes = self._to_host(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes = token_codes(tokens, logprob, self.token_spec.vocab_size)
+        codes = self._to_host(self._engine.watch.mark(codes))
+        self._engine.watch.check(codes)
         codes[~active] = self.token_spec.pad_token_id
         require_valid(codes, tokens, logprob, self.token_spec)
         return codes, logprob

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from tokenenv.errors import ModelError
 from tokenenv.types import Head, Scorer
 
+from .adapters import unwrapped
 from .batching import hidden_states
 from .cached_lm import acting, trunk_of
+from .probing import looks_ahead
 
 CHUNK = 512
 """Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
@@ -60,12 +62,16 @@ def lm_head(model: Any, vocab_size: int | None = None) -> Head:
     With `vocab_size` V is that: ids beyond a smaller model's are -inf, those beyond V are cut off.
 
     Raises:
-        ModelError: the model has no such head, or its logits are not a function of the last hidden states we know.
+        ModelError: the model has no such head, it looks ahead, or its logits are not a function of the last hidden states
+            we know.
     """
-    model = _unwrapped(model)
-    linear = model.get_output_embeddings()
+    linear = unwrapped(model).get_output_embeddings()
     if linear is None:
         raise ModelError(f"{_name(model)} has no language-model head; allowed: causal language models")
+    if looks_ahead(model):
+        raise ModelError(
+            f"{_name(model)} looks ahead: later tokens change what it says of earlier ones; allowed: causal language models"
+        )
     head = LMHead(linear, *_logit_options(model.config.get_text_config()))
     _check_head(model, head, lambda logits: logits[0])
     return replace(head, vocab_size=vocab_size)
@@ -82,8 +88,8 @@ def score_head(model: Any) -> Head:
 
 def make_scorer(model: Any) -> Scorer:
     """A sequence- or token-classification model with one label as a `Scorer`; errors as `score_head`."""
-    model = _unwrapped(model)
-    linear = getattr(model, "score", None) or getattr(model, "classifier", None)
+    base = unwrapped(model)
+    linear = getattr(base, "score", None) or getattr(base, "classifier", None)
     if linear is None or model.config.num_labels != 1:
         labels = "no scalar head" if linear is None else f"{model.config.num_labels} labels"
         raise ModelError(f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with one label")
@@ -116,10 +122,6 @@ def in_chunks(function: Callable[..., Tensor], *columns: Tensor, chunk: int = CH
     return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _name(model: Any) -> str:
     return f"{type(model).__name__} ({model.config.name_or_path or 'built in memory'})"
 
@@ -142,7 +144,8 @@ def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> b
     with acting(model):
         logits = model(input_ids=tokens, use_cache=False).logits
         if not _agree(head, hidden_states(trunk, tokens, [len(ids)])[0], select(logits).float()):
-            raise ModelError(f"{_name(model)} computes its logits in a way that is not known here; it cannot be used")
+            of_peft = "" if unwrapped(model) is model else ": of peft's methods, learned prompts cannot be used, LoRA can"
+            raise ModelError(f"{_name(model)} computes its logits in a way that is not known here{of_peft}")
     return logits.ndim == 3
 
 

@@ -12,6 +12,7 @@ from tokenenv.errors import ModelError
 from tokenenv.models import cached_lm
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.heads import lm_head, token_logprobs
+from tokenenv.models.probing import random_ids
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
@@ -113,8 +114,11 @@ def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Te
 
 
 def hidden_size_of(model: Any) -> int:
-    """How many numbers of a state a value head may read."""
-    return int(model.hidden_size if hasattr(model, "slots") else model.config.get_text_config().hidden_size)
+    """How many numbers of a state a value head may read; of a transformers model it is measured: some project theirs."""
+    if hasattr(model, "slots"):
+        return int(model.hidden_size)
+    with cached_lm.acting(trunk_of(model)):
+        return text_states(model, random_ids(trunk_of(model), 1, 1), [1]).shape[-1]
 
 
 def vocab_size_of(model: Any) -> int:
