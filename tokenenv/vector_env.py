@@ -18,6 +18,7 @@ from tokenenv.ambient import ordinary_tensors
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
 from tokenenv.errors import EnvClosed, FinishedRow, Interrupted, InvalidArgument, NotReset, check_choice
+from tokenenv.identity import identity
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.reset_options import Seed, read_options, read_seed
@@ -73,6 +74,8 @@ class TokenVectorEnv(VectorEnv):
         self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
         self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
         self._interrupted: _Interrupted | None = None
+        self.changes = 0
+        """Calls that have changed the texts: what was made of them before the last one is out of date."""
         self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
@@ -90,6 +93,7 @@ class TokenVectorEnv(VectorEnv):
     @property
     def frozen_models(self) -> dict[str, Any]:
         """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        self._require_open()
         return self._engine.frozen_models()
 
     @property
@@ -134,6 +138,13 @@ class TokenVectorEnv(VectorEnv):
     @kl_coef.setter
     def kl_coef(self, value: float) -> None:
         self._kl_coef = check_kl_coef(value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
+        env_id = None if self.spec is None else self.spec.id
+        terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
+        return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
 
     @property
     def cache_bytes(self) -> int:
@@ -383,6 +394,7 @@ class TokenVectorEnv(VectorEnv):
         self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
         if whole:
             self._engine.forget()
+        self.changes += 1
         yield
         self._interrupted = None
 

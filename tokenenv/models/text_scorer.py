@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tokenenv.errors import ModelError
 from tokenenv.types import TextIds
 
-from .alignment import align, common_length, token_ends
+from .alignment import align, common_length, read_text
 from .batching import micro_batches
 from .cached_lm import acting, trunk_of
 from .chats import Chats, Frame, frame_of
@@ -110,13 +111,12 @@ class AlignedScorer:
 
     def _read(self, text: TextIds) -> "_Reading":
         """What the model is given."""
-        decoded, frame = self._decode(text), self._frame(text[0])
-        ends = token_ends(decoded)
+        frame, (decoded, ends) = self._frame(text[0]), self._decode(text)
         if frame is None:
-            return _Reading(decoded[-1], ends, False)
+            return _Reading(decoded, ends, False)
         if not self.per_token:
-            ends[0] = common_length(self.policy_tokenizer.decode(text[0], skip_special_tokens=True), decoded[-1])
-        answer, complete = decoded[-1][ends[0] :], bool(text[1]) and text[1][-1] in self.stop_token_ids
+            ends[0] = common_length(self.policy_tokenizer.decode(text[0], skip_special_tokens=True), decoded)
+        answer, complete = decoded[ends[0] :], bool(text[1]) and text[1][-1] in self.stop_token_ids
         left_out = len(answer) - len(answer.lstrip()) if frame.strips else 0
         whole, start = frame.fill(answer, complete), len(frame.before)
         ends = (start + ends - ends[0] - left_out).clip(start, len(frame.fill(answer, False)))
@@ -141,14 +141,15 @@ class AlignedScorer:
             self.warned.add(message)
             warnings.warn(message, stacklevel=5)
 
-    def _decode(self, text: TextIds) -> list[str]:
-        """The text after 0, 1, ..., T response tokens; only the whole one where nothing is to be aligned.
+    def _decode(self, text: TextIds) -> tuple[str, np.ndarray]:
+        """The whole text, and where the prompt and each response token end; only its own end where nothing is aligned.
 
         Prompt and response are decoded together: alone, some tokenizers drop the space between them.
         """
         prompt, response = text
-        counts = range(0 if self.per_token else len(response), len(response) + 1)
-        return self.policy_tokenizer.batch_decode([[*prompt, *response[:k]] for k in counts], skip_special_tokens=True)
+        if not self.per_token:
+            prompt, response = [*prompt, *response], []
+        return read_text(partial(self.policy_tokenizer.batch_decode, skip_special_tokens=True), prompt, response)
 
     def _encode(self, read: list["_Reading"]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """The reward tokens of each text and their characters."""
