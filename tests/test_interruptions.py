@@ -118,7 +118,12 @@ def test_continuations_that_are_interrupted(mode, monkeypatch):
     """Wherever that is, the running texts are taken up again or all begin anew."""
     envs = make_vec(6, mode, reward="token", kl_coef=0.1)
     agent = VinePPO(envs, rollouts=3, segments=1)
-    for owner, name, call in ((envs, "step", 2), (envs, "reset", 1), (envs.unwrapped, "fork", 1), (envs.unwrapped, "load_state", 1)):
+    for owner, name, call in (
+        (envs, "step", 2),
+        (envs, "reset", 1),
+        (envs.unwrapped, "fork", 1),
+        (envs.unwrapped, "load_state", 1),
+    ):
         for after in (False, True):
             episodes = agent.collector.collect(12)
             check_paid(envs.unwrapped, episodes)

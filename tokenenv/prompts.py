@@ -39,6 +39,8 @@ def load_prompts(
         InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the prompt or the file's line.
     """
     check_choice("long_prompts", long_prompts, LONG_PROMPTS)
+    if not isinstance(chat_template, bool):
+        raise InvalidArgument(f"chat_template={chat_template!r} must be True or False.")
     if chat_template and not getattr(tokenizer, "chat_template", None):
         raise InvalidArgument("chat_template=True needs a tokenizer with a chat template, which this one has not.")
     labelled = list(_read(source, column))
@@ -72,6 +74,9 @@ def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str) -> list[int]:
             raise InvalidArgument(f"{label}: a text cannot pass through ArrayConversion; give token ids.")
         if tokenizer is None:
             raise InvalidArgument(f"{label}: tokens of this env have no text; give token ids.")
+        half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+        if half is not None:
+            raise InvalidArgument(f"{label} holds half a character (U+{ord(half):04X}), which has no tokens.")
         ids = list(tokenizer(text)["input_ids"])
     else:
         ids = _read_ids(text, label)
@@ -157,8 +162,8 @@ def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
 def _json_prompt(line: str, column: str, where: str) -> Any:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{where} is not JSON ({error.msg}); each line holds one value.") from error
+    except (ValueError, RecursionError) as error:  # also of a number of too many digits
+        raise InvalidArgument(f"{where} is not JSON ({getattr(error, 'msg', error)}); each line holds one value.") from error
     if isinstance(row, str):
         return row
     if not isinstance(row, dict) or column not in row:
