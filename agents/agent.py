@@ -16,7 +16,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from tokenenv.errors import CheckpointError, InvalidArgument, NotFinite, check_choice
+from tokenenv.errors import InvalidArgument, NotFinite, check_choice
 from tokenenv.trust import check_from_file
 
 from . import losses
@@ -32,7 +32,7 @@ from .generate import generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
-from .saving import agent_state, reading, restore, trained_weights
+from .saving import agent_state, check_state, reading, restore, trained_weights
 from .staleness import mismatch, staleness, waiting
 from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
@@ -306,8 +306,7 @@ class Agent:
         """
         state = read_newest(path, set_aside=run_dir is not None)
         with reading(path):
-            if state["agent"] != cls.__name__:
-                raise CheckpointError(f"{path} was saved by {state['agent']}, not by {cls.__name__}.")
+            check_state(state, cls.__name__, [field.name for field in fields(cls.config_class)], path)
             check_rollout(state["config"], path, overrides)
             config = cls.config_class(**state["config"])
         agent = cls(envs, config, policy=policy, run_dir=run_dir, **overrides)

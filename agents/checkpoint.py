@@ -78,7 +78,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = metadata.get("state", "")
     if metadata.get("checksum") != str(_checksum(text, tensors)):
         raise CheckpointError(f"{path} is corrupt: its contents do not match its checksum.")
-    return _decode(json.loads(text), tensors)
+    try:
+        return _decode(json.loads(text), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # somebody else wrote it
+        raise CheckpointError(f"{path} is corrupt: its state cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> int:

@@ -1,6 +1,6 @@
 """What a checkpoint of an agent holds, and how a run goes on from it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,10 @@ from .env_rows import method
 
 if TYPE_CHECKING:
     from .agent import Agent
+
+PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
+PARTS |= {"rng", "updates", "statistics", "collector", "kl_coef", "env"}
+"""Of a checkpoint's state."""
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
@@ -45,6 +49,20 @@ def reading(path: object) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         what = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError(f"{path} does not hold what a checkpoint of this agent does ({what}).") from error
+
+
+def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> None:
+    """Raises `CheckpointError` unless this is an `agent_state` of an agent of this class, whose config has these fields."""
+    if not isinstance(state, dict) or state.get("agent") != agent:
+        by = state.get("agent") if isinstance(state, dict) else None
+        raise CheckpointError(f"{path} was saved by {by}, not by {agent}.")
+    wanted = {"state": (state, PARTS), "config": (state.get("config"), set(config))}
+    for name, (found, expected) in wanted.items():
+        if not isinstance(found, dict) or set(found) != set(expected):
+            wrong = sorted(set(expected) ^ set(found), key=str) if isinstance(found, dict) else "no mapping"
+            raise CheckpointError(
+                f"{path} does not fit this version of the package: of its {name}, {wrong} is missing or unknown."
+            )
 
 
 def restore(agent: "Agent", state: dict[str, Any]) -> None:

@@ -89,6 +89,34 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
             read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("identity"), r"of its state, \['identity'\] is missing or unknown"),
+        (lambda state: state.update(more=1), r"of its state, \['more'\] is missing"),
+        (lambda state: state["config"].pop("lr"), r"of its config, \['lr'\] is missing"),
+        (lambda state: state.update(config=3), "of its config, no mapping"),
+        (lambda state: state.update(agent=None), "was saved by None, not by PPO"),
+    ],
+)
+def test_what_somebody_else_wrote_is_refused(tmp_path, change, message):
+    """With a right checksum: the file is whole, and not what this package writes."""
+    PPO(ToyEnv(2)).save(tmp_path / "c")
+    state = read_checkpoint(tmp_path / "c")
+    change(state)
+    write_checkpoint(tmp_path / "other", state)
+    with pytest.raises(CheckpointError, match=message):
+        PPO.load(tmp_path / "other", ToyEnv(2))
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"tensor": "none"}', '{"dict": 3}', '{"a": 1, "b": 2}', "[" * 100_000])
+def test_a_state_that_cannot_be_read_is_corrupt(tmp_path, text):
+    metadata = {"format": module.FORMAT, "version": module.VERSION, "state": text, "checksum": str(module._checksum(text, {}))}
+    save_file({}, tmp_path / "c", metadata)
+    with pytest.raises(CheckpointError, match=r"is corrupt: its state cannot be read"):
+        read_checkpoint(tmp_path / "c")
+
+
 @pytest.mark.parametrize("where", ["save_file", "_sync", "replace"])
 def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypatch, where):
     write_checkpoint(tmp_path / "c", {"turn": 1})

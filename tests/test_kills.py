@@ -50,7 +50,7 @@ def what_was_left(folder):
         return "while a checkpoint was written"
     if episodes.exists() and not episodes.read_bytes().endswith(b"\n") and episodes.stat().st_size:
         return "in the middle of a line"
-    return "elsewhere"
+    return "while texts were written or learnt from"
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):

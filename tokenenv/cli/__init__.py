@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from tokenenv.agents import ALGORITHMS
-from tokenenv.cli.console import say_error
+from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
 from tokenenv.cli.numbers import NUMBERS
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where nothing is to be saved
+        say_on_stderr("stopped by SIGINT")
         sys.exit(130)
 
 
