@@ -28,7 +28,7 @@ from .config import AgentConfig, learning_rate
 from .env_rows import check_apart, check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
 from .episodes import Episode, EpisodeBatch, summary
 from .failures import write_failures
-from .generate import generate
+from .generate import Prompts, generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
@@ -270,14 +270,16 @@ class Agent:
         """Tokens (N,) for an observation of this agent's envs, drawn from the policy."""
         return self.actor.act(obs)[0]
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[int]]:
-        """Continues each prompt with the current policy; see `generate.generate` for the options."""
+    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
+        """Continues each prompt, read as the env reads its own, with the current policy; see `generate.generate` for the
+        options."""
         defaults: dict[str, Any] = {"temperature": self.config.temperature}
         if self.spec is not None:
             defaults |= {
                 "max_new_tokens": self.spec.max_new_tokens,
                 "stop_token_ids": self.spec.stop_token_ids,
                 "tokenizer": self.spec.tokenizer,
+                "chats": self.spec.chats,
             }
         return generate(self.policy, prompts, **(defaults | options))
 

@@ -1,4 +1,4 @@
-"""PyDocs-v0: continue prose of the Python reference in plainer words.
+"""PyDocs-v0: continue prose of the running Python's own reference in plainer words; prompts differ between its versions.
 
 Prompts are the first 16 to 24 tokens of a passage, up to the end of a word. A text ends with the end-of-text token. The gold
 metric is the Flesch reading ease of the continuation alone (the prompt is given, the policy cannot change it), 0 to 100.

@@ -35,21 +35,36 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    return config, dataclasses.replace(built, max_new_tokens=config.max_new_tokens or built.max_new_tokens)
+    return config, with_max_new_tokens(built, config.max_new_tokens)
+
+
+def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
+    """The task with texts of at most so many tokens; None leaves it as it is. Raises `InvalidArgument` where the task has an
+    oracle, which was made for its own number."""
+    if max_new_tokens in (None, task.max_new_tokens):
+        return task
+    if task.oracle is not None:
+        raise InvalidArgument(
+            f"max_new_tokens={max_new_tokens}: this task has an oracle, which was made for {task.max_new_tokens} tokens; give "
+            "max_new_tokens to the function that makes the task."
+        )
+    return dataclasses.replace(task, max_new_tokens=max_new_tokens)
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id gets a stop id as pad."""
-    pad = getattr(task.tokenizer, "pad_token_id", None)
+    """What agents may know of the task; a tokenizer without a pad id, or with one that the model has not (an added [PAD]),
+    gets a stop id as pad."""
+    pad, vocab_size = getattr(task.tokenizer, "pad_token_id", None), vocab_size_of(task.model or task.reference)
     stand_in = next(iter(task.stop_token_ids), 0)
     return TokenSpec(
         tokenizer=task.tokenizer,
-        vocab_size=vocab_size_of(task.model or task.reference),
-        pad_token_id=stand_in if pad is None else pad,
+        vocab_size=vocab_size,
+        pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
+        chats=task.chats,
     )
 
 

@@ -156,8 +156,10 @@ class TokenVectorEnv(VectorEnv):
         Args:
             seed: slot i draws its prompts from seed + i, or from seed[i] (a group from its first slot's), from the first one
                 on; None goes on. One whole number also seeds `np_random`, which this env does not draw from.
-            options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env;
-                `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing.
+            options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env (under a
+                chat template a text is one message of the user's, and a list of messages is taken too);
+                `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing; a
+                text goes on from the prompt as it stands, without special tokens.
                 Without a mask each group goes on with a new prompt; with one its texts keep their order, as where
                 they end and begin by themselves.
 
@@ -323,15 +325,19 @@ class TokenVectorEnv(VectorEnv):
         """The rewards that stepping would have paid for B whole texts, in batched parallel forwards.
 
         Args:
-            prompts: B texts or token id sequences.
-            responses: B texts or token id sequences, the stop token included where there was one.
+            prompts: B texts or token id sequences; under a chat template texts are messages, and messages are taken too.
+            responses: B texts or token id sequences, the stop token included where there was one, and nowhere else. A text
+                goes on from its prompt as it stands: a new word begins with a space, and no special tokens are added.
             logprobs: log pi of every response token, in nats; needed under kl="policy".
-            truncated: which texts were cut; by default those that do not end in a stop token.
-            kl_coef: beta of the episodes; by default the env's present one.
+            truncated: which texts were cut; by default those that do not end in a stop token, and never one that does. A cut
+                text that is shorter than `max_new_tokens` was cut by whoever wrote it, and counts like one that reached it.
+            kl_coef: beta of the episodes, 0 or more; by default the env's present one.
             weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
             played: whether the texts count as played here: their tokens as seen, and as something for terms to learn from.
         """
         self._require_whole()
+        if kl_coef is not None and self.config.kl == "none":
+            raise InvalidArgument(f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'.")
         now = self.weights
         for name in weights or {}:
             check_choice("weights key", name, now)

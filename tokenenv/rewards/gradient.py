@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models.batching import hidden_states, micro_batches, upload
 from tokenenv.models.cached_lm import acting
-from tokenenv.models.text_scores import read_scores
+from tokenenv.models.text_scores import read_length, read_scores
 from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
@@ -18,6 +18,8 @@ from tokenenv.types import Scorer
 
 DOUBLINGS = 3
 """A text may take up to 2**3 times the points."""
+ROUNDING = 1e-3
+"""Attributions whose sizes add up to less are taken for so much."""
 
 
 class Gradient(Redistribution):
@@ -120,7 +122,9 @@ class Gradient(Redistribution):
         """(n,): the scores of `inputs` (n, W, H) in place of the embeddings."""
         states = _states(self._trunk, inputs)
         assert isinstance(self._scorer, Scorer)
-        return read_scores(self._scorer, states, texts.prompt_length[rows], texts.length[rows])
+        pad_id = self._scorer.pad_token_id
+        ends = np.asarray([read_length(texts.ids[row][: texts.length[row]], pad_id) for row in rows])
+        return read_scores(self._scorer, states, texts.prompt_length[rows], ends)
 
     def _warn(self, count: int, error: float) -> None:
         if not self._warned:
@@ -146,7 +150,8 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _relative_error(placed: Tensor, change: Tensor) -> Tensor:
     """(B,): how far the rows of `placed` (B, T) are from adding up to `change` (B,), relative to what was added up."""
-    return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=torch.finfo(placed.dtype).tiny)
+    # Of a text whose score was read before its paid tokens nothing is added up, and the change is rounding.
+    return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=ROUNDING)
 
 
 def _states(trunk: Any, inputs: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ class _RuleTerm(RewardTerm):
 class Rule(_RuleTerm):
     """r_t = function(prompt, response) at the last token, else 0.
 
-    `function` gets two strings (on="text", special tokens removed) or two lists of token ids (on="tokens", the stop token
-    included) and returns a finite number. Causal; preserves the return and the policy gradient, being the return.
+    `function` gets two strings (on="text", special tokens removed; joined they are the text, so a response may begin with a
+    space) or two lists of token ids (on="tokens", the stop token included) and returns a finite number. Causal; preserves
+    the return and the policy gradient, being the return.
     """
 
     name = "rule"
