@@ -31,10 +31,11 @@ fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: wh
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
 	KILLS=50 $(BIN)/pytest tests/test_kills.py
 
-test-tianshou:  ## the Tianshou example, in an environment of its own: its pins and ours do not meet
+test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
 	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
-	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' --editable .
+	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
+	.venv-tianshou/bin/pytest --confcutdir tests/with_tianshou tests/with_tianshou
 
 VLLM := .venv-vllm/bin
 

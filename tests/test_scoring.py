@@ -12,8 +12,11 @@ from gymnasium.vector import AutoresetMode
 from tasks import CASES, STOPS, TOY, TOYS, T, make_vec, play
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.automaton import Automaton
+from tokenenv.models.bigram import Bigram
 from tokenenv.models.heads import make_scorer
-from tokenenv.types import EpisodeScores, Task
+from tokenenv.types import EpisodeScores, Scorer, Task
+from tokenenv.vector_env import TokenVectorEnv
 
 SAME_STEP = AutoresetMode.SAME_STEP
 TOKEN_CASES = [case for case in CASES if case.values[1].get("observation") != "features"]
@@ -287,3 +290,35 @@ def test_models_in_train_mode_are_run_in_eval_mode_and_keep_their_mode() -> None
 
     for mine, theirs in zip(run(True), run(False), strict=True):
         close(mine, theirs)
+
+
+def test_the_sums_of_thousands_of_token_scores_do_not_drift() -> None:
+    """Scores that float32 rounds at every addition: by stepping, by scoring, and exactly."""
+    length, payoff = 4096, np.array([0.1, 0.37, 1.03])
+    automaton = Automaton(np.array([[0, 1, 2], [2, 0, 1], [1, 2, 0]]), payoff)
+    task = Task(
+        tokenizer=None,
+        reference=Bigram(np.full((4, 3), 1 / 3)),
+        prompts=[[0]],
+        max_prompt_tokens=1,
+        max_new_tokens=length,
+        stop_token_ids=(),
+        scorer=Scorer(automaton, automaton.score, per_token=True),
+    )
+    envs = TokenVectorEnv(
+        1, task=task, autoreset_mode=SAME_STEP, kl="none", reward={"a": "token", "b": "delta", "c": "terminal"}
+    )
+    envs.reset(seed=0)
+    texts = np.random.default_rng(0).integers(3, size=(length, 1))
+    steps = [envs.step(tokens) for tokens in texts]
+    whole = envs.score_episodes([[0]], [texts[:, 0].tolist()])
+    assert whole.score is not None
+    state, each = 0, []
+    for token in texts[:, 0]:
+        state = automaton.transitions[state, token]
+        each.append(np.float32(payoff[state]).astype(float))
+    np.testing.assert_allclose([steps[-1][4]["score"][0], whole.score[0]], sum(each), rtol=1e-7)
+    for name, values in whole.terms.items():
+        stepped = np.array([info["reward_terms"][name][0] for *_, info in steps])
+        np.testing.assert_allclose(stepped, values[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(values[0, :-1], 0.0 if name == "c" else each[:-1], atol=1e-6)

@@ -72,7 +72,7 @@ def test_where_few_tokens_are_paid_they_set_the_scale(show):
     assert alpha(background(page, 0)) == 0.0
     assert alpha(background(page, 199)) == pytest.approx(0.9, abs=0.01)
     assert page.locator("#high").inner_text() == "0.03"
-    assert "truncated" in page.locator("#text .end").inner_text()
+    assert "cut" in page.locator("#text .end").inner_text()
     assert "✂" in page.locator("#list li").first.text_content()
 
 

@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from tokenenv.finite import RewardWatch, require_finite_weight
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
-from tokenenv.models.text_scores import read_length, score_texts
+from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
 from tokenenv.types import Head, Scorer, Slots
-
-
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """In which token scores are added up: float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:

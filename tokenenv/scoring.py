@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tokenenv.actions import LOGPROB_SLACK
-from tokenenv.engine import RewardEngine, in_eval_mode, sum_dtype
+from tokenenv.engine import RewardEngine, in_eval_mode
 from tokenenv.errors import InvalidArgument
 from tokenenv.finite import require_finite_scores
 from tokenenv.models.batching import micro_batches
-from tokenenv.models.text_scores import read_length, score_texts
+from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
 from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.types import EpisodeScores, Scorer, TokenSpec

@@ -37,13 +37,13 @@ class TokenSpec:
     pad_token_id: int
     """Fills `tokens` to the right of `length`; may equal a stop id, so only `length` says what is valid."""
     stop_token_ids: tuple[int, ...]
-    """Emitting one of these ends the episode (terminated)."""
+    """Emitting one of these ends the episode."""
     max_prompt_tokens: int
     """P."""
     max_new_tokens: int
-    """T: the episode is truncated after this many response tokens."""
+    """T: the episode is cut after this many response tokens."""
     score_truncated: bool = True
-    """True: a truncated text is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
+    """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
     chats: Any = None
     """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a chat template; else None."""
 

@@ -74,6 +74,8 @@ class TokenVectorEnv(VectorEnv):
         self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
         self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
         self._interrupted: _Interrupted | None = None
+        self.changes = 0
+        """Calls that have changed the texts: what was made of them before the last one is out of date."""
         self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
@@ -91,6 +93,7 @@ class TokenVectorEnv(VectorEnv):
     @property
     def frozen_models(self) -> dict[str, Any]:
         """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        self._require_open()
         return self._engine.frozen_models()
 
     @property
@@ -391,6 +394,7 @@ class TokenVectorEnv(VectorEnv):
         self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
         if whole:
             self._engine.forget()
+        self.changes += 1
         yield
         self._interrupted = None
 

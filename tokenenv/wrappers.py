@@ -96,7 +96,7 @@ class ActionMask(VectorWrapper):
     with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else is:
     where no token of the vocabulary goes on to a match, or a prefix is none. A text that is cut at `max_new_tokens` may be
     unfinished. Where nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the env
-    itself leave the masks behind; call the wrapper's.
+    itself return observations without masks; the wrapper's have them.
 
     Args:
         envs: a vector env of this package, wrapped or not.
@@ -121,6 +121,8 @@ class ActionMask(VectorWrapper):
             self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
             self._beginnings = grammars.beginnings(core.token_spec)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
+        self._masks_of = 0
+        """The texts that they are of, by the env's `changes`."""
         seen = envs.single_observation_space
         self._in_obs = isinstance(seen, gym.spaces.Dict)
         if isinstance(seen, gym.spaces.Dict):
@@ -136,6 +138,7 @@ class ActionMask(VectorWrapper):
 
     def action_masks(self) -> np.ndarray:
         """(N, V) bool on the host: what may come next in each text."""
+        self._keep_up()
         return self._masks.copy()
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
@@ -161,6 +164,7 @@ class ActionMask(VectorWrapper):
         return self._masked(obs, infos)[0], rewards, terminations, truncations, infos
 
     def _check(self, tokens: np.ndarray) -> None:
+        self._keep_up()
         if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
             return  # The env says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
@@ -173,10 +177,16 @@ class ActionMask(VectorWrapper):
 
     def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
         """The observation with the masks of the texts as they stand."""
-        self._masks = self._allowed()
+        self._keep_up()
         if self._in_obs:
             obs = {**obs, "action_mask": _like(self._masks.astype(np.int8), obs["tokens"])}
         return obs, infos
+
+    def _keep_up(self) -> None:
+        """Makes the masks anew where the texts have changed, also beneath this wrapper or in a call that was interrupted."""
+        if self._masks_of != self._core.changes:
+            changes, self._masks = self._core.changes, self._allowed()
+            self._masks_of = changes
 
     def _allowed(self) -> np.ndarray:
         allowed = np.ones_like(self._masks)

@@ -18,7 +18,7 @@ class Envs:
         """Prints the table."""
         table = Table(Column("id", min_width=max(map(len, TASKS))), "what", "options of its own")
         for env_id, source in sorted(TASKS.items()):
-            table.add_row(env_id, first_line(source), ", ".join(task_options(source)))
+            table.add_row(env_id, first_line(source) + note(source), ", ".join(task_options(source)))
         console.print(table)
         console.print("options of every env: the fields of tokenenv.config.EnvConfig")
 
@@ -32,3 +32,9 @@ def first_line(source: str) -> str:
     """What a task's file says it is."""
     module = inspect.getmodule(load_task(source))
     return (inspect.getdoc(module) or "").split("\n", 1)[0].split(": ", 1)[-1]
+
+
+def note(source: str) -> str:
+    """What a task's file adds about this machine."""
+    module = inspect.getmodule(load_task(source))
+    return f" ({module.note()})" if hasattr(module, "note") else ""

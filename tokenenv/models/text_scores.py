@@ -20,7 +20,7 @@ def score_texts(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch
     lengths = np.asarray([len(prompt) + len(response) for prompt, response in texts])
     starts = np.asarray([len(prompt) for prompt, _ in texts])
     ends = np.asarray([read_length([*prompt, *response], scorer.pad_token_id) for prompt, response in texts])
-    scores = torch.zeros(len(texts), device=scorer.model.device)
+    scores = torch.zeros(len(texts), dtype=torch.float32, device=scorer.model.device)
     for group in micro_batches(lengths, max_batch_tokens):
         tokens = np.zeros((len(group), int(lengths[group].max())), dtype=np.int64)
         for row, i in enumerate(group):
@@ -52,4 +52,10 @@ def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.nda
         wanted = position == ends[:, None] - 1
     row, column = (upload(index, states.device) for index in np.nonzero(wanted))
     scores = scorer.head(states[row, column])
-    return scores.new_zeros(len(states)).index_add(0, row, scores)
+    total = torch.zeros(len(states), dtype=sum_dtype(scores.device), device=scores.device)
+    return total.index_add(0, row, scores.to(total.dtype)).float()
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which token scores are added up: in float32 thousands of them drift, and Apple's GPUs have nothing else."""
+    return torch.float32 if device.type == "mps" else torch.float64

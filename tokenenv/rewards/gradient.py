@@ -69,7 +69,7 @@ class Gradient(Redistribution):
 
     def _attributions(self, texts: FinishedTexts, max_new_tokens: int, change: Tensor) -> Tensor:
         """(B, T), which should add up to `change` (B,)."""
-        placed = torch.zeros(len(change), max_new_tokens, device=change.device)
+        placed = torch.zeros(len(change), max_new_tokens, dtype=torch.float32, device=change.device)
         rows = np.arange(len(change))
         for doubling in range(DOUBLINGS + 1):
             at = upload(rows, placed.device)
@@ -85,7 +85,7 @@ class Gradient(Redistribution):
         """(B, T): the attributions of the texts `rows` (n,) from so many points each; zero for the others."""
         points, weights = (np.tile(column, len(rows)) for column in quadrature(steps))
         rows = np.repeat(rows, steps)
-        placed = torch.zeros(len(texts.ids), max_new_tokens, device=texts.tokens.device)
+        placed = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
         for group in micro_batches(texts.length[rows], self._max_batch_tokens):
             slopes = self._slopes(texts, rows[group], points[group])
             weight = upload(weights[group], placed.device)[:, None]
@@ -103,7 +103,7 @@ class Gradient(Redistribution):
 
     def _baseline(self, texts: FinishedTexts) -> Tensor:
         """(B,): the scores at the line's beginning."""
-        scores = torch.zeros(len(texts.ids), device=texts.tokens.device)
+        scores = torch.zeros(len(texts.ids), dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             _, inputs = self._on_line(texts, rows, np.zeros(len(rows), dtype=np.float32))
             scores[upload(rows, scores.device)] = self._scores(inputs, texts, rows).to(scores.device)

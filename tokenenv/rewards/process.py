@@ -97,7 +97,7 @@ class Process(RewardTerm):
 
     def _text_scores(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the step scorer's score after each response token."""
-        scores = torch.zeros(len(texts.length), max_new_tokens, device=texts.tokens.device)
+        scores = torch.zeros(len(texts.length), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             at, width = upload(rows, scores.device), int(texts.length[rows].max())
             states = text_states(self.models[0], texts.tokens[at, :width], texts.length[rows])
