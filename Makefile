@@ -35,7 +35,7 @@ test-tianshou:  ## the Tianshou example and what it learns, in an environment of
 	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
 	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
-	.venv-tianshou/bin/pytest --confcutdir tests/with_tianshou tests/with_tianshou
+	.venv-tianshou/bin/pytest tests/with_tianshou
 
 VLLM := .venv-vllm/bin
 
