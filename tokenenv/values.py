@@ -7,6 +7,7 @@ PyYAML reads YAML 1.1, for which `1e-3` is a word, `no` is false and `1:30` is 9
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -132,14 +133,20 @@ def _real(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_CONSTRUCT = {"null": lambda _: None, "bool": lambda text: text.lower() == "true", "int": _whole, "float": _real, "str": str}
+_CONSTRUCT: dict[str, Callable[[str], Any]] = {
+    "null": lambda _: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": _whole,
+    "float": _real,
+    "str": str,
+}
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema, and nothing by reference."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {}
-    yaml_constructors: typing.ClassVar = {None: yaml.SafeLoader.construct_undefined}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_constructors = {None: yaml.SafeLoader.construct_undefined}  # noqa: RUF012
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -156,7 +163,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would take for something else than a word."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -166,10 +173,18 @@ def _scalar_of(construct: Any) -> Any:
     return lambda loader, node: construct(loader.construct_scalar(node))
 
 
+def _sequence(loader: _Loader, node: Any) -> Any:
+    return loader.construct_sequence(node, deep=True)
+
+
+def _mapping(loader: _Loader, node: Any) -> Any:
+    return loader.construct_mapping(node)
+
+
 for _kind, _form in SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form.pattern})\\Z"), None)
 for _kind, _construct in _CONSTRUCT.items():
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _scalar_of(_construct))
-_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+_Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
