@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 from tabular import BETA, relative_error, worlds
@@ -108,8 +106,7 @@ def test_sources_add_up_and_the_penalty_is_whole(kl):
 
 
 def test_an_env_without_terms_has_one_source():
-    env = ToyEnv(4, kl_coef=0.2)
-    env.group_size = 2
+    env = ToyEnv(4, kl_coef=0.2, group_size=2)
     agent = RLOO(env)
     batch = EpisodeBatch.stack(agent.collector.collect(30))
     assert list(agent.sources(batch)) == ["reward"]
@@ -183,9 +180,7 @@ def every_group(world, paid, size):
 
 
 def toy_agent(algorithm, size, **options):
-    envs = ToyEnv(2 * size)
-    envs.group_size = size
-    return algorithm(envs, **options)
+    return algorithm(ToyEnv(2 * size, group_size=size), **options)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -211,27 +206,6 @@ def test_the_expected_gradient_over_all_groups_is_the_policy_gradient(world, des
 # ---------------------------------------------------------------- groups stay whole
 
 
-@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
-def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
-    agent = RLOO(reviews(12, 3, mode, max_new_tokens=30))
-    seen = []
-    for _ in range(6):
-        episodes = agent.collector.collect(200)
-        assert len(episodes) % 3 == 0
-        for i in range(0, len(episodes), 3):
-            group = episodes[i : i + 3]
-            assert len({e.slot // 3 for e in group}) == len({e.index for e in group}) == len({e.prompt_id for e in group}) == 1
-            assert len({e.slot for e in group}) == 3
-            for e in group[1:]:
-                np.testing.assert_array_equal(e.prompt, group[0].prompt)
-        seen += [(e.slot, e.index) for e in episodes]
-    assert len(set(seen)) == len(seen)
-    waiting = [(e.slot, e.index) for e in agent.collector._waiting]
-    assert waiting
-    ended = {(slot, index) for slot in range(12) for index in range(int(agent.collector.finished[slot]))}
-    assert set(seen) | set(waiting) == ended
-
-
 def test_flat_groups_are_drawn_again(monkeypatch):
     """Until as many tokens are there as were asked for; where all are flat it is given up, and the first batch taken."""
     agent = GRPO(reviews(8, 4), skip_flat_groups=True, batch_tokens=60)
@@ -255,21 +229,6 @@ def test_flat_groups_are_drawn_again(monkeypatch):
     assert len(asked) == 1 + MAX_TRIES
     agent.config.skip_flat_groups = False
     assert scripted([flat + mixed]) == flat + mixed
-
-
-@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
-def test_waiting_texts_survive_a_checkpoint(mode, tmp_path):
-    """Those that wait for the rest of their group are in the file; their group is whole afterwards."""
-    agent = RLOO(reviews(12, 3, mode, max_new_tokens=30))
-    agent.collector.collect(900)
-    waiting = agent.collector._waiting
-    assert len(waiting) > 2
-    agent.save(tmp_path / "c")
-    resumed = RLOO.load(tmp_path / "c", reviews(12, 3, mode, max_new_tokens=30))
-    assert [(e.slot, e.index) for e in resumed.collector._waiting] == [(e.slot, e.index) for e in waiting]
-    for one, other in zip(agent.collector.collect(400), resumed.collector.collect(400), strict=True):
-        for field in one.__dataclass_fields__:
-            np.testing.assert_equal(getattr(one, field), getattr(other, field))
 
 
 def test_what_they_cannot_use_is_refused():

@@ -1,79 +1,147 @@
-"""Learners that know Gymnasium alone learn the true value of a fresh text: they must not bootstrap where a scored text is cut.
+"""Numbers are numbers wherever they are typed; words stay words; YAML files hold plain values alone."""
 
-Every text has four tokens and earns 1 at its end, so every state is worth 1. A learner that adds the value of a cut text's
-last state to that 1 doubles what it believes again and again.
-"""
-
-import runpy
-from collections.abc import Callable
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import gymnasium as gym
 import pytest
 import torch
-from stable_baselines3 import A2C, PPO
-from stable_baselines3.common.vec_env import DummyVecEnv
 
-import tokenenv  # noqa: F401  (registers the ids)
-from tokenenv.integrations.sb3 import SB3VecEnv
-from tokenenv.rewards.rule import Rule
+from tokenenv.cli import load_config, main
+from tokenenv.cli.train import Train, option_values, save_config
+from tokenenv.errors import InvalidArgument
+from tokenenv.values import fit, from_yaml, scalar, to_yaml
 
-ID = "tokenenv/Negation-v0"
-ONE = {"max_new_tokens": 4, "reward": {"one": Rule(lambda prompt, response: 1.0, on="tokens")}}
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def by_sb3(make: Callable[..., Any], algorithm: Any, **settings: Any) -> Callable[..., float]:
-    """The critic's value after a few thousand steps of an SB3 algorithm."""
-
-    def value(**options: Any) -> float:
-        envs = make(observation="features", kl="none", **options)
-        model = algorithm("MlpPolicy", envs, gamma=1.0, learning_rate=3e-3, seed=0, device="cpu", **settings).learn(1200)
-        with torch.no_grad():
-            return float(model.policy.predict_values(model.policy.obs_to_tensor(envs.reset())[0]).mean())
-
-    return value
-
-
-def one_by_one(**options: Any) -> DummyVecEnv:
-    return DummyVecEnv([lambda: gym.make(ID, **options)] * 4)
-
-
-def together(**options: Any) -> SB3VecEnv:
-    return SB3VecEnv(gym.make_vec(ID, num_envs=16, autoreset_mode="SameStep", **options))
-
-
-def by_the_single_file(**options: Any) -> float:
-    """That of examples/cleanrl_ppo.py."""
-    file = runpy.run_path(str(EXAMPLES / "cleanrl_ppo.py"))
-    return float(file["train"](file["Args"](env_id=ID, env_options=options, gamma=1.0, total_steps=6144))[1])
-
-
-def by_torchrl(**options: Any) -> float:
-    """That of examples/torchrl_ppo.py."""
-    return float(runpy.run_path(str(EXAMPLES / "torchrl_ppo.py"))["train"](ID, 6144, 32, 1024, **options))
-
-
-LEARNERS = {
-    "sb3's a2c": by_sb3(one_by_one, A2C, n_steps=4),
-    "sb3's a2c on a vector env": by_sb3(together, A2C, n_steps=4),
-    "sb3's ppo on a vector env": by_sb3(together, PPO, n_steps=16, batch_size=64),
-    "a single file": by_the_single_file,
-    "torchrl": by_torchrl,
+TYPED = {
+    "1e-3": 0.001,
+    "1E5": 1e5,
+    "-1.5e+2": -150.0,
+    ".5": 0.5,
+    "5.": 5.0,
+    "1_000": 1000,
+    "0x1f": 31,
+    "0o17": 15,
+    "007": 7,
+    "inf": math.inf,
+    "-.inf": -math.inf,
+    "true": True,
+    "False": False,
+    "null": None,
+    "~": None,
+    "no": "no",
+    "1:30": "1:30",
+    "2024-01-01": "2024-01-01",
+    "1_": "1_",
+    "e3": "e3",
+    "9" * 5000: "9" * 5000,
 }
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_a_fresh_text_is_worth_what_texts_earn(name: str) -> None:
-    assert LEARNERS[name](**ONE) == pytest.approx(1.0, abs=0.25)
+@pytest.mark.parametrize("text", TYPED, ids=lambda text: text[:12])
+def test_a_word_is_read_by_yaml_1_2(text):
+    assert scalar(text) == TYPED[text]
+    assert type(scalar(text)) is type(TYPED[text])
+    if len(text) < 100:
+        assert from_yaml(f"k: {text}") == {"k": TYPED[text]}
+    assert from_yaml(to_yaml({text: text})) == {text: text}
 
 
-def test_the_stable_baselines3_adapter_knows_a_scored_cut_under_either_flag() -> None:
-    assert LEARNERS["sb3's a2c on a vector env"](cut="truncated", **ONE) == pytest.approx(1.0, abs=0.25)
+def test_nan_is_a_number():
+    assert math.isnan(scalar("nan"))
+    assert math.isnan(from_yaml("- .NaN")[0])
 
 
-@pytest.mark.parametrize("name", ["sb3's a2c", "torchrl"])
-def test_values_run_away_where_a_scored_cut_is_a_truncation(name: str) -> None:
-    """So that the test above can fail; and why the default is what it is."""
-    assert LEARNERS[name](cut="truncated", **ONE) > 3.0
+@pytest.mark.parametrize(
+    ("value", "wanted", "found"),
+    [
+        ("1e-3", float | None, 0.001),
+        ("3", float, 3.0),
+        ("1e5", int, 100_000),
+        ("null", float | None, None),
+        ("null", str, "null"),
+        ("1e5", str, "1e5"),
+        (100, str, "100"),
+        ("1e5", Any, "1e5"),
+        ("true", bool, True),
+        ("[1, 2]", Sequence[int] | None, [1, 2]),
+        ("5", Sequence[int], 5),
+        ("[INST]", str, "[INST]"),
+        ("{a: token}", Any, {"a": "token"}),
+        ("float32", str | torch.dtype | None, "float32"),
+        ("x:y", Callable[[str, str], float] | None, "x:y"),
+    ],
+)
+def test_a_value_is_what_the_option_wants(value, wanted, found):
+    assert fit("x", value, wanted) == found
+    assert type(fit("x", value, wanted)) is type(found)
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1.5", int), ("nan", int), ("yes", bool), ("a", float | None), ([1], str)])
+def test_what_does_not_fit_is_named(value, wanted):
+    with pytest.raises(InvalidArgument, match=r"x=.* is not allowed; it must be of type"):
+        fit("x", value, wanted)
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"
+CODE = "a: !!python/object/apply:os.system [ls]"
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, CODE, "a: 1\na: 2", "[" * 5000, "\x00", "k: " + "9" * 5000, "? [a]\n: b", "a: !!binary aGk="]
+)
+def test_what_is_no_plain_value_is_refused(text):
+    with pytest.raises(InvalidArgument, match="cannot be read as YAML"):
+        from_yaml(text)
+
+
+def test_options_are_what_the_env_and_its_task_want():
+    typed = {
+        "kl_coef": "1e-3",
+        "model": "1e-3",
+        "prompts": "123",
+        "stop_token_ids": "[7]",
+        "compile": "false",
+        "reward": "null",
+    }
+    assert option_values("tokenenv/TextGen-v0", typed) == {
+        "kl_coef": 0.001,
+        "model": "1e-3",
+        "prompts": "123",
+        "stop_token_ids": [7],
+        "compile": False,
+        "reward": None,
+    }
+
+
+def test_numbers_on_the_command_line_and_in_the_config(tmp_path):
+    run = tmp_path / "x"
+    flags = ["--num-envs", "0x4", "--total-tokens", "1e2", "--agent.batch-tokens", "5e1", "--agent.lr", "1e-3"]
+    main(
+        [
+            "train",
+            *flags,
+            "--env",
+            "tokenenv/Negation-v0",
+            "--options",
+            "kl_coef",
+            "1e-3",
+            "max_new_tokens",
+            "5",
+            "--run-dir",
+            str(run),
+        ]
+    )
+    config = load_config(run / "config.yaml")
+    assert (config.num_envs, config.total_tokens, config.agent.batch_tokens, config.agent.lr) == (4, 100, 50, 0.001)
+    assert config.make_envs().kl_coef == 0.001
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 2e-3").replace("kl_coef: 0.001", "kl_coef: 1e-2"))
+    config = load_config(path)
+    assert (config.agent.lr, config.make_envs().kl_coef) == (0.002, 0.01)
+
+
+def test_a_config_is_read_as_it_was_written(tmp_path):
+    for options in ({"kl_coef": "1e-3", "prompts": "no"}, {"prompts": "\x1b[1m é \U000e0041"}):
+        made = Train(options=options)
+        save_config(made, tmp_path / "c.yaml")
+        assert load_config(tmp_path / "c.yaml") == made

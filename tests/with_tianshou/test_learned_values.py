@@ -1,4 +1,7 @@
-"""Tianshou learns the true value of a fresh text: no bootstrapping where a scored text is cut (as in tests/test_values.py)."""
+"""Tianshou's DQN learns the true value of a fresh text: it must not bootstrap where a scored text is cut.
+
+The same as `tests/test_learned_values.py`, in an environment of its own.
+"""
 
 import runpy
 from pathlib import Path
