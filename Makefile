@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test kill-test test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test fuzz kill-test test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -24,6 +24,9 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
+
+fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: what docs/reliability.md quotes
+	FUZZ_CASES=10000 $(BIN)/pytest -s tests/test_fuzz.py
 
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
 	KILLS=50 $(BIN)/pytest tests/test_kills.py

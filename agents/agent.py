@@ -32,7 +32,7 @@ from .generate import Prompts, generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
-from .saving import agent_state, check_state, restore, trained_weights
+from .saving import agent_state, check_state, reading, restore, trained_weights
 from .staleness import mismatch, staleness, waiting
 from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
@@ -307,11 +307,13 @@ class Agent:
         options that a file may not give (`tokenenv.trust`): say them again, as `rollout=` and `rollout_options=`.
         """
         state = read_newest(path, set_aside=run_dir is not None)
-        check_state(state, cls.__name__, [field.name for field in fields(cls.config_class)], path)
-        config = dict(state["config"])
-        check_rollout(config, path, overrides)
-        agent = cls(envs, cls.config_class(**config), policy=policy, run_dir=run_dir, **overrides)
-        restore(agent, state)
+        with reading(path):
+            check_state(state, cls.__name__, [field.name for field in fields(cls.config_class)], path)
+            check_rollout(state["config"], path, overrides)
+            config = cls.config_class(**state["config"])
+        agent = cls(envs, config, policy=policy, run_dir=run_dir, **overrides)
+        with reading(path):
+            restore(agent, state)
         agent._has_begun = True
         if "kl_coef" in overrides:
             agent.kl_coef = overrides["kl_coef"]
@@ -320,9 +322,9 @@ class Agent:
 
 def check_rollout(config: dict[str, Any], path: object, said: Collection[str]) -> None:
     """Raises where a checkpoint's config asks for what a file may not, and is not said again."""
-    entries = {"agent.rollout": config.get("rollout", "step")}
-    if "rollout" in said or config.get("rollout") != "step":
-        entries |= {f"agent.rollout_options.{key}": value for key, value in config.get("rollout_options", {}).items()}
+    entries = {"agent.rollout": config["rollout"]}
+    if "rollout" in said or config["rollout"] != "step":
+        entries |= {f"agent.rollout_options.{key}": value for key, value in config["rollout_options"].items()}
     again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
     check_from_file(entries, path, {again[name] for name in said if name in again})
 

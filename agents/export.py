@@ -65,11 +65,25 @@ def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
     _check_suffix(path)
     if not path.is_file():
         raise InvalidArgument(f"path={str(path)!r} is not a file; write_episodes makes one.")
-    if path.suffix == ".arrow":
-        with _pyarrow().memory_map(str(path)) as source:
-            rows = _pyarrow().ipc.open_file(source).read_all().to_pylist()
-        return [{**row, "terms": dict(row["terms"])} for row in rows]
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    try:
+        return _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise InvalidArgument(f"path={str(path)!r} does not hold what write_episodes writes: {str(error)[:200]}.") from error
+
+
+def _read_arrow(path: Path) -> list[Row]:
+    with _pyarrow().memory_map(str(path)) as source:
+        rows = _pyarrow().ipc.open_file(source).read_all().to_pylist()
+    return [{**row, "terms": dict(row["terms"])} for row in rows]
+
+
+def _read_lines(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        rows += [json.loads(line)] if line else []
+        if line and not (isinstance(rows[-1], dict) and set(COLUMNS) <= set(rows[-1])):
+            raise ValueError(f"line {number} is no episode")
+    return rows
 
 
 def episode_row(episode: Episode, tokenizer: Any = None) -> Row:

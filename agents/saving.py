@@ -1,12 +1,13 @@
 """What a checkpoint of an agent holds, and how a run goes on from it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tokenenv.errors import CheckpointError
+from tokenenv.errors import CheckpointError, TokenEnvError
 from tokenenv.shown import without_secrets
 
 from .env_rows import method
@@ -35,6 +36,19 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
         "kl_coef": agent.kl_coef,
         "env": agent.collector.save_env(),
     }
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Within it, a checkpoint that holds something else than `agent_state` writes is a `CheckpointError`: whole, with the
+    right checksum, it may still have been written by another program, or by hand."""
+    try:
+        yield
+    except TokenEnvError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{path} does not hold what a checkpoint of this agent does ({what}).") from error
 
 
 def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> None:

@@ -5,6 +5,7 @@ Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text i
 
 from collections.abc import Sequence
 from functools import cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises `InvalidArgument` unless `low` <= `value` <= `high`; whole bounds ask for a whole number."""
     if isinstance(low, int) and not isinstance(value, int):
         raise InvalidArgument(f"{name}={value!r} must be a whole number, {low} to {high}.")
-    if not low <= value <= high:
+    if not isinstance(value, Real) or not low <= value <= high:
         raise InvalidArgument(f"{name}={value} is not allowed; it must lie between {low} and {high}.")
 
 

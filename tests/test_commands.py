@@ -1,5 +1,6 @@
 """Whatever is typed after a command: it works, or one line says what is allowed, and nothing is left behind."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,15 @@ def test_an_error_that_quotes_a_file_is_one_plain_line(here, capsys):
     assert error.count("\n") == 1
     assert "\x1b" not in error
     assert "\u202e" not in error
+
+
+def test_a_terminal_may_lack_characters(here, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stderr", ascii_only)
+    with pytest.raises(SystemExit):
+        main(["show", "é"])
+    ascii_only.flush()
+    assert b"run_dir='?' has no episodes" in ascii_only.buffer.getvalue()
 
 
 def test_the_flags_that_count_are_checked_in_python_too():

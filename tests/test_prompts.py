@@ -193,3 +193,17 @@ def test_draws_depend_on_nothing_but_seed_and_number():
     assert draw(prompts, 2**200, 5) == draw(prompts, 2**200, 5)
     pairs = [(draw(prompts, s, k)[0], draw(prompts, s + 1, k)[0]) for s in range(40) for k in range(20)]
     assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.12  # three standard deviations
+
+
+@pytest.mark.parametrize("text", ["\ud800", "half \udfff a character"])
+def test_half_a_character_is_refused(text):
+    with pytest.raises(InvalidArgument, match=r"holds half a character \(U\+D"):
+        load_prompts([text], fakes.tokenizer(), vocab_size=fakes.VOCAB_SIZE, max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000], ids=["deep", "long number"])
+def test_json_that_python_does_not_read_is_named(line, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(line)
+    with pytest.raises(InvalidArgument, match=r"p\.jsonl:1 is not JSON"):
+        load_prompts(path, fakes.tokenizer(), vocab_size=fakes.VOCAB_SIZE, max_prompt_tokens=5)

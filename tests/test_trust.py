@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import fakes
+import gymnasium as gym
 import pytest
+import torch
 import yaml
 from tasks import make_vec
 from test_tracking import FakeWandb
@@ -14,7 +16,7 @@ from test_tracking import FakeWandb
 from tokenenv.agents import PPO
 from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
 from tokenenv.cli import Train, load_config, main, said_in, save_config
-from tokenenv.errors import InvalidArgument, ServerError
+from tokenenv.errors import InvalidArgument, ModelError, ServerError
 from tokenenv.models.vllm_server import VLLMServer
 from tokenenv.trust import check_from_file
 
@@ -253,3 +255,41 @@ def test_a_server_that_repeats_the_key_is_not_quoted(monkeypatch):
     monkeypatch.setattr(server._session, "request", lambda *args, **kwargs: Answer())
     with pytest.raises(ServerError, match=r"\*\*\* is wrong"):
         server.ask("/x")
+
+
+# ---------------------------------------------------------------- model folders
+
+
+def test_a_model_folders_own_code_is_not_run(tmp_path):
+    model, proof = tmp_path / "m", tmp_path / "ran"
+    fakes.saved(fakes.causal_lm(num_hidden_layers=1), model)
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((model / name).read_text())
+        values["auto_map"] = {
+            "AutoConfig": "own.Own",
+            "AutoModelForCausalLM": "own.Own",
+            "AutoTokenizer": ["own.Own", "own.Own"],
+        }
+        (model / name).write_text(json.dumps(values | ({"model_type": "own"} if name == "config.json" else {})))
+    (model / "own.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=str(model), prompts=[[4]], reward={})
+    assert not proof.exists()
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model, proof = tmp_path / "m", tmp_path / "ran"
+    fakes.saved(fakes.causal_lm(num_hidden_layers=1), model)
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": Evil(str(proof))}, model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=str(model), prompts=[[4]], reward={})
+    assert not proof.exists()

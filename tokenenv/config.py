@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from tokenenv.errors import InvalidArgument, check_choice
@@ -54,6 +56,12 @@ class EnvConfig:
         check_choice("observation", self.observation, ("tokens", "features"))
         check_choice("cut", self.cut, ("terminated", "truncated"))
         self.autoreset_mode = _autoreset_mode(self.autoreset_mode)
+        for name in ("score_truncated", "compile"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise InvalidArgument(f"{name}={getattr(self, name)!r} must be True or False.")
+        for name in ("kl_clamp", "missing_eos_penalty"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
         if self.kl_coef is not None:
             check_kl_coef(self.kl_coef)
         self._check_kl_options()
@@ -76,8 +84,15 @@ class EnvConfig:
             )
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises `InvalidArgument` unless `value` is one real number."""
+    if not isinstance(value, Real):
+        raise InvalidArgument(f"{name}={value!r} must be a number.")
+
+
 def check_kl_coef(value: float) -> float:
     """`value` if it is finite and 0 or more, else `InvalidArgument`."""
+    check_number("kl_coef", value)
     if not (math.isfinite(value) and value >= 0):
         raise InvalidArgument(f"kl_coef={value} must be finite and 0 or more (reward per nat).")
     return float(value)

@@ -73,7 +73,7 @@ class MissingDependency(TokenEnvError, ImportError):
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     """Raises `InvalidArgument` naming the argument, the value and the allowed names, the nearest first."""
     names = sorted(allowed)
-    if value in names:
+    if isinstance(value, str) and value in names:
         return
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -46,6 +46,8 @@ def load_prompts(
         InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the prompt or the file's line.
     """
     check_choice("long_prompts", long_prompts, LONG_PROMPTS)
+    if not isinstance(chat_template, bool | Chats):
+        raise InvalidArgument(f"chat_template must be True, False or Chats, not of type {type(chat_template).__name__}.")
     chats = Chats(tokenizer) if chat_template is True else chat_template or None
     limit = max_prompt_tokens if long_prompts == "truncate" else None
     labelled = list(_read(source, column))
@@ -116,8 +118,14 @@ def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int,
 
 
 def _text(text: Any, label: str) -> Any:
-    if isinstance(text, str) and text.startswith("<generator object"):
+    """`text`, if it is a chat or has tokens."""
+    if not isinstance(text, str):
+        return text
+    if text.startswith("<generator object"):
         raise InvalidArgument(f"{label}: a text cannot pass through ArrayConversion; give token ids.")
+    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise InvalidArgument(f"{label} holds half a character (U+{ord(half):04X}), which has no tokens.")
     return text
 
 
@@ -172,8 +180,8 @@ def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
 def _json_prompt(line: str, column: str, where: str) -> Any:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{where} is not JSON ({error.msg}); each line holds one value.") from error
+    except (ValueError, RecursionError) as error:  # also of a number of too many digits
+        raise InvalidArgument(f"{where} is not JSON ({getattr(error, 'msg', error)}); each line holds one value.") from error
     if isinstance(row, str):
         return row
     if not isinstance(row, dict) or column not in row:

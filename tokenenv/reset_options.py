@@ -1,6 +1,6 @@
 """Reading `reset(seed=..., options=...)`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ class ResetOptions:
 
 def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec) -> ResetOptions:
     """Checks `options`; entries of rows that are not reset are ignored."""
-    options = options or {}
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise InvalidArgument(f"options={options!r} must be a dict with reset_mask, prompts or prefixes, or None.")
     for key in options:
         check_choice("options key", key, ("reset_mask", "prompts", "prefixes"))
     mask = _mask(options, num_envs)
@@ -77,7 +79,8 @@ def _given(options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec,
     values = options.get(key)
     if values is None:
         return {}
-    if isinstance(values, str) or len(values) != len(mask):
+    listed = isinstance(values, Sequence) or (isinstance(values, np.ndarray | Tensor) and values.ndim > 0)
+    if not listed or isinstance(values, str | bytes) or len(values) != len(mask):
         raise InvalidArgument(f"options[{key!r}] must be a list with one entry an env ({len(mask)}).")
     rows = [int(row) for row in np.flatnonzero(mask)]
     return {row: read(values[row], spec, f"options[{key!r}][{row}]") for row in rows if values[row] is not None}

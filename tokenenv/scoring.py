@@ -136,7 +136,10 @@ def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
 
 
 def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
-    array = np.asarray(weight, np.float32)
+    try:
+        array = np.asarray(weight, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"the weight of {name!r} is {weight!r}; allowed: a number, or one a text ({count}).") from error
     if array.shape not in ((), (count,)):
         raise InvalidArgument(f"the weight of {name!r} has shape {array.shape}; allowed: a number, or one a text ({count}).")
     if not np.isfinite(array).all() or (name == "kl" and (array < 0).any()):

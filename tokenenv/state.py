@@ -29,7 +29,7 @@ def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, eng
 
     `engine` says what the engine saves for a number of slots.
     """
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or any(key not in saved for key in KEYS):
+    if not isinstance(saved, dict) or not _is(saved.get("format"), FORMAT) or any(key not in saved for key in KEYS):
         raise CheckpointError(f"this is no state of a tokenenv env (format {FORMAT}); it comes from save_state().")
     slots = saved["slots"]
     if not _is_array(slots, (-1,), np.int64) or not len(slots) or slots[0] < 0 or (np.diff(slots) < 1).any():
@@ -41,6 +41,11 @@ def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, eng
     _check_streams(saved["streams"], len(slots), group_size)
     _check_numbers(saved)
     return slots
+
+
+def _is(value: Any, expected: int | str) -> bool:
+    """Whether they are the same plain value: what a state holds in its place may be an array, which compares by entry."""
+    return isinstance(value, type(expected)) and value == expected
 
 
 def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
@@ -94,7 +99,7 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
 def _check_streams(streams: Any, count: int, group_size: int) -> None:
     """A seed and a number of texts for each slot, those of its group."""
     given = streams if isinstance(streams, dict) else {}
-    if given.get("group_size") != group_size:
+    if not _is(given.get("group_size"), group_size):
         raise CheckpointError(f"the state has group_size={given.get('group_size')!r} and this env group_size={group_size}.")
     for key in ("seeds", "begun"):
         numbers = given.get(key)
@@ -107,5 +112,5 @@ def _check_numbers(saved: dict[str, Any]) -> None:
     try:
         if not (np.isfinite(saved["kl_coef"]) and saved["kl_coef"] >= 0 and int(saved["tokens_seen"]) >= 0):
             raise ValueError(f"kl_coef={saved['kl_coef']} and tokens_seen={saved['tokens_seen']}")
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the state is corrupt: {error}.") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ __all__ = ["Train", "load_config", "main", "save_config"]
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; an error of ours is one line, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack characters that texts have
     try:
         made = _train_default(args)
         # Empty dicts: for entries that a default has, flags would need other names.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from tokenenv.errors import ModelError
+from tokenenv.shown import visible
 
 from .heads import make_scorer
 from .probing import looks_ahead
@@ -137,7 +138,7 @@ def _load(
 
 
 def _failed(what: str, source: Any, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:600] or type(error).__name__
+    reason = visible(" ".join(str(error).split())[:600]) or type(error).__name__
     return f"{what} {str(source)!r} cannot be loaded ({reason}); allowed: a hub id or a local directory with safetensors"
 
 
