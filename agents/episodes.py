@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.errors import NotFinite
+
 from .advantages import token_mask
 
 LEARNED = ("value", "advantage")
@@ -154,6 +156,18 @@ class EpisodeBatch:
 
 def _pad(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+
+
+def check_finite(batch: EpisodeBatch, update: int) -> None:
+    """Raises `NotFinite`, naming the first reward or log-prob that is not finite."""
+    terms = {f"the reward term {name!r}": values for name, values in batch.terms.items()}
+    for name, values_BT in {**terms, "the reward": batch.reward_BT, "log pi": batch.logprob_BT}.items():
+        for b, t in (~values_BT.isfinite()).nonzero()[:1].tolist():
+            slot, index, value = int(batch.slot_B[b]), int(batch.index_B[b]), float(values_BT[b, t])
+            raise NotFinite(
+                f"{name} is {value} at token {t} of text {index} of slot {slot}, in the batch of update {update}; nothing has "
+                "been learnt from that batch, and it is dropped."
+            )
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -34,6 +34,10 @@ class ModelError(TokenEnvError, ValueError):
     """A model or tokenizer cannot play the part it was given."""
 
 
+class NotFinite(TokenEnvError, FloatingPointError):
+    """A reward, log-prob or gradient is NaN or infinite; nothing has been learnt from it."""
+
+
 class CheckpointError(TokenEnvError, ValueError):
     """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
 
