@@ -101,11 +101,12 @@ class Actor:
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
-        self._slots = self.policy.slots(num_rows, max_length)
+        slots = self.policy.slots(num_rows, max_length)
         # What the next observation holds if a row runs on; one column more, for a token after a full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)
         self._lengths = torch.full((num_rows,), -1, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._slots = slots
 
     def _read(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
         """The states (N, H) after each text, by one appended token or, in rows that are new, from the start."""
@@ -113,6 +114,7 @@ class Actor:
         changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
         # 0 where the row runs on, else the length to read.
         fresh = to_host(changed_N * lengths_N)
+        self.refresh()  # until `_expect`: what interrupts this leaves caches that nothing is known of
         slots = np.flatnonzero(fresh)
         if not len(slots):
             return self._slots.append(self._tokens)

@@ -26,14 +26,25 @@ from .advantages import KL_ROUNDING, kl_penalised
 from .checkpoint import read_checkpoint, write_checkpoint
 from .collector import Collector
 from .config import AgentConfig, learning_rate, run_progress
-from .env_rows import check_env, check_kl, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
-from .episodes import Episode, EpisodeBatch, check_finite, summary
+from .env_rows import (
+    check_apart,
+    check_env,
+    check_kl,
+    env_core,
+    group_size_of,
+    num_actions,
+    reference_of,
+    wants_logprob,
+    warn_if_biased,
+)
+from .episodes import Episode, EpisodeBatch, summary
+from .failures import write_failures
 from .generate import generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
 from .saving import agent_state, restore, trained_weights
-from .staleness import mismatch, staleness
+from .staleness import mismatch, staleness, waiting
 from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
 
@@ -75,8 +86,7 @@ class Agent:
         self.envs, self.core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
         self.spec = getattr(self.core, "token_spec", None)
         self.policy = policy or default_policy(envs, cfg)
-        if self.policy.model is getattr(self.core, "reference", None):
-            raise InvalidArgument("policy holds the env's own reference, which must stay as it is: give it a deep copy.")
+        check_apart(self.policy, self.core)
         if self.policy.vocab_size != num_actions(envs):
             raise InvalidArgument(f"policy has {self.policy.vocab_size} tokens, the env {num_actions(envs)} actions.")
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
@@ -93,11 +103,13 @@ class Agent:
     def _make_collector(self) -> Collector | TextCollector:
         cfg, group_size = self.config, self.group_size
         if cfg.rollout == "step":
-            return Collector(self.envs, self.actor, seed=cfg.seed, group_size=group_size)
+            limit = cfg.max_staleness
+            return Collector(self.envs, self.actor, seed=cfg.seed, group_size=group_size, max_staleness=limit)
         spec = check_text_env(self.envs).token_spec
         options = {"temperature": cfg.temperature, "num_texts": self.envs.num_envs} | cfg.rollout_options
         engine = make_engine(cfg.rollout, self.policy, spec=spec, **options)
-        limits: dict[str, Any] = {"num_texts": options["num_texts"], "max_staleness": cfg.max_staleness}
+        limit = 1 if cfg.max_staleness is None else cfg.max_staleness
+        limits: dict[str, Any] = {"num_texts": options["num_texts"], "max_staleness": limit}
         return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, **limits)
 
     def running_statistics(self) -> dict[str, Any]:
@@ -153,6 +165,10 @@ class Agent:
                 metrics["time/tokens_per_second"] = (self.tokens_seen - before) / (time.perf_counter() - started)
                 for listener in listeners:
                     listener(metrics, episodes)
+        except NotFinite as error:
+            if self.run_dir is not None:
+                write_failures(self.run_dir, error, self.spec, self.updates, self.tokens_seen)
+            raise
         finally:
             for listener in listeners:
                 getattr(listener, "close", lambda: None)()
@@ -183,8 +199,7 @@ class Agent:
         }, batch.unstack()
 
     def _check_batch(self, batch: EpisodeBatch) -> None:
-        """Raises `NotFinite`, or `InvalidArgument` where a setting needs log pi_ref, which the env does not report."""
-        check_finite(batch, self.updates)
+        """Raises `InvalidArgument` where a setting needs log pi_ref, which the env does not report."""
         for name in ("kl_target", "k3_coef"):
             value = getattr(self.config, name, None)
             if value and not batch.ref_logprob_BT.any():
@@ -192,7 +207,7 @@ class Agent:
 
     def _rollout_metrics(self, batch: EpisodeBatch) -> Metrics:
         """How old the texts are and, where an engine wrote them, how far its log-probs are from the learner's."""
-        metrics = staleness(batch, self.updates)
+        metrics = staleness(batch, self.updates) | waiting(self.collector.waiting)
         if self.config.rollout == "step":
             return metrics
         cfg = self.config
@@ -215,11 +230,6 @@ class Agent:
             return {**terms, "kl": rewards_BT - sum(terms.values())}
         penalty_BT = -batch.kl_coef_B[:, None] * (batch.logprob_BT - batch.ref_logprob_BT)
         return {"reward": rewards_BT - penalty_BT, "kl": penalty_BT}
-
-    def bootstrap(self, batch: EpisodeBatch) -> Tensor:
-        """Where (B,) the last state's value counts: at truncation, if the env does not score it; never at termination."""
-        scored = getattr(self.spec, "score_truncated", True)
-        return batch.truncated_B & ~batch.terminated_B & torch.tensor(not scored)
 
     def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
         """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token

@@ -5,8 +5,8 @@ Suffixes: N envs, L context, T response tokens.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,14 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from tokenenv.errors import InvalidAction, NotFinite
+
 from .actor import Actor
-from .env_rows import action, flags, method, take, take_info, take_obs
-from .episodes import Episode, EpisodeBatch
+from .env_rows import action, flags, method, read_ends, take, take_info, take_obs
+from .episodes import Episode, check_finite
+from .failures import require_finite_policy, running_texts
 from .masks import pack
+from .pairing import Pairing
 
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
@@ -40,14 +44,22 @@ INFO_DEFAULTS: dict[str, float] = {
 class Collector:
     """Steps an env one token at a time; slots never idle, and only finished episodes come out.
 
-    An episode may straddle updates: each token keeps the log-probability it was sampled with.
+    An episode may straddle updates: each token keeps the log-probability it was sampled with. What interrupts a step or a
+    reset, whatever it is, costs the texts of the present batch: the next step begins anew, by a full reset. (To keep those
+    that had ended and to lose those that ran would favour short texts.)
+
+    With a `group_size` above 1, groups come out whole (`Pairing`).
     """
 
-    def __init__(self, envs: VectorEnv, actor: Actor, *, seed: int = 0, group_size: int = 1) -> None:
-        self.envs, self.actor, self.seed, self.group_size = envs, actor, seed, group_size
+    def __init__(
+        self, envs: VectorEnv, actor: Actor, *, seed: int = 0, group_size: int = 1, max_staleness: int | None = None
+    ) -> None:
+        self.envs, self.actor, self.seed, self.max_staleness = envs, actor, seed, max_staleness
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.tokens_seen = 0
         """Tokens emitted so far, those of running episodes included."""
+        self.running = False
+        """Whether texts run that can be gone on with: not before the first reset, nor after an interrupted step."""
         self._obs: Mapping[str, Any] = {}
         self._seeded = False
         self._ring = torch.zeros(0)
@@ -62,48 +74,86 @@ class Collector:
         self.finished = np.zeros(envs.num_envs, np.int64)
         """(N,) episodes that have ended in each row."""
         self._resetting = np.zeros(envs.num_envs, bool)
-        self._waiting: list[Episode] = []
-        self._first = np.zeros(envs.num_envs, np.int64)
-        """(N,) episodes that had ended in each row when all began anew."""
+        self.pairing = Pairing(envs.num_envs, group_size)
         self.version = 0
         """Updates that the policy has had."""
         self._version = np.zeros(envs.num_envs, np.int64)
         """(N,) the version that each row's text began with."""
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them.
+        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them: whole groups,
+        one after the other.
 
-        With a `group_size` above 1, whole groups only, one after the other: the k-th texts of consecutive slots, which
-        share a prompt. The first texts of a group wait for its last.
+        Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended;
+        nothing is thrown away for its age, which would favour short texts. At 0 all begin anew, and a batch is every text that
+        is begun until there are tokens enough; what free slots begin while the last of them are waited for is thrown away,
+        whatever becomes of it.
         """
-        episodes: list[Episode] = []
-        while num_tokens > 0:
-            ended = self.step() if self.group_size == 1 else self._complete_groups(self.step())
-            episodes += ended
-            num_tokens -= sum(len(e.response) for e in ended)
+        fresh = self.max_staleness == 0
+        if fresh:
+            self.reset()
+        while num_tokens > sum(len(e.response) for e in self.pairing.ready):
+            self._advance()
+        due = self._due()
+        while due:
+            due -= self._advance(due if fresh else None)
+        episodes, self.pairing.ready = self.pairing.ready, []
         return episodes
 
-    def _complete_groups(self, ended: list[Episode]) -> list[Episode]:
-        self._waiting += ended
-        groups: dict[tuple[int, int], list[Episode]] = {}
-        for episode in self._waiting:
-            count = episode.index - int(self._first[episode.slot])
-            groups.setdefault((episode.slot // self.group_size, count), []).append(episode)
-        complete = {key: group for key, group in groups.items() if len(group) == self.group_size}
-        self._waiting = [episode for key, group in groups.items() if key not in complete for episode in group]
-        return [episode for group in complete.values() for episode in sorted(group, key=lambda e: e.slot)]
+    def _due(self) -> set[int]:
+        """The groups with a text, running or waiting, that would be too old for the next batch."""
+        if self.max_staleness is None:
+            return set()
+        oldest, drawn = self.version + 1 - self.max_staleness, self._age > 0
+        running = self.pairing.number[drawn & (self._version < oldest)].tolist()
+        waiting = [number for number, episode in self.pairing.waiting.items() if episode.version < oldest]
+        return {number // self.pairing.group_size for number in [*running, *waiting]}
+
+    def _advance(self, wanted: set[int] | None = None) -> set[int]:
+        """One step; takes in what it ended, of the `wanted` groups alone if any are named. Returns the groups it completed."""
+        with self._whole():
+            ended = self._step()
+            if wanted is not None:
+                ended = {n: episode for n, episode in ended.items() if n // self.pairing.group_size in wanted}
+            return self.pairing.take(ended)
+
+    @property
+    def waiting(self) -> list[Episode]:
+        """Texts that have ended and wait for the rest of their group."""
+        return list(self.pairing.waiting.values())
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what must not be gone on from half-way."""
+        if not self.running:
+            self.reset()
+        self.running = False
+        try:
+            yield
+        except NotFinite as error:
+            error.texts = error.texts or running_texts(self._obs, error.rows)
+            raise
+        self.running = True
 
     def step(self) -> list[Episode]:
         """Emits one token in every row and returns the episodes that this ended."""
-        if not self.running:
-            self.reset()
+        with self._whole():
+            return list(self._step().values())
+
+    def _step(self) -> dict[int, Episode]:
+        """The episodes that one more token ended, by number."""
         tokens, logprobs = self.actor.act(self._obs)
         allowed = pack(self._obs)
-        obs, rewards, terminations, truncations, infos = self._step_env(action(self.envs, self._obs, tokens, logprobs))
+        try:
+            obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+        except InvalidAction:  # kl="policy" takes the log-probs
+            require_finite_policy(~logprobs.isfinite().cpu().numpy(), self.version)
+            raise
         self._record(logprobs, rewards, infos, allowed)
-        terminated, truncated = flags(terminations, truncations)
+        terminated, truncated, invalid = flags(terminations, truncations, logprobs)
+        require_finite_policy(invalid, self.version)
         ended = terminated | truncated
-        episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else []
+        episodes = self._finish(terminated, truncated, obs, infos) if ended.any() else {}
         self._obs = obs
         if self.mode == AutoresetMode.NEXT_STEP:
             self._resetting = ended
@@ -112,16 +162,9 @@ class Collector:
             self._note_potential(infos)
         return episodes
 
-    def _step_env(self, actions: Any) -> Any:
-        try:
-            return self.envs.step(actions)
-        except Exception:
-            # A reward server that is down, say: half a step cannot be gone on from. The next step begins anew.
-            self._obs = {}
-            raise
-
     def reset(self, options: dict[str, Any] | None = None) -> None:
         """Begins anew in every row; running episodes are dropped. The first time is seeded."""
+        self.running = False
         self._obs, infos = self.envs.reset(seed=None if self._seeded else self.seed, options=options)
         self._seeded = True
         num_envs, length = self._obs["tokens"].shape
@@ -129,26 +172,21 @@ class Collector:
         self._potential = torch.zeros(num_envs, device=self._ring.device)
         self._note_potential(infos)
         self._age[:], self._resetting[:] = 0, False
-        self._waiting, self._first = [], self.finished.copy()
-
-    @property
-    def running(self) -> bool:
-        """Whether the env has been reset."""
-        return bool(self._obs)
+        self.pairing.restart()
+        self.running = True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the env's own state and the observation that comes with it."""
-        names = ["tokens_seen", "finished", "version", "_version", "_first", "_age", "_resetting", "_clock"]
+        names = ["tokens_seen", "finished", "version", "_version", "_age", "_resetting", "_clock"]
         names += ["_ring", "_masks", "_potential"] if self.running else []
-        waiting = asdict(EpisodeBatch.stack(self._waiting)) if self._waiting else None
-        return copy.deepcopy({name: getattr(self, name) for name in names}) | {"waiting": waiting}
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | {"pairing": self.pairing.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
         """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
-        waiting = state["waiting"]
-        names = [name for name in state if name != "waiting"] if running else ["tokens_seen", "finished", "version"]
-        vars(self).update({name: state[name] for name in names})
-        self._waiting = EpisodeBatch(**waiting).unstack() if running and waiting else []
+        names = [name for name in state if name != "pairing"] if running else ["tokens_seen", "finished", "version"]
+        vars(self).update(copy.deepcopy({name: state[name] for name in names}))
+        if running:
+            self.pairing.load_state_dict(state["pairing"])
 
     def refresh(self) -> None:
         """To be called when the weights have changed."""
@@ -168,8 +206,10 @@ class Collector:
         self.actor.refresh()
 
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """`rollouts` continuations of each state to the end, one after the other; the running texts wait meanwhile."""
+        """`rollouts` continuations of each state to the end, one after the other; the running texts wait meanwhile. Where
+        they cannot be taken up again (this is interrupted, or the env saves no state), the next step begins anew."""
         running, found = self.save_env(), []
+        self.running = False
         at_once = self.envs.num_envs // rollouts
         for first in range(0, len(states), at_once):
             found += self._play_on(states[first : first + at_once], rollouts)
@@ -184,6 +224,7 @@ class Collector:
         # Slots that are left over play on from the last state, and what they write is not looked at.
         given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
         collector = Collector(self.envs, self.actor)
+        collector._seeded = self._seeded
         collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
         if len(followers):
             collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
@@ -195,8 +236,10 @@ class Collector:
 
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Goes on from the observation of an env that has been restored to where it was."""
+        self.running = False
         self._obs, self._seeded = obs, True
         self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
+        self.running = True
 
     def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None) -> None:
         """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age stays 0."""
@@ -222,28 +265,32 @@ class Collector:
             known, potential = (torch.as_tensor(infos[key], device=self._ring.device) for key in ("_potential", "potential"))
             self._potential = torch.where(known, potential.float(), self._potential)
 
-    def _finish(self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]) -> list[Episode]:
+    def _finish(self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]) -> dict[int, Episode]:
+        """The episodes that ended, by number; their rows begin new ones."""
         rows = np.flatnonzero(terminated | truncated)
         if self.mode == AutoresetMode.SAME_STEP:
             obs, infos = infos["final_obs"], infos["final_info"]
         known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
-        ends = {"terminated": terminated[rows], "truncated": truncated[rows], **take_obs(obs, rows), **known}
+        cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, rows)
+        ends = {"truncated": cut, "bootstraps": bootstraps, **take_obs(obs, rows), **known}
         placed = infos.get("token_reward_terms", {})
         terms = {name: take(values, rows) for name, values in placed.items() if not name.startswith("_")}
         records = take(self._ring.movedim(2, 0), rows)
         # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
         records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
-        episodes = [
-            self._episode(
+        episodes = {
+            int(self.pairing.number[slot]): self._episode(
                 int(slot),
                 {key: values[n] for key, values in ends.items()},
                 records[n],
                 {name: values[n] for name, values in terms.items()},
             )
             for n, slot in enumerate(rows)
-        ]
+        }
+        check_finite(list(episodes.values()), self.version)
         self.finished[rows] += 1
         self._age[rows] = 0
+        self.pairing.begin(rows)
         return episodes
 
     def _episode(self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]) -> Episode:
@@ -263,7 +310,7 @@ class Collector:
             reward=record[:, REWARD],
             potential=np.append(record[:, POTENTIAL], np.float32(end["potential"])),
             kl_coef=float(end["kl_coef"]),
-            terminated=bool(end["terminated"]),
+            terminated=not end["truncated"],
             truncated=bool(end["truncated"]),
             score=float(end["score"]),
             gold=float(end["gold"]),
@@ -271,6 +318,7 @@ class Collector:
             slot=slot,
             index=int(self.finished[slot]),
             version=int(self._version[slot]),
+            bootstraps=bool(end["bootstraps"]),
             terms={name: values[own] for name, values in terms.items()},
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )

@@ -61,9 +61,11 @@ class AgentConfig:
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4; num_texts, texts side by side, is the env's
     num_envs if it is not given."""
-    max_staleness: int = 1
-    """Updates that may lie between a text's first token and the update that learns from it, where vLLM writes; 0 or more. At
-    0 vLLM idles until the last text of each batch has ended."""
+    max_staleness: int | None = None
+    """Updates that may lie between a text's first token and the update that learns from it, 0 or more. A text that would get
+    older is waited for, never thrown away. None is 1 where vLLM writes, and no limit where the env steps: texts are then as old
+    as their own length, and the wait for their group, make them. At 0 every text of a batch is drawn from the policy that
+    learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
 
     def __post_init__(self) -> None:
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)

@@ -8,9 +8,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.adapters import shared_weight
 
 
 def check_env(envs: Any) -> None:
@@ -20,6 +21,17 @@ def check_env(envs: Any) -> None:
     space = envs.single_observation_space
     if not isinstance(space, gym.spaces.Dict) or not {"tokens", "length", "prompt_length"} <= set(space.spaces):
         raise InvalidArgument('envs must observe "tokens", "length" and "prompt_length"; agents read texts, not features.')
+
+
+def check_apart(policy: nn.Module, core: Any) -> None:
+    """Raises `InvalidArgument` if training the policy would change a model that the env reads, its reference first of all."""
+    models = {"reference": getattr(core, "reference", None), **getattr(core, "frozen_models", {})}
+    for role, model in models.items():
+        if name := shared_weight(policy, model):
+            raise InvalidArgument(
+                f"policy trains {name}, a weight of the env's own {role}, which must stay as it is: give the policy a deep "
+                "copy (before peft puts adapters into it)."
+            )
 
 
 def warn_if_biased(envs: VectorEnv) -> None:
@@ -98,12 +110,27 @@ def action(envs: VectorEnv, obs: Mapping[str, Any], tokens_N: Tensor, logprobs_N
     return {"token": tokens, "logprob": logprobs} if wants_logprob(envs) else tokens
 
 
-def flags(terminations: Any, truncations: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both flags (N,) on the host, in one copy."""
+def flags(terminations: Any, truncations: Any, logprobs_N: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both flags (N,) on the host, and which log-probs are not finite; in one copy where the env gives tensors."""
+    invalid_N = ~logprobs_N.isfinite()
     if isinstance(terminations, Tensor):
-        both = torch.stack([terminations, truncations]).cpu().numpy()
-        return both[0], both[1]
-    return np.asarray(terminations), np.asarray(truncations)
+        three = torch.stack([terminations, truncations, invalid_N.to(terminations.device)]).cpu().numpy()
+        return three[0], three[1], three[2]
+    return np.asarray(terminations), np.asarray(truncations), invalid_N.cpu().numpy()
+
+
+def read_ends(
+    envs: VectorEnv, terminated: np.ndarray, truncated: np.ndarray, infos: Mapping[str, Any], rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the episodes that end in `rows` were cut by the length limit, and after which the last state's value counts.
+
+    The flags mean what Gymnasium means by them: learners bootstrap at truncations. But under `cut="truncated"` a scored cut
+    is a truncation too, and its score is all there is.
+    """
+    bootstraps = truncated[rows] & ~terminated[rows]
+    cut = take_info(infos, "cut", rows, bootstraps)
+    scored = getattr(getattr(env_core(envs), "token_spec", None), "score_truncated", False)
+    return cut, bootstraps & ~(cut & scored)
 
 
 def take(values: Any, rows: np.ndarray) -> np.ndarray:
@@ -122,7 +149,8 @@ def take_obs(obs: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def take_info(infos: Mapping[str, Any], key: str, rows: np.ndarray, default: Any) -> np.ndarray:
-    """`infos[key][rows]`, with `default` in rows that its mask `_key` leaves out, and everywhere if there is no such key."""
+    """`infos[key][rows]`; `default`, one value or one a row, in rows that its mask `_key` leaves out, and where there is no
+    such key."""
     if key not in infos:
         return np.full(len(rows), default)
     values = take(infos[key], rows)

@@ -17,7 +17,7 @@ from tokenenv.errors import NotFinite
 from .advantages import token_mask
 
 LEARNED = ("value", "advantage")
-PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version")
+PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version", "bootstraps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class Episode:
     """How many episodes that row had finished before."""
     version: int = 0
     """How many updates the policy had had when the first token was drawn: the later ones may have had more."""
+    bootstraps: bool = False
+    """Whether the value of the last state counts: the text was cut, and nothing was paid for it as a whole."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
     """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where the env names none."""
     value: np.ndarray | None = None
@@ -93,6 +95,7 @@ class EpisodeBatch:
     slot_B: Tensor
     index_B: Tensor
     version_B: Tensor
+    bootstraps_B: Tensor
     terms: dict[str, Tensor]
     """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
     action_mask_BTM: Tensor | None = None
@@ -158,16 +161,30 @@ def _pad(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
 
 
-def check_finite(batch: EpisodeBatch, update: int) -> None:
-    """Raises `NotFinite`, naming the first reward or log-prob that is not finite."""
-    terms = {f"the reward term {name!r}": values for name, values in batch.terms.items()}
-    for name, values_BT in {**terms, "the reward": batch.reward_BT, "log pi": batch.logprob_BT}.items():
-        for b, t in (~values_BT.isfinite()).nonzero()[:1].tolist():
-            slot, index, value = int(batch.slot_B[b]), int(batch.index_B[b]), float(values_BT[b, t])
-            raise NotFinite(
-                f"{name} is {value} at token {t} of text {index} of slot {slot}, in the batch of update {update}; nothing has "
-                "been learnt from that batch, and it is dropped."
-            )
+def check_finite(episodes: Sequence[Episode], update: int) -> None:
+    """Raises `NotFinite`, naming the first reward or log-prob that is not finite; its `rows` are places in `episodes`.
+
+    The reference's log-prob may be -inf where it is not paid: it may lack tokens that the policy has.
+    """
+    bad = [row for row, episode in enumerate(episodes) if not _finite(episode)]
+    if not bad:
+        return
+    episode = episodes[bad[0]]
+    columns = {f"reward term {name!r}": values for name, values in episode.terms.items()}
+    columns |= {"the reward": episode.reward, "log pi": episode.logprob, "the reference's log-prob": episode.ref_logprob}
+    name, values = next((name, values) for name, values in columns.items() if not np.isfinite(values).all())
+    token = int(np.isfinite(values).argmin())
+    raise NotFinite(
+        f"{name} is {values[token]} at token {token} of text {episode.index} of slot {episode.slot}, in the batch of update "
+        f"{update}; nothing has been learnt from that batch, and it is dropped.",
+        bad,
+        [episodes[row] for row in bad],
+    )
+
+
+def _finite(episode: Episode) -> bool:
+    known = [episode.reward, episode.logprob, *episode.terms.values()]
+    return all(np.isfinite(values).all() for values in known) and not np.isnan(episode.ref_logprob).any()
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -100,7 +100,7 @@ class KLQ(Agent):
         logprob_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
         values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
         rewards_BT = kl_penalised(batch.reward_BT, logprob_BT, batch.kl_coef_B)
-        errors_BT = gae(rewards_BT, values_BT1, lengths_B, self.bootstrap(batch), 1.0, cfg.lambda_)
+        errors_BT = gae(rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, 1.0, cfg.lambda_)
         batch.learned.update(advantage=errors_BT, value=values_BT1[:, :-1], old_logprob=logprob_BT)
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:

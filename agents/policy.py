@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.models.adapters import adapter_layers, train_adapters
 from tokenenv.models.trunks import hidden_size_of, logits_head, slot_model, text_states, trunk_of, vocab_size_of
 from tokenenv.types import SlotModel
 
@@ -23,7 +24,11 @@ class LMPolicy(nn.Module):
     trunk of its own.
 
     Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen beneath trainable low-rank
-    adapters (peft). It stays in eval mode, so that acting and learning see the same distribution (no dropout).
+    adapters (peft). Of a model that has adapters already, those that are active are trained, and they alone. It stays in eval
+    mode, so that acting and learning see the same distribution (no dropout).
+
+    Raises:
+        InvalidArgument: `lora_rank` for a model that has adapters already; or they are switched off, or merged.
     """
 
     def __init__(
@@ -40,6 +45,8 @@ class LMPolicy(nn.Module):
         self.model = model.float().requires_grad_(True)
         if lora_rank:
             add_lora(self.model, lora_rank, seed)
+        elif adapter_layers(model):
+            train_adapters(self.model)
         self.vocab_size = vocab_size_of(model)
         self.max_batch_tokens = max_batch_tokens
         self.head = logits_head(model, self.vocab_size)
@@ -88,6 +95,11 @@ def add_lora(model: Any, rank: int, seed: int) -> None:
     """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers but the output."""
     if hasattr(model, "slots"):
         raise InvalidArgument(f"lora_rank={rank} needs a transformers model, not {type(model).__name__}.")
+    if adapter_layers(model):
+        raise InvalidArgument(
+            f"lora_rank={rank}: {type(model).__name__} has an adapter already. To train it leave lora_rank at 0; for a new one "
+            "give a model that it is merged into (model.merge_and_unload())."
+        )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -74,7 +74,7 @@ class PPO(PolicyGradient):
         scale = self.reward_scale(rewards_BT, batch)
         rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
         own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
-        values_BT1, bootstrap_B = own_BT1 + offset_BT1, self.bootstrap(batch)
+        values_BT1, bootstrap_B = own_BT1 + offset_BT1, batch.bootstraps_B
         lambda_B = cfg.lambda_actor if cfg.lambda_alpha is None else length_adaptive_lambda(lengths_B, cfg.lambda_alpha)
         errors_BT = gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, cfg.lambda_critic)
         batch.learned.update(

@@ -4,6 +4,9 @@ An engine's log-probs differ a little from the learner's (other kernels, other p
 last update. Suffixes: B episodes, T response tokens.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,14 @@ def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
         "rollout/staleness": float(age_B.mean()),
         "rollout/staleness_max": float(age_B.max()),
         "rollout/stale_texts": float((age_B > 0).sum()),
+    }
+
+
+def waiting(texts: Sequence[Any]) -> Metrics:
+    """The ended texts that wait for the rest of their group, and the response tokens that they hold."""
+    return {
+        "rollout/waiting_texts": float(len(texts)),
+        "rollout/waiting_tokens": float(sum(len(text.response) for text in texts)),
     }
 
 

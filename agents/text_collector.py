@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
 from .collector import Prefix
 from .env_rows import wants_logprob
-from .episodes import Episode
+from .episodes import Episode, check_finite
+from .pairing import whole_groups
 from .policy import LMPolicy
 
 ENGINES = {"vllm": "tokenenv.rollout.vllm:VLLMEngine", "http": "tokenenv.rollout.server:VLLMServerEngine"}
@@ -47,7 +48,8 @@ class Text:
 class TextCollector:
     """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished ones scored.
 
-    A text's prompt and its sampling seed depend on the run's seed and the text's number alone.
+    A text's prompt and its sampling seed depend on the run's seed and the text's number alone. Where anything interrupts the
+    engine, what was running is begun again by the next `collect`; what had ended is kept.
     """
 
     def __init__(
@@ -81,8 +83,8 @@ class TextCollector:
         """Texts of complete groups that are not scored yet: an error while they are leaves them here."""
         self._continuations: dict[int, Text] = {}
         """Finished continuations, by number."""
-        self._cut: list[Text] = []
-        """Texts that were running when the engine was stopped, or are not begun yet: they are begun first."""
+        self._cut: dict[int, Text] = {}
+        """Texts that were running when the engine was stopped, or are not begun yet, by number: they are begun first."""
         self._synced = True
         """Whether the engine has the present weights."""
 
@@ -96,14 +98,25 @@ class TextCollector:
         """
         if not self._synced:
             self._sync()
-        while self._missing(num_tokens) > 0 or self._overdue():
-            self._begin_cut()
-            if self._missing(num_tokens) > 0 or self.max_staleness > 0:
-                self._begin_groups()
-            self._wait()
-        episodes = self._score(self._ready)
+        with self._stopping():
+            while self._missing(num_tokens) > 0 or self._overdue():
+                self._begin_cut()
+                if self._missing(num_tokens) > 0 or self.max_staleness > 0:
+                    self._begin_groups()
+                self._wait()
+        try:
+            episodes = self._score(self._ready)
+        except NotFinite as error:
+            failed = {self._ready[row].number // self.group_size for row in error.rows}
+            self._ready = [text for text in self._ready if text.number // self.group_size not in failed]
+            raise
         self._ready = []
         return episodes
+
+    @property
+    def waiting(self) -> list[Text]:
+        """Texts that have ended and wait for the rest of their group."""
+        return list(self._waiting.values())
 
     def refresh(self) -> None:
         """To be called when the weights have changed."""
@@ -113,14 +126,15 @@ class TextCollector:
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
         """`rollouts` continuations of each state to the end, one after the other, beside the running texts."""
         numbers = []
-        for prompt, prefix in states:
-            for _ in range(rollouts):
-                self._continued += 1
-                text = Text(-self._continued, self.version, prompt.tolist(), -1, self.core.weights, prefix.tolist())
-                self._begin(text)
-                numbers.append(text.number)
-        while not all(number in self._continuations for number in numbers):
-            self._wait()
+        with self._stopping():
+            for prompt, prefix in states:
+                for _ in range(rollouts):
+                    self._continued += 1
+                    text = Text(-self._continued, self.version, prompt.tolist(), -1, self.core.weights, prefix.tolist())
+                    self._begin(text)
+                    numbers.append(text.number)
+            while not all(number in self._continuations for number in numbers):
+                self._wait()
         return self._score([self._continuations.pop(number) for number in numbers])
 
     def save_env(self) -> dict[str, Any]:
@@ -146,8 +160,8 @@ class TextCollector:
         """Continues from `state_dict()`."""
         texts = {name: [Text(**text) for text in state[name]] for name in ("waiting", "ready", "cut")}
         vars(self).update({name: value for name, value in state.items() if name not in texts})
-        self._waiting = {text.number: text for text in texts["waiting"]}
-        self._ready, self._cut = texts["ready"], texts["cut"]
+        self._waiting, self._cut = ({text.number: text for text in texts[name]} for name in ("waiting", "cut"))
+        self._ready = texts["ready"]
 
     # ---------------------------------------------------------------- texts
 
@@ -160,19 +174,22 @@ class TextCollector:
         return self.version + 1 - oldest > self.max_staleness and bool(self._unfinished() or self._waiting)
 
     def _unfinished(self) -> list[Text]:
-        return [*self._cut, *(text for text in self._running.values() if text.number >= 0)]
+        texts = self._cut | self._running
+        return [text for text in texts.values() if text.number >= 0]
 
     def _begin_cut(self) -> None:
         while self._cut:
-            self._begin(replace(self._cut.pop(0), version=self.version, weights=self.core.weights))
+            text = next(iter(self._cut.values()))
+            self._begin(replace(text, version=self.version, weights=self.core.weights))
+            del self._cut[text.number]  # last: between the two it is in both, and never in neither
 
     def _begin_groups(self) -> None:
         while len(self._running) + self.group_size <= self.num_texts:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
             numbers = range(self._begun, self._begun + self.group_size)
-            self._begun += self.group_size
-            self._cut = [Text(number, self.version, prompt, prompt_id, self.core.weights) for number in numbers]
+            cut = {number: Text(number, self.version, prompt, prompt_id, self.core.weights) for number in numbers}
+            self._begun, self._cut = numbers.stop, cut
             self._begin_cut()
 
     def _draw(self, group: int) -> int:
@@ -183,26 +200,20 @@ class TextCollector:
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         max_tokens = self.spec.max_new_tokens - len(text.prefix)
         self._running[text.number] = text
-        with self._stopping():
-            self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
+        self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
 
     def _wait(self) -> None:
         """Takes in the texts that end next."""
-        with self._stopping():
-            written = self.engine.ended()
-        for one in written:
-            text = replace(self._running.pop(one.key), response=one.tokens, logprob=one.logprobs)
-            self.tokens_seen += len(text.response)
-            (self._waiting if text.number >= 0 else self._continuations)[text.number] = text
-        self._ready += self._complete_groups()
-
-    def _complete_groups(self) -> list[Text]:
-        """Takes the texts of complete groups out of those that wait, group by group."""
-        size = self.group_size
-        groups = sorted({number // size for number in self._waiting})
-        numbers = [range(group * size, (group + 1) * size) for group in groups]
-        whole = [number for some in numbers if all(n in self._waiting for n in some) for number in some]
-        return [self._waiting.pop(number) for number in whole]
+        written = {one.key: one for one in self.engine.ended()}
+        ended = {n: replace(self._running[n], response=one.tokens, logprob=one.logprobs) for n, one in written.items()}
+        running = {n: text for n, text in self._running.items() if n not in ended}
+        waiting = self._waiting | {n: text for n, text in ended.items() if n >= 0}
+        continuations = self._continuations | {n: text for n, text in ended.items() if n < 0}
+        ready = self._ready + [waiting.pop(n) for n in whole_groups(waiting, self.group_size)]
+        seen = self.tokens_seen + sum(len(text.response) for text in ended.values())
+        # All at once, so that no interruption finds a text in none of them.
+        self._running, self._waiting, self._ready = running, waiting, ready
+        self._continuations, self.tokens_seen = continuations, seen
 
     def _sync(self) -> None:
         """Where the engine fails, the next `collect` tries again before it draws anything."""
@@ -212,32 +223,36 @@ class TextCollector:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Where the engine fails, what was running is begun again by the next `collect`."""
+        """Where anything interrupts the engine, what was running is begun again by the next `collect`."""
         try:
             yield
-        except Exception:
+        except BaseException:
             self._stop()
             raise
 
     def _stop(self) -> None:
-        self._cut = self._unfinished()
-        self._running.clear()
-        self._continuations.clear()
+        unfinished = {text.number: text for text in self._unfinished()}
+        self._cut, self._running, self._continuations = unfinished, {}, {}
         self.engine.abort()
 
     # ---------------------------------------------------------------- scores
 
     def _score(self, texts: list[Text]) -> list[Episode]:
-        names = texts[0].weights
-        scores = self.core.score_episodes(
-            [text.prompt for text in texts],
-            [[*text.prefix, *text.response] for text in texts],
-            logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
-            weights={name: [text.weights[name] for text in texts] for name in names},
-            played=True,
-        )
+        try:
+            scores = self.core.score_episodes(
+                [text.prompt for text in texts],
+                [[*text.prefix, *text.response] for text in texts],
+                logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
+                weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
+                played=True,
+            )
+        except NotFinite as error:
+            error.texts = [texts[row] for row in error.rows]
+            raise
         self.has_potential = scores.potentials is not None
-        return [self._episode(text, scores, row) for row, text in enumerate(texts)]
+        episodes = [self._episode(text, scores, row) for row, text in enumerate(texts)]
+        check_finite(episodes, self.version)
+        return episodes
 
     def _episode(self, text: Text, scores: EpisodeScores, row: int) -> Episode:
         start, end = len(text.prefix), len(text.prefix) + len(text.response)
@@ -259,6 +274,7 @@ class TextCollector:
             slot=text.number % self.num_texts,
             index=text.number // self.num_texts,
             version=text.version,
+            bootstraps=not terminated and not self.spec.score_truncated,
             terms={name: values[row, start:end] for name, values in scores.token_reward_terms.items()},
         )
 

@@ -3,7 +3,7 @@
 Texts have exactly `max_new_tokens` tokens: there is no stop token, and truncated texts are scored. The prompt is "<s>".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.residual_lm import ResidualLM
-from tokenenv.types import Scorer, Task
+from tokenenv.types import Scorer, Task, TrunkStates
 
 from .oracle import AutomatonOracle
 
@@ -64,25 +64,26 @@ def automaton_task(words: Sequence[str], probs: np.ndarray, automaton: Automaton
         scorer=Scorer(model=automaton, head=automaton.score, per_token=False),
         gold="score",
         oracle=AutomatonOracle(automaton, reference, max_new_tokens),
-        features=make_features(automaton, reference, max_new_tokens),
+        features=OneHot(automaton, reference, max_new_tokens),
         num_features=automaton.num_states + len(probs) + max_new_tokens + 1,
         reward="terminal",
         kl_coef=0.05,
     )
 
 
-def make_features(
-    automaton: Automaton, reference: Bigram, max_new_tokens: int
-) -> Callable[[dict[int, Tensor], Tensor], Tensor]:
+class OneHot:
     """One-hot automaton state (Q), last token (V + 1) and step (T + 1): all that the optimum depends on."""
-    offsets = np.cumsum([0, automaton.num_states, reference.vocab_size + 1, max_new_tokens + 1])
 
-    def features(states: dict[int, Tensor], step: Tensor) -> Tensor:
-        columns = (states[id(automaton)], states[id(reference)], step)
-        hot = torch.stack([column + int(offset) for column, offset in zip(columns, offsets[:-1], strict=True)], dim=1)
-        return torch.zeros(len(step), int(offsets[-1]), device=step.device).scatter_(1, hot, 1.0)
+    def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
+        self.automaton, self.reference = automaton, reference
+        self.offsets = np.cumsum([0, automaton.num_states, reference.vocab_size + 1, max_new_tokens + 1])
 
-    return features
+    def __call__(self, states: TrunkStates, step: Tensor) -> Tensor:
+        """Features (K, Q + V + T + 2) float32."""
+        columns = (states[self.automaton], states[self.reference], step)
+        hot = torch.stack([column + int(offset) for column, offset in zip(columns, self.offsets[:-1], strict=True)], dim=1)
+        zeros = torch.zeros(len(step), int(self.offsets[-1]), dtype=torch.float32, device=step.device)
+        return zeros.scatter_(1, hot, 1.0)
 
 
 @cache

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
+from tokenenv.types import TrunkStates
 
+Table = TypeVar("Table")
 PolicyFunction = Callable[[dict[str, np.ndarray]], Any]
 """Maps an observation of K running texts (NumPy `tokens` (K, T + 1), `length`, `prompt_length`) to pi(. | text), (K, V)."""
 
@@ -56,8 +57,8 @@ class AutomatonOracle:
             raise InvalidArgument(f"automaton reads {automaton.vocab_size} tokens, reference has {reference.vocab_size}.")
         self.automaton, self.reference = automaton, reference
         self.max_new_tokens, self.vocab_size = max_new_tokens, reference.vocab_size
-        self._values = lru_cache(maxsize=2)(self._solve)
-        self._device_values = lru_cache(maxsize=1)(self._upload)
+        self._tables: dict[float, np.ndarray] = {}
+        self._device_tables: dict[float, Tensor] = {}
 
     def value(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
         """V* (N,) float64; of a finished text, its score."""
@@ -84,11 +85,11 @@ class AutomatonOracle:
             values = self._successors(values) @ self.reference.probs.T
         return float(values[0, -1])
 
-    def state_value(self, states: dict[int, Tensor], step: Tensor, beta: float) -> Tensor:
-        """V* (K,) float32 on the device from the states of the automaton and of the reference, by the id of the model."""
+    def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
+        """V* (K,) float32 on the device from the states of the automaton and of the reference."""
         # Rows that take no token have ended: their step runs on beyond the last.
         step = step.clamp(max=self.max_new_tokens)
-        return self._device_values(beta)[step, states[id(self.automaton)], states[id(self.reference)]]
+        return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
 
     def evaluate(
         self, policy_fn: PolicyFunction, beta: float, *, markov: bool = False, num_texts: int = 1024, seed: int = 0
@@ -124,8 +125,15 @@ class AutomatonOracle:
 
     # ------------------------------------------------------------------- tables
 
-    def _solve(self, beta: float) -> np.ndarray:
+    def _values(self, beta: float) -> np.ndarray:
         """V* (T + 1, Q, V + 1)."""
+        return _kept(self._tables, 2, beta, self._solve)
+
+    def _device_values(self, beta: float) -> Tensor:
+        """The same on the device."""
+        return _kept(self._device_tables, 1, beta, self._upload)
+
+    def _solve(self, beta: float) -> np.ndarray:
         if not 0.0 <= beta < math.inf:
             raise InvalidArgument(f"beta={beta} is not allowed; it must be 0 or more, and finite.")
         values = [self._end()]
@@ -250,6 +258,15 @@ def tilted(probs: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
     gap = values - values.max(1, keepdims=True)
     weights = probs * (gap == 0 if beta == 0 else np.exp(gap / beta))
     return weights / weights.sum(1, keepdims=True)
+
+
+def _kept(tables: dict[float, Table], size: int, beta: float, make: Callable[[float], Table]) -> Table:
+    """`make(beta)`, made once while it is among the `size` betas that were asked for last."""
+    table = tables.pop(beta) if beta in tables else make(beta)
+    tables[beta] = table
+    if len(tables) > size:
+        del tables[next(iter(tables))]
+    return table
 
 
 def _host(values: Any) -> np.ndarray:

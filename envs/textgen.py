@@ -21,10 +21,10 @@ from tokenenv.models.loading import (
     load_causal_lm,
     load_classifier,
     load_tokenizer,
-    looks_ahead,
     max_positions,
     token_difference,
 )
+from tokenenv.models.probing import looks_ahead
 from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel

@@ -101,16 +101,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "mamba": ("MambaConfig", {"state_size": 4}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "gpt_neo": ("GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
 }
 """Name to transformers config class and what it adds to SMALL."""
-CACHED = tuple(name for name in ARCHITECTURES if name not in ("mamba", "bloom"))
+CACHED = tuple(name for name in ARCHITECTURES if name not in ("mamba", "bloom", "gpt_neo"))
 """Those that `CachedLM` must cache; the others it must recompute."""
 
 
 def config(architecture: str = "llama", **changes: Any) -> Any:
     """The tiny transformers config of this name, with some fields changed."""
     class_name, extra = ARCHITECTURES[architecture]
-    base = NO_GROUPS if architecture in ("gpt2", "gpt_neox", "bloom", "mamba") else SMALL
+    base = NO_GROUPS if architecture in ("gpt2", "gpt_neox", "gpt_neo", "bloom", "mamba", "opt") else SMALL
     return getattr(transformers, class_name)(**{**base, **extra, **changes})
 
 
@@ -129,6 +131,39 @@ def reward_model(kind: str = "token", architecture: str = "llama", *, seed: int 
         "sequence": transformers.AutoModelForSequenceClassification,
     }[kind]
     return randomized(auto.from_config(made), seed)
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def seeing_lm(architecture: str = "llava") -> Any:
+    """A model that takes images too; its vision tower has 4 or 5 positions, its language model 64."""
+    if architecture == "llava":
+        vision, text = {"model_type": "clip_vision_model", "projection_dim": 16}, {"model_type": "llama", **SMALL}
+        made = transformers.LlavaConfig(vision_config={**VISION, **vision}, text_config=text, image_token_index=60)
+        return randomized(transformers.LlavaForConditionalGeneration(made))
+    text = {"model_type": "gemma3_text", **SMALL, **ARCHITECTURES["gemma3"][1]}
+    vision = {**VISION, "model_type": "siglip_vision_model"}
+    made = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4, image_token_index=60)
+    return randomized(transformers.Gemma3ForConditionalGeneration(made))
+
+
+def lm_that_looks_ahead(name: str) -> Any:
+    """What `AutoModelForCausalLM` takes for a causal language model, and what is none with its default config."""
+    small = {"dim_head": 8, "dim_ff": 48, "prompt_length": 4, "position_bias_num_buckets": 32}
+    made = {
+        "bert_generation": lambda: transformers.BertGenerationConfig(**NO_GROUPS),
+        "cpmant": lambda: transformers.CpmAntConfig(**NO_GROUPS, **small),
+        "xlm": lambda: transformers.XLMConfig(vocab_size=VOCAB_SIZE, emb_dim=32, n_layers=2, n_heads=4, pad_index=PAD),
+    }[name]()
+    return randomized(transformers.AutoModelForCausalLM.from_config(made))
 
 
 def bidirectional_reward_model(*, seed: int = 1) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenenv.agents.actor import sample
-from tokenenv.rollout.weights import check_transformers_model
+from tokenenv.rollout.weights import transformers_model
 from tokenenv.types import Written
 
 
@@ -28,7 +28,7 @@ class LocalEngine:
     """
 
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):
-        check_transformers_model(model)
+        transformers_model(model)
         self.policy, self.model = model, copy.deepcopy(model)
         self.stops, self.temperature, self.num_texts = spec.stop_token_ids, temperature, num_texts
         self.running: dict[int, Running] = {}

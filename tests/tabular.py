@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.models.heads import make_scorer
-from tokenenv.types import EpisodeScores, Scorer, Task, TextIds, TextScorer
+from tokenenv.types import EpisodeScores, Scorer, Task, TextIds, TextScorer, TrunkStates
 from tokenenv.vector_env import TokenVectorEnv
 
 V, T, BETA = 3, 4, 0.7
@@ -55,8 +55,8 @@ class TabularOracle:
     def __init__(self, model: Histories, values: Callable[[float], Tensor]) -> None:
         self.model, self.values = model, values
 
-    def state_value(self, states: dict[int, Tensor], step: Tensor, beta: float) -> Tensor:
-        return self.values(beta)[states[id(self.model)]].float()
+    def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
+        return self.values(beta)[states[self.model]].float()
 
 
 class Hindsight(Histories):

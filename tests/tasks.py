@@ -88,7 +88,7 @@ TOYS: dict[str, dict[str, Any]] = {
     "token": {"reward": "token"},
     "delta": {"reward": "delta", "scorer": "sequence"},
     "token delta": {"reward": "delta"},
-    "terminal": {"reward": "terminal", "scorer": "sequence", "missing_eos_penalty": 0.7},
+    "terminal": {"reward": "terminal", "scorer": "sequence", "missing_eos_penalty": 0.7, "cut": "truncated"},
     "uniform": {"reward": "uniform", "kl": "none"},
     "mixture": {"reward": {"dense": ("token", 0.3), "shares": ("uniform", 0.7), "shaped": "delta"}, "kl_coef": 0.2},
     "k1": {"reward": "token", "kl": "policy", "kl_coef": 0.3},
@@ -226,7 +226,7 @@ def play(envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, optio
             episode.rewards.append(float(rewards[row]))
             episode.infos.append(row_of(info, row))
             if terminated[row] or truncated[row]:
-                episode.truncated = bool(truncated[row])
+                episode.truncated = bool(info["cut"][row])
                 done.append(episode)
                 running[row] = fresh[row]
     return done

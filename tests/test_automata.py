@@ -276,10 +276,11 @@ def play(envs: Any, seed: int, on_step: Any = lambda *step: None) -> tuple[np.nd
     tokens, rewards = [], []
     for _ in range(spec.max_new_tokens):
         tokens.append(rng.integers(0, spec.vocab_size, envs.num_envs))
-        obs, reward, _, truncated, infos = envs.step(tokens[-1])
+        obs, reward, terminated, _, infos = envs.step(tokens[-1])
         rewards.append(reward)
         on_step(obs, np.stack(tokens, axis=1))
-    assert truncated.all()
+    assert terminated.all()
+    assert infos["cut"].all()
     return np.stack(tokens, axis=1), np.stack(rewards, axis=1), infos
 
 

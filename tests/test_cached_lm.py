@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokenenv.errors import InvalidArgument, ModelError
-from tokenenv.models import cached_lm, slot_cache
+from tokenenv.models import probing, slot_cache
 from tokenenv.models.cached_lm import CachedLM, cache_bytes, trunk_of
 from tokenenv.models.recompute import TextRows
 from tokenenv.models.slot_cache import KVRows
@@ -217,12 +217,48 @@ def test_a_wrong_sliding_window_is_noticed():
     model = fakes.causal_lm("mistral", sliding_window=20)
     windows = slot_cache.attention_windows(model.config, L)
     assert windows == {"sliding_attention": 20}
-    assert cached_lm.why_uncached(model.model, L) is None
+    assert probing.why_uncached(model.model, L) is None
     original, slot_cache.attention_windows = slot_cache.attention_windows, lambda *_: {"sliding_attention": 21}
     try:
-        assert "differ" in cached_lm.why_uncached(model.model, L)
+        assert "differ" in probing.why_uncached(model.model, L)
     finally:
         slot_cache.attention_windows = original
+
+
+@pytest.mark.parametrize(("max_length", "rows"), [(256, KVRows), (300, TextRows)])
+def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_length, rows):
+    lm = cached(fakes.causal_lm("gpt_neo", window_size=256, max_position_embeddings=512), 2, max_length)
+    assert isinstance(lm._rows, rows)
+    texts = np.random.default_rng(0).integers(0, fakes.VOCAB_SIZE, (2, max_length)).tolist()
+    lm.prefill([0, 1], torch.tensor(texts), [max_length - 1, 5])
+    states = lm.append(torch.tensor([7, 8]))
+    assert_states(lm, states, [[*texts[0][:-1], 7], [*texts[1][:5], 8]], [0, 1])
+
+
+@pytest.mark.parametrize("architecture", ["llava", "gemma3"])
+def test_models_that_see_are_cached_by_their_language_model(architecture):
+    lm = CachedLM(fakes.seeing_lm(architecture), 4, L)
+    assert isinstance(lm._rows, KVRows)
+    Schedule(lm, 0).run(20)
+
+
+def test_what_was_tried_out_is_tried_once_for_a_model_and_its_copies(monkeypatch):
+    tried = []
+    original = probing.why_uncached
+    monkeypatch.setattr(probing, "why_uncached", lambda trunk, length: tried.append(length) or original(trunk, length))
+    model = fakes.causal_lm("bloom")
+    for length in (20, 20, 30):
+        assert isinstance(cached(model, 2, length)._rows, TextRows)
+        model = copy.deepcopy(model)
+    assert tried == [20, 30]
+
+
+def test_a_long_trial_is_announced(monkeypatch, caplog):
+    monkeypatch.setattr(probing, "LONG", 32)
+    cached(fakes.causal_lm("llama"), 2, 31)
+    assert caplog.messages == []
+    cached(fakes.causal_lm("llama"), 2, 32)
+    assert caplog.messages == ["trying out the cache of LlamaModel reads a text of 32 tokens twice, once with a mask of 0 MiB"]
 
 
 def test_windows_that_differ_give_one_mask_each_and_equal_ones_a_single_mask():
@@ -341,9 +377,12 @@ def test_bad_calls_say_what_is_allowed(call, message):
         call(fakes.causal_lm("llama"))
 
 
-def test_learned_positions_bound_the_length():
-    with pytest.raises(ModelError, match="max_length=65: GPT2Model has 64 positions"):
-        CachedLM(fakes.causal_lm("gpt2"), 1, 65)
+@pytest.mark.parametrize(("name", "trunk"), [("gpt2", "GPT2Model"), ("opt", "OPTModel")])
+def test_learned_positions_bound_the_length(name, trunk):
+    """OPT's table begins with two rows that no position uses."""
+    assert isinstance(cached(fakes.causal_lm(name), 1, 64)._rows, KVRows)
+    with pytest.raises(ModelError, match=f"max_length=65: {trunk} has 64 positions"):
+        CachedLM(fakes.causal_lm(name), 1, 65)
 
 
 def test_very_short_capacities_are_cached():

@@ -68,6 +68,19 @@ def info_value(key: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda now: now["info"].update({key: change(now["info"][key])}) if key in now["info"] else None
 
 
+def swap(now: Any, rows: np.ndarray) -> None:
+    """The other flag, where these rows end."""
+    now["terminated"], now["truncated"] = (
+        np.where(rows, one, other)
+        for one, other in ((now["truncated"], now["terminated"]), (now["terminated"], now["truncated"]))
+    )
+
+
+def without_flag_where_cut(name: str) -> Callable[[Any], Any]:
+    return lambda now: now.update({name: now[name] & ~now["info"].get("cut", ~ALL)})
+
+
+ALL, FIRST = np.ones(3, bool), np.array([True, False, False])
 NEXT, SAME, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
 RETURNED = {
     "kinds": (NEXT, changed("reward", torch.from_numpy), "mixes kinds of arrays: ['Tensor', 'ndarray']"),
@@ -75,8 +88,13 @@ RETURNED = {
     "dtype": (NEXT, changed("reward", np.float64), "rewards are (3,) float64, not (3,) float32"),
     "shape": (NEXT, changed("truncated", lambda flag: flag[:2]), "truncations are (2,) bool, not (3,) bool"),
     "both": (NEXT, lambda now: now.update(truncated=now["truncated"] | now["terminated"]), "terminated and truncated at once"),
-    "unended": (NEXT, changed("terminated", np.zeros_like), "goes on after one"),
-    "uncut": (NEXT, changed("truncated", np.zeros_like), "goes on after them"),
+    "unended": (NEXT, changed("terminated", np.zeros_like), "goes on after a stop token"),
+    "stopped": (NEXT, lambda now: swap(now, ~now["info"].get("cut", ALL)), "after a stop token, or is truncated there"),
+    "uncut": (NEXT, without_flag_where_cut("terminated"), "goes on after max_new_tokens"),
+    "early": (NEXT, lambda now: now.update(truncated=now["info"]["_kl_coef"] & ~now["terminated"]), "before max_new_tokens"),
+    "no cut": (NEXT, without("cut"), "infos['cut'] is not there exactly where rows end"),
+    "cut": (NEXT, info_value("cut", np.zeros_like), "infos['cut'] is not True exactly where max_new_tokens ends a text"),
+    "either": (NEXT, lambda now: swap(now, now["info"].get("cut", ~ALL) & FIRST), "in one place and truncated in another"),
     "sum": (NEXT, changed("reward", lambda reward: reward * 1.001), "not the sum of infos['reward_terms']"),
     "reset reward": (NEXT, lambda now: now["reward"].__iadd__(~now["info"]["_kl_coef"]), "only reset (NEXT_STEP) is paid"),
     "placed": (NEXT, info_value("token_rewards", lambda values: values * 1.001), "do not sum to what step() paid"),
@@ -100,6 +118,12 @@ def test_names_what_is_wrong_in_what_step_returns(mode: AutoresetMode, change: C
     with pytest.raises(ContractError) as error:
         check_vector_env(Changed(make_vec(3, mode), change), steps=9)
     assert message in str(error.value)
+
+
+def test_a_cut_without_a_score_that_terminates_is_named() -> None:
+    envs = Changed(make_vec(3, score_truncated=False), lambda now: swap(now, now["info"].get("cut", ~ALL)))
+    with pytest.raises(ContractError, match="a cut that is not scored is a termination: learners must bootstrap"):
+        check_vector_env(envs, steps=9)
 
 
 def same_buffers(envs: Any, patch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
 """The collector cuts the same true episodes out of every autoreset mode; batches and summaries of them."""
 
+import copy
+import functools
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import tasks
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
 
 from tokenenv.agents import LMPolicy
@@ -13,6 +18,7 @@ from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import EpisodeBatch, mean_of, summary
 from tokenenv.agents.evaluate import distinct_bigrams, evaluate, standard_error
 from tokenenv.errors import InvalidArgument
+from tokenenv.vector_env import TokenVectorEnv
 
 
 class SingleToy(gym.Env):
@@ -74,6 +80,30 @@ MAKERS = {
 }
 
 
+def sync(mode=AutoresetMode.SAME_STEP, **options):
+    return SyncVectorEnv([lambda: gym.make(tasks.TOY, **options)] * 2, autoreset_mode=mode)
+
+
+def ending_lm():
+    """Of the toy task's vocabulary; it ends one token in nine."""
+    model = copy.deepcopy(tasks.reference())
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size).requires_grad_(False)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.zero_()[STOP] = 2.0
+    return model
+
+
+ENDS = {
+    **{mode.value: functools.partial(tasks.make_vec, 3, mode) for mode in AutoresetMode},
+    "torch": functools.partial(tasks.make_vec, 3, array="torch"),
+    "one by one": sync,
+    "one by one, next step": functools.partial(sync, AutoresetMode.NEXT_STEP),
+    "statistics": lambda **options: RecordEpisodeStatistics(tasks.make_vec(3, AutoresetMode.SAME_STEP, **options)),
+    "time limit": functools.partial(sync, max_episode_steps=4),
+    "time limit at the end": functools.partial(sync, max_episode_steps=tasks.T),
+}
+
+
 def true_logprobs(model, episode, prefix=()):
     """log p of each response token by the model's plain forward."""
     text = torch.as_tensor(np.concatenate([episode.prompt, episode.response]))[None]
@@ -110,6 +140,22 @@ def test_episodes_are_true_in_every_mode(name):
         assert [e.index for e in episodes if e.slot == slot] == list(range(int(collector.finished[slot])))
     running = int(collector._age.sum())
     assert collector.tokens_seen == sum(len(e.response) for e in episodes) + running
+
+
+@pytest.mark.parametrize(("cut", "scored"), [("terminated", True), ("terminated", False), ("truncated", True)])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_cut_is_a_cut_whichever_flag_says_so(name, cut, scored):
+    """And the value of the last state counts only where nothing was paid for the text as a whole."""
+    envs = ENDS[name](stops=(STOP,), kl="none", cut=cut, score_truncated=scored)
+    limit = 4 if name == "time limit" else tasks.T
+    episodes = Collector(envs, Actor(LMPolicy(ending_lm()), seed=1), seed=5).collect(50)
+    assert {e.truncated for e in episodes} == {True, False}
+    for e in episodes:
+        assert e.truncated == (len(e.response) == limit and e.response[-1] != STOP)
+        assert e.terminated == (not e.truncated)
+        # One text at a time there is no word of what is scored: then Gymnasium's meaning counts, and a truncation is no end.
+        ended = scored and limit == tasks.T and (cut == "terminated" or isinstance(envs.unwrapped, TokenVectorEnv))
+        assert e.bootstraps == (e.truncated and not ended)
 
 
 def test_rewards_come_from_token_rewards_where_the_env_places_them():

@@ -215,6 +215,7 @@ def every_group(world, paid, size):
         gold_B=nothing[:, 0],
         prompt_id_B=never.long(),
         version_B=never.long(),
+        bootstraps_B=never,
         slot_B=never.long(),
         index_B=never.long(),
         terms={name: torch.from_numpy(values).double()[flat] for name, values in paid.token_reward_terms.items()},

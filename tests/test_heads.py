@@ -64,6 +64,28 @@ def test_unknown_logits_are_refused():
         lm_head(model.base_model)
 
 
+@pytest.mark.parametrize("name", ["bert_generation", "cpmant", "xlm"])
+def test_language_models_that_look_ahead_are_refused(name):
+    with pytest.raises(ModelError, match=r"\(built in memory\) looks ahead: .*; allowed: causal language models"):
+        lm_head(fakes.lm_that_looks_ahead(name))
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "LoraConfig"])
+@pytest.mark.parametrize("kind", ["language model", "token"])
+def test_a_learned_prompt_is_no_part_of_the_trunk_and_an_adapter_is(method, kind):
+    peft = pytest.importorskip("peft")
+    make, model, task_type = lm_head, fakes.causal_lm("llama"), "CAUSAL_LM"
+    if kind == "token":
+        make, model, task_type = make_scorer, fakes.reward_model("token"), "TOKEN_CLS"
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False} if "Lora" in method else {"num_virtual_tokens": 3}
+    tuned = peft.get_peft_model(model, getattr(peft, method)(task_type=task_type, **options)).eval()
+    if "Lora" in method:
+        assert make(tuned)
+        return
+    with pytest.raises(ModelError, match="learned prompts cannot be used, LoRA can"):
+        make(tuned)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "mistral"])
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_scorers_give_the_models_own_scores(architecture, kind):

@@ -77,7 +77,7 @@ class World:
 
     def states(self, nodes, first):
         at = torch.tensor(nodes)
-        hidden = {id(model): at for model in (self.reference, self.optimum)}
+        hidden = dict.fromkeys((self.reference, self.optimum), at)
         return States(hidden, torch.arange(first, first + len(nodes)), self.score[at])
 
     def parts(self, *, implicit=True, scorer=True, beta=BETA):

@@ -278,7 +278,7 @@ def test_state_values_are_values(name, beta):
         obs = observation(s.prefixes(length), s.T)
         tokens = torch.from_numpy(obs["tokens"][:, : length + 1])
         models = (oracle.automaton, oracle.reference)
-        states = {id(model): model.states(tokens, obs["length"])[:, -1] for model in models}
+        states = {model: model.states(tokens, obs["length"])[:, -1] for model in models}
         value = oracle.state_value(states, torch.full((len(tokens),), length), beta)
         assert value.dtype == torch.float32
         np.testing.assert_allclose(value, oracle.value(obs, beta), rtol=1e-6, atol=1e-7)

@@ -343,6 +343,44 @@ def test_lora_trains_adapters_only_and_starts_as_the_model():
     torch.testing.assert_close(out.logprob, out.pick(batch.logprob_BT), rtol=0, atol=1e-5)
 
 
+def with_adapter(model, name="default", **options):
+    """The model in a peft wrapper, with an adapter that changes what it says."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+    config.init_lora_weights = False
+    return peft.get_peft_model(model, config, name)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_of_a_model_with_an_adapter_the_adapter_is_trained_and_nothing_else(frozen):
+    adapted = with_adapter(tiny_lm(seed=3), "mine").requires_grad_(not frozen)
+    before = adapted(input_ids=torch.tensor([[2, 3, 4]])).logits
+    policy = LMPolicy(adapted)
+    torch.testing.assert_close(policy.head(policy.states(torch.tensor([[2, 3, 4]]), np.array([3]))[0][0]), before[0])
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    adapters = {name for name, _ in policy.named_parameters() if "lora_" in name}
+    assert adapters
+    assert trained == adapters | {"value_head.weight", "value_head.bias"}
+
+
+def test_an_adapter_beside_another_one_is_refused_and_so_are_those_that_do_nothing():
+    adapted = with_adapter(tiny_lm(seed=3))
+    for model in (adapted, adapted.get_base_model()):  # as injected, too
+        with pytest.raises(InvalidArgument, match=r"lora_rank=2: \w+ has an adapter already.*merge_and_unload"):
+            LMPolicy(model, lora_rank=2)
+    adapted.merge_adapter()
+    with pytest.raises(InvalidArgument, match="the adapter of LlamaForCausalLM is switched off or merged"):
+        LMPolicy(adapted)
+    adapted.unmerge_adapter()
+    adapted.base_model.disable_adapter_layers()
+    with pytest.raises(InvalidArgument, match="switched off or merged"):
+        LMPolicy(adapted)
+    adapted.base_model.enable_adapter_layers()
+    merged = LMPolicy(copy.deepcopy(adapted).merge_and_unload(), lora_rank=2)
+    tokens = torch.tensor([[2, 3, 4]])
+    torch.testing.assert_close(merged.model(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+
+
 def test_lora_without_peft_gives_the_install_line(monkeypatch):
     real = builtins.__import__
 

@@ -174,9 +174,22 @@ def test_truncation_keeps_a_suffix_of_the_allowed_length(ids, limit):
     assert len(kept) == min(len(ids), limit)
 
 
-def test_draws_are_uniform_and_name_their_prompt():
-    rng = np.random.default_rng(0)
-    drawn = [draw(IDS, rng) for _ in range(3000)]
+@pytest.mark.parametrize("along", ["numbers", "seeds"])
+def test_draws_are_uniform_and_name_their_prompt(along):
+    pairs = [(7, k) for k in range(3000)] if along == "numbers" else [(seed, 2) for seed in range(3000)]
+    drawn = [draw(IDS, seed, number) for seed, number in pairs]
     assert all(prompt is IDS[index] for index, prompt in drawn)
     counts = np.bincount([index for index, _ in drawn], minlength=3)
     assert abs(counts - 1000).max() < 100  # four standard deviations
+
+
+def test_draws_depend_on_nothing_but_seed_and_number():
+    """SplitMix64's first numbers for a seed of 0, as its author's own program prints them, scaled to the number of prompts."""
+    numbers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    prompts = [[i] for i in range(1000)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenenv.prompts._start", lambda seed: seed)
+        assert [draw(prompts, 0, k)[0] for k in (2, 0, 1)] == [numbers[k] * 1000 >> 64 for k in (2, 0, 1)]
+    assert draw(prompts, 2**200, 5) == draw(prompts, 2**200, 5)
+    pairs = [(draw(prompts, s, k)[0], draw(prompts, s + 1, k)[0]) for s in range(40) for k in range(20)]
+    assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.12  # three standard deviations

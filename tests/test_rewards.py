@@ -49,7 +49,7 @@ def parts(*, per_token=True, scorer=True, reference=True):
 
 def states(score, hidden=None):
     values = torch.tensor(score)
-    return States({id(TRUNK): torch.tensor(hidden) if hidden else values[:, None]}, torch.tensor([1, 1, 3]), values)
+    return States({TRUNK: torch.tensor(hidden) if hidden else values[:, None]}, torch.tensor([1, 1, 3]), values)
 
 
 def three_rows(**changes):

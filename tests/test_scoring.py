@@ -127,9 +127,8 @@ def final_potentials(envs: Any) -> list[tuple[float, bool]]:
     rng, out = np.random.default_rng(0), []
     envs.reset(seed=0)
     for _ in range(20):
-        *_, terminated, truncated, info = envs.step(tasks.random_actions(rng, envs))
-        rows = np.flatnonzero(terminated | truncated)
-        out += [(info["final_info"]["potential"][row], bool(truncated[row])) for row in rows]
+        final = envs.step(tasks.random_actions(rng, envs))[4].get("final_info", {"_cut": []})
+        out += [(final["potential"][row], bool(final["cut"][row])) for row in np.flatnonzero(final["_cut"])]
     return out
 
 

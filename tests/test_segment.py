@@ -63,7 +63,7 @@ def walked(term, text, scored=True):
     """The transitions of one text whose end is scored or not, with the memories carried along it."""
     score, logits = torch.tensor([s for s, _ in text]), torch.tensor([row for _, row in text])
     steps = torch.arange(len(text))
-    states = States({id(REFERENCE): logits}, steps, score)
+    states = States({REFERENCE: logits}, steps, score)
     memory = [term.remember(None, steps[:1], states.at(steps[:1]))]
     for t in range(1, len(text)):
         memory.append(term.remember(memory[-1], steps[t : t + 1], states.at(steps[t : t + 1])))

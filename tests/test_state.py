@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from tasks import TOY, TOYS, P, T, assert_equal, copied, make_vec, random_actions, row_of, some_modes, toy_cases
 
 from tokenenv.errors import CheckpointError, InvalidArgument, NotReset
-from tokenenv.rewards import Segment
+from tokenenv.rewards import PositionScaled, Scaled, Segment
 
 N = 4
 SAME_STEP = AutoresetMode.SAME_STEP
@@ -152,6 +152,107 @@ def test_some_slots_alone() -> None:
             assert_same_row(b, row, a if row in (0, 2) else c, row)
 
 
+REMEMBERING = {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), "c": "token"}}
+
+
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, SAME_STEP])
+def test_a_state_may_be_loaded_again_and_again(mode: Any, array: str) -> None:
+    """Into fresh envs and used ones, whatever is done after: forks, partial resets, steps in which terms learn."""
+    envs = running({**REMEMBERING, "array": array}, mode)
+    follow(envs, plan_of(envs, 2, stop=0.5))
+    saved = envs.unwrapped.save_state()
+    kept, futures = pickle.dumps(saved), []
+    for fresh in (True, True, False, False):
+        other = make_vec(N, mode, **REMEMBERING, array=array) if fresh else envs
+        other.unwrapped.load_state(saved)
+        seen = follow(other, plan_of(envs, 3, seed=1))
+        running_rows = np.flatnonzero(~(seen[-1][2] | seen[-1][3]))
+        other.unwrapped.fork(running_rows[:1], [N - 1])
+        other.reset(options={"reset_mask": np.arange(N) == 1, "prefixes": [None, [11], None, None]})
+        futures.append(dict(enumerate([*seen, *follow(other, plan_of(envs, 9))])))
+        assert pickle.dumps(saved) == kept
+    for future in futures[1:]:
+        assert_equal(future, futures[0])
+
+
+def test_nothing_that_the_env_keeps_is_the_callers() -> None:
+    """What was given may be overwritten, and so may what was got."""
+    envs, twin = running(REMEMBERING), running(REMEMBERING)
+
+    def spoil(value: Any) -> None:
+        for array in value.values() if isinstance(value, dict) else [value]:
+            spoil(array) if isinstance(array, dict) else array.fill(7) if isinstance(array, np.ndarray) else None
+
+    for spoilt in (True, False):
+        core = (envs if spoilt else twin).unwrapped
+        given = [core.save_state(), core.save_state([0, 2]), core.save_statistics()]
+        core.load_state(given[0])
+        core.load_state(given[1])
+        core.load_statistics(given[2])
+        mask, prompts, actions = np.arange(N) == 1, [np.array([11, 12])] * N, np.full(N, 20)
+        given += [core.reset(options={"reset_mask": mask, "prompts": prompts})[1], mask, prompts[0]]
+        given += [actions, *core.step(actions)[1:]]
+        scores = core.score_episodes([prompts[0].copy()], [[20, 21]], played=True)
+        given += [scores.score, scores.token_rewards, scores.ref_logprobs, core.ref_logprobs(), core.save_statistics()]
+        if spoilt:
+            for value in given:
+                spoil(value)
+    for one, other in zip(follow(envs, plan_of(envs, 9)), follow(twin, plan_of(twin, 9)), strict=True):
+        assert_equal(one, other)
+
+
+def test_a_score_that_is_the_gold_is_given_twice() -> None:
+    scores = make_vec(1, SAME_STEP, "tokenenv/Brackets-v0", max_new_tokens=4).unwrapped.score_episodes([[0]], [[1, 2, 3, 4]])
+    scores.gold[:] = 7
+    assert scores.score[0] != 7
+
+
+def test_some_slots_leave_alone_what_belongs_to_all() -> None:
+    envs = running(REMEMBERING)
+    core = envs.unwrapped
+    some, every = core.save_state([0, 3]), core.save_state()
+    learned = core.save_statistics()
+    follow(envs, plan_of(envs, 6))
+    core.kl_coef = 0.5
+    seen, now = core.tokens_seen, core.save_statistics()
+    assert not np.array_equal(now["a"], learned["a"])
+    core.load_state(some)
+    assert (core.tokens_seen, core.kl_coef) == (seen, 0.5)
+    assert_equal(core.save_statistics(), now)
+    obs, _ = core.load_state(every)
+    assert (core.tokens_seen, core.kl_coef) == (every["tokens_seen"], every["kl_coef"])
+    assert_equal(core.save_statistics(), learned)
+    np.testing.assert_array_equal(obs["tokens"], every["texts"]["tokens"])
+
+
+def test_some_slots_of_an_env_are_not_all_of_a_larger_one() -> None:
+    small = make_vec(2, SAME_STEP, **REMEMBERING)
+    small.reset(seed=0)
+    follow(small, plan_of(small, 5))
+    saved, envs = small.unwrapped.save_state(), running(REMEMBERING)
+    seen = envs.unwrapped.tokens_seen
+    envs.unwrapped.load_state(saved)
+    assert envs.unwrapped.tokens_seen == seen
+
+
+def test_a_groups_prompts_are_taken_up_with_the_whole_group() -> None:
+    options = {"group_size": 2}
+    envs, other = running(options), running(options)
+    saved = envs.unwrapped.save_state([0, 1, 2])
+    for env in (envs, other):
+        env.reset(seed=8)
+    envs.unwrapped.load_state(saved)
+    stops = [np.full(N, 1)] * 3
+    for actual, plain in zip(follow(envs, stops), follow(other, stops), strict=True):
+        np.testing.assert_array_equal(actual[4]["prompt_id"][2:], plain[4]["prompt_id"][2:])
+    twin = running(options)
+    twin.unwrapped.load_state(twin.unwrapped.save_state())
+    envs.unwrapped.load_state(saved)
+    for actual, plain in zip(follow(envs, stops), follow(twin, stops), strict=True):
+        np.testing.assert_array_equal(actual[4]["prompt_id"][:2], plain[4]["prompt_id"][:2])
+
+
 def test_rows_that_ended_under_another_mode_begin_anew() -> None:
     envs, fresh = running(TOYS["token"], AutoresetMode.NEXT_STEP), make_vec(N, SAME_STEP, **TOYS["token"])
     follow(envs, [np.array([20, 1, 20, 20])])
@@ -214,7 +315,7 @@ def entry(index: Any, value: Any) -> Any:
 CORRUPT = {
     "nothing": (lambda saved: None, "this is no state of a tokenenv env"),
     "format": (put("format", 0), "this is no state"),
-    "missing": (lambda saved: saved.pop("rngs") and saved, "this is no state"),
+    "missing": (lambda saved: saved.pop("streams") and saved, "this is no state"),
     "empty slots": (put("slots", np.zeros(0, np.int64)), "slots are not numbers in order"),
     "twice": (put("slots", np.array([0, 1, 1, 2])), "slots are not numbers in order"),
     "negative": (put("slots", np.array([-1, 0, 1, 2])), "slots are not numbers in order"),
@@ -233,8 +334,11 @@ CORRUPT = {
     "long text": (put("texts.length", entry(1, P + T + 1)), "its texts do not fit this env"),
     "full": (put("texts.length", lambda old: old + T), "its texts do not fit this env"),
     "prefix": (put("texts.unpaid", entry(2, T)), "its texts do not fit this env"),
-    "no generator": (put("rngs", lambda rngs: rngs[:-1]), "3 random states for 4 slots"),
-    "generator": (put("rngs", lambda rngs: [*rngs[:-1], {"state": 1}]), "the state is corrupt"),
+    "no stream": (put("streams", None), "group_size=None and this env group_size=1"),
+    "groups": (put("streams.group_size", 2), "the state has group_size=2 and this env group_size=1"),
+    "no seed": (put("streams.seeds", lambda seeds: seeds[:-1]), "the seeds of its streams are not 4 whole numbers, 0 or more"),
+    "seed": (put("streams.seeds", lambda seeds: [*seeds[:-1], -1]), "the seeds of its streams are not 4 whole numbers"),
+    "count": (put("streams.begun", lambda begun: [*begun[:-1], 0.5]), "the begun of its streams are not 4 whole numbers"),
     "kl_coef": (put("kl_coef", float("nan")), "kl_coef=nan"),
     "tokens_seen": (put("tokens_seen", None), "the state is corrupt"),
 }
@@ -294,9 +398,9 @@ def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: Aut
     envs = make_vec(N, mode, TOY, reward="delta", score_truncated=score_truncated)
     envs.reset(seed=1)
     for stop in [0.0] * (T - 1) + [0.5]:
-        _, _, terminated, truncated, info = envs.step(plan_of(envs, 1, stop=stop)[0])
-    assert terminated.any()
-    assert truncated.any()
+        *_, info = envs.step(plan_of(envs, 1, stop=stop)[0])
+    assert info["_cut"].all()
+    assert set(info["cut"].tolist()) == {True, False}
     loaded = envs.unwrapped.load_state(envs.unwrapped.save_state())[1]
     assert_equal(loaded["potential"], info["potential"], TOLERANCE)
-    assert (info["potential"] == 0).tolist() == (terminated | score_truncated).tolist()
+    assert (info["potential"] == 0).tolist() == (~info["cut"] | score_truncated).tolist()

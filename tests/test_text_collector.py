@@ -76,10 +76,10 @@ def replayed(envs, episode):
         action = np.full(envs.num_envs, token)
         if isinstance(envs.single_action_space, gym.spaces.Dict):
             action = {"token": action, "logprob": np.full(envs.num_envs, episode.logprob[t])}
-        _, rewards, terminations, truncations, info = envs.step(action)
+        _, rewards, *_, info = envs.step(action)
         steps.append((rewards[0], info["ref_logprob"][0]))
         potential.append(info.get("potential", [0.0])[0])
-    return np.array(steps), np.array(potential), terminations[0], truncations[0], info
+    return np.array(steps), np.array(potential), bool(info["cut"][0]), info
 
 
 def begun_under(agent):
@@ -112,12 +112,12 @@ def test_episodes_earn_what_stepping_pays(reward, kl):
     assert any(e.potential.any() for e in episodes) == (reward in ("delta", "scaled"))
 
 
-def check_against_stepping(e, steps, potential, terminated, truncated, info):
+def check_against_stepping(e, steps, potential, cut, info):
     np.testing.assert_allclose(e.reward, info["token_rewards"][0][: len(e.response)], atol=1e-5)
     assert e.reward.sum() == pytest.approx(steps[:, 0].sum(), abs=1e-4)
     np.testing.assert_allclose(e.ref_logprob, steps[:, 1], atol=1e-5)
     np.testing.assert_allclose(e.potential, potential, atol=1e-5)
-    assert (e.terminated, e.truncated) == (terminated, truncated)
+    assert (e.terminated, e.truncated) == (not cut, cut)
     assert e.score == pytest.approx(info["score"][0], abs=1e-5)
     assert e.gold == info["gold"][0]
     assert e.kl_coef == pytest.approx(info["kl_coef"][0])
@@ -134,14 +134,14 @@ def test_whole_texts_show_what_stepping_shows(score_truncated):
     episodes, kept = agent_of(envs).collector.collect(60), 0
     scores = envs.score_episodes([e.prompt.tolist() for e in episodes], [e.response.tolist() for e in episodes])
     for row, e in enumerate(episodes):
-        steps, potential, terminated, *_ = replayed(stepped, e)
+        steps, potential, cut, _ = replayed(stepped, e)
         end = len(e.response)
         assert scores.lengths[row] == end
         np.testing.assert_allclose(scores.ref_logprobs[row, :end], steps[:, 1], atol=1e-5)
         np.testing.assert_allclose(scores.potentials[row, : end + 1], potential, atol=1e-5)
         assert not scores.ref_logprobs[row, end:].any()
         assert not scores.potentials[row, end + 1 :].any()
-        assert (potential[-1] == 0.0) == (score_truncated or terminated)
+        assert (potential[-1] == 0.0) == (score_truncated or not cut)
         kept += potential[-1] != 0.0
     assert bool(kept) == (not score_truncated)
     assert make().score_episodes([[5]], [[6]]).potentials is None

@@ -1,5 +1,6 @@
 """TextGen-v0 with models that the tests make: in memory and on disk."""
 
+import copy
 import json
 import logging
 import sys
@@ -14,10 +15,12 @@ from gymnasium.envs.registration import EnvSpec
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tokenenv.agents import PPO, LMPolicy
 from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
 from tokenenv.models.text_scores import score_texts
+from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.rule import Rule
 from tokenenv.types import Scorer
 
@@ -339,6 +342,77 @@ def test_a_reward_model_needs_a_scalar_head(saved):
     ):
         with pytest.raises(ModelError, match=rf"{message}.*allowed: sequence- or token-classification models with one label"):
             make(saved["policy"], reward_model=wrong, reward_tokenizer=letters())
+
+
+def adapted(model):
+    """peft's wrapper around the model, into which peft puts an adapter."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("role", ["reference", "reward model", "implicit model", "model 0 of reward term 'mine'"])
+def test_a_policy_that_trains_weights_of_the_envs_models_is_refused(role):
+    reference, other = fakes.causal_lm(), fakes.causal_lm(seed=4)
+    options = {
+        "reference": {"reference": other},
+        "reward model": {"reward_model": fakes.reward_model("token")},
+        "implicit model": {"implicit_model": other, "reward": "implicit"},
+        "model 0 of reward term 'mine'": {"reward": {"mine": Implicit(other, coef=1.0)}},
+    }[role]
+    if role == "reward model":
+        options["reward_model"].model = other.model  # a head on the policy's own trunk
+    envs = make(reference, **{"reward": RULE, **options})
+    PPO(envs, policy=LMPolicy(fakes.causal_lm(seed=4)))
+    for inside in (other, adapted(other)):
+        with pytest.raises(InvalidArgument, match=f"policy trains model.*, a weight of the env's own {role}, .* deep copy"):
+            PPO(envs, policy=LMPolicy(inside))
+
+
+def test_weights_that_a_policy_does_not_train_may_be_shared():
+    reference = fakes.causal_lm()
+    shared = {id(weight): weight for weight in reference.parameters()}
+    envs = make(reference, reward=RULE)
+    PPO(envs, policy=LMPolicy(adapted(copy.deepcopy(reference, shared))))
+
+
+@pytest.mark.parametrize("role", ["reference", "implicit model"])
+def test_an_adapter_that_peft_has_put_into_another_role_is_refused(role):
+    model = fakes.causal_lm()
+    options = {"reference": model} if role == "reference" else {"reference": fakes.causal_lm(seed=3), "implicit_model": model}
+    with pytest.raises(ModelError, match=f"the policy's model and the {role} are built around one model.*deepcopy"):
+        make(adapted(model), reward=RULE, **options)
+    envs = make(adapted(copy.deepcopy(model)), reward=RULE, **options)  # the inner one's adapter is part of that model
+    PPO(envs)
+
+
+def test_ref_logprobs_read_the_head_and_run_no_model():
+    model = fakes.causal_lm()
+    envs, runs = make(model, reward=RULE), []
+    envs.reset(seed=0)
+    first = envs.unwrapped.ref_logprobs()
+    model.register_forward_pre_hook(lambda *_: runs.append("model"))
+    model.base_model.register_forward_pre_hook(lambda *_: runs.append("trunk"))
+    np.testing.assert_array_equal(envs.unwrapped.ref_logprobs(), first)
+    assert runs == []
+
+
+def test_a_policy_or_a_reference_that_looks_ahead_is_refused():
+    with pytest.raises(ModelError, match=r"BertGenerationDecoder .* looks ahead"):
+        make(fakes.lm_that_looks_ahead("bert_generation"), reward=RULE)
+    with pytest.raises(ModelError, match=r"XLMWithLMHeadModel .* looks ahead"):
+        make(fakes.causal_lm(), reference=fakes.lm_that_looks_ahead("xlm"), reward=RULE)
+
+
+def test_features_and_values_read_states_of_the_size_that_a_model_gives():
+    """OPT-350m's states are projected: they are smaller than its config's hidden_size."""
+    model = fakes.causal_lm("opt")
+    envs = make(model, reward=RULE, observation="features")
+    obs, _ = envs.reset(seed=0)
+    assert envs.observation_space.shape == obs.shape == (N, 16)
+    policy = LMPolicy(copy.deepcopy(model), separate_value=True)
+    _, states_BLH = policy.states(torch.tensor([[3, 4]]), np.array([2]))
+    assert policy.value(states_BLH[0]).shape == (2,)
 
 
 def test_implicit_models_pay_their_log_ratio(saved):

@@ -9,7 +9,7 @@ import pytest
 import tasks
 import torch
 from gymnasium.vector import AutoresetMode
-from tasks import STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
+from tasks import MODES, STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
 
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
 from tokenenv.types import Task
@@ -52,16 +52,41 @@ def test_a_text_by_hand() -> None:
     np.testing.assert_allclose(info["token_rewards"][0], [first[0], second[0]] + [0.0] * (T - 2))
 
 
-def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates() -> None:
-    envs = started(2, reset={"prompts": [[11], [11]]}, max_new_tokens=3)
-    for _ in range(2):
-        *_, terminated, truncated, info = envs.step(np.array([20, 20]))
+@pytest.mark.parametrize("array", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "terminated"),
+        ({"cut": "truncated"}, "truncated"),
+        ({"score_truncated": False}, "truncated"),
+        ({"score_truncated": False, "cut": "truncated"}, "truncated"),
+    ],
+)
+def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates(
+    options: dict[str, Any], expected: str, array: str
+) -> None:
+    """Nothing is paid after a scored cut, so by default it is a termination; a cut without a score is a truncation."""
+    for mode in MODES:
+        envs = make_vec(3, mode, max_new_tokens=3, array=array, **options)
+        envs.reset(options={"prompts": [[11], [11], [11]], "prefixes": [None, None, [20]]})
+        *_, terminated, truncated, info = envs.step([20, 20, 20])
         assert not (terminated | truncated).any()
-    *_, terminated, truncated, info = envs.step(np.array([20, STOPS[0]]))
-    np.testing.assert_array_equal(truncated, [True, False])
-    np.testing.assert_array_equal(terminated, [False, True])
-    np.testing.assert_array_equal(info["final_obs"]["length"], [4, 4])
-    np.testing.assert_array_equal(info["final_obs"]["tokens"][:, 3], [20, STOPS[0]])
+        assert "cut" not in info
+        *_, terminated, truncated, info = envs.step([20, 20, STOPS[0]])
+        np.testing.assert_array_equal(terminated, [False, False, True])
+        np.testing.assert_array_equal(info["cut"], [False, False, False])
+        np.testing.assert_array_equal(info["_cut"], [False, False, True])
+        if mode == DISABLED:
+            envs.reset(options={"reset_mask": np.array([False, False, True])})
+        obs, _, terminated, truncated, info = envs.step([20, STOPS[0], 20])
+        np.testing.assert_array_equal(truncated, [expected == "truncated", False, False])
+        np.testing.assert_array_equal(terminated, [expected == "terminated", True, False])
+        np.testing.assert_array_equal(info["cut"], [True, False, False])
+        np.testing.assert_array_equal(info["_cut"], [True, True, False])
+        last = info["final_obs"] if mode == SAME_STEP else obs
+        np.testing.assert_array_equal(info.get("final_info", info)["cut"], info["cut"])
+        np.testing.assert_array_equal(last["length"][:2], [4, 4])
+        np.testing.assert_array_equal(last["tokens"][:2, 3], [20, STOPS[0]])
 
 
 def test_spaces_spec_and_metadata() -> None:
@@ -140,23 +165,89 @@ def test_unseeded_envs_differ() -> None:
     assert draws[0] != draws[1]
 
 
-def test_groups_draw_the_same_prompts_at_their_own_pace() -> None:
-    envs = make_vec(6, SAME_STEP, group_size=3)
-    ids = [envs.reset(seed=1)[1]["prompt_id"]]
-    histories: list[list[int]] = [[int(first)] for first in ids[0]]
-    rng = np.random.default_rng(0)
-    for _ in range(25):
-        *_, terminated, truncated, info = envs.step(random_actions(rng, envs, stop=0.4))
-        for row in np.flatnonzero(terminated | truncated):
-            histories[row].append(int(info["prompt_id"][row]))
-    for group in (histories[:3], histories[3:]):
-        shortest = min(map(len, group))
-        assert shortest > 4
-        assert len({tuple(history[:shortest]) for history in group}) == 1
-        assert len({len(history) for history in group}) > 1
-    assert histories[0][:5] != histories[3][:5]
-    alone = started(2, seed=[1, 4])
-    np.testing.assert_array_equal([history[1:4] for history in histories[::3]], prompt_ids(alone, 3).T)
+@pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP, DISABLED])
+def test_the_texts_of_a_group_take_its_prompts_in_the_order_in_which_they_begin(mode: Any) -> None:
+    """The m-th text of a group has its prompt number m // G, which is what a slot of that seed alone begins with."""
+    envs = make_vec(6, mode, group_size=3)
+    begun: list[list[int]] = [[], []]
+
+    def note(info: Any, rows: np.ndarray) -> None:
+        for row in np.flatnonzero(rows):
+            begun[row // 3].append(int(info["prompt_id"][row]))
+
+    note(envs.reset(seed=1)[1], np.ones(6, bool))
+    rng, ended = np.random.default_rng(0), np.zeros(6, bool)
+    for _ in range(40):
+        resting, (*_, terminated, truncated, info) = ended, envs.step(random_actions(rng, envs, stop=0.4))
+        ended = terminated | truncated
+        if mode == DISABLED and ended.any():
+            note(envs.reset(options={"reset_mask": ended})[1], ended)
+        elif mode != DISABLED:
+            note(info, resting if mode == NEXT_STEP else ended)
+    assert min(map(len, begun)) > 30
+    alone = make_vec(2, SAME_STEP)
+    expected = [alone.reset(seed=[1, 4])[1]["prompt_id"], *prompt_ids(alone, 30)]
+    for group, prompts in enumerate(begun):
+        shared = np.array(prompts[: len(prompts) // 3 * 3]).reshape(-1, 3)
+        assert (shared == shared[:, :1]).all()
+        np.testing.assert_array_equal(shared[:30, 0], np.array(expected)[: len(shared), group][:30])
+
+
+def test_a_reset_gives_each_group_one_prompt_whatever_was_missing() -> None:
+    envs = started(4, SAME_STEP, seed=0, group_size=2)
+    rng, seen = np.random.default_rng(0), 0
+    for _ in range(30):
+        *_, terminated, truncated, _ = envs.step(random_actions(rng, envs, stop=0.4))
+        if (terminated | truncated).sum() % 2:
+            ids = envs.reset()[1]["prompt_id"]
+            np.testing.assert_array_equal(ids[::2], ids[1::2])
+            seen += 1
+    assert seen > 5
+
+
+def test_a_masked_reset_goes_on_with_the_oldest_prompt_that_lacks_a_text() -> None:
+    envs = started(4, DISABLED, seed=3, group_size=2)
+    ids = [envs.reset(options={"reset_mask": np.arange(4) == row})[1]["prompt_id"][row] for row in (0, 0, 1, 0)]
+    assert ids[0] == ids[1]
+    assert ids[2] == ids[3] != ids[0]
+    given = [None, [11], None, None]
+    pair = envs.reset(options={"prompts": given, "reset_mask": np.arange(4) < 2})[1]["prompt_id"]
+    fourth = prompt_ids(started(1, seed=3), 3)[2, 0]
+    np.testing.assert_array_equal(pair[:2], [fourth, -1])  # a given prompt takes the place of the one that was due
+
+
+def test_a_seed_takes_whole_groups() -> None:
+    envs, twin = (started(4, DISABLED, seed=3, group_size=2) for _ in range(2))
+    envs.reset(seed=5)
+    second = envs.reset(seed=9, options={"reset_mask": np.arange(4) < 2})[1]["prompt_id"]
+    np.testing.assert_array_equal(second[:2], envs.reset(seed=9)[1]["prompt_id"][:2])
+    envs.reset(seed=3)
+    with pytest.raises(InvalidArgument, match=r"holds a part of a group, .* seed= takes all of it"):
+        envs.reset(seed=9, options={"reset_mask": np.arange(4) < 3})
+    for env in (envs, twin):
+        env.reset(options={"reset_mask": np.arange(4) < 3})
+    assert_goes_on(envs, twin, 1)
+    ids = envs.reset(seed=[None, 1, 7, None])[1]["prompt_id"]  # a group takes its first slot's
+    np.testing.assert_array_equal(ids[2:], envs.reset(seed=5)[1]["prompt_id"][2:])
+
+
+@pytest.mark.parametrize("seed", [-1, [3, -1], [1], [1, 2, 3], 1.5, [0, 1.5], "12", {0: 1}])
+def test_bad_seeds_change_nothing(seed: Any) -> None:
+    envs, twin = started(2), started(2)
+    with pytest.raises(InvalidArgument, match=r"^seed"):
+        envs.reset(seed=seed)
+    assert_goes_on(envs, twin)
+
+
+def test_a_seed_is_the_one_that_gymnasium_tells() -> None:
+    envs = make_vec(2, NEXT_STEP)
+    envs.reset(seed=np.int64(12))
+    assert envs.np_random_seed == 12
+    assert type(envs.np_random_seed) is int
+    assert envs.unwrapped.np_random.random() == gym.utils.seeding.np_random(12)[0].random()
+    envs.reset()
+    envs.reset(seed=[3, 4])
+    assert envs.np_random_seed == 12
 
 
 def test_given_prompts_may_be_texts_or_ids_and_the_rest_is_drawn() -> None:
@@ -186,9 +277,10 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
         np.testing.assert_allclose(first, plain.score[0], atol=1e-5)
         total = np.zeros(2)
         for step in range(T - 3):
-            _, rewards, _, truncated, info = envs.step([30 + step] * 2)
+            _, rewards, terminated, _, info = envs.step([30 + step] * 2)
             total += rewards
-        np.testing.assert_array_equal(truncated, [True, False])
+        np.testing.assert_array_equal(terminated, [True, False])
+        np.testing.assert_array_equal(info["final_info"]["cut"], [True, False])
         whole = envs.unwrapped.score_episodes([[11]], [prefix + [30 + step for step in range(T - 3)]])
         np.testing.assert_allclose(info["score"][0], whole.score[0], atol=1e-5)
         np.testing.assert_allclose(total[0], 3 * whole.score[0] - first, atol=1e-4)
@@ -224,14 +316,6 @@ def test_bad_reset_options_change_nothing(options: Any, message: str) -> None:
     with pytest.raises(InvalidArgument) as error:
         envs.reset(seed=9, options=options)
     assert message in str(error.value)
-    assert_goes_on(envs, twin)
-
-
-@pytest.mark.parametrize("seed", [[1], [1, 2, 3], -1, [3, -1]])
-def test_bad_seeds_change_nothing(seed: Any) -> None:
-    envs, twin = started(2), started(2)
-    with pytest.raises((InvalidArgument, gym.error.Error), match=r"seed has \d entries|Seed must be"):
-        envs.reset(seed=seed)
     assert_goes_on(envs, twin)
 
 
@@ -419,12 +503,13 @@ def test_steps_need_a_reset_an_open_env_and_running_rows() -> None:
         ({"kl_estimator": "k3"}, "kl_estimator='k3' .* need kl='policy'"),
         ({"kl": "policy", "kl_clamp": 0.0}, "kl_clamp=0.0 must be above 0"),
         ({"array": "jax"}, "array='jax' is not known; allowed: numpy, torch"),
+        ({"cut": "scored"}, "cut='scored' is not known; allowed: terminated, truncated"),
         ({"observation": "text"}, "observation='text' is not known"),
         ({"autoreset_mode": "Same"}, "autoreset_mode='Same' is not known; allowed: Disabled, NextStep, SameStep"),
         ({"group_size": 2}, "group_size=2 must divide num_envs=3"),
         ({"group_size": 0}, "group_size=0 must be a whole number, 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
-        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be 0 or more"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty=-1.0 must be finite and 0 or more"),
         ({"missing_eos_penalty": 1.0, "score_truncated": False}, "needs score_truncated=True"),
         ({"num_envs": 0}, "num_envs=0 must be a whole number, 1 or more"),
     ],

@@ -10,7 +10,7 @@ import torch
 from fake_vllm import FakeServer
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import PPO
+from tokenenv.agents import PPO, LMPolicy
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learner import token_logprobs
 from tokenenv.cli import main
@@ -277,9 +277,32 @@ def test_the_command_says_it_in_a_line_and_resumes(serve, tmp_path, monkeypatch,
 # ---------------------------------------------------------------- texts by a server
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["weights", "adapters"])
+def own_adapter(**changes):
+    """A policy whose model has an adapter of another name than ours, beside one that is not active."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 3, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    config = peft.LoraConfig(**{**options, **changes})
+    model = peft.get_peft_model(language_model(), config, "mine")
+    model.add_adapter("mine2", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return LMPolicy(model)
+
+
+def test_adapters_that_vllm_does_not_take_are_refused(serve):
+    server = serve(language_model())
+    spec = make(1, reward_model=reward_model()).unwrapped.token_spec
+    for changes in ({"use_dora": True}, {"rank_pattern": {"q_proj": 1}}):
+        with pytest.raises(InvalidArgument, match=r"plain LoRA of one rank, and LlamaForCausalLM has 'mine' \(LORA\)"):
+            VLLMServerEngine(own_adapter(**changes).model, spec, url=server.url)
+    several = own_adapter().model
+    several.base_model.set_adapter(["mine", "mine2"])
+    with pytest.raises(InvalidArgument, match=r"'mine' \(LORA\), 'mine2' \(LORA\); merge"):
+        VLLMServerEngine(several, spec, url=server.url)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"policy": own_adapter}], ids=["weights", "adapters", "own adapter"])
 def test_log_probs_are_the_policys_before_and_after_updates(options, serve):
     server = serve(language_model(), key="k")
+    options = {name: value() if name == "policy" else value for name, value in options.items()}
     agent = PPO(
         make(6, reward_model=reward_model()),
         rollout=server.url,

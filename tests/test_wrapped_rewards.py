@@ -307,8 +307,8 @@ def test_saved_statistics_go_on_where_they_were(make):
     term, other, rng = bound(make()), bound(make()), np.random.default_rng(1)
     term.reward(batch_of(term, *drifting(rng, 20)))
     saved = term.save_statistics()
-    assert saved.dtype == np.float64
-    kept = saved.copy()
+    assert saved.dtype == torch.float64
+    kept = saved.clone()
     other.load_statistics(saved)
     more = drifting(rng, 20)
     torch.testing.assert_close(term.reward(batch_of(term, *more)), other.reward(batch_of(other, *more)), rtol=0, atol=0)

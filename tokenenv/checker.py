@@ -29,7 +29,7 @@ from tokenenv.trial import (
 )
 
 SCORED_KEYS = ("score", "gold", "token_rewards")
-END_KEYS = (*SCORED_KEYS, "token_reward_terms")
+END_KEYS = (*SCORED_KEYS, "token_reward_terms", "cut")
 KEYS = ("reward_terms", "ref_logprob", "kl_coef", "prompt_id", "potential", *END_KEYS, "final_info")
 """The infos that belong to the contract; wrappers may add others."""
 
@@ -117,14 +117,26 @@ def _check_steps(envs: Any, steps: list[Step], tolerance: float) -> None:
         paid += step.reward
         _check_reward(step, paid, tolerance)
         paid[step.ended] = 0.0
+    _check_cut_flag(steps, envs.unwrapped.token_spec)
 
 
 def _check_ends(step: Step, spec: Any) -> None:
     stopped = step.active & np.isin(step.action[0], spec.stop_token_ids)
     full = step.active & (step.age >= spec.max_new_tokens) & ~stopped
     require(not (step.terminated & step.truncated).any(), "a row is terminated and truncated at once.")
-    require((step.terminated == stopped).all(), "a row terminates without a stop token, or goes on after one.")
-    require((step.truncated == full).all(), "a row is truncated before max_new_tokens tokens, or goes on after them.")
+    require(step.terminated[stopped].all(), "a row goes on after a stop token, or is truncated there.")
+    require(step.ended[full].all(), "a row goes on after max_new_tokens tokens.")
+    require((step.ended == stopped | full).all(), "a row ends without a stop token, before max_new_tokens tokens.")
+    told = step.info.get("_cut", np.zeros_like(full))
+    require((told == step.ended).all(), "infos['cut'] is not there exactly where rows end.")
+    require((step.info.get("cut", full) == full).all(), "infos['cut'] is not True exactly where max_new_tokens ends a text.")
+
+
+def _check_cut_flag(steps: list[Step], spec: Any) -> None:
+    """A scored cut is always a termination or always a truncation; one without a score is a truncation."""
+    kinds = {bool(flag) for step in steps for flag in step.terminated[step.info.get("cut", np.zeros_like(step.ended))]}
+    require(len(kinds) < 2, "texts cut at max_new_tokens are terminated in one place and truncated in another.")
+    require(spec.score_truncated or True not in kinds, "a cut that is not scored is a termination: learners must bootstrap.")
 
 
 def _check_info(info: Any, num_envs: int) -> None:
@@ -252,7 +264,7 @@ def _check_scores(envs: Any, plan: list[Action], rng: np.random.Generator, toler
 
 def _check_score(envs: Any, row: int, prompt: list[int], steps: list[Step], tolerance: float) -> None:
     tokens, logprobs = ([float(step.action[part][row]) for step in steps] for part in (0, 1))
-    cut = [bool(steps[-1].truncated[row])]
+    cut = [bool(steps[-1].info["cut"][row])]
     said = envs.unwrapped.score_episodes([prompt], [list(map(int, tokens))], logprobs=[logprobs], truncated=cut)
     paid = np.array([step.reward[row] for step in steps])
     require(close(paid, said.step_rewards[0, : len(steps)], tolerance), "step() does not pay what score_episodes() says.")

@@ -36,7 +36,10 @@ class EnvConfig:
     max_new_tokens: int | None = None
     """T, 1 or more; None is the task's own."""
     score_truncated: bool = True
-    """Whether a text cut at T is scored. If not, learners bootstrap from its last state."""
+    """Whether a text cut at T is scored. If not, the cut is a truncation, and learners bootstrap from its last state."""
+    cut: str = "terminated"
+    """Which flag says that a scored text was cut at T: "terminated", as nothing is paid after it and learners that know
+    Gymnasium alone must not bootstrap there, or "truncated". `infos["cut"]` says it in both cases."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward where a scored text is cut at T; 0 or more."""
     max_batch_tokens: int = 16384
@@ -49,13 +52,15 @@ class EnvConfig:
         check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         check_choice("array", self.array, ("numpy", "torch"))
         check_choice("observation", self.observation, ("tokens", "features"))
+        check_choice("cut", self.cut, ("terminated", "truncated"))
         self.autoreset_mode = _autoreset_mode(self.autoreset_mode)
         if self.kl_coef is not None:
             check_kl_coef(self.kl_coef)
         self._check_kl_options()
-        if self.missing_eos_penalty < 0 or (self.missing_eos_penalty and not self.score_truncated):
+        penalty = self.missing_eos_penalty
+        if not 0 <= penalty < math.inf or (penalty and not self.score_truncated):
             raise InvalidArgument(
-                f"missing_eos_penalty={self.missing_eos_penalty} must be 0 or more, and needs score_truncated=True."
+                f"missing_eos_penalty={penalty} must be finite and 0 or more, and needs score_truncated=True."
             )
         for name in ("group_size", "max_batch_tokens", "max_new_tokens"):
             value = getattr(self, name)

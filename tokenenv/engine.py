@@ -2,17 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.finite import RewardWatch, require_finite_weight
+from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Scorer, Slots
+from tokenenv.types import Head, Scorer, Slots, TrunkStates
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which token scores are added up: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -26,7 +34,9 @@ class Ends:
     """Which rows of a step end, (N,) bool on the host."""
 
     terminated: np.ndarray
+    """By a stop token."""
     truncated: np.ndarray
+    """Cut at `max_new_tokens`."""
     scored: np.ndarray
     """Terminated, or truncated where truncated texts are scored: learners do not bootstrap there."""
 
@@ -34,6 +44,11 @@ class Ends:
     def ended(self) -> np.ndarray:
         """(N,) bool."""
         return self.terminated | self.truncated
+
+    def flags(self, cut: str) -> tuple[np.ndarray, np.ndarray]:
+        """Terminations and truncations as `step` returns them; `cut` names the flag of a scored cut."""
+        terminations = self.scored if cut == "terminated" else self.terminated
+        return terminations, self.ended & ~terminations
 
 
 @dataclass(slots=True)
@@ -61,16 +76,33 @@ class RewardEngine:
             term.bind(parts)
         self.parts = parts
         self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
+        check_adapters_apart({"policy's model": parts.task.model or parts.reference, **self.frozen_models()})
+        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
-        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
-        self.token_terms = torch.zeros(num_rows, len(terms), parts.spec.max_new_tokens, device=parts.device)
+        self.token_terms = torch.zeros(
+            num_rows, len(terms), parts.spec.max_new_tokens, dtype=torch.float32, device=parts.device
+        )
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
+        self.watch = RewardWatch()
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
+
+    def frozen_models(self) -> dict[str, Any]:
+        """The models that are read, by role."""
+        task = self.parts.task
+        found = {
+            "reference": task.reference,
+            "reward model": getattr(task.scorer, "model", None),
+            "implicit model": task.implicit_model,
+            "step scorer": getattr(task.step_scorer, "model", None),
+        }
+        for name, term in self.rewards.terms.items():
+            found |= {f"model {i} of reward term {name!r}": model for i, model in enumerate(term.models)}
+        return {role: model for role, model in found.items() if model is not None}
 
     @property
     def term_names(self) -> list[str]:
@@ -97,9 +129,12 @@ class RewardEngine:
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
-        """The weights of an episode that begins now."""
+        """The weights of an episode that begins now; `InvalidArgument` where a schedule gives none."""
         terms = self.rewards.terms.items()
-        return {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        weights = {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        for name, weight in weights.items():
+            require_finite_weight(name, weight, tokens_seen)
+        return weights
 
     @torch.no_grad()
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
@@ -127,14 +162,19 @@ class RewardEngine:
         self._note(terms, before.step, active, texts)
         terms |= self._settle(finished, batch)
         reward = total(terms) if terms else torch.zeros_like(ref_logprob)
+        self.watch.look(terms, reward, ref_logprob, tokens, before.step)
         return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:
         """log pi_ref of every next token, (N, V)."""
         assert self.states is not None
-        logits_NV = logits_head(self.parts.reference, self.parts.spec.vocab_size)(self.states.of(self.parts.reference))
-        return torch.log_softmax(logits_NV.float(), dim=-1)
+        return torch.log_softmax(self.ref_head(self.states.of(self.parts.reference)).float(), dim=-1)
+
+    @cached_property
+    def ref_head(self) -> Head:
+        """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it is made."""
+        return logits_head(self.parts.reference, self.parts.spec.vocab_size)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
@@ -145,10 +185,12 @@ class RewardEngine:
 
     def _scores(self, batch: Transitions) -> Tensor | None:
         """The scores (N,) of the texts that ended; what is in other rows means nothing."""
-        if batch.after.score is not None or batch.finished is None or batch.finished.score is None:
-            return batch.after.score
+        if batch.after.score is not None:
+            return batch.after.score.float()
+        if batch.finished is None or batch.finished.score is None:
+            return None
         assert batch.finished_at is not None
-        nothing = torch.zeros(batch.tokens.shape, device=self.parts.device)
+        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.parts.device)
         return nothing.index_copy(0, batch.finished_at, batch.finished.score)
 
     def fork(self, sources: Slots, targets: Slots, texts: TextBuffer) -> None:
@@ -163,35 +205,45 @@ class RewardEngine:
         self._refresh_weights(texts)
 
     def save(self, slots: Slots, texts: TextBuffer) -> dict[str, Any]:
-        """What `load` needs beyond the texts: weights, rewards, running scores, memories, statistics; no caches."""
+        """What `load` needs beyond the texts (weights, rewards, running scores, memories, statistics), without caches; and
+        what terms have learned, which belongs to all texts."""
         assert self.states is not None
         chosen = self.states.at(texts.upload(np.asarray(slots)))
         return {
             "weights": {name: weights[slots].copy() for name, weights in self.weights.items()},
-            "token_terms": self.token_terms[texts.upload(np.asarray(slots))].cpu().numpy(),
-            "score": None if chosen.score is None else chosen.score.cpu().numpy(),
-            "memory": {name: memory.cpu().numpy() for name, memory in chosen.memory.items()},
-            "statistics": {name: statistics.cpu().numpy() for name, statistics in chosen.statistics.items()},
+            "token_terms": _host(self.token_terms[texts.upload(np.asarray(slots))]),
+            "score": None if chosen.score is None else _host(chosen.score.double()),
+            "memory": {name: _host(memory) for name, memory in chosen.memory.items()},
+            "statistics": {name: _host(statistics) for name, statistics in chosen.statistics.items()},
             "learned": self.save_statistics(),
         }
 
     def save_statistics(self) -> dict[str, np.ndarray]:
         """What terms have learned, by name, of those that learn."""
-        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
-        return {name: array for name, array in learned.items() if array is not None}
+        return {name: _host(learned) for name, learned in self.snapshot().items()}
 
-    def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what `save_statistics` returned."""
-        for name, array in saved.items():
-            self.rewards.terms[name].load_statistics(array)
+    def snapshot(self) -> dict[str, Tensor | np.ndarray]:
+        """The same where it is, on the device or on the host, so that nothing waits for it."""
+        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
+        return {name: _copied(values) for name, values in learned.items() if values is not None}
+
+    def load_statistics(self, saved: Mapping[str, Tensor | np.ndarray]) -> None:
+        """Goes on from what `save_statistics` or `snapshot` returned."""
+        for name, values in saved.items():
+            self.rewards.terms[name].load_statistics(_copied(values))
+
+    def forget(self) -> None:
+        """Holds no text any more, as before the first `start`, which must now be of every row."""
+        self.states = None
+        self.watch.clear()
 
     def layout(self, count: int) -> Layout:
         """The arrays that `save` returns for so many slots."""
-        floats = ((count,), np.float32)
+        floats, doubles = ((count,), np.float32), ((count,), np.float64)
         return {
             "weights": dict.fromkeys(self.weights, floats),
             "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
-            "score": floats if self.parts.causal_scorer else None,
+            "score": doubles if self.parts.causal_scorer else None,
             "memory": dict.fromkeys(self.rewards.with_memory, floats),
             "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
             "learned": {name: (array.shape, np.float64) for name, array in self.save_statistics().items()},
@@ -201,17 +253,17 @@ class RewardEngine:
         """Takes saved episodes up again; caches are filled from the texts."""
         for name, weights in saved["weights"].items():
             self.weights[name][slots] = weights
-        self.load_statistics(saved["learned"])
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
-    def read_score(self, hidden: dict[int, Tensor], running: Tensor | float) -> Tensor | None:
-        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum."""
+    def read_score(self, hidden: TrunkStates, running: Tensor | float) -> Tensor | None:
+        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum, in float64: in
+        float32 thousands of tokens drift."""
         scorer = self.parts.causal_scorer
         if scorer is None:
             return None
-        scores = scorer.head(hidden[id(trunk_of(scorer.model))])
-        return scores + running if scorer.per_token else scores
+        scores = scorer.head(hidden[trunk_of(scorer.model)])
+        return scores.to(sum_dtype(scores.device)) + running if scorer.per_token else scores
 
     def read_finished(self, texts: FinishedTexts) -> None:
         """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
@@ -234,9 +286,9 @@ class RewardEngine:
             last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
             # Copies: a term may well return the scores themselves.
             first = {name: term.remember(None, last, states) for name, term in self.rewards.with_memory.items()}
-            states.memory = {name: memory.clone() for name, memory in first.items()}
+            states.memory = {name: memory.to(torch.float32, copy=True) for name, memory in first.items()}
         else:
-            states.score = None if saved["score"] is None else texts.upload(saved["score"])
+            states.score = self._loaded_score(saved["score"], texts)
             states.memory = {name: texts.upload(saved["memory"][name]) for name in self.rewards.with_memory}
             states.statistics = {name: texts.upload(saved["statistics"][name]) for name in self.rewards.statistics()}
         if self.states is None:
@@ -245,30 +297,37 @@ class RewardEngine:
             self.states.put(texts.upload(np.asarray(slots)), states)
         self._refresh_weights(texts)
 
-    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: dict[int, Tensor]) -> Tensor | None:
+    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: TrunkStates) -> Tensor | None:
         """The score of the texts that begin in `slots`: a per-token scorer has scored a prefix, but no prompt."""
         scorer = self.parts.causal_scorer
         if scorer is None or not scorer.per_token:
             return self.read_score(hidden, 0.0)
-        first = torch.zeros(len(slots), device=self.parts.device)
+        first = torch.zeros(len(slots), dtype=sum_dtype(self.parts.device), device=self.parts.device)
         for row, slot in enumerate(slots):
             if texts.unpaid[slot]:
                 tokens, lengths = texts.rows([slot])
                 states = self.trunks.of(scorer.model).states(tokens, lengths)
-                first[row] = scorer.head(states[0, texts.prompt_length[slot] :]).sum()
+                first[row] = scorer.head(states[0, texts.prompt_length[slot] :]).to(first.dtype).sum()
         return first
+
+    def _loaded_score(self, saved: np.ndarray | None, texts: TextBuffer) -> Tensor | None:
+        scorer = self.parts.causal_scorer
+        if saved is None or scorer is None:
+            return None
+        dtype = sum_dtype(self.parts.device) if scorer.per_token else torch.float32
+        return texts.upload(saved.astype(np.float32) if dtype == torch.float32 else saved)
 
     def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
         hidden = self.trunks.append(tokens, active)
         score = self.read_score(hidden, 0.0 if before.score is None else before.score)
         after = States(hidden, before.step + 1, score, {}, before.statistics)
         for name, term in self.rewards.with_memory.items():
-            after.memory[name] = term.remember(before.memory[name], tokens, after)
+            after.memory[name] = term.remember(before.memory[name], tokens, after).float()
         return after
 
     def _finished(self, rows: np.ndarray, texts: TextBuffer, after: States) -> FinishedTexts:
         index = texts.upload(rows)
-        score = None if after.score is None else after.score[index]
+        score = None if after.score is None else after.score[index].float()
         finished = texts.finished(rows, score, self.parts.spec.tokenizer)
         finished.statistics = {name: statistics[index] for name, statistics in after.statistics.items()}
         finished.learning = True
@@ -289,7 +348,8 @@ class RewardEngine:
 
     def _settle(self, finished: FinishedTexts | None, batch: Transitions) -> dict[str, Tensor]:
         """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due where a text ends."""
-        sums = {name: torch.zeros(batch.tokens.shape, device=self.parts.device) for name in self.rewards.hindsight}
+        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.parts.device)
+        sums = {name: nothing.clone() for name in self.rewards.hindsight}
         if finished is None or batch.finished_at is None:
             return sums
         rows = batch.finished_at
@@ -300,4 +360,13 @@ class RewardEngine:
         return sums
 
     def _refresh_weights(self, texts: TextBuffer) -> None:
-        self._device_weights = {name: texts.upload(weights.copy()) for name, weights in self.weights.items()}
+        self._device_weights = {name: texts.upload(weights) for name, weights in self.weights.items()}
+
+
+def _host(values: Tensor | np.ndarray) -> np.ndarray:
+    """A copy on the host."""
+    return values.cpu().numpy().copy() if isinstance(values, Tensor) else values.copy()
+
+
+def _copied(values: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    return values.clone() if isinstance(values, Tensor) else values.copy()

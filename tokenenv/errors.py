@@ -1,7 +1,8 @@
 """Errors: one root, each child also the standard error a caller would expect."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
@@ -26,6 +27,10 @@ class NotReset(TokenEnvError, ResetNeeded):
     """`step` before the first `reset`."""
 
 
+class Interrupted(NotReset):
+    """A call after one that was interrupted half-way: `reset()` or `load_state()` comes next."""
+
+
 class EnvClosed(TokenEnvError, ClosedEnvironmentError):
     """A call after `close`."""
 
@@ -36,6 +41,13 @@ class ModelError(TokenEnvError, ValueError):
 
 class NotFinite(TokenEnvError, FloatingPointError):
     """A reward, log-prob or gradient is NaN or infinite; nothing has been learnt from it."""
+
+    def __init__(self, message: str, rows: Sequence[int] = (), texts: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
+        """The env rows, or the texts that were scored, at fault."""
+        self.texts = list(texts)
+        """What was written in them, where a collector knows: objects with a `prompt` and a `response` of token ids."""
 
 
 class CheckpointError(TokenEnvError, ValueError):

@@ -28,6 +28,8 @@ TaskSource = str | Task | Callable[..., Task]
 def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
     """An env's config and its task from the keywords given to the env; an unknown keyword is an error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
+    # NumPy's numbers are as good as Python's, and are taken out here for all options at once.
+    options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
     config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
     shared = {"max_batch_tokens": config.max_batch_tokens}
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
@@ -114,12 +116,13 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
         check_choice("render_mode", render_mode, RENDER_MODES)
 
 
-def check_num_envs(num_envs: int, config: EnvConfig) -> None:
-    """Raises unless there is at least one env and the groups fit."""
-    if not isinstance(num_envs, int) or num_envs < 1:
+def check_num_envs(num_envs: int, config: EnvConfig) -> int:
+    """N; raises unless there is at least one env and the groups fit."""
+    if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
         raise InvalidArgument(f"num_envs={num_envs!r} must be a whole number, 1 or more.")
     if num_envs % config.group_size:
         raise InvalidArgument(f"group_size={config.group_size} must divide num_envs={num_envs}.")
+    return int(num_envs)
 
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:

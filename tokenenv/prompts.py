@@ -3,6 +3,7 @@
 import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from tokenenv.errors import InvalidArgument, check_choice
 
 LONG_PROMPTS = ("refuse", "truncate")
+MASK = 2**64 - 1
 
 Labelled = tuple[str, Any]
 """Where a prompt was found, for error messages, and the prompt."""
@@ -79,10 +81,24 @@ def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str) -> list[int]:
     return ids
 
 
-def draw(prompts: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[int, Sequence[int]]:
-    """An index and its prompt, uniformly."""
-    index = int(rng.integers(len(prompts))) if len(prompts) > 1 else 0  # one prompt takes no random number
+def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int, Sequence[int]]:
+    """An index and its prompt, uniformly: draw `number` (from 0) of the stream of `seed`, 0 or more.
+
+    The generator is SplitMix64 (Steele, Lea and Flood 2014), which gives any of its numbers without those before it.
+    """
+    if len(prompts) == 1:
+        return 0, prompts[0]
+    mixed = (_start(seed) + (number + 1) * 0x9E3779B97F4A7C15) & MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
+    index = (mixed ^ (mixed >> 31)) * len(prompts) >> 64
     return index, prompts[index]
+
+
+@lru_cache(maxsize=4096)
+def _start(seed: int) -> int:
+    """64 bits of any seed, so that neighbouring seeds start far apart."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def _read_ids(values: Any, label: str) -> list[int]:

@@ -19,6 +19,8 @@ class ResetOptions:
     """Which rows a reset begins anew, and the prompts and prefixes it was given, by row."""
 
     mask: np.ndarray
+    masked: bool
+    """Whether the mask was given, as by those who reset what has ended; otherwise all rows begin anew."""
     prompts: dict[int, list[int]]
     prefixes: dict[int, list[int]]
 
@@ -35,7 +37,7 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     prefixes = _given(options, "prefixes", mask, spec)
     for row, ids in prefixes.items():
         _check_prefix(ids, spec, f"options['prefixes'][{row}]")
-    return ResetOptions(mask, prompts, prefixes)
+    return ResetOptions(mask, options.get("reset_mask") is not None, prompts, prefixes)
 
 
 def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
@@ -43,11 +45,20 @@ def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, (int, np.integer)):
-        return [int(seed) + row for row in range(num_envs)]
+        first = _whole(seed, "seed")
+        return [first + row for row in range(num_envs)]
+    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
+        raise InvalidArgument(f"seed={seed!r} is not allowed; it must be a whole number, or one entry an env ({num_envs}).")
     seeds = list(seed)
     if len(seeds) != num_envs:
         raise InvalidArgument(f"seed has {len(seeds)} entries; allowed: a whole number, or one entry an env ({num_envs}).")
-    return seeds
+    return [None if one is None else _whole(one, f"seed[{row}]") for row, one in enumerate(seeds)]
+
+
+def _whole(seed: Any, label: str) -> int:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InvalidArgument(f"{label}={seed!r} must be a whole number, 0 or more.")
+    return int(seed)
 
 
 def _mask(options: dict[str, Any], num_envs: int) -> np.ndarray:

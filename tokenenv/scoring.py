@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenenv.engine import RewardEngine
 from tokenenv.errors import InvalidArgument
+from tokenenv.finite import require_finite_scores
 from tokenenv.models.batching import micro_batches
 from tokenenv.prompts import fit_prompt, to_ids
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
@@ -51,11 +52,12 @@ def score_episodes(
             _fill(out, group, texts, _score_group(engine, texts, given, cut[group], group_weights))
             if out.gold is not None and callable(gold):
                 out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
-    except Exception:
-        # A reward server that is down, say: texts that are scored again must not teach twice.
+        require_finite_scores(out)
+    except BaseException:
+        # A reward server that is down, or Ctrl-C: texts that are scored again must not teach twice.
         engine.load_statistics(learned)
         raise
-    return replace(out, gold=out.score) if gold == "score" else out
+    return replace(out, gold=None if out.score is None else out.score.copy()) if gold == "score" else out
 
 
 def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
@@ -89,7 +91,7 @@ def _fill(out: EpisodeScores, group: np.ndarray, texts: FinishedTexts, scored: "
     if out.potentials is not None and scored.potential is not None:
         out.potentials[group] = scored.potential.cpu().numpy()
     if out.score is not None and texts.score is not None:
-        out.score[group] = texts.score.cpu().numpy()
+        out.score[group] = texts.score.float().cpu().numpy()
 
 
 @dataclass(slots=True)
@@ -186,14 +188,14 @@ def _score_group(
     ends = t == last[row]
     batch.truncated, batch.terminated, batch.scored = ends & cut[row], ends & ~cut[row], ends & scored[row]
     batch.finished, batch.finished_at = texts, ends.nonzero().squeeze(1)
-    texts.score = None if batch.after.score is None else batch.after.score[batch.finished_at]
+    texts.score = None if batch.after.score is None else batch.after.score[batch.finished_at].float()
     batch.learning = torch.ones_like(ends) if texts.learning else None
     engine.read_finished(texts)
     if logprobs is not None:
         batch.logprob = torch.tensor([x for one in logprobs for x in one], dtype=torch.float32, device=device)
     each = {name: weight[row] for name, weight in weights.items()}
     paid = engine.rewards.paid(batch, each)
-    nothing = torch.zeros(valid.shape, device=device)
+    nothing = torch.zeros(valid.shape, dtype=torch.float32, device=device)
     causal = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
     placed = engine.rewards.placed(texts, scored, weights)
     at_end = {name: nothing.scatter(1, last[:, None], values.sum(1, keepdim=True)) for name, values in placed.items()}
@@ -254,12 +256,12 @@ def _recall(
     term: RewardTerm, before: States, after: States, first: Tensor, tokens: Tensor, row: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the term carries before and after each token (K,), one token of all texts after the other."""
-    memory = term.remember(None, first[t == 0], before.at(t == 0))
+    memory = term.remember(None, first[t == 0], before.at(t == 0)).float()
     both = memory.new_zeros(2, len(t))
     for step in range(int(t.max()) + 1):
         at = t == step
         both[0, at] = memory[row[at]]
-        both[1, at] = term.remember(memory[row[at]], tokens[at], after.at(at))
+        both[1, at] = term.remember(memory[row[at]], tokens[at], after.at(at)).float()
         memory = memory.index_copy(0, row[at], both[1, at])
     return both[0], both[1]
 
@@ -273,5 +275,6 @@ def _running_scores(
         return None, None
     if not engine.parts.causal_scorer.per_token:
         return engine.read_score(before.hidden, 0.0), scores
-    sums = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, device=scores.device).index_put((row, t), scores).cumsum(1)
+    nothing = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, dtype=scores.dtype, device=scores.device)
+    sums = nothing.index_put((row, t), scores).cumsum(1)
     return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]

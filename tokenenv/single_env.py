@@ -37,8 +37,10 @@ class TokenEnv(gym.Env):
         """Appends one token; see `TokenVectorEnv.step`."""
         actions = {key: [value] for key, value in action.items()} if isinstance(action, dict) else [action]
         observation, rewards, terminations, truncations, infos = self.vector.step(actions)
-        ends = bool(terminations[0]), bool(truncations[0])
-        return _first(observation), float(rewards[0]), *ends, _first_info(infos)
+        ends, info = (bool(terminations[0]), bool(truncations[0])), _first_info(infos)
+        if "cut" in info:
+            info["cut"] = bool(info["cut"])  # as a NumPy bool, SyncVectorEnv would make objects of it
+        return _first(observation), float(rewards[0]), *ends, info
 
     @property
     def kl_coef(self) -> float:

@@ -8,12 +8,12 @@ import numpy as np
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.types import TokenSpec
 
-FORMAT = 2
+FORMAT = 3
 Layout = dict[str, Any]
 """Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any size."""
 EXACT = ("weights", "memory", "statistics", "learned")
 """Parts with an entry for each term that has one, and no others."""
-KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "rngs", "kl_coef", "tokens_seen")
+KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "streams", "kl_coef", "tokens_seen")
 
 
 def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     return chosen
 
 
-def check_state(saved: Any, num_envs: int, spec: TokenSpec, engine: Callable[[int], Layout]) -> np.ndarray:
+def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]) -> np.ndarray:
     """The slots of a saved state that fits this env; raises `CheckpointError` before anything is changed.
 
     `engine` says what the engine saves for a number of slots.
@@ -38,7 +38,8 @@ def check_state(saved: Any, num_envs: int, spec: TokenSpec, engine: Callable[[in
         raise CheckpointError(f"the state holds slot {slots[-1]}; this env has num_envs={num_envs}.")
     _check_arrays(saved, _layout(len(slots), spec, engine(len(slots))), "state")
     _check_texts(saved["texts"], saved["ended"], spec)
-    _check_numbers(saved, len(slots))
+    _check_streams(saved["streams"], len(slots), group_size)
+    _check_numbers(saved)
     return slots
 
 
@@ -90,12 +91,20 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
         raise CheckpointError("the state is corrupt, or comes from another task: its texts do not fit this env.")
 
 
-def _check_numbers(saved: dict[str, Any], count: int) -> None:
+def _check_streams(streams: Any, count: int, group_size: int) -> None:
+    """A seed and a number of texts for each slot, those of its group."""
+    given = streams if isinstance(streams, dict) else {}
+    if given.get("group_size") != group_size:
+        raise CheckpointError(f"the state has group_size={given.get('group_size')!r} and this env group_size={group_size}.")
+    for key in ("seeds", "begun"):
+        numbers = given.get(key)
+        whole = isinstance(numbers, list) and all(isinstance(number, int) and number >= 0 for number in numbers)
+        if not whole or len(numbers) != count:
+            raise CheckpointError(f"the state is corrupt: the {key} of its streams are not {count} whole numbers, 0 or more.")
+
+
+def _check_numbers(saved: dict[str, Any]) -> None:
     try:
-        if len(saved["rngs"]) != count:
-            raise ValueError(f"{len(saved['rngs'])} random states for {count} slots")
-        for rng in saved["rngs"]:
-            np.random.PCG64().state = rng
         if not (np.isfinite(saved["kl_coef"]) and saved["kl_coef"] >= 0 and int(saved["tokens_seen"]) >= 0):
             raise ValueError(f"kl_coef={saved['kl_coef']} and tokens_seen={saved['tokens_seen']}")
     except (TypeError, ValueError, KeyError) as error:

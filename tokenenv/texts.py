@@ -90,11 +90,12 @@ class TextBuffer:
 
     def device_tokens(self) -> Tensor:
         """A fresh copy of the tokens (N, L) on the device."""
-        return torch.from_numpy(self.tokens.copy()) if self._mirror is None else self._mirror.clone()
+        return self.upload(self.tokens) if self._mirror is None else self._mirror.clone()
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A host array on the device, without waiting for the copy."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        """A copy of a host array on the device, which is not waited for."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.clone() if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def _refresh(self, slots: Slots) -> None:
         if self._mirror is not None:

@@ -4,7 +4,7 @@ Shape suffixes, here and everywhere: N envs, P prompt tokens, T response tokens,
 H hidden size, B episodes in a batch, K transitions (any mix of rows and times).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,6 +21,9 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 Head = Callable[[Tensor], Tensor]
 """Maps model states (K, H) to logits (K, V), or to scores (K,)."""
+
+TrunkStates = Mapping[Any, Tensor]
+"""A state (K, H) for every trunk, by the trunk itself: a key that copies and pickles take with them, as an id() is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +136,9 @@ class RolloutEngine(Protocol):
 class Oracle(Protocol):
     """The exact optimum of score - beta KL(pi || pi_ref), where a task knows it."""
 
-    def state_value(self, states: dict[int, Tensor], step: Tensor, beta: float) -> Tensor:
-        """V* (K,) float32 from the states of the task's models (by the id of the model) after `step` (K,) response
-        tokens; after the last one it is the score."""
+    def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
+        """V* (K,) float32 from the states of the task's models after `step` (K,) response tokens; after the last one it is
+        the score."""
         ...
 
 
@@ -169,9 +172,9 @@ class Task:
     """Tokens that end a step of the text; the end of the text ends one too."""
     oracle: Oracle | None = None
     """The exact optimum, where it is known."""
-    features: Callable[[dict[int, Tensor], Tensor], Tensor] | None = None
-    """observation="features": maps the states of all models (by the id of their trunk) and the response tokens so far
-    (N,) to features (N, F) float32. None: the reference's last hidden state."""
+    features: Callable[[TrunkStates, Tensor], Tensor] | None = None
+    """observation="features": maps the states of all models and the response tokens so far (N,) to features (N, F)
+    float32. None: the reference's last hidden state."""
     num_features: int = 0
     """F, where `features` is given."""
     reward: str = "token"

@@ -1,6 +1,8 @@
 """TokenVectorEnv: text generation as a batched Gymnasium environment. The only `step` with logic."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,15 @@ from torch import Tensor
 
 from tokenenv import parts, render, state
 from tokenenv.actions import read_actions, require_valid, token_codes
+from tokenenv.ambient import ordinary_tensors
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
-from tokenenv.errors import EnvClosed, FinishedRow, InvalidArgument, NotReset, check_choice
+from tokenenv.errors import EnvClosed, FinishedRow, Interrupted, InvalidArgument, NotReset, check_choice
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
-from tokenenv.prompts import draw
 from tokenenv.reset_options import Seed, read_options, read_seed
 from tokenenv.scoring import recall_prefixes, score_episodes
+from tokenenv.streams import PromptStreams
 from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores
 
@@ -40,6 +43,7 @@ class TokenVectorEnv(VectorEnv):
         **options: the fields of `tokenenv.config.EnvConfig`, and those of the task's function.
     """
 
+    @ordinary_tensors
     def __init__(
         self,
         num_envs: int = 1,
@@ -51,8 +55,7 @@ class TokenVectorEnv(VectorEnv):
     ) -> None:
         parts.check_arguments(render_mode, max_episode_steps)
         self.config, self._task = parts.split_options(task, options)
-        parts.check_num_envs(num_envs, self.config)
-        self.num_envs = num_envs
+        self.num_envs = num_envs = parts.check_num_envs(num_envs, self.config)
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(self.config.autoreset_mode)
         self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": list(render.RENDER_MODES), "render_fps": 10}
@@ -67,11 +70,12 @@ class TokenVectorEnv(VectorEnv):
         self._prompt_id = np.zeros(num_envs, dtype=np.int64)
         self._episode_kl_coef = np.zeros(num_envs, dtype=np.float32)
         self._ended = np.zeros(num_envs, dtype=bool)
-        self._rngs: list[np.random.Generator] = []
-        self._seed_streams(np.ones(num_envs, dtype=bool), read_seed(np_random()[1] % 2**31, num_envs))
-        self._kl_coef = self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
+        self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
+        self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
+        self._interrupted: _Interrupted | None = None
+        self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
-        """Tokens emitted in all envs since construction; schedules are asked with it."""
+        """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
 
     @property
     def reference(self) -> Any:
@@ -84,6 +88,11 @@ class TokenVectorEnv(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def frozen_models(self) -> dict[str, Any]:
+        """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        return self._engine.frozen_models()
+
+    @property
     def oracle(self) -> Any:
         """The task's exact optimum, or None where it is not known."""
         return self._task.oracle
@@ -91,6 +100,7 @@ class TokenVectorEnv(VectorEnv):
     @property
     def biased_terms(self) -> tuple[str, ...]:
         """The paid terms under which reward-to-go does not estimate the gradient of the expected score without bias."""
+        self._require_open()
         terms = self._engine.rewards.terms.items()
         return tuple(name for name, term in terms if term.preserves_gradient is False)
 
@@ -107,11 +117,13 @@ class TokenVectorEnv(VectorEnv):
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term, "kl" included, in an episode that begins now."""
+        self._require_open()
         return self._engine.weights_now(self.tokens_seen, self._kl_coef)
 
     @property
     def device(self) -> torch.device:
         """Where the models, and the tensors of `array="torch"`, are."""
+        self._require_open()
         return self._engine.parts.device
 
     @property
@@ -126,25 +138,41 @@ class TokenVectorEnv(VectorEnv):
     @property
     def cache_bytes(self) -> int:
         """The memory that the caches take, in bytes."""
+        self._require_open()
         return self._engine.trunks.cache_bytes
 
+    @ordinary_tensors
     def reset(self, *, seed: Seed = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins new texts in every slot, or in those of `options["reset_mask"]`.
 
         Args:
-            seed: slot i draws its prompts from seed + i, or from seed[i]; None goes on with the streams as they are.
+            seed: slot i draws its prompts from seed + i, or from seed[i] (a group from its first slot's), from the first one
+                on; None goes on. One whole number also seeds `np_random`, which this env does not draw from.
             options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env;
                 `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing.
+                Without a mask each group goes on with a new prompt; with one its texts keep their order, as where
+                they end and begin by themselves.
+
+        Raises:
+            InvalidArgument: an argument is not allowed; nothing changes. `seed` with a mask that parts a group is not.
         """
         self._require_open()
-        given = read_options(options, self.num_envs, self.token_spec)
+        given, seeds = read_options(options, self.num_envs, self.token_spec), read_seed(seed, self.num_envs)
         if not given.mask.all():
             self._require_reset()
-        self._seed_streams(given.mask, read_seed(seed, self.num_envs))
-        infos = self._begin(given.mask, given.prompts, given.prefixes)
-        self._render_for_people()
-        return self._observation(), infos.to_dict(self._export)
+        if seed is not None and self._streams.split_groups(given.mask):
+            raise InvalidArgument("options['reset_mask'] holds a part of a group, which shares prompts; seed= takes all of it.")
+        with self._changing("reset", whole=bool(given.mask.all())):
+            if isinstance(seed, (int, np.integer)):
+                super().reset(seed=int(seed))
+            if not given.masked:
+                self._streams.round_up()
+            self._streams.reseed(seeds, given.mask)
+            infos = self._begin(given.mask, given.prompts, given.prefixes)
+            self._render_for_people()
+            return self._observation(), infos.to_dict(self._export)
 
+    @ordinary_tensors
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Appends one token to each text.
 
@@ -158,20 +186,25 @@ class TokenVectorEnv(VectorEnv):
         self._require_reset()
         active = self._active_rows()
         tokens, logprob = self._check_actions(actions, active)
+        with self._changing("step"):
+            return self._step(tokens, logprob, active)
+
+    def _step(self, tokens: np.ndarray, logprob: Tensor | None, active: np.ndarray) -> tuple[Any, Any, Any, Any, Any]:
         self._texts.append(tokens, active)
         ends = self._find_ends(tokens, active)
         self.tokens_seen += int(active.sum())
-        paid = self._advance(tokens, logprob, active, ends)
+        paid = self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
         ended = ends.ended
         self._ended = ended.copy()
         infos = self._step_infos(paid, active, ended)
+        infos.add("cut", ends.truncated.copy(), ended)
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
             infos.overlay(self._begin(~active))
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             final = self._final(infos, ended)
             infos.overlay(self._begin(ended))
-        flags = self._export(ends.terminated), self._export(ends.truncated)
+        flags = map(self._export, ends.flags(self.config.cut))
         info = infos.to_dict(self._export) | final
         self._render_for_people()
         return self._observation(), self._export(paid.reward), *flags, info
@@ -181,8 +214,9 @@ class TokenVectorEnv(VectorEnv):
         if self.render_mode is None:
             return None
         self._require_reset()
-        return render.show(self.render_mode, render.running_texts(self._texts, self._engine, self._pieces))
+        return self._show()
 
+    @ordinary_tensors
     def fork(self, sources: Sequence[int], targets: Sequence[int]) -> tuple[Any, dict[str, Any]]:
         """Copies the running episodes `sources` onto the slots `targets`, caches included; returns (obs, info).
 
@@ -194,12 +228,14 @@ class TokenVectorEnv(VectorEnv):
             raise InvalidArgument(f"fork needs one distinct target a source; got {list(sources)} and {list(targets)}.")
         if self._ended[source].any():
             raise InvalidArgument(f"sources={list(sources)} holds finished episodes; only running ones can be copied.")
-        self._texts.fork(source, target)
-        self._engine.fork(source, target, self._texts)
-        for array in (self._prompt_id, self._episode_kl_coef, self._ended):
-            array[target] = array[source]
-        return self._observation(), self._start_infos(target).to_dict(self._export)
+        with self._changing("fork"):
+            self._texts.fork(source, target)
+            self._engine.fork(source, target, self._texts)
+            for array in (self._prompt_id, self._episode_kl_coef, self._ended):
+                array[target] = array[source]
+            return self._observation(), self._start_infos(target).to_dict(self._export)
 
+    @ordinary_tensors
     def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
         """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays and numbers only."""
         self._require_reset()
@@ -212,31 +248,38 @@ class TokenVectorEnv(VectorEnv):
             "prompt_id": self._prompt_id[chosen],
             "episode_kl_coef": self._episode_kl_coef[chosen],
             "ended": self._ended[chosen],
-            "rngs": [self._rngs[slot].bit_generator.state for slot in chosen],
+            "streams": self._streams.save(chosen),
             "kl_coef": self._kl_coef,
             "tokens_seen": self.tokens_seen,
         }
 
+    @ordinary_tensors
     def load_state(self, saved: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Takes up saved episodes in the slots they were saved from, here or in another env of the same id.
 
-        Caches are filled from the texts. Returns (obs, info); the info is a reset's, for those slots.
+        Caches are filled from the texts. What belongs to the env as a whole (`tokens_seen`, `kl_coef`, what terms have
+        learned) is taken up with all of its slots only, and a group's prompts with all of the group's. Returns (obs, info);
+        the info is a reset's, for those slots. Nothing of `saved` is kept or changed: it may be loaded again.
         """
         self._require_open()
-        slots = state.check_state(saved, self.num_envs, self.token_spec, self._engine.layout)
-        if len(slots) < self.num_envs:
+        slots = state.check_state(saved, self.num_envs, self.config.group_size, self.token_spec, self._engine.layout)
+        whole = len(slots) == self.num_envs
+        if not whole:
             self._require_reset()
-        self._texts.load(slots, saved["texts"])
-        self._engine.load(slots, self._texts, saved["engine"])
-        self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
-        self._episode_kl_coef[slots] = saved["episode_kl_coef"]
-        for slot, rng in zip(slots, saved["rngs"], strict=True):
-            self._rngs[slot].bit_generator.state = rng
-        self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():  # saved under another mode
-            self._begin(self._ended.copy())
-        return self._observation(), self._start_infos(slots).to_dict(self._export)
+        with self._changing("load_state", whole=whole):
+            self._texts.load(slots, saved["texts"])
+            if whole:
+                self._engine.load_statistics(saved["engine"]["learned"])
+                self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
+            self._engine.load(slots, self._texts, saved["engine"])
+            self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
+            self._episode_kl_coef[slots] = saved["episode_kl_coef"]
+            self._streams.load(slots, saved["streams"])
+            if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():  # saved under another mode
+                self._begin(self._ended.copy())
+            return self._observation(), self._start_infos(slots).to_dict(self._export)
 
+    @ordinary_tensors
     def ref_logprobs(self) -> Any:
         """log pi_ref of every next token of the texts as they stand, (N, V) float32, in nats."""
         self._require_reset()
@@ -257,6 +300,7 @@ class TokenVectorEnv(VectorEnv):
         rows = [row[:length].tolist() for row, length in zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)]
         return self.token_spec.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
+    @ordinary_tensors
     def score_episodes(
         self,
         prompts: Sequence[Any],
@@ -279,7 +323,7 @@ class TokenVectorEnv(VectorEnv):
             weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
             played: whether the texts count as played here: their tokens as seen, and as something for terms to learn from.
         """
-        self._require_open()
+        self._require_whole()
         now = self.weights
         for name in weights or {}:
             check_choice("weights key", name, now)
@@ -300,30 +344,41 @@ class TokenVectorEnv(VectorEnv):
 
     def save_statistics(self) -> dict[str, np.ndarray]:
         """What terms have learned, by name: all that a run on whole texts has to keep of this env beside `tokens_seen`."""
+        self._require_whole()
         return self._engine.save_statistics()
 
+    @ordinary_tensors
     def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `save_statistics` returned."""
+        self._require_whole()
         self._engine.load_statistics(saved)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Lets go of the models and their caches."""
         del self._engine, self._texts
 
+    def _show(self) -> tuple[Any, ...] | None:
+        return render.show(str(self.render_mode), render.running_texts(self._texts, self._engine, self._pieces))
+
     def _render_for_people(self) -> None:
         if self.render_mode == "human":
-            self.render()
+            self._show()
 
     # ---------------------------------------------------------------- episodes
 
-    def _seed_streams(self, mask: np.ndarray, seeds: list[int | None]) -> None:
-        """Slots of one group share a seed, so that their k-th episodes have the same prompt."""
-        if not self._rngs:
-            self._rngs = [np_random(0)[0] for _ in range(self.num_envs)]
-        leaders = {int(row): seeds[row // self.config.group_size * self.config.group_size] for row in np.flatnonzero(mask)}
-        fresh = {row: np_random(seed)[0] for row, seed in leaders.items() if seed is not None}
-        for row, rng in fresh.items():
-            self._rngs[row] = rng
+    @contextmanager
+    def _changing(self, call: str, whole: bool = False) -> Iterator[None]:
+        """Around what must not stop half-way: whatever interrupts it (Ctrl-C, no memory, a rule that raises) leaves a mark,
+        and nothing but what begins or loads all texts, a `whole` call, goes on from there."""
+        before = self._interrupted
+        if whole and before is not None:
+            self.tokens_seen = before.tokens_seen
+            self._engine.load_statistics(before.statistics)
+        self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
+        if whole:
+            self._engine.forget()
+        yield
+        self._interrupted = None
 
     def _begin(
         self,
@@ -335,23 +390,15 @@ class TokenVectorEnv(VectorEnv):
         slots, given = np.flatnonzero(mask), prompts or {}
         started = []
         for slot in map(int, slots):
-            drawn = (-1, given[slot]) if slot in given else draw(self._task.prompts, self._rngs[slot])
-            self._prompt_id[slot] = drawn[0]
-            started.append(drawn[1])
+            drawn = self._streams.draw(slot)
+            self._prompt_id[slot] = -1 if slot in given else drawn[0]
+            started.append(given.get(slot, drawn[1]))
         self._texts.restart(slots, started, [(prefixes or {}).get(int(slot), ()) for slot in slots])
         self._engine.start(slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef))
         recall_prefixes(self._engine, slots, self._texts)
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
         self._ended[mask] = False
         return self._start_infos(slots)
-
-    def _advance(self, tokens: np.ndarray, logprob: Tensor | None, active: np.ndarray, ends: Ends) -> Paid:
-        try:
-            return self._engine.step(self._texts.upload(tokens), logprob, active, ends, self._texts)
-        except Exception:
-            # A reward server that is down, say. Half a step cannot be taken back: reset() or load_state() comes next.
-            self._engine.states = None
-            raise
 
     def _active_rows(self) -> np.ndarray:
         """Rows that take a token: all but those that NEXT_STEP resets now."""
@@ -365,7 +412,9 @@ class TokenVectorEnv(VectorEnv):
     def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
         """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
         tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
-        codes = self._to_host(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes = token_codes(tokens, logprob, self.token_spec.vocab_size)
+        codes = self._to_host(self._engine.watch.mark(codes))
+        self._engine.watch.check(codes)
         codes[~active] = self.token_spec.pad_token_id
         require_valid(codes, tokens, logprob, self.token_spec)
         return codes, logprob
@@ -451,10 +500,27 @@ class TokenVectorEnv(VectorEnv):
         if self.closed:
             raise EnvClosed("this env is closed; make a new one.")
 
-    def _require_reset(self) -> None:
+    def _require_whole(self) -> None:
         self._require_open()
+        if self._interrupted is not None:
+            raise Interrupted(
+                f"{self._interrupted.call}() was interrupted half-way, so the env cannot go on; call reset() for all slots, or "
+                "load_state() with all of them."
+            )
+
+    def _require_reset(self) -> None:
+        self._require_whole()
         if not self._engine.started:
             raise NotReset("call reset() first: no text has begun in every slot yet.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Interrupted:
+    """The mark of a call that has not come to its end, and what was the env's as a whole before it."""
+
+    call: str
+    tokens_seen: int
+    statistics: dict[str, Tensor | np.ndarray]
 
 
 def _host(values: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, ModelError
 
+from .adapters import unwrapped
 from .batching import hidden_states, in_micro_batches, upload
 from .rope import fix_rope
 
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
     from .recompute import TextRows
     from .slot_cache import KVRows
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest mean relative difference of cached and uncached states that the arithmetic alone explains."""
-
 
 class CachedLM:
     """A causal transformer with N rows of keys and values (a `SlotModel`): one token's forward per step.
 
-    A row's states never depend on what other rows hold. A model that cannot be cached per row is found out when the
-    object is built and run by recomputing the text at every append, with one warning.
+    A row's states never depend on what other rows hold. Whether the model can be cached per row is tried out when the
+    object is built, at `max_length` tokens, which costs the forwards of two such texts; a model that cannot is run by
+    recomputing the text at every append, with one warning.
     Everything but `states` runs without gradients and in eval mode. The device is never waited for.
 
     Args:
@@ -60,7 +59,7 @@ class CachedLM:
         self.positions = np.zeros(num_rows, dtype=np.int64)
         """(N,) tokens each row holds; 0: never prefilled. Read only."""
         _check_positions(self.trunk, max_length)
-        fix_rope(self.trunk, max_length)
+        fix_rope(text_part(self.trunk), max_length)
         self._last_id = self.trunk.config.get_text_config().vocab_size - 1
         self._rows = self._make_rows(compile)
         with acting(self.trunk):  # allocates everything now rather than in the middle of a run
@@ -141,10 +140,16 @@ class CachedLM:
         return hidden_states(self.trunk, self._ids(tokens), lengths)
 
     def _make_rows(self, compile: bool) -> "KVRows | TextRows":
+        from .probing import why_uncached
         from .recompute import TextRows
         from .slot_cache import KVRows
 
-        reason = why_uncached(self.trunk, self.max_length)
+        # A copy of the model keeps what was found out: the policy's caches need no trial after the env's.
+        tried = vars(self.trunk).setdefault("tried_caches", {})
+        key = (self.max_length, self.trunk.dtype, self.trunk.config._attn_implementation)
+        if key not in tried:
+            tried[key] = why_uncached(self.trunk, self.max_length)
+        reason = tried[key]
         if reason is None:
             return KVRows(self.trunk, self.num_rows, self.max_length, compile)
         warnings.warn(
@@ -171,9 +176,12 @@ class CachedLM:
 
 def trunk_of(model: Any) -> Any:
     """The transformers base model inside a model with a head or a peft model; a base model is returned as it is."""
-    if hasattr(model, "get_base_model"):  # peft, whose own `base_model` is something else
-        model = model.get_base_model()
-    return model.base_model
+    return unwrapped(model).base_model  # a peft model's own `base_model` is something else
+
+
+def text_part(trunk: Any) -> Any:
+    """The module that reads the text: the trunk itself, but of a model that also sees or hears, its language model."""
+    return trunk.get_decoder() if hasattr(trunk, "get_decoder") else trunk
 
 
 @contextmanager
@@ -205,49 +213,13 @@ def cache_bytes(trunk: Any, num_rows: int, max_length: int) -> int:
     return num_rows * max_length * (rows.nbytes or 8)
 
 
-def why_uncached(trunk: Any, max_length: int) -> str | None:
-    """None if cached states of a few tokens in two ragged rows equal the uncached ones; else what went wrong."""
-    with acting(trunk):
-        try:
-            difference = _probe(trunk, max_length)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a foreign model's code raises
-            return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-    tolerance = TOLERANCE.get(trunk.dtype, 1e-1)
-    if torch.get_float32_matmul_precision() != "highest":
-        tolerance = max(tolerance, TOLERANCE[torch.float16])
-    return None if difference <= tolerance else f"cached states differ by {difference:.1e} of their size"
-
-
-def _probe(trunk: Any, max_length: int) -> float:
-    """Mean relative difference of cached and uncached last states. Row 1 forgets all but 3 of its tokens, which must
-    leave no trace; row 0 outgrows the sliding window, if there is one.
-    """
-    from .slot_cache import KVRows, attention_windows
-
-    window = min(attention_windows(trunk.config.get_text_config(), max_length).values())
-    width = max(1, min(window + 2 if window < max_length else 6, max_length - 2))
-    short = min(3, width)
-    ids = torch.arange(2 * (width + 2), device=trunk.device).view(2, -1) * 7 + 3
-    ids %= trunk.config.get_text_config().vocab_size
-    rows = KVRows(trunk, 2, width + 2)
-    rows.prefill(torch.arange(2, device=trunk.device), ids[:, :width])
-    for step in range(2):
-        at = np.array([width, short]) + step
-        states = rows.append(ids[[0, 1], at], at, np.array([True, True]))
-    alone = [hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1] for i, n in enumerate((width + 2, short + 2))]
-    expected = torch.stack(alone).float()
-    difference = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float(difference.mean().nan_to_num(torch.inf))
-
-
 def _check_positions(trunk: Any, max_length: int) -> None:
     """Learned positions end; reading beyond them would end a CUDA process."""
-    for name, module in trunk.named_modules():
-        learned = isinstance(module, nn.Embedding) and ("wpe" in name or "pos" in name)
-        if learned and module.num_embeddings < max_length:
-            raise ModelError(
-                f"max_length={max_length}: {type(trunk).__name__} has {module.num_embeddings} positions; "
-                f"allowed: at most that many"
-            )
+    named = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in text_part(trunk).named_modules():
+        if isinstance(module, nn.Embedding) and ("wpe" in name or "pos" in name):
+            positions = min(module.num_embeddings, named or module.num_embeddings)  # some tables begin with unused rows
+            if positions < max_length:
+                raise ModelError(
+                    f"max_length={max_length}: {type(trunk).__name__} has {positions} positions; allowed: at most that many"
+                )

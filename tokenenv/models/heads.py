@@ -1,6 +1,7 @@
 """What is read from a causal model's states: next-token logits, scores, log-probs."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +12,48 @@ from torch.utils.checkpoint import checkpoint
 from tokenenv.errors import ModelError
 from tokenenv.types import Head, Scorer
 
+from .adapters import unwrapped
 from .batching import hidden_states
 from .cached_lm import acting, trunk_of
+from .probing import looks_ahead
 
 CHUNK = 512
 """Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
+
+
+# Heads are objects rather than functions, so that a copy or a pickle of what holds them reads its own model.
+@dataclass(frozen=True, slots=True, eq=False)
+class LMHead:
+    """States (K, H) to float32 logits (K, V); see `lm_head`."""
+
+    linear: Any
+    scale: float
+    cap: float | None
+    vocab_size: int | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The logits (K, V)."""
+        logits = self.linear(states).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.cap:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits if self.vocab_size is None else self._resized(logits, self.vocab_size)
+
+    def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
+        missing = vocab_size - logits.shape[-1]
+        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreHead:
+    """States (K, H) to float32 scores (K,); see `score_head`."""
+
+    linear: Any
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """The scores (K,)."""
+        return self.linear(states).float().squeeze(-1)
 
 
 def lm_head(model: Any, vocab_size: int | None = None) -> Head:
@@ -24,22 +62,19 @@ def lm_head(model: Any, vocab_size: int | None = None) -> Head:
     With `vocab_size` V is that: ids beyond a smaller model's are -inf, those beyond V are cut off.
 
     Raises:
-        ModelError: the model has no such head, or its logits are not a function of the last hidden states we know.
+        ModelError: the model has no such head, it looks ahead, or its logits are not a function of the last hidden states
+            we know.
     """
-    model = _unwrapped(model)
-    linear = model.get_output_embeddings()
+    linear = unwrapped(model).get_output_embeddings()
     if linear is None:
         raise ModelError(f"{_name(model)} has no language-model head; allowed: causal language models")
-    scale, cap = _logit_options(model.config.get_text_config())
-
-    def head(states: Tensor) -> Tensor:
-        logits = linear(states).float()
-        if scale != 1:
-            logits = logits * scale
-        return torch.tanh(logits / cap) * cap if cap else logits
-
+    if looks_ahead(model):
+        raise ModelError(
+            f"{_name(model)} looks ahead: later tokens change what it says of earlier ones; allowed: causal language models"
+        )
+    head = LMHead(linear, *_logit_options(model.config.get_text_config()))
     _check_head(model, head, lambda logits: logits[0])
-    return head if vocab_size is None else _resized(head, vocab_size)
+    return replace(head, vocab_size=vocab_size)
 
 
 def score_head(model: Any) -> Head:
@@ -53,15 +88,13 @@ def score_head(model: Any) -> Head:
 
 def make_scorer(model: Any) -> Scorer:
     """A sequence- or token-classification model with one label as a `Scorer`; errors as `score_head`."""
-    model = _unwrapped(model)
-    linear = getattr(model, "score", None) or getattr(model, "classifier", None)
+    base = unwrapped(model)
+    linear = getattr(base, "score", None) or getattr(base, "classifier", None)
     if linear is None or model.config.num_labels != 1:
         labels = "no scalar head" if linear is None else f"{model.config.num_labels} labels"
         raise ModelError(f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with one label")
 
-    def head(states: Tensor) -> Tensor:
-        return linear(states).float().squeeze(-1)
-
+    head = ScoreHead(linear)
     per_token = _check_head(model, head, lambda logits: logits.flatten())
     return Scorer(model=trunk_of(model), head=head, per_token=per_token)
 
@@ -89,10 +122,6 @@ def in_chunks(function: Callable[..., Tensor], *columns: Tensor, chunk: int = CH
     return torch.cat([checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _name(model: Any) -> str:
     return f"{type(model).__name__} ({model.config.name_or_path or 'built in memory'})"
 
@@ -101,15 +130,6 @@ def _logit_options(config: Any) -> tuple[float, float | None]:
     """Factor and soft cap: `logit_scale` (Cohere), `logits_scaling` (Granite), `final_logit_softcapping` (Gemma)."""
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def _resized(head: Head, vocab_size: int) -> Head:
-    def resized(states: Tensor) -> Tensor:
-        logits = head(states)
-        missing = vocab_size - logits.shape[-1]
-        return pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
-
-    return resized
 
 
 def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> bool:
@@ -124,7 +144,8 @@ def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> b
     with acting(model):
         logits = model(input_ids=tokens, use_cache=False).logits
         if not _agree(head, hidden_states(trunk, tokens, [len(ids)])[0], select(logits).float()):
-            raise ModelError(f"{_name(model)} computes its logits in a way that is not known here; it cannot be used")
+            of_peft = "" if unwrapped(model) is model else ": of peft's methods, learned prompts cannot be used, LoRA can"
+            raise ModelError(f"{_name(model)} computes its logits in a way that is not known here{of_peft}")
     return logits.ndim == 3
 
 

@@ -6,8 +6,8 @@ import torch
 
 from tokenenv.errors import ModelError
 
-from .cached_lm import acting, trunk_of
 from .heads import make_scorer
+from .probing import looks_ahead
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
 """RoPE types that reach beyond the positions named in the config."""
@@ -70,15 +70,6 @@ def load_classifier(
         return _moved(source, device, dtype)
     auto_class = _classifier(source, trust_remote_code)
     return _load(auto_class, source, device, dtype, attn_implementation, trust_remote_code)
-
-
-def looks_ahead(model: Any) -> bool:
-    """Whether another last token changes the states before it."""
-    trunk = trunk_of(model)
-    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=trunk.device)
-    with acting(trunk):
-        one, other = trunk(input_ids=tokens)[0][:, :2].float()
-    return not torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:

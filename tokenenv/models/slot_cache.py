@@ -49,9 +49,13 @@ class SlotLayer(StaticLayer):
             x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3]) for x in (key_states, value_states)
         )
         if self.write.compiled:
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
+            self.mark_static()
         self.is_initialized = True
+
+    def mark_static(self) -> None:
+        """Tells CUDA graphs that keys and values keep their addresses."""
+        torch._dynamo.mark_static_address(self.keys)
+        torch._dynamo.mark_static_address(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores new states (B, heads, Q, size); returns what to attend to, in the same layout."""
@@ -84,6 +88,17 @@ class KVRows:
         self.rows = torch.arange(num_rows, device=trunk.device)[:, None]
         self.steps = torch.arange(max_length, device=trunk.device)
         self.step_trunk = compiled(trunk) if compile else trunk
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled trunk, which can be neither copied nor pickled: a copy compiles its own."""
+        return {name: value for name, value in vars(self).items() if name != "step_trunk"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
+        if self.write.compiled:
+            for layer in self.cache.layers:
+                layer.mark_static()
 
     @property
     def nbytes(self) -> int:

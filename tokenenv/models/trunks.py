@@ -2,14 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from tokenenv.errors import ModelError
 from tokenenv.models import cached_lm
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.heads import lm_head, token_logprobs
+from tokenenv.models.probing import random_ids
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
@@ -26,34 +29,37 @@ def trunk_of(model: Any) -> Any:
 class Trunks:
     """Every distinct trunk among `models`, each as N rows of at most `max_length` tokens.
 
-    States come as a dict from id(trunk) to (rows, H), so that terms that share a model share its forward.
+    States come as a dict from trunk to (rows, H), so that terms that share a model share its forward.
+
+    Raises:
+        ModelError: a trunk compares by value, so that two models could be taken for one.
     """
 
     def __init__(self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any) -> None:
-        trunks = {id(trunk): trunk for trunk in map(trunk_of, models)}
-        _report_memory(trunks.values(), num_rows, max_length)
-        self._rows = {key: slot_model(trunk, num_rows, max_length, **options) for key, trunk in trunks.items()}
+        trunks = list(dict.fromkeys(_told_apart(trunk_of(model)) for model in models))
+        _report_memory(trunks, num_rows, max_length)
+        self._rows = {trunk: slot_model(trunk, num_rows, max_length, **options) for trunk in trunks}
 
-    def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
         """Restarts `slots` with right-padded tokens (n, <=L) in every trunk; states (n, H)."""
-        return {key: rows.prefill(slots, tokens, lengths) for key, rows in self._rows.items()}
+        return {trunk: rows.prefill(slots, tokens, lengths) for trunk, rows in self._rows.items()}
 
-    def append(self, tokens: Tensor, active: np.ndarray) -> dict[int, Tensor]:
+    def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:
         """Adds one token (N,) to the rows where `active` (N,) in every trunk; states (N, H)."""
-        return {key: rows.append(tokens, active) for key, rows in self._rows.items()}
+        return {trunk: rows.append(tokens, active) for trunk, rows in self._rows.items()}
 
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copies rows in every trunk."""
         for rows in self._rows.values():
             rows.fork(sources, targets)
 
-    def states(self, tokens: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    def states(self, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
         """The uncached forward in every trunk: right-padded tokens (B, L) to states (B, L, H)."""
-        return {key: rows.states(tokens, lengths) for key, rows in self._rows.items()}
+        return {trunk: rows.states(tokens, lengths) for trunk, rows in self._rows.items()}
 
     def of(self, model: Any) -> SlotModel:
         """The rows of `model`'s trunk."""
-        return self._rows[id(trunk_of(model))]
+        return self._rows[trunk_of(model)]
 
     @property
     def cache_bytes(self) -> int:
@@ -73,6 +79,15 @@ def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> Sl
     if hasattr(trunk, "slots"):
         return trunk.slots(num_rows, max_length)
     return cached_lm.CachedLM(trunk, num_rows, max_length, **options)
+
+
+def _told_apart(trunk: Any) -> Any:
+    if type(trunk).__hash__ is not object.__hash__:
+        name = type(trunk).__name__
+        raise ModelError(
+            f"{name} defines __eq__ or __hash__, and models are told apart by identity; a dataclass takes eq=False."
+        )
+    return trunk
 
 
 def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> None:
@@ -95,13 +110,15 @@ def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Te
     `logprob` saves making (K, V) logits."""
     if hasattr(model, "logprob"):
         return model.logprob
-    head = logits_head(model, vocab_size)
-    return lambda states, tokens: token_logprobs(states, tokens, head)
+    return partial(token_logprobs, head=logits_head(model, vocab_size))
 
 
 def hidden_size_of(model: Any) -> int:
-    """How many numbers of a state a value head may read."""
-    return int(model.hidden_size if hasattr(model, "slots") else model.config.get_text_config().hidden_size)
+    """How many numbers of a state a value head may read; of a transformers model it is measured: some project theirs."""
+    if hasattr(model, "slots"):
+        return int(model.hidden_size)
+    with cached_lm.acting(trunk_of(model)):
+        return text_states(model, random_ids(trunk_of(model), 1, 1), [1]).shape[-1]
 
 
 def vocab_size_of(model: Any) -> int:

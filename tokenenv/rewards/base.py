@@ -26,13 +26,13 @@ Weight = float | Callable[[int], float]
 class States:
     """K texts as the models see them after their last token."""
 
-    hidden: dict[int, Tensor]
-    """A state (K, H) for every trunk, by its id()."""
+    hidden: dict[Any, Tensor]
+    """A state (K, H) for every trunk, by the trunk itself."""
     step: Tensor
     """(K,) int64: response tokens so far."""
     score: Tensor | None = None
-    """(K,) the scorer's score of the text so far: a running sum of token scores, or the score at the last token. None
-    without a scorer, and with one that scores finished texts only."""
+    """(K,) the scorer's score of the text so far: a running sum of token scores, in float64 where the device has it, or the
+    score at the last token, float32. None without a scorer, and with one that scores finished texts only."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """(K,) what each term with `has_memory` carries along the text, by its name."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class States:
 
     def of(self, model: Any) -> Tensor:
         """The states (K, H) of `model`'s trunk; the term lists the model in `models`."""
-        return self.hidden[id(trunk_of(model))]
+        return self.hidden[trunk_of(model)]
 
     def tensors(self) -> list[Tensor]:
         """All of it, always in the same order."""
@@ -146,9 +146,9 @@ class Transitions:
     def final_score(self) -> Tensor:
         """(K,): the sequence score where a text ends and is scored, else 0."""
         if self.after.score is not None:
-            return torch.where(self.scored, self.after.score, 0.0)
+            return torch.where(self.scored, self.after.score, 0.0).float()
         if self.finished is None or self.finished.score is None:
-            return torch.zeros(self.tokens.shape, device=self.tokens.device)
+            return torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         return self.at_end(self.finished.score)
 
     def at_end(self, values: Tensor) -> Tensor:
@@ -271,12 +271,13 @@ class RewardTerm:
         those it began with: read them from the batch, never from `self`."""
         return None
 
-    def save_statistics(self) -> np.ndarray | None:
-        """What `statistics` are computed from, as an array of float64; None where there is nothing to save."""
+    def save_statistics(self) -> Tensor | np.ndarray | None:
+        """What `statistics` are computed from, float64, as a tensor on the env's device or as an array; None where there is
+        nothing to save. Asked at every step, so that an interrupted one teaches nothing: it must not wait for the device."""
         return None
 
-    def load_statistics(self, saved: np.ndarray) -> None:
-        """Goes on from what `save_statistics` returned."""
+    def load_statistics(self, saved: Tensor | np.ndarray) -> None:
+        """Goes on from what `save_statistics` returned, as a tensor or as an array."""
         raise TypeError(f"{type(self).__name__} has statistics but does not define load_statistics()")
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
@@ -332,8 +333,9 @@ class RewardSum:
 
 
 def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
-    """Their product; 0 of a term that is switched off, also where its reward is -inf (a token the reference has not)."""
-    return torch.where(weight == 0, 0.0, weight * rewards)
+    """Their product, float32; 0 of a term that is switched off, also where its reward is -inf (a token the reference has
+    not)."""
+    return torch.where(weight == 0, 0.0, weight * rewards).float()
 
 
 def weight_now(weight: Weight, tokens_seen: int) -> float:

@@ -87,11 +87,11 @@ class Wrapper(RewardTerm):
         parts = [part for part in (self.term.statistics(), self.own_statistics()) if part is not None]
         return torch.cat(parts) if parts else None
 
-    def save_statistics(self) -> np.ndarray | None:
+    def save_statistics(self) -> Tensor | np.ndarray | None:
         """What the wrapped term saves."""
         return self.term.save_statistics()
 
-    def load_statistics(self, saved: np.ndarray) -> None:
+    def load_statistics(self, saved: Tensor | np.ndarray) -> None:
         """Goes on from what `save_statistics` returned."""
         self.term.load_statistics(saved)
 
@@ -139,17 +139,18 @@ class _Learned(Wrapper):
         bins = step.clamp(max=self._moments.shape[1] - 1).flatten()
         self._moments = updated_moments(self._moments, rewards.flatten(), bins, mask.flatten())
 
-    def save_statistics(self) -> np.ndarray:
+    def save_statistics(self) -> Tensor:
         """The wrapped term's, then the moments, as one row of numbers."""
         inner = self.term.save_statistics()
-        return np.concatenate([*([] if inner is None else [inner.ravel()]), self._moments.flatten().cpu().numpy()])
+        own = self._moments.flatten()
+        return own if inner is None else torch.cat([torch.as_tensor(inner).to(own.device).flatten(), own])
 
-    def load_statistics(self, saved: np.ndarray) -> None:
+    def load_statistics(self, saved: Tensor | np.ndarray) -> None:
         """Goes on from what `save_statistics` returned."""
         inner, size = self.term.save_statistics(), self._moments.numel()
         if inner is not None:
             self.term.load_statistics(saved[:-size].reshape(inner.shape))
-        self._moments = torch.tensor(saved[-size:], device=self._moments.device).view_as(self._moments)
+        self._moments = torch.as_tensor(saved[-size:]).to(self._moments).view_as(self._moments)
 
 
 class Scaled(_Learned):

@@ -15,7 +15,7 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.vllm_server import VLLMServer
 from tokenenv.types import TokenSpec, Written
 
-from .weights import check_transformers_model, has_adapter, save_adapter, save_weights
+from .weights import lora_config, save_adapter, save_weights, transformers_model
 
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """What a server would otherwise take from the model's generation config."""
@@ -53,9 +53,9 @@ class VLLMServerEngine:
         timeout: float = 600.0,
         retries: int = 3,
     ) -> None:
-        check_transformers_model(model)
         check_choice("weight_sync", weight_sync, ("disk", "nccl"))
-        self.model, self.weight_sync, self.temperature = model, weight_sync, temperature
+        self.model, self.weight_sync, self.temperature = transformers_model(model), weight_sync, temperature
+        self.lora = lora_config(self.model)
         self.server = VLLMServer(url, api_key=api_key, timeout=timeout, retries=retries)
         self._temporary = TemporaryDirectory(prefix="tokenenv-vllm-") if weights_dir is None else None
         self._folder = Path(weights_dir or self._temporary.name)  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ class VLLMServerEngine:
 
     def _write(self, key: int, prompt: list[int], max_tokens: int, seed: int) -> Written:
         body = {
-            "model": "policy" if has_adapter(self.model) else self.server.model,
+            "model": "policy" if self.lora else self.server.model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "seed": seed,
@@ -116,7 +116,7 @@ class VLLMServerEngine:
             self.server.ask("/resume")
 
     def _hand_over(self) -> None:
-        if has_adapter(self.model):
+        if self.lora:
             save_adapter(self.model, self._folder / "adapter")
             body = {"lora_name": "policy", "lora_path": str(self._folder / "adapter"), "load_inplace": True}
             self.server.ask("/v1/load_lora_adapter", body)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenenv.errors import MissingDependency, check_choice
 from tokenenv.types import TokenSpec, Written
 
-from .weights import check_transformers_model, has_adapter, named_weights, save_adapter, save_weights
+from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
 
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Environment variables of vLLM on a CPU, where they are not set: 1 GiB of caches (its default is nearly all memory), and
@@ -75,10 +75,10 @@ class VLLMEngine:
         weight_sync: str = "auto",
         **options: Any,
     ) -> None:
-        check_transformers_model(model)
         check_choice("weight_sync", weight_sync, ("auto", "memory", "disk", *TRANSFERS))
-        self.model, self._folder = model, TemporaryDirectory(prefix="tokenenv-vllm-")
-        save_weights(model, Path(self._folder.name))
+        self.model, self._folder = transformers_model(model), TemporaryDirectory(prefix="tokenenv-vllm-")
+        self.lora = lora_config(self.model)
+        save_weights(self.model, Path(self._folder.name))
         lengths = {"max_model_len": spec.max_prompt_tokens + spec.max_new_tokens, "max_num_seqs": num_texts}
         fixed = {"dtype": dtype, "logprobs_mode": "processed_logprobs", **self._lora_options(), **transfer_options(weight_sync)}
         self.llm = start_vllm(self._folder.name, **{**lengths, **options, **fixed})
@@ -86,13 +86,13 @@ class VLLMEngine:
         self._sampling = {"temperature": temperature, "stop_token_ids": list(spec.stop_token_ids), "ignore_eos": True}
         self._running: set[int] = set()
         self._transfer: Any = None
-        if has_adapter(model):
+        if self.lora:
             self.sync()
 
     def _lora_options(self) -> dict[str, Any]:
-        if not has_adapter(self.model):
+        if not self.lora:
             return {}
-        rank = self.model.peft_config["default"].r
+        rank = self.lora.r
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in LORA_RANKS if r >= rank)}
 
     def _choose(self, weight_sync: str) -> str:
@@ -139,7 +139,7 @@ class VLLMEngine:
 
     def sync(self) -> None:
         """Hands the model's weights over, and has running texts read again with them; see `RolloutEngine`."""
-        if has_adapter(self.model):
+        if self.lora:
             self._swap_adapter()
         elif self.weight_sync == "memory":
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_weights(self.model).items())})
@@ -159,7 +159,7 @@ class VLLMEngine:
         self.llm.reset_prefix_cache(reset_running_requests=True)
 
     def _lora_request(self, **options: Any) -> Any:
-        if not has_adapter(self.model):
+        if not self.lora:
             return None
         from vllm.lora.request import LoRARequest
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,48 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.adapters import active_adapters, unwrapped
 
 ADAPTER_PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 
 
-def check_transformers_model(model: Any) -> None:
-    """Raises `InvalidArgument` unless vLLM can be given the model as a checkpoint."""
+PLAIN_LORA: dict[str, Any] = {
+    "use_dora": False,
+    "use_rslora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+"""What of peft's LoRA goes to vLLM; beside these the rank and the scale."""
+
+
+def transformers_model(model: Any) -> Any:
+    """The transformers model of a policy, without peft's wrapper. Raises `InvalidArgument` unless vLLM can be given it as a
+    checkpoint and, where it has an adapter, as a checkpoint and a LoRA adapter."""
+    model = unwrapped(model)
     if not hasattr(model, "save_pretrained"):
         raise InvalidArgument(f"rollout needs a transformers policy, which vLLM can run, not {type(model).__name__}.")
+    names = active_adapters(model)
+    configs = [model.peft_config[name] for name in names]
+    if len(names) > 1 or not all(_is_plain_lora(config) for config in configs):
+        raise InvalidArgument(
+            f"rollout hands adapters over as plain LoRA of one rank, and {type(model).__name__} has "
+            f"{', '.join(f'{name!r} ({config.peft_type.value})' for name, config in zip(names, configs, strict=True))}; merge "
+            "them (model.merge_and_unload()) or leave rollout at 'step'."
+        )
+    return model
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether low-rank adapters are what is trained of the model."""
-    return bool(getattr(model, "peft_config", None))
+def _is_plain_lora(config: Any) -> bool:
+    return config.peft_type.value == "LORA" and all(getattr(config, key) == value for key, value in PLAIN_LORA.items())
+
+
+def lora_config(model: Any) -> Any:
+    """peft's config of the adapter that is trained of the model; None where the model's own weights are."""
+    names = active_adapters(model)
+    return model.peft_config[names[0]] if names else None
 
 
 def named_weights(model: Any) -> dict[str, Tensor]:
@@ -50,11 +79,13 @@ def save_weights(model: Any, folder: Path) -> None:
 def save_adapter(model: Any, folder: Path) -> None:
     """Writes the low-rank adapter as peft does, for a LoRA request."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
-    names = [ADAPTER_PREFIX + name.replace(".default.", ".") for name in own]
+    [adapter] = active_adapters(model)
+    pattern = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter)}(\.weight)?")
+    own = {match: weight for name, weight in model.state_dict().items() if (match := pattern.fullmatch(name))}
+    names = [ADAPTER_PREFIX + match[1] + (match[2] or "") for match in own]
     tensors = dict(zip(names, (weight.to("cpu", copy=True).contiguous() for weight in own.values()), strict=True))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    made = model.peft_config["default"]
+    made = lora_config(model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,0 +1,60 @@
+"""Which prompt a text begins with: a function of a seed and of how many texts began before, so nothing falls out of step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenenv.prompts import draw
+from tokenenv.types import Slots
+
+
+class PromptStreams:
+    """The prompts of N slots, in groups of `group_size` consecutive ones that share each prompt.
+
+    A group hands its texts out in the order in which they begin, by time and then by slot: the m-th text (from 0) has the
+    group's prompt number m // group_size. So a slot that becomes free takes what is missing of the oldest prompt.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], num_slots: int, group_size: int) -> None:
+        self.prompts, self.group_size = prompts, group_size
+        self.seeds = [0] * (num_slots // group_size)
+        """Of each group."""
+        self.begun = [0] * (num_slots // group_size)
+        """How many texts have begun in each group."""
+
+    def reseed(self, seeds: Sequence[int | None], mask: np.ndarray) -> None:
+        """Each group of `mask` (N,) starts anew with the seed of its first slot, unless that is None; see `split_groups`."""
+        for slot in range(0, len(mask), self.group_size):
+            seed = seeds[slot]
+            if mask[slot] and seed is not None:
+                self.seeds[slot // self.group_size], self.begun[slot // self.group_size] = seed, 0
+
+    def split_groups(self, mask: np.ndarray) -> bool:
+        """Whether `mask` (N,) holds a part of a group."""
+        groups = mask.reshape(-1, self.group_size)
+        return bool((groups.any(1) & ~groups.all(1)).any())
+
+    def round_up(self) -> None:
+        """Every group goes on with a new prompt, whatever is missing of the last one."""
+        self.begun = [-(-begun // self.group_size) * self.group_size for begun in self.begun]
+
+    def draw(self, slot: int) -> tuple[int, Sequence[int]]:
+        """The index and the prompt of the text that begins in `slot`."""
+        group = slot // self.group_size
+        drawn = draw(self.prompts, self.seeds[group], self.begun[group] // self.group_size)
+        self.begun[group] += 1
+        return drawn
+
+    def save(self, slots: Slots) -> dict[str, Any]:
+        """What `load` needs, of the groups of `slots`."""
+        groups = [int(slot) // self.group_size for slot in slots]
+        numbers = {"seeds": [self.seeds[group] for group in groups], "begun": [self.begun[group] for group in groups]}
+        return {"group_size": self.group_size, **numbers}
+
+    def load(self, slots: np.ndarray, saved: dict[str, Any]) -> None:
+        """Takes up the streams of the groups that are whole in `slots`; the others belong to slots that stay too."""
+        for slot, seed, begun in zip(slots, saved["seeds"], saved["begun"], strict=True):
+            group = int(slot) // self.group_size
+            if np.isin(np.arange(group * self.group_size, (group + 1) * self.group_size), slots).all():
+                self.seeds[group], self.begun[group] = int(seed), int(begun)
