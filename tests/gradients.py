@@ -165,6 +165,7 @@ def batch_of(world: World, design: str, beta: float, count: int, logits: Tensor)
         kl_coef_B=torch.full((len(rows),), beta),
         terminated_B=nothing == 0,
         truncated_B=nothing > 0,
+        bootstraps_B=nothing > 0,
         score_B=nothing,
         gold_B=nothing,
         prompt_id_B=nothing.long(),
