@@ -13,7 +13,7 @@ from tabular import BETA, relative_error, worlds
 from toy_env import GOOD, ToyEnv
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import GRPO, RLOO
+from tokenenv.agents import GRPO, PPO, RLOO
 from tokenenv.agents.advantages import returns_to_go
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.groups import compared, flat_groups, group_mean, group_std, hold_last
@@ -125,9 +125,7 @@ def test_sources_add_up_and_the_penalty_is_whole(kl):
 
 
 def test_an_env_without_terms_has_two_sources():
-    env = ToyEnv(4, kl_coef=0.2)
-    env.group_size = 2
-    agent = RLOO(env)
+    agent = PPO(ToyEnv(4, kl_coef=0.2))
     batch = EpisodeBatch.stack(agent.collector.collect(30))
     sources = agent.sources(batch)
     assert list(sources) == ["reward", "kl"]
