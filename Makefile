@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help setup demo test test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test kill-test test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -25,10 +25,14 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
 
-test-tianshou:  ## the Tianshou example, in an environment of its own: its pins and ours do not meet
+kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
+	KILLS=50 $(BIN)/pytest tests/test_kills.py
+
+test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
 	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
-	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' --editable .
+	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
+	.venv-tianshou/bin/pytest --confcutdir tests/with_tianshou tests/with_tianshou
 
 VLLM := .venv-vllm/bin
 

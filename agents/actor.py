@@ -52,8 +52,12 @@ def device_of(policy: Policy) -> torch.device:
 def sample(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws one token per row from `softmax(logits / temperature)`: tokens (N,) int64 and their log-probabilities (N,).
 
-    By inversion of the cumulative distribution: N random numbers, not N V.
+    By inversion of the cumulative distribution: N random numbers, not N V. At temperature 0 the likeliest token, without a
+    random number; its log-probability there is 0.
     """
+    if temperature == 0:
+        tokens_N = logits_NV.argmax(-1)
+        return tokens_N, torch.zeros_like(tokens_N, dtype=torch.float32)
     logprobs_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
     cumulative_NV = logprobs_NV.exp().cumsum(-1)
     uniform_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)

@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,13 +18,14 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from tokenenv.errors import CheckpointError, InvalidArgument, NotFinite, check_choice
+from tokenenv.errors import InvalidArgument, NotFinite, check_choice
+from tokenenv.trust import check_from_file
 
 from . import losses
 from .actor import Actor
 from .advantages import KL_ROUNDING, kl_penalised
-from .checkpoint import read_checkpoint, write_checkpoint
-from .collector import Collector
+from .checkpoint import read_newest, write_checkpoint
+from .collector import Collector, Stopped
 from .config import AgentConfig, learning_rate, run_progress
 from .env_rows import (
     check_apart,
@@ -39,11 +40,11 @@ from .env_rows import (
 )
 from .episodes import Episode, EpisodeBatch, summary
 from .failures import write_failures
-from .generate import generate
+from .generate import Prompts, generate
 from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
 from .policy import LMPolicy
 from .progress import ProgressLine
-from .saving import agent_state, restore, trained_weights
+from .saving import agent_state, check_state, restore, trained_weights
 from .staleness import mismatch, staleness, waiting
 from .text_collector import TextCollector, check_text_env, make_engine
 from .tracking import RunFolder
@@ -58,7 +59,7 @@ class Agent:
         envs: a vector env of texts, such as `gym.make_vec("tokenenv/Reviews-v0", num_envs=64)`; with SAME_STEP no step is lost.
         config: an instance of the agent's config; None is the default one.
         policy: what to train; None is a copy of the env's model.
-        run_dir: where TensorBoard events and episodes go; None writes nothing.
+        run_dir: where TensorBoard events and episodes go, a folder without a run in it; None writes nothing.
         **overrides: single fields of the config.
     """
 
@@ -78,7 +79,7 @@ class Agent:
         check_env(envs)
         warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
-            raise InvalidArgument(f"config={config!r} is no {self.config_class.__name__}.")
+            raise InvalidArgument(f"config= is a {type(config).__name__}, no {self.config_class.__name__}.")
         for name in overrides:
             check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
         self.config = cfg = replace(config or self.config_class(), **overrides)
@@ -95,6 +96,10 @@ class Agent:
         self.optimizer = torch.optim.AdamW(trained_weights(self.policy).values(), lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.updates = 0
+        self.updated_at = 0
+        """Tokens that had been seen after the last update."""
+        self._has_begun = False
+        """Whether what is in the run folder is this agent's."""
         self.reference = None
         if cfg.full_kl_coef:
             self.reference = FrozenLM(reference_of(envs, "leave full_kl_coef at 0"), self.policy.vocab_size)
@@ -149,19 +154,25 @@ class Agent:
     def learn(self, total_tokens: int, *, progress: bool = False, on_update: OnUpdate | None = None) -> Self:
         """Learns until `total_tokens` tokens have been seen in all, those before a `load` included.
 
-        `progress` shows a live line; `on_update(metrics, episodes)` is called after each update, and may `save`.
+        `progress` shows a live line; `on_update(metrics, episodes)` is called after each update, and may `save` or `stop`.
+        Raises `InvalidArgument` where a new agent's `run_dir` holds a run, `RunFolderError` where another process trains
+        there, or where nothing more can be written there.
         """
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
         listeners: list[OnUpdate] = [on_update] if on_update else []
         if self.run_dir is not None:
-            listeners.insert(0, RunFolder(self.run_dir, self.spec, self.tokens_seen))
+            listeners.insert(0, RunFolder(self.run_dir, self.spec, self.tokens_seen if self._has_begun else None))
+        self._has_begun = True
         if progress:
             listeners.append(ProgressLine(total_tokens, self.tokens_seen))
         try:
-            while self.tokens_seen < total_tokens:
+            while self.tokens_seen < total_tokens and not self.collector.stopping:
                 started, before = time.perf_counter(), self.tokens_seen
-                metrics, episodes = self._iterate(total_tokens)
+                try:
+                    metrics, episodes = self._iterate(total_tokens)
+                except Stopped:
+                    break
                 metrics["time/tokens_per_second"] = (self.tokens_seen - before) / (time.perf_counter() - started)
                 for listener in listeners:
                     listener(metrics, episodes)
@@ -170,14 +181,21 @@ class Agent:
                 write_failures(self.run_dir, error, self.spec, self.updates, self.tokens_seen)
             raise
         finally:
+            self.collector.stopping = False
             for listener in listeners:
                 getattr(listener, "close", lambda: None)()
         return self
 
+    def stop(self) -> None:
+        """Has `learn` return after the step or the update that is under way; for signal handlers, `on_update`, other threads.
+
+        Nothing is lost: the next `learn`, of this agent or of one that is loaded from what it then saves, goes on there.
+        """
+        self.collector.stopping = True
+
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
-        before = self.tokens_seen
         episodes = self.collect()
-        lr = learning_rate(self.config, run_progress(before, self.tokens_seen, self.updates, total_tokens))
+        lr = learning_rate(self.config, run_progress(self.updated_at, self.tokens_seen, self.updates, total_tokens))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
@@ -189,7 +207,8 @@ class Agent:
             self.actor.refresh()  # some minibatches may have had their step: no cache holds what the weights are now
             raise
         self._adapt_kl_coef(batch)
-        self.updates += 1  # before weights are handed over, which may fail: the policy has had it
+        # Before weights are handed over, which may fail: the policy has had it.
+        self.updates, self.updated_at = self.updates + 1, self.tokens_seen
         self.collector.refresh()
         return metrics | {
             "objective/kl_coef": kl_coef,
@@ -292,19 +311,22 @@ class Agent:
         """Tokens (N,) for an observation of this agent's envs, drawn from the policy."""
         return self.actor.act(obs)[0]
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[int]]:
-        """Continues each prompt with the current policy; see `generate.generate` for the options."""
+    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
+        """Continues each prompt, read as the env reads its own, with the current policy; see `generate.generate` for the
+        options."""
         defaults: dict[str, Any] = {"temperature": self.config.temperature}
         if self.spec is not None:
             defaults |= {
                 "max_new_tokens": self.spec.max_new_tokens,
                 "stop_token_ids": self.spec.stop_token_ids,
                 "tokenizer": self.spec.tokenizer,
+                "chats": self.spec.chats,
             }
         return generate(self.policy, prompts, **(defaults | options))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint atomically. The run then goes on from it too, so that it and a resumed run stay equal."""
+        """Writes a checkpoint atomically, and keeps the one that was at `path` as `path`.previous. The run then goes on from
+        the new one too, so that it and a resumed run stay equal. Raises `RunFolderError` where it cannot be written."""
         state = agent_state(self)
         write_checkpoint(path, state)
         self.collector.load_env(state["env"])
@@ -321,16 +343,29 @@ class Agent:
     ) -> Self:
         """The agent that `save` wrote, going on in `envs`; `policy` gives the architecture where it was not the default.
 
-        An env that cannot save its state begins anew. Raises `CheckpointError` where file, agent and env do not fit.
+        An env that cannot save its state begins anew. Where the file is damaged, the one before it is taken, with a warning.
+        Raises `CheckpointError` where file, agent and env do not fit, and `InvalidArgument` for a server's URL or an engine's
+        options that a file may not give (`tokenenv.trust`): say them again, as `rollout=` and `rollout_options=`.
         """
-        state = read_checkpoint(path)
-        if state.get("agent") != cls.__name__:
-            raise CheckpointError(f"{path} was saved by {state.get('agent')}, not by {cls.__name__}.")
-        agent = cls(envs, cls.config_class(**state["config"]), policy=policy, run_dir=run_dir, **overrides)
+        state = read_newest(path, set_aside=run_dir is not None)
+        check_state(state, cls.__name__, [field.name for field in fields(cls.config_class)], path)
+        config = dict(state["config"])
+        check_rollout(config, path, overrides)
+        agent = cls(envs, cls.config_class(**config), policy=policy, run_dir=run_dir, **overrides)
         restore(agent, state)
+        agent._has_begun = True
         if "kl_coef" in overrides:
             agent.kl_coef = overrides["kl_coef"]
         return agent
+
+
+def check_rollout(config: dict[str, Any], path: object, said: Collection[str]) -> None:
+    """Raises where a checkpoint's config asks for what a file may not, and is not said again."""
+    entries = {"agent.rollout": config.get("rollout", "step")}
+    if "rollout" in said or config.get("rollout") != "step":
+        entries |= {f"agent.rollout_options.{key}": value for key, value in config.get("rollout_options", {}).items()}
+    again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
+    check_from_file(entries, path, {again[name] for name in said if name in again})
 
 
 def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:

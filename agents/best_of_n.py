@@ -4,7 +4,6 @@ What it does: n is the env's `group_size`; `learn` logs the chosen texts, `gener
 Its KL to the policy it draws from is at most log n - (n - 1) / n nats, and that is what is reported.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from .agent import Agent
 from .env_rows import wants_logprob
 from .episodes import Episode, EpisodeBatch
 from .evaluate import best_of_n_kl
+from .generate import Prompts, as_list
 from .learner import Metrics
 
 
@@ -37,9 +37,9 @@ class BestOfN(Agent):
         """Nothing is learned; the KL is the bound."""
         return {"objective/kl": best_of_n_kl(self.best_of)}
 
-    def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[list[int]]:
+    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
         """The best of n continuations of each prompt, by the env's score."""
-        repeated = [prompt for prompt in prompts for _ in range(self.best_of)]
+        repeated = [prompt for prompt in as_list(prompts) for _ in range(self.best_of)]
         responses = super().generate(repeated, **options)
         if not responses:
             return []

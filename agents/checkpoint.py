@@ -5,6 +5,7 @@ Tensors and NumPy arrays are the file's tensors; everything else is JSON in its 
 
 import json
 import os
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,49 @@ from torch import Tensor
 
 from tokenenv.errors import CheckpointError
 
-FORMAT, VERSION = "tokenenv-checkpoint", "3"
+from .files import previous_of, replace_file, reporting
+
+FORMAT, VERSION = "tokenenv-checkpoint", "4"
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes nested dicts, lists and tuples of plain values, NumPy arrays and tensors.
 
-    The file appears whole or not at all: a crash at any moment leaves the previous checkpoint at `path`.
+    The file appears whole or not at all: a crash at any moment leaves the previous checkpoint at `path`. The one that was
+    there is kept as `path`.previous, which `read_newest` takes where the newer one is damaged.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(state, tensors, "state"))
     metadata = {"format": FORMAT, "version": VERSION, "state": text, "checksum": str(_checksum(text, tensors))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its own error for a full disk
+            raise OSError(str(error)) from error
+
+    replace_file(Path(path), write, keep_previous=True)
+
+
+def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dict[str, Any]:
+    """`read_checkpoint`; where that file is missing or damaged and the one before it is not, this one, with a warning.
+
+    `set_aside` renames the damaged one to `path`.damaged, so that the next `write_checkpoint` does not keep it in place of
+    the good one.
+    """
+    path = Path(path)
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        try:
+            state = read_checkpoint(previous_of(path))
+        except CheckpointError:
+            raise error from None
+        warnings.warn(f"{error} The one before it is taken: {previous_of(path)}.", stacklevel=3)
+        if set_aside and path.exists():
+            with reporting(path, "be renamed"):
+                os.replace(path, path.with_name(path.name + ".damaged"))
+        return state
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -52,7 +78,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = metadata.get("state", "")
     if metadata.get("checksum") != str(_checksum(text, tensors)):
         raise CheckpointError(f"{path} is corrupt: its contents do not match its checksum.")
-    return _decode(json.loads(text), tensors)
+    try:
+        return _decode(json.loads(text), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # somebody else wrote it
+        raise CheckpointError(f"{path} is corrupt: its state cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
@@ -92,12 +121,3 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in content)
     return tensors[content] if kind == "tensor" else tensors[content].numpy()
-
-
-def _sync(path: Path) -> None:
-    """Asks the system to have the file or directory on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -41,6 +41,10 @@ INFO_DEFAULTS: dict[str, float] = {
 }
 
 
+class Stopped(Exception):
+    """`collect` was asked to stop; the next one goes on with what had ended by then, or at `max_staleness` 0 begins anew."""
+
+
 class Collector:
     """Steps an env one token at a time; slots never idle, and only finished episodes come out.
 
@@ -75,6 +79,8 @@ class Collector:
         """(N,) episodes that have ended in each row."""
         self._resetting = np.zeros(envs.num_envs, bool)
         self.pairing = Pairing(envs.num_envs, group_size)
+        self.stopping = False
+        """Set by a signal's handler, say: `collect` ends after the step that is under way."""
         self.version = 0
         """Updates that the policy has had."""
         self._version = np.zeros(envs.num_envs, np.int64)
@@ -87,7 +93,7 @@ class Collector:
         Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended;
         nothing is thrown away for its age, which would favour short texts. At 0 all begin anew, and a batch is every text that
         is begun until there are tokens enough; what free slots begin while the last of them are waited for is thrown away,
-        whatever becomes of it.
+        whatever becomes of it. Raises `Stopped` where `stopping` is set meanwhile.
         """
         fresh = self.max_staleness == 0
         if fresh:
@@ -111,6 +117,8 @@ class Collector:
 
     def _advance(self, wanted: set[int] | None = None) -> set[int]:
         """One step; takes in what it ended, of the `wanted` groups alone if any are named. Returns the groups it completed."""
+        if self.stopping:
+            raise Stopped
         with self._whole():
             ended = self._step()
             if wanted is not None:

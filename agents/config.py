@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.shown import without_user
 
 from .losses import AGGREGATIONS
 from .policy import PRECISIONS
 
+MAX_SEED = 2**62
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -72,11 +75,12 @@ class AgentConfig:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
         if not self.rollout.startswith(("http://", "https://")):
-            check_choice("rollout", self.rollout, ("step", "vllm", "http://HOST:PORT"))
+            check_choice("rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT"))
         self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon")
         self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
+        check_seed(self.seed)
 
     def check(self, how: str, bound: float, *names: str) -> None:
         """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""
@@ -103,6 +107,12 @@ def run_progress(before: int, seen: int, updates: int, total: int) -> float:
     """
     mean = before / updates if updates else seen - before
     return (before + min(seen - before, mean) / 2) / (total + mean)
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InvalidArgument` for a seed that torch or NumPy, with a few added, would not take."""
+    if not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
+        raise InvalidArgument(f"seed={seed} is not allowed; it must be a whole number, 0 to 2**62.")
 
 
 def learning_rate(config: AgentConfig, progress: float) -> float:

@@ -170,7 +170,7 @@ def check_finite(episodes: Sequence[Episode], update: int) -> None:
     if not bad:
         return
     episode = episodes[bad[0]]
-    columns = {f"reward term {name!r}": values for name, values in episode.terms.items()}
+    columns = {f"the reward term {name!r}": values for name, values in episode.terms.items()}
     columns |= {"the reward": episode.reward, "log pi": episode.logprob, "the reference's log-prob": episode.ref_logprob}
     name, values = next((name, values) for name, values in columns.items() if not np.isfinite(values).all())
     token = int(np.isfinite(values).argmin())

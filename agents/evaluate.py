@@ -15,6 +15,7 @@ from .actor import Actor, Policy
 from .collector import Collector
 from .env_rows import check_env
 from .episodes import Episode, mean_of
+from .generate import check_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +55,21 @@ def evaluate(
     """Samples texts from an agent, or from a policy, with caches and random numbers of their own: nothing else moves.
 
     With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the same `seed`. `envs` is
-    reset, so it should not be the one in which an agent is learning. `temperature` is the agent's (a policy's is 1).
+    reset, so it should not be the one in which an agent is learning. `temperature` is by default the agent's (a policy's is
+    1); 0 takes the likeliest token each time, and the KL is then that of this deterministic policy.
     `BestOfN` draws n texts for each of these, and its KL is the bound that it reports.
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
         raise InvalidArgument(f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate.")
     policy: Policy = getattr(agent, "policy", agent)
-    own = agent.config.temperature if policy is not agent else 1.0
+    if temperature is None:
+        temperature = agent.config.temperature if policy is not agent else 1.0
+    check_temperature(temperature)
     best_of = getattr(agent, "best_of", 1)
 
     def texts(actor_seed: int) -> list[Episode]:
-        collector = Collector(envs, Actor(policy, temperature=temperature or own, seed=actor_seed), seed=seed)
+        collector = Collector(envs, Actor(policy, temperature=temperature, seed=actor_seed), seed=seed)
         return first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
 
     # One draw from each prompt at a time: the same seed of the env gives the same prompts again.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.models.encoding import decode_pairs
 
 from .advantages import token_mask
 from .episodes import Episode
@@ -75,9 +76,9 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
     """One episode as plain values; what is not known is None."""
     terms = {name: values for name, values in episode.terms.items() if name != "kl"}
     rewards = np.sum(list(terms.values()), axis=0) if terms else episode.reward
-    texts = [None, None]
+    texts: tuple[str | None, str | None] = (None, None)
     if tokenizer is not None:
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (episode.prompt, episode.response)]
+        texts = decode_pairs([(episode.prompt.tolist(), episode.response.tolist())], tokenizer)[0]
     return {
         "prompt_ids": episode.prompt.tolist(),
         "response_ids": episode.response.tolist(),

@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.chats import Chats, is_chat
+from tokenenv.models.encoding import encode_prompt
 
 from .actor import Policy, device_of, sample
+
+Prompts = str | Sequence[Any]
+"""Texts, token ids or lists of messages, or a single text."""
 
 
 @torch.no_grad()
 def generate(
     policy: Policy,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     stop_token_ids: Sequence[int] = (),
     tokenizer: Any = None,
+    chats: Chats | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -30,12 +36,14 @@ def generate(
     """The response tokens of each prompt, the stop token included; at most `num_rows` texts run at a time.
 
     Args:
-        prompts: token ids, or texts if there is a `tokenizer`; none of them empty.
-        temperature: above 0, applied before `top_k` (0 keeps all tokens) and `top_p` (above 0, at most 1).
+        prompts: token ids, or texts if there is a `tokenizer`; none of them empty. A single text counts as a list of one.
+        chats: the env's, under a chat template: texts are then messages of the user's, and lists of messages are taken too.
+        temperature: 0 or more, applied before `top_k` (0 keeps all tokens) and `top_p` (above 0, at most 1); 0 is `greedy`.
         greedy: takes the likeliest token and ignores the three.
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
-    ids = [tokenize(prompt, tokenizer) for prompt in prompts]
+    greedy = greedy or temperature == 0
+    ids = [tokenize(prompt, tokenizer, chats) for prompt in as_list(prompts)]
     generator = torch.Generator(device_of(policy)).manual_seed(seed)
     # Prompts of similar length share a cache, so that it is no longer than its texts.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -88,12 +96,22 @@ def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_NV
 
 
-def tokenize(prompt: str | Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids of a prompt; raises `InvalidArgument` for an empty one, or a text without a tokenizer."""
-    if isinstance(prompt, str):
+def as_list(prompts: Prompts) -> Sequence[Any]:
+    """Several prompts, where one may have been given alone: a text, or the messages of a chat."""
+    return [prompts] if isinstance(prompts, str) or is_chat(prompts) else prompts
+
+
+def tokenize(prompt: Any, tokenizer: Any, chats: Chats | None = None) -> list[int]:
+    """Token ids of a prompt; raises `InvalidArgument` for an empty one, a text without a tokenizer, or messages without
+    `chats`."""
+    if chats is not None and (isinstance(prompt, str) or is_chat(prompt)):
+        prompt = chats.encode(prompt, "a prompt")
+    elif is_chat(prompt):
+        raise InvalidArgument("a prompt is a list of messages; these need an env with chat_template=True.")
+    elif isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidArgument(f"prompt={prompt!r} is a text and there is no tokenizer; give token ids.")
-        prompt = tokenizer.encode(prompt)
+        prompt = encode_prompt(prompt, tokenizer)
     if len(prompt) == 0:
         raise InvalidArgument("a prompt is empty; it needs at least one token.")
     return [int(token) for token in prompt]
@@ -101,12 +119,18 @@ def tokenize(prompt: str | Sequence[int], tokenizer: Any) -> list[int]:
 
 def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raises `InvalidArgument` for an option out of range."""
+    check_temperature(temperature)
     allowed = {
         f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens >= 1,
-        f"temperature={temperature} must be above 0 (greedy=True takes the likeliest token)": temperature > 0,
         f"top_k={top_k} must be at least 0": top_k >= 0,
         f"top_p={top_p} must be above 0 and at most 1": 0 < top_p <= 1,
     }
     for message, fine in allowed.items():
         if not fine:
             raise InvalidArgument(f"{message}.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises `InvalidArgument` unless it is 0 or more; 0 takes the likeliest token."""
+    if not 0 <= temperature < float("inf"):
+        raise InvalidArgument(f"temperature={temperature} must be finite and 0 or more (0 takes the likeliest token).")

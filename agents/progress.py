@@ -17,7 +17,7 @@ class ProgressLine:
         self._console = console or Console(stderr=True)
         self._total, self._start, self._seconds = total_tokens, tokens_seen, seconds
         self._began = self._printed = time.monotonic()
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=total_tokens, completed=tokens_seen)
         self._bar.start()
@@ -30,7 +30,7 @@ class ProgressLine:
         done = tokens >= self._total
         if not self._console.is_terminal and (done or now - self._printed >= self._seconds):
             left = (now - self._began) * max(self._total - tokens, 0) / max(tokens - self._start, 1)
-            self._console.print(f"{line} | {left:.0f} s left", highlight=False, soft_wrap=True)
+            self._console.print(f"{line} | {left:.0f} s left", highlight=False, markup=False, soft_wrap=True)
             self._printed = now
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from gymnasium.vector import VectorEnv
 from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
-from .collector import Prefix
+from .collector import Prefix, Stopped
 from .env_rows import wants_logprob
 from .episodes import Episode, check_finite
 from .pairing import whole_groups
@@ -87,6 +87,8 @@ class TextCollector:
         """Texts that were running when the engine was stopped, or are not begun yet, by number: they are begun first."""
         self._synced = True
         """Whether the engine has the present weights."""
+        self.stopping = False
+        """Set by a signal's handler, say: `collect` ends with the text that ends next."""
 
     # ---------------------------------------------------------------- what agents call
 
@@ -94,12 +96,14 @@ class TextCollector:
         """Episodes that hold at least `num_tokens` response tokens, in whole groups.
 
         Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended:
-        nothing is thrown away for its age, which would favour short texts.
+        nothing is thrown away for its age, which would favour short texts. Raises `Stopped` where `stopping` is set meanwhile.
         """
         if not self._synced:
             self._sync()
         with self._stopping():
             while self._missing(num_tokens) > 0 or self._overdue():
+                if self.stopping:
+                    raise Stopped
                 self._begin_cut()
                 if self._missing(num_tokens) > 0 or self.max_staleness > 0:
                     self._begin_groups()

@@ -5,7 +5,10 @@ Suffixes: K tokens of any texts.
 
 import html
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ import numpy as np
 
 from tokenenv.errors import MissingDependency
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.shown import visible, without_secrets
 from tokenenv.types import TokenSpec
 
 from .episodes import Episode
+from .files import locked, refuse_run, reporting
 
+EPISODES = "episodes.jsonl"
 DETAILED = 32
 """Episodes of each update whose tokens are written one by one: a line of each is enough of the others."""
 EVERY = 10
@@ -25,25 +31,50 @@ QUARTERS = 4
 
 
 class RunFolder:
-    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update.
+    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update, and keeps it locked.
 
     A directory holds one run. What was written of it after `tokens_seen` tokens is taken out first: a run that goes on from
-    a checkpoint writes that again.
+    a checkpoint writes that again. `tokens_seen` is None for a new run, which is refused where there are episodes.
     """
 
-    def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int) -> None:
+    def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int | None) -> None:
         # Imported here: it takes a second, and most uses write nothing.
         from torch.utils.tensorboard import SummaryWriter
 
-        directory.mkdir(parents=True, exist_ok=True)
-        keep_lines(directory / "episodes.jsonl", tokens_seen)
-        self._writer = SummaryWriter(str(directory), purge_step=tokens_seen + 1)
-        self._episodes = (directory / "episodes.jsonl").open("a", encoding="utf-8")
+        self._path = path = directory / EPISODES
+        with ExitStack() as opened, reporting(path, "be written"):
+            opened.enter_context(locked(directory))
+            if tokens_seen is None:
+                if path.exists() and path.stat().st_size:
+                    refuse_run(directory)
+            else:
+                cut_episodes(path, tokens_seen)
+            self._episodes = opened.enter_context(path.open("a", encoding="utf-8"))
+            self._writer = SummaryWriter(str(directory), purge_step=(tokens_seen or 0) + 1)
+            opened.callback(self._writer.close)
+            self._opened = opened.pop_all()
         self._tokenizer = spec.tokenizer if spec else None
         self._pieces = TokenPieces(self._tokenizer)
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Logs one update at the tokens seen so far."""
+        with reporting(self._path.parent, "take this update"):
+            self._write_episodes(int(metrics["time/tokens"]), episodes)
+            self._write_events(metrics, episodes)
+            self._writer.flush()
+
+    def _write_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
+        """On disk at once: a checkpoint that follows is never newer than they are."""
+        lines = []
+        for number, episode in enumerate(episodes):
+            record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
+            record |= token_columns(episode, self._pieces) if number < DETAILED else {}
+            lines.append(json.dumps(record) + "\n")
+        self._episodes.write("".join(lines))
+        self._episodes.flush()
+        os.fsync(self._episodes.fileno())
+
+    def _write_events(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         step = int(metrics["time/tokens"])
         for name, value in metrics.items():
             if np.isfinite(value):
@@ -53,39 +84,31 @@ class RunFolder:
         if int(metrics["time/updates"]) % EVERY == 1:
             self._writer.add_text("samples", self._samples(episodes), step)
             self._writer.add_figure("tokens/by_position", by_position(episodes), step)
-        for number, episode in enumerate(episodes):
-            record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
-            record |= token_columns(episode, self._pieces) if number < DETAILED else {}
-            self._episodes.write(json.dumps(record) + "\n")
-        self._episodes.flush()
 
     def _samples(self, episodes: Sequence[Episode], count: int = 4) -> str:
         """The texts with the highest and the lowest scores, as Markdown."""
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
-        texts = [tuple(html.escape("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
+        texts = [tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
         return "\n\n".join(
             f"score {e.score:.3g}, reward {e.reward.sum():.3g}: {prompt} **|** {response}"
             for e, (prompt, response) in zip(chosen, texts, strict=True)
         )
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._writer.close()
-        self._episodes.close()
+        """Flushes and closes both files, and lets go of the directory."""
+        with reporting(self._path.parent, "take this update"):
+            self._opened.close()
 
 
 class WandbRun:
     """The same figures in Weights & Biases: a listener for `learn(on_update=...)`; `close` ends the run."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise MissingDependency("track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'") from error
+        wandb = import_wandb()
         directory.mkdir(parents=True, exist_ok=True)
         self._histogram = wandb.Histogram
-        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=dict(config))
+        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=without_secrets(config))
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Logs one update at the tokens seen so far."""
@@ -98,21 +121,42 @@ class WandbRun:
         self._run.finish()
 
 
-def keep_lines(path: Path, tokens_seen: int) -> None:
-    """Keeps the whole lines of an `episodes.jsonl`, if there is one, that were written at or before so many tokens."""
+def markdown(text: str) -> str:
+    """Any text as Markdown that shows it: neither HTML nor links, pictures or headings."""
+    return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(visible(text)))
+
+
+def import_wandb() -> Any:
+    """The package, or `MissingDependency`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingDependency("track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'") from error
+    return wandb
+
+
+def cut_episodes(path: Path, tokens_seen: int) -> None:
+    """Ends an `episodes.jsonl`, if there is one, after the last line that was written at or before so many tokens."""
     if not path.exists():
         return
-    kept = path.with_suffix(".kept")
-    with path.open(encoding="utf-8") as lines, kept.open("w", encoding="utf-8") as out:
-        out.writelines(line for line in lines if _seen_after(line) <= tokens_seen)
-    kept.replace(path)
+    with path.open("rb+") as file:
+        end = place = 0
+        for line in file:
+            place += len(line)
+            seen = _tokens_seen(line)
+            if seen is not None and seen > tokens_seen:
+                break
+            end = place if seen is not None else end  # a damaged line counts to what follows it
+        file.truncate(end)
+        os.fsync(file.fileno())
 
 
-def _seen_after(line: str) -> float:
+def _tokens_seen(line: bytes) -> int | None:
+    """Of a whole line; None where it is damaged or, after a kill, half written."""
     try:
-        return json.loads(line)["tokens_seen"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):  # a run that was killed has left half a line
-        return float("inf")
+        return int(json.loads(line)["tokens_seen"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
 
 
 def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """What the automaton tasks share: a random bigram as the reference, and a score that an automaton reads off the text.
 
-Texts have exactly `max_new_tokens` tokens: there is no stop token, and truncated texts are scored. The prompt is "<s>".
+Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text is scored where it is cut. The prompt is "<s>".
 """
 
 from collections.abc import Sequence

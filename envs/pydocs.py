@@ -1,14 +1,17 @@
-"""PyDocs-v0: continue prose of the Python reference in plainer words.
+"""PyDocs-v0: continue prose of the running Python's own reference in plainer words; prompts differ between its versions.
 
 Prompts are the first 16 to 24 tokens of a passage, up to the end of a word. A text ends with the end-of-text token. The gold
 metric is the Flesch reading ease of the continuation alone (the prompt is given, the policy cannot change it), 0 to 100.
 """
 
+import platform
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from tokenenv.errors import ModelError
+from tokenenv.identity import prompts_digest
 from tokenenv.types import Task
 
 from .bundled import bundled_lm, bundled_scorer, bundled_tokenizer
@@ -35,6 +38,15 @@ def task(*, split: str = "train", max_new_tokens: int = 80, device: str = "cpu",
         gold=gold,
         kl_coef=0.2,
     )
+
+
+def note() -> str:
+    """Which prompts this Python gives, for `tokenenv envs`: their digest is that of `identity` in checkpoints and configs."""
+    try:
+        prompts = make_prompts("train", bundled_tokenizer("pydocs-lm"))
+    except ModelError as error:
+        return str(error)
+    return f"Python {platform.python_version()} has {prompts_digest(prompts)}"
 
 
 def gold(prompt: str, response: str) -> float:

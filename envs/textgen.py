@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tokenenv.errors import InvalidArgument, ModelError, check_choice
+from tokenenv.models.chats import Chats, end_of_turn, same_frames
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import (
     check_same_tokens,
@@ -67,18 +68,23 @@ def task(
         reward_model: likewise, a sequence- or token-classification model with one label. One that is causal and reads the
             policy's tokens scores every prefix; any other scores finished texts (see `make_text_scorer`), as does a
             `TextScorer` of one's own and the URL of a vLLM server (a `VLLMRewardModel`: tokens scored by the policy's ids).
-        reward_tokenizer: the reward model's, as hub id, local directory or object; by default the one saved with it, or
-            else the policy's.
+        reward_tokenizer: the reward model's, as hub id, local directory or object; by default the one saved with it. A
+            model that brings none must have as many token ids as the policy.
         reference: pi_ref, likewise; by default the model itself, which is then run once for both. A `TokenModel`, too; or
             the URL of a vLLM server, which scores whole texts only (a `VLLMReference`).
         implicit_model: likewise, a preference-tuned causal language model with the policy's tokens, for reward="implicit".
         tokenizer: by default the model's own; a model object brings none, and without one prompts are token ids.
         max_prompt_tokens: P.
         max_new_tokens: T.
-        long_prompts: "refuse" or "truncate" (keep the last tokens of) prompts of more than P tokens.
-        chat_template: apply the tokenizer's chat template to `prompts`; those given to `reset` are taken as they are.
+        long_prompts: "refuse" or "truncate" prompts of more than P tokens: keep special tokens at the beginning and the
+            last tokens, of a chat what the template writes around the longest message, and that one's end.
+        chat_template: prompts that are texts are one message of the user's, lists of messages are taken too, and the
+            tokenizer's chat template writes them; so with prompts given to `reset`, `score_episodes` and `generate`, where
+            token ids are taken as they are. A reward model whose tokenizer has another template reads the conversation by
+            that.
         prompt_column: where a dataset's or a JSONL file's rows hold the prompt.
-        stop_token_ids: ids that end a text; by default the model's end-of-text ids.
+        stop_token_ids: ids that end a text; by default the end-of-text ids of the generation config, of the config and of
+            the tokenizer together, and the token that closes an answer in the tokenizer's chat template.
         step_end_token_ids: ids that end a step of the text, for the designs that pay by step.
         gold: gold(prompt_text, response_text), the true metric, for evaluation only.
         device: of all models; by default where a model object is, else "cpu".
@@ -101,13 +107,14 @@ def task(
     if reward_tokenizer is not None and tokenizer is None:
         raise InvalidArgument("reward_tokenizer= reads texts; give a tokenizer= too.")
     stop_ids = _stop_ids(policy, tokenizer, stop_token_ids)
+    chats = Chats(tokenizer) if chat_template else None
     ids = load_prompts(  # before more models are loaded, which may take minutes
         prompts,
         tokenizer,
         vocab_size=vocab_size_of(policy),
         max_prompt_tokens=max_prompt_tokens,
         long_prompts=long_prompts,
-        chat_template=chat_template,
+        chat_template=chats or False,
         column=prompt_column,
     )
     options["device"] = device or policy.device
@@ -124,10 +131,15 @@ def task(
     elif reward_model is not None:
         given = _tokenizer(reward_tokenizer, trust_remote_code)
         own = _own_tokenizer(reward_model, "reward model", trust_remote_code) if given is None else given
-        scorer = _scorer(load_classifier(reward_model, **options), own, tokenizer, length, max_batch_tokens)
+        classifier = load_classifier(reward_model, **options)
+        if own is None:
+            _check_size(classifier, policy, tokenizer)
+        texts = {"chats": chats, "stop_token_ids": stop_ids, "max_batch_tokens": max_batch_tokens}
+        scorer = _scorer(classifier, own, tokenizer, length, texts)
     reference = policy if loaded["reference"] is None else loaded["reference"]
     return Task(
         tokenizer=tokenizer,
+        chats=chats,
         reference=reference,
         model=None if reference is policy else policy,
         scorer=scorer,
@@ -155,9 +167,31 @@ def _on_server(source: Any) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
 
 
-def _scorer(classifier: Any, own: Any, tokenizer: Any, length: int, max_batch_tokens: int) -> Scorer | TextScorer:
+def _check_size(classifier: Any, policy: Any, tokenizer: Any) -> None:
+    """Raises `ModelError` where a reward model without a tokenizer cannot read the policy's ids."""
+    theirs = classifier.get_input_embeddings().num_embeddings, classifier.config.get_text_config().vocab_size
+    ours = policy.get_input_embeddings().num_embeddings, vocab_size_of(policy)
+    if not set(theirs) & set(ours):
+        missing = "" if tokenizer is not None else "tokenizer= and "
+        raise ModelError(
+            f"the reward model ({type(classifier).__name__}) has {theirs[1]} token ids, the policy {ours[1]}, and it brings no "
+            f"tokenizer that says what they are; give {missing}reward_tokenizer="
+        )
+
+
+def _scorer(classifier: Any, own: Any, tokenizer: Any, length: int, texts: dict[str, Any]) -> Scorer | TextScorer:
     """The reward model as a scorer of every prefix if it is causal and reads the policy's tokens, else of finished texts."""
     same_tokens = own is None or tokenizer is None or token_difference(tokenizer, own) is None
+    chats = texts["chats"]
+    if chats is not None and own is not None:
+        if not same_frames(chats, own):
+            logger.warning(
+                "the reward model's chat template is not the policy's: it reads finished texts, by its own template; give the "
+                "policy's tokenizer as reward_tokenizer= if it should read the policy's"
+            )
+            same_tokens = False
+        elif not same_tokens and not getattr(own, "chat_template", None):
+            logger.warning("the reward model's tokenizer has no chat template: it reads the policy's, roles as plain words")
     if same_tokens and not looks_ahead(classifier):
         return make_scorer(_frozen(classifier, "reward model", length))
     if tokenizer is None:
@@ -166,7 +200,7 @@ def _scorer(classifier: Any, own: Any, tokenizer: Any, length: int, max_batch_to
             "tokenizer= to decode them"
         )
     own = tokenizer if own is None else own
-    return make_text_scorer(classifier.eval().requires_grad_(False), own, tokenizer, max_batch_tokens=max_batch_tokens)
+    return make_text_scorer(classifier.eval().requires_grad_(False), own, tokenizer, **texts)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -215,13 +249,19 @@ def _check_tokens(tokenizer: Any, source: Any, role: str, trust_remote_code: boo
 
 
 def _stop_ids(model: Any, tokenizer: Any, given: Sequence[int] | None) -> tuple[int, ...]:
-    """The ids given, or the end-of-text ids of the generation config, the config or the tokenizer, the first that has any."""
+    """The ids given, or all that end a text for the generation config, the config, the tokenizer or its chat template.
+
+    They often disagree, and a policy may have learned any of them: a chat that ends in another never stops.
+    """
+    if given is not None:
+        return _token_ids("stop_token_ids", given, model, least=1)
     sources = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
-    found = [getattr(source, "eos_token_id", None) for source in sources] if given is None else [given]
-    chosen = next((ids for ids in found if ids is not None), None)
-    if chosen is None:
+    named = [getattr(source, "eos_token_id", None) for source in sources] + [end_of_turn(tokenizer)]
+    each = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named]
+    found = dict.fromkeys(token for ids in each for token in ids if token is not None and 0 <= token < vocab_size_of(model))
+    if not found:
         raise InvalidArgument("the model names no end-of-text id; give the ids that end a text as stop_token_ids=.")
-    return _token_ids("stop_token_ids", chosen, model, least=1)
+    return tuple(found)
 
 
 def _token_ids(argument: str, given: int | Sequence[int], model: Any, least: int = 0) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ Nothing here knows about text: tokenenv is imported to register its ids, and ask
 
 What it leaves out: continuous actions, frame stacks, recurrent policies, annealed clipping, more than one process. On
 tokenenv it also leaves out the KL penalty (`kl="none"`): the features are the reference model's, frozen, and the little
-network above them is a policy of its own. And it has no need to bootstrap there: a truncated text is scored, so
-`--no-bootstrap-truncated` is right for it, while CartPole's time limit is one of ignorance, and wants the default.
+network above them is a policy of its own. Truncations mean what Gymnasium means by them, in CartPole and in texts: the value
+of the last state counts. A text that is cut and scored is terminated.
 """
 
 import time
@@ -53,8 +53,6 @@ class Args:
     """Of the entropy bonus."""
     value_coef: float = 0.5
     """Of the value loss."""
-    bootstrap_truncated: bool | None = None
-    """Whether the value of the last state counts where an episode was cut; by default yes, but for tokenenv."""
     seed: int = 0
     """Of everything."""
 
@@ -107,9 +105,6 @@ class Rollout:
         self.envs, self.args = envs, args
         self.obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32)
         self.returns, self._running = [], np.zeros(args.num_envs)
-        self.bootstrap = (
-            not args.env_id.startswith("tokenenv/") if args.bootstrap_truncated is None else args.bootstrap_truncated
-        )
 
     @torch.no_grad()
     def collect(self, network: Network) -> dict[str, Tensor]:
@@ -130,7 +125,7 @@ class Rollout:
         self.returns += self._running[ended].tolist()
         self._running[ended] = 0.0
         cut = np.flatnonzero(truncated & ~terminated)
-        if len(cut) and self.bootstrap:
+        if len(cut):
             last = torch.as_tensor(final_rows(infos["final_obs"], cut))
             reward[cut] += self.args.gamma * network.value(last).numpy()
         self.obs = torch.as_tensor(next_obs, dtype=torch.float32)
@@ -159,13 +154,14 @@ def loss(network: Network, part: dict[str, Tensor], args: Args) -> Tensor:
     return -gain + args.value_coef * error - args.entropy_coef * policy.entropy().mean()
 
 
-def train(args: Args) -> list[float]:
-    """The returns of all episodes, in the order in which they ended."""
+def train(args: Args) -> tuple[list[float], float]:
+    """The returns of all episodes, in the order in which they ended, and the critic's mean value of the first states."""
     torch.manual_seed(args.seed)
     envs = make_envs(args)
     network = Network(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n))
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, eps=1e-5)
     rollout, start = Rollout(args, envs), time.time()
+    first_obs = rollout.obs
     size = args.num_envs * args.num_steps
     updates = args.total_steps // size
     for update in range(updates):
@@ -181,7 +177,7 @@ def train(args: Args) -> list[float]:
             speed = (update + 1) * size / (time.time() - start)
             print(f"{(update + 1) * size:>8,} steps | {speed:,.0f} steps/s | mean return {mean(rollout.returns[-100:]):.2f}")
     envs.close()
-    return rollout.returns
+    return rollout.returns, float(network.value(first_obs).mean().detach())
 
 
 def mean(values: list[float]) -> float:
@@ -191,6 +187,7 @@ def mean(values: list[float]) -> float:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    returns = train(args)
+    returns, value = train(args)
     tenth = max(1, len(returns) // 10)
     print(f"{args.env_id}: mean return {mean(returns[:tenth]):.2f} first, {mean(returns[-tenth:]):.2f} last")
+    print(f"the critic's value of a first state: {value:.2f}")

@@ -5,8 +5,10 @@ env of Tianshou's holds models of its own; the bundled n-gram ids are small enou
 """
 
 import argparse
+from typing import Any
 
 import gymnasium as gym
+import torch
 from tianshou.algorithm import DQN
 from tianshou.algorithm.modelfree.dqn import DiscreteQLearningPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory
@@ -18,44 +20,48 @@ from tianshou.utils.net.common import Net
 import tokenenv  # noqa: F401  (registers the ids)
 
 
-def make_envs(env_id: str, num_envs: int) -> DummyVectorEnv:
-    """Ordinary single envs."""
-    return DummyVectorEnv([lambda: gym.make(env_id, observation="features", kl="none")] * num_envs)
-
-
-def main() -> None:
-    """Trains, and prints the mean return of greedy texts before and after."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-id", default="tokenenv/Negation-v0")
-    parser.add_argument("--total-steps", type=int, default=20_000)
-    parser.add_argument("--num-envs", type=int, default=8)
-    args = parser.parse_args()
-    envs, test_envs = make_envs(args.env_id, args.num_envs), make_envs(args.env_id, args.num_envs)
-    single = gym.make(args.env_id, observation="features", kl="none")
+def train(env_id: str, total_steps: int, num_envs: int, **env_options: Any) -> float:
+    """Prints the mean return of greedy texts before and after; returns the value of a fresh text, that of its best token."""
+    torch.manual_seed(0)
+    options = {"observation": "features", "kl": "none", **env_options}
+    envs, test_envs = (DummyVectorEnv([lambda: gym.make(env_id, **options)] * num_envs) for _ in range(2))
+    single = gym.make(env_id, **options)
     model = Net(state_shape=single.observation_space.shape, action_shape=single.action_space.n, hidden_sizes=[64, 64])
     policy = DiscreteQLearningPolicy(model=model, action_space=single.action_space, eps_training=0.2)
     algorithm = DQN(policy=policy, optim=AdamOptimizerFactory(lr=1e-3), gamma=1.0, target_update_freq=200)
-    collector = Collector(algorithm, envs, VectorReplayBuffer(20_000, args.num_envs), exploration_noise=True)
+    collector = Collector(algorithm, envs, VectorReplayBuffer(20_000, num_envs), exploration_noise=True)
     test_collector = Collector(algorithm, test_envs)
-    before = mean_return(test_collector, args.num_envs)
+    before = mean_return(test_collector, num_envs)
     algorithm.run_training(
         OffPolicyTrainerParams(
             training_collector=collector,
             max_epochs=1,
-            epoch_num_steps=args.total_steps,
-            collection_step_num_env_steps=8 * args.num_envs,
+            epoch_num_steps=total_steps,
+            collection_step_num_env_steps=8 * num_envs,
             update_step_num_gradient_steps_per_sample=0.25,
             batch_size=128,
             show_progress=False,
             verbose=False,
         )
     )
-    print(f"{args.env_id}: mean return {before:.2f} before, {mean_return(test_collector, args.num_envs):.2f} after")
+    print(f"{env_id}: mean return {before:.2f} before, {mean_return(test_collector, num_envs):.2f} after")
+    with torch.no_grad():
+        return float(model(single.reset(seed=0)[0][None])[0].max())
 
 
 def mean_return(collector: Collector, num_envs: int) -> float:
     """Of greedy texts."""
     return float(collector.collect(n_episode=2 * num_envs, reset_before_collect=True).returns_stat.mean)
+
+
+def main() -> None:
+    """Trains with the settings of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="tokenenv/Negation-v0")
+    parser.add_argument("--total-steps", type=int, default=20_000)
+    parser.add_argument("--num-envs", type=int, default=8)
+    value = train(**vars(parser.parse_args()))
+    print(f"the value of a fresh text: {value:.2f}")
 
 
 if __name__ == "__main__":

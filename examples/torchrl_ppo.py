@@ -5,6 +5,7 @@ reference's frozen features, and `kl="none"`, because TorchRL's losses know no K
 """
 
 import argparse
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -24,17 +25,11 @@ def network(num_inputs: int, num_outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(num_inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, num_outputs))
 
 
-def main() -> None:
-    """Trains, and prints the mean reward of a step as it goes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env-id", default="tokenenv/Negation-v0")
-    parser.add_argument("--total-steps", type=int, default=100_000)
-    parser.add_argument("--num-envs", type=int, default=32)
-    parser.add_argument("--batch-steps", type=int, default=2048)
-    args = parser.parse_args()
+def train(env_id: str, total_steps: int, num_envs: int, batch_steps: int, **env_options: Any) -> float:
+    """Prints the mean reward of a step as it goes; returns the critic's mean value of a fresh text."""
     torch.manual_seed(0)
-    options = {"observation": "features", "kl": "none", "autoreset_mode": "Disabled"}
-    env = GymWrapper(gym.make_vec(args.env_id, num_envs=args.num_envs, **options))
+    options = {"observation": "features", "kl": "none", "autoreset_mode": "Disabled", **env_options}
+    env = GymWrapper(gym.make_vec(env_id, num_envs=num_envs, **options))
     num_inputs, num_actions = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
     actor = ProbabilisticTensorDictSequential(
         TensorDictModule(network(num_inputs, num_actions), in_keys=["observation"], out_keys=["logits"]),
@@ -46,7 +41,8 @@ def main() -> None:
     loss = ClipPPOLoss(actor, critic, entropy_coeff=0.01)
     advantages = GAE(gamma=1.0, lmbda=0.95, value_network=critic)
     optimizer = torch.optim.Adam(loss.parameters(), lr=2e-3)
-    collector = Collector(env, actor, frames_per_batch=args.batch_steps, total_frames=args.total_steps)
+    fresh = env.reset()
+    collector = Collector(env, actor, frames_per_batch=batch_steps, total_frames=total_steps)
     for number, batch in enumerate(collector):
         for _ in range(4):
             advantages(batch)
@@ -58,14 +54,27 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         if number % 10 == 0:
-            print(f"{(number + 1) * args.batch_steps:>8,} steps | mean reward of a step {mean_reward(batch):.3f}")
-    print(f"{args.env_id}: mean reward of a step {mean_reward(batch):.3f} at the end")
+            print(f"{(number + 1) * batch_steps:>8,} steps | mean reward of a step {mean_reward(batch):.3f}")
+    print(f"{env_id}: mean reward of a step {mean_reward(batch):.3f} at the end")
     collector.shutdown()
+    with torch.no_grad():
+        return float(critic(fresh)["state_value"].mean())
 
 
 def mean_reward(batch: object) -> float:
     """Of all steps of a batch."""
     return float(batch["next", "reward"].mean())
+
+
+def main() -> None:
+    """Trains with the settings of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="tokenenv/Negation-v0")
+    parser.add_argument("--total-steps", type=int, default=100_000)
+    parser.add_argument("--num-envs", type=int, default=32)
+    parser.add_argument("--batch-steps", type=int, default=2048)
+    value = train(**vars(parser.parse_args()))
+    print(f"the critic's value of a fresh text: {value:.2f}")
 
 
 if __name__ == "__main__":

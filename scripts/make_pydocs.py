@@ -44,6 +44,9 @@ The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 l
 
 - Data: passages of whole sentences, 25 to 44 words, of the standard library of Python {python}: {passages} from the
   train topics of `pydoc_data.topics` (three times an epoch) and {docstrings} from docstrings. None of it is stored here.
+- The prompts are not stored here but read from the Python that runs: 610 of the train topics and 289 of the test topics in
+  Python 3.11.7; 616 and 306 in 3.12.1, of which 604 and 287 are the same; 622 and 309 in 3.13.0, 575 and 274 the same. Compare
+  runs of one version: `tokenenv envs` prints a digest of the prompts, and a checkpoint is not resumed on others.
 - Held-out loss on passages of the test topics, from the saved bfloat16 weights: {loss:.4f} nats per token.
 - On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f}, standard deviation {gold_sd:.1f};
   {finished_share:.3f} finished within 80 tokens; {mean_length:.1f} tokens on average.

@@ -1,6 +1,6 @@
 """A vector env whose texts can be checked from the outside, an actor for it, and interruptions at any line of any file.
 
-Prompts are handed out in groups as `tokenenv` does; what a token earns and its log-prob are functions of prompt, place and token.
+Prompts are handed out in groups as `tokenenv` does; what a token earns, and its log-prob, follow from prompt, place and token.
 """
 
 import sys

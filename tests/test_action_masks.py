@@ -377,3 +377,40 @@ def test_ppo_learns_from_texts_that_match() -> None:
     decode = envs.unwrapped.token_spec.tokenizer.decode
     assert [e for e in ended if not re.fullmatch(regex, decode(e.response, skip_special_tokens=True))] == []
     assert agent.updates >= 1
+
+
+@pytest.mark.parametrize("options", [{"regex": SENTENCE}, {"top_p": 0.5}], ids=["regex", "nucleus"])
+def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(options: dict[str, Any]) -> None:
+    """A step that was taken and whose masks were not made; a fork and a state of the env itself; a wrapper made late."""
+    envs, twin = (ActionMask(wordy(), **options) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for one in (envs, twin):
+        one.reset(seed=0)
+    stopped = 0
+    for at in range(14):
+        tokens, core, before = draw(rng, twin.action_masks()), envs.unwrapped, envs.unwrapped.changes
+        twin.step(tokens)
+        calls: list[str] = []
+
+        def stop(frame: Any, event: str, argument: Any) -> None:
+            """At the at-th call of the wrapper's own after the env has taken the tokens."""
+            done = core.changes > before and core._interrupted is None  # noqa: B023
+            ours = frame.f_code.co_filename.endswith(("tokenenv/wrappers.py", "grammar.py"))
+            if event == "call" and done and ours and frame.f_code.co_name != "__call__":  # llguidance asks, and eats the error
+                calls.append(frame.f_code.co_name)  # noqa: B023
+                if len(calls) > at:  # noqa: B023
+                    raise KeyboardInterrupt
+
+        try:
+            sys.setprofile(stop)
+            envs.step(tokens)
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            sys.setprofile(None)
+        np.testing.assert_array_equal(envs.action_masks(), twin.action_masks())
+    assert stopped > 2
+    envs.unwrapped.fork([0], [2])
+    twin.fork([0], [2])
+    np.testing.assert_array_equal(envs.action_masks(), twin.action_masks())
+    np.testing.assert_array_equal(ActionMask(envs.env, **options).action_masks(), twin.action_masks())

@@ -1,18 +1,32 @@
 """Reward tokens' scores on policy tokens: by hand, and character by character."""
 
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tokenenv.models.alignment import align, shares, token_ends
+from tokenenv.models import alignment
+from tokenenv.models.alignment import align, read_text, token_ends
 
 CHARACTERS = "ab \n.éßİ\u0301語한😀\u200d👩🏽\u0000"
 TEXTS = st.text(st.sampled_from(CHARACTERS), max_size=12) | st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=8
 )
+
+
+def shares(offsets, ends):
+    """(R, T), dense."""
+    out = np.zeros((len(offsets), len(ends) - 1))
+    reward, policy, part = alignment.shares(offsets, np.asarray(ends))
+    assert part.dtype == np.float64
+    np.add.at(out, (reward, policy), part)
+    return out
 
 
 @st.composite
@@ -56,6 +70,86 @@ def test_a_character_belongs_to_the_token_with_its_last_byte(text, data):
     assert ends.tolist() == [len(raw[:place].decode(errors="ignore")) for place in cuts]
 
 
+# ------------------------------------------------ texts decoded by windows
+
+
+def sentence_piece():
+    """Words begin with a mark that becomes a space, but at the beginning of a text; unknown characters are bytes."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "b", "▁a", "▁ba", ".", "▁."]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return core, [*range(0xE0, 0xF8, 5), *range(0x80, 0xC0, 13), *range(0x20, 0x80, 31), *range(256, 263)]
+
+
+def byte_pieces():
+    """Tokens hold whole characters, parts of one, and parts of two."""
+    raw = ["é", "語", "😀", "a", " a", " ", "."]
+    marks = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True))
+    whole = {"".join(bytes_to_unicode()[byte] for byte in piece.encode()): 256 + i for i, piece in enumerate(raw)}
+    core = Tokenizer(models.BPE(marks | whole, []))
+    core.decoder = decoders.ByteLevel()
+    return core, [*(marks[bytes_to_unicode()[byte]] for piece in raw for byte in piece.encode()), *range(256, 263)]
+
+
+def word_pieces():
+    """Spaces are put between words, and taken back before full stops and in contractions."""
+    pieces = ["[UNK]", "do", "n", "##n", "'", "t", "n't", ".", ",", "##s", "é", "##é"]
+    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}))
+    core.decoder = decoders.WordPiece(cleanup=True)
+    return core, list(range(len(pieces)))
+
+
+def word_ends():
+    """Words end with a mark that becomes a space, but at the end of a text."""
+    pieces = ["a", "a</w>", "b", "ba</w>", ".</w>"]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], end_of_word_suffix="</w>"))
+    core.decoder = decoders.BPEDecoder()
+    return core, list(range(len(pieces)))
+
+
+FAMILIES = {make.__name__: make() for make in (sentence_piece, byte_pieces, word_pieces, word_ends)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("clean_up", [False, True])
+@given(data=st.data())
+def test_windows_decode_what_whole_prefixes_do(family, clean_up, data):
+    core, ids = FAMILIES[family]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up)
+    tokens = data.draw(st.lists(st.sampled_from([*ids, tokenizer.eos_token_id]), max_size=60))
+    prompt = tokens[: data.draw(st.integers(0, len(tokens)))]
+    response = tokens[len(prompt) :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "WINDOW", data.draw(st.sampled_from([8, 16])))
+        text, ends = read_text(decode, prompt, response)
+    prefixes = decode([prompt + response[:k] for k in range(len(response) + 1)])
+    assert text == prefixes[-1]
+    assert ends.tolist() == token_ends(prefixes).tolist()
+
+
+def test_a_decoder_that_looks_back_further_than_a_window_costs_more_and_is_right():
+    def decode(texts):
+        return [("x" * len(ids)) + ("!" if len(ids) > 40 else "") for ids in texts]
+
+    text, ends = read_text(decode, [0] * 20, [0] * 40)
+    assert (text, ends.tolist()) == ("x" * 60 + "!", [*range(20, 60), 61])
+
+
+def test_the_cost_of_decoding_is_linear_in_the_tokens():
+    core, _ = FAMILIES["byte_pieces"]
+    tokenizer, decoded = PreTrainedTokenizerFast(tokenizer_object=core), []
+
+    def decode(texts):
+        decoded.append(sum(map(len, texts)))
+        return tokenizer.batch_decode(texts)
+
+    text, ends = read_text(decode, [259] * 10, [258, 259, 260] * 400)  # of characters with four bytes, too
+    assert (len(text), ends[0], len(ends)) == (10 + 4 * 400, 10, 1201)
+    assert sum(decoded) < 1210 * 3 * alignment.WINDOW  # every prefix: 1210 * 605
+
+
 # ----------------------------------------------------------------- by hand
 
 
@@ -84,7 +178,6 @@ def test_a_character_belongs_to_the_token_with_its_last_byte(text, data):
 )
 def test_shares_by_hand(offsets, ends, expected):
     actual = shares(offsets, np.array(ends))
-    assert actual.dtype == np.float64
     assert actual.shape == (len(offsets), len(ends) - 1)
     np.testing.assert_array_equal(actual, expected)
     scores = np.arange(1, len(offsets) + 1)

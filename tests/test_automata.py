@@ -17,6 +17,7 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton, explore
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.residual_lm import ResidualLM
+from tokenenv.vector_env import TokenVectorEnv
 
 DENSE: dict[str, dict[str, Any]] = {
     "PlantedPhrase": {"vocab_size": 5, "phrase_length": 3, "num_decoys": 8},
@@ -105,6 +106,15 @@ def test_the_good_key_depends_on_the_seed():
 
 
 # --------------------------------------------------------------- references
+
+
+def test_a_task_object_keeps_the_length_that_its_oracle_was_made_for():
+    task = make_task("DelayedKey", max_new_tokens=16)
+    with pytest.raises(InvalidArgument, match="max_new_tokens=8: this task has an oracle, which was made for 16 tokens"):
+        TokenVectorEnv(2, task=task, max_new_tokens=8)
+    envs = TokenVectorEnv(2, task=TASKS["DelayedKey"].task, max_new_tokens=8)
+    assert envs.oracle.max_new_tokens == 8
+    assert TokenVectorEnv(2, task=task, max_new_tokens=16).oracle is task.oracle
 
 
 @pytest.mark.parametrize("max_new_tokens", [2, 3, 16, 37, 128])

@@ -9,10 +9,11 @@ import torch
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
-from tasks import MODES, TOYS, make_vec, some_modes
+from tasks import MODES, TOYS, assert_equal, make_vec, some_modes
 
 from tokenenv.checker import check_vector_env
 from tokenenv.errors import ContractError
+from tokenenv.rewards import PositionScaled, Scaled, Segment
 from tokenenv.single_env import TokenEnv
 
 
@@ -28,6 +29,22 @@ def test_wrapped_and_torch_envs_keep_it_too(mode: AutoresetMode) -> None:
     tensors = make_vec(2, mode, array="torch", **TOYS["unscored"])
     check_vector_env(tensors, steps=6)
     check_vector_env(RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "reward",
+    [Scaled("token"), PositionScaled("delta"), {"a": Scaled(PositionScaled("uniform")), "b": Scaled(Segment(1.0))}],
+    ids=["scaled", "by position", "both"],
+)
+def test_terms_that_learn_keep_it_and_are_left_as_they_were(reward: Any, mode: AutoresetMode) -> None:
+    envs = make_vec(3, mode, reward=reward)
+    envs.reset(seed=0)
+    for token in (20, 30, 40):
+        envs.step(np.full(3, token))
+    learned = envs.unwrapped.save_statistics()
+    check_vector_env(envs, steps=10)
+    assert_equal(envs.unwrapped.save_statistics(), learned)
 
 
 def test_one_env_alone() -> None:

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents import PPO, LMPolicy, files
 from tokenenv.agents import checkpoint as module
 from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
 from tokenenv.errors import CheckpointError
@@ -65,7 +65,7 @@ BROKEN = {
     "text": (lambda data: b"a text of some length, not a checkpoint at all", "cannot be read as a checkpoint"),
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
-    "version": (lambda data: data.replace(b'"version":"3"', b'"version":"7"'), "has checkpoint version 7; .* reads 3"),
+    "version": (lambda data: data.replace(b'"version":"4"', b'"version":"7"'), "has checkpoint version 7; .* reads 4"),
 }
 
 
@@ -89,6 +89,34 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
             read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("identity"), r"of its state, \['identity'\] is missing or unknown"),
+        (lambda state: state.update(more=1), r"of its state, \['more'\] is missing"),
+        (lambda state: state["config"].pop("lr"), r"of its config, \['lr'\] is missing"),
+        (lambda state: state.update(config=3), "of its config, no mapping"),
+        (lambda state: state.update(agent=None), "was saved by None, not by PPO"),
+    ],
+)
+def test_what_somebody_else_wrote_is_refused(tmp_path, change, message):
+    """With a right checksum: the file is whole, and not what this package writes."""
+    PPO(ToyEnv(2)).save(tmp_path / "c")
+    state = read_checkpoint(tmp_path / "c")
+    change(state)
+    write_checkpoint(tmp_path / "other", state)
+    with pytest.raises(CheckpointError, match=message):
+        PPO.load(tmp_path / "other", ToyEnv(2))
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"tensor": "none"}', '{"dict": 3}', '{"a": 1, "b": 2}', "[" * 100_000])
+def test_a_state_that_cannot_be_read_is_corrupt(tmp_path, text):
+    metadata = {"format": module.FORMAT, "version": module.VERSION, "state": text, "checksum": str(module._checksum(text, {}))}
+    save_file({}, tmp_path / "c", metadata)
+    with pytest.raises(CheckpointError, match=r"is corrupt: its state cannot be read"):
+        read_checkpoint(tmp_path / "c")
+
+
 @pytest.mark.parametrize("where", ["save_file", "_sync", "replace"])
 def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypatch, where):
     write_checkpoint(tmp_path / "c", {"turn": 1})
@@ -97,21 +125,22 @@ def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os if where == "replace" else module, where, crash)
+        patch.setattr({"save_file": module, "_sync": files, "replace": files.os}[where], where, crash)
         with pytest.raises(KeyboardInterrupt):
             write_checkpoint(tmp_path / "c", {"turn": 2})
     assert read_checkpoint(tmp_path / "c") == {"turn": 1}
     write_checkpoint(tmp_path / "c", {"turn": 3})
     assert read_checkpoint(tmp_path / "c") == {"turn": 3}
-    assert os.listdir(tmp_path) == ["c"]
+    assert read_checkpoint(tmp_path / "c.previous") == {"turn": 1}
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.previous"]
 
 
 def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     """fsync of the file, then rename, then fsync of the directory."""
     calls = []
-    sync, replace = module._sync, os.replace
-    monkeypatch.setattr(module, "_sync", lambda path: (calls.append(path.name), sync(path)))
-    monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    sync, replace = files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: (calls.append(path.name), sync(path)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
     write_checkpoint(tmp_path / "c", {"turn": 1})
     assert calls == ["c.tmp", "replace", tmp_path.name]
 

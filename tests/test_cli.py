@@ -2,6 +2,7 @@
 
 import json
 
+import gymnasium as gym
 import pytest
 import yaml
 
@@ -75,6 +76,10 @@ def test_envs_rewards_and_version(capsys):
     main(["envs"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in TASKS)
+    flat = " ".join(printed.replace("│", " ").split())
+    prompts = gym.make_vec("tokenenv/PyDocs-v0", num_envs=1).unwrapped.identity["prompts"]
+    assert len(prompts) > 8
+    assert all(word in flat for word in prompts.split())  # the number and the digest
     main(["rewards"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in DESIGNS)

@@ -128,7 +128,8 @@ def test_texts_come_with_a_tokenizer():
         *(np.asarray(ids), np.asarray(ids), nothing, nothing, nothing, 0.0, True, False, 0.0, 0.0, 0, 0), np.zeros(1), 0
     )
     row = episode_row(episode, tokenizer)
-    assert row["prompt"] == row["response"] == " ".join(fakes.WORDS[3:6])
+    words = " ".join(fakes.WORDS[3:6])
+    assert (row["prompt"], row["response"]) == (words, f" {words}")  # joined, they are the text
     assert episode_row(episode)["prompt"] is None
 
 

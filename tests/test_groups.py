@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 from tabular import BETA, relative_error, worlds
@@ -222,9 +221,7 @@ def every_group(world, paid, size):
 
 
 def toy_agent(algorithm, size, **options):
-    envs = ToyEnv(2 * size)
-    envs.group_size = size
-    return algorithm(envs, **options)
+    return algorithm(ToyEnv(2 * size, group_size=size), **options)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -248,27 +245,6 @@ def test_the_expected_gradient_over_all_groups_is_the_policy_gradient(world, des
 
 
 # ---------------------------------------------------------------- groups stay whole
-
-
-@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
-def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
-    agent = RLOO(reviews(12, 3, mode, max_new_tokens=30))
-    seen = []
-    for _ in range(6):
-        episodes = agent.collector.collect(200)
-        assert len(episodes) % 3 == 0
-        for i in range(0, len(episodes), 3):
-            group = episodes[i : i + 3]
-            assert len({e.slot // 3 for e in group}) == len({e.index for e in group}) == len({e.prompt_id for e in group}) == 1
-            assert len({e.slot for e in group}) == 3
-            for e in group[1:]:
-                np.testing.assert_array_equal(e.prompt, group[0].prompt)
-        seen += [(e.slot, e.index) for e in episodes]
-    assert len(set(seen)) == len(seen)
-    waiting = [(e.slot, e.index) for e in agent.collector._waiting]
-    assert waiting
-    ended = {(slot, index) for slot in range(12) for index in range(int(agent.collector.finished[slot]))}
-    assert set(seen) | set(waiting) == ended
 
 
 def test_flat_groups_are_drawn_again(monkeypatch):
@@ -312,21 +288,6 @@ def test_a_rule_without_a_score_still_tells_groups_apart():
     for episodes in seen:
         paid = np.array([e.reward.sum() for e in episodes]).reshape(-1, 4)
         assert (np.ptp(paid, 1) > 0).all()
-
-
-@pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
-def test_waiting_texts_survive_a_checkpoint(mode, tmp_path):
-    """Those that wait for the rest of their group are in the file; their group is whole afterwards."""
-    agent = RLOO(reviews(12, 3, mode, max_new_tokens=30))
-    agent.collector.collect(900)
-    waiting = agent.collector._waiting
-    assert len(waiting) > 2
-    agent.save(tmp_path / "c")
-    resumed = RLOO.load(tmp_path / "c", reviews(12, 3, mode, max_new_tokens=30))
-    assert [(e.slot, e.index) for e in resumed.collector._waiting] == [(e.slot, e.index) for e in waiting]
-    for one, other in zip(agent.collector.collect(400), resumed.collector.collect(400), strict=True):
-        for field in one.__dataclass_fields__:
-            np.testing.assert_equal(getattr(one, field), getattr(other, field))
 
 
 def test_what_they_cannot_use_is_refused():

@@ -60,16 +60,21 @@ def test_at_any_call_of_an_agent_that_learns(mode, monkeypatch):
         for after in (False, True):
             with monkeypatch.context() as patch:
                 interrupt(patch, owner, name, 3, after)
+                resets = name == "reset" and mode != AutoresetMode.DISABLED  # there steps reset
                 if name == "start":  # in a step too, not in a reset alone
                     agent.collector.reset()
                 with pytest.raises(KeyboardInterrupt):
-                    for _ in range(20):
-                        agent.collector.reset() if name == "reset" and mode != AutoresetMode.DISABLED else agent.collector.step()
+                    many(agent.collector.reset if resets else agent.collector.step)
             metrics, episodes = agent._iterate(10**6)
             assert np.isfinite(metrics["objective/reward"])
             check_paid(core, episodes)
             assert seen.isdisjoint((e.slot, e.index) for e in episodes)
             seen |= {(e.slot, e.index) for e in episodes}
+
+
+def many(call):
+    for _ in range(20):
+        call()
 
 
 def interrupt(patch, owner, name, call, after):
@@ -109,7 +114,7 @@ def test_an_actor_that_was_interrupted_reads_all_texts_again():
     actor._expect = expect
     drawn, logprobs = actor.act(obs)
     for row, length in enumerate(obs["length"]):
-        logits = policy.model(torch.from_numpy(obs["tokens"][row, :length])[None]).logits[0, -1]
+        logits = policy.model(torch.from_numpy(obs["tokens"][row, :length])[None]).logits[0, -1].detach()
         assert float(logprobs[row]) == pytest.approx(float(torch.log_softmax(logits, -1)[drawn[row]]), abs=1e-4)
 
 
@@ -118,22 +123,18 @@ def test_continuations_that_are_interrupted(mode, monkeypatch):
     """Wherever that is, the running texts are taken up again or all begin anew."""
     envs = make_vec(6, mode, reward="token", kl_coef=0.1)
     agent = VinePPO(envs, rollouts=3, segments=1)
-    for owner, name, call in (
-        (envs, "step", 2),
-        (envs, "reset", 1),
-        (envs.unwrapped, "fork", 1),
-        (envs.unwrapped, "load_state", 1),
-    ):
+    core = envs.unwrapped
+    for owner, name, call in ((envs, "step", 2), (envs, "reset", 1), (core, "fork", 1), (core, "load_state", 1)):
         for after in (False, True):
             episodes = agent.collector.collect(12)
-            check_paid(envs.unwrapped, episodes)
+            check_paid(core, episodes)
             states = [(e.prompt, e.response[:1]) for e in episodes if len(e.response) > 1][:3]
             with monkeypatch.context() as patch:
                 interrupt(patch, owner, name, call, after)
                 with pytest.raises(KeyboardInterrupt):
                     agent.collector.play_on(states, 3)
             assert not agent.collector.running
-            check_paid(envs.unwrapped, agent.collector.collect(12))
+            check_paid(core, agent.collector.collect(12))
 
 
 def test_an_env_that_saves_no_state_begins_anew_after_continuations():

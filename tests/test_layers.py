@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "types", "config"},
+    {"errors", "types", "config", "shown", "trust"},
     {"models", "prompts"},
     {"rewards"},
     {"core"},  # every other module of tokenenv/
@@ -18,7 +18,7 @@ LAYERS = (
     {"agents", "cli", "integrations", "rollout"},
 )
 """Each layer imports itself and those above it in this list..."""
-AGENTS_IMPORT = {"errors", "types", "config", "models", "agents"}
+AGENTS_IMPORT = {"errors", "types", "config", "shown", "trust", "models", "agents"}
 """...except that agents know the env through its spaces alone."""
 OPTIONAL = {"vllm", "stable_baselines3", "sb3_contrib", "ray", "peft", "datasets", "llguidance", "wandb"}
 SUBCLASSING = {"tokenenv.integrations.sb3": {"stable_baselines3"}}

@@ -77,9 +77,13 @@ def test_line_breaks_and_words_longer_than_a_line():
 
 
 def test_control_characters_neither_steer_the_terminal_nor_stop_the_drawing():
-    evil = text(pieces=["\x1b[2J", "\r\x08\x00", "\u202e\u2028", "a\tb\n"], rewards=[0.0] * 4, prompt="\x1b]0;x\x07p")
+    evil = text(
+        pieces=["\x1b[2J", "\r\x08\x00", "\u202e\u2028", "a\tb\n", "\u061cx\ufe0fy\ud800\U000e0041"],
+        rewards=[0.0] * 5,
+        prompt="\x1b]0;x\x07p",
+    )
     tokens = [token[3] for token in ANSI.findall(ansi(evil))]
-    assert tokens == ["·[2J", "···", "··", "a    b↵\n"]
+    assert tokens == ["·[2J", "···", "··", "a    b↵\n", "·x·y··"]
     assert "\x1b[2m·]0;x·p\x1b[0m" in ansi(evil)
     assert picture(evil).shape == picture(text()).shape
 

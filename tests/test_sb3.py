@@ -1,5 +1,6 @@
 """stable-baselines3 on texts: what the adapter owes SB3, and that SB3 trains what the bundled agents train."""
 
+import copy
 import importlib
 import re
 import sys
@@ -12,17 +13,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
-from sb3_contrib import MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO
+from sb3_contrib import ARS, QRDQN, TRPO, MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecMonitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecFrameStack, VecMonitor, VecNormalize
 from tasks import STOPS, TOYS, T, assert_equal, copied, make_vec, random_actions, row_of
 
-from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency
+from tokenenv.errors import EnvClosed, InvalidAction, InvalidArgument, MissingDependency
 from tokenenv.integrations import sb3
 from tokenenv.integrations.sb3 import LMActorCriticPolicy, SB3VecEnv
 from tokenenv.wrappers import ActionMask, TopKActions
@@ -168,12 +169,104 @@ def test_attributes_and_methods() -> None:
     envs.set_attr("top_p", 0.7)
     assert mask.top_p == 0.7
     with pytest.raises(AttributeError, match="TokenVectorEnv has no attribute 'no_such_thing'"):
-        envs.set_attr("no_such_thing", 1)
+        envs.get_attr("no_such_thing")
+    envs.set_attr("no_such_thing", 1)
+    assert envs.get_attr("no_such_thing", indices=[-1]) == [1]
+    assert envs.envs.no_such_thing == 1
     with pytest.raises(InvalidArgument, match=r"indices=\[0\] is not allowed; 'top_p' belongs to all rows"):
         envs.set_attr("top_p", 0.5, indices=[0])
     assert envs.env_is_wrapped(Monitor) == [True] * N
     assert envs.env_is_wrapped(gym.Wrapper, indices=0) == [False]
+    assert envs.env_is_wrapped(ActionMask, indices=[0, 1]) == [True] * 2
     assert SB3VecEnv(make(array="torch")).env_method("reset") is not None
+
+
+def prompts_of(obs: Any) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)]
+
+
+def test_options_are_those_of_single_texts_and_count_for_one_reset() -> None:
+    envs = SB3VecEnv(make())
+    envs.seed(3)
+    drawn = prompts_of(envs.reset())
+    envs.set_options({"prompts": [[11, 12]]})
+    assert prompts_of(envs.reset()) == [[11, 12]] * N
+    envs.seed(3)
+    assert prompts_of(envs.reset()) == drawn
+    envs.seed(3)
+    envs.set_options([{}, {"prompts": [[11]], "prefixes": [[21, 22]]}, {"prompts": ["the cat"]}, {}])
+    obs = envs.reset()
+    words = envs.unwrapped.token_spec.tokenizer("the cat")["input_ids"]
+    assert prompts_of(obs) == [drawn[0], [11], words, drawn[3]]
+    np.testing.assert_array_equal(obs["length"] - obs["prompt_length"], [0, 2, 0, 0])
+    assert [info["prompt_id"] for info in envs.reset_infos[1:3]] == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ["a", "b"]}, r"options\['prompts'\]=\['a', 'b'\] must be a list of one"),
+        ({"prompts": "a"}, "options.*='a' must be a list of one"),
+        ({"reset_mask": [True]}, "options key='reset_mask' is not known; allowed: prefixes, prompts"),
+        ([{}], r"options has 1 entries; allowed: a mapping, or one entry an env \(4\)"),
+    ],
+)
+def test_options_that_cannot_be(options: Any, message: str) -> None:
+    envs = SB3VecEnv(make())
+    envs.set_options(options)
+    with pytest.raises(InvalidArgument, match=message):
+        envs.reset()
+
+
+def test_reset_infos_are_those_of_the_texts_that_run() -> None:
+    envs, plain = (kind(make(reward="delta", scorer="sequence")) for kind in (SB3VecEnv, lambda same: same))
+    envs.seed(5)
+    envs.reset()
+    plain.reset(seed=5)
+    expected = [dict(info) for info in envs.reset_infos]
+    for _ in range(12):
+        actions = random_actions(np.random.default_rng(0), plain, stop=0.3)
+        _, _, dones, _ = envs.step(actions)
+        info = plain.step(actions)[4]
+        for row in np.flatnonzero(dones):
+            expected[row] = {key: info[key][row] for key in ("prompt_id", "potential")}
+        assert_equal(dict(enumerate(envs.reset_infos)), dict(enumerate(expected)))
+    assert len({info["prompt_id"] for info in expected}) > 1
+
+
+def test_rendering() -> None:
+    pictures = SB3VecEnv(make(render_mode="rgb_array"))
+    pictures.reset()
+    tiled = pictures.render()
+    assert tiled.dtype == np.uint8
+    assert np.array_equal(tiled, pictures.render(mode="rgb_array"))
+    assert len(pictures.get_images()) == N
+    with pytest.warns(UserWarning, match="render mode"):
+        assert pictures.render(mode="ansi") is None
+    texts = SB3VecEnv(make(render_mode="ansi"))
+    texts.reset()
+    assert texts.render() is None
+    assert texts.metadata["render_modes"] == ["ansi"]
+    with pytest.raises(InvalidArgument, match="render_mode='ansi' gives no pictures; make the env with 'rgb_array'"):
+        texts.get_images()
+    with pytest.warns(UserWarning, match="no `render_mode` was passed"):
+        assert SB3VecEnv(make()).render() is None
+
+
+def test_sending_and_waiting_and_closing() -> None:
+    (a, b), actions = (SB3VecEnv(make()) for _ in range(2)), np.full(N, 20)
+    for envs in (a, b):
+        envs.seed(1)
+        envs.reset()
+    a.step_async(actions)
+    assert_equal(a.step_wait()[0], b.step(actions)[0])
+    assert a.seed() == [a._seeds[0] + row for row in range(N)]
+    a.reset()
+    a.close()
+    a.close()
+    for call in (a.reset, lambda: a.step(actions)):
+        with pytest.raises(EnvClosed, match="closed"):
+            call()
 
 
 def test_beneath_sb3s_own_wrappers() -> None:
@@ -184,6 +277,11 @@ def test_beneath_sb3s_own_wrappers() -> None:
         *_, infos = envs.step(np.full(N, 20))
     assert [info["episode"]["l"] for info in infos] == [T] * N
     assert envs.unwrapped.token_spec.max_new_tokens == T
+    plain = SB3VecEnv(make(observation="features"))
+    stacked = VecCheckNan(VecFrameStack(VecNormalize(plain), 2))
+    assert stacked.env_is_wrapped(Monitor) == [True] * N
+    assert stacked.reset().shape == (N, 2 * plain.observation_space.shape[0])
+    assert stacked.step(np.full(N, 20))[0].shape == (N, 2 * plain.observation_space.shape[0])
 
 
 # ---------------------------------------------------------------------------------------------------- the same objective
@@ -235,9 +333,11 @@ def test_rewards_in_the_buffer_add_up_to_the_episodes() -> None:
     assert seen >= N
 
 
+@pytest.mark.parametrize("flag", ["terminated", "truncated"])
 @pytest.mark.parametrize("scored", [True, False], ids=["scored", "unscored"])
-def test_learners_bootstrap_only_where_a_cut_text_is_not_scored(scored: bool) -> None:
-    model = ppo(make(kl="policy", score_truncated=scored, stops=(STOPS[0],)), n_steps=2 * T, batch_size=28)
+def test_learners_bootstrap_only_where_a_cut_text_is_not_scored(scored: bool, flag: str) -> None:
+    envs = make(kl="policy", cut=flag, score_truncated=scored, stops=(STOPS[0],))
+    model = ppo(envs, n_steps=2 * T, batch_size=28)
     unfreeze_values(model)
     buffer, steps = rollout(model)
     cut = 0
@@ -246,6 +346,7 @@ def test_learners_bootstrap_only_where_a_cut_text_is_not_scored(scored: bool) ->
             bonus = 0.0
             if "episode" in info and info["episode"]["l"] == T and info["terminal_observation"]["tokens"][-1] != STOPS[0]:
                 assert info["TimeLimit.truncated"] == (not scored)
+                assert info["cut"]
                 last = {key: torch.as_tensor(value)[None] for key, value in info["terminal_observation"].items()}
                 bonus = 0.0 if scored else float(model.policy.predict_values(last).detach())
                 cut += 1
@@ -259,6 +360,23 @@ def test_a_text_that_ends_with_a_stop_token_never_bootstraps() -> None:
     _, _, dones, infos = envs.step(np.full(N, STOPS[0]))
     assert dones.all()
     assert not any(info["TimeLimit.truncated"] for info in infos)
+
+
+@pytest.mark.parametrize("case", ["scored", "time limit", "unscored"])
+def test_the_flags_are_those_that_sb3_reads_of_single_envs(case: str) -> None:
+    """SB3's own vector env and Gymnasium's, of the same single envs, the latter through the adapter; with a time limit too."""
+    limit = 4 if case == "time limit" else None
+    given = {"stops": (), "kl": "none", "max_episode_steps": limit, "score_truncated": case != "unscored"}
+    theirs = DummyVecEnv([lambda: gym.make("tests/Toy-v0", **given)] * 2)
+    ours = SB3VecEnv(SyncVectorEnv([lambda: gym.make("tests/Toy-v0", **given)] * 2, autoreset_mode=SAME_STEP))
+    for envs in (theirs, ours):
+        envs.seed(0)
+        envs.reset()
+        for _ in range((limit or T) - 1):
+            assert not envs.step(np.full(2, 20))[2].any()
+        _, _, dones, infos = envs.step(np.full(2, 20))
+        assert dones.all()
+        assert [info["TimeLimit.truncated"] for info in infos] == [case != "scored"] * 2
 
 
 def test_a_row_is_read_without_its_neighbours() -> None:
@@ -417,10 +535,6 @@ def test_other_resets_and_envs_are_refused() -> None:
             SB3VecEnv(make_vec(2, mode))
     with pytest.raises(InvalidArgument, match="is no vector env; build one with gym"):
         SB3VecEnv(gym.make("tests/Toy-v0"))  # type: ignore[arg-type]
-    envs = SB3VecEnv(make())
-    envs.set_options({"prompts": ["a"]})
-    with pytest.raises(InvalidArgument, match="reset the env itself"):
-        envs.reset()
 
 
 def test_the_kl_that_sb3_does_not_add_is_warned_of() -> None:
@@ -453,6 +567,8 @@ def test_a_policy_that_gives_no_log_prob_is_an_error(num_envs: int) -> None:
 
 def test_a_policy_that_cannot_be() -> None:
     envs = make()
+    with pytest.raises(InvalidArgument, match="use_sde=True is noise on continuous actions"):
+        ppo(make(kl="policy"), use_sde=True)
     with pytest.raises(InvalidArgument, match=r"model=None: give PPO\(..., policy_kwargs="):
         PPO(LMActorCriticPolicy, SB3VecEnv(envs), device="cpu")
     with pytest.raises(InvalidArgument, match="LMActorCriticPolicy reads tokens"):
@@ -460,6 +576,37 @@ def test_a_policy_that_cannot_be() -> None:
     for kl in ("none", "policy"):
         with pytest.raises(InvalidArgument, match=rf"model has {fakes.VOCAB_SIZE} tokens, action_space is .*chooses among all"):
             ppo(TopKActions(make(kl=kl), 5))
+
+
+@pytest.mark.parametrize("algorithm", [RecurrentPPO, ARS, DQN, QRDQN, SAC, DDPG])
+def test_learners_of_another_kind_are_refused_in_a_sentence(algorithm: Any) -> None:
+    envs = make(kl="policy" if algorithm in (SAC, DDPG) else "none")
+    with pytest.raises((InvalidArgument, AttributeError), match=r"is for on-policy actor-critic learners \(PPO, A2C, TRPO\)"):
+        learner(algorithm, envs).learn(10)
+
+
+@pytest.mark.parametrize("case", ["policy", "none", "masked"])
+def test_trpo_stays_within_its_bound(case: str) -> None:
+    envs = make(kl="none" if case == "none" else "policy", stops=(STOPS[0],))
+    envs = ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good") if case == "masked" else envs
+    model = learner(TRPO, envs, n_steps=6, batch_size=24, target_kl=0.02, cg_max_steps=4, n_critic_updates=2)
+    before = copy.deepcopy(model.policy)
+    model.learn(24)
+    obs = {key: torch.as_tensor(values) for key, values in model.rollout_buffer.observations.items()}  # flat since training
+    with torch.no_grad():
+        old, new = (policy.get_distribution(obs).distribution for policy in (before, model.policy))
+    assert 1e-4 < float(torch.distributions.kl_divergence(new, old).mean()) < 0.02
+    assert any((weight != other).any() for weight, other in zip(before.parameters(), model.policy.parameters(), strict=True))
+
+
+def test_trpo_refuses_weights_that_it_would_leave_to_the_critic() -> None:
+    model = learner(TRPO, make(kl="policy"), model=fakes.causal_lm("gpt_neox"), n_steps=6, batch_size=24)
+    with pytest.raises(InvalidArgument, match=r"query_key_value.*its name says 'value'.*take PPO or A2C"):
+        model.learn(24)
+    model = learner(TRPO, make(kl="policy"), n_steps=6, batch_size=24)
+    model.policy.lm.model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(InvalidArgument, match=r"it is frozen; take PPO or A2C"):
+        model.learn(24)
 
 
 def test_without_sb3_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

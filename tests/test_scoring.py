@@ -3,6 +3,7 @@
 from typing import Any
 
 import fakes
+import gymnasium as gym
 import numpy as np
 import pytest
 import tasks
@@ -11,7 +12,11 @@ from gymnasium.vector import AutoresetMode
 from tasks import CASES, STOPS, TOY, TOYS, T, make_vec, play
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.types import EpisodeScores
+from tokenenv.models.automaton import Automaton
+from tokenenv.models.bigram import Bigram
+from tokenenv.models.heads import make_scorer
+from tokenenv.types import EpisodeScores, Scorer, Task
+from tokenenv.vector_env import TokenVectorEnv
 
 SAME_STEP = AutoresetMode.SAME_STEP
 TOKEN_CASES = [case for case in CASES if case.values[1].get("observation") != "features"]
@@ -76,10 +81,7 @@ def model_score(prompt: list[int], response: list[int], kind: str) -> float:
 def test_scores_and_log_probs_are_the_models_own() -> None:
     for kind in ("token", "sequence"):
         for episode in play(make_vec(3, SAME_STEP, reward="terminal", scorer=kind), steps=12):
-            # A sequence classifier's own forward looks for the pad id to find the last token.
-            text = [token if token != fakes.PAD else 3 for token in episode.response]
-            if text == episode.response:
-                close(episode.infos[-1]["score"], model_score(episode.prompt, text, kind))
+            close(episode.infos[-1]["score"], model_score(episode.prompt, episode.response, kind))
             logits = tasks.reference()(torch.tensor([episode.prompt + episode.response])).logits[0]
             taken = logits[len(episode.prompt) - 1 : -1].log_softmax(-1)[range(len(episode.response)), episode.response]
             close([info["ref_logprob"] for info in episode.infos], taken)
@@ -174,6 +176,13 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
         (([[3] * 9], [[3]]), {}, "prompts[0] has 9 tokens and max_prompt_tokens=5"),
         (([[3]], [[61]]), {}, "responses[0]: token id 61 is out of range; allowed: 0 to 60"),
         (([[3]], [[3]]), {"truncated": [True, False]}, "truncated has 2 entries"),
+        (([[3]], [[3]]), {"weights": {"token": float("nan")}}, "the weight of 'token' is nan; it (weights=) must be finite"),
+        (([[3]], [[3]]), {"weights": {"token": [np.inf]}}, "the weight of 'token' is [inf]"),
+        (([[3]], [[3]]), {"kl_coef": -0.1}, "(kl_coef=) must be finite and 0 or more"),
+        (([[3]], [[3]]), {"kl_coef": float("nan")}, "the weight of 'kl' is nan"),
+        (([[3], [3]], [[3], [4, 7, 5]]), {}, "responses[1] holds the stop token 7 as number 2 of its 3 tokens"),
+        (([[3]], [[1, 1]]), {}, "responses[0] holds the stop token 1 as number 1 of its 2 tokens"),
+        (([[3], [3]], [[3], [4, 7]]), {"truncated": [True, True]}, "truncated[1]=True, but responses[1] ends by itself"),
         (([[3]], [[3]]), {"weights": {"tokn": 1.0}}, "weights key='tokn' is not known; allowed: kl, token"),
         (("the cat", "is good"), {}, "prompts='the cat' is one text; give a list"),
     ],
@@ -191,6 +200,8 @@ def test_bad_texts_give_one_clear_error(arguments: Any, options: dict[str, Any],
         (None, "logprobs is missing"),
         ([[-1.0]], "one number for every response token"),
         ([[-1.0, float("nan")]], "not finite"),
+        ([[-1.0, float("-inf")]], "not finite"),
+        ([[-1.0, 0.5]], r"logprobs\[0\] holds a number that is not finite or above 0; allowed: 0 or less"),
     ],
 )
 def test_policy_terms_need_a_log_prob_for_every_token(logprobs: Any, message: str) -> None:
@@ -216,3 +227,98 @@ def test_weights_are_numbers_or_one_a_text() -> None:
     message = r"the weight of 'terminal' has shape \(3,\); allowed: a number, or one a text \(2\)"
     with pytest.raises(InvalidArgument, match=message):
         envs.unwrapped.score_episodes([[3], [4]], [[5], [6]], weights={"terminal": [1.0, 2.0, 3.0]})
+
+
+def test_rounding_above_0_is_a_log_prob() -> None:
+    envs = make_vec(1, kl="policy")
+    assert np.isfinite(envs.unwrapped.score_episodes([[3]], [[4, 5]], logprobs=[[-1.0, 1e-4]]).step_rewards).all()
+
+
+def test_a_kl_coef_without_a_kl_term_is_refused() -> None:
+    envs = make_vec(1, kl="none")
+    with pytest.raises(InvalidArgument, match=r"kl_coef=0.1 has no term to weigh: this env was made with kl='none'"):
+        envs.unwrapped.score_episodes([[3]], [[4]], kl_coef=0.1)
+    envs.unwrapped.score_episodes([[3]], [[4]])
+
+
+def test_a_short_text_without_a_stop_token_counts_as_cut_where_it_ends() -> None:
+    envs = make_vec(1, **TOYS["terminal"])
+    for options in ({}, {"truncated": [True]}):
+        paid = envs.unwrapped.score_episodes([[3]], [[4, 5]], **options).terms
+        close(paid["missing_eos"][0], [0, -0.7, 0, 0, 0, 0, 0])
+        assert paid["terminal"][0, 1] != 0
+    withheld = make_vec(1, **TOYS["unscored"]).unwrapped.score_episodes([[3]], [[4, 5]])
+    assert not withheld.terms["a"].any()
+
+
+def dropping() -> Any:
+    """A task whose models drop a half of everything in train mode."""
+    drop = {"attention_dropout": 0.5}
+    reference = fakes.causal_lm(num_hidden_layers=1, **drop)
+    classifier = fakes.reward_model("sequence", num_hidden_layers=1, **drop)
+    classifier.score = torch.nn.Sequential(torch.nn.Dropout(0.5), classifier.score).eval()
+    task = Task(
+        tokenizer=tasks.tokenizer(),
+        reference=reference,
+        prompts=tasks.prompts(),
+        max_prompt_tokens=tasks.P,
+        max_new_tokens=T,
+        stop_token_ids=STOPS,
+        scorer=make_scorer(classifier),
+        implicit_model=fakes.causal_lm(seed=3, num_hidden_layers=1, **drop),
+    )
+    return task, [reference, classifier, task.implicit_model]
+
+
+def test_models_in_train_mode_are_run_in_eval_mode_and_keep_their_mode() -> None:
+    """Whoever trains a model between steps: its rewards are those of eval mode, by every way."""
+    reward = {"a": "terminal", "b": "delta", "c": "implicit", "d": "occlusion", "e": "gradient", "f": "segment"}
+    texts = [[3, 4]] * 3, [[5, 6, 7], [8, 9], [10] * T]
+
+    def run(training: bool) -> tuple[Any, ...]:
+        task, models = dropping()
+        for model in models:
+            model.train(training)
+        envs = gym.make_vec("tests/Toy-v0", num_envs=3, task=task, reward=reward)
+        envs.reset(seed=0)
+        for model in models:
+            model.train(training)
+        stepped = [envs.step(np.array([5 + t, 9, 10]))[1] for t in range(4)]
+        scored = envs.unwrapped.score_episodes(*texts)
+        assert all(module.training == training for model in models for module in model.modules())
+        return np.stack(stepped), scored.token_rewards, scored.ref_logprobs, scored.potentials
+
+    for mine, theirs in zip(run(True), run(False), strict=True):
+        close(mine, theirs)
+
+
+def test_the_sums_of_thousands_of_token_scores_do_not_drift() -> None:
+    """Scores that float32 rounds at every addition: by stepping, by scoring, and exactly."""
+    length, payoff = 4096, np.array([0.1, 0.37, 1.03])
+    automaton = Automaton(np.array([[0, 1, 2], [2, 0, 1], [1, 2, 0]]), payoff)
+    task = Task(
+        tokenizer=None,
+        reference=Bigram(np.full((4, 3), 1 / 3)),
+        prompts=[[0]],
+        max_prompt_tokens=1,
+        max_new_tokens=length,
+        stop_token_ids=(),
+        scorer=Scorer(automaton, automaton.score, per_token=True),
+    )
+    envs = TokenVectorEnv(
+        1, task=task, autoreset_mode=SAME_STEP, kl="none", reward={"a": "token", "b": "delta", "c": "terminal"}
+    )
+    envs.reset(seed=0)
+    texts = np.random.default_rng(0).integers(3, size=(length, 1))
+    steps = [envs.step(tokens) for tokens in texts]
+    whole = envs.score_episodes([[0]], [texts[:, 0].tolist()])
+    assert whole.score is not None
+    state, each = 0, []
+    for token in texts[:, 0]:
+        state = automaton.transitions[state, token]
+        each.append(np.float32(payoff[state]).astype(float))
+    np.testing.assert_allclose([steps[-1][4]["score"][0], whole.score[0]], sum(each), rtol=1e-7)
+    for name, values in whole.terms.items():
+        stepped = np.array([info["reward_terms"][name][0] for *_, info in steps])
+        np.testing.assert_allclose(stepped, values[0], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(values[0, :-1], 0.0 if name == "c" else each[:-1], atol=1e-6)

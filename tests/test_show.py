@@ -55,7 +55,8 @@ def run_dir(tmp_path_factory):
 def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
     main(["show", str(run_dir)])
     assert "episodes.html" in capsys.readouterr().out
-    data, lines = data_of(run_dir / "episodes.html"), read_episodes(run_dir)
+    data, (lines, skipped) = data_of(run_dir / "episodes.html"), read_episodes(run_dir)
+    assert skipped == data["skipped"] == 0
     assert data["total"] == len(lines)
     assert data["run"] == {"env": "tokenenv/Reviews-v0", "algo": "ppo"}
     detailed = [line for line in lines if "tokens" in line]
@@ -88,7 +89,41 @@ def test_the_page_needs_no_network(tmp_path):
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
     folder = write(tmp_path / "x", [episode(0), episode(1)], tail='{"tokens_seen": 300, "pro')
-    assert [e["score"] for e in read_episodes(folder)] == [0.0, 1.0]
+    episodes, skipped = read_episodes(folder)
+    assert [e["score"] for e in episodes] == [0.0, 1.0]
+    assert skipped == 0
+    assert read_episodes(write(tmp_path / "x", [episode(0)], tail=json.dumps(episode(1))))[0][-1]["score"] == 1.0
+
+
+BAD_LINES = {
+    "no JSON": '{"half',
+    "no mapping": "[1, 2]",
+    "no numbers": json.dumps({"tokens_seen": 3}),
+    "deep": "[" * 100_000,
+    "a number of too many digits": json.dumps(episode()).replace("100", "1" * 5000),
+    "text for a number": json.dumps(episode(score="high")),
+    "not a number": json.dumps(episode(score=float("nan"))),
+    "an infinite reward": json.dumps(episode(token_rewards=[float("inf"), 0.0])),
+    "a column too short": json.dumps(episode(token_rewards=[0.0])),
+    "tokens that are none": json.dumps(episode() | {"tokens": [1, 2]}),
+    "no texts": json.dumps(episode(prompt={})),
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_line_that_is_no_episode_is_left_out_and_counted(line, tmp_path):
+    folder = write(tmp_path / "x", [episode(0)], tail=f"{line}\n{json.dumps(episode(1))}\n")
+    data = data_of(write_page(folder))
+    assert [e["score"] for e in data["episodes"]] == [0.0, 1.0]
+    assert data["skipped"] == 1
+
+
+@pytest.mark.parametrize("config", ["env: [", "- a", "a: &x 1\nb: *x", "\x00"], ids=["cut", "list", "alias", "nul"])
+def test_a_broken_config_is_named(config, tmp_path):
+    folder = write(tmp_path / "x", [episode(0)])
+    (folder / "config.yaml").write_text(config)
+    with pytest.raises(InvalidArgument, match=r"config\.yaml"):
+        write_page(folder)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +132,13 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
         (lambda folder: folder, "has no episodes.jsonl; `tokenenv train` makes run folders"),
         (lambda folder: write(folder, []), "holds no finished episode yet"),
         (lambda folder: write(folder, [], tail='{"half'), "holds no finished episode yet"),
-        (lambda folder: write(folder, [{"score": 1.0, "tokens_seen": 3}]), "has no token columns; train again"),
-        (lambda folder: write(folder, [], tail='{"half\n' + json.dumps(episode())), "line 1, is no JSON"),
-        (lambda folder: write(folder, [episode()], tail="[1, 2]\n"), "line 2, is no episode but [1, 2]"),
+        (
+            lambda folder: write(folder, [{k: v for k, v in episode().items() if k != "tokens"}]),
+            "has no token columns; train again",
+        ),
+        (lambda folder: write(folder, [], tail='{"half\n[1, 2]\n'), "holds no finished episode yet, but 2 lines that are none"),
     ],
-    ids=["no-folder", "empty", "half-a-line", "old", "broken", "other"],
+    ids=["no-folder", "empty", "half-a-line", "old", "broken"],
 )
 def test_what_is_missing_is_said(tmp_path, make, message, capsys):
     make(tmp_path / "x")

@@ -72,7 +72,7 @@ def test_where_few_tokens_are_paid_they_set_the_scale(show):
     assert alpha(background(page, 0)) == 0.0
     assert alpha(background(page, 199)) == pytest.approx(0.9, abs=0.01)
     assert page.locator("#high").inner_text() == "0.03"
-    assert "truncated" in page.locator("#text .end").inner_text()
+    assert "cut" in page.locator("#text .end").inner_text()
     assert "✂" in page.locator("#list li").first.text_content()
 
 
@@ -108,14 +108,18 @@ def test_sorting_filtering_and_keys(show):
 
 def test_hostile_tokens_are_shown_not_run(show):
     evil = "</script><img src=x onerror=\"document.title='hacked'\">"
-    page = show([episode(tokens=[evil, "\n", "\u202elive\x00", "  "], prompt="<b>bold</b>")])
+    page = show(
+        [episode(tokens=[evil, "\n", "\u202elive\x00", "  ", "\u061c\xad\ufeff\U000e0041\ud800!"], prompt="<b>bold</b>")]
+    )
     assert evil in page.locator("#text").inner_text()
     assert "<b>bold</b>" in page.locator("#text").inner_text()
     assert "↵" in page.locator(".token").nth(1).inner_text()
     assert page.title() == "x"
-    assert [page.locator(".token").nth(i).inner_text() for i in (2, 3)] == ["·live·", "␣␣"]
+    assert [page.locator(".token").nth(i).inner_text() for i in (2, 3, 4)] == ["·live·", "␣␣", "·····!"]
     page.locator(".token").nth(2).hover()
     assert page.locator("#detail b").inner_text() == '"\\u202elive\\u0000"'
+    page.locator(".token").nth(4).hover()
+    assert page.locator("#detail b").inner_text() == '"\\u061c\\u00ad\\ufeff\\u{e0041}\\ud800!"'
 
 
 def test_ten_thousand_tokens_and_hundreds_of_episodes_are_quick(show):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import NumpyToTorch
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from tasks import CASES, TOY, TOYS, T, assert_equal, make_vec, row_of, tokenizer
 
@@ -59,9 +60,8 @@ def test_options_of_a_batch_are_refused(key: str) -> None:
 
 
 def test_shows_what_the_batched_env_knows() -> None:
-    env = make(array="torch").unwrapped
-    obs, _ = env.reset(seed=0, options={"prompts": ["the cat"]})
-    assert isinstance(obs["tokens"], torch.Tensor)
+    env = make().unwrapped
+    obs, _ = env.reset(seed=np.int64(0), options={"prompts": ["the cat"]})
     assert env.decode(obs) == ["the cat"]
     assert env.token_spec.max_new_tokens == T
     assert env.reference is env.vector.reference
@@ -75,6 +75,32 @@ def test_shows_what_the_batched_env_knows() -> None:
     first = env.step(30)
     env.load_state(state)
     assert_equal(first[0], env.step(30)[0])
+
+
+def test_tensors_come_from_gymnasiums_wrapper() -> None:
+    with pytest.raises(InvalidArgument, match=r"array='torch' is for gym.make_vec; .* gymnasium has NumpyToTorch"):
+        make(array="torch")
+    env = NumpyToTorch(make())
+    assert isinstance(env.reset(seed=0)[0]["tokens"], torch.Tensor)
+    assert isinstance(env.step(torch.tensor(20))[0]["tokens"], torch.Tensor)
+
+
+def test_attributes_are_set_where_they_are_read() -> None:
+    """As Gymnasium's wrappers set them, which ask every layer in turn."""
+    env = gym.make(TOY)
+    core = env.unwrapped
+    env.reset(seed=0)
+    for name, value in (("kl_coef", 0.7), ("tokens_seen", 9)):
+        assert env.set_wrapper_attr(name, value)
+        assert getattr(core, name) == getattr(core.vector, name) == value
+        assert name not in vars(core)
+    with pytest.raises(InvalidArgument, match="kl_coef=-1"):
+        env.set_wrapper_attr("kl_coef", -1)
+    with pytest.raises(AttributeError, match="device"):
+        core.device = "cuda"
+    assert core.set_wrapper_attr("remark", 3)
+    assert (core.remark, hasattr(core.vector, "remark")) == (3, False)
+    assert core.set_wrapper_attr("other", 3, force=False) is False
 
 
 def test_errors_come_through() -> None:

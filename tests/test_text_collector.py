@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from line_env import interrupted_at
 from local_engine import LocalEngine
 from toy_env import ToyEnv, tiny_lm
 
@@ -459,6 +460,31 @@ def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_sta
         if over:
             break
     assert when > 10
+
+
+@pytest.mark.parametrize(("group_size", "max_staleness"), [(1, 0), (3, 1)])
+def test_interrupted_at_any_line_every_text_is_somewhere_once(group_size, max_staleness):
+    """Ctrl-C, at every 61st line: the next `collect` goes on, and every text is what it would have been."""
+    agent = agent_of(make(group_size=group_size), GRPO if group_size > 1 else PPO, max_staleness=max_staleness)
+    collector, seen = agent.collector, []
+    for line in itertools.count(2, 61):
+        found = []
+        with interrupted_at(line, "/agents/text_collector.py", "/agents/pairing.py", "/tests/local_engine.py") as raised:
+            found = collector.collect(20)
+        held = [t.number for t in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]]
+        assert sorted([*seen, *numbers(found), *held]) == list(range(collector._begun))
+        found += collector.collect(20)
+        paid = agent.core.score_episodes([e.prompt.tolist() for e in found], [e.response.tolist() for e in found])
+        for row, e in enumerate(found):
+            np.testing.assert_allclose(e.reward, paid.token_rewards[row, : len(e.response)], atol=1e-5)
+            assert [int(t) for t in e.prompt] == collector.engine.asked[numbers([e])[0]][0]
+        for group in np.reshape(numbers(found), (-1, group_size)):
+            np.testing.assert_array_equal(group, group[0] // group_size * group_size + np.arange(group_size))
+        seen += numbers(found)
+        if not raised:
+            break
+    assert len(set(seen)) == len(seen)
+    assert line > 200
 
 
 @pytest.mark.parametrize("call", ["begin", "ended"])

@@ -60,15 +60,14 @@ def play(envs, seed=0):
     """One episode a slot, all T tokens long, of which the first ends in a stop token: prompts, responses, steps."""
     rng = np.random.default_rng(seed)
     spec = envs.unwrapped.token_spec
-    # No pad id either: transformers' own sequence classifier would take the last of them for padding.
-    allowed = [token for token in range(spec.vocab_size) if token not in (*spec.stop_token_ids, fakes.PAD)]
+    allowed = [token for token in range(spec.vocab_size) if token not in spec.stop_token_ids]
     responses = rng.choice(allowed, (N, T))
     responses[0, -1] = spec.stop_token_ids[0]
     obs, _ = envs.reset(seed=seed)
     prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)]
     steps = [envs.step(responses[:, t]) for t in range(T)]
     assert (steps[-1][2] | steps[-1][3]).tolist() == [True] * N
-    assert steps[-1][2].tolist() == [True] + [False] * (N - 1)
+    assert steps[-1][4]["cut"].tolist() == [False] + [True] * (N - 1)
     return prompts, responses.tolist(), steps
 
 
@@ -151,7 +150,7 @@ def test_models_are_frozen_and_in_eval_mode(saved):
 @pytest.mark.parametrize("size", [40, 80])
 def test_a_reference_with_fewer_or_more_embeddings(size):
     reference = fakes.causal_lm(seed=9, vocab_size=size)
-    envs = make(fakes.causal_lm(), reference=reference, reward={})
+    envs = make(fakes.causal_lm(), reference=reference, reward={}, kl_coef=0.0)
     assert envs.unwrapped.token_spec.vocab_size == envs.single_action_space.n == fakes.VOCAB_SIZE
     prompts, _, _ = play(envs)
     envs.reset(seed=0)
@@ -274,7 +273,7 @@ def test_stop_ids_fall_back_to_the_config_and_the_tokenizer():
     model = without_stop_ids()
     assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (fakes.EOS,)  # the tokenizer's
     model.config.eos_token_id = 7
-    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7,)
+    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7, fakes.EOS)
     assert make(model, reward={}, stop_token_ids=[8, 9]).unwrapped.token_spec.stop_token_ids == (8, 9)
 
 

@@ -101,7 +101,7 @@ def test_lines_hold_every_token_of_the_first_episodes(run):
 
 
 def test_numbers_that_are_none_stop_nothing(tmp_path):
-    folder = RunFolder(tmp_path, None, 0)
+    folder = RunFolder(tmp_path, None, None)
     metrics = {"time/tokens": 5, "time/updates": 1, "loss/policy": np.nan, "loss/value": np.inf, "objective/score": 1.0}
     folder(metrics, [episode([np.nan, 1.0], advantage=[np.inf, 1.0]), episode([np.inf])])
     folder.close()
@@ -113,7 +113,7 @@ def test_numbers_that_are_none_stop_nothing(tmp_path):
 
 
 def test_sample_texts_are_no_markup(tmp_path):
-    folder = RunFolder(tmp_path, None, 0)
+    folder = RunFolder(tmp_path, None, None)
     folder._pieces = lambda ids: ["<eos>"] * len(ids)
     assert folder._samples([episode([2.0, 1.0])]) == "score 0, reward 3: &lt;eos&gt; **|** &lt;eos&gt;&lt;eos&gt;"
     folder.close()
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     assert path.read_text() == whole
     steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("objective/score")]
     assert steps == sorted({json.loads(line)["tokens_seen"] for line in whole.splitlines()})
-    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == ["checkpoint", "episodes", "events", "events"]
+    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == ["checkpoint", "episodes", "events", "events", "lock"]
 
 
 def test_pieces_join_to_the_text():

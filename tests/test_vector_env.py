@@ -486,6 +486,41 @@ def test_steps_need_a_reset_an_open_env_and_running_rows() -> None:
         core.load_state(started(2).unwrapped.save_state())
 
 
+def test_a_closed_env_has_no_attribute_errors() -> None:
+    """What needs the models says that they are gone; what does not, is there still."""
+    envs = started(2, render_mode="ansi").unwrapped
+    saved, texts = envs.save_state(), envs.reset(seed=0)[0]
+    envs.close()
+    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models")
+    calls = [(name, ()) for name in ("reset", "render", "save_state", "ref_logprobs", "responses", "save_statistics")]
+    calls += [("step", (TWO,)), ("fork", ([0], [1])), ("load_state", (saved,)), ("load_statistics", ({},))]
+    for call in [lambda name=name: getattr(envs, name) for name in gone] + [
+        lambda c=c: getattr(envs, c[0])(*c[1]) for c in calls
+    ]:
+        with pytest.raises(EnvClosed, match="this env is closed; make a new one"):
+            call()
+    names = {name for name in dir(type(envs)) if not name.startswith("_")} - {*gone, *(name for name, _ in calls)}
+    assert all(hasattr(envs, name) for name in names)
+    assert envs.decode(texts)
+    envs.kl_coef = 0.1
+    envs.close()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
+    sizes = {"group_size": kind(2), "max_new_tokens": kind(4), "max_batch_tokens": kind(200), "kl_coef": np.float32(0.5)}
+    envs = make_vec(kind(4), SAME_STEP, **sizes)
+    assert type(envs.unwrapped.num_envs) is type(envs.unwrapped.group_size) is int
+    assert envs.reset(seed=kind(3))[0]["tokens"].shape == (4, P + 4)
+    phrase = make_vec(kind(2), SAME_STEP, "tokenenv/PlantedPhrase-v0", vocab_size=kind(8), max_new_tokens=kind(8))
+    assert phrase.reset()[0]["tokens"].shape == (2, 9)
+    given = {**tasks.textgen_options(), "max_prompt_tokens": kind(5), "stop_token_ids": [kind(1)]}
+    assert make_vec(kind(2), SAME_STEP, "tokenenv/TextGen-v0", **given, max_new_tokens=kind(3)).reset()[0]["tokens"].shape == (
+        2,
+        8,
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

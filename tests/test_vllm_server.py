@@ -226,7 +226,7 @@ def test_a_run_outlives_its_reward_server(rollout, trouble, serve, tmp_path):
     server.delay = 0.0
     if trouble == "dead":
         server.start()
-    resumed = PPO.load(path, envs())
+    resumed = PPO.load(path, envs(), rollout=how)
     resumed.learn(400)
     assert resumed.updates > updates
     agent.learn(agent.tokens_seen + 200)
@@ -270,7 +270,11 @@ def test_the_command_says_it_in_a_line_and_resumes(serve, tmp_path, monkeypatch,
     assert "refused /pooling (500)" in error
     assert "Traceback" not in error
     server.fail, stop_at = [], -1
-    main(["train", "--resume", str(run), "--total-tokens", "200"])
+    resume = ["train", "--resume", str(run), "--total-tokens", "200"]
+    with pytest.raises(SystemExit):
+        main(resume)
+    assert f"say it again: --options reward_model {server.url}" in capsys.readouterr().err
+    main([*resume, "--options", "reward_model", server.url])
     assert "run folder" in capsys.readouterr().out
 
 

@@ -35,8 +35,9 @@ class ToyEnv(VectorEnv):
         mode: AutoresetMode = AutoresetMode.SAME_STEP,
         kl_coef: float = 0.0,
         reference: Any = None,
+        group_size: int = 1,
     ) -> None:
-        self.num_envs, self.mode, self.kl_coef = num_envs, mode, kl_coef
+        self.num_envs, self.mode, self.kl_coef, self.group_size = num_envs, mode, kl_coef, group_size
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
         self.reference = reference or tiny_lm()
         self.token_spec = TokenSpec(None, V, PAD, (STOP,), P, T)
@@ -52,6 +53,7 @@ class ToyEnv(VectorEnv):
         if not self.state or seed is not None:
             N = self.num_envs
             self.state = {
+                "begun": np.zeros(N, np.int64),
                 "rng": np.random.default_rng(seed).bit_generator.state,
                 "tokens": np.zeros((N, P + T), np.int64),
                 "length": np.zeros(N, np.int64),
@@ -60,16 +62,23 @@ class ToyEnv(VectorEnv):
                 "total": np.zeros((N, T)),
                 "ended": np.zeros(N, bool),
             }
-        self._begin((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        mask = (options or {}).get("reset_mask")
+        if mask is None:
+            self.state["begun"] = -(-self.state["begun"] // self.group_size) * self.group_size
+        self._begin(np.ones(self.num_envs, bool) if mask is None else mask)
         return self._obs(), {}
 
     def _begin(self, rows: np.ndarray) -> None:
         s, rng = self.state, np.random.default_rng()
         rng.bit_generator.state = s["rng"]
         for i in np.flatnonzero(rows):
-            n = int(rng.integers(1, P + 1))
+            group = i // self.group_size
+            prompt = [group, s["begun"][group] // self.group_size]
+            drawn = rng if self.group_size == 1 else np.random.default_rng(prompt)
+            s["begun"][group] += 1
+            n = int(drawn.integers(1, P + 1))
             s["tokens"][i] = PAD
-            s["tokens"][i, :n] = rng.integers(2, V, n)
+            s["tokens"][i, :n] = drawn.integers(2, V, n)
             s["length"][i] = s["prompt_length"][i] = n
             s["kl_coef"][i], s["total"][i], s["ended"][i] = self.kl_coef, 0.0, False
         s["rng"] = rng.bit_generator.state

@@ -38,8 +38,9 @@ def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> 
     """Checks that a vector env of texts keeps the contract; raises `ContractError` with the first thing that is broken.
 
     `envs` may be wrapped, in any autoreset mode, with NumPy or torch arrays. It is reset many times, its prompt streams
-    are seeded anew, and it is left open and reset. A wrapper that changes rewards breaks the contract (they are the sum
-    of their terms); weights that follow a schedule cannot be checked, since equal runs are then paid differently.
+    are seeded anew, and it is left open and reset. What terms have learned is put back before every run, and left as it was.
+    A wrapper that changes rewards breaks the contract (they are the sum of their terms); weights that follow a schedule
+    cannot be checked, since equal runs are then paid differently.
 
     Args:
         envs: the env.
@@ -53,18 +54,23 @@ def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> 
     plan = [draw(envs, rng) for _ in range(steps - 1)] + [draw(envs, rng, stop=1.0)]
     _check_fresh(envs, plan[0])
     _check_spaces(envs)
+    learned = envs.unwrapped.save_statistics()
     first = run(envs, _start(envs), plan)
     _check_steps(envs, first, tolerance)
     _check_aliases(first)
-    _check_repeat(envs, first, plan, tolerance)
+    envs.unwrapped.load_statistics(learned)
+    _check_repeat(envs, first, plan, learned, tolerance)
+    envs.unwrapped.load_statistics(learned)
     _check_independence(envs, first, plan, rng, tolerance)
     _check_cut_texts(envs, rng, tolerance)
-    _check_scores(envs, plan, rng, tolerance)
+    envs.unwrapped.load_statistics(learned)
+    _check_scores(envs, plan, rng, learned, tolerance)
     _check_state(envs, plan, rng, tolerance)
     _check_fork(envs, plan, rng, tolerance)
     _check_bad_actions(envs, rng, tolerance)
     _check_closed(envs, plan[0])
     envs.reset(seed=0)
+    envs.unwrapped.load_statistics(learned)
 
 
 def _start(envs: Any, **options: Any) -> Any:
@@ -221,9 +227,10 @@ def _own(info: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in info.items() if key.removeprefix("_") in KEYS}
 
 
-def _check_repeat(envs: Any, first: list[Step], plan: list[Action], tolerance: float) -> None:
+def _check_repeat(envs: Any, first: list[Step], plan: list[Action], learned: Any, tolerance: float) -> None:
     again = run(envs, _start(envs), plan)
     _check_same(first, again, tolerance, "reset(seed=0) and the same actions do not give the same run again")
+    envs.unwrapped.load_statistics(learned)
     again = run(envs, _start(envs), plan, after_step=overwrite)
     _check_same(first, again, tolerance, "writing to returned arrays changes the run: they alias the env's own")
 
@@ -233,7 +240,15 @@ def _check_independence(envs: Any, first: list[Step], plan: list[Action], rng: n
     other = [draw(envs, rng) for _ in plan]
     mixed = [(np.where(even, a[0], b[0]), np.where(even, a[1], b[1])) for a, b in zip(plan, other, strict=True)]
     again = run(envs, _start(envs), mixed)
+    if envs.unwrapped.save_statistics():
+        # Through what terms learn, what others earned may matter to later texts: the first ones alone are compared.
+        first, again = (steps[: _first_end(steps)] for steps in (first, again))
     _check_same(first, again, tolerance, "what a row shows depends on the other rows' actions", even)
+
+
+def _first_end(steps: list[Step]) -> int:
+    """How many steps there are before a text begins that is not the first of its row."""
+    return next((number for number, step in enumerate(steps) if step.ended.any()), len(steps))
 
 
 def _check_cut_texts(envs: Any, rng: np.random.Generator, tolerance: float) -> None:
@@ -251,11 +266,12 @@ def _check_cut_texts(envs: Any, rng: np.random.Generator, tolerance: float) -> N
         require_raises(AssertionError, sentence, envs.step, as_action(envs, plan[0]))
 
 
-def _check_scores(envs: Any, plan: list[Action], rng: np.random.Generator, tolerance: float) -> None:
+def _check_scores(envs: Any, plan: list[Action], rng: np.random.Generator, learned: Any, tolerance: float) -> None:
     """Stepping pays what `score_episodes` says, here for the texts that begin with given prompts."""
     longest = envs.unwrapped.token_spec.max_prompt_tokens
     prompts = [draw_ids(envs, rng, 1 + row % longest) for row in range(envs.num_envs)]
     steps = run(envs, _start(envs, prompts=prompts), plan)
+    envs.unwrapped.load_statistics(learned)  # those that the texts began with
     for row, prompt in enumerate(prompts):
         end = next((number for number, step in enumerate(steps) if step.ended[row]), None)
         if end is not None:

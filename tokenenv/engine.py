@@ -1,26 +1,34 @@
 """The models and reward terms of N running texts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.finite import RewardWatch, require_finite_weight
 from tokenenv.models.adapters import check_adapters_apart
+from tokenenv.models.cached_lm import evaluating
+from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.state import Layout
 from tokenenv.texts import TextBuffer
-from tokenenv.types import Head, Scorer, Slots, TrunkStates
+from tokenenv.types import Head, Scorer, Slots
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """In which token scores are added up: float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the engine, or a function of it, that finds all models in eval mode; afterwards they are as they were."""
+
+    @wraps(method)
+    def run(engine: "RewardEngine", *args: Any, **kwargs: Any) -> Any:
+        with evaluating(*engine.modules):
+            return method(engine, *args, **kwargs)
+
+    return run
 
 
 def total(terms: dict[str, Tensor]) -> Tensor:
@@ -80,6 +88,9 @@ class RewardEngine:
         self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
         models = [parts.reference, *(m for term in terms.values() for m in term.models)]
         models += [parts.causal_scorer.model] if parts.causal_scorer else []
+        parts_of = (part for model in models for part in (model, trunk_of(model)))
+        self.modules = list(dict.fromkeys(part for part in parts_of if isinstance(part, nn.Module)))
+        """The models, which may be put into train mode between steps; none of them is run in it."""
         max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
@@ -87,7 +98,7 @@ class RewardEngine:
             num_rows, len(terms), parts.spec.max_new_tokens, dtype=torch.float32, device=parts.device
         )
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
-        self.watch = RewardWatch()
+        self.watch = RewardWatch(parts.device)
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
 
@@ -137,6 +148,7 @@ class RewardEngine:
         return weights
 
     @torch.no_grad()
+    @in_eval_mode
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
@@ -256,14 +268,16 @@ class RewardEngine:
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         self._enter(slots, texts, saved)
 
-    def read_score(self, hidden: TrunkStates, running: Tensor | float) -> Tensor | None:
-        """The score (K,) of K texts so far from their states; a per-token scorer adds to the `running` sum, in float64: in
-        float32 thousands of tokens drift."""
+    def _next_score(self, after: States, tokens: Tensor, before: Tensor | None) -> Tensor | None:
+        """The scores (K,) of K texts from their states after `tokens` (K,) and the scores before them: a per-token scorer
+        adds to the sum, in float64, as in float32 thousands of tokens drift; any other passes over pad tokens."""
         scorer = self.parts.causal_scorer
-        if scorer is None:
+        if scorer is None or before is None:
             return None
-        scores = scorer.head(hidden[trunk_of(scorer.model)])
-        return scores.to(sum_dtype(scores.device)) + running if scorer.per_token else scores
+        scores = scorer.head(after.of(scorer.model))
+        if scorer.per_token:
+            return scores.to(before.dtype) + before
+        return scores if scorer.pad_token_id is None else torch.where(tokens == scorer.pad_token_id, before, scores)
 
     def read_finished(self, texts: FinishedTexts) -> None:
         """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
@@ -275,13 +289,14 @@ class RewardEngine:
         texts.score = texts.token_scores.sum(1)
 
     @torch.no_grad()
+    @in_eval_mode
     def _enter(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any] | None = None) -> None:
         """Reads the texts of `slots` from their start; `saved` holds what cannot be read off them."""
         tokens, lengths = texts.rows(slots)
         hidden = self.trunks.prefill(slots, tokens, lengths)
         states = States(hidden, texts.upload(texts.response_length[slots]))
         if saved is None:
-            states.score = self._first_score(slots, texts, hidden)
+            states.score = self._first_score(slots, texts, states)
             states.statistics = {name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()}
             last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
             # Copies: a term may well return the scores themselves.
@@ -297,11 +312,22 @@ class RewardEngine:
             self.states.put(texts.upload(np.asarray(slots)), states)
         self._refresh_weights(texts)
 
-    def _first_score(self, slots: Slots, texts: TextBuffer, hidden: TrunkStates) -> Tensor | None:
-        """The score of the texts that begin in `slots`: a per-token scorer has scored a prefix, but no prompt."""
+    def _first_score(self, slots: Slots, texts: TextBuffer, states: States) -> Tensor | None:
+        """The score of the texts that begin in `slots`, from their states: a per-token scorer has scored a prefix, but no
+        prompt, and any other may have read the text at an earlier token than its last."""
         scorer = self.parts.causal_scorer
-        if scorer is None or not scorer.per_token:
-            return self.read_score(hidden, 0.0)
+        if scorer is None:
+            return None
+        if scorer.per_token:
+            return self._prefix_scores(scorer, slots, texts)
+        first = scorer.head(states.of(scorer.model)).clone()
+        for row, slot in enumerate(slots):
+            ids = texts.tokens[slot, : texts.length[slot]]
+            if read_length(ids, scorer.pad_token_id) < len(ids):
+                first[row] = score_texts(scorer, [(ids.tolist(), [])])[0]
+        return first
+
+    def _prefix_scores(self, scorer: Scorer, slots: Slots, texts: TextBuffer) -> Tensor:
         first = torch.zeros(len(slots), dtype=sum_dtype(self.parts.device), device=self.parts.device)
         for row, slot in enumerate(slots):
             if texts.unpaid[slot]:
@@ -319,8 +345,8 @@ class RewardEngine:
 
     def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
         hidden = self.trunks.append(tokens, active)
-        score = self.read_score(hidden, 0.0 if before.score is None else before.score)
-        after = States(hidden, before.step + 1, score, {}, before.statistics)
+        after = States(hidden, before.step + 1, None, {}, before.statistics)
+        after.score = self._next_score(after, tokens, before.score)
         for name, term in self.rewards.with_memory.items():
             after.memory[name] = term.remember(before.memory[name], tokens, after).float()
         return after

@@ -54,6 +54,10 @@ class CheckpointError(TokenEnvError, ValueError):
     """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
 
 
+class RunFolderError(TokenEnvError, OSError):
+    """A run folder, or a file in it, cannot be read or written, or another process trains there."""
+
+
 class ServerError(TokenEnvError, ConnectionError):
     """A server did not answer, or not as it should, after as many tries as were allowed."""
 

@@ -27,7 +27,9 @@ class RewardWatch:
     -inf as the reference's log-prob is allowed where it is not paid: it may lack tokens that the policy has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.waits = device.type == "cpu"
+        """Whether a step's numbers are known when it returns."""
         self._suspects: Tensor | None = None
         """(N,) bool, on a device that is not waited for: rows whose last reward was not finite."""
         self._last: tuple[dict[str, Tensor], Tensor, Tensor, Tensor]
@@ -38,7 +40,7 @@ class RewardWatch:
         # x - x is 0 for finite numbers alone.
         suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)
         self._last = {**terms}, ref_logprob, tokens, step
-        if suspects.device.type == "cpu":
+        if self.waits:
             self._require_none(suspects.numpy())
         else:
             self._suspects = suspects if self._suspects is None else self._suspects | suspects
@@ -61,7 +63,7 @@ class RewardWatch:
             return
         row = int(rows[0])
         terms, ref_logprob, tokens, step = self._last
-        values = {f"reward term {name!r}": float(term[row]) for name, term in terms.items()}
+        values = {f"the reward term {name!r}": float(term[row]) for name, term in terms.items()}
         what, value = first_bad(values, float(ref_logprob[row]))
         where = f"env row {row}, at response token {int(step[row])} (id {int(tokens[row])})"
         raise NotFinite(f"{what} is {value} in {where}{hint(what, value)}. Call reset().", rows.tolist())
@@ -77,7 +79,7 @@ def first_bad(values: Mapping[str, float], ref_logprob: float) -> tuple[str, flo
 
 def hint(what: str, value: float) -> str:
     """What to do about a KL term of -inf."""
-    return IMPOSSIBLE if what == "reward term 'kl'" and value == -math.inf else ""
+    return IMPOSSIBLE if what == "the reward term 'kl'" and value == -math.inf else ""
 
 
 def require_finite_scores(scores: EpisodeScores) -> None:
@@ -87,7 +89,7 @@ def require_finite_scores(scores: EpisodeScores) -> None:
     if not len(texts):
         return
     text, token = int(texts[0]), int(bad_BT[texts[0]].argmax())
-    values = {f"reward term {name!r}": float(term[text, token]) for name, term in scores.token_reward_terms.items()}
+    values = {f"the reward term {name!r}": float(term[text, token]) for name, term in scores.token_reward_terms.items()}
     what, value = first_bad(values, float(scores.ref_logprobs[text, token]))
     raise NotFinite(f"{what} is {value} in text {text}, at response token {token}{hint(what, value)}.", texts.tolist())
 

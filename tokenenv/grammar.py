@@ -46,14 +46,16 @@ class Follower:
         self._start, self._matcher = start, start.deep_copy()
         self._stops = list(spec.stop_token_ids)
         self._vocab_size = spec.vocab_size
-        self._read: list[int] = []
+        self._read: list[int] | None = []
 
     def follow(self, response: Sequence[int]) -> None:
         """Moves on to this response: by its last token, or, if it is another text, from the start."""
         response = list(response)
         if response == self._read:
             return
-        if response[:-1] == self._read and response:
+        goes_on = bool(response) and response[:-1] == self._read
+        self._read = None  # whatever interrupts the matcher, it starts anew
+        if goes_on:
             self._matcher.consume_token(response[-1])
         else:
             self._matcher = self._start.deep_copy()
@@ -62,12 +64,14 @@ class Follower:
 
     def allowed(self, beginnings: np.ndarray) -> np.ndarray:
         """(V,) bool, never all False; `beginnings` are the tokens whose text is the beginning of another's."""
+        read, self._read = self._read, None
         allowed = self._fitting()
         for token in beginnings[allowed[beginnings]]:
             self._matcher.consume_token(int(token))
             allowed[token] = self._matcher.is_accepting() or self._fitting().any()
             self._matcher.rollback(1)
         allowed[self._stops] = self._matcher.is_accepting() or not allowed.any()
+        self._read = read
         return allowed
 
     def _fitting(self) -> np.ndarray:

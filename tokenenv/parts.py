@@ -35,21 +35,36 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    return config, dataclasses.replace(built, max_new_tokens=config.max_new_tokens or built.max_new_tokens)
+    return config, with_max_new_tokens(built, config.max_new_tokens)
+
+
+def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
+    """The task with texts of at most so many tokens; None leaves it as it is. Raises `InvalidArgument` where the task has an
+    oracle, which was made for its own number."""
+    if max_new_tokens in (None, task.max_new_tokens):
+        return task
+    if task.oracle is not None:
+        raise InvalidArgument(
+            f"max_new_tokens={max_new_tokens}: this task has an oracle, which was made for {task.max_new_tokens} tokens; give "
+            "max_new_tokens to the function that makes the task."
+        )
+    return dataclasses.replace(task, max_new_tokens=max_new_tokens)
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id gets a stop id as pad."""
-    pad = getattr(task.tokenizer, "pad_token_id", None)
+    """What agents may know of the task; a tokenizer without a pad id, or with one that the model has not (an added [PAD]),
+    gets a stop id as pad."""
+    pad, vocab_size = getattr(task.tokenizer, "pad_token_id", None), vocab_size_of(task.model or task.reference)
     stand_in = next(iter(task.stop_token_ids), 0)
     return TokenSpec(
         tokenizer=task.tokenizer,
-        vocab_size=vocab_size_of(task.model or task.reference),
-        pad_token_id=stand_in if pad is None else pad,
+        vocab_size=vocab_size,
+        pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
+        chats=task.chats,
     )
 
 
@@ -125,15 +140,33 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
     return int(num_envs)
 
 
+def check_device(device: Any) -> None:
+    """Raises `InvalidArgument` unless tensors can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidArgument(f"device={device!r} cannot be used here: {reason}.") from error
+
+
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
     known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
     for key in options:
         check_choice("option", key, known | env_options)
+    if not isinstance(task, Task):
+        for key, parameter in inspect.signature(task).parameters.items():
+            if parameter.default is parameter.empty and key not in options and parameter.kind is parameter.KEYWORD_ONLY:
+                raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
+    if options.get("device") is not None:
+        check_device(options["device"])
     return task if isinstance(task, Task) else task(**{key: value for key, value in options.items() if key in known})
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names."""
+    """The task function that "module:function" names: code, which no file may name (`tokenenv.trust`)."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidArgument(f"task={name!r} is not there ({error}); give a function as module:function.") from error

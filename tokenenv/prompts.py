@@ -2,7 +2,7 @@
 
 import json
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.models.chats import Chats, is_chat, keep_ends
+from tokenenv.models.encoding import encode_continuation, encode_prompt
+from tokenenv.types import TokenSpec
 
 LONG_PROMPTS = ("refuse", "truncate")
 MASK = 2**64 - 1
+
+Encode = Callable[[str, Any], list[int]]
+"""Token ids of a text by a tokenizer."""
 
 Labelled = tuple[str, Any]
 """Where a prompt was found, for error messages, and the prompt."""
@@ -25,34 +31,50 @@ def load_prompts(
     vocab_size: int,
     max_prompt_tokens: int,
     long_prompts: str = "refuse",
-    chat_template: bool = False,
+    chat_template: bool | Chats = False,
     column: str = "prompt",
 ) -> list[list[int]]:
     """Prompt token ids from a list, a JSONL or text file, or a `datasets` dataset.
 
     A JSONL line, and a dataset's row, holds the prompt under `column` (a JSONL line may also be a bare string); a text
     file holds one prompt a line; empty lines are skipped. A prompt is a string, a list of token ids or, with
-    `chat_template`, a list of chat messages (a string is then one user message). `long_prompts` says what happens above
-    `max_prompt_tokens`: "refuse" raises, "truncate" keeps the last tokens.
+    `chat_template` (True, or the `Chats` that keep the conversations), a list of chat messages; a string is then one user
+    message. `long_prompts` says what happens above `max_prompt_tokens`: "refuse" raises, "truncate" keeps special tokens at
+    the beginning and the last tokens; of a chat what the template writes around the longest message, and that one's end.
 
     Raises:
         InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the prompt or the file's line.
     """
     check_choice("long_prompts", long_prompts, LONG_PROMPTS)
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise InvalidArgument("chat_template=True needs a tokenizer with a chat template, which this one has not.")
+    chats = Chats(tokenizer) if chat_template is True else chat_template or None
+    limit = max_prompt_tokens if long_prompts == "truncate" else None
     labelled = list(_read(source, column))
     if not labelled:
         raise InvalidArgument(f"prompts={_name(source)} holds no prompts; at least one is needed.")
     prompts = []
     for label, prompt in labelled:
-        text = _apply_template(prompt, tokenizer, label) if chat_template else prompt
-        prompts.append(fit_prompt(to_ids(text, tokenizer, vocab_size, label), max_prompt_tokens, long_prompts, label))
+        text = chats.encode(prompt, label, limit) if chats else prompt
+        ids = to_ids(text, tokenizer, vocab_size, label)
+        prompts.append(fit_prompt(ids, max_prompt_tokens, long_prompts, label, tokenizer))
     return prompts
 
 
-def fit_prompt(ids: list[int], max_prompt_tokens: int, long_prompts: str, label: str) -> list[int]:
-    """`ids` if it has 1 to `max_prompt_tokens` tokens, else its last tokens or an error, as `long_prompts` says."""
+def read_prompt(prompt: Any, spec: TokenSpec, label: str) -> list[int]:
+    """Token ids of a prompt that an env is given: ids are taken as they are; a text, or chat messages, as the env's own."""
+    if spec.chats is not None and (isinstance(prompt, str) or is_chat(prompt)):
+        prompt = spec.chats.encode(_text(prompt, label), label)
+    ids = to_ids(prompt, spec.tokenizer, spec.vocab_size, label)
+    return fit_prompt(ids, spec.max_prompt_tokens, "refuse", label)
+
+
+def read_continuation(text: Any, spec: TokenSpec, label: str) -> list[int]:
+    """Token ids of what follows a prompt, without special tokens of the tokenizer's own."""
+    return to_ids(text, spec.tokenizer, spec.vocab_size, label, encode_continuation)
+
+
+def fit_prompt(ids: list[int], max_prompt_tokens: int, long_prompts: str, label: str, tokenizer: Any = None) -> list[int]:
+    """`ids` if it has 1 to `max_prompt_tokens` tokens, else an error or, under "truncate", its last tokens behind the special
+    tokens of `tokenizer` that it begins with."""
     if not ids:
         raise InvalidArgument(f"{label} is empty; a prompt needs at least one token.")
     if len(ids) <= max_prompt_tokens:
@@ -62,17 +84,15 @@ def fit_prompt(ids: list[int], max_prompt_tokens: int, long_prompts: str, label:
             f"{label} has {len(ids)} tokens and max_prompt_tokens={max_prompt_tokens}; "
             "shorten it, raise max_prompt_tokens, or pass long_prompts='truncate' to keep its last tokens."
         )
-    return ids[-max_prompt_tokens:]
+    return keep_ends(ids, max_prompt_tokens, tokenizer)
 
 
-def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str) -> list[int]:
+def to_ids(text: Any, tokenizer: Any, vocab_size: int, label: str, encode: Encode = encode_prompt) -> list[int]:
     """Token ids of a string or of a sequence of ids (lists, NumPy arrays or tensors); checks that ids are in range."""
     if isinstance(text, str):
-        if text.startswith("<generator object"):
-            raise InvalidArgument(f"{label}: a text cannot pass through ArrayConversion; give token ids.")
         if tokenizer is None:
             raise InvalidArgument(f"{label}: tokens of this env have no text; give token ids.")
-        ids = list(tokenizer(text)["input_ids"])
+        ids = encode(_text(text, label), tokenizer)
     else:
         ids = _read_ids(text, label)
     for token in ids:
@@ -95,6 +115,12 @@ def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int,
     return index, prompts[index]
 
 
+def _text(text: Any, label: str) -> Any:
+    if isinstance(text, str) and text.startswith("<generator object"):
+        raise InvalidArgument(f"{label}: a text cannot pass through ArrayConversion; give token ids.")
+    return text
+
+
 @lru_cache(maxsize=4096)
 def _start(seed: int) -> int:
     """64 bits of any seed, so that neighbouring seeds start far apart."""
@@ -105,22 +131,11 @@ def _read_ids(values: Any, label: str) -> list[int]:
     try:
         return [operator.index(value) for value in values]
     except TypeError as error:
-        messages = isinstance(values, Sequence) and len(values) and isinstance(values[0], Mapping)
-        hint = " Chat messages need chat_template=True." if messages else ""
+        hint = " Chat messages need chat_template=True." if is_chat(values) else ""
         kind = type(values).__name__
         raise InvalidArgument(
             f"{label} is no text (type {kind}); allowed: a string or a sequence of token ids.{hint}"
         ) from error
-
-
-def _apply_template(prompt: Any, tokenizer: Any, label: str) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-        raise InvalidArgument(f"{label} must be a string or a list of chat messages under chat_template=True.")
-    try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # whatever the tokenizer's own template raises
-        raise InvalidArgument(f"{label}: the tokenizer's chat template does not take it ({error}).") from error
 
 
 def _read(source: Any, column: str) -> Iterable[Labelled]:

@@ -5,7 +5,6 @@ Colours are blue for below zero and orange for above, which the colour-blind tel
 
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ import numpy as np
 
 from tokenenv.engine import RewardEngine
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.shown import visible
 from tokenenv.texts import TextBuffer
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
@@ -24,8 +24,6 @@ UP, DOWN = (230, 126, 20), (66, 133, 222)
 WIDTH, COLUMNS, LINES, LINE_HEIGHT = 720, 82, 14, 20
 """A picture's width in pixels, and the text it has room for: the last lines, if there are more."""
 MARGIN, HEADER = 12, 30
-NOT_SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode's control, format and surrogate characters, line and paragraph separators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def ansi(text: RunningText) -> str:
         f"\033[48;2;{r};{g};{b}m\033[38;2;0;0;0m{_visible(piece)}\033[0m"
         for piece, (r, g, b) in zip(text.pieces, map(colour, text.rewards), strict=True)
     )
-    return f"{text.header}\n\033[2m{_harmless(text.prompt)}\033[0m{tokens}"
+    return f"{text.header}\n\033[2m{_drawn(text.prompt)}\033[0m{tokens}"
 
 
 def picture(text: RunningText) -> np.ndarray:
@@ -87,9 +85,7 @@ def colour(reward: float) -> tuple[int, int, int]:
 def _placed(text: RunningText) -> list[tuple[int, tuple[int, str, Any, str]]]:
     """(line, (column, characters, background, ink)) of the last `LINES` lines, wrapped at `COLUMNS`."""
     parts: list[tuple[str, Any, str]]
-    parts = [
-        (piece, None, "#5b6270") for piece in textwrap.wrap(_harmless(text.prompt), COLUMNS, drop_whitespace=False) or [""]
-    ]
+    parts = [(piece, None, "#5b6270") for piece in textwrap.wrap(_drawn(text.prompt), COLUMNS, drop_whitespace=False) or [""]]
     parts += [(_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)]
     placed, line, column = [], 0, 0
     for piece, background, ink in parts:
@@ -118,12 +114,12 @@ def _legend(draw: Any) -> None:
 
 
 def _visible(piece: str) -> str:
-    return _harmless(piece).replace("\n", "↵\n")
+    return _drawn(piece).replace("\n", "↵\n")
 
 
-def _harmless(text: str) -> str:
-    """Control characters as dots: a token must not steer the terminal, and fonts cannot draw them."""
-    return "".join(c if c == "\n" or unicodedata.category(c) not in NOT_SHOWN else "·" for c in text.replace("\t", "    "))
+def _drawn(text: str) -> str:
+    """What fonts can draw, and what does not steer a terminal."""
+    return visible(text).replace("\t", "    ")
 
 
 @lru_cache(maxsize=1)

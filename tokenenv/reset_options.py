@@ -1,6 +1,6 @@
 """Reading `reset(seed=..., options=...)`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.prompts import fit_prompt, to_ids
+from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.types import TokenSpec
 
 Seed = int | Sequence[int | None] | None
+Read = Callable[[Any, TokenSpec, str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,8 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     for key in options:
         check_choice("options key", key, ("reset_mask", "prompts", "prefixes"))
     mask = _mask(options, num_envs)
-    prompts = _given(options, "prompts", mask, spec)
-    for row, ids in prompts.items():
-        fit_prompt(ids, spec.max_prompt_tokens, "refuse", f"options['prompts'][{row}]")
-    prefixes = _given(options, "prefixes", mask, spec)
+    prompts = _given(options, "prompts", mask, spec, read_prompt)
+    prefixes = _given(options, "prefixes", mask, spec, read_continuation)
     for row, ids in prefixes.items():
         _check_prefix(ids, spec, f"options['prefixes'][{row}]")
     return ResetOptions(mask, options.get("reset_mask") is not None, prompts, prefixes)
@@ -74,18 +73,14 @@ def _mask(options: dict[str, Any], num_envs: int) -> np.ndarray:
     return mask
 
 
-def _given(options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec) -> dict[int, list[int]]:
+def _given(options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec, read: Read) -> dict[int, list[int]]:
     values = options.get(key)
     if values is None:
         return {}
     if isinstance(values, str) or len(values) != len(mask):
         raise InvalidArgument(f"options[{key!r}] must be a list with one entry an env ({len(mask)}).")
     rows = [int(row) for row in np.flatnonzero(mask)]
-    return {
-        row: to_ids(values[row], spec.tokenizer, spec.vocab_size, f"options[{key!r}][{row}]")
-        for row in rows
-        if values[row] is not None
-    }
+    return {row: read(values[row], spec, f"options[{key!r}][{row}]") for row in rows if values[row] is not None}
 
 
 def _check_prefix(ids: list[int], spec: TokenSpec, label: str) -> None:

@@ -8,17 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.engine import RewardEngine
+from tokenenv.actions import LOGPROB_SLACK
+from tokenenv.engine import RewardEngine, in_eval_mode
 from tokenenv.errors import InvalidArgument
 from tokenenv.finite import require_finite_scores
 from tokenenv.models.batching import micro_batches
-from tokenenv.prompts import fit_prompt, to_ids
+from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
+from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.texts import TextBuffer
-from tokenenv.types import EpisodeScores, TokenSpec
+from tokenenv.types import EpisodeScores, Scorer, TokenSpec
 
 
 @torch.no_grad()
+@in_eval_mode
 def score_episodes(
     engine: RewardEngine,
     prompts: Sequence[Any],
@@ -114,32 +117,45 @@ def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpe
             raise InvalidArgument(f"{key}={texts!r} is one text; give a list of texts or of token id sequences.")
     if len(prompts) != len(responses) or not len(prompts):
         raise InvalidArgument(f"got {len(prompts)} prompts and {len(responses)} responses; allowed: as many, at least one.")
-    ids = []
-    for key, texts in (("prompts", prompts), ("responses", responses)):
-        ids.append([to_ids(t, spec.tokenizer, spec.vocab_size, f"{key}[{i}]") for i, t in enumerate(texts)])
-    for i, prompt in enumerate(ids[0]):
-        fit_prompt(prompt, spec.max_prompt_tokens, "refuse", f"prompts[{i}]")
-    for i, response in enumerate(ids[1]):
-        if not 1 <= len(response) <= spec.max_new_tokens:
-            raise InvalidArgument(
-                f"responses[{i}] has {len(response)} tokens; allowed: 1 to max_new_tokens={spec.max_new_tokens}."
-            )
-    return ids[0], ids[1]
+    prompt_ids = [read_prompt(text, spec, f"prompts[{i}]") for i, text in enumerate(prompts)]
+    response_ids = [read_continuation(text, spec, f"responses[{i}]") for i, text in enumerate(responses)]
+    for i, response in enumerate(response_ids):
+        _check_response(response, spec, f"responses[{i}]")
+    return prompt_ids, response_ids
+
+
+def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
+    """Raises unless stepping could have written it."""
+    if not 1 <= len(ids) <= spec.max_new_tokens:
+        raise InvalidArgument(f"{label} has {len(ids)} tokens; allowed: 1 to max_new_tokens={spec.max_new_tokens}.")
+    place = next((t for t, token in enumerate(ids[:-1]) if token in spec.stop_token_ids), None)
+    if place is not None:
+        raise InvalidArgument(
+            f"{label} holds the stop token {ids[place]} as number {place + 1} of its {len(ids)} tokens; "
+            "allowed: as its last alone."
+        )
 
 
 def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
     array = np.asarray(weight, np.float32)
     if array.shape not in ((), (count,)):
         raise InvalidArgument(f"the weight of {name!r} has shape {array.shape}; allowed: a number, or one a text ({count}).")
+    if not np.isfinite(array).all() or (name == "kl" and (array < 0).any()):
+        allowed = "kl_coef=) must be finite and 0 or more" if name == "kl" else "weights=) must be finite"
+        raise InvalidArgument(f"the weight of {name!r} is {array.tolist()}; it ({allowed}.")
     return np.broadcast_to(array, count).copy()
 
 
 def _read_truncated(truncated: Sequence[bool] | None, responses: list[list[int]], spec: TokenSpec) -> np.ndarray:
+    stopped = np.asarray([response[-1] in spec.stop_token_ids for response in responses])
     if truncated is None:
-        return np.asarray([response[-1] not in spec.stop_token_ids for response in responses])
+        return ~stopped
     if len(truncated) != len(responses):
         raise InvalidArgument(f"truncated has {len(truncated)} entries; allowed: one a text ({len(responses)}).")
-    return np.asarray(truncated, dtype=bool)
+    cut = np.asarray(truncated, dtype=bool)
+    for i in np.flatnonzero(cut & stopped):
+        raise InvalidArgument(f"truncated[{i}]=True, but responses[{i}] ends by itself, in the stop token {responses[i][-1]}.")
+    return cut
 
 
 def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[int]]) -> None:
@@ -150,8 +166,10 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
         return
     if [len(row) for row in logprobs] != [len(row) for row in responses]:
         raise InvalidArgument("logprobs must hold one number for every response token of every text.")
-    if not all(np.isfinite(np.asarray(row)).all() for row in logprobs):
-        raise InvalidArgument("logprobs holds a number that is not finite.")
+    for i, row in enumerate(logprobs):
+        values = np.asarray(row, np.float32)
+        if not (np.isfinite(values) & (values <= LOGPROB_SLACK)).all():
+            raise InvalidArgument(f"logprobs[{i}] holds a number that is not finite or above 0; allowed: 0 or less (nats).")
 
 
 def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]) -> FinishedTexts:
@@ -223,7 +241,7 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     statistics = {name: s[row] for name, s in texts.statistics.items()}
     before = States({key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics)
     after = States({key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics)
-    before.score, after.score = _running_scores(engine, before, after, row, t)
+    before.score, after.score = _running_scores(engine.parts.causal_scorer, texts, before, after, row, t)
     tokens = texts.tokens[row, at]
     for name, term in engine.rewards.with_memory.items():
         first = texts.tokens[row, at - 1]
@@ -267,14 +285,39 @@ def _recall(
 
 
 def _running_scores(
-    engine: RewardEngine, before: States, after: States, row: Tensor, t: Tensor
+    scorer: Scorer | None, texts: FinishedTexts, before: States, after: States, row: Tensor, t: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end."""
-    scores = engine.read_score(after.hidden, 0.0)
-    if scores is None or engine.parts.causal_scorer is None:
+    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a sum from the prompt's end,
+    any other's stays as it was at tokens that it passes over."""
+    if scorer is None:
         return None, None
-    if not engine.parts.causal_scorer.per_token:
-        return engine.read_score(before.hidden, 0.0), scores
+    scores = scorer.head(after.of(scorer.model))
+    if not scorer.per_token:
+        scores = torch.cat([_prompt_scores(scorer, texts, before, t), scores])
+        read = _read_at(scorer, texts, row, t)
+        return scores[read[row, t]], scores[read[row, t + 1]]
+    scores = scores.to(sum_dtype(scores.device))
     nothing = torch.zeros(int(row.max()) + 1, int(t.max()) + 1, dtype=scores.dtype, device=scores.device)
     sums = nothing.index_put((row, t), scores).cumsum(1)
     return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]
+
+
+def _prompt_scores(scorer: Scorer, texts: FinishedTexts, before: States, t: Tensor) -> Tensor:
+    """The scores (b,) of the prompts."""
+    scores = scorer.head(before.of(scorer.model)[t == 0]).clone()
+    for i, (ids, length) in enumerate(zip(texts.ids, texts.prompt_length, strict=True)):
+        if read_length(ids[:length], scorer.pad_token_id) < length:
+            scores[i] = score_texts(scorer, [(ids[:length].tolist(), [])])[0]
+    return scores
+
+
+def _read_at(scorer: Scorer, texts: FinishedTexts, row: Tensor, t: Tensor) -> Tensor:
+    """(b, T + 1): where the score after 0, 1, ..., T tokens of each text stands among the b of the prompts and the K of the
+    tokens: at the last token that is not passed over."""
+    count, width = len(texts.ids), int(t.max()) + 2
+    prompts = torch.arange(count, device=row.device)[:, None].expand(-1, width)
+    own = prompts.index_put((row, t + 1), count + torch.arange(len(row), device=row.device))
+    if scorer.pad_token_id is not None:
+        at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
+        own[row, t + 1] = torch.where(texts.tokens[row, at] == scorer.pad_token_id, row, own[row, t + 1])
+    return own.cummax(1).values

@@ -6,22 +6,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tokenenv.errors import InvalidArgument
+from tokenenv.shown import javascript_class
+from tokenenv.values import from_yaml
 
 RUN_KEYS = ("env", "algo", "reward")
+COLUMNS = ("token_rewards", "token_kl", "token_values", "token_advantages")
+MOST = 1e300
+"""A number beyond it, or none, is not one that a run writes."""
 
 
 def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 200) -> Path:
     """Writes the page (default: `episodes.html` in the run folder) and returns where it is.
 
-    It shows at most `max_episodes` episodes, evenly over the run, of those whose tokens were written one by one.
+    The run folder is data, whoever made it: lines that are no episodes are left out, and their number stands on the page. It
+    shows at most `max_episodes` episodes, evenly over the run, of those whose tokens were written one by one.
     Raises `InvalidArgument` where there is nothing to show.
     """
     if max_episodes < 1:
         raise InvalidArgument(f"max_episodes={max_episodes} must be at least 1.")
-    episodes = read_episodes(run_dir)
+    episodes, skipped = read_episodes(run_dir)
     detailed = [episode for episode in episodes if "tokens" in episode]
     if not detailed:
         raise InvalidArgument(f"{run_dir / 'episodes.jsonl'} has no token columns; train again to see single tokens.")
@@ -29,6 +33,7 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
         "title": run_dir.resolve().name,
         "run": _run(run_dir),
         "total": len(episodes),
+        "skipped": skipped,
         "curve": score_curve(episodes),
         "episodes": evenly(detailed, max_episodes),
     }
@@ -41,28 +46,55 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
 def page(data: dict[str, Any]) -> str:
     """The page's HTML; nothing in `data` can end the script that holds it."""
     template = files("tokenenv").joinpath("assets/show.html").read_text(encoding="utf-8")
+    template = template.replace("__HIDDEN__", javascript_class())
     return template.replace("__DATA__", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
-def read_episodes(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's `episodes.jsonl`: the last may be half written while the run goes on."""
+def read_episodes(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """The episodes of a run's `episodes.jsonl`, and how many lines hold none. The last line may be half written while the run
+    goes on: it is no episode yet, and not counted."""
     path = run_dir / "episodes.jsonl"
     if not path.is_file():
         raise InvalidArgument(f"run_dir={str(run_dir)!r} has no episodes.jsonl; `tokenenv train` makes run folders.")
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    episodes = []
-    for number, line in enumerate(lines, 1):
-        try:
-            episodes.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InvalidArgument(f"{path}, line {number}, is no JSON: {error}.") from error
-            continue
-        if not isinstance(episodes[-1], dict):
-            raise InvalidArgument(f"{path}, line {number}, is no episode but {line[:40]}.")
-    if not episodes:
-        raise InvalidArgument(f"{path} holds no finished episode yet.")
-    return episodes
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    whole = [_episode(line) for line in lines[:-1] if line.strip()]
+    last = [episode] if (episode := _episode(lines[-1])) else []
+    episodes = [episode for episode in whole if episode is not None]
+    if not episodes + last:
+        bad = f", but {len(whole)} lines that are none" if whole else ""
+        raise InvalidArgument(f"{path} holds no finished episode yet{bad}.")
+    return episodes + last, len(whole) - len(episodes)
+
+
+def _episode(line: str) -> dict[str, Any] | None:
+    """The episode of a line, or None where there is none with numbers and texts where they belong."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # also of a number with too many digits
+        return None
+    return found if isinstance(found, dict) and _is_episode(found) else None
+
+
+def _is_episode(found: dict[str, Any]) -> bool:
+    numbers = [found.get(name) for name in ("score", "gold", "reward", "kl")]
+    counts = [found.get(name) for name in ("tokens_seen", "length")]
+    whole = all(isinstance(count, int) and 0 <= count <= MOST for count in counts)
+    texts = all(isinstance(found.get(name), str | list) for name in ("prompt", "response"))
+    if not (whole and texts and isinstance(found.get("terminated"), bool) and _are_numbers(numbers)):
+        return False
+    return "tokens" not in found or _are_columns(found)
+
+
+def _are_columns(found: dict[str, Any]) -> bool:
+    tokens, terms = found["tokens"], found.get("token_terms", {})
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not isinstance(terms, dict):
+        return False
+    columns = [*terms.values(), *(found[name] for name in COLUMNS if found.get(name) is not None)]
+    return all(isinstance(column, list) and len(column) == len(tokens) and _are_numbers(column) for column in columns)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(value is None or (isinstance(value, int | float) and abs(value) <= MOST) for value in values)
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -76,12 +108,14 @@ def score_curve(episodes: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """(tokens seen, mean score) of each update whose scores are known."""
     scores: dict[int, list[float]] = {}
     for episode in episodes:
-        if episode.get("score") is not None:
+        if episode["score"] is not None:
             scores.setdefault(episode["tokens_seen"], []).append(episode["score"])
     return [(tokens, sum(found) / len(found)) for tokens, found in sorted(scores.items())]
 
 
-def _run(run_dir: Path) -> dict[str, Any]:
+def _run(run_dir: Path) -> dict[str, str]:
     path = run_dir / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: config[key] for key in RUN_KEYS if config.get(key) is not None}
+    config = from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"{path} holds no mapping of options.")
+    return {key: str(config[key]) for key in RUN_KEYS if config.get(key) is not None}

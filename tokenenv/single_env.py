@@ -3,6 +3,7 @@
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from tokenenv.errors import InvalidArgument
@@ -13,7 +14,9 @@ from tokenenv.vector_env import TokenVectorEnv
 class TokenEnv(gym.Env):
     """A view of a `TokenVectorEnv` with one slot, without logic of its own; rewards are `float`, flags `bool`.
 
-    Takes the same options, but for those of a batch: num_envs, autoreset_mode, group_size.
+    Takes the same options, but for those of a batch (num_envs, autoreset_mode, group_size) and for array="torch": Gymnasium's
+    spaces hold NumPy arrays, and its `NumpyToTorch` wrapper gives tensors. Attributes beyond Gymnasium's, read or set, are the
+    vector env's.
     """
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 10}  # noqa: RUF012
@@ -22,6 +25,8 @@ class TokenEnv(gym.Env):
         for key in ("num_envs", "autoreset_mode", "group_size"):
             if key in options:
                 raise InvalidArgument(f"{key}={options[key]!r} is for gym.make_vec; one text at a time has no {key}.")
+        if options.get("array") == "torch":
+            raise InvalidArgument("array='torch' is for gym.make_vec; for one text at a time, gymnasium has NumpyToTorch.")
         self.vector = TokenVectorEnv(num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **options)
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
@@ -29,7 +34,7 @@ class TokenEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins a new text; see `TokenVectorEnv.reset`."""
-        super().reset(seed=seed)
+        super().reset(seed=int(seed) if isinstance(seed, np.integer) else seed)
         observation, infos = self.vector.reset(seed=seed, options=options)
         return _first(observation), _first_info(infos)
 
@@ -41,15 +46,6 @@ class TokenEnv(gym.Env):
         if "cut" in info:
             info["cut"] = bool(info["cut"])  # as a NumPy bool, SyncVectorEnv would make objects of it
         return _first(observation), float(rewards[0]), *ends, info
-
-    @property
-    def kl_coef(self) -> float:
-        """beta for the texts that begin from now on, reward per nat."""
-        return self.vector.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        self.vector.kl_coef = value
 
     def render(self) -> Any:
         """A string or a picture (H, W, 3) uint8 of the text, by `render_mode`; see `TokenVectorEnv.render`."""
@@ -66,6 +62,10 @@ class TokenEnv(gym.Env):
         if name.startswith(("_", "single_")) or name in ("vector", "num_envs"):
             raise AttributeError(name)
         return getattr(self.vector, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name.startswith("_") or "vector" not in vars(self) or name in vars(self) or hasattr(type(self), name)
+        setattr(self.vector, name, value) if not own and hasattr(self.vector, name) else super().__setattr__(name, value)
 
 
 def _first(observation: Any) -> Any:

@@ -37,13 +37,15 @@ class TokenSpec:
     pad_token_id: int
     """Fills `tokens` to the right of `length`; may equal a stop id, so only `length` says what is valid."""
     stop_token_ids: tuple[int, ...]
-    """Emitting one of these ends the episode (terminated)."""
+    """Emitting one of these ends the episode."""
     max_prompt_tokens: int
     """P."""
     max_new_tokens: int
-    """T: the episode is truncated after this many response tokens."""
+    """T: the episode is cut after this many response tokens."""
     score_truncated: bool = True
-    """True: a truncated text is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
+    """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
+    chats: Any = None
+    """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a chat template; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,9 @@ class Scorer:
     """States (K, H) to scores (K,)."""
     per_token: bool
     """True: the score of a text is the sum of its response tokens' scores. False: the score at its last token."""
+    pad_token_id: int | None = None
+    """Where `per_token` is False, the last token of a text is its last one that is not this: so do transformers' sequence
+    classifiers read, also where their pad id is the stop id. None: whatever the last token is."""
 
 
 class TextScorer(Protocol):
@@ -148,6 +153,8 @@ class Task:
 
     tokenizer: Any
     """A transformers tokenizer shared by all models, or None where tokens have no text."""
+    chats: Any = None
+    """The `tokenenv.models.chats.Chats` behind the prompts, where prompts that are given as texts or messages are chats."""
     reference: Any
     """pi_ref: a transformers causal LM, or any `TokenModel`; frozen, in eval mode."""
     prompts: Sequence[Sequence[int]]

@@ -18,6 +18,7 @@ from tokenenv.ambient import ordinary_tensors
 from tokenenv.config import check_kl_coef
 from tokenenv.engine import Ends, Paid
 from tokenenv.errors import EnvClosed, FinishedRow, Interrupted, InvalidArgument, NotReset, check_choice
+from tokenenv.identity import identity
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.reset_options import Seed, read_options, read_seed
@@ -73,6 +74,8 @@ class TokenVectorEnv(VectorEnv):
         self._streams = PromptStreams(self._task.prompts, num_envs, self.config.group_size)
         self._streams.reseed(read_seed(np_random()[1] % 2**31, num_envs), np.ones(num_envs, dtype=bool))
         self._interrupted: _Interrupted | None = None
+        self.changes = 0
+        """Calls that have changed the texts: what was made of them before the last one is out of date."""
         self._kl_coef = check_kl_coef(self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef)
         self.tokens_seen = 0
         """Tokens emitted in all envs since construction, those of an interrupted step aside; schedules are asked with it."""
@@ -90,6 +93,7 @@ class TokenVectorEnv(VectorEnv):
     @property
     def frozen_models(self) -> dict[str, Any]:
         """What observations and rewards are read from, by role, the reference first: nobody may train these."""
+        self._require_open()
         return self._engine.frozen_models()
 
     @property
@@ -136,6 +140,13 @@ class TokenVectorEnv(VectorEnv):
         self._kl_coef = check_kl_coef(value)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
+        env_id = None if self.spec is None else self.spec.id
+        terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
+        return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
+
+    @property
     def cache_bytes(self) -> int:
         """The memory that the caches take, in bytes."""
         self._require_open()
@@ -148,8 +159,10 @@ class TokenVectorEnv(VectorEnv):
         Args:
             seed: slot i draws its prompts from seed + i, or from seed[i] (a group from its first slot's), from the first one
                 on; None goes on. One whole number also seeds `np_random`, which this env does not draw from.
-            options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env;
-                `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing.
+            options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of token ids an env (under a
+                chat template a text is one message of the user's, and a list of messages is taken too);
+                `prefixes`, likewise: the beginning of each response, which uses up `max_new_tokens` and earns nothing; a
+                text goes on from the prompt as it stands, without special tokens.
                 Without a mask each group goes on with a new prompt; with one its texts keep their order, as where
                 they end and begin by themselves.
 
@@ -315,15 +328,19 @@ class TokenVectorEnv(VectorEnv):
         """The rewards that stepping would have paid for B whole texts, in batched parallel forwards.
 
         Args:
-            prompts: B texts or token id sequences.
-            responses: B texts or token id sequences, the stop token included where there was one.
+            prompts: B texts or token id sequences; under a chat template texts are messages, and messages are taken too.
+            responses: B texts or token id sequences, the stop token included where there was one, and nowhere else. A text
+                goes on from its prompt as it stands: a new word begins with a space, and no special tokens are added.
             logprobs: log pi of every response token, in nats; needed under kl="policy".
-            truncated: which texts were cut; by default those that do not end in a stop token.
-            kl_coef: beta of the episodes; by default the env's present one.
+            truncated: which texts were cut; by default those that do not end in a stop token, and never one that does. A cut
+                text that is shorter than `max_new_tokens` was cut by whoever wrote it, and counts like one that reached it.
+            kl_coef: beta of the episodes, 0 or more; by default the env's present one.
             weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
             played: whether the texts count as played here: their tokens as seen, and as something for terms to learn from.
         """
         self._require_whole()
+        if kl_coef is not None and self.config.kl == "none":
+            raise InvalidArgument(f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'.")
         now = self.weights
         for name in weights or {}:
             check_choice("weights key", name, now)
@@ -377,6 +394,7 @@ class TokenVectorEnv(VectorEnv):
         self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
         if whole:
             self._engine.forget()
+        self.changes += 1
         yield
         self._interrupted = None
 

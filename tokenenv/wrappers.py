@@ -47,6 +47,12 @@ class TopKActions(VectorWrapper):
         )
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The env's, and the number of choices: checkpoints hold it."""
+        inner: Any = self.env
+        return {**inner.identity, "TopKActions": {"k": self.k}}
+
     def choices(self) -> np.ndarray:
         """The tokens (N, k) on offer now, the likeliest first; equally likely ones by id."""
         ids_Nk, allowed_Nk = self._offer()
@@ -90,7 +96,7 @@ class ActionMask(VectorWrapper):
     with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else is:
     where no token of the vocabulary goes on to a match, or a prefix is none. A text that is cut at `max_new_tokens` may be
     unfinished. Where nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the env
-    itself leave the masks behind; call the wrapper's.
+    itself return observations without masks; the wrapper's have them.
 
     Args:
         envs: a vector env of this package, wrapped or not.
@@ -108,13 +114,15 @@ class ActionMask(VectorWrapper):
         _check_mask_options(top_p, regex, grammar)
         if _mask_of(envs) is not None:
             raise InvalidArgument("envs has an ActionMask already; give top_p= and regex= (or grammar=) to one.")
-        self.top_p = top_p
+        self.top_p, self.regex, self.grammar = top_p, regex, grammar
         self._followers: list[grammars.Follower] = []
         if regex is not None or grammar is not None:
             start = grammars.compile_matcher(core.token_spec, regex=regex, grammar=grammar)
             self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
             self._beginnings = grammars.beginnings(core.token_spec)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
+        self._masks_of = 0
+        """The texts that they are of, by the env's `changes`."""
         seen = envs.single_observation_space
         self._in_obs = isinstance(seen, gym.spaces.Dict)
         if isinstance(seen, gym.spaces.Dict):
@@ -122,8 +130,15 @@ class ActionMask(VectorWrapper):
             self.single_observation_space = gym.spaces.Dict({**seen.spaces, "action_mask": mask})
             self.observation_space = batch_space(self.single_observation_space, envs.num_envs)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The env's, and what is ruled out: checkpoints hold it."""
+        inner: Any = self.env
+        return {**inner.identity, "ActionMask": {"top_p": self.top_p, "regex": self.regex, "grammar": self.grammar}}
+
     def action_masks(self) -> np.ndarray:
         """(N, V) bool on the host: what may come next in each text."""
+        self._keep_up()
         return self._masks.copy()
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
@@ -149,6 +164,7 @@ class ActionMask(VectorWrapper):
         return self._masked(obs, infos)[0], rewards, terminations, truncations, infos
 
     def _check(self, tokens: np.ndarray) -> None:
+        self._keep_up()
         if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
             return  # The env says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
@@ -161,10 +177,16 @@ class ActionMask(VectorWrapper):
 
     def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
         """The observation with the masks of the texts as they stand."""
-        self._masks = self._allowed()
+        self._keep_up()
         if self._in_obs:
             obs = {**obs, "action_mask": _like(self._masks.astype(np.int8), obs["tokens"])}
         return obs, infos
+
+    def _keep_up(self) -> None:
+        """Makes the masks anew where the texts have changed, also beneath this wrapper or in a call that was interrupted."""
+        if self._masks_of != self._core.changes:
+            changes, self._masks = self._core.changes, self._allowed()
+            self._masks_of = changes
 
     def _allowed(self) -> np.ndarray:
         allowed = np.ones_like(self._masks)

@@ -6,10 +6,11 @@
 docs/stable-baselines3.md says what each combination optimises. Suffixes: N envs, K transitions, L context, V vocabulary.
 """
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.env_rows import wants_logprob
+from tokenenv.agents.env_rows import read_ends, wants_logprob
 from tokenenv.agents.masks import allowed_of, rule_out
-from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency
+from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency, check_choice
 from tokenenv.models.batching import last_states
 
 try:
@@ -41,8 +43,8 @@ class SB3VecEnv(VecEnv):
     `LMActorCriticPolicy` fills in: the env's `Dict(token, logprob)`, flat. Otherwise it is the env's own.
 
     The info of a row that ended has `terminal_observation`, `episode` (r, l, t, as Monitor gives them), `TimeLimit.truncated`
-    and the env's own numbers (`score`, `gold`, ...). `TimeLimit.truncated` tells SB3 to bootstrap, so it is true only for
-    texts that were cut without a score (`score_truncated=False`).
+    and the env's own numbers (`score`, `gold`, `cut`, ...). `TimeLimit.truncated` tells SB3 to bootstrap, so it is true only
+    for texts that were cut without a score (`score_truncated=False`, or a time limit around the env).
 
     SB3's learners add no `-beta log pi`: under `kl="reference"` they would optimise score + beta E[log pi_ref], whose optimum
     is the single likeliest good text, and this class warns. `kl="policy"` (with `LMActorCriticPolicy`) is the bundled
@@ -63,8 +65,6 @@ class SB3VecEnv(VecEnv):
         actions = _flat_space(envs.single_action_space) if self.with_logprob else envs.single_action_space
         super().__init__(envs.num_envs, envs.single_observation_space, actions)
         self._returns, self._lengths, self._start = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64), time.time()
-        spec = getattr(envs.unwrapped, "token_spec", None)
-        self._bootstraps = not getattr(spec, "score_truncated", False)
         _warn_of_kl(envs)
 
     @property
@@ -73,13 +73,13 @@ class SB3VecEnv(VecEnv):
         return self.envs.unwrapped
 
     def reset(self) -> Any:
-        """The first observations; a seed given by `seed` counts once."""
+        """The first observations. What `seed` and `set_options` gave counts once; the options of a row are those of one text
+        alone: `prompts` and `prefixes`, a list of one each."""
         seeds: Any = None if all(seed is None for seed in self._seeds) else list(self._seeds)
-        if any(self._options):
-            raise InvalidArgument("options of single envs cannot be set through SB3; reset the env itself with them.")
-        obs, infos = map(_host, self.envs.reset(seed=seeds))
+        obs, infos = map(_host, self.envs.reset(seed=seeds, options=_joined_options(self._options, self.num_envs)))
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
+        self._reset_options()
         self._returns[:], self._lengths[:] = 0.0, 0
         return obs
 
@@ -96,10 +96,12 @@ class SB3VecEnv(VecEnv):
         self._lengths += 1
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
-            ends = _host({key: infos[key] for key in ("final_obs", "final_info")})
-            for i in map(int, np.flatnonzero(dones)):
-                cut = bool(truncations[i]) and not terminations[i] and self._bootstraps
-                rows[i] = self._end(i, ends) | {"TimeLimit.truncated": cut}
+            ends, ended = _host({key: infos[key] for key in ("final_obs", "final_info")}), np.flatnonzero(dones)
+            begun = _host({key: value for key, value in infos.items() if key.removeprefix("_") in self.reset_infos[0]})
+            _, bootstraps = read_ends(self.envs, terminations, truncations, ends["final_info"], ended)
+            for i, bootstrap in zip(map(int, ended), bootstraps, strict=True):
+                rows[i] = self._end(i, ends) | {"TimeLimit.truncated": bool(bootstrap)}
+                self.reset_infos[i] = _row(begun, i)
         self._returns[dones], self._lengths[dones] = 0.0, 0
         return obs, rewards.astype(np.float32), dones, rows
 
@@ -127,13 +129,16 @@ class SB3VecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The attribute of the outermost wrapper that has it, once for each row."""
-        return [getattr(self._layer(attr_name), attr_name)] * len(self._rows(indices))
+        layers = [layer for layer in self._layers() if hasattr(layer, attr_name)]
+        if not layers:
+            raise AttributeError(f"{type(self.unwrapped).__name__} has no attribute {attr_name!r}.")
+        return [getattr(layers[0], attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets the attribute that `get_attr` gives; all rows share it."""
+        """Sets the attribute that `get_attr` gives, a new one on the outermost wrapper; all rows share it."""
         if indices is not None and self._rows(indices) != list(range(self.num_envs)):
             raise InvalidArgument(f"indices={indices!r} is not allowed; {attr_name!r} belongs to all rows together.")
-        setattr(self._layer(attr_name), attr_name, value)
+        setattr(next((layer for layer in self._layers() if hasattr(layer, attr_name)), self.envs), attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
         """Calls a method once; a result with a row for each env is handed out by rows (`action_masks`)."""
@@ -142,28 +147,36 @@ class SB3VecEnv(VecEnv):
         return [result[i] if by_row else result for i in self._rows(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """True of Monitor alone, whose `info["episode"]` this env gives."""
-        return [issubclass(wrapper_class, Monitor)] * len(self._rows(indices))
+        """True of the wrappers of the vector env, and of Monitor, whose `info["episode"]` this env gives."""
+        wrapped = issubclass(wrapper_class, Monitor) or any(isinstance(layer, wrapper_class) for layer in self._layers())
+        return [wrapped] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[Any]:
         """What the env renders, one picture a row."""
+        if self.render_mode != "rgb_array":
+            raise InvalidArgument(f"render_mode={self.render_mode!r} gives no pictures; make the env with 'rgb_array'.")
         return list(self.envs.render() or [])
 
-    def _layer(self, name: str) -> Any:
-        """The outermost wrapper, or the env, that has this attribute."""
+    def _layers(self) -> Iterator[Any]:
+        """The env with its wrappers, outermost first."""
         layer: Any = self.envs
-        while not hasattr(layer, name):
+        while layer is not None:
+            yield layer
             layer = getattr(layer, "env", None)
-            if layer is None:
-                raise AttributeError(f"{type(self.unwrapped).__name__} has no attribute {name!r}.")
-        return layer
 
     def _rows(self, indices: Any) -> list[int]:
         return list(self._get_indices(indices))
 
 
+LEARNERS = (
+    "LMActorCriticPolicy is for on-policy actor-critic learners (PPO, A2C, TRPO); for others (DQN, ARS, RecurrentPPO) take a "
+    "policy of theirs, on an env with observation='features' and kl='none'."
+)
+
+
 class LMActorCriticPolicy(ActorCriticPolicy):
-    """A causal language model with a value head, as an SB3 policy: PPO and A2C train the model that the bundled agents train.
+    """A causal language model with a value head, as an SB3 policy: PPO, A2C and sb3-contrib's TRPO train the model that the
+    bundled agents train. Action masks are read from the observation, so no MaskablePPO is needed.
 
     SB3 draws its minibatches from single steps, so each step's whole text is read again, when acting and when learning.
 
@@ -177,12 +190,18 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         self,
         observation_space: spaces.Space,
         action_space: spaces.Space,
-        lr_schedule: Any,
+        lr_schedule: Any = None,
         *,
         model: Any = None,
         separate_value: bool = False,
         **options: Any,
     ) -> None:
+        if lr_schedule is None or "n_critics" in options:
+            raise InvalidArgument(LEARNERS)
+        if options.get("use_sde"):
+            raise InvalidArgument(
+                "use_sde=True is noise on continuous actions; LMActorCriticPolicy draws tokens: leave it False."
+            )
         if model is None:
             raise InvalidArgument('model=None: give PPO(..., policy_kwargs={"model": envs.unwrapped.model}).')
         if not isinstance(observation_space, spaces.Dict) or "tokens" not in observation_space.spaces:
@@ -197,6 +216,13 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         self._require_tokens()
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         self.optimizer = self.optimizer_class(weights, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is missing is a Q-network, say, that some learner of another kind asks for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(f"there is no {name!r} here: {LEARNERS}", name=name, obj=self) from None
 
     def set_training_mode(self, mode: bool) -> None:
         """Nothing: with dropout, learning would not see the distribution that acting drew from."""
@@ -228,12 +254,25 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         """Values (K, 1), log-probs (K,) and entropies (K,) of the present policy."""
         logits_KV, values = self.read(obs)
         distribution = self._distribution(logits_KV)
-        tokens = actions[:, 0] if self.with_logprob else actions.reshape(-1)
-        return values, distribution.log_prob(tokens.long()), distribution.entropy()
+        return values, distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(self, obs: Any) -> CategoricalDistribution:
-        """Of the next token."""
-        return self._distribution(self.read(obs)[0])
+        """Of the next token. It can be differentiated twice, as TRPO does."""
+        twice = torch.is_grad_enabled()
+        if twice:
+            self._require_plain_weights()
+        with sdpa_kernel(SDPBackend.MATH) if twice else contextlib.nullcontext():
+            return self._distribution(self.read(obs)[0])
+
+    def _require_plain_weights(self) -> None:
+        """TRPO goes by names: weights called "value" are left to the critic, whatever they are; and it takes no frozen ones."""
+        for name, weight in self.lm.model.named_parameters():
+            if "value" in name or not weight.requires_grad:
+                why = "it is frozen" if "value" not in name else "its name says 'value', which sb3-contrib takes for the critic"
+                raise InvalidArgument(
+                    "get_distribution with gradients is for TRPO, which cannot train the weight "
+                    f"{name!r} of this model, as {why}; take PPO or A2C, or torch.no_grad()."
+                )
 
     def predict_values(self, obs: Any) -> Tensor:
         """(K, 1)."""
@@ -243,7 +282,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         return self._act(self.get_distribution(observation), deterministic)[0]
 
     def _distribution(self, logits_KV: Tensor) -> CategoricalDistribution:
-        return CategoricalDistribution(logits_KV.shape[1]).proba_distribution(logits_KV)
+        return _Tokens(logits_KV.shape[1]).proba_distribution(logits_KV)
 
     def _act(self, distribution: CategoricalDistribution, deterministic: bool) -> tuple[Tensor, Tensor]:
         tokens = distribution.get_actions(deterministic=deterministic)
@@ -257,6 +296,18 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             "model": self.lm.model,
             "separate_value": self._separate_value,
         }
+
+
+class _Tokens(CategoricalDistribution):
+    """Over the next token; an action is a token, or a token and the log-probability that it was drawn with."""
+
+    def proba_distribution(self, action_logits: Tensor) -> "_Tokens":
+        # Finite, so that the KL of two such distributions is: at tokens that both rule out it would be 0 times NaN.
+        return super().proba_distribution(action_logits.clamp(min=-1e9))
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        tokens = actions if actions.shape == self.distribution.batch_shape else actions[:, 0]
+        return super().log_prob(tokens.long())
 
 
 class _NoFeatures(BaseFeaturesExtractor):
@@ -284,6 +335,18 @@ def _warn_of_kl(envs: VectorEnv) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _joined_options(options: Sequence[Mapping[str, Any]], num_envs: int) -> dict[str, list[Any]] | None:
+    """Options of single envs, one a row, as those of the vector env."""
+    if len(options) != num_envs:
+        raise InvalidArgument(f"options has {len(options)} entries; allowed: a mapping, or one entry an env ({num_envs}).")
+    for name, value in (pair for given in options for pair in given.items()):
+        check_choice("options key", name, ("prompts", "prefixes"))
+        if isinstance(value, str) or len(value) != 1:
+            raise InvalidArgument(f"options[{name!r}]={value!r} must be a list of one: they are the options of one text alone.")
+    names = dict.fromkeys(name for given in options for name in given)
+    return {name: [given.get(name, [None])[0] for given in options] for name in names} or None
 
 
 def _host(values: Any) -> Any:

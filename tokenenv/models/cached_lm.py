@@ -187,12 +187,18 @@ def text_part(trunk: Any) -> Any:
 @contextmanager
 def acting(trunk: Any) -> Iterator[None]:
     """No gradients and eval mode (dropout and gradient checkpointing would break a cache), restored afterwards."""
-    training = [module for module in trunk.modules() if module.training] if trunk.training else []
+    with evaluating(trunk), torch.no_grad():
+        yield
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode, restored afterwards. Of models that are in it already nothing but that is asked."""
+    training = [module for model in models if model.training for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

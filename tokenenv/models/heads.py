@@ -14,11 +14,12 @@ from tokenenv.types import Head, Scorer
 
 from .adapters import unwrapped
 from .batching import hidden_states
-from .cached_lm import acting, trunk_of
+from .cached_lm import acting, evaluating, trunk_of
 from .probing import looks_ahead
 
 CHUNK = 512
 """Tokens whose logits are held at once: 0.3 GB in float32 at V = 150,000."""
+UNKNOWN = "computes its logits in a way that is not known here"
 
 
 # Heads are objects rather than functions, so that a copy or a pickle of what holds them reads its own model.
@@ -53,7 +54,8 @@ class ScoreHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         """The scores (K,)."""
-        return self.linear(states).float().squeeze(-1)
+        with evaluating(self.linear):  # some heads are more than a layer, with dropout
+            return self.linear(states).float().squeeze(-1)
 
 
 def lm_head(model: Any, vocab_size: int | None = None) -> Head:
@@ -96,7 +98,8 @@ def make_scorer(model: Any) -> Scorer:
 
     head = ScoreHead(linear)
     per_token = _check_head(model, head, lambda logits: logits.flatten())
-    return Scorer(model=trunk_of(model), head=head, per_token=per_token)
+    pad_token_id = None if per_token else _passed_over(model, head)
+    return Scorer(model=trunk_of(model), head=head, per_token=per_token, pad_token_id=pad_token_id)
 
 
 def token_logprobs(states: Tensor, tokens: Tensor, head: Head, *, temperature: float = 1.0, chunk: int = CHUNK) -> Tensor:
@@ -136,17 +139,41 @@ def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> b
     """Compares `head` on the states of a few tokens with the model's own logits; returns whether there is one logit
     row per token (rather than one per text).
     """
-    trunk = trunk_of(model)
-    config = model.config.get_text_config()
-    pad_id = getattr(config, "pad_token_id", None)
-    ids = [token for token in range(config.vocab_size) if token != pad_id][1:4]
+    trunk, ids = trunk_of(model), _three_tokens(model)
     tokens = torch.tensor([ids], device=trunk.device)
     with acting(model):
         logits = model(input_ids=tokens, use_cache=False).logits
         if not _agree(head, hidden_states(trunk, tokens, [len(ids)])[0], select(logits).float()):
             of_peft = "" if unwrapped(model) is model else ": of peft's methods, learned prompts cannot be used, LoRA can"
-            raise ModelError(f"{_name(model)} computes its logits in a way that is not known here{of_peft}")
+            raise ModelError(f"{_name(model)} {UNKNOWN}{of_peft}")
     return logits.ndim == 3
+
+
+def _three_tokens(model: Any) -> list[int]:
+    """Ids other than the pad id."""
+    pad_id = _pad_id(model)
+    return [token for token in range(model.config.get_text_config().vocab_size) if token != pad_id][1:4]
+
+
+def _pad_id(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
+
+
+def _passed_over(model: Any, head: Head) -> int | None:
+    """The pad id of a model that scores texts, if it reads a text that ends in it at the token before, as transformers'
+    own classifiers do; None if it reads every text at its last token. Other models' code is asked, not believed."""
+    pad_id, trunk = _pad_id(model), trunk_of(model)
+    if pad_id is None or not 0 <= pad_id < trunk.get_input_embeddings().num_embeddings:
+        return None
+    tokens = torch.tensor([[*_three_tokens(model), pad_id, pad_id]], device=trunk.device)
+    with acting(model):
+        score = model(input_ids=tokens, use_cache=False).logits.flatten().float()
+        states = hidden_states(trunk, tokens, [tokens.shape[1]])[0]
+        if _agree(head, states[:-2], score):
+            return pad_id
+        if _agree(head, states, score):
+            return None
+    raise ModelError(f"{_name(model)} {UNKNOWN}")
 
 
 def _agree(head: Head, states: Tensor, expected: Tensor) -> bool:

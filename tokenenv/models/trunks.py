@@ -71,7 +71,10 @@ def text_states(model: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray)
     """The uncached forward of any model's trunk, with the ambient grad mode: right-padded tokens (B, L) to states
     (B, L, ...), in which state t has read token t."""
     trunk = trunk_of(model)
-    return trunk.states(tokens, lengths) if hasattr(trunk, "slots") else hidden_states(trunk, tokens, lengths)
+    if hasattr(trunk, "slots"):
+        return trunk.states(tokens, lengths)
+    # Ids that the model lacks are read as its last, as by `CachedLM`.
+    return hidden_states(trunk, tokens.clamp(0, trunk.config.get_text_config().vocab_size - 1), lengths)
 
 
 def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:

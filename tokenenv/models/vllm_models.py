@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.types import Slots, TextIds
 
+from .text_scores import read_length
 from .vllm_server import VLLMServer
 
 
@@ -38,18 +39,23 @@ class VLLMRewardModel:
     Args:
         backend: the URL of a vLLM server, or a `Backend`.
         per_token: whether it is a token-classification model, or a sequence-classification one; with one label.
+        pad_token_id: of a sequence-classification model whose pad id is a stop id, which transformers reads at the token
+            before its padding: tokens of this id at the end of a text are not sent. vLLM reads the last token it is sent.
     """
 
     looks_ahead = False
 
-    def __init__(self, backend: str | Backend, *, per_token: bool = True) -> None:
+    def __init__(self, backend: str | Backend, *, per_token: bool = True, pad_token_id: int | None = None) -> None:
         self.backend: Backend = VLLMServer(backend) if isinstance(backend, str) else backend
-        self.per_token = per_token
+        self.per_token, self.pad_token_id = per_token, pad_token_id
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
         """(B, width) float32 on the CPU: see `TextScorer`."""
         whole, lengths = [[*prompt, *response] for prompt, response in texts], [len(response) for _, response in texts]
-        scores = self.backend.token_scores(whole) if self.per_token else self.backend.text_scores(whole)
+        if self.per_token:
+            scores = self.backend.token_scores(whole)
+        else:
+            scores = self.backend.text_scores([ids[: read_length(ids, self.pad_token_id)] for ids in whole])
         out = np.zeros((len(texts), width), np.float32)
         for row, (values, length) in enumerate(zip(scores, lengths, strict=True)):
             if self.per_token:

@@ -4,10 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, ServerError
+from tokenenv.shown import without_user
 
 BUSY = (429, 502, 503, 504)
 """Answers after which it is worth asking again."""
@@ -28,11 +30,16 @@ class VLLMServer:
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
         if not url.startswith(("http://", "https://")):
-            raise InvalidArgument(f"url={url!r} is not allowed; give http://HOST:PORT of a vLLM server.")
+            raise InvalidArgument(f"url={without_user(url)!r} is not allowed; give http://HOST:PORT of a vLLM server.")
         if not timeout > 0 or retries < 0:
             raise InvalidArgument(f"timeout={timeout} must be above 0 and retries={retries} at least 0.")
-        self.url, self.timeout, self.retries = url.rstrip("/").removesuffix("/v1"), timeout, retries
-        self._session = self._make_session(api_key or os.environ.get("VLLM_API_KEY"))
+        # Errors name the address: what opens it stays with the session.
+        self.url, self.timeout, self.retries = without_user(url).rstrip("/").removesuffix("/v1"), timeout, retries
+        self._key = api_key or os.environ.get("VLLM_API_KEY")
+        self._session = self._make_session(self._key)
+        found = urlsplit(url)
+        if found.username is not None:
+            self._session.auth = (unquote(found.username), unquote(found.password or ""))
         self._model: str | None = None
 
     def _make_session(self, api_key: str | None) -> Any:
@@ -67,8 +74,13 @@ class VLLMServer:
                 f"at most ({_reason(error)}). Is it running?"
             ) from error
         if not answer.ok:
-            raise ServerError(f"the vLLM server at {self.url} refused {path} ({answer.status_code}): {_message(answer)}")
+            raise ServerError(f"the vLLM server at {self.url} refused {path} ({answer.status_code}): {self._said(answer)}")
         return answer.json() if "json" in answer.headers.get("Content-Type", "") else None
+
+    def _said(self, answer: Any) -> str:
+        """What is wrong, in the server's words, which may repeat what it was sent."""
+        message = _message(answer)
+        return message.replace(self._key, "***") if self._key else message
 
     @property
     def model(self) -> str:

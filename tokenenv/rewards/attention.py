@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from tokenenv.errors import ModelError
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.cached_lm import acting
+from tokenenv.models.text_scores import read_length
 from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
 
 
 class Attention(Redistribution):
-    """r_t = score * a_t, with a_t the attention of the text's last token to y_t in the reward model's last attention layer,
-    in the mean over heads, divided by its sum over the tokens that may be paid.
+    """r_t = score * a_t, with a_t the attention to y_t of the token that the score is read at, the text's last one, in the
+    reward model's last attention layer, in the mean over heads, divided by its sum over the tokens that may be paid.
 
     Attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score redistributed; the paper's mixture
     with a terminal reward is `{"dense": ("attention", 0.8), "end": ("terminal", 0.2)}`. A text none of whose tokens is
@@ -36,7 +37,7 @@ class Attention(Redistribution):
         """Takes the reward model's trunk. Raises `ModelError` if it has no attention weights."""
         super().bind(parts)
         assert parts.causal_scorer is not None
-        self._trunk = trunk_of(parts.causal_scorer.model)
+        self._trunk, self._pad_id = trunk_of(parts.causal_scorer.model), parts.causal_scorer.pad_token_id
         last_attention(self._trunk, torch.zeros(1, 2, dtype=torch.int64, device=self._trunk.device), np.array([2]))
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
@@ -45,7 +46,8 @@ class Attention(Redistribution):
         payable = texts.payable(max_new_tokens).float()
         weights = torch.zeros_like(payable)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
-            seen = last_attention(self._trunk, read_rows(self._trunk, texts, rows), texts.length[rows])
+            ends = np.asarray([read_length(texts.ids[row][: texts.length[row]], self._pad_id) for row in rows])
+            seen = last_attention(self._trunk, read_rows(self._trunk, texts, rows), ends)
             weights[upload(rows, weights.device)] = at_response(seen, texts.prompt_length[rows], max_new_tokens)
         return shares(weights * payable, payable) * texts.score[:, None]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.trunks import trunk_of
 from tokenenv.types import Scorer, Task, TextIds, TextScorer, TokenSpec
 
@@ -95,10 +96,8 @@ class FinishedTexts:
         return [(row[:p].tolist(), row[p:n].tolist()) for row, (p, n) in zip(self.ids, lengths, strict=True)]
 
     def prompt_and_response_texts(self) -> list[tuple[str, str]]:
-        """B pairs of texts, without special tokens."""
-        pairs = self.prompt_and_response_ids()
-        flat = self.tokenizer.batch_decode([ids for pair in pairs for ids in pair], skip_special_tokens=True)
-        return list(zip(flat[0::2], flat[1::2], strict=True))
+        """B pairs of texts, without special tokens, which joined are the whole text as the tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
     def payable(self, max_new_tokens: int) -> Tensor:
         """(B, T) bool: the response tokens that rewards may be placed on."""

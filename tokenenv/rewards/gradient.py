@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models.batching import hidden_states, micro_batches, upload
 from tokenenv.models.cached_lm import acting
-from tokenenv.models.text_scores import read_scores
+from tokenenv.models.text_scores import read_length, read_scores
 from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
@@ -18,6 +18,8 @@ from tokenenv.types import Scorer
 
 DOUBLINGS = 3
 """A text may take up to 2**3 times the points."""
+ROUNDING = 1e-3
+"""Attributions whose sizes add up to less are taken for so much."""
 
 
 class Gradient(Redistribution):
@@ -67,7 +69,7 @@ class Gradient(Redistribution):
 
     def _attributions(self, texts: FinishedTexts, max_new_tokens: int, change: Tensor) -> Tensor:
         """(B, T), which should add up to `change` (B,)."""
-        placed = torch.zeros(len(change), max_new_tokens, device=change.device)
+        placed = torch.zeros(len(change), max_new_tokens, dtype=torch.float32, device=change.device)
         rows = np.arange(len(change))
         for doubling in range(DOUBLINGS + 1):
             at = upload(rows, placed.device)
@@ -83,7 +85,7 @@ class Gradient(Redistribution):
         """(B, T): the attributions of the texts `rows` (n,) from so many points each; zero for the others."""
         points, weights = (np.tile(column, len(rows)) for column in quadrature(steps))
         rows = np.repeat(rows, steps)
-        placed = torch.zeros(len(texts.ids), max_new_tokens, device=texts.tokens.device)
+        placed = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
         for group in micro_batches(texts.length[rows], self._max_batch_tokens):
             slopes = self._slopes(texts, rows[group], points[group])
             weight = upload(weights[group], placed.device)[:, None]
@@ -101,7 +103,7 @@ class Gradient(Redistribution):
 
     def _baseline(self, texts: FinishedTexts) -> Tensor:
         """(B,): the scores at the line's beginning."""
-        scores = torch.zeros(len(texts.ids), device=texts.tokens.device)
+        scores = torch.zeros(len(texts.ids), dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             _, inputs = self._on_line(texts, rows, np.zeros(len(rows), dtype=np.float32))
             scores[upload(rows, scores.device)] = self._scores(inputs, texts, rows).to(scores.device)
@@ -120,7 +122,9 @@ class Gradient(Redistribution):
         """(n,): the scores of `inputs` (n, W, H) in place of the embeddings."""
         states = _states(self._trunk, inputs)
         assert isinstance(self._scorer, Scorer)
-        return read_scores(self._scorer, states, texts.prompt_length[rows], texts.length[rows])
+        pad_id = self._scorer.pad_token_id
+        ends = np.asarray([read_length(texts.ids[row][: texts.length[row]], pad_id) for row in rows])
+        return read_scores(self._scorer, states, texts.prompt_length[rows], ends)
 
     def _warn(self, count: int, error: float) -> None:
         if not self._warned:
@@ -146,7 +150,8 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _relative_error(placed: Tensor, change: Tensor) -> Tensor:
     """(B,): how far the rows of `placed` (B, T) are from adding up to `change` (B,), relative to what was added up."""
-    return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=torch.finfo(placed.dtype).tiny)
+    # Of a text whose score was read before its paid tokens nothing is added up, and the change is rounding.
+    return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=ROUNDING)
 
 
 def _states(trunk: Any, inputs: Tensor) -> Tensor:

@@ -31,5 +31,5 @@ class Occlusion(Redistribution):
         without = [(pairs[row][0], pairs[row][1][:t] + pairs[row][1][t + 1 :]) for row, t in places]
         row, column = upload(np.asarray(places).T, device)
         loss = texts.score[row] - distinct_scores(self._scorer, without, self._max_batch_tokens).to(device)
-        placed = torch.zeros(len(pairs), max_new_tokens, device=device).index_put((row, column), loss)
+        placed = torch.zeros(len(pairs), max_new_tokens, dtype=torch.float32, device=device).index_put((row, column), loss)
         return rest_on_last(placed, texts)

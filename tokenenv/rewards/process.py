@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches, upload
+from tokenenv.models.text_scores import read_lengths
 from tokenenv.models.trunks import text_states
 from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, States, Transitions
 from tokenenv.rewards.redistribute import at_response
@@ -54,9 +55,10 @@ class Process(RewardTerm):
         scorer = parts.step_scorer
         assert scorer is not None
         self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, parts.max_batch_tokens
+        self._of_text = scorer if scorer is parts.scorer and not scorer.per_token else None
         self._ends_step = torch.zeros(parts.spec.vocab_size, dtype=torch.bool, device=parts.device)
         self._ends_step[list(parts.task.step_end_token_ids)] = True
-        if self.form == "delta" and scorer is parts.scorer and not scorer.per_token:
+        if self.form == "delta" and self._of_text is not None:
             self.preserves_return = self.preserves_gradient = self.has_potential = True
 
     def reward(self, batch: Transitions) -> Tensor:
@@ -85,6 +87,9 @@ class Process(RewardTerm):
         return torch.where(ends, share * q, 0.0)
 
     def _score(self, states: States) -> Tensor:
+        if self._of_text is not None:
+            assert states.score is not None
+            return states.score  # which may have been read at an earlier token: see `Scorer.pad_token_id`
         return self._head(states.of(self.models[0]))
 
     def _clipped(self, q: Tensor) -> Tensor:
@@ -92,10 +97,16 @@ class Process(RewardTerm):
 
     def _text_scores(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the step scorer's score after each response token."""
-        scores = torch.zeros(len(texts.length), max_new_tokens, device=texts.tokens.device)
+        scores = torch.zeros(len(texts.length), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             at, width = upload(rows, scores.device), int(texts.length[rows].max())
             states = text_states(self.models[0], texts.tokens[at, :width], texts.length[rows])
             each = self._head(states.flatten(0, 1)).view(len(rows), width)
+            if self._of_text is not None:
+                ends = np.zeros((len(rows), width), dtype=np.int64)
+                pad_id = self._of_text.pad_token_id
+                for i, row in enumerate(rows):
+                    ends[i, : texts.length[row]] = read_lengths(texts.ids[row][: texts.length[row]], pad_id) - 1
+                each = each.gather(1, upload(ends, each.device))
             scores[at] = at_response(each, np.asarray(texts.prompt_length[rows]), max_new_tokens)
         return scores

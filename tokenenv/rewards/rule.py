@@ -29,8 +29,9 @@ class _RuleTerm(RewardTerm):
 class Rule(_RuleTerm):
     """r_t = function(prompt, response) at the last token, else 0.
 
-    `function` gets two strings (on="text", special tokens removed) or two lists of token ids (on="tokens", the stop token
-    included) and returns a finite number. Causal; preserves the return and the policy gradient, being the return.
+    `function` gets two strings (on="text", special tokens removed; joined they are the text, so a response may begin with a
+    space) or two lists of token ids (on="tokens", the stop token included) and returns a finite number. Causal; preserves
+    the return and the policy gradient, being the return.
     """
 
     name = "rule"
@@ -39,8 +40,8 @@ class Rule(_RuleTerm):
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the rule's number where a text ends and is scored."""
         if batch.finished is None:
-            return torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-        numbers = torch.tensor([_finite(number) for number in self._call(batch.finished)])
+            return torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+        numbers = torch.tensor([_finite(number) for number in self._call(batch.finished)], dtype=torch.float32)
         return batch.at_end(numbers.to(batch.tokens.device, non_blocking=True))
 
 
@@ -56,7 +57,7 @@ class TokenRule(_RuleTerm):
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the rule's numbers, right-padded with zeros."""
-        out = torch.zeros(len(texts.ids), max_new_tokens)
+        out = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32)
         counts = texts.length - texts.prompt_length
         for row, (numbers, count) in enumerate(zip(self._call(texts), counts, strict=True)):
             out[row, :count] = _one_each(numbers, int(count))
@@ -73,4 +74,4 @@ def _finite(number: Any) -> float:
 def _one_each(numbers: Sequence[Any], count: int) -> Tensor:
     if len(numbers) != count:
         raise InvalidArgument(f"a token rule returned {len(numbers)} numbers for {count} response tokens.")
-    return torch.tensor([_finite(number) for number in numbers])
+    return torch.tensor([_finite(number) for number in numbers], dtype=torch.float32)

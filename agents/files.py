@@ -1,0 +1,144 @@
+"""Files of a run: written whole or not at all; one run a folder, one process at a time."""
+
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from tokenenv.errors import InvalidArgument, RunFolderError
+
+LOCK = "lock"
+RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", "episodes.jsonl")
+"""A folder with one of these holds a run."""
+_held: set[tuple[Path, int]] = set()
+"""Folders that this process has locked, and the threads that did."""
+
+
+def replace_file(path: Path, write: Callable[[Path], object], *, keep_previous: bool = False) -> None:
+    """Has `write` make a file beside `path`, which then takes the name: a crash at any moment leaves the old file or the
+    new one, whole. With `keep_previous` the old one stays, under `previous_of(path)`.
+
+    Raises `RunFolderError` where the disk is full or the folder cannot be written; `path` is then as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with reporting(path, "be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file takes the room that other files need
+            raise
+        if keep_previous:
+            _keep(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def previous_of(path: Path) -> Path:
+    """Where `replace_file` keeps the file that was at `path` before."""
+    return path.with_name(path.name + ".previous")
+
+
+@contextmanager
+def reporting(path: Path, what: str) -> Iterator[None]:
+    """Turns an `OSError` into a `RunFolderError`: `path` cannot `what`, and why."""
+    try:
+        yield
+    except RunFolderError:
+        raise
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot {what}: {error.strerror or error}.") from error
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises `InvalidArgument` where `folder` holds a run, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgument(f"run_dir={str(folder)!r} is a file; it must be a folder, which is made if there is none.")
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found:
+        raise InvalidArgument(
+            f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv train --resume {folder}` "
+            "(or by the agent's load), or give another folder."
+        )
+
+
+def new_folder(path: Path) -> Path:
+    """Makes a folder that did not exist: `path`, or the first of `path`-2, `path`-3, ... that is free."""
+    with reporting(path, "be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, folder = 1, path
+        while True:
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                folder = path.with_name(f"{path.name}-{number}")
+            else:
+                return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes, and other threads, from training in `folder`; the system lets go when this process ends.
+
+    The thread that holds the lock may take it again. Raises `RunFolderError` where another one has it.
+    """
+    key = (folder.resolve(), threading.get_ident())
+    if key in _held:
+        yield
+        return
+    with reporting(folder, "be used"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    with file:
+        _lock(file, folder)
+        _held.add(key)
+        try:
+            yield
+        finally:
+            _held.discard(key)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    import fcntl  # here: only Unix has it
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        process = file.read(20).strip()
+        raise RunFolderError(f"{folder} is in use: process {process} trains there. Wait for it, or stop it.") from error
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked ({error.strerror}): see to it that one process trains there.", stacklevel=4)
+    with reporting(folder / LOCK, "be written"):
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+
+
+def _keep(path: Path) -> None:
+    """Gives the file at `path` a second name, so that there is no moment without one at `path`."""
+    spare = path.with_name(path.name + ".spare")
+    spare.unlink(missing_ok=True)
+    if not path.exists():
+        return
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, spare)
+    os.replace(spare, previous_of(path))
+    spare.unlink(missing_ok=True)  # where both are one file, which replace leaves alone
+
+
+def _sync(path: Path) -> None:
+    """Asks the system to have the file or directory on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,83 @@
+"""Reading and writing a run's config.yaml: plain values, checked, and nothing that a file may not say."""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenenv.agents.files import replace_file
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.rewards.designs import DESIGNS
+from tokenenv.shown import without_secrets
+from tokenenv.trust import check_from_file
+from tokenenv.values import fit, from_yaml, to_yaml, typed
+
+
+def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Writes the values without keys and passwords, and then a `record`; the file appears whole or not at all."""
+    text = to_yaml({**without_secrets(values), **record})
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping that a config holds. Raises `InvalidArgument` naming the file where there is none."""
+    if not path.is_file():
+        raise InvalidArgument(f"config={str(path)!r} is not a file; a run folder holds a config.yaml.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"config={str(path)!r} cannot be read: {error}.") from error
+    values = from_yaml(text, f"config={str(path)!r}")
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
+    return values
+
+
+def fields_from(cls: type, values: Mapping[str, Any], path: Path, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments of a dataclass from a file's values: every field but those `left_out`, each of its type.
+
+    Raises:
+        InvalidArgument: a field is unknown, missing or of another type; names the file and the field.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in left_out]
+    for key in values:
+        check_choice(f"{path}: the field", key, names)
+    for name in names:
+        if name not in values:
+            raise InvalidArgument(f"{path} lacks the field {name!r}; was it cut?")
+    found = {name: fit(f"{path}: {name}", values[name], hints[name]) for name in names}
+    for name in names:
+        if typing.get_origin(hints[name]) is dict:
+            mapping(found[name], path, name)
+    return found
+
+
+def mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
+    """`value`, if it is a mapping of names; else `InvalidArgument`."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise InvalidArgument(f"{path}: {name}={value!r:.80} is no mapping of names to values.")
+    return value
+
+
+def check_run(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
+    """Raises where a config asks for more than a file may (`tokenenv.trust`); `said` is what the command line says too."""
+    agent, options = values["agent"], values["options"]
+    entries = {f"options.{key}": value for key, value in options.items()}
+    entries["agent.rollout"] = agent["rollout"]
+    if agent["rollout"] != "step" or "agent.rollout" in said:
+        entries |= {f"agent.rollout_options.{key}": value for key, value in agent["rollout_options"].items()}
+    check_from_file(entries, path, said)
+    for name, reward in (("reward", values["reward"]), ("options.reward", options.get("reward"))):
+        for design in [] if name in said else _designs(typed(reward) if isinstance(reward, str) else reward):
+            check_choice(f"{path}: {name}", design, DESIGNS)
+
+
+def _designs(reward: Any) -> Iterator[Any]:
+    """The names in a `reward=` of plain values: a name, or a mapping of names to names."""
+    if isinstance(reward, Mapping):
+        for part in reward.values():
+            yield from _designs(part)
+    elif reward is not None:
+        yield reward

@@ -1,0 +1,105 @@
+"""`tokenenv evaluate`: a run's policy beside the reference."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.table import Table
+
+from tokenenv.agents import ALGORITHMS, Agent, Reference
+from tokenenv.agents.config import check_seed
+from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
+from tokenenv.cli.console import console, say
+from tokenenv.cli.envs import task_options
+from tokenenv.cli.train import check_count, load_config
+from tokenenv.registration import TASKS
+from tokenenv.vector_env import TokenVectorEnv
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs of collapse."""
+
+    run_dir: tyro.conf.Positional[Path]
+    """A run folder that `tokenenv train` made."""
+    num_texts: int = 256
+    """Texts to sample from each."""
+    seed: int = 0
+    """Of the prompts and of the sampling."""
+    examples: int = 3
+    """Texts to print beside each other."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of the env, over those of the run: --options device cuda. What runs code or opens a connection is not taken from
+    the run's config: it has to be said again here, --options trust_remote_code true"""
+
+    def run(self) -> None:
+        """Prints the table and the examples."""
+        check_seed(self.seed)
+        for name, least in (("num_texts", 1), ("examples", 0)):
+            check_count(name, getattr(self, name), least)
+        # What wrote the run's texts is not asked again: evaluating steps.
+        said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options)}
+        made = load_config(self.run_dir / "config.yaml", said)
+        made.options |= self.options
+        envs = made.make_envs(group_size=1, **held_out(made.env))
+        agents = {
+            "before": Reference(envs, temperature=made.agent.temperature),
+            "after": ALGORITHMS[made.algo].load(
+                self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
+            ),
+        }
+        found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
+        console.print(comparison(found))
+        if envs.oracle is not None:
+            say(distance_to_optimum(agents["after"], envs))
+        show_examples(found, envs.token_spec.tokenizer, self.examples)
+
+
+def comparison(found: Mapping[str, Evaluation]) -> Table:
+    """Evaluations side by side, with standard errors."""
+    table = Table("", *found)
+    rows: dict[str, Callable[[Evaluation], str]] = {
+        "texts": lambda e: f"{e.num_texts}",
+        "gold": lambda e: f"{e.gold:.3f} ± {e.gold_error:.3f}",
+        "score": lambda e: f"{e.score:.3f} ± {e.score_error:.3f}",
+        "KL, nats per text": lambda e: f"{e.kl:.2f}",
+        "mean length, tokens": lambda e: f"{e.length:.1f}",
+        "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *map(cell, found.values()))
+    return table
+
+
+def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
+    """Where a policy stands between the reference and the exact optimum of J = score - beta KL."""
+    oracle, beta = envs.oracle, 0.0 if envs.config.kl == "none" else envs.kl_coef
+    found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
+    floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
+    share = (found.objective - floor) / (best - floor)
+    return (
+        f"J = score - {beta} KL: {floor:.3f} of the reference, {found.objective:.3f} ± {found.error:.3f} of the run, "
+        f"{best:.3f} at the optimum ({share:.0%} of the way)"
+    )
+
+
+def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
+    """Prints the first prompts with each evaluation's continuation."""
+    for episodes in list(zip(*(evaluation.episodes for evaluation in found.values()), strict=False))[:count]:
+        say("")
+        say(text_of(episodes[0].prompt, tokenizer), style="bold", end="")
+        say(" …")
+        for name, episode in zip(found, episodes, strict=True):
+            say(f"  {name} (gold {episode.gold:.1f}): {text_of(episode.response, tokenizer)}")
+
+
+def text_of(tokens: Any, tokenizer: Any) -> str:
+    """The text of token ids, or the ids where tokens have no text."""
+    return str(tokens.tolist()) if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def held_out(env_id: str) -> dict[str, str]:
+    """The option that gives a task's held-out prompts, where it has them."""
+    return {"split": "test"} if "split" in task_options(TASKS[env_id]) else {}

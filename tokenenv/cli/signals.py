@@ -1,0 +1,32 @@
+"""Ctrl-C, `kill` and a closed terminal while a run learns."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def stopping(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
+    """Calls `stop` at the first of `SIGNALS`, which is then in the list that this gives; a second one ends the process at
+    once, as if nobody had looked. Signals that are ignored (`nohup`) stay so; other threads than the main one get none."""
+    received: list[signal.Signals] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = {one: signal.getsignal(one) for one in SIGNALS if main and signal.getsignal(one) != signal.SIG_IGN}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number))
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+        stop()
+
+    for one in before:
+        signal.signal(one, handle)
+    try:
+        yield received
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

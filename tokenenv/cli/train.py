@@ -1,0 +1,256 @@
+"""`tokenenv train`, and the config that its run folders hold."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+import time
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+import gymnasium as gym
+
+from tokenenv import __version__
+from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
+from tokenenv.agents.config import learning_rate
+from tokenenv.agents.episodes import Episode
+from tokenenv.agents.files import locked, new_folder, previous_of, refuse_run
+from tokenenv.agents.tracking import WandbRun, import_wandb
+from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
+from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.signals import stopping
+from tokenenv.config import EnvConfig
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.parts import load_task
+from tokenenv.registration import TASKS
+from tokenenv.shown import without_secrets
+from tokenenv.values import fit
+from tokenenv.vector_env import TokenVectorEnv
+
+if TYPE_CHECKING:
+    Algorithm = str
+else:
+    Algorithm = Literal[tuple(ALGORITHMS)]
+Config = TypeVar("Config", bound=AgentConfig)
+GROUP_SIZE = 4
+"""Of envs for group methods, where --options does not say."""
+MAY_CHANGE = ("rollout", "rollout_options", "max_batch_tokens")
+"""The agent's settings that a run may go on with others of: who writes the texts, and memory."""
+NOT_SAVED = ("config", "resume", "run_dir", "track")
+"""Fields that say where one run comes from and goes to, not what it is."""
+
+
+@dataclass(kw_only=True)
+class Train(Generic[Config]):
+    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every episode as JSON.
+
+    The agent options shown are those of the algorithm: `tokenenv train --algo grpo --help`.
+    """
+
+    config: Path | None = None
+    """A run's config.yaml to start from; other flags override it."""
+    resume: Path | None = None
+    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes it longer."""
+    env: str = "tokenenv/Reviews-v0"
+    """A registered id; `tokenenv envs` lists them."""
+    num_envs: int = 64
+    """Texts that run side by side."""
+    reward: str | None = None
+    """A reward design; `tokenenv rewards` lists them; by default the env's own."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
+    algo: Algorithm = "ppo"
+    """The algorithm; docs/algorithms.md compares them."""
+    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
+    """Its settings."""
+    total_tokens: int = 200_000
+    """Tokens to emit in all."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints; the last update always writes one."""
+    run_dir: Path | None = None
+    """The run folder, which holds no run yet; by default runs/ENV-ALGO-SEED-TIME."""
+    track: Literal["wandb"] | None = None
+    """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
+
+    def __post_init__(self) -> None:
+        expected = ALGORITHMS[self.algo].config_class
+        if type(self.agent) is not expected:
+            raise InvalidArgument(f"agent= is no {expected.__name__}, which algo={self.algo!r} takes.")
+        for name in ("num_envs", "total_tokens", "checkpoint_every"):
+            check_count(name, getattr(self, name))
+
+    def run(self) -> None:
+        """Trains, and says where the run folder is."""
+        if self.track == "wandb":
+            self._check_tracking()  # before anything is written
+        if self.resume is None:
+            self._begin()
+        else:
+            self._go_on(self.resume)
+
+    def _check_tracking(self) -> None:
+        """Weights & Biases records the command line too: no key may stand there."""
+        import_wandb()
+        values = dataclasses.asdict(self)
+        if without_secrets(values) != values:
+            raise InvalidArgument("track='wandb' records the command line, which holds a key: give it as VLLM_API_KEY instead.")
+
+    def _begin(self) -> None:
+        if self.run_dir is not None:
+            refuse_run(self.run_dir)  # before models are loaded
+        agent = self._new_agent()
+        folder = self.run_dir or new_folder(default_run_dir(self))
+        with locked(folder):
+            refuse_run(folder)  # which another process may have taken meanwhile
+            self._learn(agent, folder)
+
+    def _go_on(self, folder: Path) -> None:
+        if self.config is not None or self.run_dir not in (None, folder):
+            raise InvalidArgument(f"--resume {folder} takes config and folder from there: leave out --config and --run-dir.")
+        with locked(folder):
+            agent = self._resumed_agent(folder)
+            self._check_end(agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int))
+            self._learn(agent, folder)
+
+    def _new_agent(self) -> Agent:
+        return ALGORITHMS[self.algo](self.make_envs(), self.agent)
+
+    def _resumed_agent(self, folder: Path) -> Agent:
+        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those of the agent, in `load`
+        those of the env."""
+        checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
+        begun = checkpoint.exists() or previous_of(checkpoint).exists() or (episodes.exists() and episodes.stat().st_size)
+        if not begun:  # stopped before its first checkpoint, so before its first update
+            return self._new_agent()
+        changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
+        agent = ALGORITHMS[self.algo].load(checkpoint, self.make_envs(), run_dir=folder, **changes)
+        saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        named = {name: (saved[name], value) for name, value in given.items() if saved[name] != value}
+        differing = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in named.items()]
+        if differing:
+            raise InvalidArgument(f"--resume {folder} goes on with the settings of its checkpoint: {'; '.join(differing)}.")
+        return agent
+
+    def _check_end(self, agent: Agent, planned: int) -> None:
+        """A run ends where its config says, or later."""
+        total, seen = self.total_tokens, agent.tokens_seen
+        if total < planned:
+            raise InvalidArgument(
+                f"--total-tokens {total} is less than the run's own {planned}: --resume can only make it longer."
+            )
+        if total > planned:
+            now, then = (learning_rate(agent.config, seen / end) for end in (total, planned))
+            say(
+                f"the run was to end at {planned:,} tokens and goes on to {total:,}: from here on its learning rate is that of "
+                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, where it was {then:.3g})"
+            )
+        elif seen >= total:
+            say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
+
+    def _learn(self, agent: Agent, folder: Path) -> None:
+        agent.run_dir, checkpoint = folder, folder / "checkpoint"
+        save_config(self.as_run(agent.core), folder / "config.yaml", agent.core)
+        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
+        saved = agent.tokens_seen if checkpoint.exists() else None
+
+        def save() -> None:
+            nonlocal saved
+            if agent.tokens_seen != saved:
+                agent.save(checkpoint)
+                saved = agent.tokens_seen
+
+        def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
+            if wandb is not None:
+                wandb(metrics, episodes)
+            if agent.updates % self.checkpoint_every == 0:
+                save()
+
+        with stopping(agent.stop) as received:
+            save()
+            agent.learn(self.total_tokens, progress=True, on_update=on_update)
+            save()
+        if wandb is not None:
+            wandb.close()
+        if received:
+            where = f"saved at {agent.tokens_seen:,} tokens; go on with: tokenenv train --resume {folder}"
+            say_on_stderr(f"stopped by {received[0].name}; {where}")
+            sys.exit(128 + received[0])
+        looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
+        say(f"run folder: {folder}; look at it:", *looks)
+
+    def as_run(self, envs: TokenVectorEnv) -> "Train":
+        """This, with every option of the env as it is, defaults included."""
+        known = {name: value for name, value in envs.identity["options"].items() if value is not None}
+        if known["kl"] == "none":
+            del known["kl_coef"]
+        return dataclasses.replace(self, options=self.options | known)
+
+    def make_envs(self, **changes: Any) -> TokenVectorEnv:
+        """The run's envs; `changes` override its options."""
+        check_choice("env", self.env, TASKS)
+        options = option_values(self.env, self.options)
+        given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
+        if ALGORITHMS[self.algo].grouped:
+            given["group_size"] = GROUP_SIZE
+        envs = gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
+        return cast(TokenVectorEnv, envs)
+
+
+def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
+    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out. With `envs` it says what they
+    are too: `made_with` is a record, from which nothing is read."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED}
+    write_values(path, values, {} if envs is None else {"made_with": about(envs)})
+
+
+def about(envs: TokenVectorEnv) -> dict[str, Any]:
+    """What a run was made with: the versions of what computes, and the env's `identity`."""
+    versions = {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy", "torch", "transformers")}
+    return {
+        "versions": {"python": platform.python_version(), "tokenenv": __version__, **versions},
+        "env": {key: value for key, value in envs.identity.items() if key != "options"},
+    }
+
+
+def load_config(path: Path, said: Collection[str] = ()) -> Train:
+    """Reads a config that `save_config` wrote.
+
+    A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
+    Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
+    """
+    read = read_values(path)
+    read.pop("made_with", None)
+    values = fields_from(Train, read, path, NOT_SAVED)
+    check_choice(f"{path}: env", values["env"], TASKS)
+    check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
+    config_class = ALGORITHMS[values["algo"]].config_class
+    values["agent"] = fields_from(config_class, mapping(values["agent"], path, "agent"), path)
+    check_run(values, path, said)
+    try:
+        return Train(**{**values, "agent": config_class(**values["agent"])})
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number, `model` "1e-3" a folder."""
+    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(load_task(str(options.get("task", TASKS[env_id]))))
+    wanted = {key: hint for key, hint in wanted.items() if key != "return"} | {"task": str}
+    for key in options:
+        check_choice("option", key, wanted)
+    return {key: fit(key, value, wanted[key]) for key, value in options.items()}
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises `InvalidArgument` for a number that counts nothing."""
+    if value < least:
+        raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
+
+
+def default_run_dir(config: Train) -> Path:
+    """runs/ENV-ALGO-SEED-TIME."""
+    name = config.env.split("/")[-1].lower()
+    return Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,113 @@
+"""What makes an env the one that a run was trained in, as plain values: checkpoints hold it, and refuse another env.
+
+Left out is what changes no result: device, kind of array, rendering, `max_batch_tokens`, `compile`. Models and prompts are
+told by their contents, never by where they were found.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenenv.config import EnvConfig
+from tokenenv.rewards.base import RewardTerm
+from tokenenv.types import Scorer, Task, TokenSpec
+
+CHANGES_NOTHING = ("array", "max_batch_tokens", "compile")
+"""Options that may differ between a run and its continuation."""
+SAMPLES = 4096
+"""Numbers of each array, and prompts, that are looked at: a large model is told from another in milliseconds."""
+
+
+def identity(
+    env_id: str | None, config: EnvConfig, task: Task, spec: TokenSpec, terms: Mapping[str, RewardTerm], kl_coef: float
+) -> dict[str, Any]:
+    """Nested dicts, lists and plain values. `kl_coef` is what the env was made with."""
+    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in CHANGES_NOTHING}
+    options |= {"kl_coef": kl_coef, "max_new_tokens": spec.max_new_tokens}
+    del options["reward"]  # the terms say it
+    models = ("reference", "model", "scorer", "implicit_model", "step_scorer")
+    return {
+        "id": env_id,
+        "options": plain(options),
+        "tokens": {
+            "vocab_size": spec.vocab_size,
+            "stop_token_ids": list(spec.stop_token_ids),
+            "max_prompt_tokens": spec.max_prompt_tokens,
+        },
+        "prompts": prompts_digest(task.prompts),
+        "models": {name: digest(getattr(task, name)) for name in models if getattr(task, name) is not None},
+        "terms": {name: plain(term) for name, term in terms.items()},
+    }
+
+
+def plain(value: Any) -> Any:
+    """A description that is equal for equal settings: plain values as they are, functions and classes by name, terms and
+    other objects by their class and public settings, models by `digest`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, nn.Module | Scorer | Tensor | np.ndarray):
+        return digest(value)
+    if isinstance(value, RewardTerm):
+        settings = {name: one for name, one in vars(value).items() if not name.startswith("_") and name != "models"}
+        return {"class": type(value).__name__, "weight": plain(value.weight), **plain(settings)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__, **plain({field.name: getattr(value, field.name) for field in fields(value)})}
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
+    """How many there are, and a checksum over (at most `SAMPLES` of) them."""
+    value = 0
+    for i in _spread(len(prompts)):
+        value = zlib.crc32(np.asarray(prompts[i], np.int64).tobytes(), zlib.crc32(b"|", value))
+    return f"{len(prompts)} prompts, {value:08x}"
+
+
+def digest(model: Any) -> str:
+    """A model's class, and a checksum over the shapes, types and (at most `SAMPLES` each of) the numbers that it holds."""
+    if isinstance(model, Scorer):
+        kind = "per token" if model.per_token else "per text"
+        return f"{digest(model.model)}, {digest(model.head)} {kind}"
+    value = 0
+    for name, array in sorted(_arrays(model).items()):
+        tensor = torch.as_tensor(array).detach()
+        chosen = tensor.reshape(-1)[torch.as_tensor(_spread(tensor.numel()), dtype=torch.int64, device=tensor.device)]
+        value = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
+        value = zlib.crc32(chosen.contiguous().cpu().view(torch.uint8).numpy().tobytes(), value)
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    return f"{name} {value:08x}" if value else name
+
+
+def _arrays(model: Any) -> dict[str, Any]:
+    """The tensors and arrays of a module, or of an object that is none, by name."""
+    if isinstance(model, Tensor | np.ndarray):
+        return {"": model}
+    own = {name: value for name, value in getattr(model, "__dict__", {}).items() if not name.startswith("_")}
+    found = dict(model.state_dict()) if isinstance(model, nn.Module) else {}
+    for name, value in own.items():
+        if isinstance(value, Tensor | np.ndarray):
+            found[name] = value
+        elif isinstance(value, nn.Module):
+            found |= {f"{name}.{key}": one for key, one in _arrays(value).items()}
+    return found
+
+
+def _spread(count: int) -> list[int]:
+    """At most `SAMPLES` of the numbers 0 to count - 1, evenly."""
+    return list(range(count)) if count <= SAMPLES else np.linspace(0, count - 1, SAMPLES).astype(np.int64).tolist()
