@@ -57,6 +57,7 @@ bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
 	$(BIN)/python benchmarks/algorithms.py
+	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
 	rm -rf $(VENV) .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
