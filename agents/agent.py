@@ -287,7 +287,8 @@ class Agent:
             if not math.isfinite(norm):
                 raise NotFinite(
                     f"the gradient's norm is {norm} in minibatch {len(seen) - 1} of update {self.updates}, with {metrics}; "
-                    "the weights are as they were before that minibatch."
+                    "the weights are as they were before that minibatch.",
+                    texts=[episode for row, episode in enumerate(batch.unstack()) if row in rows],
                 )
             self.optimizer.step()
             self.optimizer.zero_grad()

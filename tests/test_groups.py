@@ -124,7 +124,8 @@ def test_sources_add_up_and_the_penalty_is_whole(kl):
 
 
 def test_an_env_without_terms_has_two_sources():
-    agent = PPO(ToyEnv(4, kl_coef=0.2))
+    env = ToyEnv(4, kl_coef=0.2, group_size=2)
+    agent = RLOO(env)
     batch = EpisodeBatch.stack(agent.collector.collect(30))
     sources = agent.sources(batch)
     assert list(sources) == ["reward", "kl"]
