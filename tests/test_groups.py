@@ -12,7 +12,7 @@ from tabular import BETA, relative_error, worlds
 from toy_env import GOOD, ToyEnv
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import GRPO, PPO, RLOO
+from tokenenv.agents import GRPO, RLOO
 from tokenenv.agents.advantages import returns_to_go
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.groups import compared, flat_groups, group_mean, group_std, hold_last
