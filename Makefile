@@ -35,7 +35,7 @@ test-tianshou:  ## the Tianshou example and what it learns, in an environment of
 	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
 	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
-	.venv-tianshou/bin/pytest --confcutdir tests/with_tianshou tests/with_tianshou
+	.venv-tianshou/bin/pytest tests/with_tianshou
 
 VLLM := .venv-vllm/bin
 
@@ -64,6 +64,7 @@ bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
 	$(BIN)/python benchmarks/algorithms.py
+	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
 	rm -rf $(VENV) .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6
+"""A spread below this share of the numbers that spread is float32's rounding, and is not divided by."""
+KL_ROUNDING = 1e-5
+"""Nats per token: two forwards of one model in float32 differ by less."""
+
 
 def token_mask(lengths_B: Tensor, width: int) -> Tensor:
     """(B, width) bool: True on the first `lengths_B` columns of each row."""
@@ -64,10 +69,14 @@ def length_adaptive_lambda(lengths_B: Tensor, alpha: float) -> Tensor:
 
 
 def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Shifts and scales to mean 0 and standard deviation 1 over the tokens in `mask_BT`; zero outside."""
+    """Shifts and scales to mean 0 and standard deviation 1 over the tokens in `mask_BT`; zero outside, and everywhere where
+    the values are the same up to rounding.
+    """
     valid = values_BT[mask_BT]
     std, mean = torch.std_mean(valid, correction=0)
-    return ((values_BT - mean) / (std + 1e-8)).masked_fill(~mask_BT, 0.0)
+    if std <= ROUNDING * valid.abs().max():
+        return torch.zeros_like(values_BT)
+    return ((values_BT - mean) / std).masked_fill(~mask_BT, 0.0)
 
 
 class RunningStd:

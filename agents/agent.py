@@ -4,6 +4,7 @@ An algorithm is a subclass with a config and an `update`; see `ppo.py`. Suffixes
 """
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,17 +16,28 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from tokenenv.errors import InvalidArgument, NotFinite, check_choice
 from tokenenv.trust import check_from_file
 
 from . import losses
 from .actor import Actor
-from .advantages import kl_penalised
+from .advantages import KL_ROUNDING, kl_penalised
 from .checkpoint import read_newest, write_checkpoint
 from .collector import Collector, Stopped
-from .config import AgentConfig, learning_rate
-from .env_rows import check_apart, check_env, env_core, group_size_of, num_actions, reference_of, wants_logprob, warn_if_biased
+from .config import AgentConfig, learning_rate, run_progress
+from .env_rows import (
+    check_apart,
+    check_env,
+    check_kl,
+    env_core,
+    group_size_of,
+    num_actions,
+    reference_of,
+    wants_logprob,
+    warn_if_biased,
+)
 from .episodes import Episode, EpisodeBatch, summary
 from .failures import write_failures
 from .generate import Prompts, generate
@@ -71,6 +83,7 @@ class Agent:
         for name in overrides:
             check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
         self.config = cfg = replace(config or self.config_class(), **overrides)
+        check_kl(envs, cfg.kl_coef, cfg.kl_target)
         self.envs, self.core, self.run_dir = envs, env_core(envs), Path(run_dir) if run_dir is not None else None
         self.spec = getattr(self.core, "token_spec", None)
         self.policy = policy or default_policy(envs, cfg)
@@ -83,6 +96,8 @@ class Agent:
         self.optimizer = torch.optim.AdamW(trained_weights(self.policy).values(), lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.updates = 0
+        self.updated_at = 0
+        """Tokens that had been seen after the last update."""
         self._has_begun = False
         """Whether what is in the run folder is this agent's."""
         self.reference = None
@@ -179,17 +194,21 @@ class Agent:
         self.collector.stopping = True
 
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
-        before = self.tokens_seen
         episodes = self.collect()
-        # At the middle of what was just collected: neither the first update nor the last is lost to a rate of zero.
-        lr = learning_rate(self.config, (before + self.tokens_seen) / 2 / total_tokens)
+        lr = learning_rate(self.config, run_progress(self.updated_at, self.tokens_seen, self.updates, total_tokens))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
+        self._check_batch(batch)  # before anything learns from it
         kl_coef = self.kl_coef
-        metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
+        try:
+            metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
+        except BaseException:
+            self.actor.refresh()  # some minibatches may have had their step: no cache holds what the weights are now
+            raise
         self._adapt_kl_coef(batch)
-        self.updates += 1  # before weights are handed over, which may fail: the policy has had it
+        # Before weights are handed over, which may fail: the policy has had it.
+        self.updates, self.updated_at = self.updates + 1, self.tokens_seen
         self.collector.refresh()
         return metrics | {
             "objective/kl_coef": kl_coef,
@@ -197,6 +216,13 @@ class Agent:
             "time/tokens": self.tokens_seen,
             "time/updates": self.updates,
         }, batch.unstack()
+
+    def _check_batch(self, batch: EpisodeBatch) -> None:
+        """Raises `InvalidArgument` where a setting needs log pi_ref, which the env does not report."""
+        for name in ("kl_target", "k3_coef"):
+            value = getattr(self.config, name, None)
+            if value and not batch.ref_logprob_BT.any():
+                raise InvalidArgument(f"{name}={value} needs an env that reports ref_logprob.")
 
     def _rollout_metrics(self, batch: EpisodeBatch) -> Metrics:
         """How old the texts are and, where an engine wrote them, how far its log-probs are from the learner's."""
@@ -209,21 +235,36 @@ class Agent:
 
     def rewards(self, batch: EpisodeBatch) -> Tensor:
         """Rewards (B, T) with the whole KL penalty: the env's, and the learner's half where the env pays only its own."""
-        if wants_logprob(self.envs):
-            return batch.reward_BT
-        return kl_penalised(batch.reward_BT, batch.logprob_BT, batch.kl_coef_B)
+        rewards_BT = batch.reward_BT
+        if not wants_logprob(self.envs):
+            rewards_BT = kl_penalised(rewards_BT, batch.logprob_BT, batch.kl_coef_B)
+        # What the two forwards leave of equal log-probs: where nothing else is earned, nothing may be made of it.
+        return rewards_BT.masked_fill(rewards_BT.abs() <= KL_ROUNDING * batch.kl_coef_B[:, None], 0.0)
 
     def sources(self, batch: EpisodeBatch) -> dict[str, Tensor]:
-        """The rewards (B, T) by where they come from, which add up to `rewards`: each term of the env, and "kl", which is
-        the whole penalty; without terms all of it is "reward"."""
-        terms = {name: rewards_BT for name, rewards_BT in batch.terms.items() if name != "kl"}
-        rest_BT = self.rewards(batch) - sum(terms.values())
-        return {**terms, "kl" if terms else "reward": rest_BT}
+        """The rewards (B, T) by where they come from, which add up to `rewards`: each term of the env, or "reward" where it
+        names none, and "kl", which is the whole penalty."""
+        terms, rewards_BT = {name: values for name, values in batch.terms.items() if name != "kl"}, self.rewards(batch)
+        if terms:
+            return {**terms, "kl": rewards_BT - sum(terms.values())}
+        penalty_BT = -batch.kl_coef_B[:, None] * (batch.logprob_BT - batch.ref_logprob_BT)
+        return {"reward": rewards_BT - penalty_BT, "kl": penalty_BT}
 
     def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
         """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token
-        of episode b counts `weights_B[b]`; a metric "policy/approx_kl" above `target_kl` ends the update before its step.
-        """
+        of episode b counts `weights_B[b]`; a metric "policy/approx_kl", of the policy that the update began with, above
+        `target_kl` ends it before its step. Whatever interrupts it, no gradient is left behind."""
+        self.optimizer.zero_grad()
+        try:
+            seen = self._steps(batch, make_loss)
+        finally:
+            self.optimizer.zero_grad()
+        names = dict.fromkeys(name for metrics in seen for name in metrics)
+        means = {name: float(np.mean([m[name] for m in seen if name in m])) for name in names}
+        return means | {"policy/minibatches": len(seen)}
+
+    def _steps(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> list[Metrics]:
+        """The metrics of each minibatch."""
         cfg, seen = self.config, []
         for rows in self._minibatches(len(batch)):
             weights_B = torch.zeros(len(batch))
@@ -241,15 +282,17 @@ class Agent:
             )
             seen.append(metrics)
             if cfg.target_kl is not None and metrics.get("policy/approx_kl", 0.0) > cfg.target_kl:
-                self.optimizer.zero_grad()
                 break
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm, error_if_nonfinite=True)
+            metrics["policy/grad_norm"] = norm = float(clip_grad_norm_(self.policy.parameters(), cfg.max_grad_norm))
+            if not math.isfinite(norm):
+                raise NotFinite(
+                    f"the gradient's norm is {norm} in minibatch {len(seen) - 1} of update {self.updates}, with {metrics}; "
+                    "the weights are as they were before that minibatch.",
+                    texts=[episode for row, episode in enumerate(batch.unstack()) if row in rows],
+                )
             self.optimizer.step()
             self.optimizer.zero_grad()
-            metrics["policy/grad_norm"] = float(norm)
-        names = dict.fromkeys(name for metrics in seen for name in metrics)
-        means = {name: float(np.mean([m[name] for m in seen if name in m])) for name in names}
-        return means | {"policy/minibatches": len(seen)}
+        return seen
 
     def _minibatches(self, num_episodes: int) -> Iterator[np.ndarray]:
         for _ in range(self.config.epochs):
@@ -257,14 +300,13 @@ class Agent:
             yield from np.array_split(rows, min(self.config.minibatches, num_episodes))
 
     def _adapt_kl_coef(self, batch: EpisodeBatch) -> None:
-        """The proportional controller of Ziegler et al. 2019, in nats per response token."""
+        """The proportional controller of Ziegler et al. 2019, in nats per response token:
+        `beta *= 1 + clip(KL / target - 1, -0.2, 0.2) min(tokens / horizon, 1)`, which stays positive."""
         target, tokens = self.config.kl_target, int(batch.response_length_B.sum())
         if target is None:
             return
-        if not batch.ref_logprob_BT.any():
-            raise InvalidArgument(f"kl_target={target} needs an env that reports ref_logprob.")
         kl = float((batch.logprob_BT - batch.ref_logprob_BT).sum()) / tokens
-        self.kl_coef *= 1.0 + float(np.clip(kl / target - 1.0, -0.2, 0.2)) * tokens / self.config.kl_horizon
+        self.kl_coef *= 1.0 + float(np.clip(kl / target - 1.0, -0.2, 0.2)) * min(tokens / self.config.kl_horizon, 1.0)
 
     def act(self, obs: Any) -> Tensor:
         """Tokens (N,) for an observation of this agent's envs, drawn from the policy."""

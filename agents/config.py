@@ -31,9 +31,9 @@ class AgentConfig:
     lr: float = 3e-4
     """Learning rate of AdamW (no weight decay), above 0."""
     lr_schedule: str = "linear"
-    """Over the tokens that `learn` was asked for: "constant", or "linear" or "cosine" towards 0."""
+    """Over the tokens of a run (`run_progress`): "constant", or "linear" or "cosine" towards 0."""
     lr_warmup: float = 0.0
-    """Share of those tokens over which the learning rate first rises from 0; 0 to 1."""
+    """Share of a run over which the learning rate first rises from 0; 0 to 1."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     temperature: float = 1.0
@@ -44,13 +44,16 @@ class AgentConfig:
     kl_coef: float | None = None
     """beta, reward per nat, 0 or more; None leaves the env's."""
     kl_target: float | None = None
-    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None keeps beta fixed."""
+    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None keeps beta fixed. Beta has
+    to start above 0."""
     kl_horizon: int = 50_000
-    """Response tokens over which the adaptive beta can change by a fifth; 1 or more."""
+    """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch changes it by a fifth."""
     full_kl_coef: float = 0.0
     """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
-    """An update ends when a minibatch's KL(old || new) exceeds this, in nats per token, above 0; None never stops."""
+    """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0; None never stops. "Before"
+    is the learner's policy at the start of the update, computed anew for texts that an older one began (one more forward
+    over those): how old texts are does not count."""
     precision: str = "auto"
     """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on GPUs that have it."""
     lora_rank: int = 0
@@ -95,6 +98,17 @@ class AgentConfig:
                 raise InvalidArgument(f"{name}={value} is not allowed; it must lie between 0 and 1.")
 
 
+def run_progress(before: int, seen: int, updates: int, total: int) -> float:
+    """The share of a run of `total` tokens that is over in the middle of its next update, above 0 and below 1.
+
+    `before` tokens had been seen after the last of `updates` updates, and `seen` now, with those that the next one learns
+    from. A run ends with the first update at or beyond `total`, on average half an update later, so it is taken to be one
+    mean update longer, and an update to be no longer than the mean: it never falls, and leaves every update a learning rate.
+    """
+    mean = before / updates if updates else seen - before
+    return (before + min(seen - before, mean) / 2) / (total + mean)
+
+
 def check_seed(seed: int) -> None:
     """Raises `InvalidArgument` for a seed that torch or NumPy, with a few added, would not take."""
     if not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
@@ -102,7 +116,7 @@ def check_seed(seed: int) -> None:
 
 
 def learning_rate(config: AgentConfig, progress: float) -> float:
-    """The scheduled learning rate when this share (0 to 1) of the tokens asked for has been seen."""
+    """The scheduled learning rate when this share (0 to 1) of a run is over."""
     if progress < config.lr_warmup:
         return config.lr * progress / config.lr_warmup
     left = (1.0 - progress) / (1.0 - config.lr_warmup) if config.lr_warmup < 1.0 else 1.0

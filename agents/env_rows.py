@@ -47,6 +47,16 @@ def warn_if_biased(envs: VectorEnv) -> None:
         )
 
 
+def check_kl(envs: VectorEnv, kl_coef: float | None, kl_target: float | None) -> None:
+    """Raises `InvalidArgument` where an agent's beta, or a KL to steer it to, would do nothing in this env."""
+    given = [f"{name}={value}" for name, value in (("kl_coef", kl_coef), ("kl_target", kl_target)) if value]
+    if given and getattr(getattr(envs.unwrapped, "config", None), "kl", None) == "none":
+        raise InvalidArgument(f"{' and '.join(given)} would do nothing in an env with kl='none'; make it with kl='reference'.")
+    beta = getattr(envs.unwrapped, "kl_coef", 0.0) if kl_coef is None else kl_coef
+    if kl_target is not None and not beta > 0:
+        raise InvalidArgument(f"kl_target={kl_target} cannot adapt kl_coef={beta}, which stays 0; start with kl_coef above 0.")
+
+
 def env_core(envs: VectorEnv) -> Any:
     """The env beneath its wrappers, which may have more than Gymnasium's interface."""
     return envs.unwrapped

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
 
-from .advantages import returns_to_go
+from .advantages import ROUNDING, returns_to_go
 from .episodes import EpisodeBatch
 from .policy_gradient import PolicyGradient, PolicyGradientConfig
 
@@ -71,8 +71,21 @@ def group_mean(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_o
     return (sums_GT / group_size).expand_as(held_GT).flatten(0, 1)
 
 
+def compared(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
+    """(B, T): the values minus `group_mean`, exactly zero where that is no more than rounding of the group's largest value."""
+    rest_BT = values_BT - group_mean(values_BT, lengths_B, group_size, leave_one_out=leave_one_out)
+    sizes_G = hold_last(values_BT, lengths_B).unflatten(0, (-1, group_size)).abs().amax((1, 2))
+    return rest_BT.masked_fill(rest_BT.abs() <= ROUNDING * sizes_G.repeat_interleave(group_size)[:, None], 0.0)
+
+
 def group_std(values_B: Tensor, group_size: int) -> Tensor:
-    """(B, 1): the standard deviation of each group's values, 1 where they are the same as far as float32 can tell."""
-    std_G1, mean_G1 = torch.std_mean(values_B.unflatten(0, (-1, group_size)), 1, correction=0, keepdim=True)
-    std_G1 = torch.where(std_G1 < 1e-6 * mean_G1.abs().clamp(min=1.0), 1.0, std_G1)
-    return std_G1.expand(-1, group_size).flatten()[:, None]
+    """(B, 1): the standard deviation of each group's values, `sqrt(sum (v - mean)^2 / (G - 1))`, as TRL, verl and OpenRLHF
+    have it; 1 where the group is flat."""
+    std_G = values_B.unflatten(0, (-1, group_size)).std(1)
+    return torch.where(flat_groups(values_B, group_size), 1.0, std_G).repeat_interleave(group_size)[:, None]
+
+
+def flat_groups(values_B: Tensor, group_size: int) -> Tensor:
+    """bool, one a group: whether its values are the same up to rounding."""
+    values_G = values_B.unflatten(0, (-1, group_size))
+    return values_G.std(1) <= ROUNDING * values_G.abs().amax(1)

@@ -1,7 +1,15 @@
 """GRPO: group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) with per-token returns.
 
-What it does: each token's return-to-go minus the group's mean at the same place, divided by the deviation of the group's
-returns; PPO's clip; every text counts alike. Switches turn it into its variants:
+What it does: each token's return-to-go minus the group's mean at the same place; what the reward terms pay is divided by the
+deviation of the group's returns; PPO's clip; every text counts alike. With R the returns of the terms, K those of the KL
+penalty, G texts in a group, and R_j0 the whole return of text j:
+
+    A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt,      s^2 = sum_j (R_j0 - mean R_j0)^2 / (G - 1)
+
+and s = 1 where the R_j0 are the same up to rounding. The KL penalty has no part in s, and is not divided by it: its noise would
+be a flat group's whole deviation, and a weight that depends on the text itself would bias it. So the gradient of -beta KL is
+(G - 1) / G of the exact one whatever the scores are, and beta counts in deviations of the score, as where the KL is a loss
+(DeepSeek, TRL, verl). Switches turn it into its variants:
 
 - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `scale="none"`, `aggregation="fixed-length"`.
 - DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `aggregation="token-mean"`, `skip_flat_groups=True`, and an
@@ -16,14 +24,13 @@ What it leaves out: a critic. Dividing by a group's deviation weighs prompts by 
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tokenenv.errors import check_choice
 
 from .episodes import Episode, EpisodeBatch
-from .groups import GroupConfig, GroupMethod, group_mean, group_std
+from .groups import GroupConfig, GroupMethod, compared, flat_groups, group_std
 
 SCALES = ("group", "source", "none")
 MAX_TRIES = 10
@@ -35,10 +42,10 @@ class GRPOConfig(GroupConfig):
     """Settings of `GRPO`."""
 
     scale: str = "group"
-    """What advantages are divided by: "group": the deviation of the group's returns; "source": each reward term's of its
-    own (the KL penalty stays as it is, so beta then counts in deviations); "none": nothing."""
+    """What advantages are divided by: "group": the deviation of the group's returns; "source": each reward term's by that of
+    its own returns; "none": nothing. The KL penalty is never divided, so beta counts in deviations unless this is "none"."""
     skip_flat_groups: bool = False
-    """Whether groups in which every text has the same score are drawn again."""
+    """Whether groups in which the reward terms pay every text the same are drawn again; the KL penalty does not count."""
     aggregation: str = "sequence-mean"
     """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length; "fixed-length": as
     the first, but the sum is divided by the longest length that texts can have."""
@@ -70,19 +77,30 @@ class GRPO(GroupMethod):
         return kept or episodes
 
     def without_flat_groups(self, episodes: list[Episode]) -> list[Episode]:
-        """The groups whose scores differ."""
-        groups = [episodes[i : i + self.group_size] for i in range(0, len(episodes), self.group_size)]
-        return [episode for group in groups if np.ptp([e.score for e in group]) > 0 for episode in group]
+        """The groups whose texts the reward terms pay differently."""
+        totals_B = total(paid(self.returns(EpisodeBatch.stack(episodes))))[:, 0]
+        keep = ~flat_groups(totals_B, self.group_size).repeat_interleave(self.group_size)
+        return [episode for episode, kept in zip(episodes, keep.tolist(), strict=True) if kept]
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T)."""
-        returns, lengths_B, scale = self.returns(batch), batch.response_length_B, self.config.scale
-        total_BT, totals_B = torch.zeros_like(batch.reward_BT), torch.zeros(len(batch))
-        for name, returns_BT in returns.items():
-            centred_BT = returns_BT - group_mean(returns_BT, lengths_B, self.group_size, leave_one_out=False)
-            alone = scale == "source" and name != "kl"
-            totals_B += returns_BT[:, 0]
-            total_BT += centred_BT / group_std(returns_BT[:, 0], self.group_size) if alone else centred_BT
-        if scale == "group":
-            total_BT /= group_std(totals_B, self.group_size)
-        return total_BT
+        """(B, T): see the top of this file."""
+        returns, scale = self.returns(batch), self.config.scale
+        terms = paid(returns) if scale == "source" else [total(paid(returns))]
+        advantages_BT = self._compared(returns["kl"], batch)
+        for returns_BT in terms:
+            std_B1 = 1.0 if scale == "none" else group_std(returns_BT[:, 0], self.group_size)
+            advantages_BT = advantages_BT + self._compared(returns_BT, batch) / std_B1
+        return advantages_BT
+
+    def _compared(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
+        return compared(returns_BT, batch.response_length_B, self.group_size, leave_one_out=False)
+
+
+def paid(returns: dict[str, Tensor]) -> list[Tensor]:
+    """The returns of all sources but the KL penalty; there is at least one."""
+    return [returns_BT for name, returns_BT in returns.items() if name != "kl"]
+
+
+def total(returns: list[Tensor]) -> Tensor:
+    """Their sum (B, T)."""
+    return torch.stack(returns).sum(0)

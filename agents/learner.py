@@ -124,11 +124,15 @@ def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -
 
 
 @torch.no_grad()
-def token_logprobs(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, temperature: float = 1.0) -> Tensor:
-    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right."""
-    logprob_BT = torch.zeros_like(batch.logprob_BT)
-    for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
-        out = outputs(policy, batch, rows, temperature=temperature)
+def token_logprobs(
+    policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, temperature: float = 1.0, which_B: Tensor | None = None
+) -> Tensor:
+    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right. With `which_B` (bool) of
+    those texts, and what the others were drawn with."""
+    chosen = np.arange(len(batch)) if which_B is None else which_B.nonzero()[:, 0].numpy()
+    logprob_BT = torch.zeros_like(batch.logprob_BT) if which_B is None else batch.logprob_BT.clone()
+    for rows in micro_batches(batch.length_B.numpy()[chosen], max_batch_tokens):
+        out = outputs(policy, batch, chosen[rows], temperature=temperature)
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
     return logprob_BT
 

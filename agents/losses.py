@@ -41,13 +41,20 @@ def clipped_policy_loss(
     weights_K: Tensor,
     clip_range: float,
     clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """`-sum w min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_high) A)` (PPO, Schulman et al. 2017, equation 7; a
     `clip_high` other than `clip_range`, its default, is DAPO's, Yu et al. 2025, arXiv 2503.14476).
+
+    With `dual_clip`, where A < 0 the min is at least `dual_clip A`: a token that has become far likelier since it was drawn
+    cannot cost without bound (Ye et al. 2020, arXiv 1912.09729; verl's `clip_ratio_c`).
     """
     ratio_K = torch.exp(logprobs_K - old_logprobs_K)
     clipped_K = ratio_K.clamp(1.0 - clip_range, 1.0 + (clip_range if clip_high is None else clip_high))
-    return -(weights_K * torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K)).sum()
+    gains_K = torch.minimum(ratio_K * advantages_K, clipped_K * advantages_K)
+    if dual_clip is not None:
+        gains_K = torch.where(advantages_K < 0, torch.maximum(gains_K, dual_clip * advantages_K), gains_K)
+    return -(weights_K * gains_K).sum()
 
 
 def clipped_value_loss(
@@ -62,11 +69,11 @@ def clipped_value_loss(
 
 
 def approx_kl(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor) -> Tensor:
-    """KL(old || new) in nats per token from tokens sampled by old: `sum w (ratio - 1 - log ratio)`, never negative
-    (k3, Schulman 2020).
+    """KL(old || new) in nats per token from tokens sampled by old: `sum w (ratio - 1 - log ratio)`, never negative (k3,
+    Schulman 2020). Log-ratios are clamped to +-20 and a token's estimate to 10, with no gradient beyond (as verl does).
     """
-    log_ratio_K = logprobs_K - old_logprobs_K
-    return (weights_K * (torch.expm1(log_ratio_K) - log_ratio_K)).sum()
+    log_ratio_K = (logprobs_K - old_logprobs_K).clamp(-20.0, 20.0)
+    return (weights_K * (torch.expm1(log_ratio_K) - log_ratio_K).clamp(max=10.0)).sum()
 
 
 def clip_fraction(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenenv.errors import InvalidArgument
+
 from . import losses
 from .advantages import whiten
 from .agent import Agent
@@ -26,8 +28,15 @@ class PolicyGradientConfig(AgentConfig):
     """The policy ratio is clipped to 1 +- this, above 0; None takes no ratio: plain -A log pi."""
     clip_high: float | None = None
     """The upper side of the clip, where it differs (DAPO: 0.28 with 0.2 below), above 0; None is `clip_range`."""
+    dual_clip: float | None = None
+    """The largest ratio that a token with a negative advantage is charged for, above 1 (verl's `clip_ratio_c`, 3 there); None
+    sets no bound."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, in nats per token; 0 or more. It looks one token ahead only, unlike the KL reward."""
+    k3_coef: float = 0.0
+    """Weight of the k3 estimate of the KL to the reference as a loss, pi_ref / pi - 1 - log(pi_ref / pi) of emitted tokens, in
+    nats per token; 0 or more. Bounded as verl's `low_var_kl`: log-ratios to +-20, the estimate to 10. It needs no forward of
+    the reference, and pulls along the gradient of KL(reference || policy); `full_kl_coef` is exact."""
     gamma: float = 1.0
     """Discount per token, 0 to 1."""
     importance_cap: float | None = None
@@ -40,8 +49,12 @@ class PolicyGradientConfig(AgentConfig):
     def __post_init__(self) -> None:
         AgentConfig.__post_init__(self)
         self.check("above", 0, "clip_range", "clip_high", "importance_cap")
-        self.check("at least", 0, "entropy_coef")
+        self.check("above", 1, "dual_clip")
+        self.check("at least", 0, "entropy_coef", "k3_coef")
         self.check_share("gamma")
+        for name in ("clip_high", "dual_clip"):
+            if self.clip_range is None and getattr(self, name) is not None:
+                raise InvalidArgument(f"{name}={getattr(self, name)} bounds a ratio that clip_range=None does not take.")
 
 
 class PolicyGradient(Agent):
@@ -56,25 +69,36 @@ class PolicyGradient(Agent):
 
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learns from finished episodes; returns the field's scalars."""
-        mask_BT, corrected = batch.mask_BT, self._correct(batch)
+        mask_BT, known = batch.mask_BT, self._policy_before(batch)
         advantages_BT = self.advantages(batch).masked_fill(~mask_BT, 0.0)
         batch.learned["advantage"] = whiten(advantages_BT, mask_BT) if self.config.whiten else advantages_BT
-        return corrected | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
+        return known | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
 
-    def _correct(self, batch: EpisodeBatch) -> Metrics:
-        """Leaves log pi_old and the importance weights, where they are asked for."""
-        cfg = self.config
-        if cfg.importance_cap is None:
+    def _policy_before(self, batch: EpisodeBatch) -> Metrics:
+        """Leaves log pi of the policy that the update begins with, where it is asked for and not known yet, and the importance
+        weights; says how far the sampler of stale texts was from it."""
+        cfg, stale_B = self.config, batch.version_B < self.updates
+        if cfg.importance_cap is None and cfg.target_kl is None:
             return {}
         if "learner_logprob" not in batch.learned:
-            batch.learned["learner_logprob"] = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
-        batch.learned["importance"] = weights_BT = importance(batch, cfg.importance_cap)
-        return {"rollout/importance": float(weights_BT[batch.mask_BT].mean())}
+            # Where only the KL is asked for, fresh texts have it: they were drawn from this policy.
+            which_B = stale_B if cfg.importance_cap is None else None
+            own_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature, which_B)
+            batch.learned["learner_logprob"] = own_BT
+        metrics, stale_BT = {}, batch.mask_BT & stale_B[:, None]
+        if stale_B.any():
+            own_K, drawn_K = (values[stale_BT] for values in (batch.learned["learner_logprob"], batch.logprob_BT))
+            metrics["rollout/stale_kl"] = float(losses.approx_kl(own_K, drawn_K, torch.full_like(own_K, 1 / len(own_K))))
+        if cfg.importance_cap is not None:
+            batch.learned["importance"] = weights_BT = importance(batch, cfg.importance_cap)
+            metrics["rollout/importance"] = float(weights_BT[batch.mask_BT].mean())
+        return metrics
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
         """The loss of one minibatch, in which a token of episode b counts `weights_B[b]`."""
         cfg = self.config
-        old_BT = batch.logprob_BT if cfg.importance_cap is None else batch.learned["learner_logprob"]
+        before_BT = batch.learned.get("learner_logprob", batch.logprob_BT)
+        old_BT = batch.logprob_BT if cfg.importance_cap is None else before_BT
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             weights, old = out.pick(weights_B), out.pick(old_BT)
@@ -82,12 +106,12 @@ class PolicyGradient(Agent):
             policy = self.policy_loss(out.logprob, old, out.pick(batch.learned["advantage"]), corrected)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
             total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
+            metrics = {"loss/policy": policy, "policy/entropy": entropy}
+            if cfg.k3_coef:
+                metrics["loss/k3"] = k3 = losses.approx_kl(out.pick(batch.ref_logprob_BT), out.logprob, weights)
+                total = total + cfg.k3_coef * k3
             with torch.no_grad():
-                metrics = {
-                    "loss/policy": policy,
-                    "policy/entropy": entropy,
-                    "policy/approx_kl": losses.approx_kl(out.logprob, old, weights),
-                }
+                metrics["policy/approx_kl"] = losses.approx_kl(out.logprob, out.pick(before_BT), weights)
                 if cfg.clip_range is not None:
                     outside = losses.clip_fraction(out.logprob, old, weights, cfg.clip_range, cfg.clip_high)
                     metrics["policy/clip_fraction"] = outside
@@ -100,4 +124,5 @@ class PolicyGradient(Agent):
         cfg = self.config
         if cfg.clip_range is None:
             return losses.policy_gradient_loss(logprobs_K, advantages_K, weights_K)
-        return losses.clipped_policy_loss(logprobs_K, old_logprobs_K, advantages_K, weights_K, cfg.clip_range, cfg.clip_high)
+        bounds = cfg.clip_range, cfg.clip_high, cfg.dual_clip
+        return losses.clipped_policy_loss(logprobs_K, old_logprobs_K, advantages_K, weights_K, *bounds)

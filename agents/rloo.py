@@ -11,7 +11,7 @@ to early tokens as well.
 from torch import Tensor
 
 from .episodes import EpisodeBatch
-from .groups import GroupConfig, GroupMethod, group_mean
+from .groups import GroupConfig, GroupMethod, compared
 
 
 class RLOO(GroupMethod):
@@ -25,7 +25,7 @@ class RLOO(GroupMethod):
         lengths_B = batch.response_length_B
         return sum(
             (
-                returns_BT - group_mean(returns_BT, lengths_B, self.group_size, leave_one_out=True)
+                compared(returns_BT, lengths_B, self.group_size, leave_one_out=True)
                 for returns_BT in self.returns(batch).values()
             ),
             start=batch.reward_BT.new_zeros(()),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .agent import Agent
 
 PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
-PARTS |= {"rng", "updates", "statistics", "collector", "kl_coef", "env"}
+PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", "env"}
 """Of a checkpoint's state."""
 
 
@@ -31,6 +31,7 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
         "generator": agent.actor.generator.get_state(),
         "rng": agent.rng.bit_generator.state,
         "updates": agent.updates,
+        "updated_at": agent.updated_at,
         "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
         "collector": agent.collector.state_dict(),
         "kl_coef": agent.kl_coef,
@@ -73,7 +74,7 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     agent.optimizer.load_state_dict(state["optimizer"])
     agent.actor.generator.set_state(state["generator"])
     agent.rng.bit_generator.state = state["rng"]
-    agent.updates = state["updates"]
+    agent.updates, agent.updated_at = state["updates"], state["updated_at"]
     for name, value in agent.statistics.items():
         value.load_state_dict(state["statistics"][name])
     if agent.kl_coef != state["kl_coef"]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import MissingDependency
+from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.shown import visible, without_secrets
 from tokenenv.types import TokenSpec
@@ -193,15 +194,14 @@ def by_position(episodes: Sequence[Episode]) -> Any:
 
 def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     """What a reader wants of an episode, as JSON: texts if there is a tokenizer, else token ids; None for unknown numbers."""
-
-    def text(tokens: np.ndarray) -> Any:
-        return tokenizer.decode(tokens.tolist()) if tokenizer is not None else tokens.tolist()
-
+    texts: tuple[Any, Any] = (episode.prompt.tolist(), episode.response.tolist())
+    if tokenizer is not None:
+        texts = decode_pairs([texts], tokenizer, skip_special_tokens=False)[0]
     numbers = {"score": episode.score, "gold": episode.gold, "reward": float(episode.reward.sum()), "kl": episode.kl}
     return {
         "prompt_id": episode.prompt_id,
-        "prompt": text(episode.prompt),
-        "response": text(episode.response),
+        "prompt": texts[0],
+        "response": texts[1],
         "length": len(episode.response),
         "terminated": episode.terminated,
         **{name: value if np.isfinite(value) else None for name, value in numbers.items()},

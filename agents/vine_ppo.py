@@ -1,8 +1,9 @@
 """VinePPO (Kazemnejad et al. 2024, arXiv 2410.01679): values by playing on from the states themselves.
 
-What it does: each text is cut into `segments` of equal length; from the start of each, `rollouts` continuations are drawn
-with the present policy, and the mean of what they earn is the value there. A segment's tokens share one advantage: what
-the segment earned, plus the value after it, minus the value before it. PPO's clip; no critic is trained.
+What it does: texts are cut every `max_new_tokens / segments` tokens; from the start of each segment, `rollouts` continuations
+are drawn with the present policy, and the mean of what they earn is the value there. A segment's tokens share one
+advantage: what the segment earned, plus the value after it, minus the value before it. PPO's clip; no critic is trained.
+Where a text is cut must not depend on what is still to come, its length included: otherwise the gradient is biased.
 
 The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches included) to its
 neighbours, all play to the end; then the running texts are taken up again where they were. With `rollout="vllm"` vLLM
@@ -38,7 +39,7 @@ class VinePPOConfig(PolicyGradientConfig):
     batch_tokens: int = 512
     """Response tokens of finished episodes that one update learns from, at least, rollouts aside; 1 or more."""
     segments: int = 4
-    """Places of each text whose value is estimated; 1 or more, and no more than it has tokens."""
+    """Places of a text of the largest length whose value is estimated, 1 or more; a shorter text has fewer."""
     rollouts: int = 4
     """Continuations per value; 1 or more, at most the env's slots."""
 
@@ -70,7 +71,7 @@ class VinePPO(PolicyGradient):
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """(B, T): the same for all tokens of a segment."""
-        starts = [cuts(int(length), self.config.segments) for length in batch.response_length_B]
+        starts = [cuts(int(length), self.config.segments, self.max_new_tokens) for length in batch.response_length_B]
         episodes = batch.unstack()
         states = [(e.prompt, e.response[:t]) for e, places in zip(episodes, starts, strict=True) for t in places]
         values = iter(self.values(states))
@@ -92,6 +93,6 @@ class VinePPO(PolicyGradient):
         return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()
 
 
-def cuts(length: int, segments: int) -> list[int]:
-    """Where the segments of a text of so many tokens begin: evenly spread, the first at 0."""
-    return sorted({length * s // segments for s in range(segments)})
+def cuts(length: int, segments: int, longest: int) -> list[int]:
+    """Where the segments of a text of so many tokens begin, the first at 0: at the same places whatever its length."""
+    return [start for start in sorted({longest * s // segments for s in range(segments)}) if start < length]

@@ -99,6 +99,17 @@ def test_whiten_over_valid_tokens_only():
     assert adv.whiten(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)).item() == 0.0
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_whitening_makes_no_signal_of_rounding(unit):
+    """The mean of many 0.7 is not 0.7 in float32."""
+    mask = torch.ones(7, 143, dtype=torch.bool)
+    same = unit * (0.7 + 4e-8 * torch.arange(143) / 143).expand(7, -1)
+    assert (adv.whiten(same, mask) == 0).all()
+    different = same.clone()
+    different[0, 0] += unit * 0.01
+    assert adv.whiten(different, mask).std(correction=0).item() == pytest.approx(1.0, rel=1e-3)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_running_std_equals_that_of_everything_seen(parts):

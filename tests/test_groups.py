@@ -3,20 +3,24 @@
 from dataclasses import replace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tabular import BETA, relative_error, worlds
-from toy_env import ToyEnv
+from toy_env import GOOD, ToyEnv
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import GRPO, RLOO
 from tokenenv.agents.advantages import returns_to_go
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.groups import group_mean, group_std, hold_last
+from tokenenv.agents.groups import compared, flat_groups, group_mean, group_std, hold_last
 from tokenenv.agents.grpo import MAX_TRIES
+from tokenenv.envs.reviews import task as reviews_task
 from tokenenv.errors import InvalidArgument
+from tokenenv.rewards import Rule
+from tokenenv.vector_env import TokenVectorEnv
 
 LENGTHS = torch.tensor([3, 1, 2, 2])
 RETURNS = torch.tensor([[6.0, 4, 1], [5, 0, 0], [2, 1, 0], [4, 3, 0]])
@@ -36,11 +40,25 @@ def test_means_by_hand():
 
 
 def test_deviations_by_hand_and_flat_groups():
-    assert group_std(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2).tolist() == [[1.0], [1.0], [1.0], [1.0]]
-    assert group_std(torch.tensor([0.0, 8.0]), 2).tolist() == [[4.0], [4.0]]
-    # What rounding leaves of equal returns is no spread.
-    assert group_std(torch.tensor([100.0, 100.00001]), 2).tolist() == [[1.0], [1.0]]
-    assert group_std(torch.tensor([100.0, 101.0]), 2).tolist() == [[0.5], [0.5]]
+    assert group_std(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)[:, 0].tolist() == pytest.approx([2**0.5, 2**0.5, 1, 1])
+    assert group_std(torch.tensor([1.0, 2.0, 3.0, 6.0]), 4)[:, 0].tolist() == pytest.approx([(14 / 3) ** 0.5] * 4)
+    # What rounding leaves of equal returns is no spread, whatever their unit.
+    for unit in (1e-6, 1.0, 1e6):
+        returns = unit * torch.tensor([100.0, 100.00001, 100.0, 101.0])
+        assert group_std(returns, 2)[:, 0].tolist() == pytest.approx([1, 1, unit * 0.5**0.5, unit * 0.5**0.5], rel=1e-3)
+        assert flat_groups(returns, 2).tolist() == [True, False]
+
+
+def test_equal_texts_have_an_advantage_of_exactly_zero():
+    """0.7 thrice over 3 is not 0.7 in float32; whitened, the difference would be a deviation of 1."""
+    values = torch.tensor([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.7, 0.7], [0.8, 0.8]])
+    for leave_one_out in (False, True):
+        found = compared(values, torch.full((8,), 2), 4, leave_one_out=leave_one_out)
+        assert (found[:4] == 0).all()
+        assert (found[4:] != 0).all()
+    noisy = values[:4] + 3e-8 * torch.arange(4)[:, None]
+    assert (noisy - group_mean(noisy, torch.full((4,), 2), 4, leave_one_out=True)).abs().max() > 0
+    assert (compared(noisy, torch.full((4,), 2), 4, leave_one_out=True) == 0).all()
 
 
 @given(st.data())
@@ -80,7 +98,7 @@ def test_with_the_reward_at_the_end_they_are_the_published_ones():
     expected = (scores - others).flatten()[:, None].expand_as(mask)
     torch.testing.assert_close(advantages[mask].double(), expected[mask], atol=1e-5, rtol=0)
     centred = scores - scores.mean(1, keepdim=True)
-    for agent, wanted in ((grpo, centred / scores.std(1, correction=0, keepdim=True)), (dr, centred)):
+    for agent, wanted in ((grpo, centred / scores.std(1, keepdim=True)), (dr, centred)):
         again, advantages, mask = batch_of(agent)
         torch.testing.assert_close(again.score_B, batch.score_B)
         torch.testing.assert_close(
@@ -105,11 +123,17 @@ def test_sources_add_up_and_the_penalty_is_whole(kl):
     torch.testing.assert_close(sources["end"].sum(1), batch.score_B, atol=1e-5, rtol=0)
 
 
-def test_an_env_without_terms_has_one_source():
+def test_an_env_without_terms_has_two_sources():
     env = ToyEnv(4, kl_coef=0.2, group_size=2)
     agent = RLOO(env)
     batch = EpisodeBatch.stack(agent.collector.collect(30))
-    assert list(agent.sources(batch)) == ["reward"]
+    sources = agent.sources(batch)
+    assert list(sources) == ["reward", "kl"]
+    torch.testing.assert_close(sources["kl"], -0.2 * (batch.logprob_BT - batch.ref_logprob_BT))
+    good = torch.zeros_like(batch.reward_BT)
+    for b, e in enumerate(batch.unstack()):
+        good[b, : len(e.response)] = torch.as_tensor(e.response == GOOD)
+    torch.testing.assert_close(sources["reward"], good, atol=1e-6, rtol=0)
 
 
 def test_sources_have_their_own_discounts_and_are_linear_without():
@@ -133,9 +157,27 @@ def test_a_source_is_scaled_on_its_own_and_the_penalty_never():
     expected = 0.0
     for name, returns in agent.returns(batch).items():
         centred = returns - group_mean(returns, batch.response_length_B, 4, leave_one_out=False)
-        std = returns[:, 0].unflatten(0, (-1, 4)).std(1, correction=0).repeat_interleave(4)[:, None]
+        std = returns[:, 0].unflatten(0, (-1, 4)).std(1).repeat_interleave(4)[:, None]
         expected = expected + (centred if name == "kl" else centred / std)
     torch.testing.assert_close(advantages[mask], expected[mask], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["group", "source", "none"])
+def test_the_penalty_of_a_flat_group_is_not_blown_up(scale):
+    """Of two groups, one is flat: there the penalty alone is left, as it is; in the other the score is in deviations."""
+    agent = GRPO(reviews(reward="terminal", kl_coef=1e-3), scale=scale)
+    batch = batch_of(agent)[0]
+    rows = torch.arange(len(batch)) < 8
+    batch = EpisodeBatch.stack([e for e, kept in zip(batch.unstack(), rows, strict=True) if kept])
+    batch.terms["terminal"][:] = 0.0
+    last = batch.response_length_B - 1
+    batch.terms["terminal"][range(8), last] = torch.tensor([5.0] * 4 + [5, 5, 5, 7])
+    batch.reward_BT[:] = sum(batch.terms.values())
+    penalty = agent.returns(batch)["kl"]
+    assert penalty[:4].std() > 1e-4
+    alone = penalty - group_mean(penalty, batch.response_length_B, 4, leave_one_out=False)
+    score = torch.tensor([0.0] * 4 + [-0.5, -0.5, -0.5, 1.5])[:, None]  # centred; its deviation is 1
+    torch.testing.assert_close(agent.advantages(batch)[batch.mask_BT], (alone + score)[batch.mask_BT], atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- unbiased, by enumeration
@@ -207,12 +249,17 @@ def test_the_expected_gradient_over_all_groups_is_the_policy_gradient(world, des
 
 
 def test_flat_groups_are_drawn_again(monkeypatch):
-    """Until as many tokens are there as were asked for; where all are flat it is given up, and the first batch taken."""
+    """Until as many tokens are there as were asked for; where all are flat it is given up, and the first batch taken. What
+    the terms pay is compared: not the score, which there may be none of, nor the KL penalty."""
     agent = GRPO(reviews(8, 4), skip_flat_groups=True, batch_tokens=60)
     one = agent.collector.collect(40)[:4]
-    flat, mixed = (
-        [replace(e, score=float(score)) for e, score in zip(one, scores, strict=True)] for scores in ("1111", "1112")
-    )
+    assert len({e.terms["kl"].sum() for e in one}) == 4
+
+    def worth(e, score):
+        rule = np.full(len(e.response), score / len(e.response), np.float32)
+        return replace(e, score=np.nan, terms={"rule": rule, "kl": e.terms["kl"]}, reward=rule + e.terms["kl"])
+
+    flat, mixed = ([worth(e, float(score)) for e, score in zip(one, scores, strict=True)] for scores in ("1111", "1112"))
     size, asked = sum(len(e.response) for e in one), []
     assert size < 30
 
@@ -229,6 +276,19 @@ def test_flat_groups_are_drawn_again(monkeypatch):
     assert len(asked) == 1 + MAX_TRIES
     agent.config.skip_flat_groups = False
     assert scripted([flat + mixed]) == flat + mixed
+
+
+def test_a_rule_without_a_score_still_tells_groups_apart():
+    """DAPO's own case: half of the texts earn 1, none has a score."""
+    task = replace(reviews_task(max_new_tokens=6), scorer=None, gold=None)
+    rule = {"odd": Rule(lambda prompt, response: float(len(response) % 2))}
+    envs = TokenVectorEnv(8, task=task, autoreset_mode="SameStep", group_size=4, kl="none", reward=rule)
+    agent, seen = GRPO(envs, skip_flat_groups=True, batch_tokens=60), []
+    agent.learn(400, on_update=lambda metrics, episodes: seen.append(episodes))
+    assert len(seen) > 1
+    for episodes in seen:
+        paid = np.array([e.reward.sum() for e in episodes]).reshape(-1, 4)
+        assert (np.ptp(paid, 1) > 0).all()
 
 
 def test_what_they_cannot_use_is_refused():

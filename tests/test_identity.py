@@ -137,6 +137,7 @@ def test_an_env_is_the_same_before_and_after_it_has_run(task):
 def test_digests_see_values_types_and_shapes():
     values = np.arange(100_000, dtype=np.float32)
     assert digest(values) == digest(values.copy()) != digest(values + 1)
+    assert digest(values) != digest(np.r_[values, 0].astype(np.float32)) != digest(values[:-1])
     assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2)) != digest(torch.zeros(3, 2, dtype=torch.bfloat16))
     assert prompts_digest([[1, 2], [3]]) != prompts_digest([[1], [2, 3]])
     assert plain([one, (1, None), {"a": np.float32(0.5)}]) == ["one", [1, None], {"a": 0.5}]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from toy_env import T, ToyEnv
 
-from tokenenv.agents import ReinforcePlusPlus, losses
+from tokenenv.agents import A2C, ReinforcePlusPlus, losses
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learner import outputs
 from tokenenv.agents.token_stats import token_stats
+from tokenenv.errors import InvalidArgument
 
 HALF = torch.tensor([0.5, 0.5])
 
@@ -38,6 +40,49 @@ def test_each_side_of_the_clip_has_its_own_range():
         outside = losses.clip_fraction(logprobs, old, weights, 0.2, high).item()
         assert outside == pytest.approx(0.75 if high else 1.0)
     assert losses.clip_fraction(torch.tensor([0.75, 0.75]).log(), torch.zeros(2), HALF, 0.2, 0.28).item() == 1.0
+
+
+def test_a_dual_clip_bounds_what_a_negative_advantage_costs():
+    """Ratios 5, 2, 0.5 and 5; A = -1, -1, -1 and 1. Clipped to 0.8..1.2 and bounded by 3: -3, -2, -0.8, 1.2."""
+    logprobs, weights = torch.tensor([5.0, 2.0, 0.5, 5.0]).log().requires_grad_(), torch.full((4,), 0.25)
+    advantages = torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    plain = losses.clipped_policy_loss(logprobs, torch.zeros(4), advantages, weights, 0.2)
+    assert plain.item() == pytest.approx(0.25 * (5.0 + 2.0 + 0.8 - 1.2))
+    bounded = losses.clipped_policy_loss(logprobs, torch.zeros(4), advantages, weights, 0.2, dual_clip=3.0)
+    assert bounded.item() == pytest.approx(0.25 * (3.0 + 2.0 + 0.8 - 1.2))
+    bounded.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.25 * 2.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("settings", [{"dual_clip": 1.5}, {"k3_coef": 0.5}])
+def test_the_dual_clip_and_k3_reach_the_loss(settings):
+    agent = ReinforcePlusPlus(ToyEnv(4, kl_coef=0.2), **settings)
+    batch = EpisodeBatch.stack(agent.collector.collect(60))
+    batch.logprob_BT.sub_(2.0)  # a ratio of 7.4
+    batch.learned["advantage"] = torch.full_like(batch.reward_BT, -1.0)
+    batch.ref_logprob_BT.add_(torch.where(torch.arange(T) % 2 == 0, 0.3, 100.0))
+    weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))
+    out = outputs(agent.policy, batch, np.arange(len(batch)))
+    total, metrics = agent.loss(batch, weights_B)(out)
+    if "dual_clip" in settings:
+        assert total.item() == pytest.approx(1.5, rel=1e-5)
+        return
+    even = (out.steps % 2 == 0).float().mean().item()
+    by_hand = even * (math.exp(0.3) - 1 - 0.3) + (1 - even) * 10.0
+    assert metrics["loss/k3"].item() == pytest.approx(by_hand, rel=1e-4)
+    assert total.item() == pytest.approx(metrics["loss/policy"].item() + 0.5 * by_hand, rel=1e-4)
+    plain = ReinforcePlusPlus(ToyEnv(4, kl_coef=0.2)).loss(batch, weights_B)(out)[0]
+    weight = agent.policy.model.lm_head.weight
+    found = torch.autograd.grad(total, weight, retain_graph=True)[0] - torch.autograd.grad(plain, weight, retain_graph=True)[0]
+    near = out.steps % 2 == 0  # beyond the bound there is no gradient; within it, it is (1 - pi_ref / pi) of log pi's
+    wanted = torch.autograd.grad((0.5 * (1 - math.exp(0.3)) * weights_B[0] * out.logprob[near]).sum(), weight)[0]
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip_high", "dual_clip"])
+def test_a_bound_on_a_ratio_that_is_not_taken_is_refused(name):
+    with pytest.raises(InvalidArgument, match=f"{name}=3.0 bounds a ratio that clip_range=None does not take"):
+        A2C(ToyEnv(4), **{name: 3.0})
 
 
 def test_plain_policy_loss_by_hand():
@@ -104,6 +149,11 @@ def test_kl_and_clip_fraction_by_hand():
     new, old = torch.tensor([0.6, 0.2]).log(), torch.tensor([0.3, 0.2]).log()
     assert losses.approx_kl(new, old, HALF).item() == pytest.approx(0.5 * (2.0 - 1.0 - math.log(2.0)))
     assert losses.clip_fraction(new, old, HALF, 0.2).item() == 0.5
+    # One token of two far off, either way: 10 at most, and never infinite.
+    for far in (1000.0, -1000.0, torch.inf):
+        kl = losses.approx_kl(torch.tensor([far, 0.0]), torch.zeros(2), HALF).item()
+        assert kl == pytest.approx(0.5 * 10.0)
+    assert losses.approx_kl(torch.tensor([-8.0, 0.0]), torch.zeros(2), HALF).item() == pytest.approx(0.5 * (math.exp(-8) + 7))
 
 
 def test_explained_variance():

@@ -8,13 +8,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from toy_env import GOOD, STOP, T, ToyEnv, V, tiny_lm
 
 from tokenenv.agents import PPO, LMPolicy, PPOConfig
 from tokenenv.agents import advantages as adv
 from tokenenv.agents.agent import Agent
-from tokenenv.agents.config import AgentConfig, learning_rate
+from tokenenv.agents.config import AgentConfig, learning_rate, run_progress
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.evaluate import evaluate
 from tokenenv.agents.learner import state_values
@@ -132,7 +134,7 @@ def test_only_the_env_that_leaves_it_out_gets_the_learners_half_of_the_penalty()
     torch.testing.assert_close(difference, -0.2 * batch.logprob_BT)
     logprob = gym.spaces.Box(-np.inf, 0.0, (), np.float32)
     agent.envs.single_action_space = gym.spaces.Dict({"token": agent.envs.single_action_space, "logprob": logprob})
-    assert agent.rewards(batch) is batch.reward_BT
+    torch.testing.assert_close(agent.rewards(batch), batch.reward_BT, atol=0.2e-5, rtol=0)
 
 
 def test_another_algorithm_is_a_few_lines():
@@ -202,6 +204,72 @@ def test_adaptive_kl_by_hand():
         assert agent.kl_coef == pytest.approx(before * (1 + 0.1 * tokens / 1000))
 
 
+@pytest.mark.parametrize("tokens_over_horizon", [0.5, 1.0, 7.0, 1e6])
+def test_an_adaptive_beta_changes_by_a_fifth_at_most_and_stays_positive(tokens_over_horizon):
+    agent = PPO(ToyEnv(4, kl_coef=0.1), kl_target=0.5, kl_horizon=1)
+    _, batch = collected(agent)
+    agent.config.kl_horizon = int(batch.response_length_B.sum()) / tokens_over_horizon
+    for _ in range(3):
+        before = agent.kl_coef
+        agent._adapt_kl_coef(batch)
+        assert agent.kl_coef == pytest.approx(before * (1 - 0.2 * min(tokens_over_horizon, 1.0)))
+    agent.learn(60)
+    assert agent.kl_coef > 0
+
+
+@pytest.mark.parametrize(
+    ("env", "settings", "message"),
+    [
+        ({"kl_coef": 0.0}, {"kl_target": 0.1}, r"kl_target=0\.1 cannot adapt kl_coef=0\.0"),
+        ({"kl_coef": 0.1}, {"kl_target": 0.1, "kl_coef": 0.0}, r"kl_target=0\.1 cannot adapt kl_coef=0\.0"),
+        ({"kl": "none"}, {"kl_target": 0.1}, r"kl_target=0\.1 would do nothing in an env with kl='none'"),
+        ({"kl": "none"}, {"kl_coef": 0.3}, r"kl_coef=0\.3 would do nothing in an env with kl='none'"),
+        ({"kl": "none"}, {"kl_coef": 0.3, "kl_target": 0.1}, r"kl_coef=0\.3 and kl_target=0\.1 would do nothing"),
+    ],
+)
+def test_a_penalty_that_could_not_be_adapted_is_refused(env, settings, message):
+    envs = gym.make_vec("tokenenv/Negation-v0", num_envs=4, autoreset_mode="SameStep", **env)
+    with pytest.raises(InvalidArgument, match=message):
+        PPO(envs, **settings)
+    assert PPO(envs, kl_coef=0.0).kl_coef >= 0  # which says what is so
+
+
+def learnt_at(total, batch_tokens=2048, **options):
+    """The rate and the tokens seen after each update of a run, and how far the weights moved in all."""
+    agent, seen = PPO(ToyEnv(16), batch_tokens=batch_tokens, epochs=1, minibatches=1, lr=1.0, max_grad_norm=1e-9, **options), []
+    before = [weight.detach().clone() for weight in agent.policy.parameters()]
+    agent.learn(total, on_update=lambda metrics, episodes: seen.append((metrics["policy/lr"], agent.tokens_seen)))
+    moved = max(float((a.detach() - b).abs().max()) for a, b in zip(agent.policy.parameters(), before, strict=True))
+    return [lr for lr, _ in seen], [tokens for _, tokens in seen], moved
+
+
+def test_a_run_that_ends_inside_a_batch_wastes_no_update():
+    """The rate of the k-th of n updates of one size is that of the middle of the k-th of n parts."""
+    [only], _, moved = learnt_at(10, 200)
+    assert 0.3 < only < 0.9
+    assert moved > 0
+    _, tokens, _ = learnt_at(900, 200)
+    rates, again, _ = learnt_at(tokens[1] + 2, 200)
+    assert again == tokens[:3]
+    assert rates == pytest.approx([5 / 6, 3 / 6, 1 / 6], abs=0.08)
+    rates, _, _ = learnt_at(2000, 200, lr_warmup=0.5)
+    assert min(rates) > 0.02
+
+
+@given(tokens=st.lists(st.integers(1, 10_000), min_size=1, max_size=30), total=st.integers(1, 50_000))
+def test_progress_rises_and_stays_below_one(tokens, total):
+    """Whatever the sizes of the batches."""
+    before, last = 0, 0.0
+    for updates, size in enumerate(tokens):
+        if before >= total:
+            break
+        now = run_progress(before, before + size, updates, total)
+        assert last <= now + 1e-12
+        assert 0 < now < 1
+        assert learning_rate(PPOConfig(lr=1.0), now) > 0
+        before, last = before + size, now
+
+
 def test_learning_rate_by_hand():
     rates = {
         "constant": [0.0, 0.5, 1.0, 1.0, 1.0],
@@ -231,6 +299,8 @@ def test_learning_rate_by_hand():
         ("lr_schedule", "cosin", "lr_schedule='cosin' is not known; .* Did you mean 'cosine'"),
         ("aggregation", "mean", "aggregation='mean' is not known"),
         ("precision", "fp8", "precision='fp8' is not known"),
+        ("dual_clip", 1.0, "dual_clip=1.0 is not allowed; it must be above 1"),
+        ("k3_coef", -0.1, "k3_coef=-0.1 is not allowed; it must be at least 0"),
         ("clip_rang", 0.1, "PPOConfig field='clip_rang' is not known; .* Did you mean 'clip_range'"),
     ],
 )
@@ -258,7 +328,9 @@ def test_settings_that_the_env_cannot_serve_are_refused():
             return result
 
     with pytest.raises(InvalidArgument, match=r"kl_target=0\.1 needs an env that reports ref_logprob"):
-        PPO(Silent(4), batch_tokens=20, kl_target=0.1).learn(100)
+        PPO(Silent(4, kl_coef=0.1), batch_tokens=20, kl_target=0.1).learn(100)
+    with pytest.raises(InvalidArgument, match=r"k3_coef=0\.1 needs an env that reports ref_logprob"):
+        PPO(Silent(4), batch_tokens=20, k3_coef=0.1).learn(100)
     bare = ToyEnv(4)
     del bare.token_spec
     with pytest.raises(InvalidArgument, match="leave full_kl_coef at 0"):

@@ -23,8 +23,8 @@ from tokenenv.agents.tracking import RunFolder, cut_episodes
 from tokenenv.cli import load_config, main
 from tokenenv.errors import InvalidArgument, RunFolderError
 
-SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--agent.batch-tokens", "80", "--agent.epochs", "1"]
-FLAGS = [*SMALL, "--total-tokens", "400", "--checkpoint-every", "1"]
+SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "4", "--agent.batch-tokens", "40", "--agent.epochs", "1"]
+FLAGS = [*SMALL, "--total-tokens", "150", "--checkpoint-every", "1"]
 
 
 def train(*argv):
@@ -118,7 +118,7 @@ def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     for _ in range(2):
-        train(*SMALL, "--total-tokens", "80")
+        train(*SMALL, "--total-tokens", "40")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["reviews-v0-ppo-0-now", "reviews-v0-ppo-0-now-2"]
 
 
@@ -138,16 +138,16 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(run, capsys):
     try:
         assert holder.stdout.readline() == "held\n"
         before = contents(run)
-        for argv in (["--resume", run, "--total-tokens", "500"], [*FLAGS, "--run-dir", run]):
+        for argv in (["--resume", run, "--total-tokens", "250"], [*FLAGS, "--run-dir", run]):
             assert ("in use: process 4321 trains there" in refused(capsys, "train", *argv)) == ("--resume" in argv)
         with pytest.raises(RunFolderError, match="in use"):
-            PPO.load(run / "checkpoint", load_config(run / "config.yaml").make_envs(), run_dir=run).learn(500)
+            PPO.load(run / "checkpoint", load_config(run / "config.yaml").make_envs(), run_dir=run).learn(250)
         assert contents(run) == before
         main(["show", str(run)])
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    train("--resume", run, "--total-tokens", "480")
+    train("--resume", run, "--total-tokens", "160")
 
 
 def test_another_thread_is_refused_and_the_same_one_is_not(tmp_path):
@@ -220,13 +220,13 @@ def test_the_first_checkpoint_comes_before_the_first_update(tmp_path, monkeypatc
     [
         (["--agent.lr", "0.5"], "lr is 0.0003 there and 0.5 here"),
         (["--agent.temperature", "0.7"], "temperature is 1.0 there and 0.7 here"),
-        (["--options", "max_new_tokens", "9"], "options.max_new_tokens is 6 there and 9 here"),
+        (["--options", "max_new_tokens", "9"], "options.max_new_tokens is 4 there and 9 here"),
         (["--options", "kl_coef", "0.25"], "options.kl_coef is 0.2 there and 0.25 here"),
         (["--reward", "terminal"], "terms.terminal.class is 'absent' there and 'Terminal' here"),
         (["--num-envs", "4"], "num_envs is 8 there and 4 here"),
         (["--env", "tokenenv/PyDocs-v0"], "id is 'tokenenv/Reviews-v0' there and 'tokenenv/PyDocs-v0' here"),
         (["--algo", "a2c"], "--algo a2c does not fit"),
-        (["--total-tokens", "300"], "--total-tokens 300 is less than the run's own 400"),
+        (["--total-tokens", "100"], "--total-tokens 100 is less than the run's own 150"),
         (["--config", "config.yaml"], "leave out --config and --run-dir"),
         (["--run-dir", "other"], "leave out --config and --run-dir"),
     ],
@@ -238,27 +238,28 @@ def test_flags_that_contradict_the_run_are_refused(whole, capsys, flags, message
 
 
 def test_a_run_that_is_made_longer_says_what_its_learning_rate_does(run, capsys):
+    seen = read_checkpoint(run / "checkpoint")["collector"]["tokens_seen"]
     train("--resume", run)
-    assert "the run has ended at 480 tokens; --total-tokens makes it longer" in capsys.readouterr().out
-    flags = ["--total-tokens", "800", "--agent.max-batch-tokens", "4000", "--checkpoint-every", "5"]
+    assert f"the run has ended at {seen} tokens; --total-tokens makes it longer" in capsys.readouterr().out
+    flags = ["--total-tokens", "300", "--agent.max-batch-tokens", "4000", "--checkpoint-every", "5"]
     train("--resume", run, *flags)
     printed = capsys.readouterr().out
-    assert "was to end at 400 tokens and goes on to 800" in printed
-    assert "(linear; 0.00012 at 480 tokens, where it was 0)" in printed
+    assert "was to end at 150 tokens and goes on to 300" in printed
+    assert f"(linear; {3e-4 * (1 - seen / 300):.3g} at {seen} tokens, where it was 0)" in printed
     made = load_config(run / "config.yaml")
-    assert (made.total_tokens, made.agent.max_batch_tokens, made.checkpoint_every) == (800, 4000, 5)
+    assert (made.total_tokens, made.agent.max_batch_tokens, made.checkpoint_every) == (300, 4000, 5)
     lines = [json.loads(line)["tokens_seen"] for line in (run / "episodes.jsonl").read_text().splitlines()]
     assert lines == sorted(lines)
-    assert lines[-1] >= 800
+    assert lines[-1] >= 300
 
 
 def test_the_config_says_what_was_run(whole, tmp_path):
     values = yaml.safe_load((whole / "config.yaml").read_text())
-    wanted = {"max_new_tokens": 6, "kl_coef": 0.2, "kl": "reference", "autoreset_mode": "SameStep", "group_size": 1}
+    wanted = {"max_new_tokens": 4, "kl_coef": 0.2, "kl": "reference", "autoreset_mode": "SameStep", "group_size": 1}
     assert values["options"] | wanted == values["options"]
     assert values["made_with"]["env"]["id"] == "tokenenv/Reviews-v0"
     assert {"tokenenv", "torch", "python"} <= set(values["made_with"]["versions"])
-    train("--algo", "grpo", *SMALL, "--total-tokens", "80", "--run-dir", tmp_path / "x")
+    train("--algo", "grpo", *SMALL, "--total-tokens", "40", "--run-dir", tmp_path / "x")
     assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["options"]["group_size"] == 4
 
 

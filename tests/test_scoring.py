@@ -178,6 +178,7 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
         (([[3]], [[3]]), {"truncated": [True, False]}, "truncated has 2 entries"),
         (([[3]], [[3]]), {"weights": {"token": float("nan")}}, "the weight of 'token' is nan; it (weights=) must be finite"),
         (([[3]], [[3]]), {"weights": {"token": [np.inf]}}, "the weight of 'token' is [inf]"),
+        (([[3]], [[3]]), {"weights": {"token": "much"}}, "the weight of 'token' is 'much'; allowed: a number, or one a text"),
         (([[3]], [[3]]), {"kl_coef": -0.1}, "(kl_coef=) must be finite and 0 or more"),
         (([[3]], [[3]]), {"kl_coef": float("nan")}, "the weight of 'kl' is nan"),
         (([[3], [3]], [[3], [4, 7, 5]]), {}, "responses[1] holds the stop token 7 as number 2 of its 3 tokens"),

@@ -85,7 +85,7 @@ def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(
     batch = moved(agent)
     learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
     batch.learned.update(learned)
-    assert agent._correct(batch)["rollout/importance"] != pytest.approx(1.0, abs=1e-3)
+    assert agent._policy_before(batch)["rollout/importance"] != pytest.approx(1.0, abs=1e-3)
     own = token_logprobs(agent.policy, batch, 10_000)
     capped = torch.exp(own - batch.logprob_BT).clamp(max=1.5)
     assert 0 < (capped == 1.5)[batch.mask_BT].float().mean() < 1
@@ -128,7 +128,7 @@ def test_without_a_cap_the_ratio_is_to_the_sampler():
     batch = moved(agent)
     learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
     batch.learned.update(learned)
-    assert agent._correct(batch) == {}
+    assert agent._policy_before(batch) == {}
     weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))
     out = outputs(agent.policy, batch, torch.arange(len(batch)).numpy())
     _, metrics = agent.loss(batch, weights_B)(out)

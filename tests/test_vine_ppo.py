@@ -62,7 +62,7 @@ def test_where_nothing_is_left_to_chance_values_and_advantages_are_exact(gamma, 
     advantages = agent.advantages(batch)
     assert advantages[batch.mask_BT].abs().max() > 0.5
 
-    tiles = [(b, start, end) for b, e in enumerate(batch.unstack()) for start, end in segments_of(len(e.response), 4)]
+    tiles = [(b, start, end) for b, e in enumerate(batch.unstack()) for start, end in segments_of(len(e.response), 4, 10)]
     before, after = (worth(agent, [(batch.unstack()[b], tile[i]) for b, *tile in tiles]) for i in (0, 1))
     for (b, start, end), value, then in zip(tiles, before, after, strict=True):
         earned = sum(gamma**k * float(r) for k, r in enumerate(batch.reward_BT[b, start:end]))
@@ -71,8 +71,8 @@ def test_where_nothing_is_left_to_chance_values_and_advantages_are_exact(gamma, 
         assert float(advantages[b, start]) == pytest.approx(expected, abs=1e-3)
 
 
-def segments_of(length, count):
-    places = cuts(length, count)
+def segments_of(length, count, longest):
+    places = cuts(length, count, longest)
     return list(zip(places, [*places[1:], length], strict=True))
 
 
@@ -124,11 +124,11 @@ def test_advantages_are_shared_by_segments_and_telescope(segments, score_truncat
     advantages = agent.advantages(batch)
     values, total = batch.learned["value"], agent.rewards(batch).sum(1)
     for b, e in enumerate(batch.unstack()):
-        places = cuts(len(e.response), segments)
-        assert len(places) == min(segments, len(e.response))
+        places = cuts(len(e.response), segments, 8)
+        assert len(places) == min(len(e.response), -(-len(e.response) * segments // 8))
         firsts = advantages[b, places]
         assert float(firsts.sum()) == pytest.approx(float(total[b] - values[b, 0]), abs=1e-3)
-        for start, end in segments_of(len(e.response), segments):
+        for start, end in segments_of(len(e.response), segments, 8):
             assert (advantages[b, start:end] == advantages[b, start]).all()
             assert (values[b, start:end] == values[b, start]).all()
 
@@ -140,10 +140,10 @@ def test_a_segment_earns_its_rewards_and_what_the_values_say(monkeypatch):
     monkeypatch.setattr(agent, "values", lambda states: numbers[: len(states)])
     advantages, rewards, next_value = agent.advantages(batch), agent.rewards(batch), 0
     for b, length in enumerate(batch.response_length_B.tolist()):
-        places = cuts(length, 2)
+        places = cuts(length, 2, agent.max_new_tokens)
         own = numbers[next_value : next_value + len(places)]
         next_value += len(places)
-        for i, (start, end) in enumerate(segments_of(length, 2)):
+        for i, (start, end) in enumerate(segments_of(length, 2, agent.max_new_tokens)):
             after = own[i + 1] if i + 1 < len(own) else 0.0
             earned = sum(0.9 ** (t - start) * float(rewards[b, t]) for t in range(start, end))
             expected = earned + 0.9 ** (end - start) * after - own[i]
@@ -151,10 +151,11 @@ def test_a_segment_earns_its_rewards_and_what_the_values_say(monkeypatch):
 
 
 def test_segments_tile_a_text():
-    assert cuts(8, 4) == [0, 2, 4, 6]
-    assert cuts(3, 4) == [0, 1, 2]
-    assert cuts(1, 4) == [0]
-    assert cuts(7, 2) == [0, 3]
+    assert cuts(8, 4, 8) == [0, 2, 4, 6]
+    assert cuts(3, 4, 8) == [0, 2]
+    assert cuts(1, 4, 8) == [0]
+    assert cuts(7, 2, 7) == [0, 3]
+    assert cuts(3, 9, 3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("rollouts", [1, 2, 12])

@@ -16,6 +16,7 @@ from tokenenv.models.batching import micro_batches
 from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
 from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores, Scorer, TokenSpec
 
 
@@ -136,7 +137,10 @@ def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
 
 
 def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
-    array = np.asarray(weight, np.float32)
+    try:
+        array = np.asarray(weight, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"the weight of {name!r} is {weight!r}; allowed: a number, or one a text ({count}).") from error
     if array.shape not in ((), (count,)):
         raise InvalidArgument(f"the weight of {name!r} has shape {array.shape}; allowed: a number, or one a text ({count}).")
     if not np.isfinite(array).all() or (name == "kl" and (array < 0).any()):
@@ -248,6 +252,25 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     ref_logprob = engine.ref_logprob(before.of(engine.parts.reference), tokens)
     none = torch.zeros_like(tokens, dtype=torch.bool)
     return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
+
+
+@torch.no_grad()
+def recall_prefixes(engine: RewardEngine, slots: np.ndarray, texts: TextBuffer) -> None:
+    """Gives the terms with memory what they would carry if the prefixes of the texts that begin in `slots` had been written
+    one token after the other, so that what follows is paid as in the same text written from its start."""
+    prefixed = slots[texts.unpaid[slots] > 0]
+    if not len(prefixed) or not engine.rewards.with_memory:
+        return
+    assert engine.states is not None
+    for group in micro_batches(texts.length[prefixed], engine.parts.max_batch_tokens):
+        rows = prefixed[group]
+        ends = [(texts.tokens[row].tolist(), texts.prompt_length[row], texts.length[row]) for row in rows]
+        begun = _pad(engine, [ids[:start] for ids, start, _ in ends], [ids[start:end] for ids, start, end in ends])
+        begun.statistics = {name: s.expand(len(rows), -1) for name, s in engine.rewards.statistics().items()}
+        row, t = begun.payable(engine.parts.spec.max_new_tokens).nonzero(as_tuple=True)
+        last = t == texts.upload(texts.unpaid[rows] - 1)[row]
+        for name, memory in _transitions(engine, begun, row, t).after.memory.items():
+            engine.states.memory[name][texts.upload(rows)] = memory[last]
 
 
 def _recall(

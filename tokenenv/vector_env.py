@@ -22,7 +22,7 @@ from tokenenv.identity import identity
 from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.reset_options import Seed, read_options, read_seed
-from tokenenv.scoring import score_episodes
+from tokenenv.scoring import recall_prefixes, score_episodes
 from tokenenv.streams import PromptStreams
 from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores
@@ -413,6 +413,7 @@ class TokenVectorEnv(VectorEnv):
             started.append(given.get(slot, drawn[1]))
         self._texts.restart(slots, started, [(prefixes or {}).get(int(slot), ()) for slot in slots])
         self._engine.start(slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef))
+        recall_prefixes(self._engine, slots, self._texts)
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
         self._ended[mask] = False
         return self._start_infos(slots)

@@ -28,12 +28,13 @@ def encode_continuation(text: str, tokenizer: Any) -> list[int]:
     return _plain(text, tokenizer)
 
 
-def decode_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Any) -> list[tuple[str, str]]:
-    """The texts of prompts and responses, without special tokens, cut out of the two decoded together: alone, a response
-    loses its first space in some tokenizers, and a character that begins in the prompt."""
-    flat = tokenizer.batch_decode(
-        [ids for prompt, response in pairs for ids in (list(prompt), [*prompt, *response])], skip_special_tokens=True
-    )
+def decode_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokenizer: Any, *, skip_special_tokens: bool = True
+) -> list[tuple[str, str]]:
+    """The texts of prompts and responses, cut out of the two decoded together: alone, a response loses its first space in
+    some tokenizers, and a character that begins in the prompt."""
+    both = [ids for prompt, response in pairs for ids in (list(prompt), [*prompt, *response])]
+    flat = tokenizer.batch_decode(both, skip_special_tokens=skip_special_tokens)
     ends = [common_length(prompt, whole) for prompt, whole in zip(flat[0::2], flat[1::2], strict=True)]
     return [(whole[:end], whole[end:]) for whole, end in zip(flat[1::2], ends, strict=True)]
 
