@@ -72,7 +72,8 @@ class EnvConfig:
             )
         for name in ("group_size", "max_batch_tokens", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            unset = value is None and name == "max_new_tokens"  # the task's own
+            if not unset and (not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"{name}={value!r} must be a whole number, 1 or more.")
 
     def _check_kl_options(self) -> None:

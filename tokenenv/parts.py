@@ -143,7 +143,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 def check_device(device: Any) -> None:
     """Raises `InvalidArgument` unless tensors can be put there."""
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # which the device "meta" cannot
     except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise InvalidArgument(f"device={device!r} cannot be used here: {reason}.") from error
