@@ -14,7 +14,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import MODES, assert_equal, copied, make_vec, random_actions, some_modes
 
-from tokenenv.models import cached_lm, heads
+from tokenenv import parts
+from tokenenv.models import heads, probing
 from tokenenv.rewards import (
     Clipped,
     Implicit,
@@ -114,7 +115,10 @@ class Copies:
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes envs whose device is "meta"; what compares numbers when a model is loaded has nothing to compare there."""
-    monkeypatch.setattr(cached_lm, "why_uncached", lambda trunk, max_length: None)
+    monkeypatch.setattr(probing, "why_uncached", lambda trunk, max_length: None)
+    monkeypatch.setattr(parts, "hidden_size_of", lambda model: model.config.hidden_size)
+    monkeypatch.setattr(heads, "looks_ahead", lambda model: False)
+    monkeypatch.setattr(heads, "_passed_over", lambda model, head: None)
     monkeypatch.setattr(heads, "_check_head", lambda model, head, select: True)
 
     def make(mode: Any, **options: Any) -> tuple[TokenVectorEnv, Copies]:

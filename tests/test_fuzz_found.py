@@ -42,7 +42,7 @@ def test_an_option_of_another_type_is_named(option, value):
         gym.make_vec("tokenenv/DelayedKey-v0", num_envs=2, **{option: value})
 
 
-OPTIONS = [object(), TWO, np.zeros(2), 3, "x", {"prompts": {0: 1, 1: 2}}, {"prefixes": np.float32("nan")}, {"prompts": b"ab"}]
+OPTIONS = [object, TWO, np.zeros(2), 3, "x", {"prompts": {0: 1, 1: 2}}, {"prefixes": np.float32("nan")}, {"prompts": b"ab"}]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"prompts": ["\udfff\ud800", [3]]}], ids=repr)

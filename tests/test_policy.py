@@ -162,6 +162,7 @@ def test_on_cuda(monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return host
 
+    actor.act(text_obs(texts, lambda x: torch.as_tensor(x, device="cuda")))  # makes the caches, which waits
     monkeypatch.setattr(module, "to_host", exempt)
     for _ in range(3):
         obs = text_obs(texts, lambda x: torch.as_tensor(x, device="cuda"))
