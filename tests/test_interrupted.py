@@ -1,5 +1,6 @@
 """A call that is interrupted, at whatever inner call, leaves an env that refuses to go on until all texts begin anew."""
 
+import gc
 import itertools
 import sys
 from collections.abc import Callable
@@ -53,11 +54,13 @@ class Stop:
                 raise self.kind("stopped by the test")
 
     def during(self, call: Callable[[], Any]) -> None:
+        gc.disable()  # an env that is thrown away now would be closed in the middle of the call, and its errors are lost
         sys.setprofile(self)
         try:
             call()
         finally:
             sys.setprofile(None)
+            gc.enable()
 
 
 def actions_of(envs: Any, tokens: Any) -> Any:

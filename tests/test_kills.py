@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from processes import Commands, send, wait_until
+from processes import Commands, is_alive, lines_of, send, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import same
 
@@ -56,12 +56,13 @@ def what_was_left(folder):
 def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
     chance, kills, ended, found = random.Random(0), 0, Counter(), Counter()
     names = list(RUNS)[: max(1, min(len(RUNS), KILLS // 3))]
-    seconds = {}
+    lines, pace = {}, {}
     for name in names:
         started = time.monotonic()
         straight = commands.start(["train", *RUNS[name], "--run-dir", tmp_path / name], tmp_path / "output")
         assert commands.wait(straight) == 0, (tmp_path / "output").read_text()
-        seconds[name] = time.monotonic() - started
+        lines[name] = lines_of(tmp_path / name / "episodes.jsonl")
+        pace[name] = (time.monotonic() - started) / 10
     while kills < KILLS:
         name = names[sum(ended.values()) % len(names)]
         folder = tmp_path / f"{name}-{ended[name]}"
@@ -70,7 +71,11 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
             argv = ["--resume", folder] if begun else [*RUNS[name], "--run-dir", folder]
             pid = commands.start(["train", *argv], tmp_path / "output")
             if kills < KILLS:
-                time.sleep(chance.random() * 0.8 * seconds[name])
+                episodes = folder / "episodes.jsonl"
+                enough = min(lines_of(episodes) + chance.randrange(lines[name] // 4), lines[name] - 1)
+                while is_alive(pid) and lines_of(episodes) < enough:
+                    time.sleep(0.002)
+                time.sleep(chance.random() * pace[name])
                 send(pid, signal.SIGKILL)
             code = commands.wait(pid)
             assert code in (0, -signal.SIGKILL), (tmp_path / "output").read_text()

@@ -136,7 +136,8 @@ class RewardEngine:
         """Begins the texts of `slots`, with the given weight of each term."""
         for name, weight in weights.items():
             self.weights[name][slots] = weight
-        self.token_terms[texts.upload(np.asarray(slots))] = 0.0
+        # index_fill_: on a GPU, assigning a number waits for the device.
+        self.token_terms.index_fill_(0, texts.upload(np.asarray(slots)), 0.0)
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:

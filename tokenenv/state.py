@@ -103,8 +103,8 @@ def _check_streams(streams: Any, count: int, group_size: int) -> None:
         raise CheckpointError(f"the state has group_size={given.get('group_size')!r} and this env group_size={group_size}.")
     for key in ("seeds", "begun"):
         numbers = given.get(key)
-        whole = isinstance(numbers, list) and all(isinstance(number, int) and number >= 0 for number in numbers)
-        if not whole or len(numbers) != count:
+        whole = isinstance(numbers, list) and len(numbers) == count
+        if not whole or not all(isinstance(number, int) and number >= 0 for number in numbers or ()):
             raise CheckpointError(f"the state is corrupt: the {key} of its streams are not {count} whole numbers, 0 or more.")
 
 

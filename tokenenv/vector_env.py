@@ -430,8 +430,8 @@ class TokenVectorEnv(VectorEnv):
     def _check_actions(self, actions: Any, active: np.ndarray) -> tuple[np.ndarray, Tensor | None]:
         """The tokens (N,) on the host, by the one device-to-host copy of a step, and the log-probs on the device."""
         tokens, logprob = read_actions(actions, self.config.kl == "policy", self.num_envs, self.device)
-        codes = token_codes(tokens, logprob, self.token_spec.vocab_size)
-        codes = self._to_host(self._engine.watch.mark(codes))
+        marked = self._engine.watch.mark(token_codes(tokens, logprob, self.token_spec.vocab_size))
+        codes = self._to_host(marked)
         self._engine.watch.check(codes)
         codes[~active] = self.token_spec.pad_token_id
         require_valid(codes, tokens, logprob, self.token_spec)

@@ -37,4 +37,5 @@ def first_line(source: str) -> str:
 def note(source: str) -> str:
     """What a task's file adds about this machine."""
     module = inspect.getmodule(load_task(source))
-    return f" ({module.note()})" if hasattr(module, "note") else ""
+    about = getattr(module, "note", None)
+    return f" ({about()})" if about else ""
