@@ -12,7 +12,7 @@ import torch
 from tokenenv.agents import PPO
 from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
 from tokenenv.agents.export import read_episodes
-from tokenenv.errors import CheckpointError, InvalidArgument
+from tokenenv.errors import CheckpointError, InvalidArgument, ModelError
 from tokenenv.prompts import load_prompts
 
 TWO = torch.zeros(2)
@@ -100,3 +100,13 @@ def test_a_prompts_file_of_deep_json_is_named(tmp_path):
         load_prompts(tmp_path / "p.jsonl", fakes.tokenizer(), vocab_size=61, max_prompt_tokens=5)
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "the cat"}))
     assert load_prompts(tmp_path / "q.jsonl", fakes.tokenizer(), vocab_size=61, max_prompt_tokens=5)
+
+
+def test_a_model_whose_config_names_no_architecture_is_refused(tmp_path):
+    models = {name: str(tmp_path / name) for name in ("model", "reward_model")}
+    fakes.saved(fakes.causal_lm(num_hidden_layers=1), models["model"])
+    fakes.saved(fakes.reward_model("token", num_hidden_layers=1), models["reward_model"])
+    path = tmp_path / "reward_model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": True}))
+    with pytest.raises(ModelError, match="reward model"):
+        gym.make_vec("tokenenv/TextGen-v0", num_envs=2, prompts=[[4]], max_prompt_tokens=4, max_new_tokens=4, **models)

@@ -154,7 +154,8 @@ def _classifier(source: Any, trust_remote_code: bool) -> str:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_failed("reward model", source, error)) from error
-    for architecture in config.architectures or []:
+    named = config.architectures if isinstance(config.architectures, list) else []  # what a file says may be anything
+    for architecture in (one for one in named if isinstance(one, str)):
         for kind in ("TokenClassification", "SequenceClassification"):
             if architecture.endswith(f"For{kind}"):
                 return f"AutoModelFor{kind}"
