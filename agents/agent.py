@@ -79,7 +79,7 @@ class Agent:
         check_env(envs)
         warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
-            raise InvalidArgument(f"config= is a {type(config).__name__}, no {self.config_class.__name__}.")
+            raise InvalidArgument(f"config= is of type {type(config).__name__}; allowed: {self.config_class.__name__}.")
         for name in overrides:
             check_choice(f"{self.config_class.__name__} field", name, [f.name for f in fields(self.config_class)])
         self.config = cfg = replace(config or self.config_class(), **overrides)

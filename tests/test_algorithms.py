@@ -80,7 +80,7 @@ def test_resuming_is_exact(name, tmp_path):
     straight = agent_of(name, **options)
     whole = run(straight, tmp_path / "c")
     saved = read_checkpoint(tmp_path / "c")
-    assert (saved["collector"]["waiting"] is not None) == ALGORITHMS[name].grouped
+    assert (saved["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[name].grouped
     assert list(saved["statistics"]) == {"ppo": ["reward_std"], "a2c": ["reward_std"], "klq": ["replay"]}.get(name, [])
     resumed = ALGORITHMS[name].load(tmp_path / "c", make(name, **options))
     rest = run(resumed)

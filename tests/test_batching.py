@@ -36,7 +36,7 @@ def test_micro_batches_by_hand():
 def test_padded_states_equal_each_text_alone(name):
     model = fakes.causal_lm(name).base_model
     states = hidden_states(model, padded(), LENGTHS)
-    assert states.shape == (4, 12, 32)
+    assert states.shape[:2] == (4, 12)
     for row, text in zip(states, TEXTS, strict=True):
         expected = model(input_ids=torch.tensor([text]), use_cache=False)[0][0]
         torch.testing.assert_close(row[: len(text)], expected, atol=1e-5, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_packed_states_and_gradients_equal_padded_ones(name, monkeypatch):
         model.zero_grad()
         states[valid].pow(2).sum().backward()
         results[packed] = states[valid].detach(), [p.grad.clone() for p in model.parameters()]
-        assert states.shape == (4, 12, 32)
+        assert states.shape[:2] == (4, 12)
     torch.testing.assert_close(results[True], results[False], atol=1e-4, rtol=1e-4)
 
 

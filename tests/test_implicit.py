@@ -120,7 +120,7 @@ def test_clip_bounds_each_token_and_mix_adds_the_score_where_it_is_due(coef, cli
         batch = world.transitions([1, 2, STOP], scored)
         logprob = world.optimum.logits.log_softmax(-1)[batch.before.of(world.optimum), batch.tokens]
         expected = np.clip(coef * (logprob - batch.ref_logprob).numpy(), -clip, clip)
-        expected[-1] += mix * scored * float(batch.after.score[-1])
+        expected[-1] += float(mix * scored * batch.after.score[-1].float())
         np.testing.assert_allclose(world.bound(coef=coef, clip=clip, mix=mix).reward(batch), expected, atol=1e-12)
 
 

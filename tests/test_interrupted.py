@@ -101,7 +101,6 @@ REFUSED: dict[str, Callable[[Any, Any], Any]] = {
     "save_state": lambda envs, saved: envs.save_state(),
     "ref_logprobs": lambda envs, saved: envs.ref_logprobs(),
     "responses": lambda envs, saved: envs.responses(),
-    "score_episodes": lambda envs, saved: envs.score_episodes([[0]], [[3]]),
     "save_statistics": lambda envs, saved: envs.save_statistics(),
     "load_statistics": lambda envs, saved: envs.load_statistics({}),
 }
@@ -118,6 +117,12 @@ def contents(saved: Any) -> Any:
     if isinstance(saved, dict):
         return {key: contents(value) for key, value in saved.items()}
     return saved.tolist() if isinstance(saved, np.ndarray) else saved
+
+
+def scored(envs: Any) -> Any:
+    """What a whole text earns: it needs no running texts, and an interrupted call has taught its terms nothing."""
+    logprobs = [[-1.0]] if envs.config.kl == "policy" else None
+    return envs.score_episodes([[0]], [[3]], logprobs=logprobs).token_rewards
 
 
 def numbers_of(envs: Any) -> dict[str, Any]:
@@ -139,6 +144,7 @@ def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new
     fresh.tokens_seen = envs.tokens_seen
     obs = copied(fresh.reset(seed=SEED)[0])
     shown = follow(fresh)
+    paid = scored(envs)
     CALLS[call](envs, saved)  # what is made at the first call of all is there
     done = contents(envs.save_state())
     envs.load_state(saved)
@@ -161,6 +167,8 @@ def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new
                 Interrupted, match=rf"^{call.split()[-1]}\(\) was interrupted half-way, .* call reset\(\) for all"
             ):
                 refused(envs, saved)
+        if number % 25 == 0:
+            assert_equal(scored(envs), paid)
         assert_equal(copied(envs.reset(seed=SEED)[0]), obs)
         assert_equal(numbers_of(envs), before)
         if number % 10 == 0:  # it is the steps that take time

@@ -335,7 +335,7 @@ def test_settings_that_the_env_cannot_serve_are_refused():
     del bare.token_spec
     with pytest.raises(InvalidArgument, match="leave full_kl_coef at 0"):
         PPO(bare, policy=LMPolicy(tiny_lm()), full_kl_coef=0.1)
-    with pytest.raises(InvalidArgument, match=r"AgentConfig.* is no PPOConfig"):
+    with pytest.raises(InvalidArgument, match=r"config= is of type AgentConfig; allowed: PPOConfig"):
         PPO(ToyEnv(2), AgentConfig())
 
 

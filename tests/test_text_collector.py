@@ -95,7 +95,8 @@ def begun_under(agent):
 def test_episodes_earn_what_stepping_pays(reward, kl):
     """Those of the first batch, and those that were begun before an update and ended after it."""
     options = {"reward": REWARDS[reward], "kl": kl, "kl_coef": 0.3}
-    agent = agent_of(make(**options), kl_target=0.1, kl_horizon=200)
+    steered = {} if kl == "none" else {"kl_target": 0.1, "kl_horizon": 200}
+    agent = agent_of(make(**options), **steered)
     noted, other, straddled = begun_under(agent), make(1, mode=AutoresetMode.DISABLED, **options), 0
     for _ in range(3):
         learned = agent.core.save_statistics()

@@ -491,7 +491,7 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     envs = started(2, render_mode="ansi").unwrapped
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
-    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models")
+    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models", "identity")
     calls = [(name, ()) for name in ("reset", "render", "save_state", "ref_logprobs", "responses", "save_statistics")]
     calls += [("step", (TWO,)), ("fork", ([0], [1])), ("load_state", (saved,)), ("load_statistics", ({},))]
     for call in [lambda name=name: getattr(envs, name) for name in gone] + [

@@ -142,6 +142,7 @@ class TokenVectorEnv(VectorEnv):
     @property
     def identity(self) -> dict[str, Any]:
         """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
+        self._require_open()
         env_id = None if self.spec is None else self.spec.id
         terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
         return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
@@ -338,7 +339,8 @@ class TokenVectorEnv(VectorEnv):
             weights: the terms' weights; by default the present ones, as are the statistics of terms that learn any.
             played: whether the texts count as played here: their tokens as seen, and as something for terms to learn from.
         """
-        self._require_whole()
+        self._require_open()
+        self._undo_interrupted()  # running texts are not looked at, so the mark of an interrupted call may stay
         if kl_coef is not None and self.config.kl == "none":
             raise InvalidArgument(f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'.")
         now = self.weights
@@ -387,16 +389,20 @@ class TokenVectorEnv(VectorEnv):
     def _changing(self, call: str, whole: bool = False) -> Iterator[None]:
         """Around what must not stop half-way: whatever interrupts it (Ctrl-C, no memory, a rule that raises) leaves a mark,
         and nothing but what begins or loads all texts, a `whole` call, goes on from there."""
-        before = self._interrupted
-        if whole and before is not None:
-            self.tokens_seen = before.tokens_seen
-            self._engine.load_statistics(before.statistics)
-        self._interrupted = before or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
+        if whole:
+            self._undo_interrupted()
+        self._interrupted = self._interrupted or _Interrupted(call, self.tokens_seen, self._engine.snapshot())
         if whole:
             self._engine.forget()
         self.changes += 1
         yield
         self._interrupted = None
+
+    def _undo_interrupted(self) -> None:
+        """What an interrupted call has counted, and has taught terms, counts for nothing."""
+        if self._interrupted is not None:
+            self.tokens_seen = self._interrupted.tokens_seen
+            self._engine.load_statistics(self._interrupted.statistics)
 
     def _begin(
         self,
