@@ -148,7 +148,6 @@ class RewardEngine:
             require_finite_weight(name, weight, tokens_seen)
         return weights
 
-    @torch.no_grad()
     @in_eval_mode
     def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""

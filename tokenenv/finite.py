@@ -37,12 +37,12 @@ class RewardWatch:
 
     def look(self, terms: Mapping[str, Tensor], reward: Tensor, ref_logprob: Tensor, tokens: Tensor, step: Tensor) -> None:
         """Takes in what a step paid, (N,) each; on the CPU raises `NotFinite` at once."""
-        # x - x is 0 for finite numbers alone.
-        suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)
         self._last = {**terms}, ref_logprob, tokens, step
         if self.waits:
-            self._require_none(suspects.numpy())
+            self._require_none(~np.isfinite(reward.numpy()) | np.isnan(ref_logprob.numpy()))
         else:
+            # x - x is 0 for finite numbers alone.
+            suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)
             self._suspects = suspects if self._suspects is None else self._suspects | suspects
 
     def mark(self, codes: Tensor) -> Tensor:
@@ -51,16 +51,17 @@ class RewardWatch:
 
     def check(self, codes: np.ndarray) -> None:
         """Raises `NotFinite` for what `mark` has marked."""
-        self._require_none(codes == BAD_REWARD)
+        if self._suspects is not None:
+            self._require_none(codes == BAD_REWARD)
 
     def clear(self) -> None:
         """All texts begin anew."""
         self._suspects = None
 
     def _require_none(self, bad: np.ndarray) -> None:
-        rows = np.flatnonzero(bad)
-        if not len(rows):
+        if not bad.any():
             return
+        rows = np.flatnonzero(bad)
         row = int(rows[0])
         terms, ref_logprob, tokens, step = self._last
         values = {f"the reward term {name!r}": float(term[row]) for name, term in terms.items()}

@@ -94,8 +94,9 @@ class TextBuffer:
 
     def upload(self, array: np.ndarray) -> Tensor:
         """A copy of a host array on the device, which is not waited for."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.clone() if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        if self.device.type == "cpu":
+            return torch.from_numpy(array.copy())
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
     def _refresh(self, slots: Slots) -> None:
         if self._mirror is not None:

@@ -51,10 +51,12 @@ def in_micro_batches(forward: Callable[[np.ndarray, int], Tensor], lengths: np.n
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """A copy of a host array on the device, without making the host wait for the device."""
+    if device.type == "cpu":
+        return torch.from_numpy(array.copy())
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pageable memory the copy may wait for the stream
-    return tensor.clone() if device.type == "cpu" else tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 def is_varlen(trunk: Any) -> bool:
