@@ -64,6 +64,7 @@ bench: $(STAMP)  ## the figures that the README quotes
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
 	$(BIN)/python benchmarks/algorithms.py
+	$(BIN)/python benchmarks/groups.py
 	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
