@@ -14,6 +14,14 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import shared_weight
 
 
+def check_default_dtype() -> None:
+    """Raises `InvalidArgument` where new tensors are not float32, as policies are."""
+    if torch.get_default_dtype() != torch.float32:
+        raise InvalidArgument(
+            f"torch's default dtype is {torch.get_default_dtype()}; agents learn under torch.set_default_dtype(torch.float32)."
+        )
+
+
 def check_env(envs: Any) -> None:
     """Raises `InvalidArgument` unless this is a vector env of texts."""
     if not isinstance(envs, VectorEnv):

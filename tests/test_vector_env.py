@@ -491,7 +491,7 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     envs = started(2, render_mode="ansi").unwrapped
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
-    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models")
+    gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models", "identity")
     calls = [(name, ()) for name in ("reset", "render", "save_state", "ref_logprobs", "responses", "save_statistics")]
     calls += [("step", (TWO,)), ("fork", ([0], [1])), ("load_state", (saved,)), ("load_statistics", ({},))]
     for call in [lambda name=name: getattr(envs, name) for name in gone] + [
@@ -559,6 +559,12 @@ def test_gymnasium_registers_no_time_limit_and_keeps_specs_plain() -> None:
         spec = gym.spec(env_id)
         assert spec.max_episode_steps is None
         assert "tokenenv" in spec.to_json()
+
+
+@pytest.mark.parametrize("observation", [{}, {"tokens": [[3]], "length": [1, 1]}, {"tokens": [3], "length": 0.5}])
+def test_decode_of_anything_else_is_refused(observation: Any) -> None:
+    with pytest.raises(InvalidArgument, match="decode needs the tokens and length of an observation"):
+        started(2).unwrapped.decode(observation)
 
 
 def test_decode_of_features_is_refused() -> None:
