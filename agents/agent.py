@@ -29,6 +29,7 @@ from .collector import Collector, Stopped
 from .config import AgentConfig, learning_rate, run_progress
 from .env_rows import (
     check_apart,
+    check_default_dtype,
     check_env,
     check_kl,
     env_core,
@@ -76,6 +77,7 @@ class Agent:
         run_dir: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> None:
+        check_default_dtype()
         check_env(envs)
         warn_if_biased(envs)
         if not isinstance(config, self.config_class | None):
@@ -158,6 +160,7 @@ class Agent:
         Raises `InvalidArgument` where a new agent's `run_dir` holds a run, `RunFolderError` where another process trains
         there, or where nothing more can be written there.
         """
+        check_default_dtype()
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
         listeners: list[OnUpdate] = [on_update] if on_update else []

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.shown import without_user
@@ -86,7 +87,7 @@ class AgentConfig:
         """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""
         for name in names:
             value = getattr(self, name)
-            if value is None or (math.isfinite(value) and (value > bound or (value == bound and how == "at least"))):
+            if value is None or (_is_finite(value) and (value > bound or (value == bound and how == "at least"))):
                 continue
             raise InvalidArgument(f"{name}={value} is not allowed; it must be {how} {bound}.")
 
@@ -94,8 +95,12 @@ class AgentConfig:
         """Raises `InvalidArgument` for a field outside 0..1; None passes."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
+            if value is not None and not (_is_finite(value) and 0.0 <= value <= 1.0):
                 raise InvalidArgument(f"{name}={value} is not allowed; it must lie between 0 and 1.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def run_progress(before: int, seen: int, updates: int, total: int) -> float:

@@ -14,6 +14,14 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import shared_weight
 
 
+def check_default_dtype() -> None:
+    """Raises `InvalidArgument` where new tensors are not float32, as policies are."""
+    if torch.get_default_dtype() != torch.float32:
+        raise InvalidArgument(
+            f"torch's default dtype is {torch.get_default_dtype()}; agents learn under torch.set_default_dtype(torch.float32)."
+        )
+
+
 def check_env(envs: Any) -> None:
     """Raises `InvalidArgument` unless this is a vector env of texts."""
     if not isinstance(envs, VectorEnv):
@@ -24,7 +32,8 @@ def check_env(envs: Any) -> None:
 
 
 def check_apart(policy: nn.Module, core: Any) -> None:
-    """Raises `InvalidArgument` if training the policy would change a model that the env reads, its reference first of all."""
+    """Raises `InvalidArgument` if training the policy would change a model that the env reads, its reference first of all,
+    or would change nothing."""
     models = {"reference": getattr(core, "reference", None), **getattr(core, "frozen_models", {})}
     for role, model in models.items():
         if name := shared_weight(policy, model):
@@ -32,6 +41,11 @@ def check_apart(policy: nn.Module, core: Any) -> None:
                 f"policy trains {name}, a weight of the env's own {role}, which must stay as it is: give the policy a deep "
                 "copy (before peft puts adapters into it)."
             )
+    model = getattr(policy, "model", None)
+    if isinstance(model, nn.Module) and not any(weight.requires_grad for weight in model.parameters()):
+        raise InvalidArgument(
+            "policy's model has no weight to train: an env freezes the models it is given, so give the policy a deep copy."
+        )
 
 
 def warn_if_biased(envs: VectorEnv) -> None:

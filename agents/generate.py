@@ -1,6 +1,7 @@
 """Texts from a policy outside any env: sampling with temperature, top-k and top-p, or greedy."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -132,5 +133,5 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
 
 def check_temperature(temperature: float) -> None:
     """Raises `InvalidArgument` unless it is 0 or more; 0 takes the likeliest token."""
-    if not 0 <= temperature < float("inf"):
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise InvalidArgument(f"temperature={temperature} must be finite and 0 or more (0 takes the likeliest token).")

@@ -127,7 +127,7 @@ def task(
     if _on_server(reward_model):
         scorer = VLLMRewardModel(reward_model)
     elif hasattr(reward_model, "token_scores"):
-        scorer = reward_model
+        scorer = _checked(reward_model)
     elif reward_model is not None:
         given = _tokenizer(reward_tokenizer, trust_remote_code)
         own = _own_tokenizer(reward_model, "reward model", trust_remote_code) if given is None else given
@@ -165,6 +165,16 @@ def _other_model(source: Any, role: str, policy: Any, policy_source: Any, length
 
 def _on_server(source: Any) -> bool:
     return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def _checked(scorer: Any) -> TextScorer:
+    """Raises `ModelError` where a scorer of one's own does not say what it scores."""
+    if missing := [name for name in ("per_token", "looks_ahead") if not hasattr(scorer, name)]:
+        raise ModelError(
+            f"reward_model={type(scorer).__name__} has no {' and no '.join(missing)}; a `tokenenv.types.TextScorer` says True "
+            "or False there"
+        )
+    return scorer
 
 
 def _check_size(classifier: Any, policy: Any, tokenizer: Any) -> None:

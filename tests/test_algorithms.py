@@ -146,6 +146,8 @@ WRONG = [
     ("klq", "replay_tokens", 0, "replay_tokens=0 is not allowed; it must be at least 1"),
     ("klq", "replay_ratio", 0.0, "replay_ratio=0.0 is not allowed; it must be above 0"),
     ("best-of-n", "batch_tokens", 0, "batch_tokens=0 is not allowed; it must be at least 1"),
+    ("reference", "temperature", "hot", "temperature=hot is not allowed; it must be above 0"),
+    ("reference", "lr_warmup", "long", "lr_warmup=long is not allowed; it must lie between 0 and 1"),
     ("reference", "temperature", 0.0, "temperature=0.0 is not allowed; it must be above 0"),
 ]
 

@@ -10,6 +10,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import assert_equal, copied, id_cases, make_vec, random_actions, toy_cases
 
+from tokenenv.agents import PPO
+from tokenenv.errors import InvalidArgument
 from tokenenv.rewards import PositionScaled, Rule, Scaled, Segment, TokenRule
 
 RULES = {
@@ -81,3 +83,12 @@ def test_what_is_returned_inside_inference_mode_may_be_used_outside(array: str) 
         assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (obs["tokens"], reward))
         reward += 1.0
     envs.step(tokens)
+
+
+def test_agents_refuse_another_default_dtype_in_a_sentence() -> None:
+    envs = make_vec(3, AutoresetMode.SAME_STEP, "tokenenv/Negation-v0", max_new_tokens=4)
+    agent = PPO(envs, batch_tokens=32)
+    for call in (lambda: PPO(envs), lambda: agent.learn(total_tokens=64)):
+        with double(), pytest.raises(InvalidArgument, match=r"default dtype is torch.float64; agents learn under"):
+            call()
+    agent.learn(total_tokens=64)

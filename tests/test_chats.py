@@ -283,6 +283,14 @@ def test_the_reward_model_reads_the_whole_of_a_conversation_that_was_shortened()
     assert chats.messages([1, 2]) is None
 
 
+def test_a_message_without_content_is_not_what_is_shortened():
+    prompt = [{"role": "system"}, *CHAT]
+    ids = Chats(POLICY).encode(prompt, "a prompt")
+    shorter = Chats(POLICY).encode(prompt, "a prompt", limit=len(ids) - 1)
+    assert len(shorter) == len(ids) - 1
+    assert shorter[:3] == ids[:3]
+
+
 # --------------------------------------------------------------- stop tokens
 
 

@@ -68,6 +68,18 @@ def test_a_copy_reads_its_own_models(how: str) -> None:
     twin.step(np.full(N, 9))
 
 
+@pytest.mark.parametrize("name", ["attention", "occlusion", "shapley", "gradient"])
+def test_models_that_credit_was_read_from_can_still_be_pickled(name: str) -> None:
+    """transformers leaves hooks in a model that has shown its attention."""
+    envs = make_vec(N, AutoresetMode.SAME_STEP, "tokenenv/Reviews-v0", reward=name, max_new_tokens=2)
+    envs.reset(seed=0)
+    plan = [np.full(N, 9), np.full(N, 10)]
+    twin = pickle.loads(pickle.dumps(envs))
+    for actual, expected in zip(follow(envs, plan), follow(twin, plan), strict=True):
+        assert_equal(actual, expected)
+    pickle.dumps(envs)
+
+
 def test_one_text_at_a_time_is_copied_too() -> None:
     for how in COPIES.values():
         env = gym.make("tokenenv/Brackets-v0", max_new_tokens=5)

@@ -319,6 +319,7 @@ def test_generation_of_texts():
     [
         ({"prompts": [[]]}, "a prompt is empty"),
         ({"prompts": ["text"]}, "there is no tokenizer"),
+        ({"temperature": "hot"}, "temperature=hot must be finite and 0 or more"),
         ({"temperature": -0.5}, "temperature=-0.5 must be finite and 0 or more"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),

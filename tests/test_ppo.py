@@ -357,6 +357,10 @@ def test_envs_it_cannot_drive_are_refused():
     envs = ToyEnv(2)
     with pytest.raises(InvalidArgument, match=r"policy trains model\.model\.embed_tokens\.weight, .* env's own reference"):
         PPO(envs, policy=LMPolicy(envs.reference))
+    frozen = LMPolicy(tiny_lm())
+    frozen.model.requires_grad_(False)  # as an env does to the models that it is given
+    with pytest.raises(InvalidArgument, match="policy's model has no weight to train: an env freezes the models"):
+        PPO(ToyEnv(2), policy=frozen)
     with pytest.raises(InvalidArgument, match=r"CartPoleEnv is no vector env; build one with gym.make_vec"):
         PPO(gym.make("CartPole-v1").unwrapped)
     with pytest.raises(InvalidArgument, match='envs must observe "tokens"'):

@@ -186,6 +186,10 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
         (([[3], [3]], [[3], [4, 7]]), {"truncated": [True, True]}, "truncated[1]=True, but responses[1] ends by itself"),
         (([[3]], [[3]]), {"weights": {"tokn": 1.0}}, "weights key='tokn' is not known; allowed: kl, token"),
         (("the cat", "is good"), {}, "prompts='the cat' is one text; give a list"),
+        ((5, [[3]]), {}, "prompts=5 is not allowed; it must be a list."),
+        (([[3]], None), {}, "responses=None is not allowed"),
+        (([[3]], [[3]]), {"truncated": True}, "truncated=True is not allowed; it must be a list."),
+        (([[3]], [[3]]), {"weights": [1.0]}, "weights=[1.0] is not allowed; it must map names"),
     ],
 )
 def test_bad_texts_give_one_clear_error(arguments: Any, options: dict[str, Any], message: str) -> None:
@@ -200,6 +204,9 @@ def test_bad_texts_give_one_clear_error(arguments: Any, options: dict[str, Any],
     [
         (None, "logprobs is missing"),
         ([[-1.0]], "one number for every response token"),
+        (-1.0, r"logprobs=-1.0 is not allowed; it must be a list"),
+        ([-1.0], "one number for every response token"),
+        ([["a", "b"]], "it must hold numbers"),
         ([[-1.0, float("nan")]], "not finite"),
         ([[-1.0, float("-inf")]], "not finite"),
         ([[-1.0, 0.5]], r"logprobs\[0\] holds a number that is not finite or above 0; allowed: 0 or less"),

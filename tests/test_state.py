@@ -95,6 +95,10 @@ def test_a_copy_keeps_its_prefix_weights_and_prompt_but_draws_from_its_own_strea
         ([0], [4], "slots=[4] must hold numbers from 0 to 3"),
         ([-1], [0], "slots=[-1] must hold"),
         ([], [], "at least one"),
+        ([0.5], [1], "slots=[0.5] must hold"),
+        ([0], 1, "slots=1 must hold"),
+        ([[0], [1, 2]], [1], "slots=[[0], [1, 2]] must hold"),
+        ([0], {1}, "slots={1} must hold"),
         ([0, 1], [2], "one distinct target a source; got [0, 1] and [2]"),
         ([0, 1], [2, 2], "one distinct target a source"),
         ([0, 3], [1, 2], "sources=[0, 3] holds finished episodes"),
@@ -404,3 +408,12 @@ def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: Aut
     loaded = envs.unwrapped.load_state(envs.unwrapped.save_state())[1]
     assert_equal(loaded["potential"], info["potential"], TOLERANCE)
     assert (info["potential"] == 0).tolist() == (~info["cut"] | score_truncated).tolist()
+
+
+@pytest.mark.parametrize("saved", [None, 3, {"else": np.zeros(3)}, {"token": 1.0}, {"token": np.zeros(2)}])
+def test_statistics_of_other_terms_are_refused(saved: Any) -> None:
+    envs = running({"reward": Scaled("token")}, SAME_STEP).unwrapped
+    before = envs.save_statistics()
+    with pytest.raises(CheckpointError, match="the state's "):
+        envs.load_statistics(saved)
+    assert_equal(envs.save_statistics(), before)

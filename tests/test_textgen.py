@@ -350,6 +350,19 @@ def adapted(model):
     return peft.get_peft_model(model, config)
 
 
+def test_a_scorer_of_ones_own_says_what_it_scores(saved):
+    class Scores:
+        per_token = False
+
+        def token_scores(self, texts, width):
+            return torch.zeros(len(texts), width)
+
+    with pytest.raises(ModelError, match=r"reward_model=Scores has no looks_ahead; a `tokenenv.types.TextScorer` says"):
+        make(saved["policy"], reward_model=Scores())
+    Scores.looks_ahead = False
+    assert make(saved["policy"], reward_model=Scores()).unwrapped.score_episodes([[3]], [[4]]).score == [0.0]
+
+
 @pytest.mark.parametrize("role", ["reference", "reward model", "implicit model", "model 0 of reward term 'mine'"])
 def test_a_policy_that_trains_weights_of_the_envs_models_is_refused(role):
     reference, other = fakes.causal_lm(), fakes.causal_lm(seed=4)

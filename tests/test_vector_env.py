@@ -561,6 +561,12 @@ def test_gymnasium_registers_no_time_limit_and_keeps_specs_plain() -> None:
         assert "tokenenv" in spec.to_json()
 
 
+@pytest.mark.parametrize("observation", [{}, {"tokens": [[3]], "length": [1, 1]}, {"tokens": [3], "length": 0.5}])
+def test_decode_of_anything_else_is_refused(observation: Any) -> None:
+    with pytest.raises(InvalidArgument, match="decode needs the tokens and length of an observation"):
+        started(2).unwrapped.decode(observation)
+
+
 def test_decode_of_features_is_refused() -> None:
     envs = TokenVectorEnv(2, task=tasks.toy(), observation="features")
     with pytest.raises(InvalidArgument, match="decode needs a token observation"):

@@ -48,7 +48,7 @@ def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
     if isinstance(seed, (int, np.integer)):
         first = _whole(seed, "seed")
         return [first + row for row in range(num_envs)]
-    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str):
+    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str) or getattr(seed, "ndim", 1) == 0:
         raise InvalidArgument(f"seed={seed!r} is not allowed; it must be a whole number, or one entry an env ({num_envs}).")
     seeds = list(seed)
     if len(seeds) != num_envs:

@@ -38,11 +38,11 @@ def score_episodes(
 
     With `learning`, terms with statistics take the texts in, but score all of them with those they had before.
     """
-    spec, count = engine.parts.spec, len(prompts)
+    spec = engine.parts.spec
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
-    each = {name: _read_weight(name, weight, count) for name, weight in weights.items()}
+    each = {name: _read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
     out = _nothing_yet(engine, response_ids, gold is not None)
     statistics, learned = engine.rewards.statistics(), engine.save_statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
@@ -115,6 +115,7 @@ def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpe
     for key, texts in (("prompts", prompts), ("responses", responses)):
         if isinstance(texts, str):
             raise InvalidArgument(f"{key}={texts!r} is one text; give a list of texts or of token id sequences.")
+        _check_listed(key, texts)
     if len(prompts) != len(responses) or not len(prompts):
         raise InvalidArgument(f"got {len(prompts)} prompts and {len(responses)} responses; allowed: as many, at least one.")
     prompt_ids = [read_prompt(text, spec, f"prompts[{i}]") for i, text in enumerate(prompts)]
@@ -122,6 +123,13 @@ def _read_texts(prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpe
     for i, response in enumerate(response_ids):
         _check_response(response, spec, f"responses[{i}]")
     return prompt_ids, response_ids
+
+
+def _check_listed(key: str, values: Any) -> None:
+    """Raises unless `values` is something like a list."""
+    listed = hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, str | Mapping)
+    if not listed or getattr(values, "ndim", 1) == 0:
+        raise InvalidArgument(f"{key}={values!r} is not allowed; it must be a list.")
 
 
 def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
@@ -153,6 +161,7 @@ def _read_truncated(truncated: Sequence[bool] | None, responses: list[list[int]]
     stopped = np.asarray([response[-1] in spec.stop_token_ids for response in responses])
     if truncated is None:
         return ~stopped
+    _check_listed("truncated", truncated)
     if len(truncated) != len(responses):
         raise InvalidArgument(f"truncated has {len(truncated)} entries; allowed: one a text ({len(responses)}).")
     cut = np.asarray(truncated, dtype=bool)
@@ -167,10 +176,14 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
         if policy_terms:
             raise InvalidArgument(f"logprobs is missing; {policy_terms} need log pi of every response token (nats).")
         return
-    if [len(row) for row in logprobs] != [len(row) for row in responses]:
+    _check_listed("logprobs", logprobs)
+    try:
+        rows = [np.asarray(row, np.float32) for row in logprobs]
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"logprobs={logprobs!r} is not allowed; it must hold numbers.") from error
+    if [values.shape for values in rows] != [(len(response),) for response in responses]:
         raise InvalidArgument("logprobs must hold one number for every response token of every text.")
-    for i, row in enumerate(logprobs):
-        values = np.asarray(row, np.float32)
+    for i, values in enumerate(rows):
         if not (np.isfinite(values) & (values <= LOGPROB_SLACK)).all():
             raise InvalidArgument(f"logprobs[{i}] holds a number that is not finite or above 0; allowed: 0 or less (nats).")
 

@@ -18,10 +18,13 @@ KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "st
 
 def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     """Slot numbers as an array (n,) int64, each 0 to num_envs - 1."""
-    chosen = np.asarray(slots, dtype=np.int64).reshape(-1)
-    if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= num_envs:
-        raise InvalidArgument(f"slots={list(slots)} must hold numbers from 0 to {num_envs - 1}, at least one.")
-    return chosen
+    try:
+        chosen = np.asarray(slots)
+    except ValueError:  # lists of different lengths
+        chosen = np.zeros(0)
+    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= num_envs:
+        raise InvalidArgument(f"slots={slots!r} must hold numbers from 0 to {num_envs - 1}, at least one.")
+    return chosen.astype(np.int64)
 
 
 def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]) -> np.ndarray:
@@ -41,6 +44,11 @@ def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, eng
     _check_streams(saved["streams"], len(slots), group_size)
     _check_numbers(saved)
     return slots
+
+
+def check_statistics(saved: Any, layout: Layout) -> None:
+    """Raises `CheckpointError` unless `saved` holds the statistics that the engine's `layout` names."""
+    _check_arrays(saved, layout["learned"], "learned")
 
 
 def _is(value: Any, expected: int | str) -> bool:

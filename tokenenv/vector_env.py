@@ -310,7 +310,9 @@ class TokenVectorEnv(VectorEnv):
         """The texts, prompt and response, of a token observation, batched or of one text."""
         if self.token_spec.tokenizer is None or not isinstance(observation, Mapping):
             raise InvalidArgument("decode needs a token observation, and a task whose tokens have text.")
-        tokens, lengths = (_host(observation[key]) for key in ("tokens", "length"))
+        tokens, lengths = (_host(observation.get(key)) for key in ("tokens", "length"))
+        if tokens.dtype.kind not in "iu" or lengths.dtype.kind not in "iu" or tokens.shape[:-1] != lengths.shape:
+            raise InvalidArgument("decode needs the tokens and length of an observation; these are no such arrays.")
         rows = [row[:length].tolist() for row, length in zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)]
         return self.token_spec.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
@@ -343,10 +345,12 @@ class TokenVectorEnv(VectorEnv):
         self._undo_interrupted()  # running texts are not looked at, so the mark of an interrupted call may stay
         if kl_coef is not None and self.config.kl == "none":
             raise InvalidArgument(f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'.")
-        now = self.weights
-        for name in weights or {}:
+        now, weights = self.weights, {} if weights is None else weights
+        if not isinstance(weights, Mapping):
+            raise InvalidArgument(f"weights={weights!r} is not allowed; it must map names of terms to weights.")
+        for name in weights:
             check_choice("weights key", name, now)
-        chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **(weights or {})}
+        chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **weights}
         scores = score_episodes(
             self._engine,
             prompts,
@@ -368,8 +372,9 @@ class TokenVectorEnv(VectorEnv):
 
     @ordinary_tensors
     def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
-        """Goes on from what `save_statistics` returned."""
+        """Goes on from what `save_statistics` returned; raises `CheckpointError` where it is of other terms."""
         self._require_whole()
+        state.check_statistics(saved, self._engine.layout(0))
         self._engine.load_statistics(saved)
 
     def close_extras(self, **kwargs: Any) -> None:

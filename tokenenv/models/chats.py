@@ -58,7 +58,7 @@ class Chats:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _shortened(self, messages: Messages, text: str, ids: list[int], limit: int) -> list[int]:
-        longest = max(range(len(messages)), key=lambda i: len(str(messages[i]["content"])))
+        longest = max(range(len(messages)), key=lambda i: len(str(messages[i].get("content", ""))))
         marked = [{**m, "content": RESPONSE} if i == longest else m for i, m in enumerate(messages)]
         before, _, after = render(self.tokenizer, marked, add_generation_prompt=True).partition(RESPONSE)
         start, end = self._ids(before), self._ids(after)

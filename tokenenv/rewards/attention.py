@@ -16,6 +16,9 @@ from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
 
+CAPTURING = "_output_capturing_hooks_installed"
+"""How transformers marks a model that has its hooks for showing attention weights."""
+
 
 class Attention(Redistribution):
     """r_t = score * a_t, with a_t the attention to y_t of the token that the score is read at, the text's last one, in the
@@ -101,10 +104,16 @@ def eager_attention(trunk: Any) -> Iterator[None]:
 
 @contextmanager
 def _hooked(trunk: Any, hook: Any) -> Iterator[None]:
-    """`hook` sees every module's output before any other hook does."""
-    handles = [module.register_forward_hook(hook, prepend=True) for module in trunk.modules()]
+    """`hook` sees every module's output before any other hook does. Afterwards the hooks are those that were there before:
+    transformers leaves some of its own behind, with which a model cannot be pickled."""
+    before = [(module, list(module._forward_hooks), CAPTURING in vars(module)) for module in trunk.modules()]
+    for module, _, _ in before:
+        module.register_forward_hook(hook, prepend=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module, hooks, capturing in before:
+            for key in set(module._forward_hooks) - set(hooks):
+                del module._forward_hooks[key]
+            if not capturing:
+                vars(module).pop(CAPTURING, None)
