@@ -1,4 +1,4 @@
-"""Finished episodes kept for learning from them again."""
+"""Finished episodes that are kept for later updates."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -35,6 +35,13 @@ class Replay:
             chosen.append(self.episodes[i])
             num_tokens -= len(chosen[-1].response)
         return chosen
+
+    def take(self) -> list[Episode]:
+        """All of them; none is kept on."""
+        taken = list(self.episodes)
+        self.episodes.clear()
+        self.tokens = 0
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint needs."""
