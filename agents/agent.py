@@ -18,6 +18,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from tokenenv.config import check_number
 from tokenenv.errors import InvalidArgument, NotFinite, check_choice
 from tokenenv.trust import check_from_file
 
@@ -158,6 +159,7 @@ class Agent:
         Raises `InvalidArgument` where a new agent's `run_dir` holds a run, `RunFolderError` where another process trains
         there, or where nothing more can be written there.
         """
+        check_number("total_tokens", total_tokens)
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
         listeners: list[OnUpdate] = [on_update] if on_update else []

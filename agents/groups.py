@@ -9,6 +9,7 @@ Suffixes: B episodes, T response tokens; G consecutive episodes are a group.
 """
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class GroupConfig(PolicyGradientConfig):
     def __post_init__(self) -> None:
         PolicyGradientConfig.__post_init__(self)
         for name, gamma in self.gammas.items():
-            if not 0.0 <= gamma <= 1.0:
+            if not (isinstance(gamma, Real) and 0.0 <= gamma <= 1.0):
                 raise InvalidArgument(f"gammas[{name!r}]={gamma} is not allowed; it must lie between 0 and 1.")
 
 
