@@ -119,7 +119,8 @@ class Agent:
         return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, **limits)
 
     def running_statistics(self) -> dict[str, Any]:
-        """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""
+        """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold, and whose
+        `copy.copy` does not change with them."""
         return {}
 
     def collect(self) -> list[Episode]:
@@ -202,10 +203,11 @@ class Agent:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
         self._check_batch(batch)  # before anything learns from it
-        kl_coef = self.kl_coef
+        kl_coef, known = self.kl_coef, {name: copy.copy(value) for name, value in self.statistics.items()}
         try:
             metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
         except BaseException:
+            self.statistics.update(known)  # a batch that cannot be learnt from leaves no trace
             self.actor.refresh()  # some minibatches may have had their step: no cache holds what the weights are now
             raise
         self._adapt_kl_coef(batch)

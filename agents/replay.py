@@ -21,7 +21,7 @@ class Replay:
 
     def add(self, episodes: Sequence[Episode]) -> None:
         """Takes episodes in; the oldest leave."""
-        self.episodes.extend(episodes)
+        self.episodes = deque([*self.episodes, *episodes])  # a new one: copies of this object keep theirs
         self.tokens += sum(len(e.response) for e in episodes)
         while self.tokens > self.capacity and len(self.episodes) > 1:
             self.tokens -= len(self.episodes.popleft().response)
@@ -38,9 +38,7 @@ class Replay:
 
     def take(self) -> list[Episode]:
         """All of them; none is kept on."""
-        taken = list(self.episodes)
-        self.episodes.clear()
-        self.tokens = 0
+        taken, self.episodes, self.tokens = list(self.episodes), deque(), 0
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,7 +47,6 @@ class Replay:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict()`."""
-        self.episodes.clear()
-        self.tokens = 0
+        self.take()
         if state["episodes"]:
             self.add(EpisodeBatch(**state["episodes"]).unstack())
