@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-6
-"""A spread below this share of the numbers that spread is float32's rounding, and is not divided by."""
+ROUNDING = 1e-5
+"""A spread below this share of the numbers that spread is float32's rounding of sums over a text, and is not divided by."""
 KL_ROUNDING = 1e-5
 """Nats per token: two forwards of one model in float32 differ by less."""
 

@@ -18,12 +18,13 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from tokenenv.config import check_number
 from tokenenv.errors import InvalidArgument, NotFinite, check_choice
 from tokenenv.trust import check_from_file
 
 from . import losses
 from .actor import Actor
-from .advantages import KL_ROUNDING, kl_penalised
+from .advantages import KL_ROUNDING, ROUNDING, kl_penalised
 from .checkpoint import read_newest, write_checkpoint
 from .collector import Collector, Stopped
 from .config import AgentConfig, learning_rate, run_progress
@@ -120,7 +121,8 @@ class Agent:
         return TextCollector(self.envs, engine, seed=cfg.seed, group_size=group_size, **limits)
 
     def running_statistics(self) -> dict[str, Any]:
-        """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold."""
+        """What an algorithm keeps besides weights, by name: objects with `state_dict`, which checkpoints hold, and whose
+        `copy.copy` does not change with them."""
         return {}
 
     def collect(self) -> list[Episode]:
@@ -161,6 +163,7 @@ class Agent:
         there, or where nothing more can be written there.
         """
         check_default_dtype()
+        check_number("total_tokens", total_tokens)
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
         listeners: list[OnUpdate] = [on_update] if on_update else []
@@ -203,10 +206,11 @@ class Agent:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
         self._check_batch(batch)  # before anything learns from it
-        kl_coef = self.kl_coef
+        kl_coef, known = self.kl_coef, {name: copy.copy(value) for name, value in self.statistics.items()}
         try:
             metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
         except BaseException:
+            self.statistics.update(known)  # a batch that cannot be learnt from leaves no trace
             self.actor.refresh()  # some minibatches may have had their step: no cache holds what the weights are now
             raise
         self._adapt_kl_coef(batch)
@@ -238,7 +242,10 @@ class Agent:
 
     def rewards(self, batch: EpisodeBatch) -> Tensor:
         """Rewards (B, T) with the whole KL penalty: the env's, and the learner's half where the env pays only its own."""
-        rewards_BT = batch.reward_BT
+        return self._penalised(batch.reward_BT, batch)
+
+    def _penalised(self, rewards_BT: Tensor, batch: EpisodeBatch) -> Tensor:
+        """What the env pays (B, T), and the learner's half of the KL penalty where the env pays only its own."""
         if not wants_logprob(self.envs):
             rewards_BT = kl_penalised(rewards_BT, batch.logprob_BT, batch.kl_coef_B)
         # What the two forwards leave of equal log-probs: where nothing else is earned, nothing may be made of it.
@@ -246,12 +253,14 @@ class Agent:
 
     def sources(self, batch: EpisodeBatch) -> dict[str, Tensor]:
         """The rewards (B, T) by where they come from, which add up to `rewards`: each term of the env, or "reward" where it
-        names none, and "kl", which is the whole penalty."""
-        terms, rewards_BT = {name: values for name, values in batch.terms.items() if name != "kl"}, self.rewards(batch)
+        names none, and "kl", which is the whole penalty. None holds another's rounding, which a deviation would blow up."""
+        terms = {name: values for name, values in batch.terms.items() if name != "kl"}
         if terms:
-            return {**terms, "kl": rewards_BT - sum(terms.values())}
-        penalty_BT = -batch.kl_coef_B[:, None] * (batch.logprob_BT - batch.ref_logprob_BT)
-        return {"reward": rewards_BT - penalty_BT, "kl": penalty_BT}
+            return {**terms, "kl": self._penalised(batch.terms.get("kl", torch.zeros_like(batch.reward_BT)), batch)}
+        beta_B1 = batch.kl_coef_B[:, None]
+        penalty_BT = -beta_B1 * (batch.logprob_BT - batch.ref_logprob_BT)
+        reward_BT, parts_BT = self.rewards(batch) - penalty_BT, beta_B1 * (batch.logprob_BT.abs() + batch.ref_logprob_BT.abs())
+        return {"reward": reward_BT.masked_fill(reward_BT.abs() <= ROUNDING * parts_BT, 0.0), "kl": penalty_BT}
 
     def optimise(self, batch: EpisodeBatch, make_loss: Callable[[Tensor], LossFunction]) -> Metrics:
         """The epochs and minibatches of one update. `make_loss(weights_B)` gives the loss of a minibatch, in which a token

@@ -1,9 +1,11 @@
 """What all learners have in common to set."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.shown import without_user
@@ -13,6 +15,15 @@ from .policy import PRECISIONS
 
 MAX_SEED = 2**62
 SCHEDULES = ("constant", "linear", "cosine")
+KINDS: dict[Any, tuple[type, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "text"),
+    dict: (Mapping, "a mapping"),
+    type(None): (type(None), "None"),
+}
+"""What a field of each type may hold, and the words for it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +83,7 @@ class AgentConfig:
     learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
 
     def __post_init__(self) -> None:
+        self.check_kinds()
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
@@ -82,6 +94,18 @@ class AgentConfig:
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
         check_seed(self.seed)
+
+    def check_kinds(self) -> None:
+        """Raises `InvalidArgument` for a field whose value is not of its type: a number as text, a fraction where tokens are
+        counted. Fields of a type that is not in `KINDS` pass."""
+        for known in fields(self):
+            parts = get_args(known.type) if isinstance(known.type, UnionType) else (known.type,)
+            kinds = [KINDS.get(get_origin(part) or part, (object, "")) for part in parts]
+            value = getattr(self, known.name)
+            is_flag = isinstance(value, bool)  # which Python takes for a number
+            if not any(isinstance(value, kind) and is_flag <= (kind in (bool, object)) for kind, _ in kinds):
+                words = " or ".join(word for _, word in kinds)
+                raise InvalidArgument(f"{known.name}={value!r} is not allowed; it must be {words}.")
 
     def check(self, how: str, bound: float, *names: str) -> None:
         """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""

@@ -9,6 +9,7 @@ Suffixes: B episodes, T response tokens; G consecutive episodes are a group.
 """
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class GroupConfig(PolicyGradientConfig):
     def __post_init__(self) -> None:
         PolicyGradientConfig.__post_init__(self)
         for name, gamma in self.gammas.items():
-            if not 0.0 <= gamma <= 1.0:
+            if not (isinstance(gamma, Real) and 0.0 <= gamma <= 1.0):
                 raise InvalidArgument(f"gammas[{name!r}]={gamma} is not allowed; it must lie between 0 and 1.")
 
 
@@ -74,18 +75,25 @@ def group_mean(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_o
 def compared(values_BT: Tensor, lengths_B: Tensor, group_size: int, *, leave_one_out: bool) -> Tensor:
     """(B, T): the values minus `group_mean`, exactly zero where that is no more than rounding of the group's largest value."""
     rest_BT = values_BT - group_mean(values_BT, lengths_B, group_size, leave_one_out=leave_one_out)
-    sizes_G = hold_last(values_BT, lengths_B).unflatten(0, (-1, group_size)).abs().amax((1, 2))
-    return rest_BT.masked_fill(rest_BT.abs() <= ROUNDING * sizes_G.repeat_interleave(group_size)[:, None], 0.0)
+    rounding_G = group_rounding(values_BT, lengths_B, group_size)
+    return rest_BT.masked_fill(rest_BT.abs() <= rounding_G.repeat_interleave(group_size)[:, None], 0.0)
 
 
-def group_std(values_B: Tensor, group_size: int) -> Tensor:
-    """(B, 1): the standard deviation of each group's values, `sqrt(sum (v - mean)^2 / (G - 1))`, as TRL, verl and OpenRLHF
-    have it; 1 where the group is flat."""
-    std_G = values_B.unflatten(0, (-1, group_size)).std(1)
-    return torch.where(flat_groups(values_B, group_size), 1.0, std_G).repeat_interleave(group_size)[:, None]
+def group_rounding(values_BT: Tensor, lengths_B: Tensor, group_size: int) -> Tensor:
+    """One a group: what rounding may leave of equal returns. The largest return at any place counts: a whole return that is 0
+    may be a sum of large rewards."""
+    return ROUNDING * hold_last(values_BT, lengths_B).unflatten(0, (-1, group_size)).abs().amax((1, 2))
 
 
-def flat_groups(values_B: Tensor, group_size: int) -> Tensor:
-    """bool, one a group: whether its values are the same up to rounding."""
-    values_G = values_B.unflatten(0, (-1, group_size))
-    return values_G.std(1) <= ROUNDING * values_G.abs().amax(1)
+def group_std(returns_BT: Tensor, lengths_B: Tensor, group_size: int) -> Tensor:
+    """(B, 1): the standard deviation of each group's whole returns, `sqrt(sum (R - mean)^2 / (G - 1))`, as TRL, verl and
+    OpenRLHF have it; 1 where the group is flat."""
+    std_G = returns_BT[:, 0].unflatten(0, (-1, group_size)).std(1)
+    flat_G = flat_groups(returns_BT, lengths_B, group_size)
+    return torch.where(flat_G, 1.0, std_G).repeat_interleave(group_size)[:, None]
+
+
+def flat_groups(returns_BT: Tensor, lengths_B: Tensor, group_size: int) -> Tensor:
+    """bool, one a group: whether its whole returns are the same up to rounding."""
+    std_G = returns_BT[:, 0].unflatten(0, (-1, group_size)).std(1)
+    return std_G <= group_rounding(returns_BT, lengths_B, group_size)

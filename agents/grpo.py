@@ -22,7 +22,9 @@ the vocabulary) in an env with `kl_coef=0`.
 What it leaves out: a critic. Dividing by a group's deviation weighs prompts by how much their texts agree.
 """
 
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +33,11 @@ from tokenenv.errors import check_choice
 
 from .episodes import Episode, EpisodeBatch
 from .groups import GroupConfig, GroupMethod, compared, flat_groups, group_std
+from .replay import Replay
 
 SCALES = ("group", "source", "none")
 MAX_TRIES = 10
-"""Batches that are drawn in search of groups that are not flat, before an update takes what it has."""
+"""Batches that are drawn in search of groups that are not flat, after the first, before an update takes what it has."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,23 +66,29 @@ class GRPO(GroupMethod):
     config_class = GRPOConfig
     config: GRPOConfig
 
+    def running_statistics(self) -> dict[str, Any]:
+        """The groups that are kept while more are drawn; where that is interrupted, the next `collect` goes on with them."""
+        return {"kept": Replay(sys.maxsize)}
+
     def collect(self) -> list[Episode]:
         """Whole groups; with `skip_flat_groups` those alone that can teach something, where there are any."""
-        episodes = super().collect()
         if not self.config.skip_flat_groups:
-            return episodes
-        kept = self.without_flat_groups(episodes)
-        for _ in range(MAX_TRIES):
-            missing = self.config.batch_tokens - sum(len(e.response) for e in kept)
+            return super().collect()
+        kept: Replay = self.statistics["kept"]
+        drawn: list[Episode] = []
+        for _ in range(1 + MAX_TRIES):
+            missing = self.config.batch_tokens - kept.tokens
             if missing <= 0:
                 break
-            kept += self.without_flat_groups(self.collector.collect(missing))
-        return kept or episodes
+            drawn = self.collector.collect(missing)
+            kept.add(self.without_flat_groups(drawn))
+        return kept.take() or drawn
 
     def without_flat_groups(self, episodes: list[Episode]) -> list[Episode]:
         """The groups whose texts the reward terms pay differently."""
-        totals_B = total(paid(self.returns(EpisodeBatch.stack(episodes))))[:, 0]
-        keep = ~flat_groups(totals_B, self.group_size).repeat_interleave(self.group_size)
+        batch = EpisodeBatch.stack(episodes)
+        flat_G = flat_groups(total(paid(self.returns(batch))), batch.response_length_B, self.group_size)
+        keep = ~flat_G.repeat_interleave(self.group_size)
         return [episode for episode, kept in zip(episodes, keep.tolist(), strict=True) if kept]
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
@@ -88,7 +97,7 @@ class GRPO(GroupMethod):
         terms = paid(returns) if scale == "source" else [total(paid(returns))]
         advantages_BT = self._compared(returns["kl"], batch)
         for returns_BT in terms:
-            std_B1 = 1.0 if scale == "none" else group_std(returns_BT[:, 0], self.group_size)
+            std_B1 = 1.0 if scale == "none" else group_std(returns_BT, batch.response_length_B, self.group_size)
             advantages_BT = advantages_BT + self._compared(returns_BT, batch) / std_B1
         return advantages_BT
 

@@ -1,4 +1,4 @@
-"""Finished episodes kept for learning from them again."""
+"""Finished episodes that are kept for later updates."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Replay:
 
     def add(self, episodes: Sequence[Episode]) -> None:
         """Takes episodes in; the oldest leave."""
-        self.episodes.extend(episodes)
+        self.episodes = deque([*self.episodes, *episodes])  # a new one: copies of this object keep theirs
         self.tokens += sum(len(e.response) for e in episodes)
         while self.tokens > self.capacity and len(self.episodes) > 1:
             self.tokens -= len(self.episodes.popleft().response)
@@ -36,13 +36,17 @@ class Replay:
             num_tokens -= len(chosen[-1].response)
         return chosen
 
+    def take(self) -> list[Episode]:
+        """All of them; none is kept on."""
+        taken, self.episodes, self.tokens = list(self.episodes), deque(), 0
+        return taken
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint needs."""
         return {"episodes": asdict(EpisodeBatch.stack(self.episodes)) if self.episodes else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict()`."""
-        self.episodes.clear()
-        self.tokens = 0
+        self.take()
         if state["episodes"]:
             self.add(EpisodeBatch(**state["episodes"]).unstack())

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from tasks import make_vec, random_actions
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents import PPO, GRPOConfig, LMPolicy, PPOConfig
 from tokenenv.agents.collector import Collector
 from tokenenv.errors import Interrupted, InvalidArgument, NotFinite
 from tokenenv.rewards.base import RewardTerm
@@ -157,6 +157,26 @@ def test_settings_are_finite():
 
 
 # ---------------------------------------------------------------- agents
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "allowed"),
+    [
+        (PPOConfig, {"lr": "1e-3"}, "a number"),
+        (PPOConfig, {"epochs": 1.5}, "a whole number"),
+        (PPOConfig, {"seed": True}, "a whole number"),
+        (PPOConfig, {"max_staleness": 0.5}, "a whole number or None"),
+        (PPOConfig, {"whiten": "no"}, "True or False"),
+        (PPOConfig, {"rollout": 3}, "text"),
+        (GRPOConfig, {"gammas": None}, "a mapping"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(config, settings, allowed):
+    """Not taken, to fail or to mean something else deep inside an update."""
+    [(name, value)] = settings.items()
+    with pytest.raises(InvalidArgument, match=rf"^{name}={value!r} is not allowed; it must be {allowed}\.$"):
+        config(**settings)
+    config(lr=np.float32(1e-3), epochs=np.int64(2), target_kl=1, max_staleness=None)
 
 
 def lines(folder):

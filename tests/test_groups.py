@@ -40,13 +40,50 @@ def test_means_by_hand():
 
 
 def test_deviations_by_hand_and_flat_groups():
-    assert group_std(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)[:, 0].tolist() == pytest.approx([2**0.5, 2**0.5, 1, 1])
-    assert group_std(torch.tensor([1.0, 2.0, 3.0, 6.0]), 4)[:, 0].tolist() == pytest.approx([(14 / 3) ** 0.5] * 4)
+    ones = torch.ones(4, dtype=torch.int64)
+    assert group_std(torch.tensor([[1.0], [3], [2], [2]]), ones, 2)[:, 0].tolist() == pytest.approx([2**0.5, 2**0.5, 1, 1])
+    assert group_std(torch.tensor([[1.0], [2], [3], [6]]), ones, 4)[:, 0].tolist() == pytest.approx([(14 / 3) ** 0.5] * 4)
     # What rounding leaves of equal returns is no spread, whatever their unit.
     for unit in (1e-6, 1.0, 1e6):
-        returns = unit * torch.tensor([100.0, 100.00001, 100.0, 101.0])
-        assert group_std(returns, 2)[:, 0].tolist() == pytest.approx([1, 1, unit * 0.5**0.5, unit * 0.5**0.5], rel=1e-3)
-        assert flat_groups(returns, 2).tolist() == [True, False]
+        returns = unit * torch.tensor([[100.0], [100.00001], [100.0], [101.0]])
+        assert group_std(returns, ones, 2)[:, 0].tolist() == pytest.approx([1, 1, unit * 0.5**0.5, unit * 0.5**0.5], rel=1e-3)
+        assert flat_groups(returns, ones, 2).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("length", [4, 256, 4096])
+@pytest.mark.parametrize("total", [0.0, 1.0])
+def test_dense_rewards_with_one_sum_are_a_flat_group(length, total):
+    """Sums of large rewards differ by rounding, which is no deviation: divided by it, advantages would be of the order 1e8."""
+    scores = 3 * torch.randn(40, length + 1, generator=torch.Generator().manual_seed(0))
+    scores[:, 0], scores[:, -1] = 0.0, total
+    lengths = torch.full((40,), length)
+    returns = returns_to_go(scores.diff(dim=1), lengths, 1.0)
+    assert flat_groups(returns, lengths, 4).all()
+    assert (group_std(returns, lengths, 4) == 1).all()
+
+
+@pytest.mark.parametrize("algorithm", [RLOO, GRPO])
+def test_a_first_batch_that_all_earns_the_same_teaches_nothing(algorithm):
+    """Policy and reference are one, so all there is to learn from is what float32 leaves of rewards beside a KL of 0."""
+    task = replace(reviews_task(max_new_tokens=6), scorer=None, gold=None)
+    pays = {"always": Rule(lambda prompt, response: -1.0)}
+    envs = TokenVectorEnv(8, task=task, autoreset_mode="SameStep", group_size=4, kl_coef=0.05, reward=pays)
+    agent = algorithm(envs, batch_tokens=60, whiten=True)
+    batch = EpisodeBatch.stack(agent.collect())
+    agent.update(batch)
+    assert batch.logprob_BT.abs().max() > 1
+    assert (batch.learned["advantage"] == 0).all()
+
+
+def test_an_env_without_terms_has_flat_groups_too():
+    """What is left of its reward without the penalty is rounding where it pays nothing."""
+    agent = GRPO(ToyEnv(8, kl_coef=0.05, group_size=4), batch_tokens=60)
+    agent.policy.model.lm_head.weight.data.mul_(3.0)
+    batch = EpisodeBatch.stack(agent.collect())
+    batch.reward_BT.copy_(batch.kl_coef_B[:, None] * batch.ref_logprob_BT)
+    sources = agent.sources(batch)
+    assert (sources["reward"] == 0).all()
+    assert sources["kl"].abs().max() > 1e-3
 
 
 def test_equal_texts_have_an_advantage_of_exactly_zero():
@@ -249,7 +286,7 @@ def test_the_expected_gradient_over_all_groups_is_the_policy_gradient(world, des
 
 
 def test_flat_groups_are_drawn_again(monkeypatch):
-    """Until as many tokens are there as were asked for; where all are flat it is given up, and the first batch taken. What
+    """Until as many tokens are there as were asked for; where all are flat it is given up, and the last batch taken. What
     the terms pay is compared: not the score, which there may be none of, nor the KL penalty."""
     agent = GRPO(reviews(8, 4), skip_flat_groups=True, batch_tokens=60)
     one = agent.collector.collect(40)[:4]
@@ -272,10 +309,58 @@ def test_flat_groups_are_drawn_again(monkeypatch):
     assert scripted([flat + mixed, flat, mixed + flat, mixed]) == mixed * 3
     assert asked == [60, 60 - size, 60 - size, 60 - 2 * size]
     assert scripted([mixed * 3, flat]) == mixed * 3
-    assert scripted([flat * 2, *[flat] * MAX_TRIES]) == flat * 2
+    assert scripted([*[flat] * MAX_TRIES, flat * 2]) == flat * 2
     assert len(asked) == 1 + MAX_TRIES
     agent.config.skip_flat_groups = False
     assert scripted([flat + mixed]) == flat + mixed
+
+
+def once_groups_are_kept(agent, interrupt):
+    """Has `interrupt` called before the third step after the first draw that left something."""
+    advance, steps = agent.collector._advance, []
+
+    def wrapped(*args):
+        steps.extend([1] if agent.statistics["kept"].tokens else [])
+        if len(steps) == 3:
+            interrupt()
+        return advance(*args)
+
+    agent.collector._advance = wrapped
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_groups_that_are_kept_outlast_a_stop_while_more_are_drawn(tmp_path, reloaded):
+    """A run goes on as if it had not been stopped, and so does one that is loaded from what it then saved."""
+    settings = {"skip_flat_groups": True, "batch_tokens": 200, "minibatches": 1, "lr_schedule": "constant"}
+    whole, agent = (GRPO(ToyEnv(8, group_size=4), **settings) for _ in range(2))
+    whole.learn(1)
+    once_groups_are_kept(agent, agent.stop)
+    agent.learn(1)
+    assert agent.updates == 0
+    assert 0 < agent.statistics["kept"].tokens < 200
+    if reloaded:
+        agent.save(tmp_path / "agent")
+        agent = GRPO.load(tmp_path / "agent", ToyEnv(8, group_size=4))
+    agent.learn(agent.tokens_seen + 1)
+    assert (agent.updates, agent.tokens_seen) == (1, whole.tokens_seen)
+    assert agent.statistics["kept"].tokens == 0
+    for one, other in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_groups_that_are_kept_outlast_what_interrupts_a_step():
+    """What the interrupted draw had is begun anew."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    agent = GRPO(ToyEnv(8, group_size=4), skip_flat_groups=True, batch_tokens=200)
+    once_groups_are_kept(agent, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        agent.collect()
+    kept = list(agent.statistics["kept"].episodes)
+    assert kept
+    assert agent.collect()[: len(kept)] == kept
 
 
 def test_a_rule_without_a_score_still_tells_groups_apart():
