@@ -200,10 +200,12 @@ class Agent:
             group["lr"] = lr
         batch = EpisodeBatch.stack(episodes)
         self._check_batch(batch)  # before anything learns from it
-        kl_coef = self.kl_coef
+        kl_coef, known = self.kl_coef, {name: value.state_dict() for name, value in self.statistics.items()}
         try:
             metrics = summary(episodes) | self._rollout_metrics(batch) | self.update(batch)
         except BaseException:
+            for name, state in known.items():  # a batch that cannot be learnt from leaves no trace
+                self.statistics[name].load_state_dict(state)
             self.actor.refresh()  # some minibatches may have had their step: no cache holds what the weights are now
             raise
         self._adapt_kl_coef(batch)

@@ -1,6 +1,7 @@
 """What interrupts an update, or makes its numbers no numbers, leaves nothing behind that a later update could learn from."""
 
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -133,6 +134,28 @@ def test_a_term_that_gives_nan_once_is_named_and_no_statistic_keeps_it():
     assert np.isfinite(seen).all()
     assert np.isfinite(envs.unwrapped.save_statistics()["score"]).all()
     assert math.isfinite(agent.statistics["reward_std"].std)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, KLQ])
+def test_rewards_too_large_to_add_up_leave_no_trace(algorithm):
+    """Each is a number, their sums and squares are not: the batch is not learnt from, now or later, by any statistic."""
+    envs = ToyEnv(4, kl_coef=0.1)
+    agent = algorithm(envs, batch_tokens=40, epochs=1)
+    agent.learn(60)
+    before = {name: value.state_dict() for name, value in agent.statistics.items()}
+    collect = agent.collector.collect
+
+    def spoilt(num_tokens):
+        return [replace(episode, reward=np.full_like(episode.reward, 3e38)) for episode in collect(num_tokens)]
+
+    agent.collector.collect = spoilt
+    with pytest.raises(NotFinite, match="the gradient's norm"):
+        agent.learn(agent.tokens_seen + 1)
+    agent.collector.collect = collect
+    assert str({name: value.state_dict() for name, value in agent.statistics.items()}) == str(before)
+    updates = agent.updates
+    agent.learn(agent.tokens_seen + 1)
+    assert agent.updates == updates + 1
 
 
 def test_a_gradient_that_is_no_number_is_not_followed(monkeypatch):
