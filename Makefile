@@ -26,7 +26,7 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
 
 fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: what docs/reliability.md quotes
-	FUZZ_CASES=10000 $(BIN)/pytest -s tests/test_fuzz.py
+	FUZZ_CASES=10000 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest -s tests/test_fuzz.py
 
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
 	KILLS=50 $(BIN)/pytest tests/test_kills.py

@@ -13,6 +13,7 @@ from tokenenv.types import TokenSpec
 
 from .env_rows import take_obs
 from .episodes import Episode
+from .files import refuse_link
 from .tracking import token_columns
 
 FILE = "failed_episodes.jsonl"
@@ -49,6 +50,7 @@ def write_failures(directory: Path, error: NotFinite, spec: TokenSpec | None, up
     tokenizer = spec.tokenizer if spec else None
     about = {"error": str(error), "update": update, "tokens_seen": tokens_seen}
     directory.mkdir(parents=True, exist_ok=True)
+    refuse_link(directory / FILE)
     with (directory / FILE).open("a", encoding="utf-8") as lines:
         for text in error.texts:
             lines.write(json.dumps(about | _record(text, tokenizer)) + "\n")

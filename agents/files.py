@@ -28,6 +28,7 @@ def replace_file(path: Path, write: Callable[[Path], object], *, keep_previous: 
     with reporting(path, "be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.unlink(missing_ok=True)  # which may be a link to elsewhere
             write(temporary)
             _sync(temporary)
         except OSError:
@@ -67,6 +68,12 @@ def refuse_run(folder: Path) -> None:
         )
 
 
+def refuse_link(path: Path) -> None:
+    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any file written to."""
+    if path.is_symlink():
+        raise RunFolderError(f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays in it.")
+
+
 def new_folder(path: Path) -> Path:
     """Makes a folder that did not exist: `path`, or the first of `path`-2, `path`-3, ... that is free."""
     with reporting(path, "be made"):
@@ -94,6 +101,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     with reporting(folder, "be used"):
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_link(folder / LOCK)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     with file:
         _lock(file, folder)

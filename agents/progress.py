@@ -46,7 +46,7 @@ def describe(metrics: dict[str, float], total_tokens: int) -> str:
     ]
     names = {"score": "objective/score", "gold": "objective/gold", "KL/text": "objective/kl"}
     known = {label: metrics.get(name, np.nan) for label, name in names.items()}
-    parts += [f"{label} {value:.2f}" for label, value in known.items() if np.isfinite(value)]
+    parts += [f"{label} {value:z.2f}" for label, value in known.items() if np.isfinite(value)]
     if metrics.get("rollout/staleness_max"):
         parts.append(f"updates old {metrics['rollout/staleness']:.1f}, at most {metrics['rollout/staleness_max']:.0f}")
     return " | ".join(parts)

@@ -21,7 +21,7 @@ from tokenenv.shown import visible, without_secrets
 from tokenenv.types import TokenSpec
 
 from .episodes import Episode
-from .files import locked, refuse_run, reporting
+from .files import locked, refuse_link, refuse_run, reporting
 
 EPISODES = "episodes.jsonl"
 DETAILED = 32
@@ -45,6 +45,7 @@ class RunFolder:
         self._path = path = directory / EPISODES
         with ExitStack() as opened, reporting(path, "be written"):
             opened.enter_context(locked(directory))
+            refuse_link(path)
             if tokens_seen is None:
                 if path.exists() and path.stat().st_size:
                     refuse_run(directory)

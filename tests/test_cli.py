@@ -1,6 +1,8 @@
 """The command line, as a user types it."""
 
 import json
+from importlib.resources import files
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -11,6 +13,7 @@ from tokenenv.cli import Train, load_config, main, save_config
 from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS
 
+ASSETS = Path(str(files("tokenenv.envs"))) / "assets"
 SMALL = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--agent.epochs", "1"]
 
 
@@ -61,6 +64,30 @@ def test_evaluate_compares_with_the_reference(run_dir, capsys):
     printed = capsys.readouterr().out
     for word in ("before", "after", "gold", "KL, nats per text", "distinct bigrams"):
         assert word in printed
+
+
+def asked_first(folder, capsys, *options):
+    """The first prompt that `tokenenv evaluate` prints."""
+    capsys.readouterr()
+    main(["evaluate", str(folder), "--num-texts", "2", "--examples", "1", "--options", *options])
+    return next(line for line in capsys.readouterr().out.splitlines() if line.endswith(" …"))
+
+
+def test_evaluate_asks_for_the_split_that_it_is_told(run_dir, capsys):
+    train = asked_first(run_dir, capsys, "split", "train")
+    assert train != asked_first(run_dir, capsys, "split", "test")
+
+
+def test_evaluate_asks_for_other_prompts_and_finds_the_runs_own_where_they_have_gone(tmp_path, capsys):
+    own, other = tmp_path / "own.txt", tmp_path / "other.txt"
+    own.write_text("the pizza")
+    other.write_text("the waiter")
+    models = ["model", str(ASSETS / "reviews-lm"), "reward_model", str(ASSETS / "reviews-reward")]
+    options = [*models, "prompts", str(own), "max_new_tokens", "6", "max_prompt_tokens", "8"]
+    main(["train", *SMALL, "--env", "tokenenv/TextGen-v0", "--options", *options, "--run-dir", str(tmp_path / "x")])
+    assert asked_first(tmp_path / "x", capsys, "prompts", str(other)) == "the waiter …"
+    own.rename(tmp_path / "moved.txt")
+    assert asked_first(tmp_path / "x", capsys, "prompts", str(tmp_path / "moved.txt")) == "the pizza …"
 
 
 def test_evaluate_says_how_far_the_optimum_is_where_it_is_known(tmp_path, capsys):

@@ -25,6 +25,7 @@ TWO = torch.zeros(2)
         ("kl_clamp", TWO),
         ("kl_clamp", "1"),
         ("missing_eos_penalty", (1, 2)),
+        ("missing_eos_penalty", None),
         ("score_truncated", "no"),
         ("compile", TWO),
         ("kl", TWO),
@@ -40,6 +41,12 @@ TWO = torch.zeros(2)
 def test_an_option_of_another_type_is_named(option, value):
     with pytest.raises(InvalidArgument, match=option):
         gym.make_vec("tokenenv/DelayedKey-v0", num_envs=2, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["DelayedKey", "Brackets", "Arithmetic", "Reviews"])
+def test_no_device_is_the_tasks_own(name):
+    envs = gym.make_vec(f"tokenenv/{name}-v0", num_envs=2, device=None)
+    assert envs.unwrapped.reference.device == torch.device("cpu")
 
 
 OPTIONS = [object, TWO, np.zeros(2), 3, "x", {"prompts": {0: 1, 1: 2}}, {"prefixes": np.float32("nan")}, {"prompts": b"ab"}]

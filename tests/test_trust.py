@@ -1,7 +1,9 @@
 """A run folder is data: nothing in one imports, runs, connects, or is sent a key, unless the command line says so again."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,13 +12,15 @@ import gymnasium as gym
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tasks import make_vec
 from test_tracking import FakeWandb
 
 from tokenenv.agents import PPO
-from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.agents.checkpoint import read_checkpoint, read_newest, write_checkpoint
+from tokenenv.agents.failures import write_failures
 from tokenenv.cli import Train, load_config, main, said_in, save_config
-from tokenenv.errors import InvalidArgument, ModelError, ServerError
+from tokenenv.errors import CheckpointError, InvalidArgument, ModelError, NotFinite, RunFolderError, ServerError
 from tokenenv.models.vllm_server import VLLMServer
 from tokenenv.trust import check_from_file
 
@@ -107,6 +111,38 @@ def test_a_strangers_config_runs_nothing(changes, run_dir, tmp_path, capsys, no_
         error = refused(argv, capsys)
         assert str(folder / "config.yaml") in error or "option=" in error
     assert {path.name for path in tmp_path.iterdir()} == {"x"}
+
+
+@pytest.mark.parametrize("name", ["lock", "episodes.html", "episodes.jsonl", "config.yaml.tmp", "checkpoint.tmp"])
+def test_a_link_in_a_strangers_folder_does_not_lead_what_is_written_out_of_it(name, run_dir, tmp_path, capsys):
+    folder, mine = tmp_path / "x", tmp_path / "mine"
+    shutil.copytree(run_dir, folder)
+    kept = (folder / name).read_bytes() if name == "episodes.jsonl" else b"precious"
+    mine.write_bytes(kept)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(mine)
+    for argv in (["show", str(folder)], ["train", "--resume", str(folder), "--total-tokens", "80"]):
+        with contextlib.suppress(SystemExit):
+            main(argv)
+    assert mine.read_bytes() == kept
+    assert name.endswith(".tmp") or f"{folder / name} is a link to '{mine}'" in capsys.readouterr().err
+
+
+def test_texts_at_fault_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "failed_episodes.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunFolderError, match="is a link"):
+        write_failures(tmp_path, NotFinite("nan"), None, 0, 0)
+
+
+def test_a_file_does_not_steer_the_terminal_through_errors_and_warnings(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "x")
+    newest = tmp_path / "x" / "checkpoint"
+    save_file({}, newest, {"format": "tokenenv-checkpoint", "version": "\x1b]0;title\x07\u202e"})
+    with pytest.warns(UserWarning, match="checkpoint version ·]0;title··; this package reads"):
+        read_newest(newest)
+    write_checkpoint(newest, {"agent": "\x1b[2J"})
+    with pytest.raises(CheckpointError, match=r"was saved by ·\[2J, not by PPO"):
+        PPO.load(newest, make_vec())
 
 
 @pytest.mark.parametrize("name", ["remote code", "a reward server", "texts by a server", "an engine's classes", "a task"])

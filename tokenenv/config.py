@@ -59,9 +59,9 @@ class EnvConfig:
         for name in ("score_truncated", "compile"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InvalidArgument(f"{name}={getattr(self, name)!r} must be True or False.")
-        for name in ("kl_clamp", "missing_eos_penalty"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+        if self.kl_clamp is not None:
+            check_number("kl_clamp", self.kl_clamp)
+        check_number("missing_eos_penalty", self.missing_eos_penalty)
         if self.kl_coef is not None:
             check_kl_coef(self.kl_coef)
         self._check_kl_options()

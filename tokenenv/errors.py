@@ -6,9 +6,14 @@ from typing import Any
 
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
+from tokenenv.shown import visible
+
 
 class TokenEnvError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. Its text may quote a stranger's file, and steers nothing."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class InvalidArgument(TokenEnvError, ValueError):

@@ -158,7 +158,9 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
         for key, parameter in inspect.signature(task).parameters.items():
             if parameter.default is parameter.empty and key not in options and parameter.kind is parameter.KEYWORD_ONLY:
                 raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
-    if options.get("device") is not None:
+    if options.get("device") is None:  # the task's own
+        known -= {"device"}
+    else:
         check_device(options["device"])
     return task if isinstance(task, Task) else task(**{key: value for key, value in options.items() if key in known})
 

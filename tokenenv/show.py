@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents.files import refuse_link
 from tokenenv.errors import InvalidArgument
 from tokenenv.shown import javascript_class
 from tokenenv.values import from_yaml
@@ -38,6 +39,8 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
         "episodes": evenly(detailed, max_episodes),
     }
     path = output or run_dir / "episodes.html"
+    if output is None:
+        refuse_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(data), encoding="utf-8")
     return path

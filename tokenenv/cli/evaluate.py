@@ -1,7 +1,7 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from tokenenv.cli.train import check_count, load_config
 from tokenenv.registration import TASKS
 from tokenenv.vector_env import TokenVectorEnv
 
+ASKED = ("split", "prompts")
+"""Options that say which texts are asked for. The checkpoint belongs to those of its run."""
+
 
 @dataclass(kw_only=True)
 class Evaluate:
@@ -31,8 +34,8 @@ class Evaluate:
     examples: int = 3
     """Texts to print beside each other."""
     options: dict[str, str] = field(default_factory=dict)
-    """Options of the env, over those of the run: --options device cuda. What runs code or opens a connection is not taken from
-    the run's config: it has to be said again here, --options trust_remote_code true"""
+    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What runs code or opens a
+    connection is not taken from the run's config: it has to be said again here, --options trust_remote_code true"""
 
     def run(self) -> None:
         """Prints the table and the examples."""
@@ -40,10 +43,13 @@ class Evaluate:
         for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
         # What wrote the run's texts is not asked again: evaluating steps.
-        said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options)}
+        said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options if key not in ASKED)}
         made = load_config(self.run_dir / "config.yaml", said)
-        made.options |= self.options
-        envs = made.make_envs(group_size=1, **held_out(made.env))
+        asked = {name: self.options[name] for name in ASKED if name in self.options}
+        elsewhere = not Path(str(made.options.get("prompts"))).is_file()  # the run's own file, by now
+        own = {name for name in self.options if name not in asked or (name == "prompts" and elsewhere)}
+        made.options |= {name: self.options[name] for name in own}
+        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(group_size=1)
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
             "after": ALGORITHMS[made.algo].load(
@@ -64,7 +70,7 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
         "texts": lambda e: f"{e.num_texts}",
         "gold": lambda e: f"{e.gold:.3f} ± {e.gold_error:.3f}",
         "score": lambda e: f"{e.score:.3f} ± {e.score_error:.3f}",
-        "KL, nats per text": lambda e: f"{e.kl:.2f}",
+        "KL, nats per text": lambda e: f"{e.kl:z.2f}",
         "mean length, tokens": lambda e: f"{e.length:.1f}",
         "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
     }
