@@ -111,7 +111,7 @@ class AgentConfig:
         """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""
         for name in names:
             value = getattr(self, name)
-            if value is None or (_is_finite(value) and (value > bound or (value == bound and how == "at least"))):
+            if value is None or (math.isfinite(value) and (value > bound or (value == bound and how == "at least"))):
                 continue
             raise InvalidArgument(f"{name}={value} is not allowed; it must be {how} {bound}.")
 
@@ -119,12 +119,8 @@ class AgentConfig:
         """Raises `InvalidArgument` for a field outside 0..1; None passes."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and not (_is_finite(value) and 0.0 <= value <= 1.0):
+            if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
                 raise InvalidArgument(f"{name}={value} is not allowed; it must lie between 0 and 1.")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 def run_progress(before: int, seen: int, updates: int, total: int) -> float:

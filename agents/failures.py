@@ -9,11 +9,11 @@ import numpy as np
 
 from tokenenv.errors import NotFinite
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.trust import refuse_link
 from tokenenv.types import TokenSpec
 
 from .env_rows import take_obs
 from .episodes import Episode
-from .files import refuse_link
 from .tracking import token_columns
 
 FILE = "failed_episodes.jsonl"

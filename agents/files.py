@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tokenenv.errors import InvalidArgument, RunFolderError
+from tokenenv.trust import refuse_link
 
 LOCK = "lock"
 RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", "episodes.jsonl")
@@ -66,12 +67,6 @@ def refuse_run(folder: Path) -> None:
             f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv train --resume {folder}` "
             "(or by the agent's load), or give another folder."
         )
-
-
-def refuse_link(path: Path) -> None:
-    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any file written to."""
-    if path.is_symlink():
-        raise RunFolderError(f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays in it.")
 
 
 def new_folder(path: Path) -> Path:

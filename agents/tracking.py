@@ -18,10 +18,11 @@ from tokenenv.errors import MissingDependency
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.shown import visible, without_secrets
+from tokenenv.trust import refuse_link
 from tokenenv.types import TokenSpec
 
 from .episodes import Episode
-from .files import locked, refuse_link, refuse_run, reporting
+from .files import locked, refuse_run, reporting
 
 EPISODES = "episodes.jsonl"
 DETAILED = 32

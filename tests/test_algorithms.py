@@ -81,7 +81,8 @@ def test_resuming_is_exact(name, tmp_path):
     whole = run(straight, tmp_path / "c")
     saved = read_checkpoint(tmp_path / "c")
     assert (saved["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[name].grouped
-    assert list(saved["statistics"]) == {"ppo": ["reward_std"], "a2c": ["reward_std"], "klq": ["replay"]}.get(name, [])
+    kept = {"ppo": ["reward_std"], "a2c": ["reward_std"], "klq": ["replay"], "grpo": ["kept"]}
+    assert list(saved["statistics"]) == kept.get(name, [])
     resumed = ALGORITHMS[name].load(tmp_path / "c", make(name, **options))
     rest = run(resumed)
     assert 0 < len(rest.episodes) < len(whole.episodes)
@@ -146,8 +147,8 @@ WRONG = [
     ("klq", "replay_tokens", 0, "replay_tokens=0 is not allowed; it must be at least 1"),
     ("klq", "replay_ratio", 0.0, "replay_ratio=0.0 is not allowed; it must be above 0"),
     ("best-of-n", "batch_tokens", 0, "batch_tokens=0 is not allowed; it must be at least 1"),
-    ("reference", "temperature", "hot", "temperature=hot is not allowed; it must be above 0"),
-    ("reference", "lr_warmup", "long", "lr_warmup=long is not allowed; it must lie between 0 and 1"),
+    ("reference", "temperature", "hot", "temperature='hot' is not allowed; it must be a number"),
+    ("reference", "lr_warmup", "long", "lr_warmup='long' is not allowed; it must be a number"),
     ("reference", "temperature", 0.0, "temperature=0.0 is not allowed; it must be above 0"),
 ]
 

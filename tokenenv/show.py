@@ -6,9 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tokenenv.agents.files import refuse_link
 from tokenenv.errors import InvalidArgument
 from tokenenv.shown import javascript_class
+from tokenenv.trust import refuse_link
 from tokenenv.values import from_yaml
 
 RUN_KEYS = ("env", "algo", "reward")

@@ -4,11 +4,13 @@ Registered names, numbers, words, hub ids and paths are taken from a file: a mod
 read, which runs no code. What does run code, opens a connection or writes elsewhere, the command line has to say again.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.shown import visible, without_user
 
 ROLLOUT_OPTIONS = {
@@ -88,3 +90,9 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _texts(entry)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any file written to."""
+    if path.is_symlink():
+        raise RunFolderError(f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays in it.")
