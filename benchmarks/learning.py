@@ -11,7 +11,8 @@ from rich.console import Console
 
 from tokenenv.agents import PPO
 from tokenenv.agents.evaluate import Evaluation, evaluate
-from tokenenv.cli import Train, comparison
+from tokenenv.cli import Train
+from tokenenv.cli.evaluate import comparison
 
 console = Console()
 

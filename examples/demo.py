@@ -12,7 +12,8 @@ from rich.console import Console
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.evaluate import evaluate
-from tokenenv.cli import Train, comparison, save_config, show_examples
+from tokenenv.cli import Train, save_config
+from tokenenv.cli.evaluate import comparison, show_examples
 
 ENV, TOTAL_TOKENS, TEXTS = "tokenenv/PyDocs-v0", 60_000, 256
 console = Console()

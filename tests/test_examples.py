@@ -45,6 +45,18 @@ def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
     assert "terminal: " in printed
 
 
+def test_the_demo_runs(tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "examples" / "demo.py"))["main"]
+    main.__globals__.update(TOTAL_TOKENS=300, TEXTS=4)
+    main()
+    assert "run folder: runs/demo-" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_benchmark_of_learning_finds_its_parts():
+    assert callable(runpy.run_path(str(ROOT / "benchmarks" / "learning.py"))["main"])
+
+
 def test_the_single_file_solves_cartpole(tmp_path):
     flags = ["--total-steps", "40000", "--lr", "3e-3"]
     done = run([str(ROOT / "examples" / "cleanrl_ppo.py"), *flags], tmp_path)
