@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the env whose le
 
 from line_env import LineActor, LineEnv
 
-import tokenenv  # noqa: F401
+import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import GRPO
 from tokenenv.agents.collector import Collector
 from tokenenv.agents.evaluate import next_token_probs
