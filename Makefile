@@ -53,6 +53,7 @@ test-vllm:  ## vLLM itself, its CPU build, in an environment of its own: it want
 lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target build/installed .
 	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tokenenv
 

@@ -3,20 +3,20 @@
 if __name__ != "tokenenv.agents":
     raise ImportError("import tokenenv.agents; the repository root is on sys.path and hides the installed package")
 
-from .a2c import A2C, A2CConfig
-from .agent import Agent
-from .best_of_n import BestOfN
-from .config import AgentConfig
-from .groups import GroupConfig
-from .grpo import GRPO, GRPOConfig
-from .klq import KLQ, KLQConfig
-from .policy import LMPolicy
-from .policy_gradient import PolicyGradient, PolicyGradientConfig
-from .ppo import PPO, PPOConfig
-from .reference import Reference
-from .reinforce_plus_plus import ReinforcePlusPlus
-from .rloo import RLOO
-from .vine_ppo import VinePPO, VinePPOConfig
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.algorithms.a2c import A2C, A2CConfig
+from tokenenv.agents.algorithms.best_of_n import BestOfN
+from tokenenv.agents.algorithms.groups import GroupConfig
+from tokenenv.agents.algorithms.grpo import GRPO, GRPOConfig
+from tokenenv.agents.algorithms.klq import KLQ, KLQConfig
+from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.algorithms.ppo import PPO, PPOConfig
+from tokenenv.agents.algorithms.reference import Reference
+from tokenenv.agents.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from tokenenv.agents.algorithms.rloo import RLOO
+from tokenenv.agents.algorithms.vine_ppo import VinePPO, VinePPOConfig
+from tokenenv.agents.config import AgentConfig
+from tokenenv.agents.learning.policy import LMPolicy
 
 ALGORITHMS: dict[str, type[Agent]] = {
     "ppo": PPO,

@@ -18,17 +18,15 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from tokenenv.config import check_number
-from tokenenv.errors import InvalidArgument, NotFinite, check_choice
-from tokenenv.trust import check_from_file
-
-from . import losses
-from .actor import Actor
-from .advantages import KL_ROUNDING, ROUNDING, kl_penalised
-from .checkpoint import read_newest, write_checkpoint
-from .collector import Collector, Stopped
-from .config import AgentConfig, learning_rate, run_progress
-from .env_rows import (
+from tokenenv.agents.config import AgentConfig, learning_rate, run_progress
+from tokenenv.agents.episodes import Episode, EpisodeBatch, summary
+from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.advantages import KL_ROUNDING, ROUNDING, kl_penalised
+from tokenenv.agents.learning.learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
+from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector, Stopped
+from tokenenv.agents.rollout.env_rows import (
     check_apart,
     check_default_dtype,
     check_env,
@@ -40,16 +38,23 @@ from .env_rows import (
     wants_logprob,
     warn_if_biased,
 )
-from .episodes import Episode, EpisodeBatch, summary
-from .failures import write_failures
-from .generate import Prompts, generate
-from .learner import FrozenLM, LossFunction, Metrics, accumulate_gradient, token_logprobs
-from .policy import LMPolicy
-from .progress import ProgressLine
-from .saving import agent_state, check_state, reading, restore, trained_weights
-from .staleness import mismatch, staleness, waiting
-from .text_collector import TextCollector, check_text_env, make_engine
-from .tracking import RunFolder
+from tokenenv.agents.rollout.generate import Prompts, generate
+from tokenenv.agents.rollout.staleness import mismatch, staleness, waiting
+from tokenenv.agents.rollout.text_collector import TextCollector, check_text_env, make_engine
+from tokenenv.agents.run.checkpoint import (
+    agent_state,
+    check_state,
+    read_newest,
+    reading,
+    restore,
+    trained_weights,
+    write_checkpoint,
+)
+from tokenenv.agents.run.failures import write_failures
+from tokenenv.agents.run.progress import ProgressLine
+from tokenenv.agents.run.tracking import RunFolder
+from tokenenv.errors import InvalidArgument, NotFinite, check_choice, check_number
+from tokenenv.safety.trust import check_from_file
 
 OnUpdate = Callable[[Metrics, Sequence[Episode]], None]
 
@@ -358,7 +363,7 @@ class Agent:
 
         An env that cannot save its state begins anew. Where the file is damaged, the one before it is taken, with a warning.
         Raises `CheckpointError` where file, agent and env do not fit, and `InvalidArgument` for a server's URL or an engine's
-        options that a file may not give (`tokenenv.trust`): say them again, as `rollout=` and `rollout_options=`.
+        options that a file may not give (`tokenenv.safety.trust`): say them again, as `rollout=` and `rollout_options=`.
         """
         state = read_newest(path, set_aside=run_dir is not None)
         with reading(path):

@@ -8,12 +8,11 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.shown import without_user
-
-from .losses import AGGREGATIONS
-from .policy import PRECISIONS
+from tokenenv.safety.shown import without_user
 
 MAX_SEED = 2**62
+AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
+PRECISIONS = ("auto", "float32", "bfloat16")
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "a whole number"),

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from tokenenv.errors import NotFinite
 
-from .advantages import token_mask
-
 LEARNED = ("value", "advantage")
 PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version", "bootstraps")
+
+
+def token_mask(lengths_B: Tensor, width: int) -> Tensor:
+    """(B, width) bool: True on the first `lengths_B` columns of each row."""
+    return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
 
 
 @dataclass(frozen=True, slots=True)

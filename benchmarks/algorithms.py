@@ -30,7 +30,7 @@ from stable_baselines3 import A2C, DQN, PPO
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import ALGORITHMS
-from tokenenv.agents.evaluate import evaluate
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.integrations.sb3 import LMActorCriticPolicy, SB3VecEnv
 from tokenenv.wrappers import TopKActions
 

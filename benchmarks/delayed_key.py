@@ -24,7 +24,7 @@ from rich.table import Table
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO, LMPolicy
-from tokenenv.agents.evaluate import next_token_probs
+from tokenenv.agents.run.evaluate import next_token_probs
 from tokenenv.models.residual_lm import ResidualLM
 
 BETA, GOAL, EVERY, N = 0.05, 0.8, 10_000, 64

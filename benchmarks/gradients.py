@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the world and its exact results are the tests'
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the world and its exact results are the tests'
 
 from gradients import (
     CASES,

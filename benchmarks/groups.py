@@ -15,14 +15,14 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the env whose lengths are known is the tests'
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the env whose lengths are known is the tests'
 
 from line_env import LineActor, LineEnv
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import GRPO
-from tokenenv.agents.collector import Collector
-from tokenenv.agents.evaluate import next_token_probs
+from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.run.evaluate import next_token_probs
 
 SETTINGS = [  # T, slots, batch_tokens, max_staleness, updates
     (64, 64, 2048, None, 401),

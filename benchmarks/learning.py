@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from tokenenv.agents import PPO
-from tokenenv.agents.evaluate import Evaluation, evaluate
+from tokenenv.agents.run.evaluate import Evaluation, evaluate
 from tokenenv.cli import Train
 from tokenenv.cli.evaluate import comparison
 

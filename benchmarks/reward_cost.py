@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import LlamaForCausalLM
 
 import tokenenv  # noqa: F401  (registers the ids)
-from tokenenv.envs.bundled import bundled_scorer
+from tokenenv.envs.language.bundled import bundled_scorer
 from tokenenv.rewards.designs import DESIGNS
 from tokenenv.rewards.implicit import Implicit
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from timing import medians
 
 import tokenenv  # noqa: F401  (registers the ids)
-from tokenenv.agents.actor import Actor
 from tokenenv.agents.agent import default_policy
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.policy import LMPolicy
+from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.rollout.actor import Actor
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.cached_lm import CachedLM
 from tokenenv.models.trunks import logits_head, trunk_of

@@ -16,7 +16,7 @@ from timing import medians
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
-from tokenenv.agents.evaluate import Evaluation, evaluate
+from tokenenv.agents.run.evaluate import Evaluation, evaluate
 from tokenenv.rollout.vllm import VLLMEngine
 
 console = Console(width=120)

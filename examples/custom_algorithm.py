@@ -3,7 +3,7 @@
 REINFORCE whose baseline is the likeliest text: for each prompt the policy also writes greedily, and a token's return is
 compared with that text's return at the same place. A baseline that does not depend on the sampled token does not bias the
 gradient. An algorithm is a class with `advantages`; sampling, the KL penalty, minibatches, clipping, logging, checkpoints
-and evaluation are those of the bundled ones. (For another loss than the policy gradient's, override `update`: agents/klq.py.)
+and evaluation are those of the bundled ones. (For another loss than the policy gradient's, override `update`: agents/algorithms/klq.py.)
 """
 
 import argparse
@@ -14,10 +14,10 @@ from torch import Tensor
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PolicyGradient
-from tokenenv.agents.advantages import returns_to_go
+from tokenenv.agents.algorithms.groups import hold_last
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.evaluate import evaluate
-from tokenenv.agents.groups import hold_last
+from tokenenv.agents.learning.advantages import returns_to_go
+from tokenenv.agents.run.evaluate import evaluate
 
 
 class ReMax(PolicyGradient):

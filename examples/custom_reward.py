@@ -9,8 +9,8 @@ from torch import Tensor
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
-from tokenenv.agents.evaluate import evaluate
-from tokenenv.rewards.base import RewardTerm, States, Transitions
+from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.rewards.term import RewardTerm, States, Transitions
 
 
 class Milestones(RewardTerm):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
-from tokenenv.agents.evaluate import evaluate
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.cli import Train, save_config
 from tokenenv.cli.evaluate import comparison, show_examples
 

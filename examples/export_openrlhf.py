@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from tokenenv.agents.export import padded, read_episodes
+from tokenenv.agents.run.export import padded, read_episodes
 
 
 class TokenReward:

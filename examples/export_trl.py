@@ -11,7 +11,7 @@ What it leaves out: generating. The texts are the file's; `old_per_token_logps` 
 
 import sys
 
-from tokenenv.agents.export import padded, read_episodes
+from tokenenv.agents.run.export import padded, read_episodes
 
 
 def inputs_of(rows, pad_token_id=0):

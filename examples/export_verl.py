@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from tokenenv.agents.export import padded, read_episodes
+from tokenenv.agents.run.export import padded, read_episodes
 
 
 def tensors_of(rows, pad_token_id=0):

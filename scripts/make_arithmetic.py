@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenenv.envs.adder import EOS, EQUALS, PAD, TOKENS, sums
-from tokenenv.envs.bundled import ASSETS
+from tokenenv.envs.language.adder import EOS, EQUALS, PAD, TOKENS, sums
+from tokenenv.envs.language.bundled import ASSETS
 
 FOLDER = ASSETS / "arithmetic-lm"
 MISTAKES = 0.15

@@ -21,10 +21,10 @@ from tokenizers.models import BPE
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenenv.envs.bundled import ASSETS
-from tokenenv.envs.pydocs import MAX_PROMPT_TOKENS, cut, make_prompts
-from tokenenv.envs.readability import MIN_WORDS, count_syllables, reading_ease, words
-from tokenenv.envs.topics import paragraphs, passages, prose
+from tokenenv.envs.language.bundled import ASSETS
+from tokenenv.envs.language.readability import MIN_WORDS, count_syllables, reading_ease, words
+from tokenenv.envs.language.topics import paragraphs, passages, prose
+from tokenenv.envs.tasks.pydocs import MAX_PROMPT_TOKENS, cut, make_prompts
 
 END = 0
 VOCABULARY = 1024
@@ -60,7 +60,7 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
 {scale:.1f} (mean and standard deviation under the reference). Until twelve words are there the sum moves from 0 to that.
 
 - Data: {texts} texts: passages of the train topics and of docstrings, samples of pydocs-lm, plain or tilted towards hard or
-  easy words, and random words. Targets by `envs/readability.py`.
+  easy words, and random words. Targets by `envs/language/readability.py`.
 - From the saved bfloat16 weights, on continuations of held-out prompts: correlation of score and reading ease
   {correlation:.3f} (n=1,024, mean reading ease {gold_mean:.1f}); on samples tilted to easy words {easy_correlation:.3f}
   (n=256, mean reading ease {easy_gold:.1f}, mean score {easy_score:.2f}).

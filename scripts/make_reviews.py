@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from tokenenv.envs.bundled import ASSETS
-from tokenenv.envs.review_grammar import (
+from tokenenv.envs.language.bundled import ASSETS
+from tokenenv.envs.language.review_grammar import (
     CLAUSE_ENDS,
     INTENSIFIERS,
     MAX_OPENING,
@@ -40,7 +40,7 @@ LM_CARD = """# reviews-lm
 The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 layers, hidden 128, 4 heads of 32,
 1 key-value head) over words, which continues short reviews.
 
-- Data: 40,000 reviews drawn from the grammar in `envs/review_grammar.py`, each seen once. No outside text.
+- Data: 40,000 reviews drawn from the grammar in `envs/language/review_grammar.py`, each seen once. No outside text.
 - Held-out loss, from the saved bfloat16 weights: {loss:.4f} nats per token.
 - On 1,024 continuations of held-out prompts: {positive_share:.3f} positive by the grammar's rule; {finished_share:.3f}
   finished within 40 tokens; {mean_length:.1f} tokens on average.

@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
-from tokenenv.show import write_page
+from tokenenv.agents.run.show import write_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

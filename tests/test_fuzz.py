@@ -23,16 +23,16 @@ import tasks
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_show import episode
+from runs import episode
 
 from tokenenv.agents import PPO
-from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
-from tokenenv.agents.export import read_episodes
+from tokenenv.agents.run.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.agents.run.export import read_episodes
+from tokenenv.agents.run.show import write_page
 from tokenenv.cli import Train, load_config, save_config
 from tokenenv.errors import TokenEnvError
 from tokenenv.prompts import load_prompts
-from tokenenv.show import write_page
-from tokenenv.values import from_yaml, to_yaml
+from tokenenv.safety.values import from_yaml, to_yaml
 
 CASES = int(os.environ.get("FUZZ_CASES", 1000))
 RANDOM = "FUZZ_CASES" in os.environ

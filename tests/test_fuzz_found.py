@@ -10,8 +10,8 @@ import tasks
 import torch
 
 from tokenenv.agents import PPO
-from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
-from tokenenv.agents.export import read_episodes
+from tokenenv.agents.run.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.agents.run.export import read_episodes
 from tokenenv.errors import CheckpointError, InvalidArgument, ModelError
 from tokenenv.prompts import load_prompts
 

@@ -51,12 +51,12 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(names):
 def test_the_wheel_holds_every_module_under_its_installed_name(names):
     modules = {name for name in names if name.endswith(".py")}
     assert modules == sources("**/*.py")
-    assert {"tokenenv/vector_env.py", "tokenenv/agents/ppo.py", "tokenenv/envs/textgen.py"} <= modules
+    assert {"tokenenv/env/vector_env.py", "tokenenv/agents/algorithms/ppo.py", "tokenenv/envs/textgen.py"} <= modules
 
 
 def test_the_wheel_holds_the_bundled_models_and_the_type_marker(names):
     files = {name for name in names if name.startswith("tokenenv/") and not name.endswith(".py")}
-    assert files == sources("assets/**/*") | {"tokenenv/py.typed"}
+    assert files == sources("assets/**/*") | {"tokenenv/py.typed", "tokenenv/agents/run/show.html"}
     assert {".json", ".safetensors"} <= {Path(name).suffix for name in files}
 
 
@@ -88,6 +88,6 @@ tokenenv.cli.main(["version"])
     assert done.stdout.split() == [
         str(inside / "__init__.py"),
         str(inside / "agents" / "__init__.py"),
-        "tokenenv.vector_env",
+        "tokenenv.env.vector_env",
         tokenenv.__version__,
     ]

@@ -4,7 +4,7 @@ Importing the package registers its ids with Gymnasium.
 """
 
 from tokenenv.registration import register_envs
-from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.types import EpisodeScores, Scorer, Task, TokenSpec
 
 __version__ = "0.1.0"

@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
-from tokenenv.shown import visible
+from tokenenv.safety.shown import visible
 
 
 class TokenEnvError(Exception):
@@ -68,7 +69,7 @@ class ServerError(TokenEnvError, ConnectionError):
 
 
 class ContractError(TokenEnvError, AssertionError):
-    """An env does not keep the contract of token envs; see `tokenenv.checker`."""
+    """An env does not keep the contract of token envs; see `tokenenv.check`."""
 
 
 class MissingDependency(TokenEnvError, ImportError):
@@ -83,3 +84,9 @@ def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise InvalidArgument(f"{argument}={value!r} is not known; allowed: {', '.join(names)}.{hint}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises `InvalidArgument` unless `value` is one real number."""
+    if not isinstance(value, Real):
+        raise InvalidArgument(f"{name}={value!r} must be a number.")

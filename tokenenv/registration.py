@@ -3,13 +3,13 @@
 import gymnasium as gym
 
 TASKS = {
-    "tokenenv/Arithmetic-v0": "tokenenv.envs.arithmetic:task",
-    "tokenenv/Brackets-v0": "tokenenv.envs.brackets:task",
-    "tokenenv/DelayedKey-v0": "tokenenv.envs.delayed_key:task",
-    "tokenenv/Negation-v0": "tokenenv.envs.negation:task",
-    "tokenenv/PlantedPhrase-v0": "tokenenv.envs.planted_phrase:task",
-    "tokenenv/PyDocs-v0": "tokenenv.envs.pydocs:task",
-    "tokenenv/Reviews-v0": "tokenenv.envs.reviews:task",
+    "tokenenv/Arithmetic-v0": "tokenenv.envs.tasks.arithmetic:task",
+    "tokenenv/Brackets-v0": "tokenenv.envs.tasks.brackets:task",
+    "tokenenv/DelayedKey-v0": "tokenenv.envs.tasks.delayed_key:task",
+    "tokenenv/Negation-v0": "tokenenv.envs.tasks.negation:task",
+    "tokenenv/PlantedPhrase-v0": "tokenenv.envs.tasks.planted_phrase:task",
+    "tokenenv/PyDocs-v0": "tokenenv.envs.tasks.pydocs:task",
+    "tokenenv/Reviews-v0": "tokenenv.envs.tasks.reviews:task",
     "tokenenv/TextGen-v0": "tokenenv.envs.textgen:task",
 }
 
@@ -20,7 +20,7 @@ def register_envs() -> None:
         if env_id not in gym.registry:
             gym.register(
                 env_id,
-                entry_point="tokenenv.single_env:TokenEnv",
-                vector_entry_point="tokenenv.vector_env:TokenVectorEnv",
+                entry_point="tokenenv.env.single_env:TokenEnv",
+                vector_entry_point="tokenenv.env.vector_env:TokenVectorEnv",
                 kwargs={"task": task},
             )

@@ -9,7 +9,7 @@ stale, which PPO's ratio corrects and A2C does not.
 
 from dataclasses import dataclass
 
-from .ppo import PPO, PPOConfig
+from tokenenv.agents.algorithms.ppo import PPO, PPOConfig
 
 
 @dataclass(kw_only=True, slots=True)

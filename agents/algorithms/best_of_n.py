@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.learning.learner import Metrics
+from tokenenv.agents.rollout.env_rows import wants_logprob
+from tokenenv.agents.rollout.generate import Prompts, as_list
+from tokenenv.agents.run.evaluate import best_of_n_kl
 from tokenenv.errors import InvalidArgument
-
-from .agent import Agent
-from .env_rows import wants_logprob
-from .episodes import Episode, EpisodeBatch
-from .evaluate import best_of_n_kl
-from .generate import Prompts, as_list
-from .learner import Metrics
 
 
 class BestOfN(Agent):

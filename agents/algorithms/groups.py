@@ -14,11 +14,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.advantages import ROUNDING, returns_to_go
 from tokenenv.errors import InvalidArgument, check_choice
-
-from .advantages import ROUNDING, returns_to_go
-from .episodes import EpisodeBatch
-from .policy_gradient import PolicyGradient, PolicyGradientConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod, compared, flat_groups, group_std
+from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import check_choice
-
-from .episodes import Episode, EpisodeBatch
-from .groups import GroupConfig, GroupMethod, compared, flat_groups, group_std
-from .replay import Replay
 
 SCALES = ("group", "source", "none")
 MAX_TRIES = 10

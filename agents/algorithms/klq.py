@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.config import AgentConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.advantages import gae, kl_penalised
+from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, state_values, token_logprobs
+from tokenenv.agents.rollout.env_rows import wants_logprob
+from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import InvalidArgument
-
-from . import losses
-from .advantages import gae, kl_penalised
-from .agent import Agent
-from .config import AgentConfig
-from .env_rows import wants_logprob
-from .episodes import EpisodeBatch
-from .learner import LossFunction, Metrics, Outputs, state_values, token_logprobs
-from .replay import Replay
 
 
 @dataclass(kw_only=True, slots=True)

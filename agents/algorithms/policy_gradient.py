@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.config import AgentConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.advantages import whiten
+from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, token_logprobs
+from tokenenv.agents.rollout.staleness import importance
 from tokenenv.errors import InvalidArgument
-
-from . import losses
-from .advantages import whiten
-from .agent import Agent
-from .config import AgentConfig
-from .episodes import EpisodeBatch
-from .learner import LossFunction, Metrics, Outputs, token_logprobs
-from .staleness import importance
 
 
 @dataclass(kw_only=True, slots=True)

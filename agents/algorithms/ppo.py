@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, unshaped
+from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, state_values
 from tokenenv.errors import InvalidArgument, check_choice
-
-from . import losses
-from .advantages import RunningStd, gae, length_adaptive_lambda, returns_to_go, unshaped
-from .episodes import EpisodeBatch
-from .learner import LossFunction, Metrics, Outputs, state_values
-from .policy_gradient import PolicyGradient, PolicyGradientConfig
 
 
 @dataclass(kw_only=True, slots=True)

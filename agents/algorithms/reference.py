@@ -1,8 +1,8 @@
 """The reference policy: what any learner must beat. It samples, logs what that earns, and learns nothing."""
 
-from .agent import Agent
-from .episodes import EpisodeBatch
-from .learner import Metrics
+from tokenenv.agents.agent import Agent
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.learner import Metrics
 
 
 class Reference(Agent):

@@ -9,9 +9,9 @@ vary more than with either; dense rewards help it most.
 
 from torch import Tensor
 
-from .advantages import returns_to_go
-from .episodes import EpisodeBatch
-from .policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.advantages import returns_to_go
 
 
 class ReinforcePlusPlus(PolicyGradient):

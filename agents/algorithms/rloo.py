@@ -10,8 +10,8 @@ to early tokens as well.
 
 from torch import Tensor
 
-from .episodes import EpisodeBatch
-from .groups import GroupConfig, GroupMethod, compared
+from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod, compared
+from tokenenv.agents.episodes import EpisodeBatch
 
 
 class RLOO(GroupMethod):

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.advantages import returns_to_go
+from tokenenv.agents.learning.learner import Metrics
+from tokenenv.agents.rollout.collector import Prefix
+from tokenenv.agents.rollout.env_rows import method
 from tokenenv.errors import InvalidArgument
-
-from .advantages import returns_to_go
-from .collector import Prefix
-from .env_rows import method
-from .episodes import EpisodeBatch
-from .learner import Metrics
-from .policy_gradient import PolicyGradient, PolicyGradientConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,15 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.episodes import token_mask
+
 ROUNDING = 1e-5
 """A spread below this share of the numbers that spread is float32's rounding of sums over a text, and is not divided by."""
 KL_ROUNDING = 1e-5
 """Nats per token: two forwards of one model in float32 differ by less."""
-
-
-def token_mask(lengths_B: Tensor, width: int) -> Tensor:
-    """(B, width) bool: True on the first `lengths_B` columns of each row."""
-    return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
 
 
 def kl_penalised(rewards_BT: Tensor, logprobs_BT: Tensor, kl_coef_B: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.agents.episodes import EpisodeBatch, token_mask
+from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.learning.token_stats import token_stats
 from tokenenv.models.batching import micro_batches
 from tokenenv.models.trunks import logits_head, text_states
-
-from .advantages import token_mask
-from .episodes import EpisodeBatch
-from .policy import LMPolicy
-from .token_stats import token_stats
 
 Metrics = dict[str, float]
 

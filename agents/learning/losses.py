@@ -7,8 +7,6 @@ up to exactly the minibatch's loss, however it is cut. All logarithms are natura
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
-
 
 def token_weights(lengths_B: Tensor, aggregation: str) -> Tensor:
     """The weight (B,) float32 of each token of B episodes that are averaged together.

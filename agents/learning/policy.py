@@ -16,8 +16,6 @@ from tokenenv.models.adapters import adapter_layers, train_adapters
 from tokenenv.models.trunks import hidden_size_of, logits_head, slot_model, text_states, trunk_of, vocab_size_of
 from tokenenv.types import SlotModel
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-
 
 class LMPolicy(nn.Module):
     """A causal LM (of transformers, or a `TokenModel`) that acts, and a value head that reads its states, or those of a

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenenv.agents.learning.masks import rule_out, unpack
 from tokenenv.models.heads import in_chunks
 from tokenenv.types import Head
-
-from .masks import rule_out, unpack
 
 CHUNK_ELEMENTS = 2**23
 """Logits held at a time: 32 MiB in float32."""

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.agents.learning.masks import allowed_of, rule_out
 from tokenenv.models.batching import upload
 from tokenenv.types import SlotModel
-
-from .masks import allowed_of, rule_out
 
 
 class Policy(Protocol):

@@ -14,14 +14,13 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from tokenenv.agents.episodes import Episode, check_finite
+from tokenenv.agents.learning.masks import pack
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.env_rows import action, flags, method, read_ends, take, take_info, take_obs
+from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
+from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.errors import InvalidAction, NotFinite
-
-from .actor import Actor
-from .env_rows import action, flags, method, read_ends, take, take_info, take_obs
-from .episodes import Episode, check_finite
-from .failures import require_finite_policy, running_texts
-from .masks import pack
-from .pairing import Pairing
 
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.agents.rollout.actor import Policy, device_of, sample
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chats import Chats, is_chat
 from tokenenv.models.encoding import encode_prompt
-
-from .actor import Policy, device_of, sample
 
 Prompts = str | Sequence[Any]
 """Texts, token ids or lists of messages, or a single text."""

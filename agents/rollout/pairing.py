@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.errors import ContractError
-
-from .episodes import Episode, EpisodeBatch
 
 
 class Pairing:

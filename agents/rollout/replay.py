@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .episodes import Episode, EpisodeBatch
+from tokenenv.agents.episodes import Episode, EpisodeBatch
 
 
 class Replay:

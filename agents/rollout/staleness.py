@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .episodes import EpisodeBatch
+from tokenenv.agents.episodes import EpisodeBatch
 
 Metrics = dict[str, float]
 

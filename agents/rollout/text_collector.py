@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from tokenenv.agents.episodes import Episode, check_finite
+from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.rollout.collector import Prefix, Stopped
+from tokenenv.agents.rollout.env_rows import wants_logprob
+from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
-
-from .collector import Prefix, Stopped
-from .env_rows import wants_logprob
-from .episodes import Episode, check_finite
-from .pairing import whole_groups
-from .policy import LMPolicy
 
 ENGINES = {"vllm": "tokenenv.rollout.vllm:VLLMEngine", "http": "tokenenv.rollout.server:VLLMServerEngine"}
 """What `rollout=` may name, besides "step": "vllm", or the URL of a vLLM server. Imported where they are used."""

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from tokenenv.agents.episodes import Episode, mean_of
+from tokenenv.agents.rollout.actor import Actor, Policy
+from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.rollout.env_rows import check_env
+from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
-
-from .actor import Actor, Policy
-from .collector import Collector
-from .env_rows import check_env
-from .episodes import Episode, mean_of
-from .generate import check_temperature
 
 
 @dataclass(frozen=True, slots=True)

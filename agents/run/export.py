@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.agents.episodes import Episode, token_mask
 from tokenenv.errors import InvalidArgument, MissingDependency
 from tokenenv.models.encoding import decode_pairs
-
-from .advantages import token_mask
-from .episodes import Episode
 
 COLUMNS = {
     "prompt_ids": "list<int64>",

@@ -1,47 +1,17 @@
 """The texts at fault when a number is not finite, on disk."""
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from tokenenv.agents.episodes import Episode
+from tokenenv.agents.run.tracking import token_columns
 from tokenenv.errors import NotFinite
 from tokenenv.models.pieces import TokenPieces
-from tokenenv.trust import refuse_link
+from tokenenv.safety.trust import refuse_link
 from tokenenv.types import TokenSpec
 
-from .env_rows import take_obs
-from .episodes import Episode
-from .tracking import token_columns
-
 FILE = "failed_episodes.jsonl"
-
-
-class RunningText(NamedTuple):
-    """A text that has not ended."""
-
-    slot: int
-    prompt: np.ndarray
-    response: np.ndarray
-
-
-def running_texts(obs: Mapping[str, Any], rows: Sequence[int]) -> list[RunningText]:
-    """The texts of these env rows as an observation shows them."""
-    seen = take_obs(obs, np.asarray(rows, np.int64))
-    ends = zip(rows, seen["tokens"], seen["prompt_length"], seen["length"], strict=True)
-    return [RunningText(row, text[:start], text[start:end]) for row, text, start, end in ends]
-
-
-def require_finite_policy(invalid: np.ndarray, updates: int) -> None:
-    """Raises `NotFinite` for the env rows whose token was drawn with a log-prob that is none, `invalid` (N,) bool."""
-    rows = np.flatnonzero(invalid).tolist()
-    if rows:
-        raise NotFinite(
-            f"the policy's log-prob is not finite in env rows {rows}, after {updates} updates: its weights or logits are not.",
-            rows,
-        )
 
 
 def write_failures(directory: Path, error: NotFinite, spec: TokenSpec | None, update: int, tokens_seen: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tokenenv.errors import InvalidArgument, RunFolderError
-from tokenenv.trust import refuse_link
+from tokenenv.safety.trust import refuse_link
 
 LOCK = "lock"
 RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", "episodes.jsonl")

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .episodes import Episode
+from tokenenv.agents.episodes import Episode
 
 
 class ProgressLine:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.shown import javascript_class
-from tokenenv.trust import refuse_link
-from tokenenv.values import from_yaml
+from tokenenv.safety.shown import javascript_class
+from tokenenv.safety.trust import refuse_link
+from tokenenv.safety.values import from_yaml
 
 RUN_KEYS = ("env", "algo", "reward")
 COLUMNS = ("token_rewards", "token_kl", "token_values", "token_advantages")
@@ -48,7 +48,7 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
 
 def page(data: dict[str, Any]) -> str:
     """The page's HTML; nothing in `data` can end the script that holds it."""
-    template = files("tokenenv").joinpath("assets/show.html").read_text(encoding="utf-8")
+    template = files("tokenenv.agents.run").joinpath("show.html").read_text(encoding="utf-8")
     template = template.replace("__HIDDEN__", javascript_class())
     return template.replace("__DATA__", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.agents.episodes import Episode
+from tokenenv.agents.run.files import locked, refuse_run, reporting
 from tokenenv.errors import MissingDependency
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.pieces import TokenPieces
-from tokenenv.shown import visible, without_secrets
-from tokenenv.trust import refuse_link
+from tokenenv.safety.shown import visible, without_secrets
+from tokenenv.safety.trust import refuse_link
 from tokenenv.types import TokenSpec
-
-from .episodes import Episode
-from .files import locked, refuse_run, reporting
 
 EPISODES = "episodes.jsonl"
 DETAILED = 32

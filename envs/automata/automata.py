@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.envs.automata.oracle import AutomatonOracle
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.residual_lm import ResidualLM
 from tokenenv.types import Scorer, Task, TrunkStates
-
-from .oracle import AutomatonOracle
 
 START = "<s>"
 MAX_VOCAB, MAX_TOKENS = 512, 128

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import check_choice
 from tokenenv.models.automaton import StateRows
 from tokenenv.models.batching import upload
-
-from .splits import SPLITS, split_of
 
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]

@@ -12,7 +12,7 @@ from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import load_causal_lm, load_reward_model, load_tokenizer
 from tokenenv.types import Scorer
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 @cache

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
+from tokenenv.envs.language.splits import split_of
 from tokenenv.errors import check_choice
-
-from .splits import split_of
 
 POSITIVE_ADJECTIVES = str.split(
     "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine nice charming delicious "

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 
+from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import ModelError, check_choice
-
-from .splits import SPLITS, split_of
 
 MIN_WORDS, MAX_WORDS = 25, 44
 """Length of a passage in words."""

@@ -7,10 +7,9 @@ The steps of reward="process" are the digits and the <eos>: each scores 1 if the
 
 import torch
 
+from tokenenv.envs.language.adder import EOS, ZERO, Adder, sums
+from tokenenv.envs.language.bundled import bundled_lm, bundled_tokenizer
 from tokenenv.types import Scorer, Task
-
-from .adder import EOS, ZERO, Adder, sums
-from .bundled import bundled_lm, bundled_tokenizer
 
 MAX_PROMPT_TOKENS = len("99+99=")
 

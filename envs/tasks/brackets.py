@@ -5,10 +5,9 @@ order and at most `depth` at a time; any number of other words may stand anywher
 make the full score rarer, longer texts make a mistake likelier.
 """
 
+from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
-
-from .automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 
 KINDS = ("()", "[]", "{}", "<>")
 State = tuple[str, int]

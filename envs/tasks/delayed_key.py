@@ -8,10 +8,9 @@ with `door_mass`, by default 1/8 * 1/32 = 1/256 together.
 
 import numpy as np
 
+from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
-
-from .automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 
 LOST, INSIDE, AT_DOOR = "lost", "inside", "at the door"
 OTHER_FIRST_MASS = 1e-4

@@ -5,10 +5,9 @@ stays within `limit` on both sides: what goes beyond is lost. Every text gets a 
 the reward rarer or the credit harder to give.
 """
 
+from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
-
-from .automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
 
 POSITIVE, NEGATIVE, NOT = (
     [f"{word}{i}" for i in range(1, count + 1)] for word, count in (("good", 6), ("bad", 12), ("not", 2))

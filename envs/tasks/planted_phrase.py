@@ -7,10 +7,17 @@ easier.
 
 from math import perm
 
+from tokenenv.envs.automata.automata import (
+    MAX_TOKENS,
+    MAX_VOCAB,
+    automaton_task,
+    check_range,
+    random_table,
+    seeded,
+    vocabulary,
+)
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
-
-from .automata import MAX_TOKENS, MAX_VOCAB, automaton_task, check_range, random_table, seeded, vocabulary
 
 DECOY_SCORE = 0.2
 Phrase = tuple[int, ...]

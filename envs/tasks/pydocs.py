@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
+from tokenenv.env.identity import prompts_digest
+from tokenenv.envs.language.bundled import bundled_lm, bundled_scorer, bundled_tokenizer
+from tokenenv.envs.language.readability import reading_ease
+from tokenenv.envs.language.topics import MIN_WORDS, SENTENCE_BREAK, prose
 from tokenenv.errors import ModelError
-from tokenenv.identity import prompts_digest
 from tokenenv.types import Task
-
-from .bundled import bundled_lm, bundled_scorer, bundled_tokenizer
-from .readability import reading_ease
-from .topics import MIN_WORDS, SENTENCE_BREAK, prose
 
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 24
 

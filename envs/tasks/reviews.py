@@ -6,10 +6,9 @@ with `<eos>`. The gold metric is 1 if the whole review is positive by the gramma
 
 import torch
 
+from tokenenv.envs.language.bundled import bundled_lm, bundled_scorer, bundled_tokenizer
+from tokenenv.envs.language.review_grammar import MAX_OPENING, is_positive, openings
 from tokenenv.types import Task
-
-from .bundled import bundled_lm, bundled_scorer, bundled_tokenizer
-from .review_grammar import MAX_OPENING, is_positive, openings
 
 
 def task(*, split: str = "train", max_new_tokens: int = 40, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:

@@ -11,10 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
 from tasks import MODES, TOYS, assert_equal, make_vec, some_modes
 
-from tokenenv.checker import check_vector_env
+from tokenenv.check import check_vector_env
+from tokenenv.env.single_env import TokenEnv
 from tokenenv.errors import ContractError
 from tokenenv.rewards import PositionScaled, Scaled, Segment
-from tokenenv.single_env import TokenEnv
 
 
 @pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
@@ -219,13 +219,13 @@ def test_names_what_is_wrong_inside(mode: Any, put: Any, message: str, monkeypat
 
 
 def test_bad_tokens_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.vector_env.require_valid", nothing)
+    monkeypatch.setattr("tokenenv.env.vector_env.require_valid", nothing)
     with pytest.raises(ContractError, match="does not raise ValueError on an action with token -1"):
         check_vector_env(make_vec(3), steps=8)
 
 
 def test_bad_log_probs_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.actions.LOGPROB_SLACK", 9.0)
+    monkeypatch.setattr("tokenenv.env.actions.LOGPROB_SLACK", 9.0)
     with pytest.raises(ContractError, match=r"does not raise ValueError on an action with logprob 1\.0"):
         check_vector_env(make_vec(3, **TOYS["k1"]), steps=8)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
-from test_show import episode, write
+from runs import episode, write
 
 from tokenenv.cli import console as printing
 from tokenenv.cli import main

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from test_checkpoint import SETTINGS, same
+from runs import SETTINGS, same
 from toy_env import ToyEnv
 
 from tokenenv.agents import PPO

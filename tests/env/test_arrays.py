@@ -14,7 +14,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import MODES, assert_equal, copied, make_vec, random_actions, some_modes
 
-from tokenenv import parts
+from tokenenv.env import build as parts
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.models import heads, probing
 from tokenenv.rewards import (
     Clipped,
@@ -28,7 +29,6 @@ from tokenenv.rewards import (
     TokenRule,
     progressive,
 )
-from tokenenv.vector_env import TokenVectorEnv
 
 N = 4
 

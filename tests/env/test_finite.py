@@ -11,9 +11,9 @@ from tasks import make_vec, random_actions
 from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import PPO, GRPOConfig, LMPolicy, PPOConfig
-from tokenenv.agents.collector import Collector
+from tokenenv.agents.rollout.collector import Collector
 from tokenenv.errors import Interrupted, InvalidArgument, NotFinite
-from tokenenv.rewards.base import RewardTerm
+from tokenenv.rewards.term import RewardTerm
 
 MODES = list(AutoresetMode)
 

@@ -12,13 +12,13 @@ from toy_env import ToyEnv
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import PPO
+from tokenenv.env.identity import digest, plain, prompts_digest
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import CheckpointError
-from tokenenv.identity import digest, plain, prompts_digest
 from tokenenv.models.heads import make_scorer
 from tokenenv.rewards.rule import Rule
-from tokenenv.rewards.wrappers import Clipped
+from tokenenv.rewards.scaling import Clipped
 from tokenenv.types import Task
-from tokenenv.vector_env import TokenVectorEnv
 from tokenenv.wrappers import ActionMask
 
 

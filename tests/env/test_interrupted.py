@@ -14,9 +14,9 @@ from gymnasium.vector import AutoresetMode
 from tasks import TOY, T, assert_equal, copied, make_vec
 
 import tokenenv
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import EnvClosed, Interrupted, NotReset
 from tokenenv.rewards import PositionScaled, Rule, Scaled, Segment, TokenRule
-from tokenenv.vector_env import TokenVectorEnv
 
 N, SEED = 3, 5
 OURS = tuple(str(Path(path).resolve()) for path in (tokenenv.__path__[0], Path(tasks.__file__).parent))

@@ -10,10 +10,10 @@ import torch
 from tasks import MODES, make_vec, reference
 
 from tokenenv.agents import PPO, LMPolicy
-from tokenenv.agents.actor import Actor
-from tokenenv.agents.advantages import unshaped
-from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.learning.advantages import unshaped
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards import Process, Segment, Shaping
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import tokenenv  # noqa: F401
-from tokenenv import render
-from tokenenv.render import FULL, RunningText, ansi, colour, picture
+from tokenenv.env import render
+from tokenenv.env.render import FULL, RunningText, ansi, colour, picture
 
 ANSI = re.compile(r"\x1b\[48;2;(\d+);(\d+);(\d+)m\x1b\[38;2;0;0;0m(.*?)\x1b\[0m", re.S)
 

@@ -11,12 +11,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import CASES, STOPS, TOY, TOYS, T, make_vec, play
 
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.heads import make_scorer
 from tokenenv.types import EpisodeScores, Scorer, Task
-from tokenenv.vector_env import TokenVectorEnv
 
 SAME_STEP = AutoresetMode.SAME_STEP
 TOKEN_CASES = [case for case in CASES if case.values[1].get("observation") != "features"]

@@ -11,9 +11,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import MODES, STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
 
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
 from tokenenv.types import Task
-from tokenenv.vector_env import TokenVectorEnv
 
 NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
 

@@ -8,8 +8,8 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenenv.envs.adder import EOS, PAD, TOKENS, Adder, sums
-from tokenenv.envs.bundled import bundled_lm, bundled_tokenizer
+from tokenenv.envs.language.adder import EOS, PAD, TOKENS, Adder, sums
+from tokenenv.envs.language.bundled import bundled_lm, bundled_tokenizer
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.process import FORMS, Process
 

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from tokenenv.envs.bundled import ASSETS
+from tokenenv.envs.language.bundled import ASSETS
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 MODELS = ("arithmetic-lm", "pydocs-lm", "pydocs-reward", "reviews-lm", "reviews-reward")
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_scores import SMALL, TASKS, make_task, score_of
 
-from tokenenv.envs.delayed_key import good_key
-from tokenenv.envs.planted_phrase import phrases
+from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.envs.tasks.delayed_key import good_key
+from tokenenv.envs.tasks.planted_phrase import phrases
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton, explore
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.residual_lm import ResidualLM
-from tokenenv.vector_env import TokenVectorEnv
 
 DENSE: dict[str, dict[str, Any]] = {
     "PlantedPhrase": {"vocab_size": 5, "phrase_length": 3, "num_decoys": 8},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from naive_scores import SMALL, TASKS, make_task, score_of
 
-from tokenenv.envs.oracle import AutomatonOracle
+from tokenenv.envs.automata.oracle import AutomatonOracle
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram

@@ -7,10 +7,11 @@ import pytest
 import torch
 from sampling import sample, summed_scores
 
-from tokenenv.envs import pydocs, topics
-from tokenenv.envs.bundled import bundled_tokenizer
-from tokenenv.envs.readability import count_sentences, count_syllables, reading_ease, words
-from tokenenv.envs.splits import split_of
+from tokenenv.envs.language import topics
+from tokenenv.envs.language.bundled import bundled_tokenizer
+from tokenenv.envs.language.readability import count_sentences, count_syllables, reading_ease, words
+from tokenenv.envs.language.splits import split_of
+from tokenenv.envs.tasks import pydocs
 from tokenenv.errors import InvalidArgument, ModelError
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sampling import sample, summed_scores
 
-from tokenenv.envs import reviews
-from tokenenv.envs.bundled import bundled_tokenizer
-from tokenenv.envs.review_grammar import openings, opinions, review, sentiment, split_words, vocabulary
+from tokenenv.envs.language.bundled import bundled_tokenizer
+from tokenenv.envs.language.review_grammar import openings, opinions, review, sentiment, split_words, vocabulary
+from tokenenv.envs.tasks import reviews
 from tokenenv.errors import InvalidArgument
 
 

@@ -19,7 +19,7 @@ from tokenenv.agents import PPO, LMPolicy
 from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
-from tokenenv.models.text_scores import score_texts
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.rule import Rule
 from tokenenv.types import Scorer

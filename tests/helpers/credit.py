@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.text_scores import score_texts
-from tokenenv.rewards.base import FinishedTexts, Parts
+from tokenenv.models.prefix_scores import score_texts
+from tokenenv.rewards.term import Context, FinishedTexts
 from tokenenv.types import Scorer, Task, TextIds, TokenSpec
 
 T = 9
@@ -50,7 +50,7 @@ def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
         stop_token_ids=(1,),
         scorer=scorer,
     )
-    term.bind(Parts(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens))
+    term.bind(Context(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens))
     return term
 
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 import torch
 from safetensors.torch import load_file
 
-from tokenenv.agents.actor import sample
+from tokenenv.agents.rollout.actor import sample
 
 
 class FakeServer:

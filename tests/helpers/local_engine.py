@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tokenenv.agents.actor import sample
+from tokenenv.agents.rollout.actor import sample
 from tokenenv.rollout.weights import transformers_model
 from tokenenv.types import Written
 

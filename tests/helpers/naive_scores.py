@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tokenenv.envs import brackets, delayed_key, negation, planted_phrase
+from tokenenv.envs.tasks import brackets, delayed_key, negation, planted_phrase
 
 TASKS = {"PlantedPhrase": planted_phrase, "DelayedKey": delayed_key, "Brackets": brackets, "Negation": negation}
 SMALL: dict[str, dict[str, Any]] = {

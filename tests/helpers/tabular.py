@@ -13,9 +13,9 @@ import fakes
 import torch
 from torch import Tensor
 
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.models.heads import make_scorer
 from tokenenv.types import EpisodeScores, Scorer, Task, TextIds, TextScorer, TrunkStates
-from tokenenv.vector_env import TokenVectorEnv
 
 V, T, BETA = 3, 4, 0.7
 NUM_HISTORIES = (V ** (T + 1) - 1) // (V - 1)

@@ -76,8 +76,8 @@ def device_task(device: str) -> Task:
 if TOY not in gym.registry:
     gym.register(
         TOY,
-        entry_point="tokenenv.single_env:TokenEnv",
-        vector_entry_point="tokenenv.vector_env:TokenVectorEnv",
+        entry_point="tokenenv.env.single_env:TokenEnv",
+        vector_entry_point="tokenenv.env.vector_env:TokenVectorEnv",
         kwargs={"task": "tasks:toy"},
     )
 

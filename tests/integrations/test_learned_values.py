@@ -21,7 +21,7 @@ from tokenenv.rewards.rule import Rule
 
 ID = "tokenenv/Negation-v0"
 ONE = {"max_new_tokens": 4, "reward": {"one": Rule(lambda prompt, response: 1.0, on="tokens")}}
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def by_sb3(make: Callable[..., Any], algorithm: Any, **settings: Any) -> Callable[..., float]:

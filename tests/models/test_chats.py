@@ -12,7 +12,7 @@ import torch
 from makes import MAKES
 
 from tokenenv.agents import PPO, BestOfN
-from tokenenv.agents.evaluate import evaluate
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chats import Chats, end_of_turn, frame_of
 from tokenenv.models.encoding import encode_continuation

@@ -8,7 +8,7 @@ import torch
 from naive_scores import make_task
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.actor import Actor
+from tokenenv.agents.rollout.actor import Actor
 from tokenenv.models.residual_lm import ResidualLM
 from tokenenv.models.trunks import trunk_of
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from tokenenv.errors import ModelError
 from tokenenv.models.alignment import token_ends
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.models.text_scorer import make_text_scorer
-from tokenenv.models.text_scores import score_texts
 from tokenenv.types import Scorer
 
 CORPUS = [

@@ -12,7 +12,7 @@ from fake_vllm import FakeServer
 import tokenenv  # noqa: F401
 from tokenenv.agents import PPO, LMPolicy
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import token_logprobs
+from tokenenv.agents.learning.learner import token_logprobs
 from tokenenv.cli import main
 from tokenenv.errors import InvalidArgument, ServerError
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel

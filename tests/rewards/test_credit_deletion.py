@@ -11,7 +11,7 @@ from credit import SCORERS, T, Words, close, placed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenenv.models.text_scores import score_texts
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.redistribute import distinct_scores
 from tokenenv.rewards.shapley import Shapley

@@ -13,7 +13,7 @@ from tasks import make_vec, play
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.text_scores import score_texts
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.occlusion import Occlusion

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokenenv.errors import ModelError
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.text_scores import score_texts
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.attention import Attention, eager_attention, last_attention, shares
 from tokenenv.rewards.gradient import Gradient, quadrature
 from tokenenv.types import Scorer

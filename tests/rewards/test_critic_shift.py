@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tabular import STOP, World
 from torch import Tensor
 
-from tokenenv.agents import PPO, ppo
-from tokenenv.agents.advantages import gae, unshaped
+from tokenenv.agents import PPO
+from tokenenv.agents.algorithms import ppo
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.rewards.base import States
+from tokenenv.agents.learning.advantages import gae, unshaped
 from tokenenv.rewards.shaping import Shaping
+from tokenenv.rewards.term import States
 
 WORLD = World(7, stops=(STOP,))
 both_scorers = pytest.mark.parametrize("scorer", ["sequence", "token"])

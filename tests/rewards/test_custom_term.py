@@ -7,8 +7,8 @@ from fakes import causal_lm
 from tasks import toy
 
 from tokenenv import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.models.heads import lm_head, token_logprobs
-from tokenenv.vector_env import TokenVectorEnv
 
 
 class LogRatio(RewardTerm):
@@ -32,9 +32,9 @@ class Shaping(RewardTerm):
     name = "shaping"
     has_potential = True
 
-    def bind(self, parts):
-        super().bind(parts)
-        self.models = (parts.reference,)
+    def bind(self, context):
+        super().bind(context)
+        self.models = (context.reference,)
 
     def potential(self, states: States):
         return states.of(self.models[0]).mean(-1)

@@ -11,8 +11,8 @@ from gymnasium.vector import AutoresetMode
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.registration import TASKS
-from tokenenv.rewards.base import NEEDS
 from tokenenv.rewards.designs import DESIGNS, make_terms
+from tokenenv.rewards.term import NEEDS
 
 CAUSAL = {"causal scorer", "scorer", "reference", "step scorer"}
 TRANSFORMER = CAUSAL | {"token scorer", "transformer scorer", "tokenizer"}

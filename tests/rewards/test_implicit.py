@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tasks import play, toy
 
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import Parts, States, Transitions
 from tokenenv.rewards.implicit import Implicit
+from tokenenv.rewards.term import Context, States, Transitions
 from tokenenv.types import Scorer, Task, TokenSpec
-from tokenenv.vector_env import TokenVectorEnv
 
 V, T, STOP, BETA = 3, 3, 0, 0.3
 NODES = (V ** (T + 1) - 1) // (V - 1)
@@ -91,7 +91,7 @@ class World:
             scorer=Scorer(self.reference, lambda states: self.score[states], False) if scorer else None,
             implicit_model=self.optimum if implicit else None,
         )
-        return Parts(TokenSpec(None, V, STOP, (STOP,), 1, T), task, torch.device("cpu"), beta)
+        return Context(TokenSpec(None, V, STOP, (STOP,), 1, T), task, torch.device("cpu"), beta)
 
     def bound(self, **options):
         term = Implicit(**options)

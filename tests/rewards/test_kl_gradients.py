@@ -6,8 +6,8 @@ import torch
 from tabular import BETA, World, relative_error, to_go, worlds
 from torch import Tensor
 
-from tokenenv.agents.advantages import kl_penalised
-from tokenenv.agents.token_stats import token_stats
+from tokenenv.agents.learning.advantages import kl_penalised
+from tokenenv.agents.learning.token_stats import token_stats
 
 HOLDS, BROKEN = 1e-5, 0.1
 each_world = pytest.mark.parametrize("world", worlds(), ids=lambda world: f"seed{world.seed}")

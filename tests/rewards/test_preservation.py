@@ -8,11 +8,11 @@ import torch
 from tabular import BETA, SCORERS, World, relative_error, to_go, worlds
 from torch import Tensor
 
-from tokenenv.rewards.base import FinishedTexts, RewardTerm
 from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
 from tokenenv.rewards.process import FORMS, Process
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Shaping
+from tokenenv.rewards.term import FinishedTexts, RewardTerm
 
 HOLDS, BROKEN = 1e-5, 0.05
 """Relative errors: of float32 rewards, and of a promise that does not hold in some world."""
@@ -46,7 +46,7 @@ REWARDS: dict[str, RewardSpec] = {
 
 def fits(scorer: str, name: str) -> bool:
     """Whether an env with this scorer has what the design needs."""
-    parts = worlds()[0].env(scorer, reward="terminal")._engine.parts
+    parts = worlds()[0].env(scorer, reward="terminal")._engine.context
     return all(parts.has(need) for term in make_terms(REWARDS[name]).values() for need in term.needs)
 
 

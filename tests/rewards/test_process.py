@@ -8,10 +8,10 @@ import torch
 from tabular import STEP_END, World, worlds
 from torch import Tensor
 
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.process import FORMS, Process
 from tokenenv.types import Scorer, Task
-from tokenenv.vector_env import TokenVectorEnv
 
 scorers = pytest.mark.parametrize("scorer", ["sequence", "token"])
 both_ends = pytest.mark.parametrize("score_truncated", [True, False])

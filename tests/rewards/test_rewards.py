@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL, kl_estimate
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.shaping import Delta
+from tokenenv.rewards.term import Context, FinishedTexts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.rewards.terminal import MissingEOS, Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
@@ -44,7 +44,7 @@ def parts(*, per_token=True, scorer=True, reference=True):
         stop_token_ids=(1,),
         scorer=head,
     )
-    return Parts(SPEC, task, torch.device("cpu"), kl_coef=0.1)
+    return Context(SPEC, task, torch.device("cpu"), kl_coef=0.1)
 
 
 def states(score, hidden=None):

@@ -13,9 +13,9 @@ from tasks import assert_equal, copied, make_vec, play, random_actions, referenc
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import lm_head
 from tokenenv.models.trunks import text_states
-from tokenenv.rewards.base import Parts, States, Transitions
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
+from tokenenv.rewards.term import Context, States, Transitions
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.types import Scorer, Task, TokenSpec
 
@@ -50,7 +50,7 @@ def parts(*, reference=REFERENCE, causal=True):
         stop_token_ids=(1,),
         scorer=scorer,
     )
-    return Parts(TokenSpec(None, V, 0, (1,), 1, 8), task, torch.device("cpu"), 0.1)
+    return Context(TokenSpec(None, V, 0, (1,), 1, 8), task, torch.device("cpu"), 0.1)
 
 
 def bound(threshold):

@@ -14,7 +14,7 @@ from tasks import T, make_vec, play
 
 from tokenenv.errors import ModelError
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.text_scores import score_texts
+from tokenenv.models.prefix_scores import score_texts
 from tokenenv.models.vllm_models import VLLMRewardModel
 from tokenenv.rewards.attention import Attention, last_attention
 from tokenenv.rewards.gradient import Gradient

@@ -12,15 +12,15 @@ from hypothesis.extra.numpy import arrays
 from tasks import T, assert_equal, copied, make_vec, play, random_actions
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, States, Transitions, weight_now
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
+from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions, weight_now
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
-from tokenenv.rewards.wrappers import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
 from tokenenv.types import Task, TokenSpec
 
 LONGEST = 6
@@ -76,7 +76,7 @@ def bound(term):
     task = Task(
         tokenizer=None, reference=object(), prompts=[], max_prompt_tokens=1, max_new_tokens=LONGEST, stop_token_ids=(1,)
     )
-    term.bind(Parts(TokenSpec(None, 9, 0, (1,), 1, LONGEST), task, torch.device("cpu"), 0.1))
+    term.bind(Context(TokenSpec(None, 9, 0, (1,), 1, LONGEST), task, torch.device("cpu"), 0.1))
     return term
 
 
@@ -426,7 +426,7 @@ def make(reward, num_envs=4, **options):
 def test_stepping_pays_what_scoring_says_while_nothing_is_learned(name, monkeypatch):
     envs = make(WRAPPED[name]())
     play(envs, steps=25, seed=1)
-    monkeypatch.setattr("tokenenv.rewards.wrappers.updated_moments", lambda moments, *seen: moments)
+    monkeypatch.setattr("tokenenv.rewards.scaling.updated_moments", lambda moments, *seen: moments)
     episodes = play(envs, steps=30)
     scores = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
     for row, episode in enumerate(episodes):

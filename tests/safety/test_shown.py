@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from tokenenv.shown import HIDDEN, javascript_class, visible, without_secrets, without_user
+from tokenenv.safety.shown import HIDDEN, javascript_class, visible, without_secrets, without_user
 
 NAMED = [
     "\u061c",

@@ -12,17 +12,17 @@ import gymnasium as gym
 import pytest
 import torch
 import yaml
+from runs import FakeWandb
 from safetensors.torch import save_file
 from tasks import make_vec
-from test_tracking import FakeWandb
 
 from tokenenv.agents import PPO
-from tokenenv.agents.checkpoint import read_checkpoint, read_newest, write_checkpoint
-from tokenenv.agents.failures import write_failures
+from tokenenv.agents.run.checkpoint import read_checkpoint, read_newest, write_checkpoint
+from tokenenv.agents.run.failures import write_failures
 from tokenenv.cli import Train, load_config, main, said_in, save_config
 from tokenenv.errors import CheckpointError, InvalidArgument, ModelError, NotFinite, RunFolderError, ServerError
 from tokenenv.models.vllm_server import VLLMServer
-from tokenenv.trust import check_from_file
+from tokenenv.safety.trust import check_from_file
 
 SMALL = ["--num-envs", "4", "--total-tokens", "40", "--agent.batch-tokens", "20", "--agent.epochs", "1"]
 TOKENS = ["--env", "tokenenv/Negation-v0", "--options", "max_new_tokens", "4"]

@@ -10,7 +10,7 @@ import torch
 from tokenenv.cli import load_config, main
 from tokenenv.cli.train import Train, option_values, save_config
 from tokenenv.errors import InvalidArgument
-from tokenenv.values import fit, from_yaml, scalar, to_yaml
+from tokenenv.safety.values import fit, from_yaml, scalar, to_yaml
 
 TYPED = {
     "1e-3": 0.001,

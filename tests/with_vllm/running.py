@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import token_logprobs
+from tokenenv.agents.learning.learner import token_logprobs
 
 ASSETS = Path(__file__).parents[2] / "envs" / "assets"
 KEY = "a-key"

@@ -8,7 +8,7 @@ from running import ASSETS, mismatch
 
 from tokenenv.agents import ALGORITHMS, PPO
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import token_logprobs
+from tokenenv.agents.learning.learner import token_logprobs
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.rollout import vllm as rollout
 from tokenenv.rollout.vllm import LocalVLLM

@@ -14,7 +14,7 @@ from tasks import MODES, STOPS, TOYS, T, assert_equal, copied, make_vec
 
 from tokenenv.agents import PPO
 from tokenenv.errors import FinishedRow, InvalidAction, InvalidArgument, MissingDependency, NotReset
-from tokenenv.wrappers import ActionMask, nucleus
+from tokenenv.wrappers.action_spaces import ActionMask, nucleus
 
 V, N = fakes.VOCAB_SIZE, 4
 NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED

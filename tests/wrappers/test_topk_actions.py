@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tasks import MODES, STOPS, TOYS, T, assert_equal, copied, make_vec, reference, row_of
 
 from tokenenv.errors import FinishedRow, InvalidAction, InvalidArgument, NotReset
-from tokenenv.wrappers import ActionMask, TopKActions, likeliest
+from tokenenv.wrappers.action_spaces import ActionMask, TopKActions, likeliest
 
 V, N, K = fakes.VOCAB_SIZE, 3, 6
 NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED

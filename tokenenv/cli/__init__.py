@@ -63,7 +63,7 @@ def train_type(algo: str) -> Any:
 
 
 def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
-    """The dotted names of what flags say of what a file may not (`tokenenv.trust`)."""
+    """The dotted names of what flags say of what a file may not (`tokenenv.safety.trust`)."""
     names = {f"options.{key}" for key in flags["options"][::2]}
     names |= {f"agent.rollout_options.{key}" for key in flags["rollout_options"][::2]}
     return names | ({"agent.rollout"} if flags["rollout"] else set())

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenenv.agents.files import replace_file
+from tokenenv.agents.run.files import replace_file
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.designs import DESIGNS
-from tokenenv.shown import without_secrets
-from tokenenv.trust import check_from_file
-from tokenenv.values import fit, from_yaml, to_yaml, typed
+from tokenenv.safety.shown import without_secrets
+from tokenenv.safety.trust import check_from_file
+from tokenenv.safety.values import fit, from_yaml, to_yaml, typed
 
 
 def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ def mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def check_run(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
-    """Raises where a config asks for more than a file may (`tokenenv.trust`); `said` is what the command line says too."""
+    """Raises where a config asks for more than a file may (`tokenenv.safety.trust`); `said` is what the command line says too."""
     agent, options = values["agent"], values["options"]
     entries = {f"options.{key}": value for key, value in options.items()}
     entries["agent.rollout"] = agent["rollout"]

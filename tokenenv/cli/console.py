@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from tokenenv.shown import visible
+from tokenenv.safety.shown import visible
 
 console = Console()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.table import Column, Table
 
 from tokenenv.cli.console import console
-from tokenenv.parts import load_task
+from tokenenv.env.build import load_task
 from tokenenv.registration import TASKS
 
 
@@ -20,7 +20,7 @@ class Envs:
         for env_id, source in sorted(TASKS.items()):
             table.add_row(env_id, first_line(source) + note(source), ", ".join(task_options(source)))
         console.print(table)
-        console.print("options of every env: the fields of tokenenv.config.EnvConfig")
+        console.print("options of every env: the fields of tokenenv.env.config.EnvConfig")
 
 
 def task_options(source: str) -> list[str]:

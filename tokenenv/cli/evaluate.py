@@ -10,12 +10,12 @@ from rich.table import Table
 
 from tokenenv.agents import ALGORITHMS, Agent, Reference
 from tokenenv.agents.config import check_seed
-from tokenenv.agents.evaluate import Evaluation, evaluate, next_token_probs
+from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
 from tokenenv.cli.train import check_count, load_config
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.registration import TASKS
-from tokenenv.vector_env import TokenVectorEnv
 
 ASKED = ("split", "prompts")
 """Options that say which texts are asked for. The checkpoint belongs to those of its run."""

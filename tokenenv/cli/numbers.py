@@ -5,7 +5,7 @@ from typing import Any
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.values import fit
+from tokenenv.safety.values import fit
 
 NUMBERS = ConstructorRegistry()
 """To be entered around `tyro.cli`."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from tokenenv.agents.run.show import write_page
 from tokenenv.cli.console import say
-from tokenenv.show import write_page
 
 
 @dataclass(kw_only=True)

@@ -17,18 +17,18 @@ from tokenenv import __version__
 from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.files import locked, new_folder, previous_of, refuse_run
-from tokenenv.agents.tracking import WandbRun, import_wandb
+from tokenenv.agents.run.files import locked, new_folder, previous_of, refuse_run
+from tokenenv.agents.run.tracking import WandbRun, import_wandb
 from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
 from tokenenv.cli.console import say, say_on_stderr
 from tokenenv.cli.signals import stopping
-from tokenenv.config import EnvConfig
+from tokenenv.env.build import load_task
+from tokenenv.env.config import EnvConfig
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.parts import load_task
 from tokenenv.registration import TASKS
-from tokenenv.shown import without_secrets
-from tokenenv.values import fit
-from tokenenv.vector_env import TokenVectorEnv
+from tokenenv.safety.shown import without_secrets
+from tokenenv.safety.values import fit
 
 if TYPE_CHECKING:
     Algorithm = str
@@ -218,7 +218,7 @@ def about(envs: TokenVectorEnv) -> dict[str, Any]:
 def load_config(path: Path, said: Collection[str] = ()) -> Train:
     """Reads a config that `save_config` wrote.
 
-    A file is data (`tokenenv.trust`): `said` names what the command line says too, such as "options.reward_model".
+    A file is data (`tokenenv.safety.trust`): `said` names what the command line says too, such as "options.reward_model".
     Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
     """
     read = read_values(path)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from tokenenv.config import EnvConfig
-from tokenenv.engine import RewardEngine
+from tokenenv.env.config import EnvConfig
+from tokenenv.env.engine import RewardEngine
+from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
-from tokenenv.render import RENDER_MODES
-from tokenenv.rewards.base import Parts, RewardTerm
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
 
@@ -103,7 +103,7 @@ def single_spaces(task: Task, spec: TokenSpec, config: EnvConfig) -> tuple[space
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
     """The models and reward terms of `num_envs` texts."""
     beta = task.kl_coef if config.kl_coef is None else config.kl_coef
-    parts = Parts(
+    context = Context(
         spec=spec,
         task=task,
         device=torch.device((task.model or task.reference).device),
@@ -117,7 +117,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
                 f"reward term {name!r} reads log pi, which actions carry only with kl='policy', not {config.kl!r}."
             )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
-    return RewardEngine(parts, terms, num_envs, **options)
+    return RewardEngine(context, terms, num_envs, **options)
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:
@@ -166,7 +166,7 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names: code, which no file may name (`tokenenv.trust`)."""
+    """The task function that "module:function" names: code, which no file may name (`tokenenv.safety.trust`)."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

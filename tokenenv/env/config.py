@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument, check_choice, check_number
 from tokenenv.types import KL_ESTIMATORS
 
 
@@ -83,12 +82,6 @@ class EnvConfig:
             raise InvalidArgument(
                 f"kl_estimator={self.kl_estimator!r} and kl_clamp={self.kl_clamp} need kl='policy', not kl={self.kl!r}."
             )
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises `InvalidArgument` unless `value` is one real number."""
-    if not isinstance(value, Real):
-        raise InvalidArgument(f"{name}={value!r} must be a number.")
 
 
 def check_kl_coef(value: float) -> float:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenenv.finite import RewardWatch, require_finite_weight
+from tokenenv.env.finite import RewardWatch, require_finite_weight
+from tokenenv.env.saved_state import Layout
+from tokenenv.env.texts import TextBuffer
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
-from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
+from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardSum, RewardTerm, States, Transitions, weight_now
-from tokenenv.state import Layout
-from tokenenv.texts import TextBuffer
+from tokenenv.rewards.term import Context, FinishedTexts, RewardSum, RewardTerm, States, Transitions, weight_now
 from tokenenv.types import Head, Scorer, Slots
 
 
@@ -79,32 +79,32 @@ class RewardEngine:
     An episode's weights are read when it starts and hold to its end, so that it earns the same whatever happens around it.
     """
 
-    def __init__(self, parts: Parts, terms: dict[str, RewardTerm], num_rows: int, **model_options: Any) -> None:
+    def __init__(self, context: Context, terms: dict[str, RewardTerm], num_rows: int, **model_options: Any) -> None:
         for term in terms.values():
-            term.bind(parts)
-        self.parts = parts
-        self.rewards = RewardSum(terms, parts.spec.max_new_tokens)
-        check_adapters_apart({"policy's model": parts.task.model or parts.reference, **self.frozen_models()})
-        self.ref_logprob = logprob_reader(parts.reference, parts.spec.vocab_size)  # before memory is taken: it may refuse
-        models = [parts.reference, *(m for term in terms.values() for m in term.models)]
-        models += [parts.causal_scorer.model] if parts.causal_scorer else []
+            term.bind(context)
+        self.context = context
+        self.rewards = RewardSum(terms, context.spec.max_new_tokens)
+        check_adapters_apart({"policy's model": context.task.model or context.reference, **self.frozen_models()})
+        self.ref_logprob = logprob_reader(context.reference, context.spec.vocab_size)  # before memory is taken: it may refuse
+        models = [context.reference, *(m for term in terms.values() for m in term.models)]
+        models += [context.causal_scorer.model] if context.causal_scorer else []
         parts_of = (part for model in models for part in (model, trunk_of(model)))
         self.modules = list(dict.fromkeys(part for part in parts_of if isinstance(part, nn.Module)))
         """The models, which may be put into train mode between steps; none of them is run in it."""
-        max_length = parts.spec.max_prompt_tokens + parts.spec.max_new_tokens
+        max_length = context.spec.max_prompt_tokens + context.spec.max_new_tokens
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_terms = torch.zeros(
-            num_rows, len(terms), parts.spec.max_new_tokens, dtype=torch.float32, device=parts.device
+            num_rows, len(terms), context.spec.max_new_tokens, dtype=torch.float32, device=context.device
         )
         """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
-        self.watch = RewardWatch(parts.device)
+        self.watch = RewardWatch(context.device)
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
 
     def frozen_models(self) -> dict[str, Any]:
         """The models that are read, by role."""
-        task = self.parts.task
+        task = self.context.task
         found = {
             "reference": task.reference,
             "reward model": getattr(task.scorer, "model", None),
@@ -128,9 +128,9 @@ class RewardEngine:
     def features(self) -> Tensor:
         """What `observation="features"` shows of each text, (N, F) float32."""
         assert self.states is not None
-        if self.parts.task.features is not None:
-            return self.parts.task.features(self.states.hidden, self.states.step)
-        return self.states.of(self.parts.reference).float()
+        if self.context.task.features is not None:
+            return self.context.task.features(self.states.hidden, self.states.step)
+        return self.states.of(self.context.reference).float()
 
     def start(self, slots: Slots, texts: TextBuffer, weights: dict[str, float]) -> None:
         """Begins the texts of `slots`, with the given weight of each term."""
@@ -153,7 +153,7 @@ class RewardEngine:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
         before, weights = self.states, self._device_weights
-        ref_logprob = self.ref_logprob(before.of(self.parts.reference), tokens)
+        ref_logprob = self.ref_logprob(before.of(self.context.reference), tokens)
         self.states = after = self._advance(tokens, active, before)
         rows = np.flatnonzero(ends.ended)
         finished = self._finished(rows, texts, after) if len(rows) else None
@@ -181,12 +181,12 @@ class RewardEngine:
     def ref_logprobs(self) -> Tensor:
         """log pi_ref of every next token, (N, V)."""
         assert self.states is not None
-        return torch.log_softmax(self.ref_head(self.states.of(self.parts.reference)).float(), dim=-1)
+        return torch.log_softmax(self.ref_head(self.states.of(self.context.reference)).float(), dim=-1)
 
     @cached_property
     def ref_head(self) -> Head:
         """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it is made."""
-        return logits_head(self.parts.reference, self.parts.spec.vocab_size)
+        return logits_head(self.context.reference, self.context.spec.vocab_size)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
@@ -202,7 +202,7 @@ class RewardEngine:
         if batch.finished is None or batch.finished.score is None:
             return None
         assert batch.finished_at is not None
-        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.parts.device)
+        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.context.device)
         return nothing.index_copy(0, batch.finished_at, batch.finished.score)
 
     def fork(self, sources: Slots, targets: Slots, texts: TextBuffer) -> None:
@@ -255,7 +255,7 @@ class RewardEngine:
         return {
             "weights": dict.fromkeys(self.weights, floats),
             "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
-            "score": doubles if self.parts.causal_scorer else None,
+            "score": doubles if self.context.causal_scorer else None,
             "memory": dict.fromkeys(self.rewards.with_memory, floats),
             "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
             "learned": {name: (array.shape, np.float64) for name, array in self.save_statistics().items()},
@@ -271,7 +271,7 @@ class RewardEngine:
     def _next_score(self, after: States, tokens: Tensor, before: Tensor | None) -> Tensor | None:
         """The scores (K,) of K texts from their states after `tokens` (K,) and the scores before them: a per-token scorer
         adds to the sum, in float64, as in float32 thousands of tokens drift; any other passes over pad tokens."""
-        scorer = self.parts.causal_scorer
+        scorer = self.context.causal_scorer
         if scorer is None or before is None:
             return None
         scores = scorer.head(after.of(scorer.model))
@@ -281,11 +281,11 @@ class RewardEngine:
 
     def read_finished(self, texts: FinishedTexts) -> None:
         """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
-        scorer = self.parts.scorer
+        scorer = self.context.scorer
         if scorer is None or isinstance(scorer, Scorer):
             return
-        scores = scorer.token_scores(texts.prompt_and_response_ids(), self.parts.spec.max_new_tokens)
-        texts.token_scores = scores.to(self.parts.device)
+        scores = scorer.token_scores(texts.prompt_and_response_ids(), self.context.spec.max_new_tokens)
+        texts.token_scores = scores.to(self.context.device)
         texts.score = texts.token_scores.sum(1)
 
     @torch.no_grad()
@@ -315,7 +315,7 @@ class RewardEngine:
     def _first_score(self, slots: Slots, texts: TextBuffer, states: States) -> Tensor | None:
         """The score of the texts that begin in `slots`, from their states: a per-token scorer has scored a prefix, but no
         prompt, and any other may have read the text at an earlier token than its last."""
-        scorer = self.parts.causal_scorer
+        scorer = self.context.causal_scorer
         if scorer is None:
             return None
         if scorer.per_token:
@@ -328,7 +328,7 @@ class RewardEngine:
         return first
 
     def _prefix_scores(self, scorer: Scorer, slots: Slots, texts: TextBuffer) -> Tensor:
-        first = torch.zeros(len(slots), dtype=sum_dtype(self.parts.device), device=self.parts.device)
+        first = torch.zeros(len(slots), dtype=sum_dtype(self.context.device), device=self.context.device)
         for row, slot in enumerate(slots):
             if texts.unpaid[slot]:
                 tokens, lengths = texts.rows([slot])
@@ -337,10 +337,10 @@ class RewardEngine:
         return first
 
     def _loaded_score(self, saved: np.ndarray | None, texts: TextBuffer) -> Tensor | None:
-        scorer = self.parts.causal_scorer
+        scorer = self.context.causal_scorer
         if saved is None or scorer is None:
             return None
-        dtype = sum_dtype(self.parts.device) if scorer.per_token else torch.float32
+        dtype = sum_dtype(self.context.device) if scorer.per_token else torch.float32
         return texts.upload(saved.astype(np.float32) if dtype == torch.float32 else saved)
 
     def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
@@ -354,7 +354,7 @@ class RewardEngine:
     def _finished(self, rows: np.ndarray, texts: TextBuffer, after: States) -> FinishedTexts:
         index = texts.upload(rows)
         score = None if after.score is None else after.score[index].float()
-        finished = texts.finished(rows, score, self.parts.spec.tokenizer)
+        finished = texts.finished(rows, score, self.context.spec.tokenizer)
         finished.statistics = {name: statistics[index] for name, statistics in after.statistics.items()}
         finished.learning = True
         self.read_finished(finished)
@@ -374,7 +374,7 @@ class RewardEngine:
 
     def _settle(self, finished: FinishedTexts | None, batch: Transitions) -> dict[str, Tensor]:
         """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due where a text ends."""
-        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.parts.device)
+        nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.context.device)
         sums = {name: nothing.clone() for name in self.rewards.hindsight}
         if finished is None or batch.finished_at is None:
             return sums

@@ -14,7 +14,7 @@ from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores
 
 BAD_REWARD = -3
-"""The code of a row whose last reward was not finite, among the codes of `tokenenv.actions`."""
+"""The code of a row whose last reward was not finite, among the codes of `tokenenv.env.actions`."""
 REFERENCE = "the reference's log-prob"
 IMPOSSIBLE = (
     "; the reference gives this token the probability 0: rule such tokens out (ActionMask, TopKActions), or take kl_coef=0"

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenenv.config import EnvConfig
-from tokenenv.rewards.base import RewardTerm
+from tokenenv.env.config import EnvConfig
+from tokenenv.rewards.term import RewardTerm
 from tokenenv.types import Scorer, Task, TokenSpec
 
 CHANGES_NOTHING = ("array", "max_batch_tokens", "compile")

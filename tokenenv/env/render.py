@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.engine import RewardEngine
+from tokenenv.env.engine import RewardEngine
+from tokenenv.env.texts import TextBuffer
 from tokenenv.models.pieces import TokenPieces
-from tokenenv.shown import visible
-from tokenenv.texts import TextBuffer
+from tokenenv.safety.shown import visible
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
 FULL = 1.0

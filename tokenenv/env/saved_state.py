@@ -12,7 +12,7 @@ FORMAT = 3
 Layout = dict[str, Any]
 """Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any size."""
 EXACT = ("weights", "memory", "statistics", "learned")
-"""Parts with an entry for each term that has one, and no others."""
+"""Context with an entry for each term that has one, and no others."""
 KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "streams", "kl_coef", "tokens_seen")
 
 

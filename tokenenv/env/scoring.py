@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.actions import LOGPROB_SLACK
-from tokenenv.engine import RewardEngine, in_eval_mode
+from tokenenv.env.actions import LOGPROB_SLACK
+from tokenenv.env.engine import RewardEngine, in_eval_mode
+from tokenenv.env.finite import require_finite_scores
+from tokenenv.env.texts import TextBuffer
 from tokenenv.errors import InvalidArgument
-from tokenenv.finite import require_finite_scores
 from tokenenv.models.batching import micro_batches
-from tokenenv.models.text_scores import read_length, score_texts, sum_dtype
+from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.prompts import read_continuation, read_prompt
-from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
-from tokenenv.texts import TextBuffer
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.types import EpisodeScores, Scorer, TokenSpec
 
 
@@ -38,7 +38,7 @@ def score_episodes(
 
     With `learning`, terms with statistics take the texts in, but score all of them with those they had before.
     """
-    spec = engine.parts.spec
+    spec = engine.context.spec
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
@@ -51,7 +51,7 @@ def score_episodes(
             texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
             texts.statistics, texts.learning = {name: s.expand(len(group), -1) for name, s in statistics.items()}, learning
             given = None if logprobs is None else [logprobs[i] for i in group]
-            group_weights = {name: torch.from_numpy(weight[group]).to(engine.parts.device) for name, weight in each.items()}
+            group_weights = {name: torch.from_numpy(weight[group]).to(engine.context.device) for name, weight in each.items()}
             _fill(out, group, texts, _score_group(engine, texts, given, cut[group], group_weights))
             if out.gold is not None and callable(gold):
                 out.gold[group] = [gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()]
@@ -65,7 +65,7 @@ def score_episodes(
 
 def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
     """Zeros for so many texts."""
-    count, width, names = len(responses), engine.parts.spec.max_new_tokens, list(engine.rewards.terms)
+    count, width, names = len(responses), engine.context.spec.max_new_tokens, list(engine.rewards.terms)
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((count, *shape), np.float32)
@@ -75,7 +75,7 @@ def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: boo
         step_rewards=zeros(width),
         terms={name: zeros(width) for name in names},
         token_reward_terms={name: zeros(width) for name in names},
-        score=None if engine.parts.scorer is None else zeros(),
+        score=None if engine.context.scorer is None else zeros(),
         gold=zeros() if has_gold else None,
         lengths=np.asarray([len(response) for response in responses]),
         ref_logprobs=zeros(width),
@@ -190,17 +190,17 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
 
 def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]) -> FinishedTexts:
     ids = [np.asarray([*p, *r], dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
-    tokens = np.full((len(ids), max(map(len, ids))), engine.parts.spec.pad_token_id, dtype=np.int64)
+    tokens = np.full((len(ids), max(map(len, ids))), engine.context.spec.pad_token_id, dtype=np.int64)
     for row, text in enumerate(ids):
         tokens[row, : len(text)] = text
     return FinishedTexts(
-        tokens=torch.from_numpy(tokens).to(engine.parts.device),
+        tokens=torch.from_numpy(tokens).to(engine.context.device),
         length=np.asarray([len(text) for text in ids]),
         prompt_length=np.asarray([len(p) for p in prompts]),
         unpaid=np.zeros(len(ids), dtype=np.int64),
         score=None,
         ids=ids,
-        tokenizer=engine.parts.spec.tokenizer,
+        tokenizer=engine.context.spec.tokenizer,
     )
 
 
@@ -212,7 +212,7 @@ def _score_group(
     weights: dict[str, Tensor],
 ) -> _Scored:
     """What the texts have earned; sets their score."""
-    device, spec = engine.parts.device, engine.parts.spec
+    device, spec = engine.context.device, engine.context.spec
     valid = texts.payable(spec.max_new_tokens)
     row, t = valid.nonzero(as_tuple=True)
     batch = _transitions(engine, texts, row, t)
@@ -257,12 +257,12 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     statistics = {name: s[row] for name, s in texts.statistics.items()}
     before = States({key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics)
     after = States({key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics)
-    before.score, after.score = _running_scores(engine.parts.causal_scorer, texts, before, after, row, t)
+    before.score, after.score = _running_scores(engine.context.causal_scorer, texts, before, after, row, t)
     tokens = texts.tokens[row, at]
     for name, term in engine.rewards.with_memory.items():
         first = texts.tokens[row, at - 1]
         before.memory[name], after.memory[name] = _recall(term, before, after, first, tokens, row, t)
-    ref_logprob = engine.ref_logprob(before.of(engine.parts.reference), tokens)
+    ref_logprob = engine.ref_logprob(before.of(engine.context.reference), tokens)
     none = torch.zeros_like(tokens, dtype=torch.bool)
     return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
 
@@ -275,12 +275,12 @@ def recall_prefixes(engine: RewardEngine, slots: np.ndarray, texts: TextBuffer) 
     if not len(prefixed) or not engine.rewards.with_memory:
         return
     assert engine.states is not None
-    for group in micro_batches(texts.length[prefixed], engine.parts.max_batch_tokens):
+    for group in micro_batches(texts.length[prefixed], engine.context.max_batch_tokens):
         rows = prefixed[group]
         ends = [(texts.tokens[row].tolist(), texts.prompt_length[row], texts.length[row]) for row in rows]
         begun = _pad(engine, [ids[:start] for ids, start, _ in ends], [ids[start:end] for ids, start, end in ends])
         begun.statistics = {name: s.expand(len(rows), -1) for name, s in engine.rewards.statistics().items()}
-        row, t = begun.payable(engine.parts.spec.max_new_tokens).nonzero(as_tuple=True)
+        row, t = begun.payable(engine.context.spec.max_new_tokens).nonzero(as_tuple=True)
         last = t == texts.upload(texts.unpaid[rows] - 1)[row]
         for name, memory in _transitions(engine, begun, row, t).after.memory.items():
             engine.states.memory[name][texts.upload(rows)] = memory[last]

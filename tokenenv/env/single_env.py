@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from tokenenv.env.render import RENDER_MODES
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
-from tokenenv.render import RENDER_MODES
-from tokenenv.vector_env import TokenVectorEnv
 
 
 class TokenEnv(gym.Env):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.base import FinishedTexts
+from tokenenv.rewards.term import FinishedTexts
 from tokenenv.types import Slots
 
 

@@ -12,19 +12,19 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from tokenenv import parts, render, state
-from tokenenv.actions import read_actions, require_valid, token_codes
-from tokenenv.ambient import ordinary_tensors
-from tokenenv.config import check_kl_coef
-from tokenenv.engine import Ends, Paid
+from tokenenv.env import build, render, saved_state
+from tokenenv.env.actions import read_actions, require_valid, token_codes
+from tokenenv.env.ambient import ordinary_tensors
+from tokenenv.env.config import check_kl_coef
+from tokenenv.env.engine import Ends, Paid
+from tokenenv.env.identity import identity
+from tokenenv.env.infos import Infos
+from tokenenv.env.reset_options import Seed, read_options, read_seed
+from tokenenv.env.scoring import recall_prefixes, score_episodes
+from tokenenv.env.streams import PromptStreams
+from tokenenv.env.texts import TextBuffer
 from tokenenv.errors import EnvClosed, FinishedRow, Interrupted, InvalidArgument, NotReset, check_choice
-from tokenenv.identity import identity
-from tokenenv.infos import Infos
 from tokenenv.models.pieces import TokenPieces
-from tokenenv.reset_options import Seed, read_options, read_seed
-from tokenenv.scoring import recall_prefixes, score_episodes
-from tokenenv.streams import PromptStreams
-from tokenenv.texts import TextBuffer
 from tokenenv.types import EpisodeScores
 
 
@@ -41,7 +41,7 @@ class TokenVectorEnv(VectorEnv):
         render_mode: what `render` gives of each text: "ansi", a string with terminal colours; "rgb_array", a picture;
             "human" prints them after every step.
         max_episode_steps: refused; the length of a text is `max_new_tokens`.
-        **options: the fields of `tokenenv.config.EnvConfig`, and those of the task's function.
+        **options: the fields of `tokenenv.env.config.EnvConfig`, and those of the task's function.
     """
 
     @ordinary_tensors
@@ -49,22 +49,22 @@ class TokenVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         *,
-        task: parts.TaskSource,
+        task: build.TaskSource,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
         **options: Any,
     ) -> None:
-        parts.check_arguments(render_mode, max_episode_steps)
-        self.config, self._task = parts.split_options(task, options)
-        self.num_envs = num_envs = parts.check_num_envs(num_envs, self.config)
+        build.check_arguments(render_mode, max_episode_steps)
+        self.config, self._task = build.split_options(task, options)
+        self.num_envs = num_envs = build.check_num_envs(num_envs, self.config)
         self.render_mode = render_mode
         self.autoreset_mode = AutoresetMode(self.config.autoreset_mode)
         self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": list(render.RENDER_MODES), "render_fps": 10}
-        self.token_spec = spec = parts.token_spec_of(self._task, self.config.score_truncated)
-        self.single_observation_space, self.single_action_space = parts.single_spaces(self._task, spec, self.config)
+        self.token_spec = spec = build.token_spec_of(self._task, self.config.score_truncated)
+        self.single_observation_space, self.single_action_space = build.single_spaces(self._task, spec, self.config)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._engine = parts.make_engine(self._task, spec, self.config, num_envs)
+        self._engine = build.make_engine(self._task, spec, self.config, num_envs)
         self._texts = TextBuffer(num_envs, spec.max_prompt_tokens + spec.max_new_tokens, spec.pad_token_id, self.device)
         self._pieces = TokenPieces(spec.tokenizer)
         self._is_stop = np.isin(np.arange(spec.vocab_size), spec.stop_token_ids)
@@ -128,7 +128,7 @@ class TokenVectorEnv(VectorEnv):
     def device(self) -> torch.device:
         """Where the models, and the tensors of `array="torch"`, are."""
         self._require_open()
-        return self._engine.parts.device
+        return self._engine.context.device
 
     @property
     def kl_coef(self) -> float:
@@ -144,7 +144,7 @@ class TokenVectorEnv(VectorEnv):
         """What makes this env the one that a run was trained in, as plain values; a checkpoint of another is refused."""
         self._require_open()
         env_id = None if self.spec is None else self.spec.id
-        terms, made_with = self._engine.rewards.terms, self._engine.parts.kl_coef
+        terms, made_with = self._engine.rewards.terms, self._engine.context.kl_coef
         return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
 
     @property
@@ -237,7 +237,7 @@ class TokenVectorEnv(VectorEnv):
         Prompt streams stay with their slots. The info is a reset's, for the targets.
         """
         self._require_reset()
-        source, target = state.check_slots(sources, self.num_envs), state.check_slots(targets, self.num_envs)
+        source, target = saved_state.check_slots(sources, self.num_envs), saved_state.check_slots(targets, self.num_envs)
         if len(source) != len(target) or len(set(target)) != len(target):
             raise InvalidArgument(f"fork needs one distinct target a source; got {list(sources)} and {list(targets)}.")
         if self._ended[source].any():
@@ -253,9 +253,9 @@ class TokenVectorEnv(VectorEnv):
     def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
         """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays and numbers only."""
         self._require_reset()
-        chosen = np.unique(state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs))
+        chosen = np.unique(saved_state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs))
         return {
-            "format": state.FORMAT,
+            "format": saved_state.FORMAT,
             "slots": chosen,
             "texts": self._texts.save(chosen),
             "engine": self._engine.save(chosen, self._texts),
@@ -276,7 +276,7 @@ class TokenVectorEnv(VectorEnv):
         the info is a reset's, for those slots. Nothing of `saved` is kept or changed: it may be loaded again.
         """
         self._require_open()
-        slots = state.check_state(saved, self.num_envs, self.config.group_size, self.token_spec, self._engine.layout)
+        slots = saved_state.check_state(saved, self.num_envs, self.config.group_size, self.token_spec, self._engine.layout)
         whole = len(slots) == self.num_envs
         if not whole:
             self._require_reset()
@@ -374,7 +374,7 @@ class TokenVectorEnv(VectorEnv):
     def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `save_statistics` returned; raises `CheckpointError` where it is of other terms."""
         self._require_whole()
-        state.check_statistics(saved, self._engine.layout(0))
+        saved_state.check_statistics(saved, self._engine.layout(0))
         self._engine.load_statistics(saved)
 
     def close_extras(self, **kwargs: Any) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.env_rows import read_ends, wants_logprob
-from tokenenv.agents.masks import allowed_of, rule_out
+from tokenenv.agents.learning.masks import allowed_of, rule_out
+from tokenenv.agents.rollout.env_rows import read_ends, wants_logprob
 from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency, check_choice
 from tokenenv.models.batching import last_states
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tokenenv.errors import ModelError
-from tokenenv.shown import visible
+from tokenenv.safety.shown import visible
 
 from .heads import make_scorer
 from .probing import looks_ahead

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.types import Slots, TextIds
 
-from .text_scores import read_length
+from .prefix_scores import read_length
 from .vllm_server import VLLMServer
 
 

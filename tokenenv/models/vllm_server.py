@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, ServerError
-from tokenenv.shown import without_user
+from tokenenv.safety.shown import without_user
 
 BUSY = (429, 502, 503, 504)
 """Answers after which it is worth asking again."""

@@ -1,20 +1,20 @@
 """Reward terms: what each token is paid, and why. A family has a file; the designs can be imported from here."""
 
 from tokenenv.rewards.attention import Attention
-from tokenenv.rewards.base import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
-from tokenenv.rewards.wrappers import Clipped, PositionScaled, Scaled, Wrapper
 
 __all__ = [
     "Attention",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tokenenv.errors import ModelError
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.cached_lm import acting
-from tokenenv.models.text_scores import read_length
+from tokenenv.models.prefix_scores import read_length
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
+from tokenenv.rewards.term import Context, FinishedTexts
 
 CAPTURING = "_output_capturing_hooks_installed"
 """How transformers marks a model that has its hooks for showing attention weights."""
@@ -36,11 +36,11 @@ class Attention(Redistribution):
     name = "attention"
     needs = frozenset({"transformer scorer"})
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the reward model's trunk. Raises `ModelError` if it has no attention weights."""
-        super().bind(parts)
-        assert parts.causal_scorer is not None
-        self._trunk, self._pad_id = trunk_of(parts.causal_scorer.model), parts.causal_scorer.pad_token_id
+        super().bind(context)
+        assert context.causal_scorer is not None
+        self._trunk, self._pad_id = trunk_of(context.causal_scorer.model), context.causal_scorer.pad_token_id
         last_attention(self._trunk, torch.zeros(1, 2, dtype=torch.int64, device=self._trunk.device), np.array([2]))
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:

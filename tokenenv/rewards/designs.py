@@ -9,7 +9,6 @@ from typing import Any
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.attention import Attention
-from tokenenv.rewards.base import RewardTerm, Weight, weight_now
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
@@ -18,6 +17,7 @@ from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
+from tokenenv.rewards.term import RewardTerm, Weight, weight_now
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform

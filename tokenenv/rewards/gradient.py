@@ -10,10 +10,10 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models.batching import hidden_states, micro_batches, upload
 from tokenenv.models.cached_lm import acting
-from tokenenv.models.text_scores import read_length, read_scores
+from tokenenv.models.prefix_scores import read_length, read_scores
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.base import FinishedTexts, Parts
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
+from tokenenv.rewards.term import Context, FinishedTexts
 from tokenenv.types import Scorer
 
 DOUBLINGS = 3
@@ -51,11 +51,11 @@ class Gradient(Redistribution):
             raise InvalidArgument(f"tolerance={tolerance} is not allowed; it must be more than 0.")
         self.steps, self.tolerance = steps, tolerance
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the scorer. Raises `ModelError` if its trunk does not run on input embeddings."""
-        super().bind(parts)
-        assert parts.causal_scorer is not None
-        self._trunk = trunk_of(parts.causal_scorer.model)
+        super().bind(context)
+        assert context.causal_scorer is not None
+        self._trunk = trunk_of(context.causal_scorer.model)
         self._warned = False
         _check_embeddings(self._trunk)
 

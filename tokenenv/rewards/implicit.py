@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.trunks import logprob_reader
-from tokenenv.rewards.base import Parts, RewardTerm, Transitions
+from tokenenv.rewards.term import Context, RewardTerm, Transitions
 
 
 class Implicit(RewardTerm):
@@ -38,13 +38,13 @@ class Implicit(RewardTerm):
         needs = {"reference": True, "implicit model": model is None, "scorer": mix != 0}
         self.needs = frozenset(need for need, needed in needs.items() if needed)
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the task's model, and beta, where none was given."""
-        super().bind(parts)
-        model = parts.task.implicit_model if self.model is None else self.model
+        super().bind(context)
+        model = context.task.implicit_model if self.model is None else self.model
         self.models = (model,)
-        self._logprob = logprob_reader(model, parts.spec.vocab_size)
-        self._coef = parts.kl_coef if self.coef is None else self.coef
+        self._logprob = logprob_reader(model, context.spec.vocab_size)
+        self._coef = context.kl_coef if self.coef is None else self.coef
         if self.coef is None and self._coef == 0:
             raise InvalidArgument(f"reward={self.name!r} takes this env's beta, which is 0; give Implicit(coef=...).")
 

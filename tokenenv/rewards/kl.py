@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.base import RewardTerm, Transitions
+from tokenenv.rewards.term import RewardTerm, Transitions
 
 
 class ReferenceKL(RewardTerm):

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from tokenenv.models.batching import upload
-from tokenenv.rewards.base import FinishedTexts
 from tokenenv.rewards.redistribute import Redistribution, distinct_scores, rest_on_last
+from tokenenv.rewards.term import FinishedTexts
 
 
 class Occlusion(Redistribution):

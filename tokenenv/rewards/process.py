@@ -6,10 +6,10 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches, upload
-from tokenenv.models.text_scores import read_lengths
+from tokenenv.models.prefix_scores import read_lengths
 from tokenenv.models.trunks import text_states
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, States, Transitions
 from tokenenv.rewards.redistribute import at_response
+from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions
 
 FORMS = ("sum", "delta", "clip", "min")
 
@@ -49,15 +49,15 @@ class Process(RewardTerm):
         if form == "min":
             self.kind, self.withheld = "hindsight", True
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the step scorer and the tokens that end a step."""
-        super().bind(parts)
-        scorer = parts.step_scorer
+        super().bind(context)
+        scorer = context.step_scorer
         assert scorer is not None
-        self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, parts.max_batch_tokens
-        self._of_text = scorer if scorer is parts.scorer and not scorer.per_token else None
-        self._ends_step = torch.zeros(parts.spec.vocab_size, dtype=torch.bool, device=parts.device)
-        self._ends_step[list(parts.task.step_end_token_ids)] = True
+        self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, context.max_batch_tokens
+        self._of_text = scorer if scorer is context.scorer and not scorer.per_token else None
+        self._ends_step = torch.zeros(context.spec.vocab_size, dtype=torch.bool, device=context.device)
+        self._ends_step[list(context.task.step_end_token_ids)] = True
         if self.form == "delta" and self._of_text is not None:
             self.preserves_return = self.preserves_gradient = self.has_potential = True
 

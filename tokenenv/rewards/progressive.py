@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import RewardTerm
+from tokenenv.rewards.term import RewardTerm
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenenv.models.batching import upload
-from tokenenv.models.text_scores import score_texts
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm
+from tokenenv.models.prefix_scores import score_texts
+from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm
 from tokenenv.types import Scorer, TextIds, TextScorer
 
 
@@ -25,11 +25,11 @@ class Redistribution(RewardTerm):
     preserves_gradient = False
     withheld = True
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the scorer."""
-        super().bind(parts)
-        assert parts.scorer is not None
-        self._scorer, self._max_batch_tokens = parts.scorer, parts.max_batch_tokens
+        super().bind(context)
+        assert context.scorer is not None
+        self._scorer, self._max_batch_tokens = context.scorer, context.max_batch_tokens
 
 
 def distinct_scores(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import FinishedTexts, RewardTerm, Transitions
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, Transitions
 
 
 class _RuleTerm(RewardTerm):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, States, Transitions
 from tokenenv.rewards.designs import Design, make_terms
+from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions
 
 Seen = TypeVar("Seen", States, FinishedTexts)
 
@@ -40,11 +40,11 @@ class Wrapper(RewardTerm):
         for attribute in TAKEN_OVER:
             setattr(self, attribute, attribute not in self.breaks and getattr(self.term, attribute))
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Binds a copy of the wrapped term, under this term's name."""
         self.term = copy.copy(self.term)
         self.term.name = self.name
-        self.term.bind(parts)
+        self.term.bind(context)
         self._take_over()
         inner = self.term.statistics()
         self._num_inner = 0 if inner is None else len(inner)
@@ -127,12 +127,12 @@ class _Learned(Wrapper):
 
     per_position = False
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Starts with nothing seen."""
-        super().bind(parts)
-        self._max_new_tokens = parts.spec.max_new_tokens
+        super().bind(context)
+        self._max_new_tokens = context.spec.max_new_tokens
         self._moments = torch.zeros(3, self._max_new_tokens if self.per_position else 1, dtype=torch.float64)
-        self._moments = self._moments.to(parts.device)
+        self._moments = self._moments.to(context.device)
 
     def learn(self, rewards: Tensor, step: Tensor, mask: Tensor) -> None:
         """Updates the moments."""

@@ -6,8 +6,8 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import in_chunks
 from tokenenv.models.trunks import logits_head
-from tokenenv.rewards.base import Parts, States
 from tokenenv.rewards.shaping import Shaping
+from tokenenv.rewards.term import Context, States
 
 
 class Segment(Shaping):
@@ -37,11 +37,11 @@ class Segment(Shaping):
         self.needs = type(self).needs
         self.threshold = threshold
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the reference and its output layer."""
-        super().bind(parts)
-        self.models = (parts.reference,)
-        self._head = logits_head(parts.reference, parts.spec.vocab_size)
+        super().bind(context)
+        self.models = (context.reference,)
+        self._head = logits_head(context.reference, context.spec.vocab_size)
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
         """(K,): the score at the last cut; where a text begins, that of its prompt."""

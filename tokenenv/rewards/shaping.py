@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.base import Parts, RewardTerm, States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm, States, Transitions
 
 Potential = Callable[[States], Tensor]
 """Phi (K,) float32 of K texts so far."""
@@ -97,12 +97,12 @@ class Oracle(Shaping):
         self.needs = type(self).needs
         self.beta = beta
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the task's oracle, and beta where none was given."""
-        super().bind(parts)
-        assert parts.task.oracle is not None
-        self._oracle = parts.task.oracle
-        self._beta = parts.kl_coef if self.beta is None else self.beta
+        super().bind(context)
+        assert context.task.oracle is not None
+        self._oracle = context.task.oracle
+        self._beta = context.kl_coef if self.beta is None else self.beta
 
     def potential(self, states: States) -> Tensor:
         """(K,): V* of the text so far."""

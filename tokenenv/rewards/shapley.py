@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import upload
-from tokenenv.rewards.base import FinishedTexts
 from tokenenv.rewards.redistribute import Redistribution, distinct_scores
+from tokenenv.rewards.term import FinishedTexts
 from tokenenv.types import TextIds
 
 

@@ -159,7 +159,7 @@ class Transitions:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Context:
     """What an env offers its reward terms."""
 
     spec: TokenSpec
@@ -243,10 +243,10 @@ class RewardTerm:
     has_memory: bool = False
     """True where the term carries a number along each text and defines `remember`."""
 
-    def bind(self, parts: Parts) -> None:
-        """Called once by the env; checks `needs` and lets the term take what it wants from `parts`."""
+    def bind(self, context: Context) -> None:
+        """Called once by the env; checks `needs` and lets the term take what it wants from `context`."""
         for need in sorted(self.needs):
-            if not parts.has(need):
+            if not context.has(need):
                 raise InvalidArgument(
                     f"reward={self.name!r} needs {NEEDS[need]}, which this env has not; "
                     "reward= also takes a rule or a term of your own."

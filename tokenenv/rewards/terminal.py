@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.base import RewardTerm, Transitions
+from tokenenv.rewards.term import RewardTerm, Transitions
 
 
 class Terminal(RewardTerm):

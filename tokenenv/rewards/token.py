@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.base import FinishedTexts, Parts, RewardTerm, Transitions
+from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, Transitions
 
 
 class Token(RewardTerm):
@@ -22,12 +22,12 @@ class Token(RewardTerm):
     preserves_return = True
     preserves_gradient = True
 
-    def bind(self, parts: Parts) -> None:
+    def bind(self, context: Context) -> None:
         """Takes the scorer's trunk and head, or waits for the finished text."""
-        super().bind(parts)
-        scorer = parts.causal_scorer
+        super().bind(context)
+        scorer = context.causal_scorer
         if scorer is None:
-            self.kind, self.preserves_gradient = "hindsight", not getattr(parts.scorer, "looks_ahead", True)
+            self.kind, self.preserves_gradient = "hindsight", not getattr(context.scorer, "looks_ahead", True)
         else:
             self.models, self._head = (scorer.model,), scorer.head
 

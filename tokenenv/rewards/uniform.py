@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.base import FinishedTexts
 from tokenenv.rewards.redistribute import Redistribution
+from tokenenv.rewards.term import FinishedTexts
 
 
 class Uniform(Redistribution):

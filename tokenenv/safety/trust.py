@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenenv.errors import InvalidArgument, RunFolderError
-from tokenenv.shown import visible, without_user
+from tokenenv.safety.shown import visible, without_user
 
 ROLLOUT_OPTIONS = {
     "num_texts",

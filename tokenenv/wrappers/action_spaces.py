@@ -14,9 +14,9 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from tokenenv import grammar as grammars
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidAction, InvalidArgument
-from tokenenv.vector_env import TokenVectorEnv
+from tokenenv.wrappers import grammar as grammars
 
 
 class TopKActions(VectorWrapper):

@@ -11,18 +11,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import Recorder, same
+from runs import Recorder, same
 from toy_env import ToyEnv
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import A2C, ALGORITHMS, PPO, BestOfN, PPOConfig, Reference
-from tokenenv.agents.checkpoint import read_checkpoint
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.evaluate import best_of_n_kl, evaluate
+from tokenenv.agents.run.checkpoint import read_checkpoint
+from tokenenv.agents.run.evaluate import best_of_n_kl, evaluate
 from tokenenv.cli import load_config, main
 from tokenenv.errors import CheckpointError, InvalidArgument
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 LEARNERS = [name for name in ALGORITHMS if name not in ("best-of-n", "reference")]
 each = pytest.mark.parametrize("name", ALGORITHMS)
 each_learner = pytest.mark.parametrize("name", LEARNERS)

@@ -13,14 +13,14 @@ from toy_env import GOOD, ToyEnv
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import GRPO, RLOO
-from tokenenv.agents.advantages import returns_to_go
+from tokenenv.agents.algorithms.groups import compared, flat_groups, group_mean, group_std, hold_last
+from tokenenv.agents.algorithms.grpo import MAX_TRIES
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.groups import compared, flat_groups, group_mean, group_std, hold_last
-from tokenenv.agents.grpo import MAX_TRIES
-from tokenenv.envs.reviews import task as reviews_task
+from tokenenv.agents.learning.advantages import returns_to_go
+from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.envs.tasks.reviews import task as reviews_task
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards import Rule
-from tokenenv.vector_env import TokenVectorEnv
 
 LENGTHS = torch.tensor([3, 1, 2, 2])
 RETURNS = torch.tensor([[6.0, 4, 1], [5, 0, 0], [2, 1, 0], [4, 3, 0]])

@@ -10,10 +10,11 @@ import torch
 from toy_env import ToyEnv
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import KLQ, PPO, ReinforcePlusPlus, policy_gradient
+from tokenenv.agents import KLQ, PPO, ReinforcePlusPlus
 from tokenenv.agents import agent as agent_module
+from tokenenv.agents.algorithms import policy_gradient
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import outputs, token_logprobs
+from tokenenv.agents.learning.learner import outputs, token_logprobs
 from tokenenv.errors import NotFinite
 from tokenenv.rewards import RewardTerm, Scaled
 
@@ -205,7 +206,9 @@ def test_only_stale_texts_are_read_again(monkeypatch):
     batch = EpisodeBatch.stack(agent.collector.collect(80))
     batch.version_B[:3] = -1
     read = []
-    monkeypatch.setattr("tokenenv.agents.learner.outputs", lambda *args, **kw: (read.extend(args[2]), outputs(*args, **kw))[1])
+    monkeypatch.setattr(
+        "tokenenv.agents.learning.learner.outputs", lambda *args, **kw: (read.extend(args[2]), outputs(*args, **kw))[1]
+    )
     metrics = agent._policy_before(batch)
     assert sorted(read) == [0, 1, 2]
     assert metrics["rollout/stale_kl"] < 1e-6  # old by number alone

@@ -6,14 +6,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_ppo import collected
+from runs import collected
 from toy_env import T, ToyEnv, V, tiny_lm
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import KLQ, LMPolicy, klq
+from tokenenv.agents import KLQ, LMPolicy
+from tokenenv.agents.algorithms import klq
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.evaluate import evaluate
-from tokenenv.agents.replay import Replay
+from tokenenv.agents.rollout.replay import Replay
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.errors import InvalidArgument
 
 BETA = 0.2

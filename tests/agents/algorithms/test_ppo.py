@@ -11,17 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from runs import collected
 from toy_env import GOOD, STOP, T, ToyEnv, V, tiny_lm
 
 from tokenenv.agents import PPO, LMPolicy, PPOConfig
-from tokenenv.agents import advantages as adv
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.config import AgentConfig, learning_rate, run_progress
-from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.evaluate import evaluate
-from tokenenv.agents.learner import state_values
-from tokenenv.agents.losses import token_weights
-from tokenenv.agents.progress import ProgressLine
+from tokenenv.agents.learning import advantages as adv
+from tokenenv.agents.learning.learner import state_values
+from tokenenv.agents.learning.losses import token_weights
+from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.agents.run.progress import ProgressLine
 from tokenenv.errors import InvalidArgument
 
 
@@ -50,11 +50,6 @@ def test_it_finds_the_kl_regularised_optimum():
     assert start.score - beta * start.kl < 0.3 * optimum
     assert 0.95 * optimum < objective < 1.05 * optimum
     assert 0.5 * T < found.score < 0.9 * T
-
-
-def collected(agent, tokens=80):
-    episodes = agent.collector.collect(tokens)
-    return episodes, EpisodeBatch.stack(episodes)
 
 
 def test_the_first_step_follows_the_policy_gradient(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import VinePPO
+from tokenenv.agents.algorithms.vine_ppo import cuts
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.vine_ppo import cuts
 from tokenenv.errors import InvalidArgument
 
 MODES = ["NextStep", "SameStep", "Disabled"]

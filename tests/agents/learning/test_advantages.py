@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenenv.agents import advantages as adv
+from tokenenv.agents.learning import advantages as adv
 
 NO = torch.tensor([False])
 

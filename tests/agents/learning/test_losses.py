@@ -7,10 +7,12 @@ import pytest
 import torch
 from toy_env import T, ToyEnv
 
-from tokenenv.agents import A2C, ReinforcePlusPlus, losses
+from tokenenv.agents import A2C, ReinforcePlusPlus
+from tokenenv.agents.config import AGGREGATIONS
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import outputs
-from tokenenv.agents.token_stats import token_stats
+from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.learner import outputs
+from tokenenv.agents.learning.token_stats import token_stats
 from tokenenv.errors import InvalidArgument
 
 HALF = torch.tensor([0.5, 0.5])
@@ -109,7 +111,7 @@ def test_aggregations_by_hand():
     lengths = torch.tensor([1, 3])
     torch.testing.assert_close(losses.token_weights(lengths, "token-mean"), torch.tensor([0.25, 0.25]))
     torch.testing.assert_close(losses.token_weights(lengths, "sequence-mean"), torch.tensor([0.5, 1 / 6]))
-    for name in losses.AGGREGATIONS:
+    for name in AGGREGATIONS:
         assert (losses.token_weights(lengths, name) * lengths).sum().item() == pytest.approx(1.0)
 
 

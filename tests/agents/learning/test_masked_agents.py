@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from toy_env import STOP, ToyEnv, V, tiny_lm
 
 from tokenenv.agents import KLQ, PPO, LMPolicy
-from tokenenv.agents.actor import Actor
-from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import FrozenLM, outputs, token_logprobs
-from tokenenv.agents.masks import pack, unpack
+from tokenenv.agents.learning.learner import FrozenLM, outputs, token_logprobs
+from tokenenv.agents.learning.masks import pack, unpack
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector
 
 
 def allowed_at(length):
@@ -53,7 +53,7 @@ def test_tokens_and_their_logprobs_are_of_the_allowed_ones(mode):
 
 @pytest.mark.parametrize("chunk", [None, 3 * V], ids=["whole", "chunked"])
 def test_learning_sees_the_distribution_that_was_sampled_from(monkeypatch, chunk):
-    from tokenenv.agents import learner, token_stats
+    from tokenenv.agents.learning import learner, token_stats
 
     if chunk is not None:
         stats = token_stats.token_stats

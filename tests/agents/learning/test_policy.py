@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents import actor as module
-from tokenenv.agents.actor import Actor, sample
-from tokenenv.agents.evaluate import next_token_probs
-from tokenenv.agents.generate import generate, keep_likely
-from tokenenv.agents.learner import FrozenLM, Outputs, accumulate_gradient, outputs, state_values
-from tokenenv.agents.losses import token_weights
-from tokenenv.agents.policy import add_lora
+from tokenenv.agents.learning.learner import FrozenLM, Outputs, accumulate_gradient, outputs, state_values
+from tokenenv.agents.learning.losses import token_weights
+from tokenenv.agents.learning.policy import add_lora
+from tokenenv.agents.rollout import actor as module
+from tokenenv.agents.rollout.actor import Actor, sample
+from tokenenv.agents.rollout.generate import generate, keep_likely
+from tokenenv.agents.run.evaluate import next_token_probs
 from tokenenv.errors import InvalidArgument, MissingDependency
 
 
@@ -203,8 +203,8 @@ def test_sampling_never_picks_an_impossible_token_at_the_edges(monkeypatch):
 
 
 def episodes_batch(kl_coef=0.0, num_envs=5, tokens=60, policy=None):
-    from tokenenv.agents.collector import Collector
     from tokenenv.agents.episodes import EpisodeBatch
+    from tokenenv.agents.rollout.collector import Collector
 
     policy = policy or LMPolicy(tiny_lm(seed=3))
     collector = Collector(ToyEnv(num_envs, kl_coef=kl_coef), Actor(policy, seed=1), seed=1)

@@ -13,12 +13,12 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from toy_env import GOOD, STOP, P, T, ToyEnv, tiny_lm
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.actor import Actor
-from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import EpisodeBatch, mean_of, summary
-from tokenenv.agents.evaluate import distinct_bigrams, evaluate, standard_error
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.run.evaluate import distinct_bigrams, evaluate, standard_error
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
-from tokenenv.vector_env import TokenVectorEnv
 
 
 class SingleToy(gym.Env):

@@ -9,8 +9,8 @@ from tasks import make_vec
 from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import PPO, LMPolicy, VinePPO
-from tokenenv.agents.actor import Actor
-from tokenenv.agents.collector import Collector
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector
 
 N = 4
 FILES = ("/agents/collector.py", "/agents/pairing.py", "/agents/env_rows.py", "/tests/line_env.py")

@@ -8,9 +8,9 @@ from tasks import make_vec
 from toy_env import ToyEnv
 
 from tokenenv.agents import GRPO, RLOO, BestOfN
-from tokenenv.agents.collector import Collector
-from tokenenv.agents.pairing import Pairing, whole_groups
-from tokenenv.agents.staleness import waiting
+from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.rollout.pairing import Pairing, whole_groups
+from tokenenv.agents.rollout.staleness import waiting
 from tokenenv.errors import ContractError, InvalidArgument
 
 

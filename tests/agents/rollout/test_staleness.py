@@ -9,12 +9,12 @@ from tabular import T, V, World, relative_error, to_go, worlds
 from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import A2C, PPO, LMPolicy
-from tokenenv.agents.actor import Actor
-from tokenenv.agents.collector import Collector
 from tokenenv.agents.episodes import Episode, EpisodeBatch
-from tokenenv.agents.learner import outputs, token_logprobs
-from tokenenv.agents.losses import clipped_policy_loss, policy_gradient_loss
-from tokenenv.agents.staleness import importance, mismatch, staleness
+from tokenenv.agents.learning.learner import outputs, token_logprobs
+from tokenenv.agents.learning.losses import clipped_policy_loss, policy_gradient_loss
+from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.rollout.staleness import importance, mismatch, staleness
 from tokenenv.errors import InvalidArgument
 
 

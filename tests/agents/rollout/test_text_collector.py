@@ -13,15 +13,16 @@ from line_env import interrupted_at
 from local_engine import LocalEngine
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import ALGORITHMS, GRPO, PPO, LMPolicy, VinePPO, text_collector
+from tokenenv.agents import ALGORITHMS, GRPO, PPO, LMPolicy, VinePPO
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learner import token_logprobs
+from tokenenv.agents.learning.learner import token_logprobs
+from tokenenv.agents.rollout import text_collector
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument, MissingDependency
 from tokenenv.models.heads import make_scorer
 from tokenenv.rewards.rule import Rule
-from tokenenv.rewards.wrappers import PositionScaled, Scaled
+from tokenenv.rewards.scaling import PositionScaled, Scaled
 from tokenenv.types import Task
-from tokenenv.vector_env import TokenVectorEnv
 
 
 def schedule(tokens_seen):

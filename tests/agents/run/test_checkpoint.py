@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from runs import SETTINGS, Recorder, same
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import PPO, LMPolicy, files
-from tokenenv.agents import checkpoint as module
-from tokenenv.agents.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents.run import checkpoint as module
+from tokenenv.agents.run import files
+from tokenenv.agents.run.checkpoint import read_checkpoint, write_checkpoint
 from tokenenv.errors import CheckpointError
 
 STATE = {
@@ -25,16 +27,6 @@ STATE = {
     "rng": np.random.default_rng(3).bit_generator.state,
     "numbers": {0: 1.5, "none": None, "flag": True, "betas": (0.9, 0.999), "big": 2**100, "inf": float("-inf")},
 }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor | np.ndarray):
-        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -147,7 +139,7 @@ def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
 
 WRITER = """
 import sys, torch
-from tokenenv.agents.checkpoint import write_checkpoint
+from tokenenv.agents.run.checkpoint import write_checkpoint
 turn = 0
 while True:
     turn += 1
@@ -174,9 +166,9 @@ def token_env(mode=AutoresetMode.SAME_STEP, **options):
     """The real env around tiny random models."""
     import fakes
 
+    from tokenenv.env.vector_env import TokenVectorEnv
     from tokenenv.models.heads import make_scorer
     from tokenenv.types import Task
-    from tokenenv.vector_env import TokenVectorEnv
 
     reference = fakes.causal_lm(num_hidden_layers=1)
     task = Task(
@@ -200,31 +192,6 @@ ENVS = {
     "next-step": lambda: token_env(AutoresetMode.NEXT_STEP),
     "torch": lambda: token_env(AutoresetMode.SAME_STEP, array="torch", kl="policy"),
 }
-SETTINGS = {
-    "batch_tokens": 60,
-    "minibatches": 2,
-    "epochs": 2,
-    "lr": 1e-2,
-    "scale_rewards": True,
-    "kl_target": 0.05,
-    "kl_horizon": 500,
-    "temperature": 0.9,
-    "lr_schedule": "cosine",
-}
-
-
-class Recorder:
-    """Saves after two updates and stops after four; keeps every episode and metric."""
-
-    def __init__(self, agent, save_to=None):
-        self.agent, self.save_to, self.episodes, self.metrics = agent, save_to, [], []
-
-    def __call__(self, metrics, episodes):
-        self.episodes += episodes
-        self.metrics.append({name: value for name, value in metrics.items() if name != "time/tokens_per_second"})
-        if self.agent.updates == 2 and self.save_to is not None:
-            self.agent.collector.step()  # so that caches hold what appending left in them
-            self.agent.save(self.save_to)
 
 
 def learn_until(agent, updates, save_to=None):

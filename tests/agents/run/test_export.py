@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.export import COLUMNS, episode_row, padded, read_episodes, write_episodes
+from tokenenv.agents.run.export import COLUMNS, episode_row, padded, read_episodes, write_episodes
 from tokenenv.errors import InvalidArgument, MissingDependency
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

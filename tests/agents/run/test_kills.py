@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 from processes import Commands, is_alive, lines_of, send, wait_until
+from runs import same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import same
 
-from tokenenv.agents.checkpoint import read_checkpoint
+from tokenenv.agents.run.checkpoint import read_checkpoint
 from tokenenv.cli.signals import SIGNALS
 
 KILLS = int(os.environ.get("KILLS", "2"))

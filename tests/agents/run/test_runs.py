@@ -12,14 +12,15 @@ import time
 
 import pytest
 import yaml
+from runs import same
 from safetensors import SafetensorError
-from test_checkpoint import same
 from toy_env import ToyEnv
 
-from tokenenv.agents import PPO, checkpoint, files, tracking
-from tokenenv.agents.checkpoint import read_checkpoint
-from tokenenv.agents.files import RUN_FILES, locked, new_folder, previous_of, refuse_run, replace_file
-from tokenenv.agents.tracking import RunFolder, cut_episodes
+from tokenenv.agents import PPO
+from tokenenv.agents.run import checkpoint, files, tracking
+from tokenenv.agents.run.checkpoint import read_checkpoint
+from tokenenv.agents.run.files import RUN_FILES, locked, new_folder, previous_of, refuse_run, replace_file
+from tokenenv.agents.run.tracking import RunFolder, cut_episodes
 from tokenenv.cli import load_config, main
 from tokenenv.errors import InvalidArgument, RunFolderError
 

@@ -4,38 +4,11 @@ import json
 import re
 
 import pytest
+from runs import episode, write
 
+from tokenenv.agents.run.show import evenly, page, read_episodes, score_curve, write_page
 from tokenenv.cli import main
 from tokenenv.errors import InvalidArgument
-from tokenenv.show import evenly, page, read_episodes, score_curve, write_page
-
-
-def episode(order=0, tokens=("a", " b"), **changes):
-    """A line of episodes.jsonl as the run folder writes it."""
-    numbers = [0.5 * i - 1.0 for i in range(len(tokens))]
-    return {
-        "tokens_seen": 100 * (order + 1),
-        "prompt": "say",
-        "response": "".join(tokens),
-        "length": len(tokens),
-        "terminated": True,
-        "score": float(order),
-        "gold": None,
-        "reward": sum(numbers),
-        "kl": 0.25,
-        "tokens": list(tokens),
-        "token_rewards": numbers,
-        "token_kl": numbers[::-1],
-        "token_terms": {"token": numbers, "kl": [0.0] * len(tokens)},
-        **changes,
-    }
-
-
-def write(folder, episodes, tail=""):
-    folder.mkdir(exist_ok=True)
-    text = "".join(json.dumps(e) + "\n" for e in episodes)
-    (folder / "episodes.jsonl").write_text(text + tail, encoding="utf-8")
-    return folder
 
 
 def data_of(path):

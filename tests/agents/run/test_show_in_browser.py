@@ -5,9 +5,9 @@ import shutil
 import time
 
 import pytest
-from test_show import episode, write
+from runs import episode, write
 
-from tokenenv.show import write_page
+from tokenenv.agents.run.show import write_page
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")

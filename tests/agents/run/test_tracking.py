@@ -4,18 +4,17 @@ import json
 import os
 import subprocess
 import sys
-import types
-from importlib.machinery import ModuleSpec
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from runs import FakeWandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import PPO
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.tracking import DETAILED, RunFolder, WandbRun, by_position, histograms
+from tokenenv.agents.run.tracking import DETAILED, RunFolder, WandbRun, by_position, histograms
 from tokenenv.cli import main
 from tokenenv.errors import MissingDependency
 from tokenenv.models.pieces import TokenPieces
@@ -146,27 +145,6 @@ def test_pieces_join_to_the_text():
         joined = "".join(TokenPieces(spec.tokenizer)(ids))
         assert joined.strip() == spec.tokenizer.decode(ids).strip()
     assert TokenPieces(None)([4, 5]) == [" 4", " 5"]
-
-
-class FakeWandb(types.ModuleType):
-    """What a run is told."""
-
-    Histogram = staticmethod(lambda values: ("histogram", len(values)))
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.__spec__ = ModuleSpec("wandb", None)  # others look whether there is one
-        self.logged, self.finished = [], False
-
-    def init(self, **options):
-        self.options = options
-        return self
-
-    def log(self, values, step):
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished = True
 
 
 def test_wandb_gets_the_same_figures(monkeypatch, tmp_path):

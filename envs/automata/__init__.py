@@ -1,0 +1,1 @@
+"""Tasks whose reward is a weighted automaton, and their exact optimum."""

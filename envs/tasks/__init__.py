@@ -1,0 +1,1 @@
+"""The bundled tasks, one file each; each has a function `task` that a registered id names."""
