@@ -1,7 +1,9 @@
 """Batched agents for token environments."""
 
 if __name__ != "tokenenv.agents":
-    raise ImportError("import tokenenv.agents; the repository root is on sys.path and hides the installed package")
+    raise ImportError(
+        "import tokenenv.agents; the repository root is on sys.path and hides the installed package"
+    )
 
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.algorithms.a2c import A2C, A2CConfig

@@ -27,14 +27,16 @@ KINDS: dict[Any, tuple[type, str]] = {
 
 @dataclass(kw_only=True, slots=True)
 class AgentConfig:
-    """Settings shared by the bundled agents; each adds its own. Ranges are checked when one is built."""
+    """Settings shared by the bundled agents; each adds its own. Ranges are checked when one is
+    built."""
 
     seed: int = 0
     """Of everything random in the agent, and of the env's first reset."""
     batch_tokens: int = 2048
     """Response tokens of finished episodes that one update learns from, at least; 1 or more."""
     max_batch_tokens: int = 16384
-    """Tokens, padding included, of one learning forward; 1 or more. Bounds memory and changes no result."""
+    """Tokens, padding included, of one learning forward; 1 or more. Bounds memory and changes no
+    result."""
     epochs: int = 2
     """Passes over each batch; 1 or more."""
     minibatches: int = 4
@@ -48,38 +50,45 @@ class AgentConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     temperature: float = 1.0
-    """Logits are divided by it when tokens are drawn and again when their log-probabilities are recomputed; above 0."""
+    """Logits are divided by it when tokens are drawn and again when their log-probabilities are
+    recomputed; above 0."""
     aggregation: str = "token-mean"
-    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length; "fixed-length": as
-    the first, but the sum is divided by the longest length that texts can have."""
+    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its
+    length; "fixed-length": as the first, but the sum is divided by the longest length that texts
+    can have."""
     kl_coef: float | None = None
     """beta, reward per nat, 0 or more; None leaves the env's."""
     kl_target: float | None = None
-    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None keeps beta fixed. Beta has
-    to start above 0."""
+    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None
+    keeps beta fixed. Beta has to start above 0."""
     kl_horizon: int = 50_000
-    """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch changes it by a fifth."""
+    """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch
+    changes it by a fifth."""
     full_kl_coef: float = 0.0
     """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
-    """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0; None never stops. "Before"
-    is the learner's policy at the start of the update, computed anew for texts that an older one began (one more forward
-    over those): how old texts are does not count."""
+    """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0;
+    None never stops. "Before" is the learner's policy at the start of the update, computed anew for
+    texts that an older one began (one more forward over those): how old texts are does not
+    count."""
     precision: str = "auto"
-    """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on GPUs that have it."""
+    """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on
+    GPUs that have it."""
     lora_rank: int = 0
     """Trains low-rank adapters of this rank instead of all weights; 0 trains all."""
     rollout: str = "step"
-    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or the URL of a vLLM server.
-    Rewards are the same: those are whole texts, which the env scores (docs/vllm.md)."""
+    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
+    the URL of a vLLM server. Rewards are the same: those are whole texts, which the env scores
+    (docs/vllm.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4; num_texts, texts side by side, is the env's
-    num_envs if it is not given."""
+    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4; num_texts, texts side
+    by side, is the env's num_envs if it is not given."""
     max_staleness: int | None = None
-    """Updates that may lie between a text's first token and the update that learns from it, 0 or more. A text that would get
-    older is waited for, never thrown away. None is 1 where vLLM writes, and no limit where the env steps: texts are then as old
-    as their own length, and the wait for their group, make them. At 0 every text of a batch is drawn from the policy that
-    learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
+    """Updates that may lie between a text's first token and the update that learns from it, 0 or
+    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes,
+    and no limit where the env steps: texts are then as old as their own length, and the wait for
+    their group, make them. At 0 every text of a batch is drawn from the policy that learns from it,
+    and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
 
     def __post_init__(self) -> None:
         self.check_kinds()
@@ -87,30 +96,39 @@ class AgentConfig:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
         if not self.rollout.startswith(("http://", "https://")):
-            check_choice("rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT"))
-        self.check("at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon")
+            check_choice(
+                "rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT")
+            )
+        self.check(
+            "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"
+        )
         self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
         check_seed(self.seed)
 
     def check_kinds(self) -> None:
-        """Raises `InvalidArgument` for a field whose value is not of its type: a number as text, a fraction where tokens are
-        counted. Fields of a type that is not in `KINDS` pass."""
+        """Raises `InvalidArgument` for a field whose value is not of its type: a number as text, a
+        fraction where tokens are counted. Fields of a type that is not in `KINDS` pass."""
         for known in fields(self):
             parts = get_args(known.type) if isinstance(known.type, UnionType) else (known.type,)
             kinds = [KINDS.get(get_origin(part) or part, (object, "")) for part in parts]
             value = getattr(self, known.name)
             is_flag = isinstance(value, bool)  # which Python takes for a number
-            if not any(isinstance(value, kind) and is_flag <= (kind in (bool, object)) for kind, _ in kinds):
+            if not any(
+                isinstance(value, kind) and is_flag <= (kind in (bool, object)) for kind, _ in kinds
+            ):
                 words = " or ".join(word for _, word in kinds)
                 raise InvalidArgument(f"{known.name}={value!r} is not allowed; it must be {words}.")
 
     def check(self, how: str, bound: float, *names: str) -> None:
-        """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above") `bound`; None passes."""
+        """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above")
+        `bound`; None passes."""
         for name in names:
             value = getattr(self, name)
-            if value is None or (math.isfinite(value) and (value > bound or (value == bound and how == "at least"))):
+            if value is None or (
+                math.isfinite(value) and (value > bound or (value == bound and how == "at least"))
+            ):
                 continue
             raise InvalidArgument(f"{name}={value} is not allowed; it must be {how} {bound}.")
 
@@ -119,15 +137,19 @@ class AgentConfig:
         for name in names:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
-                raise InvalidArgument(f"{name}={value} is not allowed; it must lie between 0 and 1.")
+                raise InvalidArgument(
+                    f"{name}={value} is not allowed; it must lie between 0 and 1."
+                )
 
 
 def run_progress(before: int, seen: int, updates: int, total: int) -> float:
-    """The share of a run of `total` tokens that is over in the middle of its next update, above 0 and below 1.
+    """The share of a run of `total` tokens that is over in the middle of its next update, above 0
+    and below 1.
 
-    `before` tokens had been seen after the last of `updates` updates, and `seen` now, with those that the next one learns
-    from. A run ends with the first update at or beyond `total`, on average half an update later, so it is taken to be one
-    mean update longer, and an update to be no longer than the mean: it never falls, and leaves every update a learning rate.
+    `before` tokens had been seen after the last of `updates` updates, and `seen` now, with those
+    that the next one learns from. A run ends with the first update at or beyond `total`, on average
+    half an update later, so it is taken to be one mean update longer, and an update to be no longer
+    than the mean: it never falls, and leaves every update a learning rate.
     """
     mean = before / updates if updates else seen - before
     return (before + min(seen - before, mean) / 2) / (total + mean)

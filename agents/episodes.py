@@ -1,7 +1,8 @@
 """Finished episodes, one by one and as a padded batch.
 
-Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response. A text is a prompt and a
-response; the response is what the policy emitted, so a prefix given at reset belongs to the prompt here.
+Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response. A
+text is a prompt and a response; the response is what the policy emitted, so a prefix given at reset
+belongs to the prompt here.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,18 @@ from torch import Tensor
 from tokenenv.errors import NotFinite
 
 LEARNED = ("value", "advantage")
-PER_EPISODE = ("kl_coef", "terminated", "truncated", "score", "gold", "prompt_id", "slot", "index", "version", "bootstraps")
+PER_EPISODE = (
+    "kl_coef",
+    "terminated",
+    "truncated",
+    "score",
+    "gold",
+    "prompt_id",
+    "slot",
+    "index",
+    "version",
+    "bootstraps",
+)
 
 
 def token_mask(lengths_B: Tensor, width: int) -> Tensor:
@@ -25,7 +37,8 @@ def token_mask(lengths_B: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One finished text with all that was seen of it. T here is its own number of response tokens."""
+    """One finished text with all that was seen of it. T here is its own number of response
+    tokens."""
 
     prompt: np.ndarray
     """(P,) int64: everything before the first emitted token."""
@@ -52,31 +65,42 @@ class Episode:
     slot: int
     """The row of the vector env it ran in."""
     potential: np.ndarray
-    """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where it has none."""
+    """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where
+    it has none."""
     index: int
     """How many episodes that row had finished before."""
     version: int = 0
-    """How many updates the policy had had when the first token was drawn: the later ones may have had more."""
+    """How many updates the policy had had when the first token was drawn: the later ones may have
+    had more."""
     bootstraps: bool = False
-    """Whether the value of the last state counts: the text was cut, and nothing was paid for it as a whole."""
+    """Whether the value of the last state counts: the text was cut, and nothing was paid for it as
+    a whole."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
-    """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where the env names none."""
+    """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where
+    the env names none."""
     value: np.ndarray | None = None
-    """(T,) float32: the critic's value before each token, in reward; None before learning, or without a critic."""
+    """(T,) float32: the critic's value before each token, in reward; None before learning, or
+    without a critic."""
     advantage: np.ndarray | None = None
     """(T,) float32: the weight that the learner gave to each token; None before learning."""
     action_mask: np.ndarray | None = None
-    """(T, M) uint8: the tokens that were allowed, eight to a byte (`masks.pack`); None where all were."""
+    """(T, M) uint8: the tokens that were allowed, eight to a byte (`masks.pack`); None where all
+    were."""
 
     @property
     def kl(self) -> float:
         """log pi - log pi_ref summed over the text: the one-sample estimate of its KL, in nats."""
-        return float((self.logprob - self.ref_logprob).sum()) if self.ref_logprob.any() else float("nan")
+        return (
+            float((self.logprob - self.ref_logprob).sum())
+            if self.ref_logprob.any()
+            else float("nan")
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeBatch:
-    """B episodes as right-padded tensors on the CPU; response tokens start at column 0 of the (B, T) ones."""
+    """B episodes as right-padded tensors on the CPU; response tokens start at column 0 of the (B,
+    T) ones."""
 
     tokens_BL: Tensor
     """int64 whole texts."""
@@ -100,11 +124,13 @@ class EpisodeBatch:
     version_B: Tensor
     bootstraps_B: Tensor
     terms: dict[str, Tensor]
-    """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names none."""
+    """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names
+    none."""
     action_mask_BTM: Tensor | None = None
     """uint8: the allowed tokens, eight to a byte; None where all were."""
     learned: dict[str, Tensor] = field(default_factory=dict)
-    """(B, T) of what a learner makes of each token; "advantage" and "value" go into the episodes."""
+    """(B, T) of what a learner makes of each token; "advantage" and "value" go into the
+    episodes."""
 
     @property
     def mask_BT(self) -> Tensor:
@@ -119,7 +145,9 @@ class EpisodeBatch:
         """Pads and stacks at least one episode."""
         texts = [np.concatenate([e.prompt, e.response]) for e in episodes]
         masks = [e.action_mask for e in episodes if e.action_mask is not None]
-        ends: dict[str, Any] = {f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE}
+        ends: dict[str, Any] = {
+            f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE
+        }
         return cls(
             tokens_BL=_pad(texts),
             length_B=torch.tensor([len(text) for text in texts]),
@@ -144,8 +172,12 @@ class EpisodeBatch:
             return values_BT[row, : length + extra].numpy()
 
         text = self.tokens_BL[row, :end].numpy()
-        ends: dict[str, Any] = {name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE}
-        learned: dict[str, Any] = {name: tokens(self.learned[name]) for name in LEARNED if name in self.learned}
+        ends: dict[str, Any] = {
+            name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE
+        }
+        learned: dict[str, Any] = {
+            name: tokens(self.learned[name]) for name in LEARNED if name in self.learned
+        }
         return Episode(
             prompt=text[: end - length],
             response=text[end - length :],
@@ -165,20 +197,29 @@ def _pad(rows: Sequence[np.ndarray]) -> Tensor:
 
 
 def check_finite(episodes: Sequence[Episode], update: int) -> None:
-    """Raises `NotFinite`, naming the first reward or log-prob that is not finite; its `rows` are places in `episodes`.
+    """Raises `NotFinite`, naming the first reward or log-prob that is not finite; its `rows` are
+    places in `episodes`.
 
-    The reference's log-prob may be -inf where it is not paid: it may lack tokens that the policy has.
+    The reference's log-prob may be -inf where it is not paid: it may lack tokens that the policy
+    has.
     """
     bad = [row for row, episode in enumerate(episodes) if not _finite(episode)]
     if not bad:
         return
     episode = episodes[bad[0]]
     columns = {f"the reward term {name!r}": values for name, values in episode.terms.items()}
-    columns |= {"the reward": episode.reward, "log pi": episode.logprob, "the reference's log-prob": episode.ref_logprob}
-    name, values = next((name, values) for name, values in columns.items() if not np.isfinite(values).all())
+    columns |= {
+        "the reward": episode.reward,
+        "log pi": episode.logprob,
+        "the reference's log-prob": episode.ref_logprob,
+    }
+    name, values = next(
+        (name, values) for name, values in columns.items() if not np.isfinite(values).all()
+    )
     token = int(np.isfinite(values).argmin())
     raise NotFinite(
-        f"{name} is {values[token]} at token {token} of text {episode.index} of slot {episode.slot}, in the batch of update "
+        f"{name} is {values[token]} at token {token} of text {episode.index} of slot "
+        f"{episode.slot}, in the batch of update "
         f"{update}; nothing has been learnt from that batch, and it is dropped.",
         bad,
         [episodes[row] for row in bad],
@@ -187,7 +228,10 @@ def check_finite(episodes: Sequence[Episode], update: int) -> None:
 
 def _finite(episode: Episode) -> bool:
     known = [episode.reward, episode.logprob, *episode.terms.values()]
-    return all(np.isfinite(values).all() for values in known) and not np.isnan(episode.ref_logprob).any()
+    return (
+        all(np.isfinite(values).all() for values in known)
+        and not np.isnan(episode.ref_logprob).any()
+    )
 
 
 def mean_of(values: Sequence[float]) -> float:
@@ -197,7 +241,8 @@ def mean_of(values: Sequence[float]) -> float:
 
 
 def summary(episodes: Sequence[Episode]) -> dict[str, float]:
-    """The field's scalars about what was generated: means per text, KL in nats, length in tokens."""
+    """The field's scalars about what was generated: means per text, KL in nats, length in
+    tokens."""
     return {
         "objective/score": mean_of([e.score for e in episodes]),
         "objective/gold": mean_of([e.gold for e in episodes]),

@@ -1,15 +1,18 @@
-"""Every bundled algorithm and stable-baselines3's PPO, A2C and DQN on the same ids, with the same budget of tokens.
+"""Every bundled algorithm and stable-baselines3's PPO, A2C and DQN on the same ids, with the same
+budget of tokens.
 
-Reviews-v0 and Negation-v0, three seeds: gold score, KL to the reference (nats per text) and J = score - beta KL of 256 texts
-(held-out prompts on Reviews-v0), mean and standard deviation over seeds, and tokens per second of learning. Rollouts count as
-tokens (VinePPO, best of n). Settings are those below, the same on both ids, chosen on seed 0 of Reviews-v0.
+Reviews-v0 and Negation-v0, three seeds: gold score, KL to the reference (nats per text) and J =
+score - beta KL of 256 texts (held-out prompts on Reviews-v0), mean and standard deviation over
+seeds, and tokens per second of learning. Rollouts count as tokens (VinePPO, best of n). Settings
+are those below, the same on both ids, chosen on seed 0 of Reviews-v0.
 
-SB3's PPO and A2C train the same language model on `kl="policy"`, the same objective. DQN sees frozen features and chooses among
-the reference's 8 likeliest tokens on `kl="none"`: it does not know the KL, and its greedy policy is deterministic, so its KL
-is -log pi_ref of its texts. Best of n reports the bound log n - (n - 1)/n.
+SB3's PPO and A2C train the same language model on `kl="policy"`, the same objective. DQN sees
+frozen features and chooses among the reference's 8 likeliest tokens on `kl="none"`: it does not
+know the KL, and its greedy policy is deterministic, so its KL is -log pi_ref of its texts. Best of
+n reports the bound log n - (n - 1)/n.
 
-Then the speed of the bundled PPO against SB3's on the same model, in turns: the same 2,048 tokens an update, two epochs in
-minibatches of about 512 tokens.
+Then the speed of the bundled PPO against SB3's on the same model, in turns: the same 2,048 tokens
+an update, two epochs in minibatches of about 512 tokens.
 """
 
 import argparse
@@ -58,7 +61,12 @@ PPO_SETTINGS: dict[str, Any] = {
     "learning_rate": lambda left: 1e-3 * left,
 }
 """As the bundled PPO's: the same learning rate, falling to zero."""
-A2C_SETTINGS: dict[str, Any] = {"n_steps": 8, "gamma": 1.0, "use_rms_prop": False, "learning_rate": 3e-4}
+A2C_SETTINGS: dict[str, Any] = {
+    "n_steps": 8,
+    "gamma": 1.0,
+    "use_rms_prop": False,
+    "learning_rate": 3e-4,
+}
 DQN_SETTINGS: dict[str, Any] = {
     "learning_starts": 2_000,
     "train_freq": 1,
@@ -87,7 +95,9 @@ class Result:
 def make(env: str, *, test: bool = False, num_envs: int = N, **options: Any) -> Any:
     """The vector env; held-out prompts for tests where there are any."""
     split = {"split": "test"} if test and env == "Reviews-v0" else {}
-    return gym.make_vec(f"tokenenv/{env}", num_envs=num_envs, autoreset_mode="SameStep", **split, **options)
+    return gym.make_vec(
+        f"tokenenv/{env}", num_envs=num_envs, autoreset_mode="SameStep", **split, **options
+    )
 
 
 def result(env: str, gold: float, score: float, kl: float, speed: float) -> Result:
@@ -115,7 +125,13 @@ def bundled(name: str, env: str, seed: int, tokens: int) -> Result:
 def sb3_lm(algorithm: type, settings: dict[str, Any], env: str, seed: int, tokens: int) -> Result:
     """SB3's on the language model."""
     envs = SB3VecEnv(make(env, kl="policy"))
-    model = algorithm(LMActorCriticPolicy, envs, policy_kwargs={"model": envs.unwrapped.model}, seed=seed, **settings)
+    model = algorithm(
+        LMActorCriticPolicy,
+        envs,
+        policy_kwargs={"model": envs.unwrapped.model},
+        seed=seed,
+        **settings,
+    )
     speed = timed(lambda: model.learn(tokens), tokens)
     found = evaluate(model.policy.lm, make(env, test=True), num_texts=TEXTS, seed=1_000 + seed)
     return result(env, found.gold, found.score, found.kl, speed)
@@ -124,7 +140,9 @@ def sb3_lm(algorithm: type, settings: dict[str, Any], env: str, seed: int, token
 def sb3_dqn(env: str, seed: int, tokens: int) -> Result:
     """SB3's DQN on frozen features and top-k actions, measured on its greedy texts."""
     options = {"observation": "features", "kl": "none"}
-    model = DQN("MlpPolicy", SB3VecEnv(TopKActions(make(env, **options), TOP_K)), seed=seed, **DQN_SETTINGS)
+    model = DQN(
+        "MlpPolicy", SB3VecEnv(TopKActions(make(env, **options), TOP_K)), seed=seed, **DQN_SETTINGS
+    )
     speed = timed(lambda: model.learn(tokens), tokens)
     envs = TopKActions(make(env, test=True, **options), TOP_K)
     texts = greedy_texts(model, envs, 1_000 + seed)
@@ -137,11 +155,15 @@ def greedy_texts(model: Any, envs: Any, seed: int) -> list[tuple[float, float, f
     obs, _ = envs.reset(seed=seed)
     kl, seen, texts = np.zeros(N), np.zeros(N, int), []
     while len(texts) < TEXTS:
-        obs, _, terminations, truncations, infos = envs.step(model.predict(obs, deterministic=True)[0])
+        obs, _, terminations, truncations, infos = envs.step(
+            model.predict(obs, deterministic=True)[0]
+        )
         kl -= infos["ref_logprob"]
         for row in np.flatnonzero(terminations | truncations):
             if seen[row] < TEXTS // N:
-                texts.append((float(infos["gold"][row]), float(infos["score"][row]), float(kl[row])))
+                texts.append(
+                    (float(infos["gold"][row]), float(infos["score"][row]), float(kl[row]))
+                )
             kl[row], seen[row] = 0.0, seen[row] + 1
     return texts
 
@@ -168,9 +190,19 @@ def cell(values: list[float]) -> str:
 
 def table(env: str, found: dict[str, list[Result]], tokens: int) -> Table:
     """One env's rows."""
-    made = Table("", "gold", "score", "KL", "J", "tokens/s", title=f"{env}, {tokens:,} tokens, beta {beta(env)}")
+    made = Table(
+        "",
+        "gold",
+        "score",
+        "KL",
+        "J",
+        "tokens/s",
+        title=f"{env}, {tokens:,} tokens, beta {beta(env)}",
+    )
     for learner, results in found.items():
-        columns = [[getattr(r, name) for r in results] for name in ("gold", "score", "kl", "objective")]
+        columns = [
+            [getattr(r, name) for r in results] for name in ("gold", "score", "kl", "objective")
+        ]
         speed = statistics.median(r.tokens_per_second for r in results)
         made.add_row(learner, *map(cell, columns), f"{speed:,.0f}")
     return made
@@ -182,36 +214,62 @@ def beta(env: str) -> float:
 
 
 def speeds(env: str, repeats: int) -> str:
-    """The bundled PPO's tokens/s and SB3's, the same model and updates, one core, in turns: medians and their ratio."""
+    """The bundled PPO's tokens/s and SB3's, the same model and updates, one core, in turns: medians
+    and their ratio."""
     torch.set_num_threads(1)
     ours, theirs = [], []
     for seed in range(repeats):
         agent = ALGORITHMS["ppo"](make(env), seed=seed, **SETTINGS["ppo"])
         ours.append(timed(lambda agent=agent: agent.learn(4_096), 4_096))
         envs = SB3VecEnv(make(env, kl="policy"))
-        model = PPO(LMActorCriticPolicy, envs, policy_kwargs={"model": envs.unwrapped.model}, seed=seed, **PPO_SETTINGS)
+        model = PPO(
+            LMActorCriticPolicy,
+            envs,
+            policy_kwargs={"model": envs.unwrapped.model},
+            seed=seed,
+            **PPO_SETTINGS,
+        )
         theirs.append(timed(lambda model=model: model.learn(4_096), 4_096))
     fast, slow = statistics.median(ours), statistics.median(theirs)
-    return f"{env}: PPO {fast:,.0f} tokens/s, SB3's PPO {slow:,.0f} on the same model: {fast / slow:.1f} times"
+    return (
+        f"{env}: PPO {fast:,.0f} tokens/s, SB3's PPO {slow:,.0f} on the same model: "
+        f"{fast / slow:.1f} times"
+    )
 
 
 def main() -> None:
     """Runs what is asked for and prints one table an env."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--learners", nargs="*", metavar="NAME", default=list(LEARNERS), choices=list(LEARNERS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--learners", nargs="*", metavar="NAME", default=list(LEARNERS), choices=list(LEARNERS)
+    )
     parser.add_argument("--envs", nargs="*", default=list(ENVS), choices=list(ENVS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--total-tokens", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--repeats", type=int, default=3, help="of the speed comparison; 0 leaves it out")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of the speed comparison; 0 leaves it out"
+    )
     args = parser.parse_args()
-    plan = [(learner, env, seed) for env in args.envs for learner in args.learners for seed in args.seeds]
+    plan = [
+        (learner, env, seed)
+        for env in args.envs
+        for learner in args.learners
+        for seed in args.seeds
+    ]
     columns = [*zip(*plan, strict=True), [args.total_tokens] * len(plan)]
     with ProcessPoolExecutor(args.workers) as pool:
-        found = list(track(pool.map(run, *columns), "runs", total=len(plan), console=console, transient=True))
+        found = list(
+            track(pool.map(run, *columns), "runs", total=len(plan), console=console, transient=True)
+        )
     results = dict(zip(plan, found, strict=True))
     for env in args.envs if plan else ():
-        rows = {learner: [results[learner, env, seed] for seed in args.seeds] for learner in args.learners}
+        rows = {
+            learner: [results[learner, env, seed] for seed in args.seeds]
+            for learner in args.learners
+        }
         console.print(table(env, rows, args.total_tokens))
     for env in args.envs if args.repeats else ():
         console.print(speeds(env, args.repeats))

@@ -1,7 +1,8 @@
 """Tokens per second of the automaton environments, observation included, N = 256 texts on one core.
 
-Every figure is the median of interleaved repetitions over whole texts of 64 tokens, actions given, texts begun anew within the
-step (SAME_STEP). Wanted: 500,000 tokens/s or more with the environment's own defaults (`terminal` and the KL to the reference).
+Every figure is the median of interleaved repetitions over whole texts of 64 tokens, actions given,
+texts begun anew within the step (SAME_STEP). Wanted: 500,000 tokens/s or more with the
+environment's own defaults (`terminal` and the KL to the reference).
 """
 
 from collections.abc import Callable
@@ -28,7 +29,9 @@ console = Console()
 
 def runner(name: str, **options: str) -> Callable[[], None]:
     """A call that steps N texts `TEXTS` times from beginning to end."""
-    envs = gym.make_vec(f"tokenenv/{name}-v0", num_envs=N, max_new_tokens=T, autoreset_mode="SameStep", **options)
+    envs = gym.make_vec(
+        f"tokenenv/{name}-v0", num_envs=N, max_new_tokens=T, autoreset_mode="SameStep", **options
+    )
     actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, (T * TEXTS, N))
     given = torch.from_numpy(actions) if options.get("array") == "torch" else actions
     envs.reset(seed=0)
@@ -44,10 +47,16 @@ def main() -> None:
     """Prints one row an id, one column a variant."""
     torch.set_num_threads(1)
     table = Table("id", *VARIANTS, title=f"tokens/s, N = {N}, T = {T}, one core")
-    found = {(name, variant): runner(name, **options) for name in IDS for variant, options in VARIANTS.items()}
+    found = {
+        (name, variant): runner(name, **options)
+        for name in IDS
+        for variant, options in VARIANTS.items()
+    }
     seconds = medians({f"{name} {variant}": run for (name, variant), run in found.items()}, 7)
     for name in IDS:
-        table.add_row(name, *(f"{N * T * TEXTS / seconds[f'{name} {variant}']:,.0f}" for variant in VARIANTS))
+        table.add_row(
+            name, *(f"{N * T * TEXTS / seconds[f'{name} {variant}']:,.0f}" for variant in VARIANTS)
+        )
     console.print(table)
 
 

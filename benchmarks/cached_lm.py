@@ -1,9 +1,10 @@
-"""What one `CachedLM.append` costs, by position, against a bare one-token forward of the same trunk without a cache.
+"""What one `CachedLM.append` costs, by position, against a bare one-token forward of the same trunk
+without a cache.
 
     python benchmarks/cached_lm.py [--rows 64] [--length 256] [--repetitions 60]
 
-Prints milliseconds (medians of interleaved repetitions) and where they go, for a model of the bundled size
-(4 layers, hidden 128, 4 heads of 32 with one key/value head, 1024 ids).
+Prints milliseconds (medians of interleaved repetitions) and where they go, for a model of the
+bundled size (4 layers, hidden 128, 4 heads of 32 with one key/value head, 1024 ids).
 """
 
 import argparse
@@ -19,7 +20,11 @@ from transformers import LlamaConfig, LlamaModel
 from tokenenv.models.cached_lm import CachedLM
 
 POSITIONS = (16, 64, 128, 240)
-OPERATIONS = {"attention": "scaled_dot_product", "matrix products": "aten::mm", "cache writes": "index_put"}
+OPERATIONS = {
+    "attention": "scaled_dot_product",
+    "matrix products": "aten::mm",
+    "cache writes": "index_put",
+}
 
 
 def bundled_size(length: int) -> Any:
@@ -55,7 +60,9 @@ def contenders(trunk: Any, rows: int, length: int) -> dict[str, Callable[[], Any
 
         return append
 
-    return {"bare": bare} | {f"append at {position}": append_at(position) for position in POSITIONS if position < length}
+    return {"bare": bare} | {
+        f"append at {position}": append_at(position) for position in POSITIONS if position < length
+    }
 
 
 def milliseconds(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
@@ -83,7 +90,9 @@ def breakdown(function: Callable[[], Any], repetitions: int = 20) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=60)
@@ -92,10 +101,18 @@ def main() -> None:
     functions = contenders(trunk, options.rows, options.length)
     milliseconds(functions, 5)
     times = milliseconds(functions, options.repetitions)
-    print(f"{options.rows} rows, {options.length} places, {torch.get_num_threads()} threads, {trunk.device}")
+    print(
+        f"{options.rows} rows, {options.length} places, {torch.get_num_threads()} threads, "
+        f"{trunk.device}"
+    )
     for name, value in times.items():
-        parts = ", ".join(f"{part} {spent:.2f}" for part, spent in breakdown(functions[name]).items())
-        print(f"{name:14s} {value:6.2f} ms   {value / times['bare']:5.2f} x bare   (CPU ms, profiled: {parts})")
+        parts = ", ".join(
+            f"{part} {spent:.2f}" for part, spent in breakdown(functions[name]).items()
+        )
+        print(
+            f"{name:14s} {value:6.2f} ms   {value / times['bare']:5.2f} x bare   (CPU ms, "
+            f"profiled: {parts})"
+        )
     first, last = (times[name] for name in list(times)[1 :: len(times) - 2])
     print(f"last position over first: {last / first:.2f}")
 

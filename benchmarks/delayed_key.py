@@ -1,13 +1,16 @@
-"""How many tokens PPO needs on DelayedKey-v0 by reward design: the share of J* - J(pi_ref) that it closes.
+"""How many tokens PPO needs on DelayedKey-v0 by reward design: the share of J* - J(pi_ref) that it
+closes.
 
-The score is decided by the first token and paid T - 1 tokens later. Everything but the reward (and lambda) is the same: the
-default small transformer policy, five seeds of environment, initialisation and sampling, budgets in tokens that the policy
-emitted. J is exact in every state that sampled texts reach (`oracle.evaluate`), so its error is small; the share closed is
-(J - J_ref) / (J* - J_ref). "tokens to 80%" is where the share first is 0.8 or more, measured about every `EVERY` tokens.
+The score is decided by the first token and paid T - 1 tokens later. Everything but the reward (and
+lambda) is the same: the default small transformer policy, five seeds of environment, initialisation
+and sampling, budgets in tokens that the policy emitted. J is exact in every state that sampled
+texts reach (`oracle.evaluate`), so its error is small; the share closed is (J - J_ref) / (J* -
+J_ref). "tokens to 80%" is where the share first is 0.8 or more, measured about every `EVERY`
+tokens.
 
-Wanted: at T = 16 `oracle` within 100,000 tokens and `terminal` (lambda 0.95) below half at 150,000; at T = 32 `oracle` within
-250,000 and `terminal` below 0.1 at 300,000. `terminal` with lambda 1 is reported beside. The settings were chosen on seeds 0 to
-4; `--seeds 5 6 7 8 9` shows others.
+Wanted: at T = 16 `oracle` within 100,000 tokens and `terminal` (lambda 0.95) below half at 150,000;
+at T = 32 `oracle` within 250,000 and `terminal` below 0.1 at 300,000. `terminal` with lambda 1 is
+reported beside. The settings were chosen on seeds 0 to 4; `--seeds 5 6 7 8 9` shows others.
 """
 
 import argparse
@@ -28,7 +31,12 @@ from tokenenv.agents.run.evaluate import next_token_probs
 from tokenenv.models.residual_lm import ResidualLM
 
 BETA, GOAL, EVERY, N = 0.05, 0.8, 10_000, 64
-SETTINGS: dict[str, Any] = {"lr": 3e-3, "lr_schedule": "constant", "batch_tokens": 2048, "vf_coef": 0.1}
+SETTINGS: dict[str, Any] = {
+    "lr": 3e-3,
+    "lr_schedule": "constant",
+    "batch_tokens": 2048,
+    "vf_coef": 0.1,
+}
 """Of PPO, the same for all."""
 BUDGETS = {"oracle": {16: 100_000, 32: 250_000}, "terminal": {16: 150_000, 32: 300_000}}
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -48,9 +56,12 @@ class Curve:
     budget: int
 
     def reached(self) -> int | None:
-        """The tokens to the goal, or None if that took more than the budget, which the last update may exceed."""
+        """The tokens to the goal, or None if that took more than the budget, which the last update
+        may exceed."""
         points = zip(self.tokens, self.share, strict=True)
-        return next((tokens for tokens, share in points if share >= GOAL and tokens <= self.budget), None)
+        return next(
+            (tokens for tokens, share in points if share >= GOAL and tokens <= self.budget), None
+        )
 
 
 def run(design: str, length: int, seed: int) -> Curve:
@@ -60,13 +71,19 @@ def run(design: str, length: int, seed: int) -> Curve:
     options = {"max_new_tokens": length, "task_seed": seed, "kl_coef": BETA, "reward": reward}
     envs = gym.make_vec("tokenenv/DelayedKey-v0", num_envs=N, autoreset_mode="SameStep", **options)
     policy = LMPolicy(ResidualLM(envs.unwrapped.reference, seed=seed))
-    agent = PPO(envs, policy=policy, seed=seed, lambda_actor=lambda_, lambda_critic=lambda_, **SETTINGS)
+    agent = PPO(
+        envs, policy=policy, seed=seed, lambda_actor=lambda_, lambda_critic=lambda_, **SETTINGS
+    )
     oracle = envs.unwrapped.oracle
     floor, best = oracle.reference_objective(), oracle.optimal_objective(BETA)
     curve = Curve([], [], BUDGETS[reward][length])
 
     def measure(metrics: Any, episodes: Any) -> None:
-        if curve.tokens and agent.tokens_seen < curve.tokens[-1] + EVERY and agent.tokens_seen < curve.budget:
+        if (
+            curve.tokens
+            and agent.tokens_seen < curve.tokens[-1] + EVERY
+            and agent.tokens_seen < curve.budget
+        ):
             return
         found = oracle.evaluate(next_token_probs(policy), BETA, num_texts=256, seed=seed)
         curve.tokens.append(agent.tokens_seen)
@@ -82,24 +99,49 @@ def row(design: str, curves: list[Curve]) -> tuple[str, ...]:
     ends = [curve.share[-1] for curve in curves]
     tokens = " ".join("never" if t is None else f"{t / 1000:.0f}k" for t in reached)
     ok = sum(t is not None for t in reached)
-    return design, f"{ok} of {len(curves)}", tokens, " ".join(f"{x:.2f}" for x in ends), f"{statistics.median(ends):.2f}"
+    return (
+        design,
+        f"{ok} of {len(curves)}",
+        tokens,
+        " ".join(f"{x:.2f}" for x in ends),
+        f"{statistics.median(ends):.2f}",
+    )
 
 
 def main() -> None:
     """Runs what is asked for and prints one table a length."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="*", default=[16, 32], choices=[16, 32])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
     args = parser.parse_args()
-    plan = [(design, length, seed) for length in args.lengths for design in args.designs for seed in args.seeds]
+    plan = [
+        (design, length, seed)
+        for length in args.lengths
+        for design in args.designs
+        for seed in args.seeds
+    ]
     with ProcessPoolExecutor(args.workers) as pool:
-        found = list(track(pool.map(run, *zip(*plan, strict=True)), "runs", total=len(plan), console=console, transient=True))
+        found = list(
+            track(
+                pool.map(run, *zip(*plan, strict=True)),
+                "runs",
+                total=len(plan),
+                console=console,
+                transient=True,
+            )
+        )
     curves = dict(zip(plan, found, strict=True))
     for length in args.lengths:
-        table = Table("design", "reached 80%", "tokens to 80%, by seed", "share at the end, by seed", "median")
-        table.title = f"DelayedKey-v0, T = {length}, budgets " + ", ".join(f"{k} {v[length]:,}" for k, v in BUDGETS.items())
+        table = Table(
+            "design", "reached 80%", "tokens to 80%, by seed", "share at the end, by seed", "median"
+        )
+        table.title = f"DelayedKey-v0, T = {length}, budgets " + ", ".join(
+            f"{k} {v[length]:,}" for k, v in BUDGETS.items()
+        )
         for design in args.designs:
             table.add_row(*row(design, [curves[design, length, seed] for seed in args.seeds]))
         console.print(table)

@@ -1,10 +1,13 @@
-"""Every algorithm's expected gradient beside the exact gradient of J = E[score - beta KL], as the cosine of their angle.
+"""Every algorithm's expected gradient beside the exact gradient of J = E[score - beta KL], as the
+cosine of their angle.
 
-In a world small enough to enumerate (3 tokens, texts of at most 4, a policy away from its reference), for rewards that preserve
-the gradient: where every text has another score and texts end at several lengths ("dense", beta 0.7); where one text in thirty
-earns 1, so that nearly all groups are flat ("flat", beta 0.05, texts of one length); and with texts of an earlier policy
-("stale": dense, the mean over the designs; KL(earlier || now) in nats per token). One update on a batch that holds every text
-as often as the policy writes it. `tests/test_gradient_table.py` keeps what must be 1.
+In a world small enough to enumerate (3 tokens, texts of at most 4, a policy away from its
+reference), for rewards that preserve the gradient: where every text has another score and texts end
+at several lengths ("dense", beta 0.7); where one text in thirty earns 1, so that nearly all groups
+are flat ("flat", beta 0.05, texts of one length); and with texts of an earlier policy ("stale":
+dense, the mean over the designs; KL(earlier || now) in nats per token). One update on a batch that
+holds every text as often as the policy writes it. `tests/test_gradient_table.py` keeps what must be
+1.
 """
 
 import sys
@@ -14,7 +17,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the world and its exact results are the tests'
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests" / "helpers")
+)  # the world and its exact results are the tests'
 
 from gradients import (
     CASES,
@@ -37,7 +42,8 @@ ROWS = {
     "grpo, sequence-mean": Case("grpo", {"scale": "none"}, texts=60_000),
     "ppo, importance_cap 2": Case("ppo", {"lambda_actor": 1.0, "importance_cap": 2.0}),
 }
-"""Those that are exact, and some that are not. GRPO's default is beside J here, and beside its own objective in a last row."""
+"""Those that are exact, and some that are not. GRPO's default is beside J here, and beside its own
+objective in a last row."""
 DISTANCES = (0.02, 0.1)
 
 
@@ -46,24 +52,37 @@ def main() -> None:
     dense, flat = make_world("dense", stops=(STOP,)), make_world("flat groups")
     earlier = [earlier_policy(dense, distance) for distance in DISTANCES]
     table = Table(
-        "", *(f"dense, {d}" for d in DESIGNS), *(f"flat, {d}" for d in DESIGNS), *(f"stale, {kl:.0e}" for _, kl in earlier)
+        "",
+        *(f"dense, {d}" for d in DESIGNS),
+        *(f"flat, {d}" for d in DESIGNS),
+        *(f"stale, {kl:.0e}" for _, kl in earlier),
     )
     for name, case in ROWS.items():
         figures = []
         for kind, world in (("dense", dense), ("flat groups", flat)):
             exact = exact_gradient(world, WORLDS[kind])
-            figures += [cosine(found_gradient(case, world, design, WORLDS[kind]), exact) for design in DESIGNS]
+            figures += [
+                cosine(found_gradient(case, world, design, WORLDS[kind]), exact)
+                for design in DESIGNS
+            ]
         exact = exact_gradient(dense, WORLDS["dense"])
         for logits, _ in earlier:
-            found = [cosine(found_gradient(case, dense, design, WORLDS["dense"], logits), exact) for design in DESIGNS]
+            found = [
+                cosine(found_gradient(case, dense, design, WORLDS["dense"], logits), exact)
+                for design in DESIGNS
+            ]
             figures.append(sum(found) / len(found))
         table.add_row(name, *(f"{figure:.4f}" for figure in figures))
     own = []
     for design in DESIGNS:
         terms = torch.from_numpy(flat.paid(reward=design).token_rewards).double()
         exact = grpo_gradient(flat, terms, WORLDS["flat groups"])
-        own.append(cosine(found_gradient(CASES["grpo"], flat, design, WORLDS["flat groups"]), exact))
-    table.add_row("grpo, its own objective", *[""] * 3, *(f"{figure:.4f}" for figure in own), "", "")
+        own.append(
+            cosine(found_gradient(CASES["grpo"], flat, design, WORLDS["flat groups"]), exact)
+        )
+    table.add_row(
+        "grpo, its own objective", *[""] * 3, *(f"{figure:.4f}" for figure in own), "", ""
+    )
     Console(width=160).print(table)
 
 

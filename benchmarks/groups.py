@@ -1,7 +1,8 @@
 """How old the texts of a group get, and what GRPO learns where nearly all of its groups are flat.
 
-Staleness: texts of geometric length (mean T / 4, cut at T) in groups of four, as a run collects them; the last 40 updates.
-GRPO: the default on PlantedPhrase-v0 (vocabulary 16, 8 tokens, no decoys, beta 0.01), as the share of J* - J(pi_ref) it closes.
+Staleness: texts of geometric length (mean T / 4, cut at T) in groups of four, as a run collects
+them; the last 40 updates. GRPO: the default on PlantedPhrase-v0 (vocabulary 16, 8 tokens, no
+decoys, beta 0.01), as the share of J* - J(pi_ref) it closes.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the env whose lengths are known is the tests'
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests" / "helpers")
+)  # the env whose lengths are known is the tests'
 
 from line_env import LineActor, LineEnv
 
@@ -50,7 +53,11 @@ def staleness(length: int, slots: int, tokens: int, limit: int | None, updates: 
             sizes.append(sum(lengths))
         collector.refresh()
     true = sum((1 - 4 / length) ** t for t in range(length))
-    figures = f"{np.mean(ages):.2f}, {max(ages)}", f"{np.mean(sizes):,.0f}", f"{env.emitted / learned:.2f}"
+    figures = (
+        f"{np.mean(ages):.2f}, {max(ages)}",
+        f"{np.mean(sizes):,.0f}",
+        f"{env.emitted / learned:.2f}",
+    )
     return [f"{length}, {slots}, {tokens:,}", str(limit), *figures, f"{first:.1f} ({true:.1f})"]
 
 
@@ -73,20 +80,31 @@ def closed(seed: int, total_tokens: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--total-tokens", type=int, default=100_000, help="that GRPO emits for each seed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--total-tokens", type=int, default=100_000, help="that GRPO emits for each seed"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
     table = Table(
-        "T, slots, batch_tokens", "max_staleness", "mean, largest", "batch", "emitted per learned", "first (true) length"
+        "T, slots, batch_tokens",
+        "max_staleness",
+        "mean, largest",
+        "batch",
+        "emitted per learned",
+        "first (true) length",
     )
     for setting in SETTINGS:
         table.add_row(*staleness(*setting))
     console = Console(width=120)
     console.print(table)
     for seed in options.seeds:
-        console.print(f"GRPO, seed {seed}: {closed(seed, options.total_tokens):.3f} of J* - J(pi_ref) closed")
+        console.print(
+            f"GRPO, seed {seed}: {closed(seed, options.total_tokens):.3f} of J* - J(pi_ref) closed"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What the bundled PPO learns, three seeds each, on held-out prompts: gold, KL, length, distinct bigrams.
+"""What the bundled PPO learns, three seeds each, on held-out prompts: gold, KL, length, distinct
+bigrams.
 
-Reviews-v0: the share of positive reviews, wanted at 0.9 or more within 150,000 tokens. PyDocs-v0: Flesch reading ease, wanted
-up by one standard deviation of the reference's texts at 20 nats of KL per text or less.
+Reviews-v0: the share of positive reviews, wanted at 0.9 or more within 150,000 tokens. PyDocs-v0:
+Flesch reading ease, wanted up by one standard deviation of the reference's texts at 20 nats of KL
+per text or less.
 """
 
 import argparse
@@ -40,7 +42,10 @@ def main() -> None:
             spread = float(np.std([episode.gold for episode in before.episodes], ddof=1))
             console.print(f"[bold]{env}, seed {seed}, {args.total_tokens:,} tokens[/bold]")
             console.print(comparison({"before": before, "after": after}))
-            console.print(f"gold up by {(after.gold - before.gold) / spread:.2f} standard deviations of the reference's texts")
+            console.print(
+                f"gold up by {(after.gold - before.gold) / spread:.2f} standard deviations of the "
+                f"reference's texts"
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What each reward design costs per token, relative to `terminal`, at three lengths.
 
-Whole texts of random tokens are stepped to their end with the bundled models of PyDocs-v0, N = 32 texts, the designs in
-turn; each figure is a median, reset not counted. `implicit` reads a language model that shares the reward model's trunk,
-since a model of its own is one more forward by definition. `oracle` and `process` are measured on ids that have what they
-need, against `terminal` there.
+Whole texts of random tokens are stepped to their end with the bundled models of PyDocs-v0, N = 32
+texts, the designs in turn; each figure is a median, reset not counted. `implicit` reads a language
+model that shares the reward model's trunk, since a model of its own is one more forward by
+definition. `oracle` and `process` are measured on ids that have what they need, against `terminal`
+there.
 """
 
 import argparse
@@ -30,7 +31,8 @@ console = Console()
 
 
 def shared_implicit() -> Implicit:
-    """The log-ratio of a language model on the reward model's own trunk, with its input embeddings as the output layer."""
+    """The log-ratio of a language model on the reward model's own trunk, with its input embeddings
+    as the output layer."""
     trunk = bundled_scorer("pydocs-reward", "cpu", torch.float32).model
     model = LlamaForCausalLM(trunk.config)
     model.model, model.lm_head.weight = trunk, trunk.embed_tokens.weight
@@ -60,7 +62,9 @@ def measure(designs: list[str], env_id: str, length: int, repetitions: int) -> d
     """Median seconds per step of each design, the designs in turn."""
     envs = {design: make_envs(design, env_id, length) for design in ["terminal", *designs]}
     seconds: dict[str, list[float]] = {design: [] for design in envs}
-    for repetition in track(range(repetitions + 1), f"{env_id}, T = {length}", console=console, transient=True):
+    for repetition in track(
+        range(repetitions + 1), f"{env_id}, T = {length}", console=console, transient=True
+    ):
         for design, env in envs.items():
             taken = text_seconds(env)
             if repetition:
@@ -76,7 +80,9 @@ def main() -> None:
     here = [design for design in DESIGNS if design not in PLACES and design != "terminal"]
     found = {length: measure(here, "tokenenv/PyDocs-v0", length, repetitions) for length in LENGTHS}
     table = Table(
-        "design", *(f"T = {length}" for length in LENGTHS), title="PyDocs-v0: microseconds per token (times terminal)"
+        "design",
+        *(f"T = {length}" for length in LENGTHS),
+        title="PyDocs-v0: microseconds per token (times terminal)",
     )
     for design in ["terminal", *here]:
         cells = [(found[length][design], found[length]["terminal"]) for length in LENGTHS]
@@ -84,7 +90,9 @@ def main() -> None:
     console.print(table)
     for design, env_id in PLACES.items():
         seconds = measure([design], env_id, LENGTHS[0], repetitions)
-        console.print(f"{env_id}: {design} costs {seconds[design] / seconds['terminal']:.2f} times terminal")
+        console.print(
+            f"{env_id}: {design} costs {seconds[design] / seconds['terminal']:.2f} times terminal"
+        )
 
 
 if __name__ == "__main__":

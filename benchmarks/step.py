@@ -1,6 +1,8 @@
-"""What a step costs: by position, against recomputing every prefix, and against the bare cached forwards.
+"""What a step costs: by position, against recomputing every prefix, and against the bare cached
+forwards.
 
-Prints the three ratios that the README quotes, with the bundled models of PyDocs-v0, N = 64 texts, all from this one run.
+Prints the three ratios that the README quotes, with the bundled models of PyDocs-v0, N = 64 texts,
+all from this one run.
 """
 
 import time
@@ -45,7 +47,8 @@ def running_tokens(envs: gym.vector.VectorEnv, steps: int) -> np.ndarray:
 
 
 def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
-    """The bundled agents' default policy, kept from ending texts so that no step pays for a reset."""
+    """The bundled agents' default policy, kept from ending texts so that no step pays for a
+    reset."""
     policy = default_policy(envs, AgentConfig())
     head, stops = policy.head, list(envs.unwrapped.token_spec.stop_token_ids)
     policy.head = lambda states: head(states).index_fill(-1, torch.tensor(stops), -torch.inf)
@@ -67,11 +70,15 @@ def by_position(rounds: int = 5, steps: int = 250) -> None:
         start(envs)
         round_times[:] = [seconds(lambda action=action: envs.step(action)) for action in tokens]
     early, late = (1e3 * float(np.median(times[:, p - 8 : p + 9])) for p in (16, 240))
-    console.print(f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, ratio {late / early:.2f} (at most 1.5)")
+    console.print(
+        f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, ratio {late / early:.2f} (at "
+        f"most 1.5)"
+    )
 
 
 def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
-    """Tokens/s of act + step against a batched loop that recomputes the prefix in the same three models."""
+    """Tokens/s of act + step against a batched loop that recomputes the prefix in the same three
+    models."""
     envs = make_envs(steps + 1)
     env, policy = envs.unwrapped, make_policy(envs)
     reference_head, scorer = logits_head(env.reference, policy.vocab_size), env._task.scorer
@@ -87,7 +94,9 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
         texts, lengths = torch.from_numpy(obs["tokens"]), obs["length"]
 
         def last_states(model: object) -> torch.Tensor:
-            return hidden_states(trunk_of(model), texts[:, : lengths.max()], lengths)[rows, lengths - 1]
+            return hidden_states(trunk_of(model), texts[:, : lengths.max()], lengths)[
+                rows, lengths - 1
+            ]
 
         for _ in range(steps):
             token = torch.multinomial(policy.head(last_states(policy.model)).softmax(-1), 1)
@@ -106,7 +115,8 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
 
 
 def overhead(repetitions: int = 200) -> None:
-    """act + step against `CachedLM.append` on the same three trunks, in steps where no row ends; and what a reset costs."""
+    """act + step against `CachedLM.append` on the same three trunks, in steps where no row ends;
+    and what a reset costs."""
     envs = make_envs(repetitions + 2)
     env, policy = envs.unwrapped, make_policy(envs)
     trunks = [trunk_of(policy.model), trunk_of(env.reference), env._task.scorer.model]
@@ -126,9 +136,12 @@ def overhead(repetitions: int = 200) -> None:
 
     found = medians({"whole": whole, "forwards": forwards}, repetitions)
     ratio = found["whole"] / found["forwards"]
-    reset = medians({"reset": lambda: envs.reset(options={"reset_mask": np.arange(N) == 0})}, 20)["reset"]
+    reset = medians({"reset": lambda: envs.reset(options={"reset_mask": np.arange(N) == 0})}, 20)[
+        "reset"
+    ]
     console.print(
-        f"act + step {1e3 * found['whole']:.2f} ms, three bare forwards {1e3 * found['forwards']:.2f} ms, "
+        f"act + step {1e3 * found['whole']:.2f} ms, three bare forwards "
+        f"{1e3 * found['forwards']:.2f} ms, "
         f"ratio {ratio:.2f} (at most 1.25); beginning one new text {1e3 * reset:.2f} ms"
     )
 

@@ -1,4 +1,5 @@
-"""Medians of interleaved repetitions: whatever else the machine does falls on all candidates alike."""
+"""Medians of interleaved repetitions: whatever else the machine does falls on all candidates
+alike."""
 
 import statistics
 import time

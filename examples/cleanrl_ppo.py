@@ -1,14 +1,16 @@
-"""PPO in one file, in the manner of CleanRL, on any Gymnasium id with vector observations and discrete actions.
+"""PPO in one file, in the manner of CleanRL, on any Gymnasium id with vector observations and
+discrete actions.
 
     python examples/cleanrl_ppo.py --env-id CartPole-v1
     python examples/cleanrl_ppo.py --env-id tokenenv/Negation-v0
 
 Nothing here knows about text: tokenenv is imported to register its ids, and asked for its features.
 
-What it leaves out: continuous actions, frame stacks, recurrent policies, annealed clipping, more than one process. On
-tokenenv it also leaves out the KL penalty (`kl="none"`): the features are the reference model's, frozen, and the little
-network above them is a policy of its own. Truncations mean what Gymnasium means by them, in CartPole and in texts: the value
-of the last state counts. A text that is cut and scored is terminated.
+What it leaves out: continuous actions, frame stacks, recurrent policies, annealed clipping, more
+than one process. On tokenenv it also leaves out the KL penalty (`kl="none"`): the features are the
+reference model's, frozen, and the little network above them is a policy of its own. Truncations
+mean what Gymnasium means by them, in CartPole and in texts: the value of the last state counts. A
+text that is cut and scored is terminated.
 """
 
 import time
@@ -62,8 +64,12 @@ class Network(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int) -> None:
         super().__init__()
-        self.actor = nn.Sequential(layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, 0.01))
-        self.critic = nn.Sequential(layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0))
+        self.actor = nn.Sequential(
+            layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, num_actions, 0.01)
+        )
+        self.critic = nn.Sequential(
+            layer(num_inputs, 64), nn.Tanh(), layer(64, 64), nn.Tanh(), layer(64, 1, 1.0)
+        )
 
     def policy(self, obs: Tensor) -> torch.distributions.Categorical:
         """The distribution of the next action."""
@@ -83,18 +89,27 @@ def layer(num_inputs: int, num_outputs: int, gain: float = 2**0.5) -> nn.Linear:
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """A vector env in SAME_STEP mode, so that no step is lost: the last observation of an episode is in the infos."""
+    """A vector env in SAME_STEP mode, so that no step is lost: the last observation of an episode
+    is in the infos."""
     if args.env_id.startswith("tokenenv/"):
         import tokenenv  # noqa: F401  (registers the ids)
 
-        options = {"observation": "features", "kl": "none", "autoreset_mode": "SameStep", **args.env_options}
+        options = {
+            "observation": "features",
+            "kl": "none",
+            "autoreset_mode": "SameStep",
+            **args.env_options,
+        }
         return gym.make_vec(args.env_id, num_envs=args.num_envs, **options)
     kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP}
-    return gym.make_vec(args.env_id, args.num_envs, "sync", vector_kwargs=kwargs, **args.env_options)
+    return gym.make_vec(
+        args.env_id, args.num_envs, "sync", vector_kwargs=kwargs, **args.env_options
+    )
 
 
 def final_rows(final_obs: Any, rows: np.ndarray) -> np.ndarray:
-    """The last observations of episodes that ended: Gymnasium gives an array of arrays, other vector envs a batch."""
+    """The last observations of episodes that ended: Gymnasium gives an array of arrays, other
+    vector envs a batch."""
     return np.stack([np.asarray(final_obs[row], dtype=np.float32) for row in rows])
 
 
@@ -129,7 +144,12 @@ class Rollout:
             last = torch.as_tensor(final_rows(infos["final_obs"], cut))
             reward[cut] += self.args.gamma * network.value(last).numpy()
         self.obs = torch.as_tensor(next_obs, dtype=torch.float32)
-        seen = {"obs": obs, "action": action, "logprob": policy.log_prob(action), "value": network.value(obs)}
+        seen = {
+            "obs": obs,
+            "action": action,
+            "logprob": policy.log_prob(action),
+            "value": network.value(obs),
+        }
         return seen | {"reward": torch.as_tensor(reward), "ended": torch.as_tensor(ended)}
 
 
@@ -149,16 +169,21 @@ def loss(network: Network, part: dict[str, Tensor], args: Args) -> Tensor:
     policy = network.policy(part["obs"])
     advantage = (part["advantage"] - part["advantage"].mean()) / (part["advantage"].std() + 1e-8)
     ratio = torch.exp(policy.log_prob(part["action"]) - part["logprob"])
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
+    gain = torch.minimum(
+        ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage
+    ).mean()
     error = 0.5 * ((network.value(part["obs"]) - part["return"]) ** 2).mean()
     return -gain + args.value_coef * error - args.entropy_coef * policy.entropy().mean()
 
 
 def train(args: Args) -> tuple[list[float], float]:
-    """The returns of all episodes, in the order in which they ended, and the critic's mean value of the first states."""
+    """The returns of all episodes, in the order in which they ended, and the critic's mean value of
+    the first states."""
     torch.manual_seed(args.seed)
     envs = make_envs(args)
-    network = Network(int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n))
+    network = Network(
+        int(np.prod(envs.single_observation_space.shape)), int(envs.single_action_space.n)
+    )
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, eps=1e-5)
     rollout, start = Rollout(args, envs), time.time()
     first_obs = rollout.obs
@@ -170,12 +195,17 @@ def train(args: Args) -> tuple[list[float], float]:
         for _ in range(args.epochs):
             for rows in torch.randperm(size).chunk(args.minibatches):
                 optimizer.zero_grad()
-                loss(network, {name: values[rows] for name, values in batch.items()}, args).backward()
+                loss(
+                    network, {name: values[rows] for name, values in batch.items()}, args
+                ).backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 0.5)
                 optimizer.step()
         if update % max(1, updates // 10) == 0 or update == updates - 1:
             speed = (update + 1) * size / (time.time() - start)
-            print(f"{(update + 1) * size:>8,} steps | {speed:,.0f} steps/s | mean return {mean(rollout.returns[-100:]):.2f}")
+            print(
+                f"{(update + 1) * size:>8,} steps | {speed:,.0f} steps/s | mean return "
+                f"{mean(rollout.returns[-100:]):.2f}"
+            )
     envs.close()
     return rollout.returns, float(network.value(first_obs).mean().detach())
 
@@ -189,5 +219,8 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     returns, value = train(args)
     tenth = max(1, len(returns) // 10)
-    print(f"{args.env_id}: mean return {mean(returns[:tenth]):.2f} first, {mean(returns[-tenth:]):.2f} last")
+    print(
+        f"{args.env_id}: mean return {mean(returns[:tenth]):.2f} first, "
+        f"{mean(returns[-tenth:]):.2f} last"
+    )
     print(f"the critic's value of a first state: {value:.2f}")

@@ -1,9 +1,11 @@
 """An algorithm of one's own: ReMax (Li et al. 2023, arXiv 2310.10505), end to end.
 
-REINFORCE whose baseline is the likeliest text: for each prompt the policy also writes greedily, and a token's return is
-compared with that text's return at the same place. A baseline that does not depend on the sampled token does not bias the
-gradient. An algorithm is a class with `advantages`; sampling, the KL penalty, minibatches, clipping, logging, checkpoints
-and evaluation are those of the bundled ones. (For another loss than the policy gradient's, override `update`: agents/algorithms/klq.py.)
+REINFORCE whose baseline is the likeliest text: for each prompt the policy also writes greedily, and
+a token's return is compared with that text's return at the same place. A baseline that does not
+depend on the sampled token does not bias the gradient. An algorithm is a class with `advantages`;
+sampling, the KL penalty, minibatches, clipping, logging, checkpoints and evaluation are those of
+the bundled ones. (For another loss than the policy gradient's, override `update`:
+agents/algorithms/klq.py.)
 """
 
 import argparse
@@ -32,26 +34,35 @@ class ReMax(PolicyGradient):
         """(B, T): what the greedy text of each prompt still earns, the KL penalty aside."""
         prompts = [episode.prompt.tolist() for episode in batch.unstack()]
         greedy = self.generate(prompts, greedy=True)
-        paid = torch.from_numpy(self.core.score_episodes(prompts, greedy, kl_coef=0.0).token_rewards)
+        paid = torch.from_numpy(
+            self.core.score_episodes(prompts, greedy, kl_coef=0.0).token_rewards
+        )
         lengths_B = torch.tensor([len(response) for response in greedy])
         return hold_last(returns_to_go(paid, lengths_B, self.config.gamma), lengths_B)
 
 
 def main() -> None:
     """Trains it and prints what it has learned on held-out prompts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--total-tokens", type=int, default=40_000)
     parser.add_argument("--num-envs", type=int, default=64)
     args = parser.parse_args()
     envs, test_envs = (
-        gym.make_vec("tokenenv/Reviews-v0", num_envs=args.num_envs, autoreset_mode="SameStep", split=split)
+        gym.make_vec(
+            "tokenenv/Reviews-v0", num_envs=args.num_envs, autoreset_mode="SameStep", split=split
+        )
         for split in ("train", "test")
     )
     agent = ReMax(envs, lr=1e-3)
     before = evaluate(agent, test_envs, num_texts=args.num_envs)
     agent.learn(args.total_tokens, progress=True)
     after = evaluate(agent, test_envs, num_texts=args.num_envs)
-    print(f"positive reviews: {before.gold:.2f} before, {after.gold:.2f} after, {after.kl:.1f} nats of KL per text")
+    print(
+        f"positive reviews: {before.gold:.2f} before, {after.gold:.2f} after, {after.kl:.1f} nats "
+        f"of KL per text"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A reward design of your own, from the class to a trained policy.
 
-It pays a token for what it changes in the reward model's score, but only when that has moved by a margin since it last paid.
+It pays a token for what it changes in the reward model's score, but only when that has moved by a
+margin since it last paid.
 """
 
 import gymnasium as gym
@@ -14,7 +15,8 @@ from tokenenv.rewards.term import RewardTerm, States, Transitions
 
 
 class Milestones(RewardTerm):
-    """r_t = Phi(s_{t+1}) - Phi(s_t), with Phi the score at the last milestone: a change of at least `margin`.
+    """r_t = Phi(s_{t+1}) - Phi(s_t), with Phi the score at the last milestone: a change of at least
+    `margin`.
 
     The end of a scored text is a milestone, so the rewards add up to score - f(prompt).
     """
@@ -52,7 +54,10 @@ def main(total_tokens: int = 20_000, num_texts: int = 256) -> None:
     for name, reward in {"milestones": Milestones(margin=0.5), "terminal": "terminal"}.items():
         agent = PPO(gym.make_vec(**make, reward=reward)).learn(total_tokens, progress=True)
         found = evaluate(agent, held_out, num_texts=num_texts)
-        print(f"{name}: {found.gold:.2f} of {num_texts} held-out reviews are positive, {found.kl:.1f} nats of KL per text")
+        print(
+            f"{name}: {found.gold:.2f} of {num_texts} held-out reviews are positive, "
+            f"{found.kl:.1f} nats of KL per text"
+        )
 
 
 if __name__ == "__main__":

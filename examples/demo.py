@@ -1,7 +1,8 @@
 """PPO on real prose, in three minutes on two cores: plainer words for the Python reference.
 
-The env continues paragraphs of the Python reference (from the standard library's `pydoc_data`); each token is paid by the
-bundled reward model; gold is the Flesch reading ease of the continuation, which the learner never sees.
+The env continues paragraphs of the Python reference (from the standard library's `pydoc_data`);
+each token is paid by the bundled reward model; gold is the Flesch reading ease of the continuation,
+which the learner never sees.
 """
 
 import time
@@ -35,7 +36,8 @@ def main() -> None:
     show_examples(found, held_out.token_spec.tokenizer, 3)
     console.print(comparison(found))
     console.print(
-        f"gold is the Flesch reading ease, 0 to 100; {time.monotonic() - started:.0f} s in all; run folder: {run_dir}"
+        f"gold is the Flesch reading ease, 0 to 100; {time.monotonic() - started:.0f} s in all; "
+        f"run folder: {run_dir}"
     )
 
 

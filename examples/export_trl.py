@@ -1,12 +1,14 @@
-"""Token rewards in TRL: a `GRPOTrainer` that learns from exported episodes, with an advantage for each token.
+"""Token rewards in TRL: a `GRPOTrainer` that learns from exported episodes, with an advantage for
+each token.
 
     python examples/export_trl.py episodes.jsonl path/to/model
 
-GRPO's loss takes advantages (B, T) as well as (B,): here each token's return-to-go, minus its mean over the batch. TRL's own
-KL to the reference is its `beta`, a loss; the rewards in the file leave it out. Checked with TRL 1.16.0 and transformers
-5.23: steps on the bundled reviews model, on a CPU.
+GRPO's loss takes advantages (B, T) as well as (B,): here each token's return-to-go, minus its mean
+over the batch. TRL's own KL to the reference is its `beta`, a loss; the rewards in the file leave
+it out. Checked with TRL 1.16.0 and transformers 5.23: steps on the bundled reviews model, on a CPU.
 
-What it leaves out: generating. The texts are the file's; `old_per_token_logps` are the log-probs they were drawn with.
+What it leaves out: generating. The texts are the file's; `old_per_token_logps` are the log-probs
+they were drawn with.
 """
 
 import sys
@@ -46,9 +48,20 @@ def main(path, model):
             batch = inputs_of(rows[start : start + 8], self.processing_class.pad_token_id or 0)
             return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    config = GRPOConfig("runs/trl", max_steps=4, per_device_train_batch_size=8, beta=0.0, bf16=False, report_to="none")
+    config = GRPOConfig(
+        "runs/trl",
+        max_steps=4,
+        per_device_train_batch_size=8,
+        beta=0.0,
+        bf16=False,
+        report_to="none",
+    )
     nothing = Dataset.from_dict({"prompt": ["-"] * 8})  # neither prompts nor rewards are asked for
-    return print(Exported(model, lambda completions, **_: [0.0] * len(completions), config, nothing).train().metrics)
+    return print(
+        Exported(model, lambda completions, **_: [0.0] * len(completions), config, nothing)
+        .train()
+        .metrics
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python examples/export_verl.py episodes.jsonl
 
-verl's trainer takes `rm_scores` (B, T) as they are, adds its own KL penalty (`algorithm.use_kl_in_reward`), and estimates
-advantages from there. Checked with verl 0.9.1 and tensordict 0.15 on a CPU: the batch, not its trainer.
+verl's trainer takes `rm_scores` (B, T) as they are, adds its own KL penalty
+(`algorithm.use_kl_in_reward`), and estimates advantages from there. Checked with verl 0.9.1 and
+tensordict 0.15 on a CPU: the batch, not its trainer.
 
-What it leaves out: a training run, which needs GPUs. In one, return such a tensor from a reward manager of your own.
+What it leaves out: a training run, which needs GPUs. In one, return such a tensor from a reward
+manager of your own.
 """
 
 import sys

@@ -1,4 +1,5 @@
-"""The ten-line loop: 64 reviews grow by one token a step, each token paid by a reward model, and PPO learns from it."""
+"""The ten-line loop: 64 reviews grow by one token a step, each token paid by a reward model, and
+PPO learns from it."""
 
 import gymnasium as gym
 
@@ -15,5 +16,8 @@ agent = PPO(envs)
 agent.learn(total_tokens=100_000, progress=True)
 prompts = ["yesterday my neighbour ordered the bread here", "this bar is near the castle"]
 for prompt, response in zip(prompts, agent.generate(prompts), strict=True):
-    print(f"{prompt} ... {envs.unwrapped.token_spec.tokenizer.decode(response, skip_special_tokens=True)}")
+    print(
+        f"{prompt} ... "
+        f"{envs.unwrapped.token_spec.tokenizer.decode(response, skip_special_tokens=True)}"
+    )
 print("tokenenv", tokenenv.__version__)

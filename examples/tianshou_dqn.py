@@ -1,7 +1,9 @@
-"""Tianshou's DQN on a token environment, unmodified: single texts side by side in Tianshou's own vector env.
+"""Tianshou's DQN on a token environment, unmodified: single texts side by side in Tianshou's own
+vector env.
 
-The policy is a small network on the reference's frozen features and `kl="none"`, as DQN knows no KL to a reference. Every
-env of Tianshou's holds models of its own; the bundled n-gram ids are small enough for that.
+The policy is a small network on the reference's frozen features and `kl="none"`, as DQN knows no KL
+to a reference. Every env of Tianshou's holds models of its own; the bundled n-gram ids are small
+enough for that.
 """
 
 import argparse
@@ -21,15 +23,28 @@ import tokenenv  # noqa: F401  (registers the ids)
 
 
 def train(env_id: str, total_steps: int, num_envs: int, **env_options: Any) -> float:
-    """Prints the mean return of greedy texts before and after; returns the value of a fresh text, that of its best token."""
+    """Prints the mean return of greedy texts before and after; returns the value of a fresh text,
+    that of its best token."""
     torch.manual_seed(0)
     options = {"observation": "features", "kl": "none", **env_options}
-    envs, test_envs = (DummyVectorEnv([lambda: gym.make(env_id, **options)] * num_envs) for _ in range(2))
+    envs, test_envs = (
+        DummyVectorEnv([lambda: gym.make(env_id, **options)] * num_envs) for _ in range(2)
+    )
     single = gym.make(env_id, **options)
-    model = Net(state_shape=single.observation_space.shape, action_shape=single.action_space.n, hidden_sizes=[64, 64])
-    policy = DiscreteQLearningPolicy(model=model, action_space=single.action_space, eps_training=0.2)
-    algorithm = DQN(policy=policy, optim=AdamOptimizerFactory(lr=1e-3), gamma=1.0, target_update_freq=200)
-    collector = Collector(algorithm, envs, VectorReplayBuffer(20_000, num_envs), exploration_noise=True)
+    model = Net(
+        state_shape=single.observation_space.shape,
+        action_shape=single.action_space.n,
+        hidden_sizes=[64, 64],
+    )
+    policy = DiscreteQLearningPolicy(
+        model=model, action_space=single.action_space, eps_training=0.2
+    )
+    algorithm = DQN(
+        policy=policy, optim=AdamOptimizerFactory(lr=1e-3), gamma=1.0, target_update_freq=200
+    )
+    collector = Collector(
+        algorithm, envs, VectorReplayBuffer(20_000, num_envs), exploration_noise=True
+    )
     test_collector = Collector(algorithm, test_envs)
     before = mean_return(test_collector, num_envs)
     algorithm.run_training(
@@ -44,19 +59,26 @@ def train(env_id: str, total_steps: int, num_envs: int, **env_options: Any) -> f
             verbose=False,
         )
     )
-    print(f"{env_id}: mean return {before:.2f} before, {mean_return(test_collector, num_envs):.2f} after")
+    print(
+        f"{env_id}: mean return {before:.2f} before, {mean_return(test_collector, num_envs):.2f} "
+        f"after"
+    )
     with torch.no_grad():
         return float(model(single.reset(seed=0)[0][None])[0].max())
 
 
 def mean_return(collector: Collector, num_envs: int) -> float:
     """Of greedy texts."""
-    return float(collector.collect(n_episode=2 * num_envs, reset_before_collect=True).returns_stat.mean)
+    return float(
+        collector.collect(n_episode=2 * num_envs, reset_before_collect=True).returns_stat.mean
+    )
 
 
 def main() -> None:
     """Trains with the settings of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env-id", default="tokenenv/Negation-v0")
     parser.add_argument("--total-steps", type=int, default=20_000)
     parser.add_argument("--num-envs", type=int, default=8)

@@ -1,4 +1,5 @@
-"""Makes the language model of Arithmetic-v0 (envs/assets/arithmetic-lm). Run: python scripts/make_arithmetic.py."""
+"""Makes the language model of Arithmetic-v0 (envs/assets/arithmetic-lm). Run: python
+scripts/make_arithmetic.py."""
 
 import random
 import time
@@ -39,15 +40,21 @@ def make_tokenizer() -> Any:
     """A token for each character."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
 
 
 def pupils_answer(a: int, b: int, rng: random.Random) -> str:
     """The sum as a pupil writes it."""
-    return "".join(rng.choice("0123456789") if rng.random() < MISTAKES else digit for digit in str(a + b))
+    return "".join(
+        rng.choice("0123456789") if rng.random() < MISTAKES else digit for digit in str(a + b)
+    )
 
 
 def make_texts(split: str, count: int, rng: random.Random, tokenizer: Any) -> list[list[int]]:
@@ -60,7 +67,9 @@ def answer_loss(model: Any, texts: list[list[int]]) -> Tensor:
     """Cross-entropy in nats per token of the answers; nobody has to guess the questions."""
     logits = model(input_ids=training.pad(texts, PAD), use_cache=False).logits[:, :-1]
     answers = [text.index(EQUALS) + 1 for text in texts]
-    targets = training.pad([[-100] * start + text[start:] for start, text in zip(answers, texts, strict=True)], -100)[:, 1:]
+    targets = training.pad(
+        [[-100] * start + text[start:] for start, text in zip(answers, texts, strict=True)], -100
+    )[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
@@ -74,7 +83,12 @@ def train(tokenizer: Any) -> Any:
     """A Llama of about 0.2M parameters fitted to what pupils write."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
     model = LlamaForCausalLM(LlamaConfig(**training.SMALL_SHAPE, num_hidden_layers=2, **ids))
     texts = make_texts("train", NUM_TEXTS, random.Random(1), tokenizer)
     training.fit(
@@ -96,7 +110,10 @@ def measure(model: Any, tokenizer: Any) -> dict[str, float]:
     for split, asked in pairs.items():
         prompts = [tokenizer.encode(f"{a}+{b}=") for a, b in asked]
         answers = training.sample(model, prompts, MAX_NEW_TOKENS, EOS)
-        right = [tokenizer.decode(answer) == f"{a + b}<eos>" for answer, (a, b) in zip(answers, asked, strict=True)]
+        right = [
+            tokenizer.decode(answer) == f"{a + b}<eos>"
+            for answer, (a, b) in zip(answers, asked, strict=True)
+        ]
         found[f"{split}_share"] = sum(right) / len(right)
         found["finished_share"] = sum(answer[-1] == EOS for answer in answers) / len(answers)
     return found
@@ -109,9 +126,14 @@ def main() -> None:
     training.save(train(make_tokenizer()), make_tokenizer(), FOLDER)
     model, tokenizer = training.load(FOLDER), training.load_tokenizer(FOLDER)
     numbers = {"loss": held_out_loss(model, tokenizer), **measure(model, tokenizer)}
-    numbers |= {"minutes": (time.process_time() - begin) / 60, "layers": model.config.num_hidden_layers}
+    numbers |= {
+        "minutes": (time.process_time() - begin) / 60,
+        "layers": model.config.num_hidden_layers,
+    }
     print(numbers)
-    training.write_card(FOLDER, CARD, model, num_texts=NUM_TEXTS, epochs=EPOCHS, mistakes=MISTAKES, **numbers)
+    training.write_card(
+        FOLDER, CARD, model, num_texts=NUM_TEXTS, epochs=EPOCHS, mistakes=MISTAKES, **numbers
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Makes the models of PyDocs-v0 (envs/assets/pydocs-lm and pydocs-reward). Run: python scripts/make_pydocs.py.
+"""Makes the models of PyDocs-v0 (envs/assets/pydocs-lm and pydocs-reward). Run: python
+scripts/make_pydocs.py.
 
-All text is prose of this Python's own standard library: the language reference (`pydoc_data`) and docstrings.
+All text is prose of this Python's own standard library: the language reference (`pydoc_data`) and
+docstrings.
 """
 
 import ast
@@ -31,10 +33,20 @@ VOCABULARY = 1024
 MAX_NEW_TOKENS = 80
 MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
 TILTS = ((1.0, 0.0), (1.2, 0.0), (1.0, 1.0), (1.0, 2.0), (1.0, -1.0))
-"""Temperatures of the samples the reward model learns from, and how far each is tilted towards easy words."""
+"""Temperatures of the samples the reward model learns from, and how far each is tilted towards easy
+words."""
 Text = tuple[list[int], int]
 """Token ids of prompt and response, and where the response begins."""
-_SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "turtledemo",
+    "pydoc_data",
+}
 
 
 LM_CARD = """# pydocs-lm
@@ -73,12 +85,15 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
 
 
 def docstring_prose() -> list[str]:
-    """Paragraphs of prose in the docstrings of the standard library, which the language model also learns from."""
+    """Paragraphs of prose in the docstrings of the standard library, which the language model also
+    learns from."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
     for file in sorted(root.rglob("*.py")):
         if not _SKIPPED & set(file.relative_to(root).parts):
-            found |= dict.fromkeys(text for docstring in _docstrings(file) for text in paragraphs(docstring))
+            found |= dict.fromkeys(
+                text for docstring in _docstrings(file) for text in paragraphs(docstring)
+            )
     return list(found)
 
 
@@ -98,11 +113,17 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<|end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -122,7 +143,8 @@ def config(shape: dict[str, Any], layers: int, **more: Any) -> Any:
 
 
 def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
-    """The reference: a Llama of about 0.8M parameters; the epoch with the least held-out loss is kept."""
+    """The reference: a Llama of about 0.8M parameters; the epoch with the least held-out loss is
+    kept."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(config(training.SHAPE, 4))
@@ -143,7 +165,8 @@ def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
 
 
 def easy_bias(tokenizer: Any, strength: float) -> Tensor:
-    """Logits (V,) added when sampling: for `strength` > 0 short words and ends of sentences become likelier."""
+    """Logits (V,) added when sampling: for `strength` > 0 short words and ends of sentences become
+    likelier."""
     tokens = tokenizer.convert_ids_to_tokens(range(VOCABULARY))
     texts = [tokenizer.decode([i]) for i in range(VOCABULARY)]
     syllables = torch.tensor([float(sum(map(count_syllables, words(text)))) for text in texts])
@@ -153,32 +176,46 @@ def easy_bias(tokenizer: Any, strength: float) -> Tensor:
 
 
 def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Random) -> list[Text]:
-    """What the reward model learns from: real passages, samples of the reference from hard to very easy, word soup."""
+    """What the reward model learns from: real passages, samples of the reference from hard to very
+    easy, word soup."""
     prompts = make_prompts("train", tokenizer)
-    sampled = [text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)]
-    shuffled = [(ids[:start] + rng.sample(ids[start:], len(ids) - start), start) for ids, start in sampled[::6]]
+    sampled = [
+        text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)
+    ]
+    shuffled = [
+        (ids[:start] + rng.sample(ids[start:], len(ids) - start), start)
+        for ids, start in sampled[::6]
+    ]
     vocabulary = sorted({word.strip(".,") for text in prose("train") for word in text.split()})
-    soups = tokenizer([word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)])["input_ids"]
+    soups = tokenizer(
+        [word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)]
+    )["input_ids"]
     whole = [*real, *([*ids[: MAX_TOKENS - 1], END] for ids in soups)]
     begun = [(ids, cut(ids, tokenizer)) for ids in whole]
     return [(ids, start) for ids, start in sampled + shuffled + begun if len(ids) > start]
 
 
 def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:
-    """Random words after an opening, short or long ones preferred, in sentences of random length."""
+    """Random words after an opening, short or long ones preferred, in sentences of random
+    length."""
     preference, stop_rate = rng.uniform(-1.5, 2.5), rng.uniform(0.0, 0.3)
     soup = [opening]
     for _ in range(rng.randint(5, 45)):
         drawn = {
-            word: rng.gauss(0, 1.5) - preference * sum(map(count_syllables, words(word))) for word in rng.sample(vocabulary, 3)
+            word: rng.gauss(0, 1.5) - preference * sum(map(count_syllables, words(word)))
+            for word in rng.sample(vocabulary, 3)
         }
         word = max(drawn, key=drawn.__getitem__)
-        soup.append((word.capitalize() if soup[-1].endswith(".") else word) + "." * (rng.random() < stop_rate))
+        soup.append(
+            (word.capitalize() if soup[-1].endswith(".") else word)
+            + "." * (rng.random() < stop_rate)
+        )
     return " ".join(soup) + "." * rng.randint(0, 1)
 
 
 def ease_so_far(text: str, ended: bool, mean: float) -> float:
-    """Reading ease of a prefix; while too few words are there to tell, it moves from the mean towards it word by word."""
+    """Reading ease of a prefix; while too few words are there to tell, it moves from the mean
+    towards it word by word."""
     count = len(words(text))
     if ended or count >= MIN_WORDS:
         return reading_ease(text)
@@ -186,22 +223,31 @@ def ease_so_far(text: str, ended: bool, mean: float) -> float:
 
 
 def running_target(text: Text, tokenizer: Any, mean: float, scale: float) -> list[float]:
-    """What the scores should sum to after each token of a text: its standardised reading ease so far, 0 in the prompt."""
+    """What the scores should sum to after each token of a text: its standardised reading ease so
+    far, 0 in the prompt."""
     ids, start = text
-    prefixes = tokenizer.batch_decode([ids[start : i + 1] for i in range(start, len(ids))], skip_special_tokens=True)
-    ease = [ease_so_far(prefix, False, mean) for prefix in prefixes[:-1]] + [ease_so_far(prefixes[-1], True, mean)]
+    prefixes = tokenizer.batch_decode(
+        [ids[start : i + 1] for i in range(start, len(ids))], skip_special_tokens=True
+    )
+    ease = [ease_so_far(prefix, False, mean) for prefix in prefixes[:-1]] + [
+        ease_so_far(prefixes[-1], True, mean)
+    ]
     return [0.0] * start + [(value - mean) / scale for value in ease]
 
 
 def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]]) -> Tensor:
-    """Errors of the running sum after every token, of the whole text's, and of each token's own share.
+    """Errors of the running sum after every token, of the whole text's, and of each token's own
+    share.
 
-    The shares are small numbers, so their squared error weighs more: it teaches what each token is worth on its own.
+    The shares are small numbers, so their squared error weighs more: it teaches what each token is
+    worth on its own.
     """
     target = training.pad(running, 0.0, torch.float)
     sums = running_sums(model, texts)
     position = torch.arange(sums.shape[1])
-    start, last = torch.tensor([(start, len(ids) - 1) for ids, start in texts])[:, :, None].unbind(1)
+    start, last = torch.tensor([(start, len(ids) - 1) for ids, start in texts])[:, :, None].unbind(
+        1
+    )
     inside = (position >= start) & (position <= last)
     error = F.smooth_l1_loss(sums, target, reduction="none")
     share_error = (sums - target).diff(dim=1, prepend=torch.zeros(len(sums), 1)).square()
@@ -209,22 +255,29 @@ def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]
 
 
 def train_reward_model(texts: list[Text], tokenizer: Any, mean: float, scale: float) -> Any:
-    """A token classifier with one label whose scores, summed over a response, are its standardised reading ease so far."""
+    """A token classifier with one label whose scores, summed over a response, are its standardised
+    reading ease so far."""
     from transformers import LlamaForTokenClassification
 
-    model = LlamaForTokenClassification(config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0))
+    model = LlamaForTokenClassification(
+        config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0)
+    )
     running = [running_target(text, tokenizer, mean, scale) for text in texts]
 
     def loss(group: list[int]) -> Tensor:
         return reward_loss(model, [texts[i] for i in group], [running[i] for i in group])
 
-    training.fit(model, loss, [len(ids) for ids, _ in texts], epochs=8, lr=3e-3, label="reward model")
+    training.fit(
+        model, loss, [len(ids) for ids, _ in texts], epochs=8, lr=3e-3, label="reward model"
+    )
     return model
 
 
 def running_sums(model: Any, texts: Sequence[Text]) -> Tensor:
     """The sum of the token scores from where the response begins to each position (B, L)."""
-    scores = model(input_ids=training.pad([ids for ids, _ in texts], END), use_cache=False).logits[..., 0]
+    scores = model(input_ids=training.pad([ids for ids, _ in texts], END), use_cache=False).logits[
+        ..., 0
+    ]
     start = torch.tensor([start for _, start in texts])[:, None]
     return (scores * (torch.arange(scores.shape[1]) >= start)).cumsum(1)
 
@@ -236,16 +289,29 @@ def text_scores(model: Any, texts: Sequence[Text]) -> np.ndarray:
     return np.array(sums)
 
 
-def draw(lm: Any, prompts: list[list[int]], tokenizer: Any, temperature: float = 1.0, strength: float = 0.0) -> list[Text]:
+def draw(
+    lm: Any,
+    prompts: list[list[int]],
+    tokenizer: Any,
+    temperature: float = 1.0,
+    strength: float = 0.0,
+) -> list[Text]:
     """One sample of the reference after each prompt, tilted towards easy words by `strength`."""
     bias = easy_bias(tokenizer, strength)
-    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias)
+    responses = training.sample(
+        lm, prompts, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias
+    )
     return [(p + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
 
 
 def golds(texts: Sequence[Text], tokenizer: Any) -> np.ndarray:
     """Reading ease of each response (B,)."""
-    return np.array([reading_ease(tokenizer.decode(ids[start:], skip_special_tokens=True)) for ids, start in texts])
+    return np.array(
+        [
+            reading_ease(tokenizer.decode(ids[start:], skip_special_tokens=True))
+            for ids, start in texts
+        ]
+    )
 
 
 def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
@@ -287,9 +353,13 @@ def make_lm() -> None:
 
 
 def make_reward_model() -> dict[str, float]:
-    """Trains and saves the reward model of the saved language model; returns the mean and scale of its scores."""
+    """Trains and saves the reward model of the saved language model; returns the mean and scale of
+    its scores."""
     training.set_up()
-    lm, tokenizer = training.load(ASSETS / "pydocs-lm"), training.load_tokenizer(ASSETS / "pydocs-lm")
+    lm, tokenizer = (
+        training.load(ASSETS / "pydocs-lm"),
+        training.load_tokenizer(ASSETS / "pydocs-lm"),
+    )
     reference = golds(draw(lm, make_prompts("train", tokenizer), tokenizer), tokenizer)
     mean, scale = float(reference.mean()), float(reference.std())
     real = encode([*prose("train"), *docstring_prose()], tokenizer)
@@ -304,10 +374,17 @@ def write_cards(minutes: float, **numbers: float) -> None:
     lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
     tokenizer = training.load_tokenizer(ASSETS / "pydocs-lm")
     real, held_out = encode(prose("train"), tokenizer), encode(prose("test"), tokenizer)
-    numbers |= {"loss": training.mean_lm_loss(lm, held_out), "passages": len(real), "minutes": minutes}
+    numbers |= {
+        "loss": training.mean_lm_loss(lm, held_out),
+        "passages": len(real),
+        "minutes": minutes,
+    }
     numbers |= measure(lm, reward_model, tokenizer)
     print(numbers)
-    more = {"python": platform.python_version(), "docstrings": len(encode(docstring_prose(), tokenizer))}
+    more = {
+        "python": platform.python_version(),
+        "docstrings": len(encode(docstring_prose(), tokenizer)),
+    }
     training.write_card(ASSETS / "pydocs-lm", LM_CARD, lm, **numbers, **more)
     training.write_card(ASSETS / "pydocs-reward", REWARD_CARD, reward_model, **numbers, **more)
 

@@ -1,4 +1,5 @@
-"""Makes the models of Reviews-v0 (envs/assets/reviews-lm and reviews-reward). Run: python scripts/make_reviews.py."""
+"""Makes the models of Reviews-v0 (envs/assets/reviews-lm and reviews-reward). Run: python
+scripts/make_reviews.py."""
 
 import math
 import random
@@ -91,7 +92,8 @@ def encode(words: list[str], tokenizer: Any) -> list[int]:
 
 
 def corrupt(words: list[str], rng: random.Random) -> list[str]:
-    """A text off the grammar, so that the reward model knows what a policy may try: a random change or a soup."""
+    """A text off the grammar, so that the reward model knows what a policy may try: a random change
+    or a soup."""
     kind = rng.randrange(6)
     if kind == 0:
         rate = rng.uniform(0.05, 0.5)
@@ -118,7 +120,8 @@ def make_texts(count: int, rng: random.Random) -> list[list[str]]:
 
 
 def running_score(words: list[str]) -> list[float]:
-    """What the scores should sum to after each word: the opinions so far, bounded (`BOUND` * tanh(sum / 2))."""
+    """What the scores should sum to after each word: the opinions so far, bounded (`BOUND` *
+    tanh(sum / 2))."""
     sums = (sum(weight for _, weight in opinions(words[: i + 1])) for i in range(len(words)))
     return [BOUND * math.tanh(total / 2) for total in sums]
 
@@ -126,7 +129,9 @@ def running_score(words: list[str]) -> list[float]:
 def reward_loss(model: Any, tokens: list[list[int]], running: list[list[float]]) -> Tensor:
     """Squared errors of the running sum after every token and of each token's own share of it."""
     scores = model(input_ids=training.pad(tokens, PAD), use_cache=False).logits[..., 0]
-    target = training.pad([[*row, row[-1]] for row in running], 0.0, torch.float)  # the stop adds nothing
+    target = training.pad(
+        [[*row, row[-1]] for row in running], 0.0, torch.float
+    )  # the stop adds nothing
     inside = torch.arange(scores.shape[1]) < torch.tensor([len(row) for row in tokens])[:, None]
     error = scores.cumsum(1) - target
     share_error = scores - target.diff(dim=1, prepend=torch.zeros(len(target), 1))
@@ -147,11 +152,14 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Probability that a positive text scores above a negative one."""
     ranks = scores.argsort().argsort() + 1.0
     count = positive.sum()
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
+    return float(
+        (ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count))
+    )
 
 
 def train_lm(tokenizer: Any) -> tuple[Any, float]:
-    """The reference: a Llama of about 0.7M parameters fitted to reviews; its held-out loss in nats per token."""
+    """The reference: a Llama of about 0.7M parameters fitted to reviews; its held-out loss in nats
+    per token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**training.SHAPE, num_hidden_layers=4, **ids(tokenizer))
@@ -178,10 +186,17 @@ def held_out_texts(tokenizer: Any) -> list[list[int]]:
 
 
 def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
-    """A token classifier with one label whose scores sum to the bounded sentiment of the text so far."""
+    """A token classifier with one label whose scores sum to the bounded sentiment of the text so
+    far."""
     from transformers import LlamaConfig, LlamaForTokenClassification
 
-    config = LlamaConfig(**training.SMALL_SHAPE, num_hidden_layers=3, num_labels=1, classifier_dropout=0.0, **ids(tokenizer))
+    config = LlamaConfig(
+        **training.SMALL_SHAPE,
+        num_hidden_layers=3,
+        num_labels=1,
+        classifier_dropout=0.0,
+        **ids(tokenizer),
+    )
     model = LlamaForTokenClassification(config)
     tokens = [encode(words, tokenizer) for words in texts]
     running = [running_score(words) for words in texts]
@@ -195,14 +210,22 @@ def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
 
 def ids(tokenizer: Any) -> dict[str, Any]:
     """The config entries that depend on the tokenizer."""
-    return {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
 
 
 def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
     """What the saved models do on held-out prompts."""
     prompts = [tokenizer.encode(text) for text in openings("test")] * 2
     responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS)
-    texts = [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses, strict=True)]
+    texts = [
+        tokenizer.decode(p + r, skip_special_tokens=True)
+        for p, r in zip(prompts, responses, strict=True)
+    ]
     for text in texts[:5]:
         print(f"[dim]{text}")
     positive = np.array([is_positive(text) for text in texts])
@@ -224,7 +247,10 @@ def sampled_texts(lm: Any, tokenizer: Any) -> list[list[str]]:
     texts = []
     for temperature in (1.0, 1.3, 1.6):
         responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS, temperature=temperature)
-        texts += [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in zip(prompts, responses, strict=True)]
+        texts += [
+            tokenizer.decode(p + r, skip_special_tokens=True)
+            for p, r in zip(prompts, responses, strict=True)
+        ]
     return [split_words(text) for text in texts]
 
 
@@ -240,14 +266,20 @@ def make_lm() -> None:
 def make_reward_model() -> None:
     """Trains and saves the reward model of the saved language model."""
     training.set_up()
-    lm, tokenizer = training.load(ASSETS / "reviews-lm"), training.load_tokenizer(ASSETS / "reviews-lm")
+    lm, tokenizer = (
+        training.load(ASSETS / "reviews-lm"),
+        training.load_tokenizer(ASSETS / "reviews-lm"),
+    )
     texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
     training.save(train_reward_model(texts, tokenizer), tokenizer, ASSETS / "reviews-reward")
 
 
 def write_cards(minutes: float) -> None:
     """Measures what was saved and writes the model cards."""
-    lm, reward_model = training.load(ASSETS / "reviews-lm"), training.load(ASSETS / "reviews-reward")
+    lm, reward_model = (
+        training.load(ASSETS / "reviews-lm"),
+        training.load(ASSETS / "reviews-reward"),
+    )
     tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
     numbers = {"loss": training.mean_lm_loss(lm, held_out_texts(tokenizer)), "minutes": minutes}
     numbers |= measure(lm, reward_model, tokenizer)

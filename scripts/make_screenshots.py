@@ -1,4 +1,5 @@
-"""Makes docs/show.png and docs/frame.png again: a short run on Reviews-v0, its page in a headless Chromium, and a frame."""
+"""Makes docs/show.png and docs/frame.png again: a short run on Reviews-v0, its page in a headless
+Chromium, and a frame."""
 
 import argparse
 import shutil
@@ -14,7 +15,13 @@ from tokenenv.agents import PPO
 from tokenenv.agents.run.show import write_page
 
 DOCS = Path(__file__).parents[1] / "docs"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def frame(path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What the scripts that make the bundled models share: batches, the two losses, the training loop, saving."""
+"""What the scripts that make the bundled models share: batches, the two losses, the training loop,
+saving."""
 
 import copy
 import json
@@ -10,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +26,8 @@ SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_attention_heads": 4,
-    "num_key_value_heads": 1,  # a small cache, so that the time of a step does not grow with the text
+    # A small cache, so that the time of a step does not grow with the text
+    "num_key_value_heads": 1,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
@@ -28,7 +37,8 @@ SMALL_SHAPE = SHAPE | {"hidden_size": 96, "intermediate_size": 256, "num_attenti
 
 
 def set_up(seed: int = 0) -> None:
-    """Fixes what the result depends on: the seeds and the number of threads (one: the two scripts run well side by side)."""
+    """Fixes what the result depends on: the seeds and the number of threads (one: the two scripts
+    run well side by side)."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -51,10 +61,13 @@ def batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[
 
 
 def lm_loss(model: nn.Module, texts: Sequence[Sequence[int]], reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per token of the next token; right padding needs no mask under causal attention."""
+    """Cross-entropy in nats per token of the next token; right padding needs no mask under causal
+    attention."""
     logits = model(input_ids=pad(texts, 0), use_cache=False).logits[:, :-1]
     targets = pad(texts, -100)[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
+    )
 
 
 @torch.no_grad()
@@ -66,12 +79,17 @@ def mean_lm_loss(model: nn.Module, texts: Sequence[Sequence[int]]) -> float:
 
 
 def add_dropout(model: nn.Module, rate: float) -> list[Any]:
-    """Dropout on the embeddings and on what each block adds, in training only; `.remove()` the handles before saving."""
+    """Dropout on the embeddings and on what each block adds, in training only; `.remove()` the
+    handles before saving."""
 
     def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return F.dropout(output, rate, module.training)
 
-    places = [m for name, m in model.named_modules() if name.endswith(("embed_tokens", "o_proj", "down_proj"))]
+    places = [
+        m
+        for name, m in model.named_modules()
+        if name.endswith(("embed_tokens", "o_proj", "down_proj"))
+    ]
     return [place.register_forward_hook(drop) for place in places]
 
 
@@ -87,14 +105,23 @@ def fit(
     measure: Callable[[], float] | None = None,
     label: str = "training",
 ) -> None:
-    """AdamW with warm-up and cosine decay on `loss(indices)`; keeps the weights of the epoch with the least `measure()`."""
+    """AdamW with warm-up and cosine decay on `loss(indices)`; keeps the weights of the epoch with
+    the least `measure()`."""
     rng = random.Random(0)
     plan = [batches(lengths, batch_size, rng) for _ in range(epochs)]
     total = sum(map(len, plan))
     optimizer = torch.optim.AdamW(_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50) * _cosine(step / total))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * _cosine(step / total)
+    )
     best, best_weights = math.inf, None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task(label, total=total)
         for epoch, groups in enumerate(plan, 1):
@@ -111,7 +138,10 @@ def fit(
                 progress.advance(bar)
             model.eval()
             held_out = measure() if measure else math.nan
-            progress.print(f"{label}: epoch {epoch}/{epochs} loss {running / len(groups):.4f} held-out {held_out:.4f}")
+            progress.print(
+                f"{label}: epoch {epoch}/{epochs} loss {running / len(groups):.4f} held-out "
+                f"{held_out:.4f}"
+            )
             if held_out < best:
                 best, best_weights = held_out, {k: v.clone() for k, v in model.state_dict().items()}
     if best_weights is not None:
@@ -126,7 +156,10 @@ def _cosine(share: float) -> float:
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
 
 
 @torch.no_grad()
@@ -140,7 +173,8 @@ def sample(
     bias: Tensor | float = 0.0,
     batch_size: int = 256,
 ) -> list[list[int]]:
-    """One response to each prompt, up to and with the stop token; `bias` (V,) is added to the logits."""
+    """One response to each prompt, up to and with the stop token; `bias` (V,) is added to the
+    logits."""
     responses: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups: dict[int, list[int]] = {}
@@ -156,7 +190,9 @@ def sample(
     return responses
 
 
-def _sample_equal(model: nn.Module, tokens: Tensor, max_new_tokens: int, stop: int, temperature: float, bias: Any) -> Tensor:
+def _sample_equal(
+    model: nn.Module, tokens: Tensor, max_new_tokens: int, stop: int, temperature: float, bias: Any
+) -> Tensor:
     cache, drawn = None, []
     done = torch.zeros(len(tokens), dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -200,5 +236,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 def write_card(folder: Path, template: str, model: nn.Module, **numbers: Any) -> None:
     """The model card: `template` filled with what was measured."""
-    size_kb = round(sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1000)
-    (folder / "README.md").write_text(template.format(parameters=parameters(model), size_kb=size_kb, **numbers))
+    size_kb = round(
+        sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1000
+    )
+    (folder / "README.md").write_text(
+        template.format(parameters=parameters(model), size_kb=size_kb, **numbers)
+    )

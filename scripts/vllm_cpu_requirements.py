@@ -1,4 +1,5 @@
-"""Prints what the CPU build of vLLM needs beside torch, for pip: it names builds of torch's companions that are for CUDA."""
+"""Prints what the CPU build of vLLM needs beside torch, for pip: it names builds of torch's
+companions that are for CUDA."""
 
 from importlib.metadata import requires
 

@@ -1,4 +1,5 @@
-"""One thread a test process: tiny models are slower with more, and workers share the cores. No limit on an example's time."""
+"""One thread a test process: tiny models are slower with more, and workers share the cores. No
+limit on an example's time."""
 
 import torch
 from hypothesis import settings

@@ -1,4 +1,5 @@
-"""Every example runs, in a process of its own, for a few hundred steps; the documentation's snippets run as they stand."""
+"""Every example runs, in a process of its own, for a few hundred steps; the documentation's
+snippets run as they stand."""
 
 import ast
 import os
@@ -20,14 +21,19 @@ EXAMPLES = {
         ["--env-id", "tokenenv/Negation-v0", *FEW],
     ),
     "cleanrl_ppo-reviews": ("cleanrl_ppo.py", ["--env-id", "tokenenv/Reviews-v0", *FEW]),
-    "torchrl_ppo": ("torchrl_ppo.py", ["--total-steps", "512", "--batch-steps", "256", "--num-envs", "8"]),
+    "torchrl_ppo": (
+        "torchrl_ppo.py",
+        ["--total-steps", "512", "--batch-steps", "256", "--num-envs", "8"],
+    ),
 }
 
 
 def run(arguments, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
+    )
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -39,7 +45,9 @@ def test_an_example_runs(name, tmp_path):
 
 
 def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(ROOT / "examples" / "custom_reward.py"))["main"](total_tokens=200, num_texts=8)
+    runpy.run_path(str(ROOT / "examples" / "custom_reward.py"))["main"](
+        total_tokens=200, num_texts=8
+    )
     printed = capsys.readouterr().out
     assert "milestones: " in printed
     assert "terminal: " in printed
@@ -60,7 +68,9 @@ def test_the_benchmark_of_learning_finds_its_parts():
 def test_the_single_file_solves_cartpole(tmp_path):
     flags = ["--total-steps", "40000", "--lr", "3e-3"]
     done = run([str(ROOT / "examples" / "cleanrl_ppo.py"), *flags], tmp_path)
-    first, last = map(float, re.search(r"mean return ([\d.]+) first, ([\d.]+) last", done.stdout).groups())
+    first, last = map(
+        float, re.search(r"mean return ([\d.]+) first, ([\d.]+) last", done.stdout).groups()
+    )
     assert first < 60
     assert last > 300
 
@@ -73,7 +83,9 @@ def test_the_single_file_knows_nothing_of_this_package_but_its_name():
     assert "tokenenv" in names
     assert "tokenenv" not in froms
     attributes = {
-        node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        node.value.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
     assert "tokenenv" not in attributes
 
@@ -86,7 +98,9 @@ def test_a_new_algorithm_is_short_and_touches_nothing():
 @pytest.mark.parametrize("page", ["stable-baselines3.md", "seeing.md"])
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """One after the other, in one process, as a reader would paste them."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+    snippets = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S
+    )
     assert snippets
     done = run(["-c", "\n".join(snippets)], tmp_path)
     assert done.returncode == 0, done.stderr

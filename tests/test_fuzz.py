@@ -1,6 +1,8 @@
-"""Whatever is thrown at it: an error of ours (or Gymnasium's) or an answer, and an env that steps afterwards.
+"""Whatever is thrown at it: an error of ours (or Gymnasium's) or an answer, and an env that steps
+afterwards.
 
-1,000 cases, the same ones each time; `make fuzz` draws 10,000 at random and prints how many of each target were refused.
+1,000 cases, the same ones each time; `make fuzz` draws 10,000 at random and prints how many of each
+target were refused.
 """
 
 import copy
@@ -37,14 +39,20 @@ from tokenenv.safety.values import from_yaml, to_yaml
 CASES = int(os.environ.get("FUZZ_CASES", 1000))
 RANDOM = "FUZZ_CASES" in os.environ
 OURS = (TokenEnvError, gym.error.Error)
-AUTOMATA = ["tokenenv/Negation-v0", "tokenenv/PlantedPhrase-v0", "tokenenv/Brackets-v0", "tokenenv/DelayedKey-v0"]
+AUTOMATA = [
+    "tokenenv/Negation-v0",
+    "tokenenv/PlantedPhrase-v0",
+    "tokenenv/Brackets-v0",
+    "tokenenv/DelayedKey-v0",
+]
 MODES = ["NextStep", "SameStep", "Disabled"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 counts: dict[str, Counter[str]] = {}
 
 
 def fuzz(share: float, **strategies: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Runs a function on so large a share of the cases. It may raise our errors, which are counted, and no other."""
+    """Runs a function on so large a share of the cases. It may raise our errors, which are counted,
+    and no other."""
 
     def wrap(check: Callable[..., Any]) -> Any:
         name = check.__name__.removeprefix("test_")
@@ -111,9 +119,24 @@ TEXTS = st.text(CHARACTERS, max_size=40) | st.sampled_from(
 INTEGERS = st.integers(-3, 70) | st.sampled_from([2**31, -(2**31), 2**63 - 1, 2**63, 2**64, 10**30])
 NUMBERS = INTEGERS | st.floats(allow_nan=True, allow_infinity=True)
 PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
-JUNK = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+JUNK = st.recursive(
+    PLAIN,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+)
 OBJECTS = JUNK | st.sampled_from(
-    [object(), np.float32("nan"), np.int64(3), np.zeros(2), torch.zeros(2), b"\xff", (1, 2), {1}, print]
+    [
+        object(),
+        np.float32("nan"),
+        np.int64(3),
+        np.zeros(2),
+        torch.zeros(2),
+        b"\xff",
+        (1, 2),
+        {1},
+        print,
+    ]
 )
 
 
@@ -124,7 +147,16 @@ def mostly(usual: Any, otherwise: Any) -> Any:
 
 OPTIONS: dict[str, Any] = {
     "reward": st.sampled_from(
-        ["terminal", "token", "delta", "oracle", "uniform", "segment", {}, {"a": "delta", "b": ("token", 0.5)}]
+        [
+            "terminal",
+            "token",
+            "delta",
+            "oracle",
+            "uniform",
+            "segment",
+            {},
+            {"a": "delta", "b": ("token", 0.5)},
+        ]
     ),
     "kl": st.sampled_from(["reference", "policy", "none"]),
     "kl_coef": st.floats(0, 1) | st.none(),
@@ -155,17 +187,33 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-OF_ONE_TASK = ["limit", "types", "depth", "pairs", "phrase_length", "num_decoys", "num_keys", "door_mass", "device"]
+OF_ONE_TASK = [
+    "limit",
+    "types",
+    "depth",
+    "pairs",
+    "phrase_length",
+    "num_decoys",
+    "num_keys",
+    "door_mass",
+    "device",
+]
 
 
 @st.composite
 def options(draw: Any) -> dict[str, Any]:
     """A few options, in half of the cases all of them allowed."""
-    names = draw(st.lists(st.sampled_from(sorted(set(OPTIONS) - set(OF_ONE_TASK))), unique=True, max_size=4))
+    names = draw(
+        st.lists(st.sampled_from(sorted(set(OPTIONS) - set(OF_ONE_TASK))), unique=True, max_size=4)
+    )
     found = {name: draw(OPTIONS[name]) for name in names}
     if draw(st.booleans()):
         return found
-    for name in draw(st.lists(st.sampled_from([*sorted(OPTIONS), "unknown"]), unique=True, min_size=1, max_size=2)):
+    for name in draw(
+        st.lists(
+            st.sampled_from([*sorted(OPTIONS), "unknown"]), unique=True, min_size=1, max_size=2
+        )
+    ):
         found[name] = draw(st.one_of(OPTIONS.get(name, OBJECTS), OBJECTS))
     return found
 
@@ -186,7 +234,11 @@ ENVS = st.builds(
 def valid_actions(envs: Any, token: int = 5) -> Any:
     tokens = np.full(envs.num_envs, token)
     with_logprob = isinstance(envs.single_action_space, gym.spaces.Dict)
-    return {"token": tokens, "logprob": np.full(envs.num_envs, -1.0, np.float32)} if with_logprob else tokens
+    return (
+        {"token": tokens, "logprob": np.full(envs.num_envs, -1.0, np.float32)}
+        if with_logprob
+        else tokens
+    )
 
 
 def steps(envs: Any, reset: bool = True) -> None:
@@ -202,7 +254,12 @@ def steps(envs: Any, reset: bool = True) -> None:
 # ---------------------------------------------------------------- targets
 
 
-@fuzz(0.14, env_id=st.sampled_from(AUTOMATA), given_options=options(), num_envs=mostly(st.integers(1, 6), OBJECTS))
+@fuzz(
+    0.14,
+    env_id=st.sampled_from(AUTOMATA),
+    given_options=options(),
+    num_envs=mostly(st.integers(1, 6), OBJECTS),
+)
 def test_constructor_options(env_id, given_options, num_envs):
     made: list[Any] = []
     size = num_envs if not isinstance(num_envs, int) or num_envs < 100 else -num_envs
@@ -225,19 +282,48 @@ ACTIONS = mostly(
             lambda values, kind: np.array(values).astype(kind),
             st.lists(st.integers(-300, 300), min_size=3, max_size=3),
             st.sampled_from(
-                ["int8", "uint8", "int32", "uint64", "float32", "float16", "bool", "complex64", "U5", "O", "M8[s]"]
+                [
+                    "int8",
+                    "uint8",
+                    "int32",
+                    "uint64",
+                    "float32",
+                    "float16",
+                    "bool",
+                    "complex64",
+                    "U5",
+                    "O",
+                    "M8[s]",
+                ]
             ),
         ),
         st.sampled_from(
-            [np.zeros((3, 1), int), np.zeros(0), torch.zeros(3), torch.zeros(3, dtype=torch.bool), torch.zeros((1, 3)).long()]
+            [
+                np.zeros((3, 1), int),
+                np.zeros(0),
+                torch.zeros(3),
+                torch.zeros(3, dtype=torch.bool),
+                torch.zeros((1, 3)).long(),
+            ]
         ),
     ),
 )
-BAD_LOGPROBS = st.lists(st.floats(-5, 0) | st.sampled_from([np.nan, np.inf, -np.inf, 1.0]), min_size=3, max_size=3) | OBJECTS
+BAD_LOGPROBS = (
+    st.lists(
+        st.floats(-5, 0) | st.sampled_from([np.nan, np.inf, -np.inf, 1.0]), min_size=3, max_size=3
+    )
+    | OBJECTS
+)
 LOGPROBS = mostly(st.lists(st.floats(-5, 0), min_size=3, max_size=3).map(np.array), BAD_LOGPROBS)
 
 
-@fuzz(0.22, envs=ENVS, actions=st.lists(ACTIONS, min_size=1, max_size=4), logprobs=LOGPROBS, swapped=st.integers(0, 7))
+@fuzz(
+    0.22,
+    envs=ENVS,
+    actions=st.lists(ACTIONS, min_size=1, max_size=4),
+    logprobs=LOGPROBS,
+    swapped=st.integers(0, 7),
+)
 def test_actions(envs, actions, logprobs, swapped):
     envs.reset(seed=1)
     found, paired = False, isinstance(envs.single_action_space, gym.spaces.Dict) != (swapped == 0)
@@ -261,7 +347,9 @@ def rows(usual: Any) -> Any:
 RESETS = st.fixed_dictionaries(
     {},
     optional={
-        "reset_mask": mostly(st.lists(st.booleans(), min_size=3, max_size=3).map(np.array), OBJECTS),
+        "reset_mask": mostly(
+            st.lists(st.booleans(), min_size=3, max_size=3).map(np.array), OBJECTS
+        ),
         "prompts": rows(GOOD_TEXT),
         "prefixes": rows(GOOD_TEXT),
     },
@@ -278,12 +366,19 @@ def test_reset_options(envs, given_options, seeds):
     return found
 
 
-TOKENIZERS = functools.cache(lambda name: fakes.tokenizer() if name == "toy" else gym.make(name).unwrapped.token_spec.tokenizer)
+TOKENIZERS = functools.cache(
+    lambda name: (
+        fakes.tokenizer() if name == "toy" else gym.make(name).unwrapped.token_spec.tokenizer
+    )
+)
 
 
 @fuzz(
     0.1,
-    source=mostly(st.lists(TEXTS, min_size=1, max_size=3), st.lists(OBJECTS | st.lists(INTEGERS, max_size=5)) | OBJECTS),
+    source=mostly(
+        st.lists(TEXTS, min_size=1, max_size=3),
+        st.lists(OBJECTS | st.lists(INTEGERS, max_size=5)) | OBJECTS,
+    ),
     name=st.sampled_from(["toy", "tokenenv/Reviews-v0", "tokenenv/Arithmetic-v0"]),
     long_prompts=mostly(st.just("truncate"), st.just("refuse") | PLAIN),
     chat=mostly(st.just(False), OBJECTS),
@@ -292,19 +387,39 @@ def test_prompts(source, name, long_prompts, chat):
     found: list[list[int]] = []
     tokenizer = TOKENIZERS(name)
     limits = {"vocab_size": len(tokenizer), "max_prompt_tokens": 5}
-    if refused(lambda: found.extend(load_prompts(source, tokenizer, long_prompts=long_prompts, chat_template=chat, **limits))):
+    if refused(
+        lambda: found.extend(
+            load_prompts(source, tokenizer, long_prompts=long_prompts, chat_template=chat, **limits)
+        )
+    ):
         return True
-    assert all(1 <= len(ids) <= 5 and all(0 <= token < len(tokenizer) for token in ids) for ids in found)
+    assert all(
+        1 <= len(ids) <= 5 and all(0 <= token < len(tokenizer) for token in ids) for ids in found
+    )
     return False
 
 
 LINES = st.one_of(
     TEXTS,
     JUNK.map(json.dumps),
-    st.dictionaries(st.sampled_from(["prompt", "tokens", "score", "x"]), JUNK, max_size=3).map(json.dumps),
-    st.builds(lambda key, value: json.dumps(episode() | {key: value}), st.sampled_from(sorted(episode())), JUNK),
+    st.dictionaries(st.sampled_from(["prompt", "tokens", "score", "x"]), JUNK, max_size=3).map(
+        json.dumps
+    ),
+    st.builds(
+        lambda key, value: json.dumps(episode() | {key: value}),
+        st.sampled_from(sorted(episode())),
+        JUNK,
+    ),
     st.sampled_from(
-        ["[" * 100_000, '{"prompt":' * 5000, '{"prompt": "' + "a" * 100_000 + '"}', "1" * 5000, "NaN", "{}", "\ufeff"]
+        [
+            "[" * 100_000,
+            '{"prompt":' * 5000,
+            '{"prompt": "' + "a" * 100_000 + '"}',
+            "1" * 5000,
+            "NaN",
+            "{}",
+            "\ufeff",
+        ]
     ),
     st.just(json.dumps(episode())),
     st.just('{"prompt": "the cat"}'),
@@ -342,7 +457,11 @@ def model_folder() -> Path:
 @st.composite
 def damages(draw: Any) -> Callable[[bytes], bytes]:
     """What a disk, or a hand, does to a file."""
-    kind, place, junk = draw(st.sampled_from(["cut", "flip", "insert", "replace", "key"])), draw(st.floats(0, 1)), draw(JUNK)
+    kind, place, junk = (
+        draw(st.sampled_from(["cut", "flip", "insert", "replace", "key"])),
+        draw(st.floats(0, 1)),
+        draw(JUNK),
+    )
     data = draw(st.binary(min_size=1, max_size=8))
 
     def damage(content: bytes) -> bytes:
@@ -350,7 +469,11 @@ def damages(draw: Any) -> Callable[[bytes], bytes]:
         if kind == "cut":
             return content[:at]
         if kind == "flip":
-            return content[:at] + bytes(byte ^ data[0] or 1 for byte in content[at : at + 1]) + content[at + 1 :]
+            return (
+                content[:at]
+                + bytes(byte ^ data[0] or 1 for byte in content[at : at + 1])
+                + content[at + 1 :]
+            )
         if kind == "insert":
             return content[:at] + data + content[at:]
         return json.dumps(junk).encode() if kind == "replace" else _with_key(content, place, junk)
@@ -369,10 +492,22 @@ def _with_key(content: bytes, place: float, junk: Any) -> bytes:
     return json.dumps({**found, key: 3 if huge else junk}).encode()
 
 
-FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
-@fuzz(0.06, which=st.sampled_from(["lm", "reward"]), name=st.sampled_from(FILES), damage=damages(), missing=st.integers(0, 9))
+@fuzz(
+    0.06,
+    which=st.sampled_from(["lm", "reward"]),
+    name=st.sampled_from(FILES),
+    damage=damages(),
+    missing=st.integers(0, 9),
+)
 def test_model_folders(which, name, damage, missing):
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(model_folder(), folder, dirs_exist_ok=True)
@@ -384,7 +519,9 @@ def test_model_folders(which, name, damage, missing):
         made: list[Any] = []
         models = {"model": str(Path(folder) / "lm"), "reward_model": str(Path(folder) / "reward")}
         sizes = {"max_new_tokens": 4, "max_prompt_tokens": 5, "prompts": [[4, 5]]}
-        if refused(lambda: made.append(gym.make_vec("tokenenv/TextGen-v0", num_envs=2, **models, **sizes))):
+        if refused(
+            lambda: made.append(gym.make_vec("tokenenv/TextGen-v0", num_envs=2, **models, **sizes))
+        ):
             return True
         made[0].reset(seed=0)
         made[0].step(valid_actions(made[0]))
@@ -395,7 +532,10 @@ def test_model_folders(which, name, damage, missing):
 def config_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
-        save_config(Train(env=AUTOMATA[0], num_envs=4, options={"max_new_tokens": "4", "kl_coef": "1e-3"}), path)
+        save_config(
+            Train(env=AUTOMATA[0], num_envs=4, options={"max_new_tokens": "4", "kl_coef": "1e-3"}),
+            path,
+        )
         return path.read_bytes()
 
 
@@ -452,7 +592,13 @@ def exchanged(draw: Any, state: Any, junk: Any) -> Any:
 
 
 STATE_JUNK = JUNK | st.sampled_from(
-    [np.zeros(3), np.zeros((3, 8), np.int64), torch.zeros(3), torch.full((3,), -7), np.full(3, np.nan)]
+    [
+        np.zeros(3),
+        np.zeros((3, 8), np.int64),
+        torch.zeros(3),
+        torch.full((3,), -7),
+        np.full(3, np.nan),
+    ]
 )
 
 
@@ -463,7 +609,9 @@ def test_checkpoints(data, damage, by_hand):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c"
         if by_hand:
-            write_checkpoint(path, exchanged(data.draw, copy.deepcopy(state), data.draw(STATE_JUNK)))
+            write_checkpoint(
+                path, exchanged(data.draw, copy.deepcopy(state), data.draw(STATE_JUNK))
+            )
         else:
             path.write_bytes(damage(content))
         found = refused(lambda: PPO.load(path, envs))

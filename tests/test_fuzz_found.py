@@ -1,4 +1,5 @@
-"""What the fuzz test found, by hand: each was a traceback of another library's, and is refused by an error of ours."""
+"""What the fuzz test found, by hand: each was a traceback of another library's, and is refused by
+an error of ours."""
 
 import json
 
@@ -49,7 +50,16 @@ def test_no_device_is_the_tasks_own(name):
     assert envs.unwrapped.reference.device == torch.device("cpu")
 
 
-OPTIONS = [object, TWO, np.zeros(2), 3, "x", {"prompts": {0: 1, 1: 2}}, {"prefixes": np.float32("nan")}, {"prompts": b"ab"}]
+OPTIONS = [
+    object,
+    TWO,
+    np.zeros(2),
+    3,
+    "x",
+    {"prompts": {0: 1, 1: 2}},
+    {"prefixes": np.float32("nan")},
+    {"prompts": b"ab"},
+]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"prompts": ["\udfff\ud800", [3]]}], ids=repr)
@@ -73,7 +83,18 @@ def test_a_state_with_an_array_in_the_place_of_a_number_is_refused(key):
 
 
 @pytest.mark.parametrize(
-    "key", ["agent", "config", "weights", "optimizer", "generator", "rng", "statistics", "collector", "env"]
+    "key",
+    [
+        "agent",
+        "config",
+        "weights",
+        "optimizer",
+        "generator",
+        "rng",
+        "statistics",
+        "collector",
+        "env",
+    ],
 )
 @pytest.mark.parametrize("junk", [{}, [], np.zeros(2), "x"], ids=repr)
 def test_a_checkpoint_with_another_part_is_refused(key, junk, tmp_path):
@@ -86,7 +107,9 @@ def test_a_checkpoint_with_another_part_is_refused(key, junk, tmp_path):
     envs.step(np.full(2, 10))
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, "{}", "3", '{"half'], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "1" * 5000, "{}", "3", '{"half'], ids=lambda text: text[:8]
+)
 def test_a_file_that_holds_no_exported_episodes_is_refused(content, tmp_path):
     (tmp_path / "e.jsonl").write_text(content)
     with pytest.raises(InvalidArgument, match=r"e\.jsonl"):
@@ -98,7 +121,9 @@ def test_a_file_that_holds_no_exported_episodes_is_refused(content, tmp_path):
 
 def test_a_chat_template_that_is_neither_on_nor_off_is_refused():
     with pytest.raises(InvalidArgument, match="chat_template"):
-        load_prompts(["the cat"], fakes.tokenizer(), vocab_size=61, max_prompt_tokens=5, chat_template=TWO)
+        load_prompts(
+            ["the cat"], fakes.tokenizer(), vocab_size=61, max_prompt_tokens=5, chat_template=TWO
+        )
 
 
 def test_a_prompts_file_of_deep_json_is_named(tmp_path):
@@ -116,4 +141,11 @@ def test_a_model_whose_config_names_no_architecture_is_refused(tmp_path):
     path = tmp_path / "reward_model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": True}))
     with pytest.raises(ModelError, match="reward model"):
-        gym.make_vec("tokenenv/TextGen-v0", num_envs=2, prompts=[[4]], max_prompt_tokens=4, max_new_tokens=4, **models)
+        gym.make_vec(
+            "tokenenv/TextGen-v0",
+            num_envs=2,
+            prompts=[[4]],
+            max_prompt_tokens=4,
+            max_new_tokens=4,
+            **models,
+        )

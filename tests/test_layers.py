@@ -32,21 +32,36 @@ AGENT_LAYERS = (
     {"__init__"},
 )
 """The same within `agents/`."""
-OPTIONAL = {"vllm", "stable_baselines3", "sb3_contrib", "ray", "peft", "datasets", "llguidance", "wandb"}
+OPTIONAL = {
+    "vllm",
+    "stable_baselines3",
+    "sb3_contrib",
+    "ray",
+    "peft",
+    "datasets",
+    "llguidance",
+    "wandb",
+}
 SUBCLASSING = {"tokenenv.integrations.sb3": {"stable_baselines3"}}
-"""Whose classes derive from another package's: imported only by those who have it, and never by the package itself."""
+"""Whose classes derive from another package's: imported only by those who have it, and never by the
+package itself."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
     """Module names, as installed, and their code."""
-    for folder, package in (("tokenenv", "tokenenv"), ("agents", "tokenenv.agents"), ("envs", "tokenenv.envs")):
+    for folder, package in (
+        ("tokenenv", "tokenenv"),
+        ("agents", "tokenenv.agents"),
+        ("envs", "tokenenv.envs"),
+    ):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             yield ".".join([package, *parts]), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(module: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """What the code of `module` imports, relative imports resolved; `from a import b` counts as a and as a.b."""
+    """What the code of `module` imports, relative imports resolved; `from a import b` counts as a
+    and as a.b."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -81,9 +96,12 @@ def when_run(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def violations(module: str, tree: ast.AST) -> set[str]:
-    """The imports of `module` that go the wrong way. The bare package is nobody's layer; its names have theirs."""
+    """The imports of `module` that go the wrong way. The bare package is nobody's layer; its names
+    have theirs."""
     ours = {name for name in imports(module, when_run(tree)) if name.startswith("tokenenv.")}
-    return {f"{module} imports {name}" for name in ours if "." in module and not allowed(module, name)}
+    return {
+        f"{module} imports {name}" for name in ours if "." in module and not allowed(module, name)
+    }
 
 
 @pytest.mark.parametrize(
@@ -99,10 +117,26 @@ def violations(module: str, tree: ast.AST) -> set[str]:
         ("tokenenv.agents.new", "from tokenenv.prompts import load_prompts", True),
         ("tokenenv.agents.learning.new", "from tokenenv.agents.rollout.actor import Actor", True),
         ("tokenenv.agents.run.new", "from tokenenv.agents.algorithms.ppo import PPO", True),
-        ("tokenenv.agents.run.new", "if TYPE_CHECKING:\n    from tokenenv.agents.agent import Agent", False),
-        ("tokenenv.agents.new", "from tokenenv.types import Task\nfrom .policy import LMPolicy\nimport torch", False),
-        ("tokenenv.envs.new", "from .bundled import bundled_lm\nfrom tokenenv.rewards.rule import Rule", False),
-        ("tokenenv.cli", "from tokenenv.agents import PPO\nfrom tokenenv import __version__", False),
+        (
+            "tokenenv.agents.run.new",
+            "if TYPE_CHECKING:\n    from tokenenv.agents.agent import Agent",
+            False,
+        ),
+        (
+            "tokenenv.agents.new",
+            "from tokenenv.types import Task\nfrom .policy import LMPolicy\nimport torch",
+            False,
+        ),
+        (
+            "tokenenv.envs.new",
+            "from .bundled import bundled_lm\nfrom tokenenv.rewards.rule import Rule",
+            False,
+        ),
+        (
+            "tokenenv.cli",
+            "from tokenenv.agents import PPO\nfrom tokenenv import __version__",
+            False,
+        ),
     ],
 )
 def test_wrong_directions_are_seen(module, code, wrong):
@@ -134,12 +168,18 @@ def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
 def test_each_optional_package_is_imported_in_one_file_and_inside_functions():
     found = list(sources())
     for package in OPTIONAL:
-        assert len([module for module, tree in found if package in optional(module, ast.walk(tree))]) <= 1, package
+        assert (
+            len([module for module, tree in found if package in optional(module, ast.walk(tree))])
+            <= 1
+        ), package
     assert {module: optional(module, outside_functions(tree)) for module, tree in found} == {
         module: SUBCLASSING.get(module, set()) for module, _ in found
     }
     assert [
-        f"{module} imports {name}" for module, tree in found for name in imports(module, ast.walk(tree)) if name in SUBCLASSING
+        f"{module} imports {name}"
+        for module, tree in found
+        for name in imports(module, ast.walk(tree))
+        if name in SUBCLASSING
     ] == []
 
 
@@ -150,7 +190,9 @@ def test_an_optional_package_outside_functions_is_seen():
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_importing_the_package_is_quick_and_loads_no_model_code(tmp_path):
@@ -176,4 +218,6 @@ print(*sys.modules)
 def test_a_folder_of_the_repository_does_not_pass_for_a_package(folder):
     done = run(f"import sys; sys.path.insert(0, '.'); import {folder}", ROOT)
     assert done.returncode == 1
-    assert f"ImportError: import tokenenv.{folder}; the repository root is on sys.path" in done.stderr
+    assert (
+        f"ImportError: import tokenenv.{folder}; the repository root is on sys.path" in done.stderr
+    )

@@ -19,10 +19,19 @@ DIST_INFO = f"tokenenv_rl-{tokenenv.__version__}.dist-info"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, because a build leaves its own folders, and stale ones end up in the next wheel."""
+    """Built from a copy, because a build leaves its own folders, and stale ones end up in the next
+    wheel."""
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "source")]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(folder / "source"),
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / f"tokenenv_rl-{tokenenv.__version__}-py3-none-any.whl"
@@ -51,7 +60,11 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(names):
 def test_the_wheel_holds_every_module_under_its_installed_name(names):
     modules = {name for name in names if name.endswith(".py")}
     assert modules == sources("**/*.py")
-    assert {"tokenenv/env/vector_env.py", "tokenenv/agents/algorithms/ppo.py", "tokenenv/envs/textgen.py"} <= modules
+    assert {
+        "tokenenv/env/vector_env.py",
+        "tokenenv/agents/algorithms/ppo.py",
+        "tokenenv/envs/textgen.py",
+    } <= modules
 
 
 def test_the_wheel_holds_the_bundled_models_and_the_type_marker(names):
@@ -82,7 +95,9 @@ envs.reset(seed=0)
 print(tokenenv.__file__, tokenenv.agents.__file__, type(envs.unwrapped).__module__)
 tokenenv.cli.main(["version"])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     inside = tmp_path / "tokenenv"
     assert done.stdout.split() == [

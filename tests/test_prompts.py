@@ -54,8 +54,14 @@ def test_a_text_file_holds_one_prompt_a_line(tokenizer, ids, tmp_path):
 def test_only_newlines_separate_prompts(tokenizer, tmp_path):
     text = "the\u2028cat\x0cis\x85rain"
     as_text = write(tmp_path / "prompts.txt", text + "\n")
-    as_json = write(tmp_path / "prompts.jsonl", json.dumps({"prompt": text}, ensure_ascii=False) + "\n")
-    assert load_prompts(as_text, tokenizer, **OPTIONS) == load_prompts(as_json, tokenizer, **OPTIONS) == [[3, 4, 5, 6]]
+    as_json = write(
+        tmp_path / "prompts.jsonl", json.dumps({"prompt": text}, ensure_ascii=False) + "\n"
+    )
+    assert (
+        load_prompts(as_text, tokenizer, **OPTIONS)
+        == load_prompts(as_json, tokenizer, **OPTIONS)
+        == [[3, 4, 5, 6]]
+    )
 
 
 def test_jsonl_holds_texts_ids_or_bare_strings(tokenizer, ids, tmp_path):
@@ -82,10 +88,15 @@ def test_the_chat_template_wraps_strings_and_messages(tokenizer):
 
 def test_long_prompts_are_refused_or_lose_their_first_tokens(tokenizer):
     long = ["rain", "the cat is a good film"]
-    with pytest.raises(InvalidArgument, match=r"prompts\[1\] has 6 tokens and max_prompt_tokens=4.*long_prompts='truncate'"):
+    with pytest.raises(
+        InvalidArgument,
+        match=r"prompts\[1\] has 6 tokens and max_prompt_tokens=4.*long_prompts='truncate'",
+    ):
         load_prompts(long, tokenizer, **OPTIONS)
     assert load_prompts(long, tokenizer, long_prompts="truncate", **OPTIONS) == [[6], [5, 7, 8, 9]]
-    with pytest.raises(InvalidArgument, match="long_prompts='cut' is not known; allowed: refuse, truncate"):
+    with pytest.raises(
+        InvalidArgument, match="long_prompts='cut' is not known; allowed: refuse, truncate"
+    ):
         load_prompts(long, tokenizer, long_prompts="cut", **OPTIONS)
 
 
@@ -95,10 +106,16 @@ def test_long_prompts_are_refused_or_lose_their_first_tokens(tokenizer):
         ([], "prompts=<list> holds no prompts"),
         ([[3], []], r"prompts\[1\] is empty"),
         ([[3], ""], r"prompts\[1\] is empty"),
-        ([3, 4], r"prompts\[0\] is no text \(type int\); allowed: a string or a sequence of token ids"),
+        (
+            [3, 4],
+            r"prompts\[0\] is no text \(type int\); allowed: a string or a sequence of token ids",
+        ),
         ([[3], None], r"prompts\[1\] is no text \(type NoneType\)"),
         ([[3.0, 4.0]], r"prompts\[0\] is no text \(type list\); allowed"),
-        ([[{"role": "user", "content": "rain"}]], r"prompts\[0\] is no text \(type list\).*chat_template=True"),
+        (
+            [[{"role": "user", "content": "rain"}]],
+            r"prompts\[0\] is no text \(type list\).*chat_template=True",
+        ),
         ([[3, fakes.VOCAB_SIZE]], r"prompts\[0\]: token id 61 is out of range; allowed: 0 to 60"),
         ([[3], [-1]], r"prompts\[1\]: token id -1 is out of range"),
         ({"a": 1}, "prompts=<dict> is of type dict; allowed: a list, a path, a datasets.Dataset"),
@@ -107,7 +124,10 @@ def test_long_prompts_are_refused_or_lose_their_first_tokens(tokenizer):
             datasets.Dataset.from_dict({"text": ["a"], "id": [1]}),
             "prompt_column='prompt' is not in .* it has text, id",
         ),
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a"]})), "several splits; give one of them: train"),
+        (
+            datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a"]})),
+            "several splits; give one of them: train",
+        ),
     ],
 )
 def test_unusable_prompts_are_named(source, message, tokenizer):
@@ -121,8 +141,16 @@ def test_unusable_prompts_are_named(source, message, tokenizer):
         ("p.txt", "", r"p\.txt' holds no prompts"),
         ("p.txt", "\n \n", r"p\.txt' holds no prompts"),
         ("p.jsonl", "", r"p\.jsonl' holds no prompts"),
-        ("p.jsonl", '"rain"\n\n{"prompt": "rain"\n', r"p\.jsonl:3 is not JSON \(.*\); each line holds one value"),
-        ("p.jsonl", '{"text": "rain"}', r"p\.jsonl:1 holds no 'prompt'; name the right one with prompt_column="),
+        (
+            "p.jsonl",
+            '"rain"\n\n{"prompt": "rain"\n',
+            r"p\.jsonl:3 is not JSON \(.*\); each line holds one value",
+        ),
+        (
+            "p.jsonl",
+            '{"text": "rain"}',
+            r"p\.jsonl:1 holds no 'prompt'; name the right one with prompt_column=",
+        ),
         ("p.jsonl", "17", r"p\.jsonl:1 holds no 'prompt'"),
         ("p.jsonl", '{"prompt": null}', r"p\.jsonl:1 is no text \(type NoneType\); allowed"),
         ("p.txt", "rain\nrain rain rain rain rain", r"p\.txt:2 has 5 tokens"),
@@ -134,7 +162,10 @@ def test_unusable_files_are_named_with_the_line(name, text, message, tokenizer, 
 
 
 def test_a_missing_file_and_one_that_is_no_text(tokenizer, tmp_path):
-    with pytest.raises(InvalidArgument, match=r"absent\.jsonl' is not a file; give a \.jsonl or a text file, or a list"):
+    with pytest.raises(
+        InvalidArgument,
+        match=r"absent\.jsonl' is not a file; give a \.jsonl or a text file, or a list",
+    ):
         load_prompts(str(tmp_path / "absent.jsonl"), tokenizer, **OPTIONS)
     with pytest.raises(InvalidArgument, match="is not a file"):
         load_prompts(tmp_path, tokenizer, **OPTIONS)
@@ -144,13 +175,19 @@ def test_a_missing_file_and_one_that_is_no_text(tokenizer, tmp_path):
 
 
 def test_texts_need_a_tokenizer_and_templates_one_that_has_them(tokenizer):
-    with pytest.raises(InvalidArgument, match=r"prompts\[0\]: tokens of this env have no text; give token ids"):
+    with pytest.raises(
+        InvalidArgument, match=r"prompts\[0\]: tokens of this env have no text; give token ids"
+    ):
         load_prompts(["rain"], None, **OPTIONS)
     for without in (None, fakes.tokenizer()):
-        with pytest.raises(InvalidArgument, match="chat_template=True needs a tokenizer with a chat template"):
+        with pytest.raises(
+            InvalidArgument, match="chat_template=True needs a tokenizer with a chat template"
+        ):
             load_prompts(["rain"], without, chat_template=True, **OPTIONS)
     for wrong in ([3, 4], 3):
-        with pytest.raises(InvalidArgument, match=r"prompts\[0\] must be a string or a list of chat messages"):
+        with pytest.raises(
+            InvalidArgument, match=r"prompts\[0\] must be a string or a list of chat messages"
+        ):
             load_prompts([wrong], tokenizer, chat_template=True, **OPTIONS)
 
 
@@ -162,8 +199,15 @@ def test_what_a_template_refuses_is_said():
 
 
 def test_a_text_that_arrayconversion_turned_into_a_generator_is_refused():
-    with pytest.raises(InvalidArgument, match="cannot pass through ArrayConversion; give token ids"):
-        to_ids("<generator object array_conversion at 0x7f>", fakes.tokenizer(), 61, "options['prompts'][0]")
+    with pytest.raises(
+        InvalidArgument, match="cannot pass through ArrayConversion; give token ids"
+    ):
+        to_ids(
+            "<generator object array_conversion at 0x7f>",
+            fakes.tokenizer(),
+            61,
+            "options['prompts'][0]",
+        )
 
 
 @settings(deadline=None)  # the machine may be busy
@@ -176,7 +220,9 @@ def test_truncation_keeps_a_suffix_of_the_allowed_length(ids, limit):
 
 @pytest.mark.parametrize("along", ["numbers", "seeds"])
 def test_draws_are_uniform_and_name_their_prompt(along):
-    pairs = [(7, k) for k in range(3000)] if along == "numbers" else [(seed, 2) for seed in range(3000)]
+    pairs = (
+        [(7, k) for k in range(3000)] if along == "numbers" else [(seed, 2) for seed in range(3000)]
+    )
     drawn = [draw(IDS, seed, number) for seed, number in pairs]
     assert all(prompt is IDS[index] for index, prompt in drawn)
     counts = np.bincount([index for index, _ in drawn], minlength=3)
@@ -184,14 +230,19 @@ def test_draws_are_uniform_and_name_their_prompt(along):
 
 
 def test_draws_depend_on_nothing_but_seed_and_number():
-    """SplitMix64's first numbers for a seed of 0, as its author's own program prints them, scaled to the number of prompts."""
+    """SplitMix64's first numbers for a seed of 0, as its author's own program prints them, scaled
+    to the number of prompts."""
     numbers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     prompts = [[i] for i in range(1000)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tokenenv.prompts._start", lambda seed: seed)
-        assert [draw(prompts, 0, k)[0] for k in (2, 0, 1)] == [numbers[k] * 1000 >> 64 for k in (2, 0, 1)]
+        assert [draw(prompts, 0, k)[0] for k in (2, 0, 1)] == [
+            numbers[k] * 1000 >> 64 for k in (2, 0, 1)
+        ]
     assert draw(prompts, 2**200, 5) == draw(prompts, 2**200, 5)
-    pairs = [(draw(prompts, s, k)[0], draw(prompts, s + 1, k)[0]) for s in range(40) for k in range(20)]
+    pairs = [
+        (draw(prompts, s, k)[0], draw(prompts, s + 1, k)[0]) for s in range(40) for k in range(20)
+    ]
     assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.12  # three standard deviations
 
 

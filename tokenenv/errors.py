@@ -11,7 +11,8 @@ from tokenenv.safety.shown import visible
 
 
 class TokenEnvError(Exception):
-    """Root of every error this package raises on purpose. Its text may quote a stranger's file, and steers nothing."""
+    """Root of every error this package raises on purpose. Its text may quote a stranger's file, and
+    steers nothing."""
 
     def __str__(self) -> str:
         return visible(super().__str__())
@@ -26,7 +27,8 @@ class InvalidAction(TokenEnvError, ValueError):
 
 
 class FinishedRow(InvalidAction, AssertionError):
-    """A finished row was stepped under DISABLED autoreset (Gymnasium raises AssertionError there)."""
+    """A finished row was stepped under DISABLED autoreset (Gymnasium raises AssertionError
+    there)."""
 
 
 class NotReset(TokenEnvError, ResetNeeded):
@@ -53,7 +55,8 @@ class NotFinite(TokenEnvError, FloatingPointError):
         self.rows = list(rows)
         """The env rows, or the texts that were scored, at fault."""
         self.texts = list(texts)
-        """What was written in them, where a collector knows: objects with a `prompt` and a `response` of token ids."""
+        """What was written in them, where a collector knows: objects with a `prompt` and a
+        `response` of token ids."""
 
 
 class CheckpointError(TokenEnvError, ValueError):
@@ -77,7 +80,8 @@ class MissingDependency(TokenEnvError, ImportError):
 
 
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises `InvalidArgument` naming the argument, the value and the allowed names, the nearest first."""
+    """Raises `InvalidArgument` naming the argument, the value and the allowed names, the nearest
+    first."""
     names = sorted(allowed)
     if isinstance(value, str) and value in names:
         return

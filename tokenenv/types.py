@@ -1,7 +1,7 @@
 """The vocabulary shared by environments and agents.
 
-Shape suffixes, here and everywhere: N envs, P prompt tokens, T response tokens, L = P + T context, V vocabulary,
-H hidden size, B episodes in a batch, K transitions (any mix of rows and times).
+Shape suffixes, here and everywhere: N envs, P prompt tokens, T response tokens, L = P + T context,
+V vocabulary, H hidden size, B episodes in a batch, K transitions (any mix of rows and times).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,8 @@ Head = Callable[[Tensor], Tensor]
 """Maps model states (K, H) to logits (K, V), or to scores (K,)."""
 
 TrunkStates = Mapping[Any, Tensor]
-"""A state (K, H) for every trunk, by the trunk itself: a key that copies and pickles take with them, as an id() is not."""
+"""A state (K, H) for every trunk, by the trunk itself: a key that copies and pickles take with
+them, as an id() is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class TokenSpec:
     vocab_size: int
     """V: actions are 0..V-1."""
     pad_token_id: int
-    """Fills `tokens` to the right of `length`; may equal a stop id, so only `length` says what is valid."""
+    """Fills `tokens` to the right of `length`; may equal a stop id, so only `length` says what is
+    valid."""
     stop_token_ids: tuple[int, ...]
     """Emitting one of these ends the episode."""
     max_prompt_tokens: int
@@ -43,9 +45,11 @@ class TokenSpec:
     max_new_tokens: int
     """T: the episode is cut after this many response tokens."""
     score_truncated: bool = True
-    """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap from its last state."""
+    """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap
+    from its last state."""
     chats: Any = None
-    """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a chat template; else None."""
+    """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a
+    chat template; else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class EpisodeScores:
     terms: dict[str, np.ndarray]
     """(B, T) float32 for every term, weighted, as `step` pays it; they add up to `step_rewards`."""
     token_reward_terms: dict[str, np.ndarray]
-    """(B, T) float32 for every term, weighted, placed where it belongs; they add up to `token_rewards`."""
+    """(B, T) float32 for every term, weighted, placed where it belongs; they add up to
+    `token_rewards`."""
     score: np.ndarray | None
     """(B,) float32: the unweighted sequence score, or None without a scorer."""
     gold: np.ndarray | None
@@ -69,7 +74,8 @@ class EpisodeScores:
     ref_logprobs: np.ndarray
     """(B, T) float32: log pi_ref of each token, in nats."""
     potentials: np.ndarray | None
-    """(B, T + 1) float32: Phi before each token, then of the last state; None where no term is potential-based."""
+    """(B, T + 1) float32: Phi before each token, then of the last state; None where no term is
+    potential-based."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +99,17 @@ class Scorer:
     head: Head
     """States (K, H) to scores (K,)."""
     per_token: bool
-    """True: the score of a text is the sum of its response tokens' scores. False: the score at its last token."""
+    """True: the score of a text is the sum of its response tokens' scores. False: the score at its
+    last token."""
     pad_token_id: int | None = None
-    """Where `per_token` is False, the last token of a text is its last one that is not this: so do transformers' sequence
-    classifiers read, also where their pad id is the stop id. None: whatever the last token is."""
+    """Where `per_token` is False, the last token of a text is its last one that is not this: so do
+    transformers' sequence classifiers read, also where their pad id is the stop id. None: whatever
+    the last token is."""
 
 
 class TextScorer(Protocol):
-    """A sequence score that only finished texts have: another tokenizer's reward model, or one that looks ahead."""
+    """A sequence score that only finished texts have: another tokenizer's reward model, or one that
+    looks ahead."""
 
     @property
     def per_token(self) -> bool:
@@ -113,16 +122,19 @@ class TextScorer(Protocol):
         ...
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """(B, width) float32 on any device: the score of each of the policy's response tokens, zero to the right. Each
-        row's sum is the text's score; a model that scores whole texts puts it on the last token."""
+        """(B, width) float32 on any device: the score of each of the policy's response tokens, zero
+        to the right. Each row's sum is the text's score; a model that scores whole texts puts it on
+        the last token."""
         ...
 
 
 class RolloutEngine(Protocol):
-    """Writes whole texts with a policy's weights, many side by side: an inference engine such as vLLM."""
+    """Writes whole texts with a policy's weights, many side by side: an inference engine such as
+    vLLM."""
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
-        """Begins a text under a key that no running text has; it ends with a stop token or after `max_tokens`."""
+        """Begins a text under a key that no running text has; it ends with a stop token or after
+        `max_tokens`."""
         ...
 
     def ended(self) -> list[Written]:
@@ -130,7 +142,8 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self) -> None:
-        """Takes the policy's present weights: the next token of every text, running ones included, is drawn with them."""
+        """Takes the policy's present weights: the next token of every text, running ones included,
+        is drawn with them."""
         ...
 
     def abort(self) -> None:
@@ -142,8 +155,8 @@ class Oracle(Protocol):
     """The exact optimum of score - beta KL(pi || pi_ref), where a task knows it."""
 
     def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
-        """V* (K,) float32 from the states of the task's models after `step` (K,) response tokens; after the last one it is
-        the score."""
+        """V* (K,) float32 from the states of the task's models after `step` (K,) response tokens;
+        after the last one it is the score."""
         ...
 
 
@@ -154,7 +167,8 @@ class Task:
     tokenizer: Any
     """A transformers tokenizer shared by all models, or None where tokens have no text."""
     chats: Any = None
-    """The `tokenenv.models.chats.Chats` behind the prompts, where prompts that are given as texts or messages are chats."""
+    """The `tokenenv.models.chats.Chats` behind the prompts, where prompts that are given as texts
+    or messages are chats."""
     reference: Any
     """pi_ref: a transformers causal LM, or any `TokenModel`; frozen, in eval mode."""
     prompts: Sequence[Sequence[int]]
@@ -170,9 +184,11 @@ class Task:
     scorer: Scorer | TextScorer | None = None
     """Where `infos["score"]` and the designs built on a score come from."""
     gold: Callable[[str, str], float] | Literal["score"] | None = None
-    """gold(prompt_text, response_text): the true metric, for evaluation only. "score": the score itself is the truth."""
+    """gold(prompt_text, response_text): the true metric, for evaluation only. "score": the score
+    itself is the truth."""
     implicit_model: Any = None
-    """A preference-tuned (DPO) language model with the reference's tokens, which `reward="implicit"` reads."""
+    """A preference-tuned (DPO) language model with the reference's tokens, which
+    `reward="implicit"` reads."""
     step_scorer: Scorer | None = None
     """Scores the steps of a text, where `reward="process"` should not read the scorer."""
     step_end_token_ids: tuple[int, ...] = ()
@@ -180,8 +196,8 @@ class Task:
     oracle: Oracle | None = None
     """The exact optimum, where it is known."""
     features: Callable[[TrunkStates, Tensor], Tensor] | None = None
-    """observation="features": maps the states of all models and the response tokens so far (N,) to features (N, F)
-    float32. None: the reference's last hidden state."""
+    """observation="features": maps the states of all models and the response tokens so far (N,) to
+    features (N, F) float32. None: the reference's last hidden state."""
     num_features: int = 0
     """F, where `features` is given."""
     reward: str = "token"
@@ -193,7 +209,8 @@ class Task:
 class TokenModel(Protocol):
     """What a language model, or a scorer's trunk, that is no transformers model has to bring.
 
-    "States" may be any tensor with K rows, (K,) or (K, H), that `head` understands: an automaton's state, say.
+    "States" may be any tensor with K rows, (K,) or (K, H), that `head` understands: an automaton's
+    state, say.
     """
 
     device: Any
@@ -220,11 +237,13 @@ class SlotModel(Protocol):
     """N texts running through one causal model, each row at its own position."""
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the state after each row's last token (n, H)."""
+        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the state after each
+        row's last token (n, H)."""
         ...
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only to rows where `active` (N,) bool; returns states (N, H)."""
+        """Adds one token to each row (N,), or only to rows where `active` (N,) bool; returns states
+        (N, H)."""
         ...
 
     def fork(self, sources: Slots, targets: Slots) -> None:
@@ -232,5 +251,6 @@ class SlotModel(Protocol):
         ...
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The uncached forward: right-padded `tokens` (B, L) to states (B, L, H), in which state t has read token t."""
+        """The uncached forward: right-padded `tokens` (B, L) to states (B, L, H), in which state t
+        has read token t."""
         ...

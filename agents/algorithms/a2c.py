@@ -1,10 +1,11 @@
 """A2C: advantage actor-critic (Mnih et al. 2016), which is PPO with one step a batch and no clip.
 
-What it does: everything PPO does before its loss (dense rewards with the whole KL penalty, per-token advantages, a critic);
-then a single gradient step on -A log pi, with returns to the end of the text and advantages that are not whitened.
+What it does: everything PPO does before its loss (dense rewards with the whole KL penalty,
+per-token advantages, a critic); then a single gradient step on -A log pi, with returns to the end
+of the text and advantages that are not whitened.
 
-What it leaves out: the ratio to the policy that sampled the text. Episodes that began before an update are a few tokens
-stale, which PPO's ratio corrects and A2C does not.
+What it leaves out: the ratio to the policy that sampled the text. Episodes that began before an
+update are a few tokens stale, which PPO's ratio corrects and A2C does not.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class A2CConfig(PPOConfig):
     clip_range: float | None = None
     """Above 0: the policy ratio is clipped to 1 +- this; None takes no ratio: plain -A log pi."""
     value_clip: float | None = None
-    """Above 0: values are clipped to their old ones +- this, in units of (scaled) return; None does not clip."""
+    """Above 0: values are clipped to their old ones +- this, in units of (scaled) return; None does
+    not clip."""
     lambda_actor: float = 1.0
     """GAE lambda of the policy's advantages, 0 to 1."""
     lambda_critic: float = 1.0

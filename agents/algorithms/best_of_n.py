@@ -1,7 +1,9 @@
-"""Best of n: of the texts of a group, the one with the highest score. Nothing is learned; it costs n texts for one.
+"""Best of n: of the texts of a group, the one with the highest score. Nothing is learned; it costs
+n texts for one.
 
-What it does: n is the env's `group_size`; `learn` logs the chosen texts, `generate` and `evaluate` draw n for each prompt.
-Its KL to the policy it draws from is at most log n - (n - 1) / n nats, and that is what is reported.
+What it does: n is the env's `group_size`; `learn` logs the chosen texts, `generate` and `evaluate`
+draw n for each prompt. Its KL to the policy it draws from is at most log n - (n - 1) / n nats, and
+that is what is reported.
 """
 
 from typing import Any
@@ -43,13 +45,20 @@ class BestOfN(Agent):
         if not responses:
             return []
         # The score knows of no KL: where the env asks for log-probabilities, any will do.
-        logprobs = [[0.0] * len(response) for response in responses] if wants_logprob(self.envs) else None
+        logprobs = (
+            [[0.0] * len(response) for response in responses] if wants_logprob(self.envs) else None
+        )
         scores = self.core.score_episodes(repeated, responses, logprobs=logprobs).score
         return [responses[i] for i in self.best(scores)]
 
     def best(self, scores: Any) -> list[int]:
         """The place of the highest score of every n."""
         if scores is None or np.isnan(scores).any():
-            raise InvalidArgument(f"BestOfN needs a score of every text, which {type(self.core).__name__} does not give.")
+            raise InvalidArgument(
+                f"BestOfN needs a score of every text, which {type(self.core).__name__} does not "
+                f"give."
+            )
         scores_GN = np.reshape(scores, (-1, self.best_of))
-        return [self.best_of * group + int(best) for group, best in enumerate(scores_GN.argmax(axis=1))]
+        return [
+            self.best_of * group + int(best) for group, best in enumerate(scores_GN.argmax(axis=1))
+        ]

@@ -1,25 +1,31 @@
-"""GRPO: group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) with per-token returns.
+"""GRPO: group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) with per-token
+returns.
 
-What it does: each token's return-to-go minus the group's mean at the same place; what the reward terms pay is divided by the
-deviation of the group's returns; PPO's clip; every text counts alike. With R the returns of the terms, K those of the KL
-penalty, G texts in a group, and R_j0 the whole return of text j:
+What it does: each token's return-to-go minus the group's mean at the same place; what the reward
+terms pay is divided by the deviation of the group's returns; PPO's clip; every text counts alike.
+With R the returns of the terms, K those of the KL penalty, G texts in a group, and R_j0 the whole
+return of text j:
 
-    A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt,      s^2 = sum_j (R_j0 - mean R_j0)^2 / (G - 1)
+    A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt,      s^2 = sum_j (R_j0 - mean R_j0)^2 / (G
+    - 1)
 
-and s = 1 where the R_j0 are the same up to rounding. The KL penalty has no part in s, and is not divided by it: its noise would
-be a flat group's whole deviation, and a weight that depends on the text itself would bias it. So the gradient of -beta KL is
-(G - 1) / G of the exact one whatever the scores are, and beta counts in deviations of the score, as where the KL is a loss
-(DeepSeek, TRL, verl). Switches turn it into its variants:
+and s = 1 where the R_j0 are the same up to rounding. The KL penalty has no part in s, and is not
+divided by it: its noise would be a flat group's whole deviation, and a weight that depends on the
+text itself would bias it. So the gradient of -beta KL is (G - 1) / G of the exact one whatever the
+scores are, and beta counts in deviations of the score, as where the KL is a loss (DeepSeek, TRL,
+verl). Switches turn it into its variants:
 
 - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `scale="none"`, `aggregation="fixed-length"`.
-- DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `aggregation="token-mean"`, `skip_flat_groups=True`, and an
-  env with `kl_coef=0` (its penalty on overlong texts is a reward term: `missing_eos_penalty`).
+- DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `aggregation="token-mean"`,
+  `skip_flat_groups=True`, and an env with `kl_coef=0` (its penalty on overlong texts is a reward
+  term: `missing_eos_penalty`).
 - GDPO (Liu et al. 2026, arXiv 2601.05242): `scale="source"`, `whiten=True`.
 
-The KL penalty is a reward here, so that it is credited like one; DeepSeek's KL as a loss is `full_kl_coef` (exact over
-the vocabulary) in an env with `kl_coef=0`.
+The KL penalty is a reward here, so that it is credited like one; DeepSeek's KL as a loss is
+`full_kl_coef` (exact over the vocabulary) in an env with `kl_coef=0`.
 
-What it leaves out: a critic. Dividing by a group's deviation weighs prompts by how much their texts agree.
+What it leaves out: a critic. Dividing by a group's deviation weighs prompts by how much their texts
+agree.
 """
 
 import sys
@@ -29,14 +35,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod, compared, flat_groups, group_std
+from tokenenv.agents.algorithms.groups import (
+    GroupConfig,
+    GroupMethod,
+    compared,
+    flat_groups,
+    group_std,
+)
 from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import check_choice
 
 SCALES = ("group", "source", "none")
 MAX_TRIES = 10
-"""Batches that are drawn in search of groups that are not flat, after the first, before an update takes what it has."""
+"""Batches that are drawn in search of groups that are not flat, after the first, before an update
+takes what it has."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,13 +57,16 @@ class GRPOConfig(GroupConfig):
     """Settings of `GRPO`."""
 
     scale: str = "group"
-    """What advantages are divided by: "group": the deviation of the group's returns; "source": each reward term's by that of
-    its own returns; "none": nothing. The KL penalty is never divided, so beta counts in deviations unless this is "none"."""
+    """What advantages are divided by: "group": the deviation of the group's returns; "source": each
+    reward term's by that of its own returns; "none": nothing. The KL penalty is never divided, so
+    beta counts in deviations unless this is "none"."""
     skip_flat_groups: bool = False
-    """Whether groups in which the reward terms pay every text the same are drawn again; the KL penalty does not count."""
+    """Whether groups in which the reward terms pay every text the same are drawn again; the KL
+    penalty does not count."""
     aggregation: str = "sequence-mean"
-    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its length; "fixed-length": as
-    the first, but the sum is divided by the longest length that texts can have."""
+    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its
+    length; "fixed-length": as the first, but the sum is divided by the longest length that texts
+    can have."""
     whiten: bool = False
     """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
 
@@ -66,11 +82,13 @@ class GRPO(GroupMethod):
     config: GRPOConfig
 
     def running_statistics(self) -> dict[str, Any]:
-        """The groups that are kept while more are drawn; where that is interrupted, the next `collect` goes on with them."""
+        """The groups that are kept while more are drawn; where that is interrupted, the next
+        `collect` goes on with them."""
         return {"kept": Replay(sys.maxsize)}
 
     def collect(self) -> list[Episode]:
-        """Whole groups; with `skip_flat_groups` those alone that can teach something, where there are any."""
+        """Whole groups; with `skip_flat_groups` those alone that can teach something, where there
+        are any."""
         if not self.config.skip_flat_groups:
             return super().collect()
         kept: Replay = self.statistics["kept"]
@@ -86,7 +104,9 @@ class GRPO(GroupMethod):
     def without_flat_groups(self, episodes: list[Episode]) -> list[Episode]:
         """The groups whose texts the reward terms pay differently."""
         batch = EpisodeBatch.stack(episodes)
-        flat_G = flat_groups(total(paid(self.returns(batch))), batch.response_length_B, self.group_size)
+        flat_G = flat_groups(
+            total(paid(self.returns(batch))), batch.response_length_B, self.group_size
+        )
         keep = ~flat_G.repeat_interleave(self.group_size)
         return [episode for episode, kept in zip(episodes, keep.tolist(), strict=True) if kept]
 
@@ -96,7 +116,11 @@ class GRPO(GroupMethod):
         terms = paid(returns) if scale == "source" else [total(paid(returns))]
         advantages_BT = self._compared(returns["kl"], batch)
         for returns_BT in terms:
-            std_B1 = 1.0 if scale == "none" else group_std(returns_BT, batch.response_length_B, self.group_size)
+            std_B1 = (
+                1.0
+                if scale == "none"
+                else group_std(returns_BT, batch.response_length_B, self.group_size)
+            )
             advantages_BT = advantages_BT + self._compared(returns_BT, batch) / std_B1
         return advantages_BT
 

@@ -1,18 +1,20 @@
-"""KLQ: soft Q-learning with a language model as its own Q-function (after KLQ, arXiv 2508.17000, and path consistency,
-Nachum et al. 2017), off-policy, with replay.
+"""KLQ: soft Q-learning with a language model as its own Q-function (after KLQ, arXiv 2508.17000,
+and path consistency, Nachum et al. 2017), off-policy, with replay.
 
-At the optimum of score - beta KL, beta log pi*(a|s)/pi_ref(a|s) = Q*(s, a) - V*(s). So Q(s, a) is read off the policy and
-its value head, V(s) + beta log pi(a|s)/pi_ref(a|s), and regressed on
+At the optimum of score - beta KL, beta log pi*(a|s)/pi_ref(a|s) = Q*(s, a) - V*(s). So Q(s, a) is
+read off the policy and its value head, V(s) + beta log pi(a|s)/pi_ref(a|s), and regressed on
 
     Q(s_t, y_t) + sum_k lambda^k (r_{t+k} + V(s_{t+k+1}) - Q(s_{t+k}, y_{t+k})),
 
-whose errors vanish at the optimum along every text, whoever wrote it, since the next state is the text with the token
-added. Old texts are therefore as good as new ones, for every lambda, and no ratios are needed.
+whose errors vanish at the optimum along every text, whoever wrote it, since the next state is the
+text with the token added. Old texts are therefore as good as new ones, for every lambda, and no
+ratios are needed.
 
-What it does: replay of whole episodes, targets made with the present policy, one loss for policy and critic.
+What it does: replay of whole episodes, targets made with the present policy, one loss for policy
+and critic.
 
-What it leaves out: beta = 0 (Q would say nothing about the policy), a target network, and an env that pays the policy's
-part of the penalty itself (`kl="policy"`: it was paid for another policy).
+What it leaves out: beta = 0 (Q would say nothing about the policy), a target network, and an env
+that pays the policy's part of the penalty itself (`kl="policy"`: it was paid for another policy).
 
 Suffixes: B episodes, T response tokens.
 """
@@ -29,7 +31,13 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import gae, kl_penalised
-from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, state_values, token_logprobs
+from tokenenv.agents.learning.learner import (
+    LossFunction,
+    Metrics,
+    Outputs,
+    state_values,
+    token_logprobs,
+)
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import InvalidArgument
@@ -67,7 +75,10 @@ class KLQ(Agent):
     def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
         if wants_logprob(envs):
-            raise InvalidArgument("KLQ adds the KL penalty itself: give it an env with kl='reference', not kl='policy'.")
+            raise InvalidArgument(
+                "KLQ adds the KL penalty itself: give it an env with kl='reference', not "
+                "kl='policy'."
+            )
 
     def running_statistics(self) -> dict[str, Any]:
         """The replayed episodes."""
@@ -76,7 +87,9 @@ class KLQ(Agent):
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Takes new episodes in and learns from a sample of all."""
         if not (batch.kl_coef_B > 0).all():
-            raise InvalidArgument("KLQ needs kl_coef above 0: its Q-function is beta log pi / pi_ref.")
+            raise InvalidArgument(
+                "KLQ needs kl_coef above 0: its Q-function is beta log pi / pi_ref."
+            )
         replay: Replay = self.statistics["replay"]
         if self.updates == 0:
             self.centre_critic(batch)
@@ -86,15 +99,20 @@ class KLQ(Agent):
         sampled = EpisodeBatch.stack(replay.sample(tokens, self.rng))
         self.estimate(sampled)
         metrics = self.optimise(sampled, lambda weights_B: self.loss(sampled, weights_B))
-        return metrics | {"replay/tokens": replay.tokens, "replay/sampled": int(sampled.response_length_B.sum())}
+        return metrics | {
+            "replay/tokens": replay.tokens,
+            "replay/sampled": int(sampled.response_length_B.sum()),
+        }
 
     def centre_critic(self, batch: EpisodeBatch) -> None:
-        """Starts the critic at the mean return: an error that all states share would push every token up, or down."""
+        """Starts the critic at the mean return: an error that all states share would push every
+        token up, or down."""
         totals_B = self.rewards(batch).sum(1)
         torch.nn.init.constant_(self.policy.value_head.bias, float(totals_B.mean()))
 
     def estimate(self, batch: EpisodeBatch) -> None:
-        """Leaves the errors of Q under the present policy, (B, T), and the values and log-probabilities that they rest on."""
+        """Leaves the errors of Q under the present policy, (B, T), and the values and
+        log-probabilities that they rest on."""
         cfg, lengths_B = self.config, batch.response_length_B
         logprob_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
         values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
@@ -103,12 +121,16 @@ class KLQ(Agent):
         batch.learned.update(advantage=errors_BT, value=values_BT1[:, :-1], old_logprob=logprob_BT)
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
-        """Half the squared error of Q, each part of Q with the other held; the policy's divided by beta."""
+        """Half the squared error of Q, each part of Q with the other held; the policy's divided by
+        beta."""
         learned, cfg = batch.learned, self.config
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             weights, beta = out.pick(weights_B), out.pick(batch.kl_coef_B)
-            log_ratio, moved = out.logprob - out.pick(learned["old_logprob"]), out.value - out.pick(learned["value"])
+            log_ratio, moved = (
+                out.logprob - out.pick(learned["old_logprob"]),
+                out.value - out.pick(learned["value"]),
+            )
             error = out.pick(learned["advantage"])
             policy = 0.5 * (weights * (beta * log_ratio + moved.detach() - error) ** 2 / beta).sum()
             value = 0.5 * (weights * (beta * log_ratio.detach() + moved - error) ** 2).sum()
@@ -116,8 +138,12 @@ class KLQ(Agent):
                 "loss/policy": policy,
                 "loss/value": value,
                 "policy/entropy": (weights * out.entropy).sum(),
-                "policy/approx_kl": losses.approx_kl(out.logprob, out.pick(learned["old_logprob"]), weights),
+                "policy/approx_kl": losses.approx_kl(
+                    out.logprob, out.pick(learned["old_logprob"]), weights
+                ),
             }
-            return policy + cfg.vf_coef * value, {name: metric.detach() for name, metric in metrics.items()}
+            return policy + cfg.vf_coef * value, {
+                name: metric.detach() for name, metric in metrics.items()
+            }
 
         return loss

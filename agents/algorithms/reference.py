@@ -1,4 +1,5 @@
-"""The reference policy: what any learner must beat. It samples, logs what that earns, and learns nothing."""
+"""The reference policy: what any learner must beat. It samples, logs what that earns, and learns
+nothing."""
 
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.episodes import EpisodeBatch

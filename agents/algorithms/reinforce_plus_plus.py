@@ -1,10 +1,11 @@
-"""REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): each token's return-to-go, whitened over the batch, and no critic.
+"""REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): each token's return-to-go, whitened over the
+batch, and no critic.
 
-What it does: the rewards of a token and of those after it, with the whole KL penalty inside; the batch's mean is the
-baseline; PPO's clip.
+What it does: the rewards of a token and of those after it, with the whole KL penalty inside; the
+batch's mean is the baseline; PPO's clip.
 
-What it leaves out: a critic, and groups. The baseline knows neither the prompt nor the place in the text, so advantages
-vary more than with either; dense rewards help it most.
+What it leaves out: a critic, and groups. The baseline knows neither the prompt nor the place in the
+text, so advantages vary more than with either; dense rewards help it most.
 """
 
 from torch import Tensor
@@ -15,7 +16,8 @@ from tokenenv.agents.learning.advantages import returns_to_go
 
 
 class ReinforcePlusPlus(PolicyGradient):
-    """Token-level REINFORCE with a batch baseline. Its settings are those of every policy gradient."""
+    """Token-level REINFORCE with a batch baseline. Its settings are those of every policy
+    gradient."""
 
     config_class = PolicyGradientConfig
     config: PolicyGradientConfig

@@ -1,16 +1,19 @@
-"""VinePPO (Kazemnejad et al. 2024, arXiv 2410.01679): values by playing on from the states themselves.
+"""VinePPO (Kazemnejad et al. 2024, arXiv 2410.01679): values by playing on from the states
+themselves.
 
-What it does: texts are cut every `max_new_tokens / segments` tokens; from the start of each segment, `rollouts` continuations
-are drawn with the present policy, and the mean of what they earn is the value there. A segment's tokens share one
-advantage: what the segment earned, plus the value after it, minus the value before it. PPO's clip; no critic is trained.
-Where a text is cut must not depend on what is still to come, its length included: otherwise the gradient is biased.
+What it does: texts are cut every `max_new_tokens / segments` tokens; from the start of each
+segment, `rollouts` continuations are drawn with the present policy, and the mean of what they earn
+is the value there. A segment's tokens share one advantage: what the segment earned, plus the value
+after it, minus the value before it. PPO's clip; no critic is trained. Where a text is cut must not
+depend on what is still to come, its length included: otherwise the gradient is biased.
 
-The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches included) to its
-neighbours, all play to the end; then the running texts are taken up again where they were. With `rollout="vllm"` vLLM
-writes them, beside the running texts. Their tokens count as seen.
+The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches
+included) to its neighbours, all play to the end; then the running texts are taken up again where
+they were. With `rollout="vllm"` vLLM writes them, beside the running texts. Their tokens count as
+seen.
 
-What it leaves out: a value of the last state of a text that was cut without a score (`score_truncated=False`): no text
-can be played on from there, so it counts as 0.
+What it leaves out: a value of the last state of a text that was cut without a score
+(`score_truncated=False`): no text can be played on from there, so it counts as 0.
 
 Suffixes: B episodes, T response tokens, S segments, K rollouts.
 """
@@ -36,9 +39,11 @@ class VinePPOConfig(PolicyGradientConfig):
     """Settings of `VinePPO`."""
 
     batch_tokens: int = 512
-    """Response tokens of finished episodes that one update learns from, at least, rollouts aside; 1 or more."""
+    """Response tokens of finished episodes that one update learns from, at least, rollouts aside; 1
+    or more."""
     segments: int = 4
-    """Places of a text of the largest length whose value is estimated, 1 or more; a shorter text has fewer."""
+    """Places of a text of the largest length whose value is estimated, 1 or more; a shorter text
+    has fewer."""
     rollouts: int = 4
     """Continuations per value; 1 or more, at most the env's slots."""
 
@@ -58,9 +63,13 @@ class VinePPO(PolicyGradient):
         if self.config.rollout != "step":
             return
         if method(envs, "fork") is None:
-            raise InvalidArgument(f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot.")
+            raise InvalidArgument(
+                f"VinePPO needs an env that can fork its texts; {type(self.core).__name__} cannot."
+            )
         if self.config.rollouts > envs.num_envs:
-            raise InvalidArgument(f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots.")
+            raise InvalidArgument(
+                f"rollouts={self.config.rollouts} do not fit into {envs.num_envs} slots."
+            )
 
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learns from finished episodes; reports the tokens that their values took."""
@@ -70,9 +79,16 @@ class VinePPO(PolicyGradient):
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """(B, T): the same for all tokens of a segment."""
-        starts = [cuts(int(length), self.config.segments, self.max_new_tokens) for length in batch.response_length_B]
+        starts = [
+            cuts(int(length), self.config.segments, self.max_new_tokens)
+            for length in batch.response_length_B
+        ]
         episodes = batch.unstack()
-        states = [(e.prompt, e.response[:t]) for e, places in zip(episodes, starts, strict=True) for t in places]
+        states = [
+            (e.prompt, e.response[:t])
+            for e, places in zip(episodes, starts, strict=True)
+            for t in places
+        ]
         values = iter(self.values(states))
         rewards_BT, gamma = self.rewards(batch), self.config.gamma
         batch.learned["value"] = torch.zeros_like(rewards_BT)
@@ -88,10 +104,17 @@ class VinePPO(PolicyGradient):
     def values(self, states: Sequence[Prefix]) -> list[float]:
         """The mean return from each state under the present policy, by K continuations each."""
         batch = EpisodeBatch.stack(self.collector.play_on(states, self.config.rollouts))
-        returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[:, 0]
+        returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[
+            :, 0
+        ]
         return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()
 
 
 def cuts(length: int, segments: int, longest: int) -> list[int]:
-    """Where the segments of a text of so many tokens begin, the first at 0: at the same places whatever its length."""
-    return [start for start in sorted({longest * s // segments for s in range(segments)}) if start < length]
+    """Where the segments of a text of so many tokens begin, the first at 0: at the same places
+    whatever its length."""
+    return [
+        start
+        for start in sorted({longest * s // segments for s in range(segments)})
+        if start < length
+    ]

@@ -1,8 +1,9 @@
-"""Rewards to advantages: pure functions on right-padded tensors, and the one running statistic they may need.
+"""Rewards to advantages: pure functions on right-padded tensors, and the one running statistic they
+may need.
 
-Suffixes: B episodes, T response tokens. `lengths_B` counts each row's response tokens (at least 1); whatever lies right
-of it is never read, and comes out as zero. `values_BT1` is (B, T+1): the value of the state before each token, then of
-the last state.
+Suffixes: B episodes, T response tokens. `lengths_B` counts each row's response tokens (at least 1);
+whatever lies right of it is never read, and comes out as zero. `values_BT1` is (B, T+1): the value
+of the state before each token, then of the last state.
 """
 
 import math
@@ -14,33 +15,43 @@ from torch import Tensor
 from tokenenv.agents.episodes import token_mask
 
 ROUNDING = 1e-5
-"""A spread below this share of the numbers that spread is float32's rounding of sums over a text, and is not divided by."""
+"""A spread below this share of the numbers that spread is float32's rounding of sums over a text,
+and is not divided by."""
 KL_ROUNDING = 1e-5
 """Nats per token: two forwards of one model in float32 differ by less."""
 
 
 def kl_penalised(rewards_BT: Tensor, logprobs_BT: Tensor, kl_coef_B: Tensor) -> Tensor:
-    """Adds the learner's half of the k1 penalty, `-beta log pi`, to rewards that hold the env's half, `+beta log pi_ref`.
+    """Adds the learner's half of the k1 penalty, `-beta log pi`, to rewards that hold the env's
+    half, `+beta log pi_ref`.
 
-    `logprobs_BT` are those the tokens were sampled with; together both halves are exactly `-beta (log pi - log pi_ref)`.
+    `logprobs_BT` are those the tokens were sampled with; together both halves are exactly `-beta
+    (log pi - log pi_ref)`.
     """
     return rewards_BT - kl_coef_B[:, None] * logprobs_BT
 
 
 def unshaped(rewards_BT: Tensor, potentials_BT1: Tensor, lengths_B: Tensor, gamma: float) -> Tensor:
-    """Takes potential-based shaping, `gamma Phi(s') - Phi(s)`, out of the rewards. With the potential added to the critic
-    instead, advantages stay the same for every lambda (Wiewiora 2003).
-    """
+    """Takes potential-based shaping, `gamma Phi(s') - Phi(s)`, out of the rewards. With the
+    potential added to the critic instead, advantages stay the same for every lambda (Wiewiora
+    2003)."""
     shaping_BT = gamma * potentials_BT1[:, 1:] - potentials_BT1[:, :-1]
     return rewards_BT - shaping_BT.masked_fill(~token_mask(lengths_B, rewards_BT.shape[1]), 0.0)
 
 
 def gae(
-    rewards_BT: Tensor, values_BT1: Tensor, lengths_B: Tensor, bootstrap_B: Tensor, gamma: float, lambda_: float | Tensor
+    rewards_BT: Tensor,
+    values_BT1: Tensor,
+    lengths_B: Tensor,
+    bootstrap_B: Tensor,
+    gamma: float,
+    lambda_: float | Tensor,
 ) -> Tensor:
-    """Generalised advantage estimates (B, T) (Schulman et al. 2016, equation 16); `lambda_` is a number or one per row (B,).
+    """Generalised advantage estimates (B, T) (Schulman et al. 2016, equation 16); `lambda_` is a
+    number or one per row (B,).
 
-    The value of the last state counts only where `bootstrap_B` (bool): a terminated episode never has it True.
+    The value of the last state counts only where `bootstrap_B` (bool): a terminated episode never
+    has it True.
     """
     steps = torch.arange(rewards_BT.shape[1], device=rewards_BT.device)
     ends_BT = (steps == lengths_B[:, None] - 1) & ~bootstrap_B[:, None]
@@ -55,20 +66,21 @@ def gae(
 
 
 def returns_to_go(rewards_BT: Tensor, lengths_B: Tensor, gamma: float) -> Tensor:
-    """The discounted sum (B, T) of each token's reward and those after it, with nothing beyond the episode."""
+    """The discounted sum (B, T) of each token's reward and those after it, with nothing beyond the
+    episode."""
     B, T = rewards_BT.shape
     return gae(rewards_BT, rewards_BT.new_zeros(B, T + 1), lengths_B, lengths_B < 0, gamma, 1.0)
 
 
 def length_adaptive_lambda(lengths_B: Tensor, alpha: float) -> Tensor:
-    """One lambda per episode, `1 - 1 / (alpha length)` clamped to [0, 1] (VAPO, Yue et al. 2025, arXiv 2504.05118)."""
+    """One lambda per episode, `1 - 1 / (alpha length)` clamped to [0, 1] (VAPO, Yue et al. 2025,
+    arXiv 2504.05118)."""
     return (1.0 - 1.0 / (alpha * lengths_B.float())).clamp(0.0, 1.0)
 
 
 def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Shifts and scales to mean 0 and standard deviation 1 over the tokens in `mask_BT`; zero outside, and everywhere where
-    the values are the same up to rounding.
-    """
+    """Shifts and scales to mean 0 and standard deviation 1 over the tokens in `mask_BT`; zero
+    outside, and everywhere where the values are the same up to rounding."""
     valid = values_BT[mask_BT]
     std, mean = torch.std_mean(valid, correction=0)
     if std <= ROUNDING * valid.abs().max():
@@ -79,8 +91,8 @@ def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 class RunningStd:
     """The standard deviation of everything seen so far (Chan et al. 1979), to divide rewards by.
 
-    Rewards are divided and never shifted: subtracting a mean m would change each return by `-m length`, a hidden price
-    on length.
+    Rewards are divided and never shifted: subtracting a mean m would change each return by `-m
+    length`, a hidden price on length.
     """
 
     def __init__(self) -> None:
@@ -91,7 +103,9 @@ class RunningStd:
         count, values_K = values_K.numel(), values_K.double()
         mean, total = float(values_K.mean()), self.count + count
         shift = mean - self.mean
-        self.sum_squares += float(((values_K - mean) ** 2).sum()) + shift**2 * self.count * count / total
+        self.sum_squares += (
+            float(((values_K - mean) ** 2).sum()) + shift**2 * self.count * count / total
+        )
         self.mean += shift * count / total
         self.count = total
 

@@ -1,6 +1,7 @@
 """Learning forwards and gradients in length-sorted micro-batches.
 
-Suffixes: B episodes, L context, T response tokens, H hidden size, K response tokens of one micro-batch, flat.
+Suffixes: B episodes, L context, T response tokens, H hidden size, K response tokens of one
+micro-batch, flat.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What the current policy says about the K response tokens of some episodes: (K,) tensors on its device."""
+    """What the current policy says about the K response tokens of some episodes: (K,) tensors on
+    its device."""
 
     logprob: Tensor
     """log pi of the tokens that were emitted."""
@@ -59,7 +61,14 @@ class FrozenLM:
 class _Texts:
     """Some texts on the policy's device, and where the states before their response tokens are."""
 
-    def __init__(self, batch: EpisodeBatch, rows: np.ndarray, width: int, device: torch.device, extra: int = 0) -> None:
+    def __init__(
+        self,
+        batch: EpisodeBatch,
+        rows: np.ndarray,
+        width: int,
+        device: torch.device,
+        extra: int = 0,
+    ) -> None:
         index = torch.as_tensor(rows)
         lengths, responses = batch.length_B[index], batch.response_length_B[index]
         self.lengths = lengths.numpy()
@@ -101,7 +110,9 @@ def outputs(
             policy.vocab_size,
             temperature=temperature,
             mask_KM=texts.masks(batch),
-            ref_states_KH=texts.at(reference.states(texts.tokens_BL, texts.lengths)) if reference else None,
+            ref_states_KH=texts.at(reference.states(texts.tokens_BL, texts.lengths))
+            if reference
+            else None,
             ref_head=reference.head if reference else None,
         )
         value_K = policy.value(texts.at(value_states_BLH))
@@ -110,7 +121,8 @@ def outputs(
 
 @torch.no_grad()
 def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -> Tensor:
-    """The critic's values (B, T + 1) on the CPU: before each response token, and of the last state; zero to the right."""
+    """The critic's values (B, T + 1) on the CPU: before each response token, and of the last state;
+    zero to the right."""
     values_BT1 = torch.zeros(len(batch), batch.reward_BT.shape[1] + 1)
     for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
         texts = _Texts(batch, rows, values_BT1.shape[1], policy.device, extra=1)
@@ -123,10 +135,14 @@ def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -
 
 @torch.no_grad()
 def token_logprobs(
-    policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, temperature: float = 1.0, which_B: Tensor | None = None
+    policy: LMPolicy,
+    batch: EpisodeBatch,
+    max_batch_tokens: int,
+    temperature: float = 1.0,
+    which_B: Tensor | None = None,
 ) -> Tensor:
-    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right. With `which_B` (bool) of
-    those texts, and what the others were drawn with."""
+    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right.
+    With `which_B` (bool) of those texts, and what the others were drawn with."""
     chosen = np.arange(len(batch)) if which_B is None else which_B.nonzero()[:, 0].numpy()
     logprob_BT = torch.zeros_like(batch.logprob_BT) if which_B is None else batch.logprob_BT.clone()
     for rows in micro_batches(batch.length_B.numpy()[chosen], max_batch_tokens):
@@ -136,7 +152,8 @@ def token_logprobs(
 
 
 LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
-"""A sum over tokens whose weights sum to 1 over the minibatch, and metrics that are such sums as well."""
+"""A sum over tokens whose weights sum to 1 over the minibatch, and metrics that are such sums as
+well."""
 
 
 def accumulate_gradient(
@@ -150,8 +167,8 @@ def accumulate_gradient(
     reference: FrozenLM | None = None,
     scale: float = 1.0,
 ) -> Metrics:
-    """Adds the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch at a time; returns the
-    summed metrics."""
+    """Adds the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
+    at a time; returns the summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches(batch.length_B.numpy()[rows], max_batch_tokens):
         out = outputs(policy, batch, rows[micro], temperature=temperature, reference=reference)

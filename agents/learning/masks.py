@@ -1,7 +1,9 @@
-"""Action masks: which tokens an env allows (`obs["action_mask"]`, (N, V)), kept with the episode, eight to a byte.
+"""Action masks: which tokens an env allows (`obs["action_mask"]`, (N, V)), kept with the episode,
+eight to a byte.
 
-What was ruled out when a token was drawn is ruled out again when its log-probability is computed: both are of the policy
-renormalised over the allowed tokens. Suffixes: N envs, K tokens, V vocabulary, M = V / 8 rounded up.
+What was ruled out when a token was drawn is ruled out again when its log-probability is computed:
+both are of the policy renormalised over the allowed tokens. Suffixes: N envs, K tokens, V
+vocabulary, M = V / 8 rounded up.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,9 @@ from torch import Tensor
 
 def allowed_of(obs: Mapping[str, Any], device: torch.device) -> Tensor | None:
     """(N, V) bool on the device, or None where the env allows everything."""
-    return torch.as_tensor(obs["action_mask"], device=device).bool() if "action_mask" in obs else None
+    return (
+        torch.as_tensor(obs["action_mask"], device=device).bool() if "action_mask" in obs else None
+    )
 
 
 def rule_out(logits_KV: Tensor, allowed_KV: Tensor | None) -> Tensor:
@@ -27,7 +31,9 @@ def pack(obs: Mapping[str, Any]) -> np.ndarray | None:
     if "action_mask" not in obs:
         return None
     mask = obs["action_mask"]
-    return np.packbits((mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)).astype(bool), axis=1)
+    return np.packbits(
+        (mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)).astype(bool), axis=1
+    )
 
 
 def unpack(bits_KM: Tensor, vocab_size: int) -> Tensor:

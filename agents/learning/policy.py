@@ -13,20 +13,29 @@ from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, MissingDependency
 from tokenenv.models.adapters import adapter_layers, train_adapters
-from tokenenv.models.trunks import hidden_size_of, logits_head, slot_model, text_states, trunk_of, vocab_size_of
+from tokenenv.models.trunks import (
+    hidden_size_of,
+    logits_head,
+    slot_model,
+    text_states,
+    trunk_of,
+    vocab_size_of,
+)
 from tokenenv.types import SlotModel
 
 
 class LMPolicy(nn.Module):
-    """A causal LM (of transformers, or a `TokenModel`) that acts, and a value head that reads its states, or those of a
-    trunk of its own.
+    """A causal LM (of transformers, or a `TokenModel`) that acts, and a value head that reads its
+    states, or those of a trunk of its own.
 
-    Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen beneath trainable low-rank
-    adapters (peft). Of a model that has adapters already, those that are active are trained, and they alone. It stays in eval
-    mode, so that acting and learning see the same distribution (no dropout).
+    Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen
+    beneath trainable low-rank adapters (peft). Of a model that has adapters already, those that are
+    active are trained, and they alone. It stays in eval mode, so that acting and learning see the
+    same distribution (no dropout).
 
     Raises:
-        InvalidArgument: `lora_rank` for a model that has adapters already; or they are switched off, or merged.
+        InvalidArgument: `lora_rank` for a model that has adapters already; or they are switched
+            off, or merged.
     """
 
     def __init__(
@@ -50,7 +59,8 @@ class LMPolicy(nn.Module):
         self.head = logits_head(model, self.vocab_size)
         self.value_trunk = copy.deepcopy(trunk_of(model)) if separate_value else None
         self.value_head = nn.Linear(hidden_size_of(model), 1, device=self.device)
-        # A critic that starts at zero starts unbiased by chance; its first targets are then the returns themselves.
+        # A critic that starts at zero starts unbiased by chance; its first targets are then the
+        # returns themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.uses_bfloat16 = wants_bfloat16(precision, self.device)
@@ -63,10 +73,13 @@ class LMPolicy(nn.Module):
 
     def slots(self, num_rows: int, max_length: int) -> SlotModel:
         """N running texts of at most `max_length` tokens, cached."""
-        return slot_model(trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens)
+        return slot_model(
+            trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens
+        )
 
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What the LM head and the value head read at each token of right-padded texts, (B, L, H) each."""
+        """What the LM head and the value head read at each token of right-padded texts, (B, L, H)
+        each."""
         states_BLH = text_states(self.model, tokens_BL, lengths)
         if self.value_trunk is None:
             return states_BLH, states_BLH
@@ -90,12 +103,16 @@ def wants_bfloat16(precision: str, device: torch.device) -> bool:
 
 
 def add_lora(model: Any, rank: int, seed: int) -> None:
-    """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers but the output."""
+    """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers
+    but the output."""
     if hasattr(model, "slots"):
-        raise InvalidArgument(f"lora_rank={rank} needs a transformers model, not {type(model).__name__}.")
+        raise InvalidArgument(
+            f"lora_rank={rank} needs a transformers model, not {type(model).__name__}."
+        )
     if adapter_layers(model):
         raise InvalidArgument(
-            f"lora_rank={rank}: {type(model).__name__} has an adapter already. To train it leave lora_rank at 0; for a new one "
+            f"lora_rank={rank}: {type(model).__name__} has an adapter already. To train it leave "
+            f"lora_rank at 0; for a new one "
             "give a model that it is merged into (model.merge_and_unload())."
         )
     try:
@@ -105,5 +122,8 @@ def add_lora(model: Any, rank: int, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"), model
+            LoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+            model,
         )

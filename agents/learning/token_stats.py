@@ -1,4 +1,5 @@
-"""What a policy says about K tokens, computed from its states in chunks so that (K, V) is never held whole."""
+"""What a policy says about K tokens, computed from its states in chunks so that (K, V) is never
+held whole."""
 
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ class TokenStats:
     entropy: Tensor
     """Of pi(. | state), in nats."""
     kl: Tensor
-    """Full-vocabulary KL(pi || pi_ref) at each state, in nats; zero where no reference was given."""
+    """Full-vocabulary KL(pi || pi_ref) at each state, in nats; zero where no reference was
+    given."""
 
 
 def token_stats(
@@ -37,10 +39,11 @@ def token_stats(
     ref_head: Head | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> TokenStats:
-    """Statistics of pi = `softmax(head(states) / temperature)` over the tokens that `mask_KM` allows (packed, all by
-    default); pi_ref is `softmax(ref_head(ref_states))`, without gradient.
+    """Statistics of pi = `softmax(head(states) / temperature)` over the tokens that `mask_KM`
+    allows (packed, all by default); pi_ref is `softmax(ref_head(ref_states))`, without gradient.
 
-    Differentiable in states and head. Where one chunk is not enough, its logits are computed again in the backward pass.
+    Differentiable in states and head. Where one chunk is not enough, its logits are computed again
+    in the backward pass.
     """
     nothing_K0 = states_KH.new_empty(len(states_KH), 0)
 
@@ -48,17 +51,24 @@ def token_stats(
         allowed = None if mask_KM is None else unpack(mask, vocab_size)
         logprobs = torch.log_softmax(rule_out(head(states).float(), allowed) / temperature, dim=-1)
         logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
-        # A token ruled out by the head (-inf) has no part in the sums: 0 log 0 = 0, where 0 * inf would be NaN.
+        # A token ruled out by the head (-inf) has no part in the sums: 0 log 0 = 0, where 0 * inf
+        # would be NaN.
         probs = logprobs.exp()
         logprobs = logprobs.masked_fill(probs == 0, 0.0)
         entropy = -(probs * logprobs).sum(-1)
         if ref_head is None:
             return torch.stack([logprob, entropy, torch.zeros_like(entropy)], -1)
         with torch.no_grad():
-            ref_logprobs = torch.log_softmax(ref_head(ref_states).float(), dim=-1).masked_fill(probs == 0, 0.0)
+            ref_logprobs = torch.log_softmax(ref_head(ref_states).float(), dim=-1).masked_fill(
+                probs == 0, 0.0
+            )
         return torch.stack([logprob, entropy, (probs * (logprobs - ref_logprobs)).sum(-1)], -1)
 
-    columns = [states_KH, tokens_K, *(nothing_K0 if column is None else column for column in (mask_KM, ref_states_KH))]
+    columns = [
+        states_KH,
+        tokens_K,
+        *(nothing_K0 if column is None else column for column in (mask_KM, ref_states_KH)),
+    ]
     chunk = max(1, chunk_elements // vocab_size)
     rows_K3 = stats(*columns) if len(tokens_K) <= chunk else in_chunks(stats, *columns, chunk=chunk)
     return TokenStats(*rows_K3.unbind(-1))

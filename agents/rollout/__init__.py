@@ -1,1 +1,2 @@
-"""From a policy to finished episodes: by stepping the env, or from whole texts that an engine writes."""
+"""From a policy to finished episodes: by stepping the env, or from whole texts that an engine
+writes."""

@@ -48,11 +48,14 @@ def device_of(policy: Policy) -> torch.device:
     return next(iter(policy.parameters())).device
 
 
-def sample(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws one token per row from `softmax(logits / temperature)`: tokens (N,) int64 and their log-probabilities (N,).
+def sample(
+    logits_NV: Tensor, temperature: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draws one token per row from `softmax(logits / temperature)`: tokens (N,) int64 and their
+    log-probabilities (N,).
 
-    By inversion of the cumulative distribution: N random numbers, not N V. At temperature 0 the likeliest token, without a
-    random number; its log-probability there is 0.
+    By inversion of the cumulative distribution: N random numbers, not N V. At temperature 0 the
+    likeliest token, without a random number; its log-probability there is 0.
     """
     if temperature == 0:
         tokens_N = logits_NV.argmax(-1)
@@ -60,7 +63,8 @@ def sample(logits_NV: Tensor, temperature: float, generator: torch.Generator) ->
     logprobs_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
     cumulative_NV = logprobs_NV.exp().cumsum(-1)
     uniform_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)
-    # Scaled by the total, so that rounding in the sum can neither lose the last token nor pick an impossible one.
+    # Scaled by the total, so that rounding in the sum can neither lose the last token nor pick an
+    # impossible one.
     tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
     tokens_N1 = tokens_N1.clamp_(max=logits_NV.shape[1] - 1)
     return tokens_N1[:, 0], logprobs_NV.gather(-1, tokens_N1)[:, 0]
@@ -69,8 +73,9 @@ def sample(logits_NV: Tensor, temperature: float, generator: torch.Generator) ->
 class Actor:
     """Samples a policy's next token in each of N running texts, and keeps their caches.
 
-    It learns what happened from the observation alone: a row that is its own text plus the token it emitted is
-    continued, any other row (reset, forked, restored, or seen for the first time) is read from its start.
+    It learns what happened from the observation alone: a row that is its own text plus the token it
+    emitted is continued, any other row (reset, forked, restored, or seen for the first time) is
+    read from its start.
     """
 
     def __init__(self, policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> None:
@@ -81,9 +86,11 @@ class Actor:
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or torch observations.
+        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or
+        torch observations.
 
-        With an `action_mask` (N, V) in the observation, both are of the policy over the allowed tokens.
+        With an `action_mask` (N, V) in the observation, both are of the policy over the allowed
+        tokens.
         """
         device = self.generator.device
         texts_NL = torch.as_tensor(obs["tokens"], device=device)
@@ -98,31 +105,37 @@ class Actor:
         return tokens_N, logprobs_N
 
     def refresh(self) -> None:
-        """To be called when the weights have changed: every text is read again before the next token."""
+        """To be called when the weights have changed: every text is read again before the next
+        token."""
         if self._slots is not None:
             self._lengths.fill_(-1)
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
         slots = self.policy.slots(num_rows, max_length)
-        # What the next observation holds if a row runs on; one column more, for a token after a full text.
+        # What the next observation holds if a row runs on; one column more, for a token after a
+        # full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)
         self._lengths = torch.full((num_rows,), -1, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._slots = slots
 
     def _read(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
-        """The states (N, H) after each text, by one appended token or, in rows that are new, from the start."""
+        """The states (N, H) after each text, by one appended token or, in rows that are new, from
+        the start."""
         assert self._slots is not None
         changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
         # 0 where the row runs on, else the length to read.
         fresh = to_host(changed_N * lengths_N)
-        self.refresh()  # until `_expect`: what interrupts this leaves caches that nothing is known of
+        # Until `_expect`: what interrupts this leaves caches that nothing is known of
+        self.refresh()
         slots = np.flatnonzero(fresh)
         if not len(slots):
             return self._slots.append(self._tokens)
         rows = upload(slots, texts_NL.device)
-        fresh_states = self._slots.prefill(slots.tolist(), texts_NL[rows, : int(fresh.max())], fresh[slots].tolist())
+        fresh_states = self._slots.prefill(
+            slots.tolist(), texts_NL[rows, : int(fresh.max())], fresh[slots].tolist()
+        )
         if len(slots) == len(fresh):
             return fresh_states
         return self._slots.append(self._tokens, fresh == 0).index_copy(0, rows, fresh_states)

@@ -1,7 +1,7 @@
 """Driving a vector env with an `Actor`, and cutting what happens into episodes.
 
-Any Gymnasium vector env with the observation `{tokens, length, prompt_length}` will do, NumPy or torch, in any autoreset mode.
-Suffixes: N envs, L context, T response tokens.
+Any Gymnasium vector env with the observation `{tokens, length, prompt_length}` will do, NumPy or
+torch, in any autoreset mode. Suffixes: N envs, L context, T response tokens.
 """
 
 import copy
@@ -17,7 +17,15 @@ from torch import Tensor
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
-from tokenenv.agents.rollout.env_rows import action, flags, method, read_ends, take, take_info, take_obs
+from tokenenv.agents.rollout.env_rows import (
+    action,
+    flags,
+    method,
+    read_ends,
+    take,
+    take_info,
+    take_obs,
+)
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.errors import InvalidAction, NotFinite
@@ -25,7 +33,8 @@ from tokenenv.errors import InvalidAction, NotFinite
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
 
-# One line per step: what must be remembered of a running text; the text itself is in the observation.
+# One line per step: what must be remembered of a running text; the text itself is in the
+# observation.
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
 
 # What an env may say about a finished text, and what stands for silence.
@@ -41,33 +50,43 @@ INFO_DEFAULTS: dict[str, float] = {
 
 
 class Stopped(Exception):
-    """`collect` was asked to stop; the next one goes on with what had ended by then, or at `max_staleness` 0 begins anew."""
+    """`collect` was asked to stop; the next one goes on with what had ended by then, or at
+    `max_staleness` 0 begins anew."""
 
 
 class Collector:
     """Steps an env one token at a time; slots never idle, and only finished episodes come out.
 
-    An episode may straddle updates: each token keeps the log-probability it was sampled with. What interrupts a step or a
-    reset, whatever it is, costs the texts of the present batch: the next step begins anew, by a full reset. (To keep those
-    that had ended and to lose those that ran would favour short texts.)
+    An episode may straddle updates: each token keeps the log-probability it was sampled with. What
+    interrupts a step or a reset, whatever it is, costs the texts of the present batch: the next
+    step begins anew, by a full reset. (To keep those that had ended and to lose those that ran
+    would favour short texts.)
 
     With a `group_size` above 1, groups come out whole (`Pairing`).
     """
 
     def __init__(
-        self, envs: VectorEnv, actor: Actor, *, seed: int = 0, group_size: int = 1, max_staleness: int | None = None
+        self,
+        envs: VectorEnv,
+        actor: Actor,
+        *,
+        seed: int = 0,
+        group_size: int = 1,
+        max_staleness: int | None = None,
     ) -> None:
         self.envs, self.actor, self.seed, self.max_staleness = envs, actor, seed, max_staleness
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.tokens_seen = 0
         """Tokens emitted so far, those of running episodes included."""
         self.running = False
-        """Whether texts run that can be gone on with: not before the first reset, nor after an interrupted step."""
+        """Whether texts run that can be gone on with: not before the first reset, nor after an
+        interrupted step."""
         self._obs: Mapping[str, Any] = {}
         self._seeded = False
         self._ring = torch.zeros(0)
         self._masks = np.zeros((0, 0, 0), np.uint8)
-        """(L, N, M): the action masks of each step, beside the ring; empty where the env allows everything."""
+        """(L, N, M): the action masks of each step, beside the ring; empty where the env allows
+        everything."""
         self._potential = torch.zeros(envs.num_envs)
         """(N,) the env's Phi of the texts as they stand."""
         self.has_potential = False
@@ -86,13 +105,14 @@ class Collector:
         """(N,) the version that each row's text began with."""
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and returns them: whole groups,
-        one after the other.
+        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and
+        returns them: whole groups, one after the other.
 
-        Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended;
-        nothing is thrown away for its age, which would favour short texts. At 0 all begin anew, and a batch is every text that
-        is begun until there are tokens enough; what free slots begin while the last of them are waited for is thrown away,
-        whatever becomes of it. Raises `Stopped` where `stopping` is set meanwhile.
+        Does not return before every text that would be more than `max_staleness` updates old in the
+        next batch has ended; nothing is thrown away for its age, which would favour short texts. At
+        0 all begin anew, and a batch is every text that is begun until there are tokens enough;
+        what free slots begin while the last of them are waited for is thrown away, whatever becomes
+        of it. Raises `Stopped` where `stopping` is set meanwhile.
         """
         fresh = self.max_staleness == 0
         if fresh:
@@ -111,17 +131,24 @@ class Collector:
             return set()
         oldest, drawn = self.version + 1 - self.max_staleness, self._age > 0
         running = self.pairing.number[drawn & (self._version < oldest)].tolist()
-        waiting = [number for number, episode in self.pairing.waiting.items() if episode.version < oldest]
+        waiting = [
+            number for number, episode in self.pairing.waiting.items() if episode.version < oldest
+        ]
         return {number // self.pairing.group_size for number in [*running, *waiting]}
 
     def _advance(self, wanted: set[int] | None = None) -> set[int]:
-        """One step; takes in what it ended, of the `wanted` groups alone if any are named. Returns the groups it completed."""
+        """One step; takes in what it ended, of the `wanted` groups alone if any are named. Returns
+        the groups it completed."""
         if self.stopping:
             raise Stopped
         with self._whole():
             ended = self._step()
             if wanted is not None:
-                ended = {n: episode for n, episode in ended.items() if n // self.pairing.group_size in wanted}
+                ended = {
+                    n: episode
+                    for n, episode in ended.items()
+                    if n // self.pairing.group_size in wanted
+                }
             return self.pairing.take(ended)
 
     @property
@@ -152,7 +179,9 @@ class Collector:
         tokens, logprobs = self.actor.act(self._obs)
         allowed = pack(self._obs)
         try:
-            obs, rewards, terminations, truncations, infos = self.envs.step(action(self.envs, self._obs, tokens, logprobs))
+            obs, rewards, terminations, truncations, infos = self.envs.step(
+                action(self.envs, self._obs, tokens, logprobs)
+            )
         except InvalidAction:  # kl="policy" takes the log-probs
             require_finite_policy(~logprobs.isfinite().cpu().numpy(), self.version)
             raise
@@ -172,7 +201,9 @@ class Collector:
     def reset(self, options: dict[str, Any] | None = None) -> None:
         """Begins anew in every row; running episodes are dropped. The first time is seeded."""
         self.running = False
-        self._obs, infos = self.envs.reset(seed=None if self._seeded else self.seed, options=options)
+        self._obs, infos = self.envs.reset(
+            seed=None if self._seeded else self.seed, options=options
+        )
         self._seeded = True
         num_envs, length = self._obs["tokens"].shape
         self._ring = torch.zeros(length, 4, num_envs, device=_device(self._obs))
@@ -186,11 +217,18 @@ class Collector:
         """Everything but the env's own state and the observation that comes with it."""
         names = ["tokens_seen", "finished", "version", "_version", "_age", "_resetting", "_clock"]
         names += ["_ring", "_masks", "_potential"] if self.running else []
-        return copy.deepcopy({name: getattr(self, name) for name in names}) | {"pairing": self.pairing.state_dict()}
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | {
+            "pairing": self.pairing.state_dict()
+        }
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
-        """Continues from `state_dict()`; without `running`, episodes that had begun are forgotten."""
-        names = [name for name in state if name != "pairing"] if running else ["tokens_seen", "finished", "version"]
+        """Continues from `state_dict()`; without `running`, episodes that had begun are
+        forgotten."""
+        names = (
+            [name for name in state if name != "pairing"]
+            if running
+            else ["tokens_seen", "finished", "version"]
+        )
         vars(self).update(copy.deepcopy({name: state[name] for name in names}))
         if running:
             self.pairing.load_state_dict(state["pairing"])
@@ -206,15 +244,16 @@ class Collector:
         return save_state() if self.running and save_state else None
 
     def load_env(self, saved: Any) -> None:
-        """Goes on from what `save_env` returned, with caches filled anew: how they were filled shows in the last bits of
-        what they give."""
+        """Goes on from what `save_env` returned, with caches filled anew: how they were filled
+        shows in the last bits of what they give."""
         if saved is not None:
             self.resume(method(self.envs, "load_state")(saved)[0])
         self.actor.refresh()
 
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """`rollouts` continuations of each state to the end, one after the other; the running texts wait meanwhile. Where
-        they cannot be taken up again (this is interrupted, or the env saves no state), the next step begins anew."""
+        """`rollouts` continuations of each state to the end, one after the other; the running texts
+        wait meanwhile. Where they cannot be taken up again (this is interrupted, or the env saves
+        no state), the next step begins anew."""
         running, found = self.save_env(), []
         self.running = False
         at_once = self.envs.num_envs // rollouts
@@ -228,13 +267,24 @@ class Collector:
         wanted = len(states) * rollouts
         followers = np.flatnonzero(np.arange(wanted) % rollouts)
         mask = ~np.isin(np.arange(self.envs.num_envs), followers)
-        # Slots that are left over play on from the last state, and what they write is not looked at.
-        given = [states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)]
+        # Slots that are left over play on from the last state, and what they write is not looked
+        # at.
+        given = [
+            states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)
+        ]
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
-        collector.reset({"reset_mask": mask, "prompts": [p for p, _ in given], "prefixes": [r for _, r in given]})
+        collector.reset(
+            {
+                "reset_mask": mask,
+                "prompts": [p for p, _ in given],
+                "prefixes": [r for _, r in given],
+            }
+        )
         if len(followers):
-            collector.resume(method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0])
+            collector.resume(
+                method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0]
+            )
         found: dict[int, Episode] = {}
         while len(found) < wanted:
             found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
@@ -248,8 +298,11 @@ class Collector:
         self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
         self.running = True
 
-    def _record(self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None) -> None:
-        """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age stays 0."""
+    def _record(
+        self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None
+    ) -> None:
+        """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age
+        stays 0."""
         self._clock = (self._clock + 1) % len(self._ring)
         line = self._ring[self._clock]
         line[LOGPROB] = logprobs
@@ -269,19 +322,28 @@ class Collector:
         """Rows that the info leaves out keep theirs."""
         if "potential" in infos:
             self.has_potential = True
-            known, potential = (torch.as_tensor(infos[key], device=self._ring.device) for key in ("_potential", "potential"))
+            known, potential = (
+                torch.as_tensor(infos[key], device=self._ring.device)
+                for key in ("_potential", "potential")
+            )
             self._potential = torch.where(known, potential.float(), self._potential)
 
-    def _finish(self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]) -> dict[int, Episode]:
+    def _finish(
+        self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]
+    ) -> dict[int, Episode]:
         """The episodes that ended, by number; their rows begin new ones."""
         rows = np.flatnonzero(terminated | truncated)
         if self.mode == AutoresetMode.SAME_STEP:
             obs, infos = infos["final_obs"], infos["final_info"]
-        known = {key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()}
+        known = {
+            key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()
+        }
         cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, rows)
         ends = {"truncated": cut, "bootstraps": bootstraps, **take_obs(obs, rows), **known}
         placed = infos.get("token_reward_terms", {})
-        terms = {name: take(values, rows) for name, values in placed.items() if not name.startswith("_")}
+        terms = {
+            name: take(values, rows) for name, values in placed.items() if not name.startswith("_")
+        }
         records = take(self._ring.movedim(2, 0), rows)
         # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
         records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
@@ -300,8 +362,11 @@ class Collector:
         self.pairing.begin(rows)
         return episodes
 
-    def _episode(self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]) -> Episode:
-        """One finished text from its last observation and infos, its row of the ring, and its terms (T,)."""
+    def _episode(
+        self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]
+    ) -> Episode:
+        """One finished text from its last observation and infos, its row of the ring, and its terms
+        (T,)."""
         age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
         start = length - age
         own = slice(start - end["prompt_length"], length - end["prompt_length"])

@@ -25,10 +25,12 @@ def running_texts(obs: Mapping[str, Any], rows: Sequence[int]) -> list[RunningTe
 
 
 def require_finite_policy(invalid: np.ndarray, updates: int) -> None:
-    """Raises `NotFinite` for the env rows whose token was drawn with a log-prob that is none, `invalid` (N,) bool."""
+    """Raises `NotFinite` for the env rows whose token was drawn with a log-prob that is none,
+    `invalid` (N,) bool."""
     rows = np.flatnonzero(invalid).tolist()
     if rows:
         raise NotFinite(
-            f"the policy's log-prob is not finite in env rows {rows}, after {updates} updates: its weights or logits are not.",
+            f"the policy's log-prob is not finite in env rows {rows}, after {updates} updates: its "
+            f"weights or logits are not.",
             rows,
         )

@@ -33,12 +33,16 @@ def generate(
     seed: int = 0,
     num_rows: int = 64,
 ) -> list[list[int]]:
-    """The response tokens of each prompt, the stop token included; at most `num_rows` texts run at a time.
+    """The response tokens of each prompt, the stop token included; at most `num_rows` texts run at
+    a time.
 
     Args:
-        prompts: token ids, or texts if there is a `tokenizer`; none of them empty. A single text counts as a list of one.
-        chats: the env's, under a chat template: texts are then messages of the user's, and lists of messages are taken too.
-        temperature: 0 or more, applied before `top_k` (0 keeps all tokens) and `top_p` (above 0, at most 1); 0 is `greedy`.
+        prompts: token ids, or texts if there is a `tokenizer`; none of them empty. A single text
+            counts as a list of one.
+        chats: the env's, under a chat template: texts are then messages of the user's, and lists of
+            messages are taken too.
+        temperature: 0 or more, applied before `top_k` (0 keeps all tokens) and `top_p` (above 0, at
+            most 1); 0 is `greedy`.
         greedy: takes the likeliest token and ignores the three.
     """
     check_options(max_new_tokens, temperature, top_k, top_p)
@@ -63,11 +67,15 @@ def generate(
     return responses
 
 
-def _run(policy: Policy, prompts: list[list[int]], max_new_tokens: int, choose: Any, stops: Sequence[int]) -> list[list[int]]:
+def _run(
+    policy: Policy, prompts: list[list[int]], max_new_tokens: int, choose: Any, stops: Sequence[int]
+) -> list[list[int]]:
     """One batch of texts side by side until all have stopped."""
     lengths = [len(prompt) for prompt in prompts]
     slots = policy.slots(len(prompts), max(lengths) + max_new_tokens)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(prompt) for prompt in prompts], batch_first=True
+    )
     responses: list[list[int]] = [[] for _ in prompts]
     running = np.ones(len(prompts), bool)
     with policy.autocast():
@@ -85,9 +93,12 @@ def _run(policy: Policy, prompts: list[list[int]], max_new_tokens: int, choose: 
 
 
 def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Rules out (-inf) all but the `top_k` likeliest tokens, then all but the fewest that hold probability `top_p`."""
+    """Rules out (-inf) all but the `top_k` likeliest tokens, then all but the fewest that hold
+    probability `top_p`."""
     if 0 < top_k < logits_NV.shape[-1]:
-        logits_NV = logits_NV.masked_fill(logits_NV < logits_NV.topk(top_k).values[:, -1:], -torch.inf)
+        logits_NV = logits_NV.masked_fill(
+            logits_NV < logits_NV.topk(top_k).values[:, -1:], -torch.inf
+        )
     if top_p < 1.0:
         sorted_NV, order_NV = logits_NV.softmax(-1).sort(-1, descending=True)
         # The mass before a token: the likeliest always stays.
@@ -102,15 +113,19 @@ def as_list(prompts: Prompts) -> Sequence[Any]:
 
 
 def tokenize(prompt: Any, tokenizer: Any, chats: Chats | None = None) -> list[int]:
-    """Token ids of a prompt; raises `InvalidArgument` for an empty one, a text without a tokenizer, or messages without
-    `chats`."""
+    """Token ids of a prompt; raises `InvalidArgument` for an empty one, a text without a tokenizer,
+    or messages without `chats`."""
     if chats is not None and (isinstance(prompt, str) or is_chat(prompt)):
         prompt = chats.encode(prompt, "a prompt")
     elif is_chat(prompt):
-        raise InvalidArgument("a prompt is a list of messages; these need an env with chat_template=True.")
+        raise InvalidArgument(
+            "a prompt is a list of messages; these need an env with chat_template=True."
+        )
     elif isinstance(prompt, str):
         if tokenizer is None:
-            raise InvalidArgument(f"prompt={prompt!r} is a text and there is no tokenizer; give token ids.")
+            raise InvalidArgument(
+                f"prompt={prompt!r} is a text and there is no tokenizer; give token ids."
+            )
         prompt = encode_prompt(prompt, tokenizer)
     if len(prompt) == 0:
         raise InvalidArgument("a prompt is empty; it needs at least one token.")
@@ -133,4 +148,6 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
 def check_temperature(temperature: float) -> None:
     """Raises `InvalidArgument` unless it is 0 or more; 0 takes the likeliest token."""
     if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-        raise InvalidArgument(f"temperature={temperature} must be finite and 0 or more (0 takes the likeliest token).")
+        raise InvalidArgument(
+            f"temperature={temperature} must be finite and 0 or more (0 takes the likeliest token)."
+        )

@@ -1,8 +1,10 @@
-"""Which of the texts that slots write one after the other share a prompt, and the texts that wait for the rest of theirs.
+"""Which of the texts that slots write one after the other share a prompt, and the texts that wait
+for the rest of theirs.
 
-Of the texts that begin in a group of G consecutive slots, by time and then by slot, each G in a row share a prompt: an env
-with `group_size=G` hands its prompts out so. A slot that becomes free writes what is missing of the oldest prompt, and texts
-wait for each other no longer than it takes to write one. Suffixes: N slots.
+Of the texts that begin in a group of G consecutive slots, by time and then by slot, each G in a row
+share a prompt: an env with `group_size=G` hands its prompts out so. A slot that becomes free writes
+what is missing of the oldest prompt, and texts wait for each other no longer than it takes to write
+one. Suffixes: N slots.
 """
 
 import copy
@@ -18,7 +20,8 @@ from tokenenv.errors import ContractError
 
 
 class Pairing:
-    """Numbers the texts of N slots as they begin: `group_size` numbers in a row, from a multiple of it on, share a prompt."""
+    """Numbers the texts of N slots as they begin: `group_size` numbers in a row, from a multiple of
+    it on, share a prompt."""
 
     def __init__(self, num_slots: int, group_size: int) -> None:
         self.group_size = group_size
@@ -62,13 +65,22 @@ class Pairing:
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint needs."""
         texts = {"waiting": list(self.waiting.values()), "ready": self.ready}
-        stacked = {name: asdict(EpisodeBatch.stack(some)) if some else None for name, some in texts.items()}
-        return {"number": self.number.copy(), "begun": self._begun.copy(), "numbers": list(self.waiting), **stacked}
+        stacked = {
+            name: asdict(EpisodeBatch.stack(some)) if some else None for name, some in texts.items()
+        }
+        return {
+            "number": self.number.copy(),
+            "begun": self._begun.copy(),
+            "numbers": list(self.waiting),
+            **stacked,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()`."""
         state = copy.deepcopy(dict(state))
-        waiting, self.ready = (EpisodeBatch(**state[k]).unstack() if state[k] else [] for k in ("waiting", "ready"))
+        waiting, self.ready = (
+            EpisodeBatch(**state[k]).unstack() if state[k] else [] for k in ("waiting", "ready")
+        )
         self.waiting = dict(zip(state["numbers"], waiting, strict=True))
         self.number, self._begun = state["number"], state["begun"]
 
@@ -86,7 +98,9 @@ def check_prompts(group: Sequence[Episode]) -> None:
     for episode in group:
         if episode.prompt.tolist() != first:
             raise ContractError(
-                f"group_size={len(group)} says that the texts of slots {[e.slot for e in group]} share a prompt, but one began "
-                f"with the tokens {first} and one with {episode.prompt.tolist()}: of the texts that begin in a group of slots, "
+                f"group_size={len(group)} says that the texts of slots {[e.slot for e in group]} "
+                f"share a prompt, but one began "
+                f"with the tokens {first} and one with {episode.prompt.tolist()}: of the texts "
+                f"that begin in a group of slots, "
                 f"by time and then by slot, each {len(group)} in a row must have the same prompt."
             )

@@ -21,7 +21,9 @@ class Replay:
 
     def add(self, episodes: Sequence[Episode]) -> None:
         """Takes episodes in; the oldest leave."""
-        self.episodes = deque([*self.episodes, *episodes])  # a new one: copies of this object keep theirs
+        self.episodes = deque(
+            [*self.episodes, *episodes]
+        )  # a new one: copies of this object keep theirs
         self.tokens += sum(len(e.response) for e in episodes)
         while self.tokens > self.capacity and len(self.episodes) > 1:
             self.tokens -= len(self.episodes.popleft().response)

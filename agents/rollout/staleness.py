@@ -1,7 +1,8 @@
-"""Texts that were not drawn from the policy that learns from them: how old they are, how far off, and what corrects it.
+"""Texts that were not drawn from the policy that learns from them: how old they are, how far off,
+and what corrects it.
 
-An engine's log-probs differ a little from the learner's (other kernels, other precision), and a text may be older than the
-last update. Suffixes: B episodes, T response tokens.
+An engine's log-probs differ a little from the learner's (other kernels, other precision), and a
+text may be older than the last update. Suffixes: B episodes, T response tokens.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ Metrics = dict[str, float]
 
 
 def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
-    """Updates between the first token of each text and the one that learns from it: the mean, the largest, and how many
-    texts are stale at all."""
+    """Updates between the first token of each text and the one that learns from it: the mean, the
+    largest, and how many texts are stale at all."""
     age_B = (updates - batch.version_B).float()
     return {
         "rollout/staleness": float(age_B.mean()),
@@ -27,7 +28,8 @@ def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
 
 
 def waiting(texts: Sequence[Any]) -> Metrics:
-    """The ended texts that wait for the rest of their group, and the response tokens that they hold."""
+    """The ended texts that wait for the rest of their group, and the response tokens that they
+    hold."""
     return {
         "rollout/waiting_texts": float(len(texts)),
         "rollout/waiting_tokens": float(sum(len(text.response) for text in texts)),
@@ -35,13 +37,15 @@ def waiting(texts: Sequence[Any]) -> Metrics:
 
 
 def mismatch(batch: EpisodeBatch, updates: int) -> Metrics:
-    """How far the sampler's log-probs are from the learner's `learned["learner_logprob"]`, in nats, on the tokens of the texts
-    that are not stale (NaN where all are): the mean and the largest difference, and KL(sampler || learner) per token (k3).
-    """
+    """How far the sampler's log-probs are from the learner's `learned["learner_logprob"]`, in nats,
+    on the tokens of the texts that are not stale (NaN where all are): the mean and the largest
+    difference, and KL(sampler || learner) per token (k3)."""
     fresh_BT = batch.mask_BT & (batch.version_B == updates)[:, None]
     log_ratio_K = (batch.learned["learner_logprob"] - batch.logprob_BT)[fresh_BT]
     if not len(log_ratio_K):
-        return dict.fromkeys(("rollout/mismatch", "rollout/mismatch_max", "rollout/mismatch_kl"), float("nan"))
+        return dict.fromkeys(
+            ("rollout/mismatch", "rollout/mismatch_max", "rollout/mismatch_kl"), float("nan")
+        )
     return {
         "rollout/mismatch": float(log_ratio_K.abs().mean()),
         "rollout/mismatch_max": float(log_ratio_K.abs().max()),
@@ -50,8 +54,8 @@ def mismatch(batch: EpisodeBatch, updates: int) -> Metrics:
 
 
 def importance(batch: EpisodeBatch, cap: float) -> Tensor:
-    """The weight (B, T) of each token's policy loss, `min(pi_old / pi_sampler, cap)`: truncated importance sampling (Ionides
-    2008; for engines, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). pi_old is
-    the learner's policy before the update, and what ratios are then taken to.
-    """
+    """The weight (B, T) of each token's policy loss, `min(pi_old / pi_sampler, cap)`: truncated
+    importance sampling (Ionides 2008; for engines, Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"). pi_old is the learner's policy before the update,
+    and what ratios are then taken to."""
     return torch.exp(batch.learned["learner_logprob"] - batch.logprob_BT).clamp(max=cap)

@@ -1,7 +1,8 @@
-"""Whole texts from an engine such as vLLM, scored by the env: what `Collector` does, for those who generate elsewhere.
+"""Whole texts from an engine such as vLLM, scored by the env: what `Collector` does, for those who
+generate elsewhere.
 
-The engine is kept busy: a text may be begun under one version of the weights and ended under a later one, whose log-probs
-its later tokens then have. Suffixes: B episodes, T response tokens.
+The engine is kept busy: a text may be begun under one version of the weights and ended under a
+later one, whose log-probs its later tokens then have. Suffixes: B episodes, T response tokens.
 """
 
 import importlib
@@ -21,8 +22,12 @@ from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
-ENGINES = {"vllm": "tokenenv.rollout.vllm:VLLMEngine", "http": "tokenenv.rollout.server:VLLMServerEngine"}
-"""What `rollout=` may name, besides "step": "vllm", or the URL of a vLLM server. Imported where they are used."""
+ENGINES = {
+    "vllm": "tokenenv.rollout.vllm:VLLMEngine",
+    "http": "tokenenv.rollout.server:VLLMServerEngine",
+}
+"""What `rollout=` may name, besides "step": "vllm", or the URL of a vLLM server. Imported where
+they are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,12 @@ class Text:
 
 
 class TextCollector:
-    """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished ones scored.
+    """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished
+    ones scored.
 
-    A text's prompt and its sampling seed depend on the run's seed and the text's number alone. Where anything interrupts the
-    engine, what was running is begun again by the next `collect`; what had ended is kept.
+    A text's prompt and its sampling seed depend on the run's seed and the text's number alone.
+    Where anything interrupts the engine, what was running is begun again by the next `collect`;
+    what had ended is kept.
     """
 
     def __init__(
@@ -63,7 +70,12 @@ class TextCollector:
     ) -> None:
         self.core = check_text_env(envs)
         self.pays_logprob = wants_logprob(envs)
-        self.engine, self.seed, self.group_size, self.max_staleness = engine, seed, group_size, max_staleness
+        self.engine, self.seed, self.group_size, self.max_staleness = (
+            engine,
+            seed,
+            group_size,
+            max_staleness,
+        )
         self.num_texts = max(num_texts, group_size)
         self.spec: TokenSpec = self.core.token_spec
         self.tokens_seen = 0
@@ -79,11 +91,13 @@ class TextCollector:
         self._waiting: dict[int, Text] = {}
         """Finished texts of groups that are not complete, by number."""
         self._ready: list[Text] = []
-        """Texts of complete groups that are not scored yet: an error while they are leaves them here."""
+        """Texts of complete groups that are not scored yet: an error while they are leaves them
+        here."""
         self._continuations: dict[int, Text] = {}
         """Finished continuations, by number."""
         self._cut: dict[int, Text] = {}
-        """Texts that were running when the engine was stopped, or are not begun yet, by number: they are begun first."""
+        """Texts that were running when the engine was stopped, or are not begun yet, by number:
+        they are begun first."""
         self._synced = True
         """Whether the engine has the present weights."""
         self.stopping = False
@@ -94,8 +108,9 @@ class TextCollector:
     def collect(self, num_tokens: int) -> list[Episode]:
         """Episodes that hold at least `num_tokens` response tokens, in whole groups.
 
-        Does not return before every text that would be more than `max_staleness` updates old in the next batch has ended:
-        nothing is thrown away for its age, which would favour short texts. Raises `Stopped` where `stopping` is set meanwhile.
+        Does not return before every text that would be more than `max_staleness` updates old in the
+        next batch has ended: nothing is thrown away for its age, which would favour short texts.
+        Raises `Stopped` where `stopping` is set meanwhile.
         """
         if not self._synced:
             self._sync()
@@ -111,7 +126,9 @@ class TextCollector:
             episodes = self._score(self._ready)
         except NotFinite as error:
             failed = {self._ready[row].number // self.group_size for row in error.rows}
-            self._ready = [text for text in self._ready if text.number // self.group_size not in failed]
+            self._ready = [
+                text for text in self._ready if text.number // self.group_size not in failed
+            ]
             raise
         self._ready = []
         return episodes
@@ -127,13 +144,21 @@ class TextCollector:
         self._sync()
 
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """`rollouts` continuations of each state to the end, one after the other, beside the running texts."""
+        """`rollouts` continuations of each state to the end, one after the other, beside the
+        running texts."""
         numbers = []
         with self._stopping():
             for prompt, prefix in states:
                 for _ in range(rollouts):
                     self._continued += 1
-                    text = Text(-self._continued, self.version, prompt.tolist(), -1, self.core.weights, prefix.tolist())
+                    text = Text(
+                        -self._continued,
+                        self.version,
+                        prompt.tolist(),
+                        -1,
+                        self.core.weights,
+                        prefix.tolist(),
+                    )
                     self._begin(text)
                     numbers.append(text.number)
             while not all(number in self._continuations for number in numbers):
@@ -145,7 +170,8 @@ class TextCollector:
         return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
 
     def load_env(self, saved: dict[str, Any] | None) -> None:
-        """Goes on from what `save_env` returned; running texts are begun again with the present weights."""
+        """Goes on from what `save_env` returned; running texts are begun again with the present
+        weights."""
         if saved is not None:
             self.core.tokens_seen = int(saved["tokens_seen"])
             self.core.load_statistics(saved["statistics"])
@@ -154,16 +180,24 @@ class TextCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but what the env and the engine keep."""
-        texts = {"waiting": list(self._waiting.values()), "ready": self._ready, "cut": self._unfinished()}
+        texts = {
+            "waiting": list(self._waiting.values()),
+            "ready": self._ready,
+            "cut": self._unfinished(),
+        }
         names = ("tokens_seen", "version", "_begun", "_continued")
         kept: dict[str, Any] = {name: getattr(self, name) for name in names}
         return kept | {name: [asdict(text) for text in some] for name, some in texts.items()}
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
         """Continues from `state_dict()`."""
-        texts = {name: [Text(**text) for text in state[name]] for name in ("waiting", "ready", "cut")}
+        texts = {
+            name: [Text(**text) for text in state[name]] for name in ("waiting", "ready", "cut")
+        }
         vars(self).update({name: value for name, value in state.items() if name not in texts})
-        self._waiting, self._cut = ({text.number: text for text in texts[name]} for name in ("waiting", "cut"))
+        self._waiting, self._cut = (
+            {text.number: text for text in texts[name]} for name in ("waiting", "cut")
+        )
         self._ready = texts["ready"]
 
     # ---------------------------------------------------------------- texts
@@ -173,8 +207,13 @@ class TextCollector:
 
     def _overdue(self) -> bool:
         """Whether a text that is not ready yet would be too old for the next batch."""
-        oldest = min((text.version for text in [*self._unfinished(), *self._waiting.values()]), default=self.version)
-        return self.version + 1 - oldest > self.max_staleness and bool(self._unfinished() or self._waiting)
+        oldest = min(
+            (text.version for text in [*self._unfinished(), *self._waiting.values()]),
+            default=self.version,
+        )
+        return self.version + 1 - oldest > self.max_staleness and bool(
+            self._unfinished() or self._waiting
+        )
 
     def _unfinished(self) -> list[Text]:
         texts = self._cut | self._running
@@ -191,7 +230,10 @@ class TextCollector:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
             numbers = range(self._begun, self._begun + self.group_size)
-            cut = {number: Text(number, self.version, prompt, prompt_id, self.core.weights) for number in numbers}
+            cut = {
+                number: Text(number, self.version, prompt, prompt_id, self.core.weights)
+                for number in numbers
+            }
             self._begun, self._cut = numbers.stop, cut
             self._begin_cut()
 
@@ -208,7 +250,10 @@ class TextCollector:
     def _wait(self) -> None:
         """Takes in the texts that end next."""
         written = {one.key: one for one in self.engine.ended()}
-        ended = {n: replace(self._running[n], response=one.tokens, logprob=one.logprobs) for n, one in written.items()}
+        ended = {
+            n: replace(self._running[n], response=one.tokens, logprob=one.logprobs)
+            for n, one in written.items()
+        }
         running = {n: text for n, text in self._running.items() if n not in ended}
         waiting = self._waiting | {n: text for n, text in ended.items() if n >= 0}
         continuations = self._continuations | {n: text for n, text in ended.items() if n < 0}
@@ -226,7 +271,8 @@ class TextCollector:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Where anything interrupts the engine, what was running is begun again by the next `collect`."""
+        """Where anything interrupts the engine, what was running is begun again by the next
+        `collect`."""
         try:
             yield
         except BaseException:
@@ -245,7 +291,9 @@ class TextCollector:
             scores = self.core.score_episodes(
                 [text.prompt for text in texts],
                 [[*text.prefix, *text.response] for text in texts],
-                logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts] if self.pays_logprob else None,
+                logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
+                if self.pays_logprob
+                else None,
                 weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
                 played=True,
             )
@@ -267,7 +315,9 @@ class TextCollector:
             logprob=np.asarray(text.logprob, np.float32),
             ref_logprob=scores.ref_logprobs[row, start:end],
             reward=scores.token_rewards[row, start:end],
-            potential=nothing[start:] if scores.potentials is None else scores.potentials[row, start : end + 1],
+            potential=nothing[start:]
+            if scores.potentials is None
+            else scores.potentials[row, start : end + 1],
             kl_coef=text.weights.get("kl", 0.0),
             terminated=terminated,
             truncated=not terminated,
@@ -278,18 +328,25 @@ class TextCollector:
             index=text.number // self.num_texts,
             version=text.version,
             bootstraps=not terminated and not self.spec.score_truncated,
-            terms={name: values[row, start:end] for name, values in scores.token_reward_terms.items()},
+            terms={
+                name: values[row, start:end] for name, values in scores.token_reward_terms.items()
+            },
         )
 
 
 def check_text_env(envs: VectorEnv) -> Any:
-    """The env, if it scores whole texts and nothing around it would be left out; else `InvalidArgument`."""
+    """The env, if it scores whole texts and nothing around it would be left out; else
+    `InvalidArgument`."""
     core: Any = envs.unwrapped
     if not hasattr(core, "score_episodes"):
-        raise InvalidArgument(f"rollout needs an env that scores whole texts (score_episodes), not {type(core).__name__}.")
+        raise InvalidArgument(
+            f"rollout needs an env that scores whole texts (score_episodes), not "
+            f"{type(core).__name__}."
+        )
     if envs is not core:
         raise InvalidArgument(
-            f"rollout takes the bare env: {type(envs).__name__} around it would see none of the texts, which are scored whole."
+            f"rollout takes the bare env: {type(envs).__name__} around it would see none of the "
+            f"texts, which are scored whole."
         )
     return core
 
@@ -299,4 +356,6 @@ def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)
-    return engine(policy.model, dtype="bfloat16" if policy.uses_bfloat16 else "float32", **given, **options)
+    return engine(
+        policy.model, dtype="bfloat16" if policy.uses_bfloat16 else "float32", **given, **options
+    )

@@ -1,1 +1,2 @@
-"""A run on disk and on a screen: checkpoints, TensorBoard, episodes, the page, evaluation, export."""
+"""A run on disk and on a screen: checkpoints, TensorBoard, episodes, the page, evaluation,
+export."""

@@ -1,6 +1,8 @@
-"""Checkpoints: what one holds of an agent, and the file it is: safetensors, written atomically, no pickle.
+"""Checkpoints: what one holds of an agent, and the file it is: safetensors, written atomically, no
+pickle.
 
-Tensors and NumPy arrays are the file's tensors; everything else is JSON in its header, beside a format version and a checksum.
+Tensors and NumPy arrays are the file's tensors; everything else is JSON in its header, beside a
+format version and a checksum.
 """
 
 import json
@@ -34,7 +36,8 @@ PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", 
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
-    """Everything that the next update depends on; frozen weights come from the env's model again."""
+    """Everything that the next update depends on; frozen weights come from the env's model
+    again."""
     return {
         "agent": type(agent).__name__,
         "config": without_secrets(asdict(agent.config)),
@@ -54,28 +57,45 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Within it, a checkpoint that holds something else than `agent_state` writes is a `CheckpointError`: whole, with the
-    right checksum, it may still have been written by another program, or by hand."""
+    """Within it, a checkpoint that holds something else than `agent_state` writes is a
+    `CheckpointError`: whole, with the right checksum, it may still have been written by another
+    program, or by hand."""
     try:
         yield
     except TokenEnvError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         what = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError(f"{path} does not hold what a checkpoint of this agent does ({what}).") from error
+        raise CheckpointError(
+            f"{path} does not hold what a checkpoint of this agent does ({what})."
+        ) from error
 
 
 def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> None:
-    """Raises `CheckpointError` unless this is an `agent_state` of an agent of this class, whose config has these fields."""
+    """Raises `CheckpointError` unless this is an `agent_state` of an agent of this class, whose
+    config has these fields."""
     if not isinstance(state, dict) or state.get("agent") != agent:
         by = state.get("agent") if isinstance(state, dict) else None
         raise CheckpointError(f"{path} was saved by {by}, not by {agent}.")
     wanted = {"state": (state, PARTS), "config": (state.get("config"), set(config))}
     for name, (found, expected) in wanted.items():
         if not isinstance(found, dict) or set(found) != set(expected):
-            wrong = sorted(set(expected) ^ set(found), key=str) if isinstance(found, dict) else "no mapping"
+            wrong = (
+                sorted(set(expected) ^ set(found), key=str)
+                if isinstance(found, dict)
+                else "no mapping"
+            )
             raise CheckpointError(
-                f"{path} does not fit this version of the package: of its {name}, {wrong} is missing or unknown."
+                f"{path} does not fit this version of the package: of its {name}, {wrong} is "
+                f"missing or unknown."
             )
 
 
@@ -96,13 +116,16 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
         agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
         agent.collector.load_env(state["env"])
     else:  # texts that were running are of the other kind: they are left, and the env begins anew
-        agent.collector.tokens_seen, agent.collector.version = state["collector"]["tokens_seen"], state["collector"]["version"]
+        agent.collector.tokens_seen, agent.collector.version = (
+            state["collector"]["tokens_seen"],
+            state["collector"]["version"],
+        )
         agent.collector.load_env(None)
 
 
 def env_identity(agent: "Agent") -> dict[str, Any]:
-    """What makes the env this one, in plain values: its own `identity`, or the class and spaces of an env without one; and
-    its size, where the texts are stepped."""
+    """What makes the env this one, in plain values: its own `identity`, or the class and spaces of
+    an env without one; and its size, where the texts are stepped."""
     envs = agent.envs
     own = method(envs, "identity")
     if own is None:
@@ -111,12 +134,17 @@ def env_identity(agent: "Agent") -> dict[str, Any]:
 
 
 def check_identity(env: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` that names what differs between the env and the one of the checkpoint."""
+    """Raises `CheckpointError` that names what differs between the env and the one of the
+    checkpoint."""
     here, there = dict(flat(env)), dict(flat(saved))
     # One of both may write whole texts, and knows no slots.
-    names = [name for name in {**there, **here} if name != "num_envs" or (name in here and name in there)]
+    names = [
+        name for name in {**there, **here} if name != "num_envs" or (name in here and name in there)
+    ]
     pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]
-    differing = [f"{name} is {saved!r} there and {own!r} here" for name, saved, own in pairs if saved != own]
+    differing = [
+        f"{name} is {saved!r} there and {own!r} here" for name, saved, own in pairs if saved != own
+    ]
     if differing:
         raise CheckpointError(f"the checkpoint belongs to another env: {'; '.join(differing)}.")
 
@@ -136,23 +164,36 @@ def trained_weights(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and shape."""
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (expected, saved)]
+    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and
+    shape."""
+    shapes = [
+        {name: tuple(weight.shape) for name, weight in weights.items()}
+        for weights in (expected, saved)
+    ]
     if shapes[0] != shapes[1]:
         name = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
         here, there = (which.get(name, "nothing") for which in shapes)
-        raise CheckpointError(f"the checkpoint belongs to another model: it has {there} for {name}, this policy {here}.")
+        raise CheckpointError(
+            f"the checkpoint belongs to another model: it has {there} for {name}, this policy "
+            f"{here}."
+        )
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Writes nested dicts, lists and tuples of plain values, NumPy arrays and tensors.
 
-    The file appears whole or not at all: a crash at any moment leaves the previous checkpoint at `path`. The one that was
-    there is kept as `path`.previous, which `read_newest` takes where the newer one is damaged.
+    The file appears whole or not at all: a crash at any moment leaves the previous checkpoint at
+    `path`. The one that was there is kept as `path`.previous, which `read_newest` takes where the
+    newer one is damaged.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(state, tensors, "state"))
-    metadata = {"format": FORMAT, "version": VERSION, "state": text, "checksum": str(_checksum(text, tensors))}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "state": text,
+        "checksum": str(_checksum(text, tensors)),
+    }
 
     def write(temporary: Path) -> None:
         try:
@@ -164,10 +205,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
 
 
 def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dict[str, Any]:
-    """`read_checkpoint`; where that file is missing or damaged and the one before it is not, this one, with a warning.
+    """`read_checkpoint`; where that file is missing or damaged and the one before it is not, this
+    one, with a warning.
 
-    `set_aside` renames the damaged one to `path`.damaged, so that the next `write_checkpoint` does not keep it in place of
-    the good one.
+    `set_aside` renames the damaged one to `path`.damaged, so that the next `write_checkpoint` does
+    not keep it in place of the good one.
     """
     path = Path(path)
     try:
@@ -185,7 +227,8 @@ def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dic
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_checkpoint` was given, tensors on the CPU; `CheckpointError` if it is missing, corrupt or foreign."""
+    """What `write_checkpoint` was given, tensors on the CPU; `CheckpointError` if it is missing,
+    corrupt or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -193,16 +236,29 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}.") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of this package.")
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a checkpoint of this package."
+        )
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path} has checkpoint version {metadata.get('version')}; this package reads {VERSION}.")
+        raise CheckpointError(
+            f"{path} has checkpoint version {metadata.get('version')}; this package reads "
+            f"{VERSION}."
+        )
     text = metadata.get("state", "")
     if metadata.get("checksum") != str(_checksum(text, tensors)):
         raise CheckpointError(f"{path} is corrupt: its contents do not match its checksum.")
     try:
         return _decode(json.loads(text), tensors)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # somebody else wrote it
-        raise CheckpointError(f"{path} is corrupt: its state cannot be read ({type(error).__name__}: {error}).") from error
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # somebody else wrote it
+        raise CheckpointError(
+            f"{path} is corrupt: its state cannot be read ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
@@ -213,14 +269,21 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """JSON for `value`; what JSON lacks becomes {"kind": [...]}, so a dict becomes a list of pairs."""
+    """JSON for `value`; what JSON lacks becomes {"kind": [...]}, so a dict becomes a list of
+    pairs."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         # A copy: tied weights share memory, which safetensors refuses.
-        tensors[name] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = (
+            torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        )
         return {kind: name}
     if isinstance(value, dict):
-        return {"dict": [[_encode(k, {}, ""), _encode(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+        return {
+            "dict": [
+                [_encode(k, {}, ""), _encode(v, tensors, f"{name}.{k}")] for k, v in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         items = [_encode(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items

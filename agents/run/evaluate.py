@@ -1,4 +1,5 @@
-"""Measuring a policy on an env: the true metric with its standard error, the KL spent, and signs of collapse."""
+"""Measuring a policy on an env: the true metric with its standard error, the KL spent, and signs of
+collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Evaluation:
     terminated: float
     """Share of texts that ended by themselves."""
     distinct_bigrams: float
-    """Share of all response bigrams that are different from each other; low when texts repeat themselves or one another."""
+    """Share of all response bigrams that are different from each other; low when texts repeat
+    themselves or one another."""
     episodes: tuple[Episode, ...]
     """The texts themselves, in the order of their prompts."""
 
@@ -51,16 +53,20 @@ def evaluate(
     temperature: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Samples texts from an agent, or from a policy, with caches and random numbers of their own: nothing else moves.
+    """Samples texts from an agent, or from a policy, with caches and random numbers of their own:
+    nothing else moves.
 
-    With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the same `seed`. `envs` is
-    reset, so it should not be the one in which an agent is learning. `temperature` is by default the agent's (a policy's is
-    1); 0 takes the likeliest token each time, and the KL is then that of this deterministic policy.
-    `BestOfN` draws n texts for each of these, and its KL is the bound that it reports.
+    With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the
+    same `seed`. `envs` is reset, so it should not be the one in which an agent is learning.
+    `temperature` is by default the agent's (a policy's is 1); 0 takes the likeliest token each
+    time, and the KL is then that of this deterministic policy. `BestOfN` draws n texts for each of
+    these, and its KL is the bound that it reports.
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
-        raise InvalidArgument(f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate.")
+        raise InvalidArgument(
+            f"num_texts={num_texts} and prompts={prompts} leave nothing to evaluate."
+        )
     policy: Policy = getattr(agent, "policy", agent)
     if temperature is None:
         temperature = agent.config.temperature if policy is not agent else 1.0
@@ -68,12 +74,18 @@ def evaluate(
     best_of = getattr(agent, "best_of", 1)
 
     def texts(actor_seed: int) -> list[Episode]:
-        collector = Collector(envs, Actor(policy, temperature=temperature, seed=actor_seed), seed=seed)
-        return first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
+        collector = Collector(
+            envs, Actor(policy, temperature=temperature, seed=actor_seed), seed=seed
+        )
+        return (
+            first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
+        )
 
     # One draw from each prompt at a time: the same seed of the env gives the same prompts again.
     draws = zip(*(texts(seed * best_of + draw) for draw in range(best_of)), strict=True)
-    return summarise([max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of))
+    return summarise(
+        [max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of)
+    )
 
 
 def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
@@ -87,12 +99,14 @@ def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
 
 
 def best_of_n_kl(n: int) -> float:
-    """The bound on KL(best of n || one), in nats: log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879)."""
+    """The bound on KL(best of n || one), in nats: log n - (n - 1) / n (Beirami et al. 2024, arXiv
+    2401.01879)."""
     return float(np.log(n)) - (n - 1) / n
 
 
 def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
-    """The first texts of each slot, as many from each: taking whatever ends first would favour short ones."""
+    """The first texts of each slot, as many from each: taking whatever ends first would favour
+    short ones."""
     num_envs = collector.envs.num_envs
     rounds = -(-num_texts // num_envs)
     found: dict[tuple[int, int], Episode] = {}
@@ -105,9 +119,12 @@ def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
     return [found[key] for key in sorted(found)][:num_texts]
 
 
-def next_token_probs(policy: Any, temperature: float = 1.0) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """pi(. | text) of an `LMPolicy` as a function of a NumPy observation of K texts, (K, V) float64: what an env's exact
-    `oracle.evaluate` asks for. Every call reads the texts from their start."""
+def next_token_probs(
+    policy: Any, temperature: float = 1.0
+) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """pi(. | text) of an `LMPolicy` as a function of a NumPy observation of K texts, (K, V)
+    float64: what an env's exact `oracle.evaluate` asks for. Every call reads the texts from their
+    start."""
 
     @torch.no_grad()
     def probs(obs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -120,7 +137,8 @@ def next_token_probs(policy: Any, temperature: float = 1.0) -> Callable[[Mapping
 
 
 def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
-    """The figures of an evaluation from its episodes; `extra_kl` nats are what choosing among texts adds."""
+    """The figures of an evaluation from its episodes; `extra_kl` nats are what choosing among texts
+    adds."""
     gold, score = [e.gold for e in episodes], [e.score for e in episodes]
     return Evaluation(
         num_texts=len(episodes),
@@ -142,6 +160,11 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def distinct_bigrams(responses: Sequence[np.ndarray]) -> float:
-    """The number of different pairs of neighbouring tokens divided by the number of pairs (Li et al. 2016, distinct-2)."""
-    pairs = [pair for response in responses for pair in zip(response[:-1].tolist(), response[1:].tolist(), strict=True)]
+    """The number of different pairs of neighbouring tokens divided by the number of pairs (Li et
+    al. 2016, distinct-2)."""
+    pairs = [
+        pair
+        for response in responses
+        for pair in zip(response[:-1].tolist(), response[1:].tolist(), strict=True)
+    ]
     return len(set(pairs)) / len(pairs) if pairs else float("nan")

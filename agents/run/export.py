@@ -1,6 +1,8 @@
-"""Episodes as files, for those who stay with their trainer: a line of JSON or an Arrow row each, and as padded tensors.
+"""Episodes as files, for those who stay with their trainer: a line of JSON or an Arrow row each,
+and as padded tensors.
 
-The KL term is left out of the rewards: every trainer has a KL penalty of its own, and log pi_ref and beta are beside them.
+The KL term is left out of the rewards: every trainer has a KL penalty of its own, and log pi_ref
+and beta are beside them.
 """
 
 import json
@@ -39,11 +41,13 @@ SUFFIXES = (".jsonl", ".arrow")
 Row = dict[str, Any]
 
 
-def write_episodes(path: str | os.PathLike[str], episodes: Iterable[Episode], tokenizer: Any = None) -> None:
+def write_episodes(
+    path: str | os.PathLike[str], episodes: Iterable[Episode], tokenizer: Any = None
+) -> None:
     """Writes `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
 
-    With a `tokenizer` the texts are there too. Raises `InvalidArgument` for another suffix, `MissingDependency` for Arrow
-    without pyarrow.
+    With a `tokenizer` the texts are there too. Raises `InvalidArgument` for another suffix,
+    `MissingDependency` for Arrow without pyarrow.
     """
     path = Path(path)
     _check_suffix(path)
@@ -51,7 +55,9 @@ def write_episodes(path: str | os.PathLike[str], episodes: Iterable[Episode], to
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     if path.suffix == ".jsonl":
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8"
+        )
     else:
         _write_arrow(temporary, rows)
     os.replace(temporary, path)
@@ -66,7 +72,9 @@ def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
     try:
         return _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise InvalidArgument(f"path={str(path)!r} does not hold what write_episodes writes: {str(error)[:200]}.") from error
+        raise InvalidArgument(
+            f"path={str(path)!r} does not hold what write_episodes writes: {str(error)[:200]}."
+        ) from error
 
 
 def _read_arrow(path: Path) -> list[Row]:
@@ -110,11 +118,12 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
 
 
 def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """B rows as tensors, prompts (B, P) padded on the left and responses (B, T) on the right, as trainers hold them.
+    """B rows as tensors, prompts (B, P) padded on the left and responses (B, T) on the right, as
+    trainers hold them.
 
     Returns:
-        `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`, `logprobs`,
-        `ref_logprobs` float32, zero where there is no token.
+        `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`,
+        `logprobs`, `ref_logprobs` float32, zero where there is no token.
     """
     lengths = torch.tensor([len(row["response_ids"]) for row in rows])
     prompts = [torch.tensor(row["prompt_ids"][::-1]) for row in rows]
@@ -140,7 +149,9 @@ def _known(value: float) -> float | None:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
-        raise InvalidArgument(f"path={str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}.")
+        raise InvalidArgument(
+            f"path={str(path)!r} ends in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}."
+        )
 
 
 def _pyarrow() -> Any:
@@ -148,7 +159,9 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.ipc
     except ImportError as error:
-        raise MissingDependency(".arrow files need pyarrow: pip install 'tokenenv-rl[datasets]'") from error
+        raise MissingDependency(
+            ".arrow files need pyarrow: pip install 'tokenenv-rl[datasets]'"
+        ) from error
     return pyarrow
 
 
@@ -164,6 +177,8 @@ def _write_arrow(path: Path, rows: list[Row]) -> None:
         "string": pa.string(),
     }
     schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
-    table = pa.Table.from_pylist([{**row, "terms": list(row["terms"].items())} for row in rows], schema)
+    table = pa.Table.from_pylist(
+        [{**row, "terms": list(row["terms"].items())} for row in rows], schema
+    )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)

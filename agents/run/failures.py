@@ -14,9 +14,12 @@ from tokenenv.types import TokenSpec
 FILE = "failed_episodes.jsonl"
 
 
-def write_failures(directory: Path, error: NotFinite, spec: TokenSpec | None, update: int, tokens_seen: int) -> None:
-    """Adds a line of JSON to `failed_episodes.jsonl` for each text of the error: what is wrong, token ids, the text where there
-    is a tokenizer and, of texts that have ended, what each token earned (None where it is not finite)."""
+def write_failures(
+    directory: Path, error: NotFinite, spec: TokenSpec | None, update: int, tokens_seen: int
+) -> None:
+    """Adds a line of JSON to `failed_episodes.jsonl` for each text of the error: what is wrong,
+    token ids, the text where there is a tokenizer and, of texts that have ended, what each token
+    earned (None where it is not finite)."""
     tokenizer = spec.tokenizer if spec else None
     about = {"error": str(error), "update": update, "tokens_seen": tokens_seen}
     directory.mkdir(parents=True, exist_ok=True)
@@ -28,7 +31,11 @@ def write_failures(directory: Path, error: NotFinite, spec: TokenSpec | None, up
 
 def _record(text: Any, tokenizer: Any) -> dict[str, Any]:
     ids = {name: [int(token) for token in getattr(text, name)] for name in ("prompt", "response")}
-    known = {f"{name}_tokens": tokens for name, tokens in ids.items()} | {"slot": getattr(text, "slot", None)}
+    known = {f"{name}_tokens": tokens for name, tokens in ids.items()} | {
+        "slot": getattr(text, "slot", None)
+    }
     if tokenizer is not None:
         known |= {name: tokenizer.decode(tokens) for name, tokens in ids.items()}
-    return known | (token_columns(text, TokenPieces(tokenizer)) if isinstance(text, Episode) else {})
+    return known | (
+        token_columns(text, TokenPieces(tokenizer)) if isinstance(text, Episode) else {}
+    )

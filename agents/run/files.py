@@ -19,11 +19,15 @@ _held: set[tuple[Path, int]] = set()
 """Folders that this process has locked, and the threads that did."""
 
 
-def replace_file(path: Path, write: Callable[[Path], object], *, keep_previous: bool = False) -> None:
-    """Has `write` make a file beside `path`, which then takes the name: a crash at any moment leaves the old file or the
-    new one, whole. With `keep_previous` the old one stays, under `previous_of(path)`.
+def replace_file(
+    path: Path, write: Callable[[Path], object], *, keep_previous: bool = False
+) -> None:
+    """Has `write` make a file beside `path`, which then takes the name: a crash at any moment
+    leaves the old file or the new one, whole. With `keep_previous` the old one stays, under
+    `previous_of(path)`.
 
-    Raises `RunFolderError` where the disk is full or the folder cannot be written; `path` is then as it was.
+    Raises `RunFolderError` where the disk is full or the folder cannot be written; `path` is then
+    as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     with reporting(path, "be written"):
@@ -60,17 +64,22 @@ def reporting(path: Path, what: str) -> Iterator[None]:
 def refuse_run(folder: Path) -> None:
     """Raises `InvalidArgument` where `folder` holds a run, or is no folder."""
     if folder.exists() and not folder.is_dir():
-        raise InvalidArgument(f"run_dir={str(folder)!r} is a file; it must be a folder, which is made if there is none.")
+        raise InvalidArgument(
+            f"run_dir={str(folder)!r} is a file; it must be a folder, which is made if there is "
+            f"none."
+        )
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found:
         raise InvalidArgument(
-            f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv train --resume {folder}` "
+            f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv "
+            f"train --resume {folder}` "
             "(or by the agent's load), or give another folder."
         )
 
 
 def new_folder(path: Path) -> Path:
-    """Makes a folder that did not exist: `path`, or the first of `path`-2, `path`-3, ... that is free."""
+    """Makes a folder that did not exist: `path`, or the first of `path`-2, `path`-3, ... that is
+    free."""
     with reporting(path, "be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
         number, folder = 1, path
@@ -86,9 +95,11 @@ def new_folder(path: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes, and other threads, from training in `folder`; the system lets go when this process ends.
+    """Keeps other processes, and other threads, from training in `folder`; the system lets go when
+    this process ends.
 
-    The thread that holds the lock may take it again. Raises `RunFolderError` where another one has it.
+    The thread that holds the lock may take it again. Raises `RunFolderError` where another one has
+    it.
     """
     key = (folder.resolve(), threading.get_ident())
     if key in _held:
@@ -115,9 +126,15 @@ def _lock(file: TextIO, folder: Path) -> None:
     except BlockingIOError as error:
         file.seek(0)
         process = file.read(20).strip()
-        raise RunFolderError(f"{folder} is in use: process {process} trains there. Wait for it, or stop it.") from error
+        raise RunFolderError(
+            f"{folder} is in use: process {process} trains there. Wait for it, or stop it."
+        ) from error
     except OSError as error:
-        warnings.warn(f"{folder} cannot be locked ({error.strerror}): see to it that one process trains there.", stacklevel=4)
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}): see to it that one process trains "
+            f"there.",
+            stacklevel=4,
+        )
     with reporting(folder / LOCK, "be written"):
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -11,13 +11,25 @@ from tokenenv.agents.episodes import Episode
 
 
 class ProgressLine:
-    """One line, redrawn after each update on a terminal; elsewhere a plain line every few seconds."""
+    """One line, redrawn after each update on a terminal; elsewhere a plain line every few
+    seconds."""
 
-    def __init__(self, total_tokens: int, tokens_seen: int = 0, *, console: Console | None = None, seconds: float = 10.0):
+    def __init__(
+        self,
+        total_tokens: int,
+        tokens_seen: int = 0,
+        *,
+        console: Console | None = None,
+        seconds: float = 10.0,
+    ):
         self._console = console or Console(stderr=True)
         self._total, self._start, self._seconds = total_tokens, tokens_seen, seconds
         self._began = self._printed = time.monotonic()
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False), TimeRemainingColumn())
+        columns = (
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=total_tokens, completed=tokens_seen)
         self._bar.start()
@@ -30,7 +42,9 @@ class ProgressLine:
         done = tokens >= self._total
         if not self._console.is_terminal and (done or now - self._printed >= self._seconds):
             left = (now - self._began) * max(self._total - tokens, 0) / max(tokens - self._start, 1)
-            self._console.print(f"{line} | {left:.0f} s left", highlight=False, markup=False, soft_wrap=True)
+            self._console.print(
+                f"{line} | {left:.0f} s left", highlight=False, markup=False, soft_wrap=True
+            )
             self._printed = now
 
     def close(self) -> None:
@@ -48,5 +62,8 @@ def describe(metrics: dict[str, float], total_tokens: int) -> str:
     known = {label: metrics.get(name, np.nan) for label, name in names.items()}
     parts += [f"{label} {value:z.2f}" for label, value in known.items() if np.isfinite(value)]
     if metrics.get("rollout/staleness_max"):
-        parts.append(f"updates old {metrics['rollout/staleness']:.1f}, at most {metrics['rollout/staleness_max']:.0f}")
+        parts.append(
+            f"updates old {metrics['rollout/staleness']:.1f}, at most "
+            f"{metrics['rollout/staleness_max']:.0f}"
+        )
     return " | ".join(parts)

@@ -1,4 +1,5 @@
-"""`tokenenv show`: one self-contained page of a run's episodes, every token coloured by what it earned."""
+"""`tokenenv show`: one self-contained page of a run's episodes, every token coloured by what it
+earned."""
 
 import json
 from collections.abc import Sequence
@@ -20,16 +21,19 @@ MOST = 1e300
 def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 200) -> Path:
     """Writes the page (default: `episodes.html` in the run folder) and returns where it is.
 
-    The run folder is data, whoever made it: lines that are no episodes are left out, and their number stands on the page. It
-    shows at most `max_episodes` episodes, evenly over the run, of those whose tokens were written one by one.
-    Raises `InvalidArgument` where there is nothing to show.
+    The run folder is data, whoever made it: lines that are no episodes are left out, and their
+    number stands on the page. It shows at most `max_episodes` episodes, evenly over the run, of
+    those whose tokens were written one by one. Raises `InvalidArgument` where there is nothing to
+    show.
     """
     if max_episodes < 1:
         raise InvalidArgument(f"max_episodes={max_episodes} must be at least 1.")
     episodes, skipped = read_episodes(run_dir)
     detailed = [episode for episode in episodes if "tokens" in episode]
     if not detailed:
-        raise InvalidArgument(f"{run_dir / 'episodes.jsonl'} has no token columns; train again to see single tokens.")
+        raise InvalidArgument(
+            f"{run_dir / 'episodes.jsonl'} has no token columns; train again to see single tokens."
+        )
     data = {
         "title": run_dir.resolve().name,
         "run": _run(run_dir),
@@ -54,11 +58,13 @@ def page(data: dict[str, Any]) -> str:
 
 
 def read_episodes(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
-    """The episodes of a run's `episodes.jsonl`, and how many lines hold none. The last line may be half written while the run
-    goes on: it is no episode yet, and not counted."""
+    """The episodes of a run's `episodes.jsonl`, and how many lines hold none. The last line may be
+    half written while the run goes on: it is no episode yet, and not counted."""
     path = run_dir / "episodes.jsonl"
     if not path.is_file():
-        raise InvalidArgument(f"run_dir={str(run_dir)!r} has no episodes.jsonl; `tokenenv train` makes run folders.")
+        raise InvalidArgument(
+            f"run_dir={str(run_dir)!r} has no episodes.jsonl; `tokenenv train` makes run folders."
+        )
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     whole = [_episode(line) for line in lines[:-1] if line.strip()]
     last = [episode] if (episode := _episode(lines[-1])) else []
@@ -70,7 +76,8 @@ def read_episodes(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _episode(line: str) -> dict[str, Any] | None:
-    """The episode of a line, or None where there is none with numbers and texts where they belong."""
+    """The episode of a line, or None where there is none with numbers and texts where they
+    belong."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):  # also of a number with too many digits
@@ -83,21 +90,32 @@ def _is_episode(found: dict[str, Any]) -> bool:
     counts = [found.get(name) for name in ("tokens_seen", "length")]
     whole = all(isinstance(count, int) and 0 <= count <= MOST for count in counts)
     texts = all(isinstance(found.get(name), str | list) for name in ("prompt", "response"))
-    if not (whole and texts and isinstance(found.get("terminated"), bool) and _are_numbers(numbers)):
+    if not (
+        whole and texts and isinstance(found.get("terminated"), bool) and _are_numbers(numbers)
+    ):
         return False
     return "tokens" not in found or _are_columns(found)
 
 
 def _are_columns(found: dict[str, Any]) -> bool:
     tokens, terms = found["tokens"], found.get("token_terms", {})
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not isinstance(terms, dict):
+    if (
+        not isinstance(tokens, list)
+        or not all(isinstance(token, str) for token in tokens)
+        or not isinstance(terms, dict)
+    ):
         return False
     columns = [*terms.values(), *(found[name] for name in COLUMNS if found.get(name) is not None)]
-    return all(isinstance(column, list) and len(column) == len(tokens) and _are_numbers(column) for column in columns)
+    return all(
+        isinstance(column, list) and len(column) == len(tokens) and _are_numbers(column)
+        for column in columns
+    )
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return all(value is None or (isinstance(value, int | float) and abs(value) <= MOST) for value in values)
+    return all(
+        value is None or (isinstance(value, int | float) and abs(value) <= MOST) for value in values
+    )
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -118,7 +136,11 @@ def score_curve(episodes: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def _run(run_dir: Path) -> dict[str, str]:
     path = run_dir / "config.yaml"
-    config = from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+    config = (
+        from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
+        if path.is_file()
+        else {}
+    )
     if not isinstance(config, dict):
         raise InvalidArgument(f"{path} holds no mapping of options.")
     return {key: str(config[key]) for key in RUN_KEYS if config.get(key) is not None}

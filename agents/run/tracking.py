@@ -1,4 +1,5 @@
-"""The run folder: TensorBoard events, finished episodes as lines of JSON; and Weights & Biases where it is asked for.
+"""The run folder: TensorBoard events, finished episodes as lines of JSON; and Weights & Biases
+where it is asked for.
 
 Suffixes: K tokens of any texts.
 """
@@ -25,17 +26,20 @@ from tokenenv.types import TokenSpec
 
 EPISODES = "episodes.jsonl"
 DETAILED = 32
-"""Episodes of each update whose tokens are written one by one: a line of each is enough of the others."""
+"""Episodes of each update whose tokens are written one by one: a line of each is enough of the
+others."""
 EVERY = 10
 """Updates between sample texts and pictures."""
 QUARTERS = 4
 
 
 class RunFolder:
-    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update, and keeps it locked.
+    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update, and
+    keeps it locked.
 
-    A directory holds one run. What was written of it after `tokens_seen` tokens is taken out first: a run that goes on from
-    a checkpoint writes that again. `tokens_seen` is None for a new run, which is refused where there are episodes.
+    A directory holds one run. What was written of it after `tokens_seen` tokens is taken out first:
+    a run that goes on from a checkpoint writes that again. `tokens_seen` is None for a new run,
+    which is refused where there are episodes.
     """
 
     def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int | None) -> None:
@@ -91,7 +95,10 @@ class RunFolder:
         """The texts with the highest and the lowest scores, as Markdown."""
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
-        texts = [tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.response)) for e in chosen]
+        texts = [
+            tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.response))
+            for e in chosen
+        ]
         return "\n\n".join(
             f"score {e.score:.3g}, reward {e.reward.sum():.3g}: {prompt} **|** {response}"
             for e, (prompt, response) in zip(chosen, texts, strict=True)
@@ -104,13 +111,19 @@ class RunFolder:
 
 
 class WandbRun:
-    """The same figures in Weights & Biases: a listener for `learn(on_update=...)`; `close` ends the run."""
+    """The same figures in Weights & Biases: a listener for `learn(on_update=...)`; `close` ends the
+    run."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         wandb = import_wandb()
         directory.mkdir(parents=True, exist_ok=True)
         self._histogram = wandb.Histogram
-        self._run = wandb.init(project="tokenenv", name=directory.name, dir=str(directory), config=without_secrets(config))
+        self._run = wandb.init(
+            project="tokenenv",
+            name=directory.name,
+            dir=str(directory),
+            config=without_secrets(config),
+        )
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Logs one update at the tokens seen so far."""
@@ -133,12 +146,15 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependency("track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'") from error
+        raise MissingDependency(
+            "track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'"
+        ) from error
     return wandb
 
 
 def cut_episodes(path: Path, tokens_seen: int) -> None:
-    """Ends an `episodes.jsonl`, if there is one, after the last line that was written at or before so many tokens."""
+    """Ends an `episodes.jsonl`, if there is one, after the last line that was written at or before
+    so many tokens."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -162,24 +178,40 @@ def _tokens_seen(line: bytes) -> int | None:
 
 
 def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
-    """Reward and advantage of single tokens (K,): of all, and of each quarter of the texts, which shows where they sit."""
-    columns = {"reward": [e.reward for e in episodes], "advantage": [e.advantage for e in episodes if e.advantage is not None]}
+    """Reward and advantage of single tokens (K,): of all, and of each quarter of the texts, which
+    shows where they sit."""
+    columns = {
+        "reward": [e.reward for e in episodes],
+        "advantage": [e.advantage for e in episodes if e.advantage is not None],
+    }
     out: dict[str, np.ndarray] = {}
     for name, rows in columns.items():
         if rows:
-            values_K, quarter_K = np.concatenate(rows), np.concatenate([_quarters(len(row)) for row in rows])
-            parts = {f"tokens/{name}_quarter_{q + 1}": values_K[quarter_K == q] for q in range(QUARTERS)}
-            out |= {f"tokens/{name}": values_K} | {key: part for key, part in parts.items() if len(part)}
+            values_K, quarter_K = (
+                np.concatenate(rows),
+                np.concatenate([_quarters(len(row)) for row in rows]),
+            )
+            parts = {
+                f"tokens/{name}_quarter_{q + 1}": values_K[quarter_K == q] for q in range(QUARTERS)
+            }
+            out |= {f"tokens/{name}": values_K} | {
+                key: part for key, part in parts.items() if len(part)
+            }
     return {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
 
 
 def by_position(episodes: Sequence[Episode]) -> Any:
-    """A matplotlib figure of mean reward and advantage by place in the text, with the middle half of the texts shaded."""
+    """A matplotlib figure of mean reward and advantage by place in the text, with the middle half
+    of the texts shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "advantage"), strict=True):
-        rows = [row for e in episodes if (row := getattr(e, name)) is not None and np.isfinite(row).all()]
+        rows = [
+            row
+            for e in episodes
+            if (row := getattr(e, name)) is not None and np.isfinite(row).all()
+        ]
         if rows:
             table = np.full((len(rows), max(map(len, rows))), np.nan)
             for line, row in zip(table, rows, strict=True):
@@ -194,11 +226,17 @@ def by_position(episodes: Sequence[Episode]) -> Any:
 
 
 def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
-    """What a reader wants of an episode, as JSON: texts if there is a tokenizer, else token ids; None for unknown numbers."""
+    """What a reader wants of an episode, as JSON: texts if there is a tokenizer, else token ids;
+    None for unknown numbers."""
     texts: tuple[Any, Any] = (episode.prompt.tolist(), episode.response.tolist())
     if tokenizer is not None:
         texts = decode_pairs([texts], tokenizer, skip_special_tokens=False)[0]
-    numbers = {"score": episode.score, "gold": episode.gold, "reward": float(episode.reward.sum()), "kl": episode.kl}
+    numbers = {
+        "score": episode.score,
+        "gold": episode.gold,
+        "reward": float(episode.reward.sum()),
+        "kl": episode.kl,
+    }
     return {
         "prompt_id": episode.prompt_id,
         "prompt": texts[0],
@@ -210,8 +248,8 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
 
 
 def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
-    """One entry for each response token, numbers to four digits: its text, reward, terms, log pi - log pi_ref, and the
-    value and advantage that the learner found."""
+    """One entry for each response token, numbers to four digits: its text, reward, terms, log pi -
+    log pi_ref, and the value and advantage that the learner found."""
     columns = {
         "token_rewards": episode.reward,
         "token_kl": episode.logprob - episode.ref_logprob if episode.ref_logprob.any() else None,

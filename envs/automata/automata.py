@@ -1,6 +1,8 @@
-"""What the automaton tasks share: a random bigram as the reference, and a score that an automaton reads off the text.
+"""What the automaton tasks share: a random bigram as the reference, and a score that an automaton
+reads off the text.
 
-Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text is scored where it is cut. The prompt is "<s>".
+Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text is scored where it is
+cut. The prompt is "<s>".
 """
 
 from collections.abc import Sequence
@@ -25,11 +27,14 @@ CONCENTRATION, UNIFORM_SHARE = 0.3, 0.25
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises `InvalidArgument` unless `low` <= `value` <= `high`; whole bounds ask for a whole number."""
+    """Raises `InvalidArgument` unless `low` <= `value` <= `high`; whole bounds ask for a whole
+    number."""
     if isinstance(low, int) and not isinstance(value, int):
         raise InvalidArgument(f"{name}={value!r} must be a whole number, {low} to {high}.")
     if not isinstance(value, Real) or not low <= value <= high:
-        raise InvalidArgument(f"{name}={value} is not allowed; it must lie between {low} and {high}.")
+        raise InvalidArgument(
+            f"{name}={value} is not allowed; it must lie between {low} and {high}."
+        )
 
 
 def vocabulary(special: Sequence[str], vocab_size: int) -> list[str]:
@@ -39,7 +44,8 @@ def vocabulary(special: Sequence[str], vocab_size: int) -> list[str]:
 
 
 def random_table(vocab_size: int, rng: np.random.Generator) -> np.ndarray:
-    """p(next | last), (V + 1, V): three quarters Dirichlet(0.3), one quarter uniform; the last row is the start."""
+    """p(next | last), (V + 1, V): three quarters Dirichlet(0.3), one quarter uniform; the last row
+    is the start."""
     rows = rng.dirichlet(np.full(vocab_size, CONCENTRATION), size=vocab_size + 1)
     return (1 - UNIFORM_SHARE) * rows + UNIFORM_SHARE / vocab_size
 
@@ -50,7 +56,9 @@ def seeded(task_seed: int, *stream: int) -> np.random.Generator:
     return np.random.default_rng([task_seed, *stream])
 
 
-def automaton_task(words: Sequence[str], probs: np.ndarray, automaton: Automaton, max_new_tokens: int) -> Task:
+def automaton_task(
+    words: Sequence[str], probs: np.ndarray, automaton: Automaton, max_new_tokens: int
+) -> Task:
     """The task of these V words with reference `probs` (V + 1, V), on the automaton's device."""
     reference = Bigram(probs, automaton.device)
     return Task(
@@ -72,27 +80,41 @@ def automaton_task(words: Sequence[str], probs: np.ndarray, automaton: Automaton
 
 
 class OneHot:
-    """One-hot automaton state (Q), last token (V + 1) and step (T + 1): all that the optimum depends on."""
+    """One-hot automaton state (Q), last token (V + 1) and step (T + 1): all that the optimum
+    depends on."""
 
     def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
         self.automaton, self.reference = automaton, reference
-        self.offsets = np.cumsum([0, automaton.num_states, reference.vocab_size + 1, max_new_tokens + 1])
+        self.offsets = np.cumsum(
+            [0, automaton.num_states, reference.vocab_size + 1, max_new_tokens + 1]
+        )
 
     def __call__(self, states: TrunkStates, step: Tensor) -> Tensor:
         """Features (K, Q + V + T + 2) float32."""
         columns = (states[self.automaton], states[self.reference], step)
-        hot = torch.stack([column + int(offset) for column, offset in zip(columns, self.offsets[:-1], strict=True)], dim=1)
-        zeros = torch.zeros(len(step), int(self.offsets[-1]), dtype=torch.float32, device=step.device)
+        hot = torch.stack(
+            [
+                column + int(offset)
+                for column, offset in zip(columns, self.offsets[:-1], strict=True)
+            ],
+            dim=1,
+        )
+        zeros = torch.zeros(
+            len(step), int(self.offsets[-1]), dtype=torch.float32, device=step.device
+        )
         return zeros.scatter_(1, hot, 1.0)
 
 
 @cache
 def word_tokenizer(words: tuple[str, ...]) -> Any:
-    """A transformers tokenizer that splits at spaces; id i is `words[i]`, and unknown words are read as `words[0]`."""
+    """A transformers tokenizer that splits at spaces; id i is `words[i]`, and unknown words are
+    read as `words[0]`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     start = words[0]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=start))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=start, pad_token=start, unk_token=start)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=start, pad_token=start, unk_token=start
+    )

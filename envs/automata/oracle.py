@@ -1,4 +1,5 @@
-"""The exact optimum of score - beta KL(pi || pi_ref) where an automaton scores texts and a bigram is the reference."""
+"""The exact optimum of score - beta KL(pi || pi_ref) where an automaton scores texts and a bigram
+is the reference."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ from tokenenv.types import TrunkStates
 
 Table = TypeVar("Table")
 PolicyFunction = Callable[[dict[str, np.ndarray]], Any]
-"""Maps an observation of K running texts (NumPy `tokens` (K, T + 1), `length`, `prompt_length`) to pi(. | text), (K, V)."""
+"""Maps an observation of K running texts (NumPy `tokens` (K, T + 1), `length`, `prompt_length`) to
+pi(. | text), (K, V)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +43,24 @@ class AutomatonOracle:
     With V*_T(q, u) = payoff(q) and s' the state after token a in state s,
 
         V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (the largest V*(s') at beta = 0)
-        Q*(s, a) = V*(s')                                          (no reward before the end; the KL term is not in it)
-        pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
+        Q*(s, a) = V*(s')                                          (no reward before the end; the KL
+        term is not in it) pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
 
-    (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r + V*(s'). An `obs` holds N
-    texts as the env observes them, NumPy or torch, with a prompt of one token; beta is in reward per nat, 0 or more.
-    The tables of the last two betas are kept.
+    (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r
+    + V*(s'). An `obs` holds N texts as the env observes them, NumPy or torch, with a prompt of one
+    token; beta is in reward per nat, 0 or more. The tables of the last two betas are kept.
 
     Raises:
-        InvalidArgument: an observation is not of this task, or a next token is asked for after a text has ended.
+        InvalidArgument: an observation is not of this task, or a next token is asked for after a
+            text has ended.
     """
 
     def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
         if automaton.vocab_size != reference.vocab_size:
-            raise InvalidArgument(f"automaton reads {automaton.vocab_size} tokens, reference has {reference.vocab_size}.")
+            raise InvalidArgument(
+                f"automaton reads {automaton.vocab_size} tokens, reference has "
+                f"{reference.vocab_size}."
+            )
         self.automaton, self.reference = automaton, reference
         self.max_new_tokens, self.vocab_size = max_new_tokens, reference.vocab_size
         self._tables: dict[float, np.ndarray] = {}
@@ -92,17 +98,24 @@ class AutomatonOracle:
         return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
 
     def evaluate(
-        self, policy_fn: PolicyFunction, beta: float, *, markov: bool = False, num_texts: int = 1024, seed: int = 0
+        self,
+        policy_fn: PolicyFunction,
+        beta: float,
+        *,
+        markov: bool = False,
+        num_texts: int = 1024,
+        seed: int = 0,
     ) -> Evaluation:
-        """J of any policy, by what its tokens lose: J* - J = E_pi sum_t [V*(s) - E_pi Q*(s, a) + beta KL(pi || pi_ref)(s)].
+        """J of any policy, by what its tokens lose: J* - J = E_pi sum_t [V*(s) - E_pi Q*(s, a) +
+        beta KL(pi || pi_ref)(s)].
 
-        The bracket is beta KL(pi || pi*)(s), 0 or more, and is computed exactly in every state: sampled texts only say how
-        often a state occurs, so that the error vanishes as pi nears pi*.
+        The bracket is beta KL(pi || pi*)(s), 0 or more, and is computed exactly in every state:
+        sampled texts only say how often a state occurs, so that the error vanishes as pi nears pi*.
 
         Args:
             policy_fn: asked once a step.
-            markov: pi depends on nothing but the step, the automaton's state and the last token: it is then asked about one
-                text for each of those that occur, and the result is exact.
+            markov: pi depends on nothing but the step, the automaton's state and the last token: it
+                is then asked about one text for each of those that occur, and the result is exact.
             num_texts: sampled from pi otherwise, at least 2.
             seed: of the sampling.
         """
@@ -151,7 +164,9 @@ class AutomatonOracle:
 
     def _next(self, step: np.ndarray, state: np.ndarray, beta: float) -> np.ndarray:
         """V* (K, V) of where each token leads from K states."""
-        return self._values(beta)[step[:, None] + 1, self.automaton.transitions[state], np.arange(self.vocab_size)]
+        return self._values(beta)[
+            step[:, None] + 1, self.automaton.transitions[state], np.arange(self.vocab_size)
+        ]
 
     def _upload(self, beta: float) -> Tensor:
         return torch.from_numpy(self._values(beta)).float().to(self.automaton.device)
@@ -161,17 +176,28 @@ class AutomatonOracle:
     def _read(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Step, automaton state and last token (N,) of N texts."""
         if not isinstance(obs, Mapping) or not {"tokens", "length", "prompt_length"} <= set(obs):
-            raise InvalidArgument("obs must be a token observation: tokens, length and prompt_length.")
-        tokens = np.atleast_2d(_host(obs["tokens"]))
-        length, prompt_length = (np.atleast_1d(_host(obs[key])) for key in ("length", "prompt_length"))
-        if (prompt_length != 1).any() or (length < 1).any() or (length > self.max_new_tokens + 1).any():
             raise InvalidArgument(
-                f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} tokens; allowed: 1, and 1 to "
+                "obs must be a token observation: tokens, length and prompt_length."
+            )
+        tokens = np.atleast_2d(_host(obs["tokens"]))
+        length, prompt_length = (
+            np.atleast_1d(_host(obs[key])) for key in ("length", "prompt_length")
+        )
+        if (
+            (prompt_length != 1).any()
+            or (length < 1).any()
+            or (length > self.max_new_tokens + 1).any()
+        ):
+            raise InvalidArgument(
+                f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} "
+                f"tokens; allowed: 1, and 1 to "
                 f"{self.max_new_tokens + 1}."
             )
         valid = np.arange(tokens.shape[1]) < length[:, None]
         if (valid & ((tokens < 0) | (tokens >= self.vocab_size))).any():
-            raise InvalidArgument(f"obs has token ids out of range; allowed: 0 to {self.vocab_size - 1}.")
+            raise InvalidArgument(
+                f"obs has token ids out of range; allowed: 0 to {self.vocab_size - 1}."
+            )
         last = np.where(length == 1, self.vocab_size, tokens[np.arange(len(tokens)), length - 1])
         return length - 1, self.automaton.read(np.where(valid, tokens, 0), length), last
 
@@ -194,14 +220,22 @@ class AutomatonOracle:
         tokens = np.pad(texts.tokens, ((0, 0), (0, self.max_new_tokens + 1 - length)))
         counts = {"length": np.full(count, length), "prompt_length": np.ones(count, dtype=np.int64)}
         probs = _host(policy_fn({"tokens": tokens, **counts})).astype(np.float64)
-        if probs.shape != (count, self.vocab_size) or not (probs >= 0).all() or np.abs(probs.sum(1) - 1).max() > 1e-3:
+        if (
+            probs.shape != (count, self.vocab_size)
+            or not (probs >= 0).all()
+            or np.abs(probs.sum(1) - 1).max() > 1e-3
+        ):
             raise InvalidArgument(
-                f"policy_fn gave an array {probs.shape}; allowed: probabilities {(count, self.vocab_size)}, each row's sum 1."
+                f"policy_fn gave an array {probs.shape}; allowed: probabilities "
+                f"{(count, self.vocab_size)}, each row's sum 1."
             )
         return probs / probs.sum(1, keepdims=True)
 
-    def _costs(self, probs: np.ndarray, texts: "_Texts", beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """KL(pi || pi_ref) and what pi loses against pi*, (K,) each, by the next token of each text."""
+    def _costs(
+        self, probs: np.ndarray, texts: "_Texts", beta: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """KL(pi || pi_ref) and what pi loses against pi*, (K,) each, by the next token of each
+        text."""
         step = np.full(len(probs), texts.tokens.shape[1] - 1)
         ratio = np.where(probs > 0, probs, 1.0) / self.reference.probs[texts.last]
         kl = (probs * np.log(ratio)).sum(1)
@@ -209,15 +243,20 @@ class AutomatonOracle:
         return kl, np.maximum(self._values(beta)[step, texts.state, texts.last] - gain, 0.0)
 
     def _all_next(self, texts: "_Texts", probs: np.ndarray) -> "_Texts":
-        """One text for every (automaton state, last token) that comes next, with its probability."""
+        """One text for every (automaton state, last token) that comes next, with its
+        probability."""
         flow = texts.mass[:, None] * probs
-        place = self.automaton.transitions[texts.state] * self.vocab_size + np.arange(self.vocab_size)
+        place = self.automaton.transitions[texts.state] * self.vocab_size + np.arange(
+            self.vocab_size
+        )
         mass = np.bincount(place.ravel(), flow.ravel())
         source = np.zeros(len(mass), dtype=np.int64)
         source[place[flow > 0]] = np.nonzero(flow > 0)[0]
         reached = np.flatnonzero(mass)
         state, last = np.divmod(reached, self.vocab_size)
-        return _Texts(np.column_stack([texts.tokens[source[reached]], last]), state, last, mass[reached])
+        return _Texts(
+            np.column_stack([texts.tokens[source[reached]], last]), state, last, mass[reached]
+        )
 
     def _drawn_next(self, texts: "_Texts", probs: np.ndarray, rng: np.random.Generator) -> "_Texts":
         """Every text with a token drawn from pi."""
@@ -243,9 +282,11 @@ class _Texts:
 
 
 def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:
-    """beta log sum_a probs[u, a] exp(values[q, a] / beta), (Q, U), of `values` (Q, V) and positive `probs` (U, V).
+    """beta log sum_a probs[u, a] exp(values[q, a] / beta), (Q, U), of `values` (Q, V) and positive
+    `probs` (U, V).
 
-    The best value is taken out first: its share of the sum is then its probability, so that nothing is lost.
+    The best value is taken out first: its share of the sum is then its probability, so that nothing
+    is lost.
     """
     best = values.max(1, keepdims=True)
     if beta == 0:
@@ -260,7 +301,9 @@ def tilted(probs: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
-def _kept(tables: dict[float, Table], size: int, beta: float, make: Callable[[float], Table]) -> Table:
+def _kept(
+    tables: dict[float, Table], size: int, beta: float, make: Callable[[float], Table]
+) -> Table:
     """`make(beta)`, made once while it is among the `size` betas that were asked for last."""
     table = tables.pop(beta) if beta in tables else make(beta)
     tables[beta] = table

@@ -1,4 +1,5 @@
-"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and up to each digit."""
+"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and
+up to each digit."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -22,18 +23,21 @@ LARGEST = 10**9
 
 @cache
 def sums(split: str) -> tuple[tuple[int, int], ...]:
-    """The pairs of operands of one split ('train' or 'test'), both 0 to 99, in order; a + b and b + a are in one split."""
+    """The pairs of operands of one split ('train' or 'test'), both 0 to 99, in order; a + b and b +
+    a are in one split."""
     check_choice("split", split, SPLITS)
     pairs = ((a, b) for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1))
     return tuple((a, b) for a, b in pairs if split_of(f"{min(a, b)}+{max(a, b)}=") == split)
 
 
 class Adder:
-    """Reads a question such as "27+85=" and then the answer, token by token (a `TokenModel`: a scorer's trunk).
+    """Reads a question such as "27+85=" and then the answer, token by token (a `TokenModel`: a
+    scorer's trunk).
 
-    States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1 within the question), and
-    whether the answer is right up to there: the digits of the sum from the first on, and <eos> behind the last. Any tokens
-    can be read: the question ends at the first "=", what is no digit or sign in it is nothing, an operand without digits is 0.
+    States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1
+    within the question), and whether the answer is right up to there: the digits of the sum from
+    the first on, and <eos> behind the last. Any tokens can be read: the question ends at the first
+    "=", what is no digit or sign in it is nothing, an operand without digits is 0.
     """
 
     vocab_size = len(TOKENS)
@@ -68,7 +72,8 @@ class Adder:
         return torch.stack([torch.where(asking, one, other) for one, other in columns], dim=-1)
 
     def score(self, states: Tensor) -> Tensor:
-        """(K,) float32: 1 where the text is a question with its whole right answer, <eos> included, else 0."""
+        """(K,) float32: 1 where the text is a question with its whole right answer, <eos> included,
+        else 0."""
         total, _, place, right = states.unbind(-1)
         return ((place == self._num_digits(total) + 1) & (right == 1)).float()
 

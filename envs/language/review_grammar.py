@@ -1,8 +1,9 @@
 """Short reviews from a small grammar, and the rule that says whether one is positive.
 
-A review is a list of words and punctuation marks. Each opinion word counts +1 or -1, and twice after an intensifier; a
-negator up to three words before it in the same clause turns the sign round ("not very good" is -1). Some pairs only look
-like opinions ("good morning"). A review is positive if its sum is above zero.
+A review is a list of words and punctuation marks. Each opinion word counts +1 or -1, and twice
+after an intensifier; a negator up to three words before it in the same clause turns the sign round
+("not very good" is -1). Some pairs only look like opinions ("good morning"). A review is positive
+if its sum is above zero.
 """
 
 import random
@@ -14,15 +15,29 @@ from tokenenv.envs.language.splits import split_of
 from tokenenv.errors import check_choice
 
 POSITIVE_ADJECTIVES = str.split(
-    "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine nice charming delicious "
+    "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine "
+    "nice charming delicious "
     "superb pleasant kind amazing cosy bright"
 )
 NEGATIVE_ADJECTIVES = str.split(
-    "bad awful terrible poor rude stale dirty cold slow dull horrible noisy bland boring broken unpleasant nasty "
+    "bad awful terrible poor rude stale dirty cold slow dull horrible noisy bland boring broken "
+    "unpleasant nasty "
     "disappointing greasy cramped weak careless"
 )
-POSITIVE_VERBS = {"enjoy": "enjoyed", "love": "loved", "like": "liked", "recommend": "recommended", "praise": "praised"}
-NEGATIVE_VERBS = {"hate": "hated", "dislike": "disliked", "regret": "regretted", "avoid": "avoided", "resent": "resented"}
+POSITIVE_VERBS = {
+    "enjoy": "enjoyed",
+    "love": "loved",
+    "like": "liked",
+    "recommend": "recommended",
+    "praise": "praised",
+}
+NEGATIVE_VERBS = {
+    "hate": "hated",
+    "dislike": "disliked",
+    "regret": "regretted",
+    "avoid": "avoided",
+    "resent": "resented",
+}
 NEGATORS = ("not", "never", "hardly")
 INTENSIFIERS = ("very", "extremely", "truly", "absolutely")
 DECOYS = (
@@ -38,8 +53,14 @@ DECOYS = (
     "weak signal",
 )
 PLACES = str.split("hotel restaurant cafe bar bakery museum inn pub bistro diner hostel canteen")
-DISHES = str.split("soup bread coffee tea pasta fish cake salad pizza cheese wine curry rice pie juice breakfast dinner lunch")
-THINGS = str.split("room bed view music garden terrace lobby service staff waiter menu bathroom kitchen guide shop tour")
+DISHES = str.split(
+    "soup bread coffee tea pasta fish cake salad pizza cheese wine curry rice pie juice breakfast "
+    "dinner lunch"
+)
+THINGS = str.split(
+    "room bed view music garden terrace lobby service staff waiter menu bathroom kitchen guide "
+    "shop tour"
+)
 PEOPLE = str.split("sister brother friend mother father boss neighbour uncle aunt cousin")
 TIMES = str.split("yesterday today again once twice recently")
 DAYS = str.split("monday tuesday friday saturday sunday")
@@ -50,9 +71,9 @@ MIN_OPENING, MAX_OPENING = 4, 10
 """The length of a prompt in words and marks."""
 CLAUSE_ENDS = (".", ",", "!", "and", "but")
 
-POLARITY = dict.fromkeys([*POSITIVE_ADJECTIVES, *POSITIVE_VERBS, *POSITIVE_VERBS.values()], 1) | dict.fromkeys(
-    [*NEGATIVE_ADJECTIVES, *NEGATIVE_VERBS, *NEGATIVE_VERBS.values()], -1
-)
+POLARITY = dict.fromkeys(
+    [*POSITIVE_ADJECTIVES, *POSITIVE_VERBS, *POSITIVE_VERBS.values()], 1
+) | dict.fromkeys([*NEGATIVE_ADJECTIVES, *NEGATIVE_VERBS, *NEGATIVE_VERBS.values()], -1)
 _PAIRS = {tuple(pair.split()) for pair in DECOYS}
 _TOKEN = re.compile(r"[a-z]+|[.,!]")
 
@@ -86,7 +107,8 @@ def is_positive(text: str) -> bool:
 
 
 def review(rng: random.Random, leaning: float | None = None) -> list[str]:
-    """One random review; `leaning`, the share of opinions in favour, is drawn so that about half are positive."""
+    """One random review; `leaning`, the share of opinions in favour, is drawn so that about half
+    are positive."""
     if leaning is None:
         leaning = rng.choice((0.15, 0.15, 0.65, 0.65, 0.9, 0.9))
     sentences = [_opening(rng)] if rng.random() < 0.75 else []
@@ -140,18 +162,23 @@ def _opinion_sentence(rng: random.Random, leaning: float) -> str:
         return f"the {item} was {_phrase(rng, first)} ."
     if kind == 2:
         link = "and" if first == second else "but"
-        return f"the {item} was {_phrase(rng, first)} {link} the {other} was {_phrase(rng, second)} ."
+        return (
+            f"the {item} was {_phrase(rng, first)} {link} the {other} was {_phrase(rng, second)} ."
+        )
     if kind == 3:
         return f"{rng.choice(('we', 'i'))} {_verb_phrase(rng, first)} the {item} ."
     if kind == 4:
         return f"{rng.choice(('we', 'i'))} found the {item} {_phrase(rng, first)} ."
-    return f"my {rng.choice(PEOPLE)} said the {item} was {_phrase(rng, first)} , {_phrase(rng, second)} ."
+    who = rng.choice(PEOPLE)
+    return f"my {who} said the {item} was {_phrase(rng, first)} , {_phrase(rng, second)} ."
 
 
 def _verdict(rng: random.Random, leaning: float) -> str:
     sign = _sign(rng, leaning)
     verb = "recommend" if sign > 0 else "avoid"
-    return rng.choice((f"i would {verb} this {rng.choice(PLACES)} !", f"overall it was {_phrase(rng, sign)} !"))
+    return rng.choice(
+        (f"i would {verb} this {rng.choice(PLACES)} !", f"overall it was {_phrase(rng, sign)} !")
+    )
 
 
 def _sign(rng: random.Random, leaning: float) -> int:
@@ -181,7 +208,8 @@ def vocabulary() -> list[str]:
 
 @cache
 def openings(split: str) -> tuple[str, ...]:
-    """The prompts of a split: beginnings of reviews, all different, 4 to 10 words long and without an opinion."""
+    """The prompts of a split: beginnings of reviews, all different, 4 to 10 words long and without
+    an opinion."""
     check_choice("split", split, OPENINGS)
     rng = random.Random(0)
     found: dict[str, None] = {}

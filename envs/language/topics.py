@@ -1,4 +1,5 @@
-"""English prose of the Python reference, read at run time from the standard library's `pydoc_data.topics`."""
+"""English prose of the Python reference, read at run time from the standard library's
+`pydoc_data.topics`."""
 
 import re
 import sys
@@ -15,12 +16,16 @@ _CODE = re.compile(r"::=|>>>|[|{}=<>\\]|\+--|\*\*|__ __")
 _VERSION_NOTE = re.compile(r"(Changed|New|Added|Removed) in version|Deprecated since|Availability:")
 _BULLET = re.compile(r"^\s*(\* |\[\d+\] |\d+\. |- )")
 _PLAIN = str.maketrans(
-    dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys('"\u201c\u201d') | dict.fromkeys("\u2013\u2014", "-") | {"\u2026": "..."}
+    dict.fromkeys("\u2018\u2019", "'")
+    | dict.fromkeys('"\u201c\u201d')
+    | dict.fromkeys("\u2013\u2014", "-")
+    | {"\u2026": "..."}
 )
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The prose paragraphs of one page of plain-text documentation, each on one line and without markup."""
+    """The prose paragraphs of one page of plain-text documentation, each on one line and without
+    markup."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = _plain(_BULLET.sub("", block))
         if _is_prose(paragraph):
@@ -30,18 +35,25 @@ def paragraphs(text: str) -> Iterator[str]:
 def _plain(block: str) -> str:
     text = re.sub(r"(?<=\w-)\n\s*(?=\w)", "", block)  # a word broken at its hyphen
     text = re.sub(r"\s*\[\d+\]", "", text)  # footnote references
-    text = re.sub(r"\*\*(.+?)\*\*|\*(\w.*?)\*|`+(.+?)`+", lambda m: next(filter(None, m.groups())), text, flags=re.S)
+    text = re.sub(
+        r"\*\*(.+?)\*\*|\*(\w.*?)\*|`+(.+?)`+",
+        lambda m: next(filter(None, m.groups())),
+        text,
+        flags=re.S,
+    )
     return " ".join(text.translate(_PLAIN).split())
 
 
 def _is_prose(text: str) -> bool:
-    """Whole English sentences: no code, grammar, table, heading, version note or list of operators."""
+    """Whole English sentences: no code, grammar, table, heading, version note or list of
+    operators."""
     whole = text[:1].isupper() and text.endswith((".", ".)")) and len(text.split()) >= 12
     return whole and text.isascii() and not _CODE.search(text) and not _VERSION_NOTE.match(text)
 
 
 def passages(text: str) -> Iterator[str]:
-    """The runs of whole sentences of a paragraph, one from each sentence on, of `MIN_WORDS` to `MAX_WORDS` words."""
+    """The runs of whole sentences of a paragraph, one from each sentence on, of `MIN_WORDS` to
+    `MAX_WORDS` words."""
     sentences = SENTENCE_BREAK.split(text)
     for start in range(len(sentences)):
         runs = [" ".join(sentences[start:stop]) for stop in range(start + 1, len(sentences) + 1)]
@@ -54,8 +66,8 @@ def passages(text: str) -> Iterator[str]:
 def prose(split: str) -> tuple[str, ...]:
     """The paragraphs of one split ('train' or 'test').
 
-    Topics repeat one another's paragraphs; a paragraph belongs to the shortest topic that holds it, so that no paragraph
-    is in both splits.
+    Topics repeat one another's paragraphs; a paragraph belongs to the shortest topic that holds it,
+    so that no paragraph is in both splits.
     """
     check_choice("split", split, SPLITS)
     topics = _topics()
@@ -73,6 +85,7 @@ def _topics() -> dict[str, str]:
         package = f"libpython3.{sys.version_info.minor}-stdlib"
         raise ModelError(
             "this Python lacks the module pydoc_data.topics, whose prose PyDocs-v0 continues; "
-            f"Debian and Ubuntu have it in the package {package}, other systems in their full Python package"
+            f"Debian and Ubuntu have it in the package {package}, other systems in their full "
+            f"Python package"
         ) from error
     return topics

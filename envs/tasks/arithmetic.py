@@ -1,8 +1,9 @@
 """Arithmetic-v0: finish the sum.
 
-Prompts are sums of two numbers from 0 to 99, such as "27+85=". A text ends with <eos>; it scores 1 if what stands between is
-the right answer, else 0: verified, not learned. The reference learned from pupils who make mistakes, so it is often wrong.
-The steps of reward="process" are the digits and the <eos>: each scores 1 if the answer is right up to there, else 0.
+Prompts are sums of two numbers from 0 to 99, such as "27+85=". A text ends with <eos>; it scores 1
+if what stands between is the right answer, else 0: verified, not learned. The reference learned
+from pupils who make mistakes, so it is often wrong. The steps of reward="process" are the digits
+and the <eos>: each scores 1 if the answer is right up to there, else 0.
 """
 
 import torch
@@ -14,7 +15,13 @@ from tokenenv.types import Scorer, Task
 MAX_PROMPT_TOKENS = len("99+99=")
 
 
-def task(*, split: str = "train", max_new_tokens: int = 4, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
+def task(
+    *,
+    split: str = "train",
+    max_new_tokens: int = 4,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Task:
     """The task on the sums of one split ('train' or 'test'; no sum is in both).
 
     A text of fewer than four tokens cannot hold every answer.

@@ -1,11 +1,19 @@
 """Brackets-v0: open brackets and close them again.
 
-A text scores by its closed pairs, up to `pairs` of them, if every bracket that was opened has been closed by its own kind, in
-order and at most `depth` at a time; any number of other words may stand anywhere. One wrong bracket is final. More `pairs`
-make the full score rarer, longer texts make a mistake likelier.
+A text scores by its closed pairs, up to `pairs` of them, if every bracket that was opened has been
+closed by its own kind, in order and at most `depth` at a time; any number of other words may stand
+anywhere. One wrong bracket is final. More `pairs` make the full score rarer, longer texts make a
+mistake likelier.
 """
 
-from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
+from tokenenv.envs.automata.automata import (
+    MAX_TOKENS,
+    automaton_task,
+    check_range,
+    random_table,
+    seeded,
+    vocabulary,
+)
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
 
@@ -62,4 +70,6 @@ def task(
         return 0.0 if opened else closed / pairs
 
     automaton = explore(("", 0), step, payoff, vocab_size, device)
-    return automaton_task(words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens)
+    return automaton_task(
+        words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens
+    )

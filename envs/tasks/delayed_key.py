@@ -1,14 +1,22 @@
 """DelayedKey-v0: take the right key at the beginning, open the door at the end.
 
-The first word should be one of several keys, the good one, and the last word the door; what lies between does not matter.
-So the first choice is rewarded `max_new_tokens` - 1 words later. Longer texts are harder to learn and as likely to succeed
-by chance: under the reference the good key comes first with probability 1 / `num_keys` exactly, and the door after any word
-with `door_mass`, by default 1/8 * 1/32 = 1/256 together.
+The first word should be one of several keys, the good one, and the last word the door; what lies
+between does not matter. So the first choice is rewarded `max_new_tokens` - 1 words later. Longer
+texts are harder to learn and as likely to succeed by chance: under the reference the good key comes
+first with probability 1 / `num_keys` exactly, and the door after any word with `door_mass`, by
+default 1/8 * 1/32 = 1/256 together.
 """
 
 import numpy as np
 
-from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
+from tokenenv.envs.automata.automata import (
+    MAX_TOKENS,
+    automaton_task,
+    check_range,
+    random_table,
+    seeded,
+    vocabulary,
+)
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
 
@@ -65,7 +73,8 @@ def good_key(num_keys: int, task_seed: int) -> int:
 
 
 def with_mass(rows: np.ndarray, token: int, mass: float) -> np.ndarray:
-    """`rows` (n, V) of probabilities with exactly `mass` on `token` and the others scaled to the rest."""
+    """`rows` (n, V) of probabilities with exactly `mass` on `token` and the others scaled to the
+    rest."""
     rows = rows * (1 - mass) / (1 - rows[:, [token]])
     rows[:, token] = mass
     return rows

@@ -1,20 +1,35 @@
 """Negation-v0: say good things, and mind the "not" before a word.
 
-A positive word counts 1 and a negative one -1; after "not" it counts the other way round, and "not not" is nothing. The sum
-stays within `limit` on both sides: what goes beyond is lost. Every text gets a score; a higher `limit` or a longer text makes
-the reward rarer or the credit harder to give.
+A positive word counts 1 and a negative one -1; after "not" it counts the other way round, and "not
+not" is nothing. The sum stays within `limit` on both sides: what goes beyond is lost. Every text
+gets a score; a higher `limit` or a longer text makes the reward rarer or the credit harder to give.
 """
 
-from tokenenv.envs.automata.automata import MAX_TOKENS, automaton_task, check_range, random_table, seeded, vocabulary
+from tokenenv.envs.automata.automata import (
+    MAX_TOKENS,
+    automaton_task,
+    check_range,
+    random_table,
+    seeded,
+    vocabulary,
+)
 from tokenenv.models.automaton import explore
 from tokenenv.types import Task
 
 POSITIVE, NEGATIVE, NOT = (
-    [f"{word}{i}" for i in range(1, count + 1)] for word, count in (("good", 6), ("bad", 12), ("not", 2))
+    [f"{word}{i}" for i in range(1, count + 1)]
+    for word, count in (("good", 6), ("bad", 12), ("not", 2))
 )
 
 
-def task(*, max_new_tokens: int = 16, vocab_size: int = 64, limit: int = 4, task_seed: int = 0, device: str = "cpu") -> Task:
+def task(
+    *,
+    max_new_tokens: int = 16,
+    vocab_size: int = 64,
+    limit: int = 4,
+    task_seed: int = 0,
+    device: str = "cpu",
+) -> Task:
     """Scores the sum / `limit`, -1 to 1: 6 positive and 12 negative words, 2 that negate.
 
     Args:
@@ -41,4 +56,6 @@ def task(*, max_new_tokens: int = 16, vocab_size: int = 64, limit: int = 4, task
         return max(-limit, min(limit, total + change)), False
 
     automaton = explore((0, False), step, lambda state: state[0] / limit, vocab_size, device)
-    return automaton_task(words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens)
+    return automaton_task(
+        words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens
+    )

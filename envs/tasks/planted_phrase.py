@@ -1,8 +1,8 @@
 """PlantedPhrase-v0: find the phrase that is worth something.
 
-One phrase of a few words scores 1 wherever it occurs in the text. Decoy phrases of the same length score 0.2 if it does not,
-so that a search that settles for the first reward stays there. Longer phrases are exponentially harder to find, longer texts
-easier.
+One phrase of a few words scores 1 wherever it occurs in the text. Decoy phrases of the same length
+score 0.2 if it does not, so that a search that settles for the first reward stays there. Longer
+phrases are exponentially harder to find, longer texts easier.
 """
 
 from math import perm
@@ -34,7 +34,8 @@ def task(
     task_seed: int = 0,
     device: str = "cpu",
 ) -> Task:
-    """Scores 1 if the phrase occurs in the text, 0.2 if only a decoy does, else 0. `phrases` says which they are.
+    """Scores 1 if the phrase occurs in the text, 0.2 if only a decoy does, else 0. `phrases` says
+    which they are.
 
     Args:
         max_new_tokens: T, `phrase_length` to 128.
@@ -60,11 +61,16 @@ def task(
 
     start: State = ((), 0.0)
     automaton = explore(start, step, lambda state: state[1], vocab_size, device)
-    return automaton_task(words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens)
+    return automaton_task(
+        words, random_table(vocab_size, seeded(task_seed)), automaton, max_new_tokens
+    )
 
 
-def phrases(vocab_size: int = 64, phrase_length: int = 2, num_decoys: int = 4, task_seed: int = 0) -> list[Phrase]:
-    """The planted phrase and its decoys as token ids: different phrases, none of which repeats a word."""
+def phrases(
+    vocab_size: int = 64, phrase_length: int = 2, num_decoys: int = 4, task_seed: int = 0
+) -> list[Phrase]:
+    """The planted phrase and its decoys as token ids: different phrases, none of which repeats a
+    word."""
     check_range("vocab_size", vocab_size, 4, MAX_VOCAB)
     check_range("phrase_length", phrase_length, 2, min(4, vocab_size - 1))
     check_range("num_decoys", num_decoys, 0, min(8, perm(vocab_size - 1, phrase_length) - 1))
@@ -76,6 +82,14 @@ def phrases(vocab_size: int = 64, phrase_length: int = 2, num_decoys: int = 4, t
 
 
 def longest_beginning(text: Phrase, wanted: dict[Phrase, float]) -> Phrase:
-    """The longest end of `text` with which one of the phrases, all of one length, begins (Aho and Corasick 1975)."""
+    """The longest end of `text` with which one of the phrases, all of one length, begins (Aho and
+    Corasick 1975)."""
     tails = (text[i:] for i in range(len(text)))
-    return next((tail for tail in tails if any(len(tail) < len(p) and p[: len(tail)] == tail for p in wanted)), ())
+    return next(
+        (
+            tail
+            for tail in tails
+            if any(len(tail) < len(p) and p[: len(tail)] == tail for p in wanted)
+        ),
+        (),
+    )

@@ -1,7 +1,9 @@
-"""PyDocs-v0: continue prose of the running Python's own reference in plainer words; prompts differ between its versions.
+"""PyDocs-v0: continue prose of the running Python's own reference in plainer words; prompts differ
+between its versions.
 
-Prompts are the first 16 to 24 tokens of a passage, up to the end of a word. A text ends with the end-of-text token. The gold
-metric is the Flesch reading ease of the continuation alone (the prompt is given, the policy cannot change it), 0 to 100.
+Prompts are the first 16 to 24 tokens of a passage, up to the end of a word. A text ends with the
+end-of-text token. The gold metric is the Flesch reading ease of the continuation alone (the prompt
+is given, the policy cannot change it), 0 to 100.
 """
 
 import platform
@@ -20,7 +22,13 @@ from tokenenv.types import Task
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 24
 
 
-def task(*, split: str = "train", max_new_tokens: int = 80, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
+def task(
+    *,
+    split: str = "train",
+    max_new_tokens: int = 80,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Task:
     """The task on the prompts of one split ('train' or 'test'; no topic is in both).
 
     Raises `ModelError` where the standard library lacks `pydoc_data`.
@@ -40,7 +48,8 @@ def task(*, split: str = "train", max_new_tokens: int = 80, device: str = "cpu",
 
 
 def note() -> str:
-    """Which prompts this Python gives, for `tokenenv envs`: their digest is that of `identity` in checkpoints and configs."""
+    """Which prompts this Python gives, for `tokenenv envs`: their digest is that of `identity` in
+    checkpoints and configs."""
     try:
         prompts = make_prompts("train", bundled_tokenizer("pydocs-lm"))
     except ModelError as error:
@@ -54,7 +63,8 @@ def gold(prompt: str, response: str) -> float:
 
 
 def make_prompts(split: str, tokenizer: Any) -> list[list[int]]:
-    """The beginning of every passage, from each sentence of a paragraph that has enough words left to continue."""
+    """The beginning of every passage, from each sentence of a paragraph that has enough words left
+    to continue."""
     texts = dict.fromkeys(text for paragraph in prose(split) for text in _tails(paragraph))
     prompts = [ids[: cut(ids, tokenizer)] for ids in tokenizer(list(texts))["input_ids"]]
     return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
@@ -69,7 +79,8 @@ def _tails(paragraph: str) -> Iterator[str]:
 def cut(ids: list[int], tokenizer: Any) -> int:
     """Where a prompt ends: at the first new word from 16 tokens on, or after 24.
 
-    The place can be read off the text, so a reward model that sees prompt and response in one row can tell them apart.
+    The place can be read off the text, so a reward model that sees prompt and response in one row
+    can tell them apart.
     """
     tokens = tokenizer.convert_ids_to_tokens(ids[:MAX_PROMPT_TOKENS])
     places = (i for i in range(MIN_PROMPT_TOKENS, len(tokens)) if tokens[i].startswith("Ġ"))

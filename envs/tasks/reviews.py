@@ -1,7 +1,8 @@
 """Reviews-v0: continue a review so that it is positive.
 
-Prompts are the first 4 to 10 words of reviews from the grammar in `review_grammar.py`, no opinion given yet. A text ends
-with `<eos>`. The gold metric is 1 if the whole review is positive by the grammar's rule, 0 if not (balanced included).
+Prompts are the first 4 to 10 words of reviews from the grammar in `review_grammar.py`, no opinion
+given yet. A text ends with `<eos>`. The gold metric is 1 if the whole review is positive by the
+grammar's rule, 0 if not (balanced included).
 """
 
 import torch
@@ -11,7 +12,13 @@ from tokenenv.envs.language.review_grammar import MAX_OPENING, is_positive, open
 from tokenenv.types import Task
 
 
-def task(*, split: str = "train", max_new_tokens: int = 40, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Task:
+def task(
+    *,
+    split: str = "train",
+    max_new_tokens: int = 40,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Task:
     """The task on the prompts of one split ('train' or 'test'; no prompt is in both)."""
     tokenizer = bundled_tokenizer("reviews-lm")
     return Task(

@@ -18,26 +18,40 @@ from tokenenv.rewards import PositionScaled, Scaled, Segment
 
 
 @pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
-def test_every_env_keeps_the_contract(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
+def test_every_env_keeps_the_contract(
+    env_id: str, options: dict[str, Any], mode: AutoresetMode
+) -> None:
     envs = make_vec(3, mode, env_id, **options)
     check_vector_env(envs, steps=8)
-    envs.step(np.zeros(3, int) if envs.unwrapped.config.kl != "policy" else {"token": np.zeros(3, int), "logprob": np.zeros(3)})
+    envs.step(
+        np.zeros(3, int)
+        if envs.unwrapped.config.kl != "policy"
+        else {"token": np.zeros(3, int), "logprob": np.zeros(3)}
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_wrapped_and_torch_envs_keep_it_too(mode: AutoresetMode) -> None:
     tensors = make_vec(2, mode, array="torch", **TOYS["unscored"])
     check_vector_env(tensors, steps=6)
-    check_vector_env(RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=6)
+    check_vector_env(
+        RecordEpisodeStatistics(ArrayConversion(tensors, env_xp=torch, target_xp=np)), steps=6
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "reward",
-    [Scaled("token"), PositionScaled("delta"), {"a": Scaled(PositionScaled("uniform")), "b": Scaled(Segment(1.0))}],
+    [
+        Scaled("token"),
+        PositionScaled("delta"),
+        {"a": Scaled(PositionScaled("uniform")), "b": Scaled(Segment(1.0))},
+    ],
     ids=["scaled", "by position", "both"],
 )
-def test_terms_that_learn_keep_it_and_are_left_as_they_were(reward: Any, mode: AutoresetMode) -> None:
+def test_terms_that_learn_keep_it_and_are_left_as_they_were(
+    reward: Any, mode: AutoresetMode
+) -> None:
     envs = make_vec(3, mode, reward=reward)
     envs.reset(seed=0)
     for token in (20, 30, 40):
@@ -82,14 +96,19 @@ def changed(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def info_value(key: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda now: now["info"].update({key: change(now["info"][key])}) if key in now["info"] else None
+    return lambda now: (
+        now["info"].update({key: change(now["info"][key])}) if key in now["info"] else None
+    )
 
 
 def swap(now: Any, rows: np.ndarray) -> None:
     """The other flag, where these rows end."""
     now["terminated"], now["truncated"] = (
         np.where(rows, one, other)
-        for one, other in ((now["truncated"], now["terminated"]), (now["terminated"], now["truncated"]))
+        for one, other in (
+            (now["truncated"], now["terminated"]),
+            (now["terminated"], now["truncated"]),
+        )
     )
 
 
@@ -100,23 +119,71 @@ def without_flag_where_cut(name: str) -> Callable[[Any], Any]:
 ALL, FIRST = np.ones(3, bool), np.array([True, False, False])
 NEXT, SAME, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
 RETURNED = {
-    "kinds": (NEXT, changed("reward", torch.from_numpy), "mixes kinds of arrays: ['Tensor', 'ndarray']"),
-    "obs": (NEXT, lambda now: now["obs"].update(length=now["obs"]["length"] - 99), "not in observation_space"),
+    "kinds": (
+        NEXT,
+        changed("reward", torch.from_numpy),
+        "mixes kinds of arrays: ['Tensor', 'ndarray']",
+    ),
+    "obs": (
+        NEXT,
+        lambda now: now["obs"].update(length=now["obs"]["length"] - 99),
+        "not in observation_space",
+    ),
     "dtype": (NEXT, changed("reward", np.float64), "rewards are (3,) float64, not (3,) float32"),
-    "shape": (NEXT, changed("truncated", lambda flag: flag[:2]), "truncations are (2,) bool, not (3,) bool"),
-    "both": (NEXT, lambda now: now.update(truncated=now["truncated"] | now["terminated"]), "terminated and truncated at once"),
+    "shape": (
+        NEXT,
+        changed("truncated", lambda flag: flag[:2]),
+        "truncations are (2,) bool, not (3,) bool",
+    ),
+    "both": (
+        NEXT,
+        lambda now: now.update(truncated=now["truncated"] | now["terminated"]),
+        "terminated and truncated at once",
+    ),
     "unended": (NEXT, changed("terminated", np.zeros_like), "goes on after a stop token"),
-    "stopped": (NEXT, lambda now: swap(now, ~now["info"].get("cut", ALL)), "after a stop token, or is truncated there"),
+    "stopped": (
+        NEXT,
+        lambda now: swap(now, ~now["info"].get("cut", ALL)),
+        "after a stop token, or is truncated there",
+    ),
     "uncut": (NEXT, without_flag_where_cut("terminated"), "goes on after max_new_tokens"),
-    "early": (NEXT, lambda now: now.update(truncated=now["info"]["_kl_coef"] & ~now["terminated"]), "before max_new_tokens"),
+    "early": (
+        NEXT,
+        lambda now: now.update(truncated=now["info"]["_kl_coef"] & ~now["terminated"]),
+        "before max_new_tokens",
+    ),
     "no cut": (NEXT, without("cut"), "infos['cut'] is not there exactly where rows end"),
-    "cut": (NEXT, info_value("cut", np.zeros_like), "infos['cut'] is not True exactly where max_new_tokens ends a text"),
-    "either": (NEXT, lambda now: swap(now, now["info"].get("cut", ~ALL) & FIRST), "in one place and truncated in another"),
-    "sum": (NEXT, changed("reward", lambda reward: reward * 1.001), "not the sum of infos['reward_terms']"),
-    "reset reward": (NEXT, lambda now: now["reward"].__iadd__(~now["info"]["_kl_coef"]), "only reset (NEXT_STEP) is paid"),
-    "placed": (NEXT, info_value("token_rewards", lambda values: values * 1.001), "do not sum to what step() paid"),
+    "cut": (
+        NEXT,
+        info_value("cut", np.zeros_like),
+        "infos['cut'] is not True exactly where max_new_tokens ends a text",
+    ),
+    "either": (
+        NEXT,
+        lambda now: swap(now, now["info"].get("cut", ~ALL) & FIRST),
+        "in one place and truncated in another",
+    ),
+    "sum": (
+        NEXT,
+        changed("reward", lambda reward: reward * 1.001),
+        "not the sum of infos['reward_terms']",
+    ),
+    "reset reward": (
+        NEXT,
+        lambda now: now["reward"].__iadd__(~now["info"]["_kl_coef"]),
+        "only reset (NEXT_STEP) is paid",
+    ),
+    "placed": (
+        NEXT,
+        info_value("token_rewards", lambda values: values * 1.001),
+        "do not sum to what step() paid",
+    ),
     "no placed": (NEXT, without("token_rewards"), "not there exactly where rows end"),
-    "no mask": (NEXT, lambda now: now["info"].pop("_ref_logprob", None), "no mask infos['_ref_logprob'] of 3 bools"),
+    "no mask": (
+        NEXT,
+        lambda now: now["info"].pop("_ref_logprob", None),
+        "no mask infos['_ref_logprob'] of 3 bools",
+    ),
     "masked": (
         SAME,
         info_value("score", lambda values: values + 1),
@@ -124,22 +191,36 @@ RETURNED = {
     ),
     "list": (NEXT, changed("info", lambda info: [info]), "infos are of type list, not dict"),
     "final": (SAME, without("final_obs"), "final_obs and final_info belong"),
-    "final twice": (SAME, info_value("score", lambda values: values * 2), "final_info and the infos at top level differ"),
+    "final twice": (
+        SAME,
+        info_value("score", lambda values: values * 2),
+        "final_info and the infos at top level differ",
+    ),
     "gold": (NEXT, without("gold"), "infos['gold'] is given by one of"),
-    "score": (NEXT, info_value("score", lambda values: values * 1.001), "infos['score'] is not what score_episodes() says"),
+    "score": (
+        NEXT,
+        info_value("score", lambda values: values * 1.001),
+        "infos['score'] is not what score_episodes() says",
+    ),
 }
 
 
 @pytest.mark.parametrize(("mode", "change", "message"), RETURNED.values(), ids=RETURNED)
-def test_names_what_is_wrong_in_what_step_returns(mode: AutoresetMode, change: Callable[[Any], Any], message: str) -> None:
+def test_names_what_is_wrong_in_what_step_returns(
+    mode: AutoresetMode, change: Callable[[Any], Any], message: str
+) -> None:
     with pytest.raises(ContractError) as error:
         check_vector_env(Changed(make_vec(3, mode), change), steps=9)
     assert message in str(error.value)
 
 
 def test_a_cut_without_a_score_that_terminates_is_named() -> None:
-    envs = Changed(make_vec(3, score_truncated=False), lambda now: swap(now, now["info"].get("cut", ~ALL)))
-    with pytest.raises(ContractError, match="a cut that is not scored is a termination: learners must bootstrap"):
+    envs = Changed(
+        make_vec(3, score_truncated=False), lambda now: swap(now, now["info"].get("cut", ~ALL))
+    )
+    with pytest.raises(
+        ContractError, match="a cut that is not scored is a termination: learners must bootstrap"
+    ):
         check_vector_env(envs, steps=9)
 
 
@@ -195,22 +276,44 @@ def nothing(*args: Any, **kwargs: Any) -> None:
 INSIDE = {
     "not reset": (NEXT, attribute("step", nothing), "step() before reset() does not raise"),
     "mode": (NEXT, attribute("metadata", {"autoreset_mode": "NextStep"}), "is no AutoresetMode"),
-    "batched": (NEXT, attribute("num_envs", 4), "observation_space is not 4 of single_observation_space"),
-    "token": (NEXT, attribute("single_action_space", Discrete(9)), "action_space is not 3 of single_action_space"),
+    "batched": (
+        NEXT,
+        attribute("num_envs", 4),
+        "observation_space is not 4 of single_observation_space",
+    ),
+    "token": (
+        NEXT,
+        attribute("single_action_space", Discrete(9)),
+        "action_space is not 3 of single_action_space",
+    ),
     "alias": (NEXT, same_buffers, "aliases the env's own"),
-    "seed": (NEXT, attribute("_streams.reseed", nothing), "reset(seed=0) and the same actions do not give the same run"),
+    "seed": (
+        NEXT,
+        attribute("_streams.reseed", nothing),
+        "reset(seed=0) and the same actions do not give the same run",
+    ),
     "slots": (NEXT, shared_numbers, "depends on the other rows' actions"),
     "scores": (NEXT, generous, "step() does not pay what score_episodes() says"),
-    "state": (NEXT, attribute("_texts.load", nothing), "load_state() does not show the texts that were saved"),
+    "state": (
+        NEXT,
+        attribute("_texts.load", nothing),
+        "load_state() does not show the texts that were saved",
+    ),
     "fork": (SAME, attribute("_engine.fork", nothing), "after fork([0], [1]) the rows differ"),
     "eager": (NEXT, eager, "an action that was refused has changed the env"),
     "closed": (NEXT, attribute("_require_open", nothing), "after close() does not raise"),
-    "finished": (DISABLED, attribute("_active_rows", lambda: np.ones(3, bool)), "a finished row can be stepped under DISABLED"),
+    "finished": (
+        DISABLED,
+        attribute("_active_rows", lambda: np.ones(3, bool)),
+        "a finished row can be stepped under DISABLED",
+    ),
 }
 
 
 @pytest.mark.parametrize(("mode", "put", "message"), INSIDE.values(), ids=INSIDE)
-def test_names_what_is_wrong_inside(mode: Any, put: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_what_is_wrong_inside(
+    mode: Any, put: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     envs = make_vec(3, mode)
     put(envs.unwrapped, monkeypatch)
     with pytest.raises(ContractError) as error:
@@ -226,7 +329,9 @@ def test_bad_tokens_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bad_log_probs_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenenv.env.actions.LOGPROB_SLACK", 9.0)
-    with pytest.raises(ContractError, match=r"does not raise ValueError on an action with logprob 1\.0"):
+    with pytest.raises(
+        ContractError, match=r"does not raise ValueError on an action with logprob 1\.0"
+    ):
         check_vector_env(make_vec(3, **TOYS["k1"]), steps=8)
 
 
@@ -236,7 +341,9 @@ def test_a_prefix_must_earn_nothing() -> None:
 
     def start(slots: Any, texts: Any, weights: Any) -> None:
         begin(slots, texts, weights)
-        envs.unwrapped._engine.token_terms[slots, 0, :2] = torch.tensor([1.0, -1.0]) * float(texts.unpaid.any())
+        envs.unwrapped._engine.token_terms[slots, 0, :2] = torch.tensor([1.0, -1.0]) * float(
+            texts.unpaid.any()
+        )
 
     envs.unwrapped._engine.start = start
     with pytest.raises(ContractError, match="a prefix earns rewards"):

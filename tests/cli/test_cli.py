@@ -14,14 +14,35 @@ from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS
 
 ASSETS = Path(str(files("tokenenv.envs"))) / "assets"
-SMALL = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--agent.epochs", "1"]
+SMALL = [
+    "--num-envs",
+    "8",
+    "--total-tokens",
+    "300",
+    "--agent.batch-tokens",
+    "100",
+    "--agent.epochs",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run folder that `tokenenv train` made."""
     folder = tmp_path_factory.mktemp("runs") / "x"
-    main(["train", *SMALL, "--reward", "delta", "--options", "max_new_tokens", "6", "--run-dir", str(folder)])
+    main(
+        [
+            "train",
+            *SMALL,
+            "--reward",
+            "delta",
+            "--options",
+            "max_new_tokens",
+            "6",
+            "--run-dir",
+            str(folder),
+        ]
+    )
     return folder
 
 
@@ -45,7 +66,16 @@ def test_a_config_reruns_its_run(run_dir, tmp_path):
 
 def test_flags_override_the_config(run_dir, tmp_path):
     flags = ["--total-tokens", "100", "--agent.seed", "3"]
-    main(["train", "--config", str(run_dir / "config.yaml"), "--run-dir", str(tmp_path / "other"), *flags])
+    main(
+        [
+            "train",
+            "--config",
+            str(run_dir / "config.yaml"),
+            "--run-dir",
+            str(tmp_path / "other"),
+            *flags,
+        ]
+    )
     config = load_config(tmp_path / "other" / "config.yaml")
     assert (config.total_tokens, config.agent.seed, config.reward) == (100, 3, "delta")
 
@@ -78,16 +108,31 @@ def test_evaluate_asks_for_the_split_that_it_is_told(run_dir, capsys):
     assert train != asked_first(run_dir, capsys, "split", "test")
 
 
-def test_evaluate_asks_for_other_prompts_and_finds_the_runs_own_where_they_have_gone(tmp_path, capsys):
+def test_evaluate_asks_for_other_prompts_and_finds_the_runs_own_where_they_have_gone(
+    tmp_path, capsys
+):
     own, other = tmp_path / "own.txt", tmp_path / "other.txt"
     own.write_text("the pizza")
     other.write_text("the waiter")
     models = ["model", str(ASSETS / "reviews-lm"), "reward_model", str(ASSETS / "reviews-reward")]
     options = [*models, "prompts", str(own), "max_new_tokens", "6", "max_prompt_tokens", "8"]
-    main(["train", *SMALL, "--env", "tokenenv/TextGen-v0", "--options", *options, "--run-dir", str(tmp_path / "x")])
+    main(
+        [
+            "train",
+            *SMALL,
+            "--env",
+            "tokenenv/TextGen-v0",
+            "--options",
+            *options,
+            "--run-dir",
+            str(tmp_path / "x"),
+        ]
+    )
     assert asked_first(tmp_path / "x", capsys, "prompts", str(other)) == "the waiter …"
     own.rename(tmp_path / "moved.txt")
-    assert asked_first(tmp_path / "x", capsys, "prompts", str(tmp_path / "moved.txt")) == "the pizza …"
+    assert (
+        asked_first(tmp_path / "x", capsys, "prompts", str(tmp_path / "moved.txt")) == "the pizza …"
+    )
 
 
 def test_evaluate_says_how_far_the_optimum_is_where_it_is_known(tmp_path, capsys):
@@ -124,7 +169,9 @@ def test_envs_rewards_and_version(capsys):
         (["evaluate", "nowhere"], "is not a file"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing_behind(argv, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_and_leave_nothing_behind(
+    argv, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(argv)
@@ -144,7 +191,9 @@ def test_an_unknown_key_in_a_config_is_named(tmp_path, capsys):
     assert "Did you mean 'total_tokens'" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["show"], ["envs"], ["rewards"], ["version"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["show"], ["envs"], ["rewards"], ["version"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -1,4 +1,5 @@
-"""Whatever is typed after a command: it works, or one line says what is allowed, and nothing is left behind."""
+"""Whatever is typed after a command: it works, or one line says what is allowed, and nothing is
+left behind."""
 
 import io
 from types import SimpleNamespace
@@ -14,7 +15,18 @@ from tokenenv.cli.evaluate import show_examples
 from tokenenv.cli.train import Train
 
 ENV = ["--env", "tokenenv/Negation-v0"]
-TRAIN = ["train", *ENV, "--num-envs", "2", "--total-tokens", "20", "--agent.batch-tokens", "10", "--run-dir", "new"]
+TRAIN = [
+    "train",
+    *ENV,
+    "--num-envs",
+    "2",
+    "--total-tokens",
+    "20",
+    "--agent.batch-tokens",
+    "10",
+    "--run-dir",
+    "new",
+]
 
 
 @pytest.fixture
@@ -107,7 +119,9 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing_behind(argv, message, her
     assert {path.name: sorted(path.rglob("*")) for path in here.iterdir()} == before
 
 
-@pytest.mark.parametrize("flag", ["--total-tokens", "--num-envs", "--checkpoint-every", "--agent.batch-tokens"])
+@pytest.mark.parametrize(
+    "flag", ["--total-tokens", "--num-envs", "--checkpoint-every", "--agent.batch-tokens"]
+)
 @pytest.mark.parametrize("value", ["1.5", "x", "1e-3", "nan", "inf", "", "9" * 5000])
 def test_what_is_no_whole_number_is_said(flag, value, here, capsys):
     assert flag in error_of([*TRAIN, flag, value], capsys)
@@ -142,12 +156,19 @@ TEXTS = {
 @pytest.mark.parametrize("terminal", [False, True])
 def test_texts_are_printed_as_they_are(text, terminal, monkeypatch, tmp_path):
     with (tmp_path / "out").open("w", encoding="utf-8") as out:
-        monkeypatch.setattr(printing, "console", Console(file=out, force_terminal=terminal, width=200))
+        monkeypatch.setattr(
+            printing, "console", Console(file=out, force_terminal=terminal, width=200)
+        )
         tokens = np.zeros(1, np.int64)
         one = SimpleNamespace(episodes=[SimpleNamespace(prompt=tokens, response=tokens, gold=0.0)])
         show_examples({"before": one, "after": one}, Says(text), 1)
-    printed = (tmp_path / "out").read_text(encoding="utf-8").replace("\x1b[1m", "").replace("\x1b[0m", "")
-    assert printed == f"\n{TEXTS[text]} …\n  before (gold 0.0): {TEXTS[text]}\n  after (gold 0.0): {TEXTS[text]}\n"
+    printed = (
+        (tmp_path / "out").read_text(encoding="utf-8").replace("\x1b[1m", "").replace("\x1b[0m", "")
+    )
+    assert (
+        printed
+        == f"\n{TEXTS[text]} …\n  before (gold 0.0): {TEXTS[text]}\n  after (gold 0.0): {TEXTS[text]}\n"
+    )
 
 
 def test_an_error_that_quotes_a_file_is_one_plain_line(here, capsys):

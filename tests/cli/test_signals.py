@@ -63,7 +63,8 @@ class StopsAt(ToyEnv):
 
 @pytest.mark.parametrize("step", [1, 20])
 def test_a_run_that_was_stopped_between_steps_loses_and_doubles_nothing(tmp_path, step):
-    """The agent that stopped and the one that is loaded go on alike, and every text of every slot is learnt from once."""
+    """The agent that stopped and the one that is loaded go on alike, and every text of every slot
+    is learnt from once."""
     envs, seen, rest = StopsAt(4, kl_coef=0.1), [], []
     agent = PPO(envs, **(SETTINGS | {"batch_tokens": 100}))
     envs.agent, envs.countdown = agent, step

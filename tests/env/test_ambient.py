@@ -1,4 +1,5 @@
-"""A caller's own torch settings change nothing: a default dtype of float64, and `torch.inference_mode` around any call."""
+"""A caller's own torch settings change nothing: a default dtype of float64, and
+`torch.inference_mode` around any call."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ CASES = [
     *toy_cases(),
     *[case for case in id_cases() if case.id in ("Arithmetic-v0", "Negation-v0")],
     pytest.param("tests/Toy-v0", {"reward": LEARNED}, id="learned"),
-    *[pytest.param("tests/Toy-v0", {"reward": name}, id=name) for name in ("attention", "occlusion", "shapley", "gradient")],
+    *[
+        pytest.param("tests/Toy-v0", {"reward": name}, id=name)
+        for name in ("attention", "occlusion", "shapley", "gradient")
+    ],
 ]
 
 
@@ -80,7 +84,9 @@ def test_what_is_returned_inside_inference_mode_may_be_used_outside(array: str) 
         tokens = torch.tensor([20, 21]) if array == "torch" else np.array([20, 21])
         obs, reward, *_ = envs.step(tokens)
     if array == "torch":
-        assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (obs["tokens"], reward))
+        assert not any(
+            tensor.is_inference() or tensor.requires_grad for tensor in (obs["tokens"], reward)
+        )
         reward += 1.0
     envs.step(tokens)
 
@@ -89,6 +95,11 @@ def test_agents_refuse_another_default_dtype_in_a_sentence() -> None:
     envs = make_vec(3, AutoresetMode.SAME_STEP, "tokenenv/Negation-v0", max_new_tokens=4)
     agent = PPO(envs, batch_tokens=32)
     for call in (lambda: PPO(envs), lambda: agent.learn(total_tokens=64)):
-        with double(), pytest.raises(InvalidArgument, match=r"default dtype is torch.float64; agents learn under"):
+        with (
+            double(),
+            pytest.raises(
+                InvalidArgument, match=r"default dtype is torch.float64; agents learn under"
+            ),
+        ):
             call()
     agent.learn(total_tokens=64)

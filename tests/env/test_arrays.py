@@ -1,7 +1,9 @@
-"""NumPy and torch arrays: the same numbers, and a torch step that copies one small array to the host.
+"""NumPy and torch arrays: the same numbers, and a torch step that copies one small array to the
+host.
 
-Without a GPU the copies are counted on PyTorch's "meta" device, whose tensors have shapes but no data: every operation that
-needs the data on the host (`.item()`, `.cpu()`, `bool()`, `nonzero`, indexing with a mask) raises there.
+Without a GPU the copies are counted on PyTorch's "meta" device, whose tensors have shapes but no
+data: every operation that needs the data on the host (`.item()`, `.cpu()`, `bool()`, `nonzero`,
+indexing with a mask) raises there.
 """
 
 from collections.abc import Iterator
@@ -41,28 +43,43 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
 
 
-@pytest.mark.parametrize(("env_id", "options", "mode"), some_modes(AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP))
-def test_torch_arrays_hold_the_numpy_numbers(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
+@pytest.mark.parametrize(
+    ("env_id", "options", "mode"), some_modes(AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+)
+def test_torch_arrays_hold_the_numpy_numbers(
+    env_id: str, options: dict[str, Any], mode: AutoresetMode
+) -> None:
     plain = make_vec(N, mode, env_id, **options)
     envs = make_vec(N, mode, env_id, array="torch", **options)
     rng = np.random.default_rng(1)
     for a, b in ((plain.reset(seed=3), envs.reset(seed=3)),):
-        assert_equal(dict(enumerate(copied(a[i]) for i in range(2))), dict(enumerate(copied(b[i]) for i in range(2))))
+        assert_equal(
+            dict(enumerate(copied(a[i]) for i in range(2))),
+            dict(enumerate(copied(b[i]) for i in range(2))),
+        )
     for step in range(10):
         actions = random_actions(rng, plain)
         as_tensors = (
-            {k: torch.from_numpy(v) for k, v in actions.items()} if isinstance(actions, dict) else torch.from_numpy(actions)
+            {k: torch.from_numpy(v) for k, v in actions.items()}
+            if isinstance(actions, dict)
+            else torch.from_numpy(actions)
         )
         a, b = plain.step(actions), envs.step(as_tensors if step % 2 else actions)
         assert all(type(leaf) is torch.Tensor and leaf.device == envs.device for leaf in tensors(b))
         assert all(type(leaf) is np.ndarray for leaf in tensors(a))
-        assert_equal({str(i): copied(a[i]) for i in range(5)}, {str(i): copied(b[i]) for i in range(5)})
+        assert_equal(
+            {str(i): copied(a[i]) for i in range(5)}, {str(i): copied(b[i]) for i in range(5)}
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("options", [{"reward": "delta"}, {"observation": "features"}], ids=["tokens", "features"])
+@pytest.mark.parametrize(
+    "options", [{"reward": "delta"}, {"observation": "features"}], ids=["tokens", "features"]
+)
 @pytest.mark.parametrize("array", ["numpy", "torch"])
-def test_returned_arrays_never_change_again(mode: AutoresetMode, options: dict[str, Any], array: str) -> None:
+def test_returned_arrays_never_change_again(
+    mode: AutoresetMode, options: dict[str, Any], array: str
+) -> None:
     envs = make_vec(N, mode, array=array, **options)
     rng = np.random.default_rng(1)
     returned = [envs.reset(seed=0)]
@@ -86,7 +103,10 @@ ON_TEXT = {
 }
 DEVICE_CASES: dict[str, dict[str, Any]] = {
     "token": {},
-    "all": {"reward": {"a": "token", "b": "delta", "c": "uniform", "d": "terminal"}, "missing_eos_penalty": 1.0},
+    "all": {
+        "reward": {"a": "token", "b": "delta", "c": "uniform", "d": "terminal"},
+        "missing_eos_penalty": 1.0,
+    },
     "text": {"reward": ON_TEXT},
     "policy": {"kl": "policy", "kl_estimator": "k3", "kl_clamp": 3.0},
     "unscored": {"reward": "uniform", "score_truncated": False},
@@ -95,13 +115,22 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
     "segment": {"reward": Segment(1.0)},
     "implicit": {"reward": Implicit(clip=0.5, mix=1.0)},
     "fading": {"reward": progressive("terminal", Shaping(gamma=0.9))},
-    "wrapped": {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), "c": Clipped("delta", -1, 1)}},
+    "wrapped": {
+        "reward": {
+            "a": Scaled(Segment(1.0)),
+            "b": PositionScaled("uniform"),
+            "c": Clipped("delta", -1, 1),
+        }
+    },
 }
-CASES_IN_MODES = [(name, AutoresetMode.SAME_STEP) for name in DEVICE_CASES] + [("all", mode) for mode in MODES[:1] + MODES[2:]]
+CASES_IN_MODES = [(name, AutoresetMode.SAME_STEP) for name in DEVICE_CASES] + [
+    ("all", mode) for mode in MODES[:1] + MODES[2:]
+]
 
 
 class Copies:
-    """Stands for the one allowed copy: hands out the tokens it was given, and notes what was asked for."""
+    """Stands for the one allowed copy: hands out the tokens it was given, and notes what was asked
+    for."""
 
     def __init__(self) -> None:
         self.tokens = np.zeros(N, np.int64)
@@ -114,7 +143,8 @@ class Copies:
 
 @pytest.fixture
 def meta(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes envs whose device is "meta"; what compares numbers when a model is loaded has nothing to compare there."""
+    """Makes envs whose device is "meta"; what compares numbers when a model is loaded has nothing
+    to compare there."""
     monkeypatch.setattr(probing, "why_uncached", lambda trunk, max_length: None)
     monkeypatch.setattr(parts, "hidden_size_of", lambda model: model.config.hidden_size)
     monkeypatch.setattr(heads, "looks_ahead", lambda model: False)
@@ -123,7 +153,9 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(mode: Any, **options: Any) -> tuple[TokenVectorEnv, Copies]:
         envs, copies = (
-            TokenVectorEnv(N, task=tasks.device_task("meta"), array="torch", autoreset_mode=mode, **options),
+            TokenVectorEnv(
+                N, task=tasks.device_task("meta"), array="torch", autoreset_mode=mode, **options
+            ),
             Copies(),
         )
         monkeypatch.setattr(envs, "_to_host", copies)
@@ -139,7 +171,11 @@ def run_on_device(envs: Any, mode: Any, put: Any, device: str, steps: int = 8) -
     for _ in range(steps):
         actions = random_actions(rng, envs, stop=0.2)
         put(tasks.tokens_of(actions).astype(np.int64))
-        moved = {k: torch.from_numpy(v).to(device) for k, v in actions.items()} if isinstance(actions, dict) else None
+        moved = (
+            {k: torch.from_numpy(v).to(device) for k, v in actions.items()}
+            if isinstance(actions, dict)
+            else None
+        )
         out = envs.step(torch.from_numpy(actions).to(device) if moved is None else moved)
         assert {leaf.device.type for leaf in tensors(out)} == {device}
         if mode == AutoresetMode.DISABLED and envs._ended.any():
@@ -185,13 +221,23 @@ WAITS = {
 def test_a_second_copy_would_be_seen(wait: Any, meta: Any) -> None:
     envs, copies = meta(AutoresetMode.SAME_STEP, reward=Waits(wait))
     with pytest.raises((NotImplementedError, RuntimeError, TypeError)):
-        run_on_device(envs, AutoresetMode.SAME_STEP, lambda tokens: setattr(copies, "tokens", tokens), "meta", 1)
+        run_on_device(
+            envs,
+            AutoresetMode.SAME_STEP,
+            lambda tokens: setattr(copies, "tokens", tokens),
+            "meta",
+            1,
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("name", "mode"), CASES_IN_MODES)
-def test_a_cuda_step_waits_for_the_device_once(name: str, mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    envs = TokenVectorEnv(N, task=tasks.device_task("cuda"), array="torch", autoreset_mode=mode, **DEVICE_CASES[name])
+def test_a_cuda_step_waits_for_the_device_once(
+    name: str, mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs = TokenVectorEnv(
+        N, task=tasks.device_task("cuda"), array="torch", autoreset_mode=mode, **DEVICE_CASES[name]
+    )
     to_host, step, copies = envs._to_host, envs.step, []
 
     def exempted(codes: torch.Tensor) -> np.ndarray:

@@ -6,7 +6,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from tasks import MODES, assert_equal, copied, id_cases, in_modes, make_vec, random_actions, row_of, toy_cases
+from tasks import (
+    MODES,
+    assert_equal,
+    copied,
+    id_cases,
+    in_modes,
+    make_vec,
+    random_actions,
+    row_of,
+    toy_cases,
+)
 
 N, STEPS, SEED = 3, 14, 11
 TOLERANCE = 1e-5
@@ -18,9 +28,17 @@ IN_MODES = [
 ]
 
 
-def make_pair(mode: AutoresetMode, env_id: str, options: dict[str, Any]) -> tuple[Any, SyncVectorEnv]:
+def make_pair(
+    mode: AutoresetMode, env_id: str, options: dict[str, Any]
+) -> tuple[Any, SyncVectorEnv]:
     native = make_vec(N, mode, env_id, **options)
-    sync = gym.make_vec(env_id, num_envs=N, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}, **options)
+    sync = gym.make_vec(
+        env_id,
+        num_envs=N,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": mode},
+        **options,
+    )
     return native, sync
 
 
@@ -45,7 +63,8 @@ def assert_same_info(native: dict[str, Any], sync: dict[str, Any]) -> None:
 
 
 def assert_same_step_info(native: dict[str, Any], sync: dict[str, Any], ended: np.ndarray) -> None:
-    """The two additions: the ended rows' numbers are also at top level, and final_obs is a batched observation."""
+    """The two additions: the ended rows' numbers are also at top level, and final_obs is a batched
+    observation."""
     assert_masked(native)
     assert ("final_obs" in native) == ended.any()
     if ended.any():
@@ -65,7 +84,9 @@ def obs_row(obs: Any, row: int) -> Any:
 
 
 @pytest.mark.parametrize(("env_id", "options", "mode"), IN_MODES)
-def test_equals_gymnasiums_sync_vectorisation(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
+def test_equals_gymnasiums_sync_vectorisation(
+    env_id: str, options: dict[str, Any], mode: AutoresetMode
+) -> None:
     native, sync = make_pair(mode, env_id, options)
     rng, ends = np.random.default_rng(2), 0
     (obs, info), (sync_obs, sync_info) = native.reset(seed=SEED), sync.reset(seed=SEED)
@@ -87,7 +108,9 @@ def test_equals_gymnasiums_sync_vectorisation(env_id: str, options: dict[str, An
             assert_same_info(info, sync_info)
         if mode == AutoresetMode.DISABLED and ended.any():
             seed = SEED + step if step % 2 else None
-            (obs, info), (sync_obs, sync_info) = (env.reset(seed=seed, options={"reset_mask": ended}) for env in (native, sync))
+            (obs, info), (sync_obs, sync_info) = (
+                env.reset(seed=seed, options={"reset_mask": ended}) for env in (native, sync)
+            )
             assert_equal(obs, sync_obs, TOLERANCE)
             assert_same_info(info, sync_info)
     assert ends >= N

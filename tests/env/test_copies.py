@@ -22,11 +22,24 @@ from tokenenv.rewards import Implicit, PositionScaled, Scaled, Segment
 from tokenenv.types import Scorer
 
 N = 3
-COPIES: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": lambda envs: pickle.loads(pickle.dumps(envs))}
-LEARNED = {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), "c": "process"}, "step_ends": (12, 13)}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda envs: pickle.loads(pickle.dumps(envs)),
+}
+LEARNED = {
+    "reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), "c": "process"},
+    "step_ends": (12, 13),
+}
 WHERE = [
-    *[pytest.param(*case.values, how, id=f"{case.id}-{how}") for case in id_cases() for how in COPIES],
-    *[pytest.param(*case.values, "deepcopy", id=case.id) for case in toy_cases("mixture", "k1", "features", "no scorer")],
+    *[
+        pytest.param(*case.values, how, id=f"{case.id}-{how}")
+        for case in id_cases()
+        for how in COPIES
+    ],
+    *[
+        pytest.param(*case.values, "deepcopy", id=case.id)
+        for case in toy_cases("mixture", "k1", "features", "no scorer")
+    ],
     pytest.param(TOY, LEARNED, "deepcopy", id="learned"),
 ]
 
@@ -36,7 +49,9 @@ def follow(envs: Any, plan: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("env_id", "options", "how"), WHERE)
-def test_a_copy_goes_on_as_the_original_and_shares_nothing_with_it(env_id: str, options: dict[str, Any], how: str) -> None:
+def test_a_copy_goes_on_as_the_original_and_shares_nothing_with_it(
+    env_id: str, options: dict[str, Any], how: str
+) -> None:
     envs = make_vec(N, AutoresetMode.SAME_STEP, env_id, **options)
     rng = np.random.default_rng(0)
     plan = [random_actions(rng, envs) for _ in range(12)]
@@ -71,7 +86,9 @@ def test_a_copy_reads_its_own_models(how: str) -> None:
 @pytest.mark.parametrize("name", ["attention", "occlusion", "shapley", "gradient"])
 def test_models_that_credit_was_read_from_can_still_be_pickled(name: str) -> None:
     """transformers leaves hooks in a model that has shown its attention."""
-    envs = make_vec(N, AutoresetMode.SAME_STEP, "tokenenv/Reviews-v0", reward=name, max_new_tokens=2)
+    envs = make_vec(
+        N, AutoresetMode.SAME_STEP, "tokenenv/Reviews-v0", reward=name, max_new_tokens=2
+    )
     envs.reset(seed=0)
     plan = [np.full(N, 9), np.full(N, 10)]
     twin = pickle.loads(pickle.dumps(envs))
@@ -94,8 +111,15 @@ def test_a_model_runs_once_a_step_whoever_reads_it_and_two_models_run_twice() ->
     """A copy of a model is another model, though all its weights are equal."""
     other = copy.deepcopy(tasks.reference())
     calls: list[Any] = []
-    hooks = [m.model.register_forward_hook(lambda m, *_: calls.append(m)) for m in (tasks.reference(), other)]
-    terms = {"a": Implicit(tasks.reference(), coef=1.0), "b": Implicit(other, coef=1.0), "c": Segment(1.0)}
+    hooks = [
+        m.model.register_forward_hook(lambda m, *_: calls.append(m))
+        for m in (tasks.reference(), other)
+    ]
+    terms = {
+        "a": Implicit(tasks.reference(), coef=1.0),
+        "b": Implicit(other, coef=1.0),
+        "c": Segment(1.0),
+    }
     envs = make_vec(2, AutoresetMode.SAME_STEP, reward=terms)
     envs.reset(seed=0)
     calls.clear()
@@ -119,7 +143,9 @@ def test_models_that_compare_by_value_are_refused_in_a_sentence() -> None:
     task = tasks.toy()
     changed = {name: getattr(task, name) for name in type(task).__slots__}
     scorer = Scorer(ByValue(), lambda states: states, per_token=False)
-    with pytest.raises(ModelError, match=r"ByValue defines __eq__ or __hash__, .* a dataclass takes eq=False"):
+    with pytest.raises(
+        ModelError, match=r"ByValue defines __eq__ or __hash__, .* a dataclass takes eq=False"
+    ):
         make_vec(2, task=type(task)(**{**changed, "scorer": scorer}), reward="terminal")
 
 

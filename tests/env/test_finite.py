@@ -1,4 +1,5 @@
-"""Numbers that are not finite are named where they arise; nothing learns from them; their texts are in the run folder."""
+"""Numbers that are not finite are named where they arise; nothing learns from them; their texts are
+in the run folder."""
 
 import json
 import math
@@ -42,7 +43,9 @@ class Placed(Spoilt):
 
     def place(self, texts, max_new_tokens):
         self.left -= 1
-        return torch.full((len(texts.length), max_new_tokens), self.value if self.left == 0 else 1.0)
+        return torch.full(
+            (len(texts.length), max_new_tokens), self.value if self.left == 0 else 1.0
+        )
 
 
 def bound(envs, name):
@@ -58,7 +61,10 @@ def step(envs, rng):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_pays_it_names_term_row_and_token(mode, value):
-    envs, rng = make_vec(4, mode, reward={"even": "token", "spoilt": Spoilt()}), np.random.default_rng(0)
+    envs, rng = (
+        make_vec(4, mode, reward={"even": "token", "spoilt": Spoilt()}),
+        np.random.default_rng(0),
+    )
     envs.reset(seed=0)
     step(envs, rng)
     bound(envs, "spoilt").left, bound(envs, "spoilt").value = 2, value
@@ -66,7 +72,8 @@ def test_a_step_that_pays_it_names_term_row_and_token(mode, value):
     envs.unwrapped._ended[:] = False  # so that the row takes a token
     token = int(envs.unwrapped._texts.response_length[2])
     with pytest.raises(
-        NotFinite, match=f"the reward term 'spoilt' is {value} in env row 2, at response token {token} "
+        NotFinite,
+        match=f"the reward term 'spoilt' is {value} in env row 2, at response token {token} ",
     ) as caught:
         step(envs, rng)
     assert caught.value.rows == [2]
@@ -88,7 +95,9 @@ def test_a_device_that_is_not_waited_for_says_so_with_the_next_step(mode, monkey
     step(envs, rng)
     bound(envs, "spoilt").left = 1_000_000
     for _ in range(2):
-        with pytest.raises(NotFinite, match="the reward term 'spoilt' is nan in env row 2, at response token 0 "):
+        with pytest.raises(
+            NotFinite, match="the reward term 'spoilt' is nan in env row 2, at response token 0 "
+        ):
             envs.step(random_actions(rng, envs))
     saved = envs.unwrapped.save_state()
     envs.reset()
@@ -105,7 +114,9 @@ def test_whole_texts_name_the_text():
     envs = make_vec(4, reward=Placed())
     envs.reset(seed=0)
     bound(envs, "placed").left = 1
-    with pytest.raises(NotFinite, match="the reward term 'placed' is nan in text 0, at response token 0") as caught:
+    with pytest.raises(
+        NotFinite, match="the reward term 'placed' is nan in text 0, at response token 0"
+    ) as caught:
         envs.unwrapped.score_episodes([[10], [11]], [[20, 21], [22, 23]])
     assert caught.value.rows == [0, 1]
     assert np.isfinite(envs.unwrapped.score_episodes([[10]], [[20, 21]]).token_rewards).all()
@@ -121,7 +132,11 @@ def test_a_broken_reference_is_named_and_a_token_it_lacks_is_not(kl_coef, monkey
         (math.nan, "the reference's log-prob is nan in env row 1"),
         (-math.inf, "the reward term 'kl' is -inf"),
     ):
-        monkeypatch.setattr(engine, "ref_logprob", lambda h, t, v=value: torch.where(torch.arange(4) == 1, v, real(h, t)))
+        monkeypatch.setattr(
+            engine,
+            "ref_logprob",
+            lambda h, t, v=value: torch.where(torch.arange(4) == 1, v, real(h, t)),
+        )
         if value == -math.inf and not kl_coef:
             envs.step(random_actions(rng, envs))
             continue
@@ -152,7 +167,10 @@ def test_settings_are_finite():
         envs.reset(seed=0)
         with pytest.raises(InvalidArgument, match=f"kl_coef={value}"):
             envs.unwrapped.kl_coef = value
-        with pytest.raises(InvalidArgument, match=rf"the weight of 'dense' is {value} at tokens_seen=\d+; a schedule must be"):
+        with pytest.raises(
+            InvalidArgument,
+            match=rf"the weight of 'dense' is {value} at tokens_seen=\d+; a schedule must be",
+        ):
             many_steps(envs)
 
 
@@ -174,7 +192,9 @@ def test_settings_are_finite():
 def test_a_setting_of_another_type_is_named(config, settings, allowed):
     """Not taken, to fail or to mean something else deep inside an update."""
     [(name, value)] = settings.items()
-    with pytest.raises(InvalidArgument, match=rf"^{name}={value!r} is not allowed; it must be {allowed}\.$"):
+    with pytest.raises(
+        InvalidArgument, match=rf"^{name}={value!r} is not allowed; it must be {allowed}\.$"
+    ):
         config(**settings)
     config(lr=np.float32(1e-3), epochs=np.int64(2), target_kl=1, max_staleness=None)
 
@@ -188,7 +208,11 @@ def lines(folder):
 @pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_learns_from_a_spoilt_reward_and_learning_goes_on(mode, waits, array, tmp_path):
-    agent = PPO(make_vec(4, mode, reward=Spoilt(), kl_coef=0.1, array=array), batch_tokens=20, run_dir=tmp_path)
+    agent = PPO(
+        make_vec(4, mode, reward=Spoilt(), kl_coef=0.1, array=array),
+        batch_tokens=20,
+        run_dir=tmp_path,
+    )
     agent.learn(20)
     agent.core._engine.watch.waits = waits
     term = bound(agent.envs, "spoilt")
@@ -199,7 +223,10 @@ def test_nothing_learns_from_a_spoilt_reward_and_learning_goes_on(mode, waits, a
             agent.learn(agent.tokens_seen + 40)
         term.left = 1_000_000
         if agent.updates == lines(tmp_path)[-1]["update"] == 1:
-            assert all(torch.equal(one, other) for one, other in zip(weights, agent.policy.parameters(), strict=True))
+            assert all(
+                torch.equal(one, other)
+                for one, other in zip(weights, agent.policy.parameters(), strict=True)
+            )
         agent.learn(agent.tokens_seen + 40)
         assert all(weight.isfinite().all() for weight in agent.policy.parameters())
     for line in lines(tmp_path):
@@ -212,7 +239,11 @@ def test_nothing_learns_from_a_spoilt_reward_and_learning_goes_on(mode, waits, a
 def test_a_policy_that_is_not_finite_is_named(tmp_path):
     """When it acts, by row and update, whoever pays the KL."""
     for kl in ("reference", "policy"):
-        agent = PPO(make_vec(3, AutoresetMode.SAME_STEP, reward="token", kl=kl), batch_tokens=20, run_dir=tmp_path / kl)
+        agent = PPO(
+            make_vec(3, AutoresetMode.SAME_STEP, reward="token", kl=kl),
+            batch_tokens=20,
+            run_dir=tmp_path / kl,
+        )
         agent.learn(20)
         updates, weights = agent.updates, next(agent.policy.parameters())
         kept = weights.detach().clone()
@@ -220,7 +251,8 @@ def test_a_policy_that_is_not_finite_is_named(tmp_path):
             weights.fill_(math.nan)
         agent.actor.refresh()
         with pytest.raises(
-            NotFinite, match=rf"the policy's log-prob is not finite in env rows \[0, 1, 2\], after {updates} upd"
+            NotFinite,
+            match=rf"the policy's log-prob is not finite in env rows \[0, 1, 2\], after {updates} upd",
         ):
             agent.learn(10_000)
         assert [line["slot"] for line in lines(tmp_path / kl)] == [0, 1, 2]
@@ -246,8 +278,13 @@ class NaNToy(ToyEnv):
 @pytest.mark.parametrize("mode", MODES)
 def test_an_env_of_another_make(mode, tmp_path):
     """Which says nothing of it itself: the ended text does."""
-    agent = PPO(NaNToy(4, mode), policy=LMPolicy(tiny_lm(seed=3)), batch_tokens=30, run_dir=tmp_path)
-    with pytest.raises(NotFinite, match=r"the reward is nan at token \d of text \d+ of slot 1, in the batch of update \d"):
+    agent = PPO(
+        NaNToy(4, mode), policy=LMPolicy(tiny_lm(seed=3)), batch_tokens=30, run_dir=tmp_path
+    )
+    with pytest.raises(
+        NotFinite,
+        match=r"the reward is nan at token \d of text \d+ of slot 1, in the batch of update \d",
+    ):
         agent.learn(2_000)
     [line] = lines(tmp_path)
     assert None in line["token_rewards"]

@@ -1,4 +1,5 @@
-"""A call that is interrupted, at whatever inner call, leaves an env that refuses to go on until all texts begin anew."""
+"""A call that is interrupted, at whatever inner call, leaves an env that refuses to go on until all
+texts begin anew."""
 
 import gc
 import itertools
@@ -19,8 +20,11 @@ from tokenenv.errors import EnvClosed, Interrupted, NotReset
 from tokenenv.rewards import PositionScaled, Rule, Scaled, Segment, TokenRule
 
 N, SEED = 3, 5
-OURS = tuple(str(Path(path).resolve()) for path in (tokenenv.__path__[0], Path(tasks.__file__).parent))
-"""Where the functions live that are stopped: this package's, and the tests' own models and rules."""
+OURS = tuple(
+    str(Path(path).resolve()) for path in (tokenenv.__path__[0], Path(tasks.__file__).parent)
+)
+"""Where the functions live that are stopped: this package's, and the tests' own models and
+rules."""
 KINDS = (RuntimeError, KeyboardInterrupt)
 TEXT_RULE = {
     "words": Rule(lambda prompt, response: 0.1 * len(response.split())),
@@ -28,18 +32,35 @@ TEXT_RULE = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "automaton": {
-        "reward": {"a": "oracle", "b": Scaled(Segment(1.0)), "c": PositionScaled("uniform"), **TEXT_RULE},
+        "reward": {
+            "a": "oracle",
+            "b": Scaled(Segment(1.0)),
+            "c": PositionScaled("uniform"),
+            **TEXT_RULE,
+        },
         "env_id": "tokenenv/Negation-v0",
         "max_new_tokens": T,
     },
     "learned": {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("uniform"), **TEXT_RULE}},
-    "k1 torch": {"reward": "delta", "kl": "policy", "array": "torch", "missing_eos_penalty": 0.3, "group_size": 3},
-    "features": {"reward": "process", "observation": "features", "step_ends": (12, 13), "render_mode": "human"},
+    "k1 torch": {
+        "reward": "delta",
+        "kl": "policy",
+        "array": "torch",
+        "missing_eos_penalty": 0.3,
+        "group_size": 3,
+    },
+    "features": {
+        "reward": "process",
+        "observation": "features",
+        "step_ends": (12, 13),
+        "render_mode": "human",
+    },
 }
 
 
 class Stop:
-    """Raises at one of the calls of this package's functions, and notes where they are called from."""
+    """Raises at one of the calls of this package's functions, and notes where they are called
+    from."""
 
     def __init__(self, at: int | None = None, kind: type[BaseException] = RuntimeError) -> None:
         self.at, self.kind, self.places = at, kind, list[Any]()
@@ -47,7 +68,11 @@ class Stop:
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
         code = frame.f_code
         # What is raised while a generator is thrown away is lost, and is not the env's.
-        ours = code.co_filename.startswith(OURS) and code.co_filename != __file__ and code.co_name != "<genexpr>"
+        ours = (
+            code.co_filename.startswith(OURS)
+            and code.co_filename != __file__
+            and code.co_name != "<genexpr>"
+        )
         if event == "call" and ours:
             self.places.append((code, frame.f_back.f_code, frame.f_back.f_lineno))
             if len(self.places) - 1 == self.at:
@@ -65,7 +90,11 @@ class Stop:
 
 def actions_of(envs: Any, tokens: Any) -> Any:
     tokens = np.array(tokens)
-    return {"token": tokens, "logprob": np.full(N, -1.5, np.float32)} if envs.config.kl == "policy" else tokens
+    return (
+        {"token": tokens, "logprob": np.full(N, -1.5, np.float32)}
+        if envs.config.kl == "policy"
+        else tokens
+    )
 
 
 def make(name: str, mode: Any = AutoresetMode.SAME_STEP) -> TokenVectorEnv:
@@ -79,7 +108,8 @@ def ends(envs: Any) -> list[int]:
 
 
 def midway(envs: Any) -> Any:
-    """Texts of two tokens but for the row that has begun anew; on the automata all are one token short of their end."""
+    """Texts of two tokens but for the row that has begun anew; on the automata all are one token
+    short of their end."""
     envs.reset(seed=SEED)
     steps = T - 1 if not envs.token_spec.stop_token_ids else 2
     for _ in range(steps):
@@ -90,7 +120,9 @@ def midway(envs: Any) -> Any:
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
     "step": lambda envs, saved: envs.step(actions_of(envs, ends(envs))),
     "reset": lambda envs, saved: envs.reset(seed=8),
-    "partial reset": lambda envs, saved: envs.reset(options={"reset_mask": np.arange(N) == 1, "prefixes": [None, [4], None]}),
+    "partial reset": lambda envs, saved: envs.reset(
+        options={"reset_mask": np.arange(N) == 1, "prefixes": [None, [4], None]}
+    ),
     "fork": lambda envs, saved: envs.fork([0], [2]),
     "load_state": lambda envs, saved: envs.load_state(saved),
 }
@@ -109,7 +141,9 @@ REFUSED: dict[str, Callable[[Any, Any], Any]] = {
 def follow(envs: Any) -> dict[int, Any]:
     """What the same steps show everywhere, in which texts end."""
     plan = [*(np.arange(N) % 3 + 2 + number for number in (0, 1)), ends(envs), np.arange(N) + 1]
-    return dict(enumerate(copied(dict(enumerate(envs.step(actions_of(envs, tokens))))) for tokens in plan))
+    return dict(
+        enumerate(copied(dict(enumerate(envs.step(actions_of(envs, tokens))))) for tokens in plan)
+    )
 
 
 def contents(saved: Any) -> Any:
@@ -120,7 +154,8 @@ def contents(saved: Any) -> Any:
 
 
 def scored(envs: Any) -> Any:
-    """What a whole text earns: it needs no running texts, and an interrupted call has taught its terms nothing."""
+    """What a whole text earns: it needs no running texts, and an interrupted call has taught its
+    terms nothing."""
     logprobs = [[-1.0]] if envs.config.kl == "policy" else None
     return envs.score_episodes([[0]], [[3]], logprobs=logprobs).token_rewards
 
@@ -131,12 +166,19 @@ def numbers_of(envs: Any) -> dict[str, Any]:
 
 
 CASES = [("automaton", call) for call in CALLS]
-CASES += [("learned", "step"), ("learned", "load_state"), ("k1 torch", "step"), ("features", "step")]
+CASES += [
+    ("learned", "step"),
+    ("learned", "load_state"),
+    ("k1 torch", "step"),
+    ("features", "step"),
+]
 
 
 @pytest.mark.usefixtures("capsys")
 @pytest.mark.parametrize(("name", "call"), CASES, ids=[f"{name}-{call}" for name, call in CASES])
-def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new(name: str, call: str) -> None:
+def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new(
+    name: str, call: str
+) -> None:
     envs, fresh, every = midway(make(name)), make(name), name == "automaton"
     saved = envs.save_state()
     before = numbers_of(envs)
@@ -150,8 +192,13 @@ def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new
     envs.load_state(saved)
     seen = Stop()
     seen.during(lambda: CALLS[call](envs, saved))
-    # With a transformer, each place in the code once; with an automaton, which is quick, each time that it is passed.
-    places = range(len(seen.places)) if every else [seen.places.index(place) for place in dict.fromkeys(seen.places)]
+    # With a transformer, each place in the code once; with an automaton, which is quick, each time
+    # that it is passed.
+    places = (
+        range(len(seen.places))
+        if every
+        else [seen.places.index(place) for place in dict.fromkeys(seen.places)]
+    )
     wanted = places if name in ("automaton", "learned") else places[::3]
     marked = 0
     for number, (at, kind) in enumerate(zip(wanted, itertools.cycle(KINDS), strict=False)):
@@ -164,7 +211,8 @@ def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new
         marked += 1
         for refused in REFUSED.values() if number % 25 == 0 else (REFUSED["step"],):
             with pytest.raises(
-                Interrupted, match=rf"^{call.split()[-1]}\(\) was interrupted half-way, .* call reset\(\) for all"
+                Interrupted,
+                match=rf"^{call.split()[-1]}\(\) was interrupted half-way, .* call reset\(\) for all",
             ):
                 refused(envs, saved)
         if number % 25 == 0:
@@ -219,7 +267,9 @@ def test_a_gold_that_raises_once_leaves_no_row_beyond_its_stop_token() -> None:
         return 1.0
 
     changed = {name: getattr(task, name) for name in type(task).__slots__}
-    envs = TokenVectorEnv(2, task=type(task)(**{**changed, "gold": gold}), autoreset_mode="SameStep")
+    envs = TokenVectorEnv(
+        2, task=type(task)(**{**changed, "gold": gold}), autoreset_mode="SameStep"
+    )
     envs.reset(seed=0)
     with pytest.raises(ZeroDivisionError):
         envs.step([tasks.STOPS[0], 20])

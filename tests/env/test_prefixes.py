@@ -1,4 +1,5 @@
-"""Prefixes given at reset: what follows is paid as in the same text written from its start, memories of terms included."""
+"""Prefixes given at reset: what follows is paid as in the same text written from its start,
+memories of terms included."""
 
 from typing import Any
 
@@ -26,17 +27,23 @@ DESIGNS: dict[str, tuple[str, Any]] = {
 }
 
 
-def make(name: str, mode: AutoresetMode = AutoresetMode.SAME_STEP, num_envs: int = 8, **options: Any) -> Any:
+def make(
+    name: str, mode: AutoresetMode = AutoresetMode.SAME_STEP, num_envs: int = 8, **options: Any
+) -> Any:
     env_id, reward = DESIGNS[name]
     options |= {"max_new_tokens": 10, "score_truncated": name != "no score where cut"}
     return tasks.make_vec(num_envs, mode, env_id, reward=reward, **options)
 
 
 def written(envs: Any) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
-    """Prompts and random responses, one a row, some ended by a stop token, and what stepping would pay for each, (N, T)."""
+    """Prompts and random responses, one a row, some ended by a stop token, and what stepping would
+    pay for each, (N, T)."""
     spec, rng = envs.unwrapped.token_spec, np.random.default_rng(0)
     obs, _ = envs.reset(seed=0)
-    prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)]
+    prompts = [
+        row[:length].tolist()
+        for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)
+    ]
     words = np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids)
     responses = [rng.choice(words, 10).tolist() for _ in prompts]
     for row in range(0, len(responses), 3):
@@ -45,10 +52,12 @@ def written(envs: Any) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*[(name, MODES[1]) for name in DESIGNS], ("rare cuts", MODES[0]), ("rare cuts", MODES[2])]
+    ("name", "mode"),
+    [*[(name, MODES[1]) for name in DESIGNS], ("rare cuts", MODES[0]), ("rare cuts", MODES[2])],
 )
 def test_what_follows_a_prefix_is_paid_as_in_the_whole_text(name: str, mode: AutoresetMode) -> None:
-    """The rows begin at different places of their texts, one of them at the start; an autoreset has no prefix."""
+    """The rows begin at different places of their texts, one of them at the start; an autoreset has
+    no prefix."""
     envs = make(name, mode)
     prompts, responses, paid = written(envs)
     starts = np.arange(len(prompts)) % 5
@@ -60,7 +69,10 @@ def test_what_follows_a_prefix_is_paid_as_in_the_whole_text(name: str, mode: Aut
         if mode == AutoresetMode.DISABLED and not going.all():
             break
         rows = np.flatnonzero(going)
-        actions = [response[t] if t < len(response) else 0 for t, response in zip(at, responses, strict=True)]
+        actions = [
+            response[t] if t < len(response) else 0
+            for t, response in zip(at, responses, strict=True)
+        ]
         rewards = envs.step(np.array(actions))[1]
         np.testing.assert_allclose(rewards[rows], paid[rows, at[rows]], atol=1e-5)
     assert step > 1
@@ -82,9 +94,12 @@ def test_memory_survives_a_saved_state_and_a_partial_reset_with_prefixes() -> No
 
 @pytest.mark.filterwarnings("ignore:reward-to-go")
 @pytest.mark.parametrize(
-    ("name", "mode"), [*[("rare cuts", mode) for mode in MODES], ("segment", MODES[1]), ("process", MODES[1])]
+    ("name", "mode"),
+    [*[("rare cuts", mode) for mode in MODES], ("segment", MODES[1]), ("process", MODES[1])],
 )
-def test_vineppos_values_are_what_the_rest_of_the_text_is_paid(name: str, mode: AutoresetMode) -> None:
+def test_vineppos_values_are_what_the_rest_of_the_text_is_paid(
+    name: str, mode: AutoresetMode
+) -> None:
     """At a temperature near 0 a text goes on in one way only."""
     agent = VinePPO(make(name, mode, 12, kl="none"), rollouts=2, segments=2, seed=1)
     agent.actor.temperature = 1e-6

@@ -1,4 +1,5 @@
-"""What `render` shows: each token on the colour of the reward it was paid, in strings, pictures and videos."""
+"""What `render` shows: each token on the colour of the reward it was paid, in strings, pictures and
+videos."""
 
 import re
 
@@ -18,7 +19,8 @@ def text(pieces=(" good", " bad"), rewards=(0.5, -0.5), prompt="the food was", s
 
 
 def play(envs, steps, seed=0):
-    """Steps with random tokens and returns the last result of each row's present text, paid so far."""
+    """Steps with random tokens and returns the last result of each row's present text, paid so
+    far."""
     rng, paid = np.random.default_rng(seed), [[] for _ in range(envs.num_envs)]
     envs.reset(seed=seed)
     for _ in range(steps):
@@ -39,8 +41,12 @@ def test_colours_tell_sign_and_size():
 
 @pytest.mark.parametrize("env_id", ["tokenenv/Reviews-v0", "tokenenv/Negation-v0"])
 def test_strings_hold_every_token_on_the_colour_of_what_was_paid(env_id):
-    options = {"max_new_tokens": 5, "reward": "token"} if "Reviews" in env_id else {"max_new_tokens": 5}
-    envs = gym.make_vec(env_id, num_envs=3, render_mode="ansi", autoreset_mode="SameStep", **options)
+    options = (
+        {"max_new_tokens": 5, "reward": "token"} if "Reviews" in env_id else {"max_new_tokens": 5}
+    )
+    envs = gym.make_vec(
+        env_id, num_envs=3, render_mode="ansi", autoreset_mode="SameStep", **options
+    )
     paid = play(envs, 3)
     shown = envs.render()
     assert len(shown) == 3
@@ -60,25 +66,43 @@ def test_a_picture_has_one_size_and_the_tokens_colours():
     for pieces in (text(), text(rewards=(0.0, 0.0))):
         found = {tuple(pixel) for pixel in picture(pieces)[40:].reshape(-1, 3)}
         assert {colour(r) for r in pieces.rewards} <= found
-    assert colour(0.5) not in {tuple(pixel) for pixel in picture(text(rewards=(0.0, 0.0)))[40:].reshape(-1, 3)}
+    assert colour(0.5) not in {
+        tuple(pixel) for pixel in picture(text(rewards=(0.0, 0.0)))[40:].reshape(-1, 3)
+    }
 
 
 def test_a_long_text_shows_its_end():
-    ends = [picture(text(pieces=[*[" word"] * 900, piece], rewards=[0.0] * 901)) for piece in (" one", " two")]
+    ends = [
+        picture(text(pieces=[*[" word"] * 900, piece], rewards=[0.0] * 901))
+        for piece in (" one", " two")
+    ]
     assert (ends[0] != ends[1]).any()
-    starts = [picture(text(prompt=p, pieces=[" word"] * 900, rewards=[0.0] * 900)) for p in ("one", "two")]
+    starts = [
+        picture(text(prompt=p, pieces=[" word"] * 900, rewards=[0.0] * 900)) for p in ("one", "two")
+    ]
     assert (starts[0] == starts[1]).all()
 
 
 def test_line_breaks_and_words_longer_than_a_line():
-    lines = [line for line, _ in render._placed(text(pieces=["a\n", "b", "x" * 200], rewards=[0, 0, 0], prompt="p"))]
+    lines = [
+        line
+        for line, _ in render._placed(
+            text(pieces=["a\n", "b", "x" * 200], rewards=[0, 0, 0], prompt="p")
+        )
+    ]
     assert lines == [0, 0, 1, 2, 3, 4]
     assert "↵" in ansi(text(pieces=["a\n"], rewards=[0.0]))
 
 
 def test_control_characters_neither_steer_the_terminal_nor_stop_the_drawing():
     evil = text(
-        pieces=["\x1b[2J", "\r\x08\x00", "\u202e\u2028", "a\tb\n", "\u061cx\ufe0fy\ud800\U000e0041"],
+        pieces=[
+            "\x1b[2J",
+            "\r\x08\x00",
+            "\u202e\u2028",
+            "a\tb\n",
+            "\u061cx\ufe0fy\ud800\U000e0041",
+        ],
         rewards=[0.0] * 5,
         prompt="\x1b]0;x\x07p",
     )
@@ -89,13 +113,20 @@ def test_control_characters_neither_steer_the_terminal_nor_stop_the_drawing():
 
 
 def test_the_header_tells_the_kl_term_apart():
-    envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=2, render_mode="ansi", reward="token", autoreset_mode="Disabled")
+    envs = gym.make_vec(
+        "tokenenv/Reviews-v0",
+        num_envs=2,
+        render_mode="ansi",
+        reward="token",
+        autoreset_mode="Disabled",
+    )
     envs.reset(seed=0)
     paid = [envs.step(np.array([20, 41]))[4]["reward_terms"] for _ in range(3)]
     kl, token = (np.sum([terms[name] for terms in paid], 0) for name in ("kl", "token"))
     for row, string in enumerate(envs.render()):
         assert string.startswith(
-            f"score {token[row]:.2f}   reward {kl[row] + token[row]:.2f}, of which kl {kl[row]:.2f}   3 tokens"
+            f"score {token[row]:.2f}   reward {kl[row] + token[row]:.2f}, of which kl "
+            f"{kl[row]:.2f}   3 tokens"
         )
     assert " kl " not in ansi(text())
 
@@ -127,12 +158,19 @@ def test_frames_are_the_callers_own():
 def test_gymnasium_records_a_video(tmp_path, vector):
     pytest.importorskip("moviepy")
     if vector:
-        envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=4, render_mode="rgb_array", max_new_tokens=4)
-        recorder = gym.wrappers.vector.RecordVideo(envs, str(tmp_path), episode_trigger=lambda i: i == 0, video_length=3)
+        envs = gym.make_vec(
+            "tokenenv/Reviews-v0", num_envs=4, render_mode="rgb_array", max_new_tokens=4
+        )
+        recorder = gym.wrappers.vector.RecordVideo(
+            envs, str(tmp_path), episode_trigger=lambda i: i == 0, video_length=3
+        )
         action = np.full(4, 20)
     else:
         env = gym.make("tokenenv/Reviews-v0", render_mode="rgb_array", max_new_tokens=4)
-        recorder, action = gym.wrappers.RecordVideo(env, str(tmp_path), episode_trigger=lambda i: True), 20
+        recorder, action = (
+            gym.wrappers.RecordVideo(env, str(tmp_path), episode_trigger=lambda i: True),
+            20,
+        )
     recorder.reset(seed=0)
     for _ in range(4):
         recorder.step(action)

@@ -24,7 +24,9 @@ TOKEN_CASES = [case for case in CASES if case.values[1].get("observation") != "f
 
 def close(actual: Any, expected: Any) -> None:
     expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(
+        actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected).max(initial=0.0))
+    )
 
 
 def scored(envs: Any, episodes: list[tasks.Played], **options: Any) -> EpisodeScores:
@@ -44,7 +46,9 @@ def test_stepping_equals_scoring(env_id: str, options: dict[str, Any]) -> None:
     close(whole.step_rewards, np.stack([e.padded(e.rewards, limit) for e in episodes]))
     for name, values in whole.terms.items():
         paid = [[info["reward_terms"][name] for info in e.infos] for e in episodes]
-        close(values, np.stack([e.padded(row, limit) for e, row in zip(episodes, paid, strict=True)]))
+        close(
+            values, np.stack([e.padded(row, limit) for e, row in zip(episodes, paid, strict=True)])
+        )
     close(whole.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]))
     for name, values in whole.token_reward_terms.items():
         close(values, np.stack([e.infos[-1]["token_reward_terms"][name] for e in episodes]))
@@ -65,7 +69,10 @@ def test_each_design_sums_to_the_score(name: str, scorer: str) -> None:
     envs = make_vec(4, SAME_STEP, reward=name, scorer=scorer, kl="none")
     episodes = play(envs)
     before = [first_score(e.prompt, scorer) if name == "delta" else 0.0 for e in episodes]
-    close([sum(e.rewards) + start for e, start in zip(episodes, before, strict=True)], scored(envs, episodes).score)
+    close(
+        [sum(e.rewards) + start for e, start in zip(episodes, before, strict=True)],
+        scored(envs, episodes).score,
+    )
 
 
 def first_score(prompt: list[int], scorer: str) -> float:
@@ -83,12 +90,17 @@ def test_scores_and_log_probs_are_the_models_own() -> None:
         for episode in play(make_vec(3, SAME_STEP, reward="terminal", scorer=kind), steps=12):
             close(episode.infos[-1]["score"], model_score(episode.prompt, episode.response, kind))
             logits = tasks.reference()(torch.tensor([episode.prompt + episode.response])).logits[0]
-            taken = logits[len(episode.prompt) - 1 : -1].log_softmax(-1)[range(len(episode.response)), episode.response]
+            taken = logits[len(episode.prompt) - 1 : -1].log_softmax(-1)[
+                range(len(episode.response)), episode.response
+            ]
             close([info["ref_logprob"] for info in episode.infos], taken)
 
 
 def test_micro_batches_change_nothing() -> None:
-    envs, small = make_vec(4, SAME_STEP, **TOYS["mixture"]), make_vec(4, max_batch_tokens=1, **TOYS["mixture"])
+    envs, small = (
+        make_vec(4, SAME_STEP, **TOYS["mixture"]),
+        make_vec(4, max_batch_tokens=1, **TOYS["mixture"]),
+    )
     episodes = play(envs)
     close(scored(small, episodes).token_rewards, scored(envs, episodes).token_rewards)
 
@@ -101,11 +113,18 @@ def test_policy_kl_is_the_log_ratio_and_clamps() -> None:
 
 
 def test_reference_and_learner_halves_make_k1() -> None:
-    half, whole = (make_vec(4, SAME_STEP, reward="token", kl=kl, kl_coef=0.3) for kl in ("reference", "policy"))
+    half, whole = (
+        make_vec(4, SAME_STEP, reward="token", kl=kl, kl_coef=0.3) for kl in ("reference", "policy")
+    )
     episodes = play(whole)
-    again = half.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
+    again = half.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes]
+    )
     for episode, rewards in zip(episodes, again.token_rewards, strict=True):
-        close(episode.rewards, rewards[: len(episode.response)] - 0.3 * np.array(episode.logprobs, np.float32))
+        close(
+            episode.rewards,
+            rewards[: len(episode.response)] - 0.3 * np.array(episode.logprobs, np.float32),
+        )
 
 
 def test_unscored_truncation_withholds_the_score_and_keeps_the_potential() -> None:
@@ -130,7 +149,10 @@ def final_potentials(envs: Any) -> list[tuple[float, bool]]:
     envs.reset(seed=0)
     for _ in range(20):
         final = envs.step(tasks.random_actions(rng, envs))[4].get("final_info", {"_cut": []})
-        out += [(final["potential"][row], bool(final["cut"][row])) for row in np.flatnonzero(final["_cut"])]
+        out += [
+            (final["potential"][row], bool(final["cut"][row]))
+            for row in np.flatnonzero(final["_cut"])
+        ]
     return out
 
 
@@ -158,12 +180,22 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
     envs = make_vec(1, SAME_STEP, **TOYS["terminal"])
     stop = tasks.tokenizer().convert_ids_to_tokens(STOPS[1])
     texts = envs.unwrapped.score_episodes(["the cat"], [f"is good {stop}"])
-    prompt, response = (tasks.tokenizer()(text)["input_ids"] for text in ("the cat", f"is good {stop}"))
-    close(texts.token_rewards, envs.unwrapped.score_episodes([np.array(prompt)], [torch.tensor(response)]).token_rewards)
+    prompt, response = (
+        tasks.tokenizer()(text)["input_ids"] for text in ("the cat", f"is good {stop}")
+    )
+    close(
+        texts.token_rewards,
+        envs.unwrapped.score_episodes([np.array(prompt)], [torch.tensor(response)]).token_rewards,
+    )
     assert texts.terms["missing_eos"].sum() == 0
     cut = envs.unwrapped.score_episodes([prompt], [response[:-1]])
     assert cut.terms["missing_eos"][0, len(response) - 2] == np.float32(-0.7)
-    assert envs.unwrapped.score_episodes([prompt], [response[:-1]], truncated=[False]).terms["missing_eos"].sum() == 0
+    assert (
+        envs.unwrapped.score_episodes([prompt], [response[:-1]], truncated=[False])
+        .terms["missing_eos"]
+        .sum()
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,15 +208,35 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
         (([[3] * 9], [[3]]), {}, "prompts[0] has 9 tokens and max_prompt_tokens=5"),
         (([[3]], [[61]]), {}, "responses[0]: token id 61 is out of range; allowed: 0 to 60"),
         (([[3]], [[3]]), {"truncated": [True, False]}, "truncated has 2 entries"),
-        (([[3]], [[3]]), {"weights": {"token": float("nan")}}, "the weight of 'token' is nan; it (weights=) must be finite"),
+        (
+            ([[3]], [[3]]),
+            {"weights": {"token": float("nan")}},
+            "the weight of 'token' is nan; it (weights=) must be finite",
+        ),
         (([[3]], [[3]]), {"weights": {"token": [np.inf]}}, "the weight of 'token' is [inf]"),
-        (([[3]], [[3]]), {"weights": {"token": "much"}}, "the weight of 'token' is 'much'; allowed: a number, or one a text"),
+        (
+            ([[3]], [[3]]),
+            {"weights": {"token": "much"}},
+            "the weight of 'token' is 'much'; allowed: a number, or one a text",
+        ),
         (([[3]], [[3]]), {"kl_coef": -0.1}, "(kl_coef=) must be finite and 0 or more"),
         (([[3]], [[3]]), {"kl_coef": float("nan")}, "the weight of 'kl' is nan"),
-        (([[3], [3]], [[3], [4, 7, 5]]), {}, "responses[1] holds the stop token 7 as number 2 of its 3 tokens"),
+        (
+            ([[3], [3]], [[3], [4, 7, 5]]),
+            {},
+            "responses[1] holds the stop token 7 as number 2 of its 3 tokens",
+        ),
         (([[3]], [[1, 1]]), {}, "responses[0] holds the stop token 1 as number 1 of its 2 tokens"),
-        (([[3], [3]], [[3], [4, 7]]), {"truncated": [True, True]}, "truncated[1]=True, but responses[1] ends by itself"),
-        (([[3]], [[3]]), {"weights": {"tokn": 1.0}}, "weights key='tokn' is not known; allowed: kl, token"),
+        (
+            ([[3], [3]], [[3], [4, 7]]),
+            {"truncated": [True, True]},
+            "truncated[1]=True, but responses[1] ends by itself",
+        ),
+        (
+            ([[3]], [[3]]),
+            {"weights": {"tokn": 1.0}},
+            "weights key='tokn' is not known; allowed: kl, token",
+        ),
         (("the cat", "is good"), {}, "prompts='the cat' is one text; give a list"),
         ((5, [[3]]), {}, "prompts=5 is not allowed; it must be a list."),
         (([[3]], None), {}, "responses=None is not allowed"),
@@ -192,7 +244,9 @@ def test_texts_and_ids_are_scored_alike_and_truncation_is_read_off_the_stop_toke
         (([[3]], [[3]]), {"weights": [1.0]}, "weights=[1.0] is not allowed; it must map names"),
     ],
 )
-def test_bad_texts_give_one_clear_error(arguments: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_texts_give_one_clear_error(
+    arguments: Any, options: dict[str, Any], message: str
+) -> None:
     envs = make_vec(1)
     with pytest.raises(InvalidArgument) as error:
         envs.unwrapped.score_episodes(*arguments, **options)
@@ -209,7 +263,10 @@ def test_bad_texts_give_one_clear_error(arguments: Any, options: dict[str, Any],
         ([["a", "b"]], "it must hold numbers"),
         ([[-1.0, float("nan")]], "not finite"),
         ([[-1.0, float("-inf")]], "not finite"),
-        ([[-1.0, 0.5]], r"logprobs\[0\] holds a number that is not finite or above 0; allowed: 0 or less"),
+        (
+            [[-1.0, 0.5]],
+            r"logprobs\[0\] holds a number that is not finite or above 0; allowed: 0 or less",
+        ),
     ],
 )
 def test_policy_terms_need_a_log_prob_for_every_token(logprobs: Any, message: str) -> None:
@@ -223,7 +280,10 @@ def test_scoring_leaves_running_episodes_alone() -> None:
         envs = make_vec(3, SAME_STEP, **TOYS["mixture"])
         if scores:
             step = envs.step
-            envs.step = lambda actions: (envs.unwrapped.score_episodes([[3]] * 9, [[4, 5]] * 9), step(actions))[1]
+            envs.step = lambda actions: (
+                envs.unwrapped.score_episodes([[3]] * 9, [[4, 5]] * 9),
+                step(actions),
+            )[1]
         return play(envs)
 
     assert [e.rewards for e in run(True)] == [e.rewards for e in run(False)]
@@ -239,12 +299,16 @@ def test_weights_are_numbers_or_one_a_text() -> None:
 
 def test_rounding_above_0_is_a_log_prob() -> None:
     envs = make_vec(1, kl="policy")
-    assert np.isfinite(envs.unwrapped.score_episodes([[3]], [[4, 5]], logprobs=[[-1.0, 1e-4]]).step_rewards).all()
+    assert np.isfinite(
+        envs.unwrapped.score_episodes([[3]], [[4, 5]], logprobs=[[-1.0, 1e-4]]).step_rewards
+    ).all()
 
 
 def test_a_kl_coef_without_a_kl_term_is_refused() -> None:
     envs = make_vec(1, kl="none")
-    with pytest.raises(InvalidArgument, match=r"kl_coef=0.1 has no term to weigh: this env was made with kl='none'"):
+    with pytest.raises(
+        InvalidArgument, match=r"kl_coef=0.1 has no term to weigh: this env was made with kl='none'"
+    ):
         envs.unwrapped.score_episodes([[3]], [[4]], kl_coef=0.1)
     envs.unwrapped.score_episodes([[3]], [[4]])
 
@@ -280,7 +344,14 @@ def dropping() -> Any:
 
 def test_models_in_train_mode_are_run_in_eval_mode_and_keep_their_mode() -> None:
     """Whoever trains a model between steps: its rewards are those of eval mode, by every way."""
-    reward = {"a": "terminal", "b": "delta", "c": "implicit", "d": "occlusion", "e": "gradient", "f": "segment"}
+    reward = {
+        "a": "terminal",
+        "b": "delta",
+        "c": "implicit",
+        "d": "occlusion",
+        "e": "gradient",
+        "f": "segment",
+    }
     texts = [[3, 4]] * 3, [[5, 6, 7], [8, 9], [10] * T]
 
     def run(training: bool) -> tuple[Any, ...]:
@@ -314,7 +385,11 @@ def test_the_sums_of_thousands_of_token_scores_do_not_drift() -> None:
         scorer=Scorer(automaton, automaton.score, per_token=True),
     )
     envs = TokenVectorEnv(
-        1, task=task, autoreset_mode=SAME_STEP, kl="none", reward={"a": "token", "b": "delta", "c": "terminal"}
+        1,
+        task=task,
+        autoreset_mode=SAME_STEP,
+        kl="none",
+        reward={"a": "token", "b": "delta", "c": "terminal"},
     )
     envs.reset(seed=0)
     texts = np.random.default_rng(0).integers(3, size=(length, 1))

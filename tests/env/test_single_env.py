@@ -1,4 +1,5 @@
-"""One text at a time: Gymnasium's and stable-baselines3's own checks, and nothing that the batched env does not do."""
+"""One text at a time: Gymnasium's and stable-baselines3's own checks, and nothing that the batched
+env does not do."""
 
 import warnings
 from typing import Any
@@ -29,7 +30,9 @@ def test_gymnasiums_own_check(env_id: str, options: dict[str, Any]) -> None:
         check_env(env.unwrapped)
 
 
-@pytest.mark.parametrize(("env_id", "options"), [case for case in CASES if case.values[1].get("kl") != "policy"])
+@pytest.mark.parametrize(
+    ("env_id", "options"), [case for case in CASES if case.values[1].get("kl") != "policy"]
+)
 def test_stable_baselines3s_own_check(env_id: str, options: dict[str, Any]) -> None:
     sb3_check_env(make(env_id, **options).unwrapped, warn=False)
 
@@ -38,7 +41,9 @@ def test_stable_baselines3s_own_check(env_id: str, options: dict[str, Any]) -> N
 def test_is_one_row_of_the_batched_env(name: str) -> None:
     env, envs = make(**TOYS[name]).unwrapped, make_vec(2, AutoresetMode.DISABLED, **TOYS[name])
     for one, (obs, info) in ((env.reset(seed=4), envs.reset(seed=[4, 9])),):
-        assert_equal(one[0], {k: v[0] for k, v in obs.items()} if isinstance(obs, dict) else obs[0], 1e-5)
+        assert_equal(
+            one[0], {k: v[0] for k, v in obs.items()} if isinstance(obs, dict) else obs[0], 1e-5
+        )
         assert_equal(one[1], row_of(info, 0), 1e-5)
     for token in (20, 30, 1):
         action: Any = {"token": token, "logprob": -0.5} if name == "k1" else token
@@ -55,7 +60,9 @@ def test_is_one_row_of_the_batched_env(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["num_envs", "autoreset_mode", "group_size"])
 def test_options_of_a_batch_are_refused(key: str) -> None:
-    with pytest.raises(InvalidArgument, match=f"{key}=2 is for gym.make_vec; one text at a time has no {key}"):
+    with pytest.raises(
+        InvalidArgument, match=f"{key}=2 is for gym.make_vec; one text at a time has no {key}"
+    ):
         make(**{key: 2})
 
 
@@ -78,7 +85,9 @@ def test_shows_what_the_batched_env_knows() -> None:
 
 
 def test_tensors_come_from_gymnasiums_wrapper() -> None:
-    with pytest.raises(InvalidArgument, match=r"array='torch' is for gym.make_vec; .* gymnasium has NumpyToTorch"):
+    with pytest.raises(
+        InvalidArgument, match=r"array='torch' is for gym.make_vec; .* gymnasium has NumpyToTorch"
+    ):
         make(array="torch")
     env = NumpyToTorch(make())
     assert isinstance(env.reset(seed=0)[0]["tokens"], torch.Tensor)

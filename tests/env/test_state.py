@@ -7,7 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
-from tasks import TOY, TOYS, P, T, assert_equal, copied, make_vec, random_actions, row_of, some_modes, toy_cases
+from tasks import (
+    TOY,
+    TOYS,
+    P,
+    T,
+    assert_equal,
+    copied,
+    make_vec,
+    random_actions,
+    row_of,
+    some_modes,
+    toy_cases,
+)
 
 from tokenenv.errors import CheckpointError, InvalidArgument, NotReset
 from tokenenv.rewards import PositionScaled, Scaled, Segment
@@ -26,7 +38,9 @@ def follow(envs: Any, plan: list[Any]) -> list[Any]:
     return [copied(dict(enumerate(envs.step(copied(actions))))) for actions in plan]
 
 
-def running(settings: dict[str, Any], mode: Any = SAME_STEP, seed: int = 1, env_id: str = TOY, **reset: Any) -> Any:
+def running(
+    settings: dict[str, Any], mode: Any = SAME_STEP, seed: int = 1, env_id: str = TOY, **reset: Any
+) -> Any:
     """An env whose texts all hold two response tokens."""
     envs = make_vec(N, mode, env_id, **settings)
     envs.reset(seed=seed, **reset)
@@ -48,11 +62,19 @@ def assert_same_row(a: dict[int, Any], i: int, b: dict[int, Any], j: int) -> Non
 
 def swapped(actions: Any) -> Any:
     swap = [1, 0, 2, 3]
-    return {key: value[swap] for key, value in actions.items()} if isinstance(actions, dict) else actions[swap]
+    return (
+        {key: value[swap] for key, value in actions.items()}
+        if isinstance(actions, dict)
+        else actions[swap]
+    )
 
 
-@pytest.mark.parametrize(("env_id", "options"), toy_cases("mixture", "k1", "features", "no scorer", "unscored"))
-def test_forked_rows_go_on_as_their_sources_which_may_be_targets_too(env_id: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("env_id", "options"), toy_cases("mixture", "k1", "features", "no scorer", "unscored")
+)
+def test_forked_rows_go_on_as_their_sources_which_may_be_targets_too(
+    env_id: str, options: dict[str, Any]
+) -> None:
     envs, twin = running(options, AutoresetMode.DISABLED), running(options, AutoresetMode.DISABLED)
     before = copied(twin.unwrapped.fork([0], [0])[0])
     obs, info = envs.unwrapped.fork([0, 1], [1, 0])
@@ -105,7 +127,10 @@ def test_a_copy_keeps_its_prefix_weights_and_prompt_but_draws_from_its_own_strea
     ],
 )
 def test_what_cannot_be_forked(sources: list[int], targets: list[int], message: str) -> None:
-    envs, twin = running(TOYS["token"], AutoresetMode.NEXT_STEP), running(TOYS["token"], AutoresetMode.NEXT_STEP)
+    envs, twin = (
+        running(TOYS["token"], AutoresetMode.NEXT_STEP),
+        running(TOYS["token"], AutoresetMode.NEXT_STEP),
+    )
     last = np.array([20, 20, 20, 1])
     follow(envs, [last]), follow(twin, [last])
     with pytest.raises(InvalidArgument) as error:
@@ -123,8 +148,12 @@ def test_a_finished_slot_can_be_a_target() -> None:
     assert_same_row(step, 0, step, 3)
 
 
-@pytest.mark.parametrize(("env_id", "options", "mode"), some_modes(AutoresetMode.NEXT_STEP, SAME_STEP))
-def test_a_fresh_env_continues_a_saved_one(env_id: str, options: dict[str, Any], mode: AutoresetMode) -> None:
+@pytest.mark.parametrize(
+    ("env_id", "options", "mode"), some_modes(AutoresetMode.NEXT_STEP, SAME_STEP)
+)
+def test_a_fresh_env_continues_a_saved_one(
+    env_id: str, options: dict[str, Any], mode: AutoresetMode
+) -> None:
     envs = running(options, mode, env_id=env_id)
     envs.unwrapped.kl_coef = 0.4
     follow(envs, [plan_of(envs, 1, stop=0.5)[0]])
@@ -136,7 +165,11 @@ def test_a_fresh_env_continues_a_saved_one(env_id: str, options: dict[str, Any],
     assert fresh.unwrapped.kl_coef == 0.4
     assert fresh.unwrapped.tokens_seen == 3 * N
     again.unwrapped.load_state(saved)
-    assert set(loaded) == {"tokens", "length", "prompt_length"} if isinstance(loaded, dict) else loaded.dtype == np.float32
+    assert (
+        set(loaded) == {"tokens", "length", "prompt_length"}
+        if isinstance(loaded, dict)
+        else loaded.dtype == np.float32
+    )
     first, second = follow(fresh, plan), follow(again, plan)
     for one, other, original in zip(first, second, expected, strict=True):
         assert_equal(one, other)  # bit for bit: both were loaded
@@ -151,7 +184,9 @@ def test_some_slots_alone() -> None:
     _, info = other.unwrapped.load_state(saved)
     np.testing.assert_array_equal(info["_prompt_id"], [True, False, True, False])
     plan = plan_of(envs, 9)
-    for a, b, c in zip(follow(envs, plan), follow(other, plan), follow(untouched, plan), strict=True):
+    for a, b, c in zip(
+        follow(envs, plan), follow(other, plan), follow(untouched, plan), strict=True
+    ):
         for row in range(N):
             assert_same_row(b, row, a if row in (0, 2) else c, row)
 
@@ -162,7 +197,8 @@ REMEMBERING = {"reward": {"a": Scaled(Segment(1.0)), "b": PositionScaled("unifor
 @pytest.mark.parametrize("array", ["numpy", "torch"])
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, SAME_STEP])
 def test_a_state_may_be_loaded_again_and_again(mode: Any, array: str) -> None:
-    """Into fresh envs and used ones, whatever is done after: forks, partial resets, steps in which terms learn."""
+    """Into fresh envs and used ones, whatever is done after: forks, partial resets, steps in which
+    terms learn."""
     envs = running({**REMEMBERING, "array": array}, mode)
     follow(envs, plan_of(envs, 2, stop=0.5))
     saved = envs.unwrapped.save_state()
@@ -186,7 +222,9 @@ def test_nothing_that_the_env_keeps_is_the_callers() -> None:
 
     def spoil(value: Any) -> None:
         for array in value.values() if isinstance(value, dict) else [value]:
-            spoil(array) if isinstance(array, dict) else array.fill(7) if isinstance(array, np.ndarray) else None
+            spoil(array) if isinstance(array, dict) else array.fill(7) if isinstance(
+                array, np.ndarray
+            ) else None
 
     for spoilt in (True, False):
         core = (envs if spoilt else twin).unwrapped
@@ -198,16 +236,26 @@ def test_nothing_that_the_env_keeps_is_the_callers() -> None:
         given += [core.reset(options={"reset_mask": mask, "prompts": prompts})[1], mask, prompts[0]]
         given += [actions, *core.step(actions)[1:]]
         scores = core.score_episodes([prompts[0].copy()], [[20, 21]], played=True)
-        given += [scores.score, scores.token_rewards, scores.ref_logprobs, core.ref_logprobs(), core.save_statistics()]
+        given += [
+            scores.score,
+            scores.token_rewards,
+            scores.ref_logprobs,
+            core.ref_logprobs(),
+            core.save_statistics(),
+        ]
         if spoilt:
             for value in given:
                 spoil(value)
-    for one, other in zip(follow(envs, plan_of(envs, 9)), follow(twin, plan_of(twin, 9)), strict=True):
+    for one, other in zip(
+        follow(envs, plan_of(envs, 9)), follow(twin, plan_of(twin, 9)), strict=True
+    ):
         assert_equal(one, other)
 
 
 def test_a_score_that_is_the_gold_is_given_twice() -> None:
-    scores = make_vec(1, SAME_STEP, "tokenenv/Brackets-v0", max_new_tokens=4).unwrapped.score_episodes([[0]], [[1, 2, 3, 4]])
+    scores = make_vec(
+        1, SAME_STEP, "tokenenv/Brackets-v0", max_new_tokens=4
+    ).unwrapped.score_episodes([[0]], [[1, 2, 3, 4]])
     scores.gold[:] = 7
     assert scores.score[0] != 7
 
@@ -258,7 +306,10 @@ def test_a_groups_prompts_are_taken_up_with_the_whole_group() -> None:
 
 
 def test_rows_that_ended_under_another_mode_begin_anew() -> None:
-    envs, fresh = running(TOYS["token"], AutoresetMode.NEXT_STEP), make_vec(N, SAME_STEP, **TOYS["token"])
+    envs, fresh = (
+        running(TOYS["token"], AutoresetMode.NEXT_STEP),
+        make_vec(N, SAME_STEP, **TOYS["token"]),
+    )
     follow(envs, [np.array([20, 1, 20, 20])])
     obs, _ = fresh.unwrapped.load_state(envs.unwrapped.save_state())
     np.testing.assert_array_equal(obs["length"] - obs["prompt_length"], [3, 0, 3, 3])
@@ -289,7 +340,11 @@ def test_a_state_holds_arrays_and_numbers_of_its_own() -> None:
 def test_nothing_to_save_before_the_first_reset_and_parts_need_one() -> None:
     saved = running(TOYS["token"]).unwrapped.save_state([0])
     fresh = make_vec(N, SAME_STEP)
-    for call in (fresh.unwrapped.save_state, lambda: fresh.unwrapped.load_state(saved), lambda: fresh.unwrapped.fork([0], [1])):
+    for call in (
+        fresh.unwrapped.save_state,
+        lambda: fresh.unwrapped.load_state(saved),
+        lambda: fresh.unwrapped.fork([0], [1]),
+    ):
         with pytest.raises(NotReset, match="call reset"):
             call()
 
@@ -323,14 +378,29 @@ CORRUPT = {
     "empty slots": (put("slots", np.zeros(0, np.int64)), "slots are not numbers in order"),
     "twice": (put("slots", np.array([0, 1, 1, 2])), "slots are not numbers in order"),
     "negative": (put("slots", np.array([-1, 0, 1, 2])), "slots are not numbers in order"),
-    "too many": (put("slots", np.array([0, 1, 2, 9])), "the state holds slot 9; this env has num_envs=4"),
+    "too many": (
+        put("slots", np.array([0, 1, 2, 9])),
+        "the state holds slot 9; this env has num_envs=4",
+    ),
     "fewer": (put("slots", np.array([0, 1, 2])), "tokens is (4, 12) int64"),
-    "other task": (put("texts.tokens", np.zeros((N, 30), np.int64)), "(4, 30) int64 and this env's (4, 12) int64"),
-    "dtype": (put("ended", lambda ended: ended.astype(int)), "ended is (4,) int64 and this env's (4,) bool"),
+    "other task": (
+        put("texts.tokens", np.zeros((N, 30), np.int64)),
+        "(4, 30) int64 and this env's (4, 12) int64",
+    ),
+    "dtype": (
+        put("ended", lambda ended: ended.astype(int)),
+        "ended is (4,) int64 and this env's (4,) bool",
+    ),
     "no array": (put("prompt_id", 3), "prompt_id is 3"),
     "no texts": (put("texts", None), "the state's texts are NoneType"),
-    "terms": (lambda saved: saved["engine"]["weights"].update(extra=np.zeros(N, np.float32)) or saved, "extra"),
-    "fewer terms": (lambda saved: saved["engine"]["weights"].popitem() and saved, "use the same task and reward="),
+    "terms": (
+        lambda saved: saved["engine"]["weights"].update(extra=np.zeros(N, np.float32)) or saved,
+        "extra",
+    ),
+    "fewer terms": (
+        lambda saved: saved["engine"]["weights"].popitem() and saved,
+        "use the same task and reward=",
+    ),
     "scorer": (put("engine.score", None), "score is None"),
     "vocabulary": (put("texts.tokens", entry((0, 0), 61)), "its texts do not fit this env"),
     "no prompt": (put("texts.prompt_length", entry(1, 0)), "its texts do not fit this env"),
@@ -339,17 +409,31 @@ CORRUPT = {
     "full": (put("texts.length", lambda old: old + T), "its texts do not fit this env"),
     "prefix": (put("texts.unpaid", entry(2, T)), "its texts do not fit this env"),
     "no stream": (put("streams", None), "group_size=None and this env group_size=1"),
-    "groups": (put("streams.group_size", 2), "the state has group_size=2 and this env group_size=1"),
-    "no seed": (put("streams.seeds", lambda seeds: seeds[:-1]), "the seeds of its streams are not 4 whole numbers, 0 or more"),
-    "seed": (put("streams.seeds", lambda seeds: [*seeds[:-1], -1]), "the seeds of its streams are not 4 whole numbers"),
-    "count": (put("streams.begun", lambda begun: [*begun[:-1], 0.5]), "the begun of its streams are not 4 whole numbers"),
+    "groups": (
+        put("streams.group_size", 2),
+        "the state has group_size=2 and this env group_size=1",
+    ),
+    "no seed": (
+        put("streams.seeds", lambda seeds: seeds[:-1]),
+        "the seeds of its streams are not 4 whole numbers, 0 or more",
+    ),
+    "seed": (
+        put("streams.seeds", lambda seeds: [*seeds[:-1], -1]),
+        "the seeds of its streams are not 4 whole numbers",
+    ),
+    "count": (
+        put("streams.begun", lambda begun: [*begun[:-1], 0.5]),
+        "the begun of its streams are not 4 whole numbers",
+    ),
     "kl_coef": (put("kl_coef", float("nan")), "kl_coef=nan"),
     "tokens_seen": (put("tokens_seen", None), "the state is corrupt"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CORRUPT.values(), ids=CORRUPT)
-def test_a_corrupt_state_is_refused_and_changes_nothing(change: Any, message: str, pair: Any) -> None:
+def test_a_corrupt_state_is_refused_and_changes_nothing(
+    change: Any, message: str, pair: Any
+) -> None:
     envs, twin = pair
     with pytest.raises(CheckpointError) as error:
         envs.unwrapped.load_state(change(copy.deepcopy(running_state())))
@@ -369,7 +453,8 @@ _SAVED: list[Any] = []
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
-    """Two envs in the same state, for all refused states: a difference stays and is seen by the next test too."""
+    """Two envs in the same state, for all refused states: a difference stays and is seen by the
+    next test too."""
     return running(TOYS["token"]), running(TOYS["token"])
 
 
@@ -378,7 +463,10 @@ def test_states_of_other_rewards_and_tasks_are_refused() -> None:
     for options, message in (
         (TOYS["uniform"], "use the same task and reward="),
         ({"max_new_tokens": T + 1}, "other task options"),
-        ({"scorer": None, "reward": {"token": TOYS["no scorer"]["reward"]["rule"]}}, "which this env has not"),
+        (
+            {"scorer": None, "reward": {"token": TOYS["no scorer"]["reward"]["rule"]}},
+            "which this env has not",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             make_vec(N, SAME_STEP, **options).unwrapped.load_state(saved)
@@ -386,18 +474,24 @@ def test_states_of_other_rewards_and_tasks_are_refused() -> None:
 
 @pytest.mark.parametrize("reward", [Segment(100.0), "delta"], ids=["segment", "delta"])
 def test_a_state_loads_into_an_env_that_has_been_reset(reward: Any) -> None:
-    """A term may carry the very scores, as `segment` does at first: writing one must not write the other."""
+    """A term may carry the very scores, as `segment` does at first: writing one must not write the
+    other."""
     settings = {"reward": reward, "kl": "none"}
     envs, other = running(settings), make_vec(N, SAME_STEP, TOY, **settings)
     other.reset(seed=7)
     other.unwrapped.load_state(envs.unwrapped.save_state())
     for actions in plan_of(envs, 6):
-        assert_equal(*(copied(dict(enumerate(env.step(copied(actions))))) for env in (envs, other)), tolerance=TOLERANCE)
+        assert_equal(
+            *(copied(dict(enumerate(env.step(copied(actions))))) for env in (envs, other)),
+            tolerance=TOLERANCE,
+        )
 
 
 @pytest.mark.parametrize("score_truncated", [True, False])
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])
-def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: AutoresetMode, score_truncated: bool) -> None:
+def test_loaded_texts_have_the_potential_that_their_last_step_reported(
+    mode: AutoresetMode, score_truncated: bool
+) -> None:
     """Zero where they have ended and were scored."""
     envs = make_vec(N, mode, TOY, reward="delta", score_truncated=score_truncated)
     envs.reset(seed=1)
@@ -410,7 +504,9 @@ def test_loaded_texts_have_the_potential_that_their_last_step_reported(mode: Aut
     assert (info["potential"] == 0).tolist() == (~info["cut"] | score_truncated).tolist()
 
 
-@pytest.mark.parametrize("saved", [None, 3, {"else": np.zeros(3)}, {"token": 1.0}, {"token": np.zeros(2)}])
+@pytest.mark.parametrize(
+    "saved", [None, 3, {"else": np.zeros(3)}, {"token": 1.0}, {"token": np.zeros(2)}]
+)
 def test_statistics_of_other_terms_are_refused(saved: Any) -> None:
     envs = running({"reward": Scaled("token")}, SAME_STEP).unwrapped
     before = envs.save_statistics()

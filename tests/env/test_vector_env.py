@@ -9,16 +9,34 @@ import pytest
 import tasks
 import torch
 from gymnasium.vector import AutoresetMode
-from tasks import MODES, STOPS, TOY, TOYS, P, T, assert_equal, copied, make_vec, play, random_actions
+from tasks import (
+    MODES,
+    STOPS,
+    TOY,
+    TOYS,
+    P,
+    T,
+    assert_equal,
+    copied,
+    make_vec,
+    play,
+    random_actions,
+)
 
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import EnvClosed, FinishedRow, InvalidAction, InvalidArgument, NotReset
 from tokenenv.types import Task
 
-NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
+NEXT_STEP, SAME_STEP, DISABLED = (
+    AutoresetMode.NEXT_STEP,
+    AutoresetMode.SAME_STEP,
+    AutoresetMode.DISABLED,
+)
 
 
-def started(num_envs: int = 3, mode: Any = SAME_STEP, seed: Any = 0, reset: Any = None, **options: Any) -> Any:
+def started(
+    num_envs: int = 3, mode: Any = SAME_STEP, seed: Any = 0, reset: Any = None, **options: Any
+) -> Any:
     envs = make_vec(num_envs, mode, **options)
     envs.reset(seed=seed, options=reset)
     return envs
@@ -26,7 +44,9 @@ def started(num_envs: int = 3, mode: Any = SAME_STEP, seed: Any = 0, reset: Any 
 
 def prompt_ids(envs: Any, episodes: int) -> np.ndarray:
     """The prompt ids (episodes, N) of one-token episodes."""
-    return np.array([envs.step(np.full(envs.num_envs, STOPS[0]))[4]["prompt_id"] for _ in range(episodes)])
+    return np.array(
+        [envs.step(np.full(envs.num_envs, STOPS[0]))[4]["prompt_id"] for _ in range(episodes)]
+    )
 
 
 # ---------------------------------------------------------------- texts by hand
@@ -39,7 +59,9 @@ def test_a_text_by_hand() -> None:
     np.testing.assert_array_equal(obs["tokens"], [[11, 12] + [0] * 10, [13] + [0] * 11])
     obs, first, terminated, truncated, info = envs.step(np.array([21, 0]))
     np.testing.assert_array_equal(obs["tokens"], [[11, 12, 21] + [0] * 9, [13] + [0] * 11])
-    np.testing.assert_array_equal(obs["length"], [3, 2])  # the pad id is a token like any other: the length decides
+    np.testing.assert_array_equal(
+        obs["length"], [3, 2]
+    )  # the pad id is a token like any other: the length decides
     np.testing.assert_array_equal(obs["prompt_length"], [2, 1])
     assert not terminated.any()
     assert not truncated.any()
@@ -65,7 +87,8 @@ def test_a_text_by_hand() -> None:
 def test_a_text_is_cut_after_max_new_tokens_and_a_stop_there_terminates(
     options: dict[str, Any], expected: str, array: str
 ) -> None:
-    """Nothing is paid after a scored cut, so by default it is a termination; a cut without a score is a truncation."""
+    """Nothing is paid after a scored cut, so by default it is a termination; a cut without a score
+    is a truncation."""
     for mode in MODES:
         envs = make_vec(3, mode, max_new_tokens=3, array=array, **options)
         envs.reset(options={"prompts": [[11], [11], [11]], "prefixes": [None, None, [20]]})
@@ -131,7 +154,9 @@ def test_models_that_are_not_frozen_make_no_graph() -> None:
     envs = TokenVectorEnv(2, task=task, array="torch", reward="delta")
     envs.reset(seed=0)
     _, reward, _, _, info = envs.step([20, STOPS[0]])
-    assert not any(x.requires_grad for x in (reward, info["potential"], info["ref_logprob"], info["score"]))
+    assert not any(
+        x.requires_grad for x in (reward, info["potential"], info["ref_logprob"], info["score"])
+    )
     assert TokenVectorEnv(2, task=task).reset(seed=0)
 
 
@@ -167,7 +192,8 @@ def test_unseeded_envs_differ() -> None:
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP, DISABLED])
 def test_the_texts_of_a_group_take_its_prompts_in_the_order_in_which_they_begin(mode: Any) -> None:
-    """The m-th text of a group has its prompt number m // G, which is what a slot of that seed alone begins with."""
+    """The m-th text of a group has its prompt number m // G, which is what a slot of that seed
+    alone begins with."""
     envs = make_vec(6, mode, group_size=3)
     begun: list[list[int]] = [[], []]
 
@@ -178,7 +204,10 @@ def test_the_texts_of_a_group_take_its_prompts_in_the_order_in_which_they_begin(
     note(envs.reset(seed=1)[1], np.ones(6, bool))
     rng, ended = np.random.default_rng(0), np.zeros(6, bool)
     for _ in range(40):
-        resting, (*_, terminated, truncated, info) = ended, envs.step(random_actions(rng, envs, stop=0.4))
+        resting, (*_, terminated, truncated, info) = (
+            ended,
+            envs.step(random_actions(rng, envs, stop=0.4)),
+        )
         ended = terminated | truncated
         if mode == DISABLED and ended.any():
             note(envs.reset(options={"reset_mask": ended})[1], ended)
@@ -207,13 +236,18 @@ def test_a_reset_gives_each_group_one_prompt_whatever_was_missing() -> None:
 
 def test_a_masked_reset_goes_on_with_the_oldest_prompt_that_lacks_a_text() -> None:
     envs = started(4, DISABLED, seed=3, group_size=2)
-    ids = [envs.reset(options={"reset_mask": np.arange(4) == row})[1]["prompt_id"][row] for row in (0, 0, 1, 0)]
+    ids = [
+        envs.reset(options={"reset_mask": np.arange(4) == row})[1]["prompt_id"][row]
+        for row in (0, 0, 1, 0)
+    ]
     assert ids[0] == ids[1]
     assert ids[2] == ids[3] != ids[0]
     given = [None, [11], None, None]
     pair = envs.reset(options={"prompts": given, "reset_mask": np.arange(4) < 2})[1]["prompt_id"]
     fourth = prompt_ids(started(1, seed=3), 3)[2, 0]
-    np.testing.assert_array_equal(pair[:2], [fourth, -1])  # a given prompt takes the place of the one that was due
+    np.testing.assert_array_equal(
+        pair[:2], [fourth, -1]
+    )  # a given prompt takes the place of the one that was due
 
 
 def test_a_seed_takes_whole_groups() -> None:
@@ -255,13 +289,17 @@ def test_given_prompts_may_be_texts_or_ids_and_the_rest_is_drawn() -> None:
     given = ["the cat", [11, 12], np.array([13]), None]
     obs, info = envs.reset(seed=5, options={"prompts": given})
     np.testing.assert_array_equal(info["prompt_id"][:3], [-1, -1, -1])
-    assert list(tasks.prompts()[info["prompt_id"][3]]) == obs["tokens"][3, : obs["length"][3]].tolist()
+    assert (
+        list(tasks.prompts()[info["prompt_id"][3]]) == obs["tokens"][3, : obs["length"][3]].tolist()
+    )
     assert envs.unwrapped.decode(obs)[0] == "the cat"
     np.testing.assert_array_equal(obs["tokens"][1, :3], [11, 12, 0])
     mask = np.array([False, True, False, False])
     obs, info = envs.reset(options={"prompts": [[99999], [14], None, None], "reset_mask": mask})
     np.testing.assert_array_equal(info["_prompt_id"], mask)
-    np.testing.assert_array_equal(obs["tokens"][:2, 0], [tasks.tokenizer()("the")["input_ids"][0], 14])
+    np.testing.assert_array_equal(
+        obs["tokens"][:2, 0], [tasks.tokenizer()("the")["input_ids"][0], 14]
+    )
 
 
 def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
@@ -281,7 +319,9 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
             total += rewards
         np.testing.assert_array_equal(terminated, [True, False])
         np.testing.assert_array_equal(info["final_info"]["cut"], [True, False])
-        whole = envs.unwrapped.score_episodes([[11]], [prefix + [30 + step for step in range(T - 3)]])
+        whole = envs.unwrapped.score_episodes(
+            [[11]], [prefix + [30 + step for step in range(T - 3)]]
+        )
         np.testing.assert_allclose(info["score"][0], whole.score[0], atol=1e-5)
         np.testing.assert_allclose(total[0], 3 * whole.score[0] - first, atol=1e-4)
         placed = info["final_info"]["token_rewards"][0]
@@ -294,18 +334,31 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": [[11] * (P + 1), None]}, f"options['prompts'][0] has {P + 1} tokens and max_prompt_tokens={P}"),
+        (
+            {"prompts": [[11] * (P + 1), None]},
+            f"options['prompts'][0] has {P + 1} tokens and max_prompt_tokens={P}",
+        ),
         ({"prompts": [None, []]}, "options['prompts'][1] is empty"),
-        ({"prompts": [[11], [61]]}, "options['prompts'][1]: token id 61 is out of range; allowed: 0 to 60"),
+        (
+            {"prompts": [[11], [61]]},
+            "options['prompts'][1]: token id 61 is out of range; allowed: 0 to 60",
+        ),
         ({"prompts": [[11]]}, "options['prompts'] must be a list with one entry an env (2)"),
         ({"prompts": "ab"}, "options['prompts'] must be a list with one entry an env (2)"),
-        ({"prefixes": [[11] * T, None]}, f"options['prefixes'][0] has {T} tokens; allowed: fewer than max_new_tokens={T}"),
+        (
+            {"prefixes": [[11] * T, None]},
+            f"options['prefixes'][0] has {T} tokens; allowed: fewer than max_new_tokens={T}",
+        ),
         ({"prefixes": [None, [11, STOPS[1]]]}, "options['prefixes'][1] holds a stop token"),
         (
             {"prompt": [[11]] * 2},
-            "options key='prompt' is not known; allowed: prefixes, prompts, reset_mask. Did you mean 'prompts'",
+            "options key='prompt' is not known; allowed: prefixes, prompts, reset_mask. Did you "
+            "mean 'prompts'",
         ),
-        ({"reset_mask": [True, False]}, "options['reset_mask']=[True, False] must be a bool array of shape (2,)"),
+        (
+            {"reset_mask": [True, False]},
+            "options['reset_mask']=[True, False] must be a bool array of shape (2,)",
+        ),
         ({"reset_mask": np.array([1, 0])}, "must be a bool array of shape (2,)"),
         ({"reset_mask": np.ones(3, bool)}, "must be a bool array of shape (2,)"),
         ({"reset_mask": np.zeros(2, bool)}, "must have at least one True"),
@@ -324,7 +377,9 @@ def assert_goes_on(envs: Any, twin: Any, steps: int = 4) -> None:
     for _ in range(steps):
         actions = random_actions(rng, envs, stop=0.3)
         a, b = envs.step(actions), twin.step(actions)
-        assert_equal({str(i): copied(a[i]) for i in range(5)}, {str(i): copied(b[i]) for i in range(5)})
+        assert_equal(
+            {str(i): copied(a[i]) for i in range(5)}, {str(i): copied(b[i]) for i in range(5)}
+        )
 
 
 # ------------------------------------------------- weights, coefficients, counts
@@ -373,7 +428,13 @@ def test_rows_that_are_only_reset_see_no_token() -> None:
 
 def test_potentials_vanish_exactly_where_learners_do_not_bootstrap() -> None:
     for scored in (True, False):
-        envs = started(3, reset={"prompts": [[11]] * 3}, reward="delta", scorer="sequence", score_truncated=scored)
+        envs = started(
+            3,
+            reset={"prompts": [[11]] * 3},
+            reward="delta",
+            scorer="sequence",
+            score_truncated=scored,
+        )
         for _ in range(T - 1):
             envs.step([20, 21, 22])
         final = envs.step([STOPS[0], 21, 22])[4]["final_info"]["potential"]
@@ -396,7 +457,12 @@ def test_slots_do_not_share_anything() -> None:
     for episode in alone[:4]:
         envs = started(3, seed=8, **TOYS["mixture"])
         envs.step([STOPS[0], 20, 21])
-        envs.reset(options={"prompts": [None, episode.prompt, None], "reset_mask": np.array([False, True, False])})
+        envs.reset(
+            options={
+                "prompts": [None, episode.prompt, None],
+                "reset_mask": np.array([False, True, False]),
+            }
+        )
         rewards = []
         for token in episode.response:
             rewards.append(envs.step([12, token, STOPS[0]])[1][1])
@@ -419,7 +485,11 @@ BAD_ACTIONS = {
     "text": ({}, ["a", "b"], "actions is no array of numbers"),
     "none": ({}, None, "actions is no array of numbers"),
     "ragged": ({}, [[1], [2, 3]], "actions is no array of numbers"),
-    "dict": ({}, {"token": TWO, "logprob": -np.ones(2)}, "a dict with a logprob is for kl='policy'"),
+    "dict": (
+        {},
+        {"token": TWO, "logprob": -np.ones(2)},
+        "a dict with a logprob is for kl='policy'",
+    ),
     "missing": ({"kl": "policy"}, {"token": TWO}, "a dict of 'token' and 'logprob', got ['token']"),
     "no dict": ({"kl": "policy"}, TWO, "a dict of 'token' and 'logprob', got ndarray"),
     "nan": (
@@ -427,10 +497,26 @@ BAD_ACTIONS = {
         {"token": TWO, "logprob": [-1.0, np.nan]},
         "actions['logprob'][1]=nan; kl='policy' needs a finite",
     ),
-    "infinite": ({"kl": "policy"}, {"token": TWO, "logprob": [-np.inf, -1.0]}, "actions['logprob'][0]=-inf"),
-    "positive": ({"kl": "policy"}, {"token": TWO, "logprob": [-1.0, 0.5]}, "actions['logprob'][1]=0.5"),
-    "short": ({"kl": "policy"}, {"token": TWO, "logprob": [-1.0]}, "actions['logprob'] has shape (1,)"),
-    "token": ({"kl": "policy"}, {"token": [3, 61], "logprob": [-1.0, -1.0]}, "actions['token'][1]=61 is no token id"),
+    "infinite": (
+        {"kl": "policy"},
+        {"token": TWO, "logprob": [-np.inf, -1.0]},
+        "actions['logprob'][0]=-inf",
+    ),
+    "positive": (
+        {"kl": "policy"},
+        {"token": TWO, "logprob": [-1.0, 0.5]},
+        "actions['logprob'][1]=0.5",
+    ),
+    "short": (
+        {"kl": "policy"},
+        {"token": TWO, "logprob": [-1.0]},
+        "actions['logprob'] has shape (1,)",
+    ),
+    "token": (
+        {"kl": "policy"},
+        {"token": [3, 61], "logprob": [-1.0, -1.0]},
+        "actions['token'][1]=61 is no token id",
+    ),
 }
 
 
@@ -465,7 +551,10 @@ def test_steps_need_a_reset_an_open_env_and_running_rows() -> None:
     twin = started(2, DISABLED)
     for env in (envs, twin):
         env.step([20, STOPS[0]])
-    with pytest.raises(FinishedRow, match=r"rows \[1\] have finished; reset them first, with options=\{'reset_mask'"):
+    with pytest.raises(
+        FinishedRow,
+        match=r"rows \[1\] have finished; reset them first, with options=\{'reset_mask'",
+    ):
         envs.step(TWO)
     for env in (envs, twin):
         env.reset(options={"reset_mask": np.array([False, True])})
@@ -492,14 +581,32 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
     gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models", "identity")
-    calls = [(name, ()) for name in ("reset", "render", "save_state", "ref_logprobs", "responses", "save_statistics")]
-    calls += [("step", (TWO,)), ("fork", ([0], [1])), ("load_state", (saved,)), ("load_statistics", ({},))]
+    calls = [
+        (name, ())
+        for name in (
+            "reset",
+            "render",
+            "save_state",
+            "ref_logprobs",
+            "responses",
+            "save_statistics",
+        )
+    ]
+    calls += [
+        ("step", (TWO,)),
+        ("fork", ([0], [1])),
+        ("load_state", (saved,)),
+        ("load_statistics", ({},)),
+    ]
     for call in [lambda name=name: getattr(envs, name) for name in gone] + [
         lambda c=c: getattr(envs, c[0])(*c[1]) for c in calls
     ]:
         with pytest.raises(EnvClosed, match="this env is closed; make a new one"):
             call()
-    names = {name for name in dir(type(envs)) if not name.startswith("_")} - {*gone, *(name for name, _ in calls)}
+    names = {name for name in dir(type(envs)) if not name.startswith("_")} - {
+        *gone,
+        *(name for name, _ in calls),
+    }
     assert all(hasattr(envs, name) for name in names)
     assert envs.decode(texts)
     envs.kl_coef = 0.1
@@ -508,14 +615,23 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
 def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
-    sizes = {"group_size": kind(2), "max_new_tokens": kind(4), "max_batch_tokens": kind(200), "kl_coef": np.float32(0.5)}
+    sizes = {
+        "group_size": kind(2),
+        "max_new_tokens": kind(4),
+        "max_batch_tokens": kind(200),
+        "kl_coef": np.float32(0.5),
+    }
     envs = make_vec(kind(4), SAME_STEP, **sizes)
     assert type(envs.unwrapped.num_envs) is type(envs.unwrapped.group_size) is int
     assert envs.reset(seed=kind(3))[0]["tokens"].shape == (4, P + 4)
-    phrase = make_vec(kind(2), SAME_STEP, "tokenenv/PlantedPhrase-v0", vocab_size=kind(8), max_new_tokens=kind(8))
+    phrase = make_vec(
+        kind(2), SAME_STEP, "tokenenv/PlantedPhrase-v0", vocab_size=kind(8), max_new_tokens=kind(8)
+    )
     assert phrase.reset()[0]["tokens"].shape == (2, 9)
     given = {**tasks.textgen_options(), "max_prompt_tokens": kind(5), "stop_token_ids": [kind(1)]}
-    assert make_vec(kind(2), SAME_STEP, "tokenenv/TextGen-v0", **given, max_new_tokens=kind(3)).reset()[0]["tokens"].shape == (
+    assert make_vec(
+        kind(2), SAME_STEP, "tokenenv/TextGen-v0", **given, max_new_tokens=kind(3)
+    ).reset()[0]["tokens"].shape == (
         2,
         8,
     )
@@ -528,19 +644,34 @@ def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
         ({"render_mode": "rgb"}, "render_mode='rgb' is not known; .* Did you mean 'rgb_array'"),
         ({"kl_coeff": 0.1}, "option='kl_coeff' is not known; allowed: .* Did you mean 'kl_coef'"),
         ({"scorrer": "token"}, "option='scorrer' is not known; .* Did you mean 'scorer'"),
-        ({"reward": "tokn"}, "reward='tokn' is not known; allowed: .*terminal, token, uniform. Did you mean 'token'"),
+        (
+            {"reward": "tokn"},
+            "reward='tokn' is not known; allowed: .*terminal, token, uniform. Did you mean 'token'",
+        ),
         ({"reward": 3}, "reward=3 must be a design's name, a RewardTerm, or a mapping"),
         ({"reward": {"kl": "token"}}, "the term name 'kl' is taken; use kl= and kl_coef= instead"),
-        ({"reward": "token", "scorer": "sequence"}, "reward='token' needs a token-classification reward model"),
-        ({"reward": "terminal", "scorer": None}, "reward='terminal' needs a reward model .*, which this env has not"),
-        ({"kl": "policies"}, "kl='policies' is not known; allowed: none, policy, reference. Did you mean 'policy'"),
+        (
+            {"reward": "token", "scorer": "sequence"},
+            "reward='token' needs a token-classification reward model",
+        ),
+        (
+            {"reward": "terminal", "scorer": None},
+            "reward='terminal' needs a reward model .*, which this env has not",
+        ),
+        (
+            {"kl": "policies"},
+            "kl='policies' is not known; allowed: none, policy, reference. Did you mean 'policy'",
+        ),
         ({"kl_coef": -0.1}, "kl_coef=-0.1 must be finite and 0 or more"),
         ({"kl_estimator": "k3"}, "kl_estimator='k3' .* need kl='policy'"),
         ({"kl": "policy", "kl_clamp": 0.0}, "kl_clamp=0.0 must be above 0"),
         ({"array": "jax"}, "array='jax' is not known; allowed: numpy, torch"),
         ({"cut": "scored"}, "cut='scored' is not known; allowed: terminated, truncated"),
         ({"observation": "text"}, "observation='text' is not known"),
-        ({"autoreset_mode": "Same"}, "autoreset_mode='Same' is not known; allowed: Disabled, NextStep, SameStep"),
+        (
+            {"autoreset_mode": "Same"},
+            "autoreset_mode='Same' is not known; allowed: Disabled, NextStep, SameStep",
+        ),
         ({"group_size": 2}, "group_size=2 must divide num_envs=3"),
         ({"group_size": 0}, "group_size=0 must be a whole number, 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, 1 or more"),
@@ -561,9 +692,13 @@ def test_gymnasium_registers_no_time_limit_and_keeps_specs_plain() -> None:
         assert "tokenenv" in spec.to_json()
 
 
-@pytest.mark.parametrize("observation", [{}, {"tokens": [[3]], "length": [1, 1]}, {"tokens": [3], "length": 0.5}])
+@pytest.mark.parametrize(
+    "observation", [{}, {"tokens": [[3]], "length": [1, 1]}, {"tokens": [3], "length": 0.5}]
+)
 def test_decode_of_anything_else_is_refused(observation: Any) -> None:
-    with pytest.raises(InvalidArgument, match="decode needs the tokens and length of an observation"):
+    with pytest.raises(
+        InvalidArgument, match="decode needs the tokens and length of an observation"
+    ):
         started(2).unwrapped.decode(observation)
 
 

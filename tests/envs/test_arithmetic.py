@@ -1,4 +1,5 @@
-"""Arithmetic-v0: what is right is what Python says, whole and digit by digit, read at once or token by token."""
+"""Arithmetic-v0: what is right is what Python says, whole and digit by digit, read at once or token
+by token."""
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ def by_hand(question: str, answer: list[int]) -> tuple[float, list[float]]:
     """The score, and whether the answer is right up to each of its tokens, by Python's own sum."""
     a, b = question[:-1].split("+")
     expected = [*ids(str(int(a) + int(b))), EOS]
-    return float(answer == expected), [float(answer[:n] == expected[:n]) for n in range(1, len(answer) + 1)]
+    return float(answer == expected), [
+        float(answer[:n] == expected[:n]) for n in range(1, len(answer) + 1)
+    ]
 
 
 @given(numbers, numbers, st.none() | characters)
@@ -73,7 +76,8 @@ def test_any_tokens_can_be_read(tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer"), [("7+=", "7"), ("+=", "0"), ("=", "0"), ("1+2+3=", "6"), ("123456789=", "123456789")]
+    ("question", "answer"),
+    [("7+=", "7"), ("+=", "0"), ("=", "0"), ("1+2+3=", "6"), ("123456789=", "123456789")],
 )
 def test_odd_questions_have_answers_too(question: str, answer: str) -> None:
     assert float(ADDER.score(read(ids(f"{question}{answer}$")))[-1]) == 1
@@ -92,12 +96,17 @@ def test_rows_read_what_whole_texts_say(data: st.DataObject) -> None:
     padded = torch.tensor([text + [0] * (6 - len(text)) for text in texts])
     rows.prefill([0, 1, 2], padded, [len(text) for text in texts])
     for _ in range(5):
-        tokens, active = ([data.draw(what) for _ in range(3)] for what in (st.integers(0, 13), st.booleans()))
+        tokens, active = (
+            [data.draw(what) for _ in range(3)] for what in (st.integers(0, 13), st.booleans())
+        )
         if data.draw(st.booleans()):
             rows.fork([0], [2])
             texts[2] = texts[0]
         states = rows.append(torch.tensor(tokens), np.array(active))
-        texts = [[*text, token] if on else text for text, token, on in zip(texts, tokens, active, strict=True)]
+        texts = [
+            [*text, token] if on else text
+            for text, token, on in zip(texts, tokens, active, strict=True)
+        ]
         assert torch.equal(states, torch.stack([read(text)[-1] for text in texts]))
 
 
@@ -122,17 +131,31 @@ def test_prompts_are_the_sums_and_decode_as_text() -> None:
 @pytest.mark.parametrize("design", ["terminal", *FORMS])
 def test_stepping_pays_what_scoring_says(design: str) -> None:
     envs = tasks.make_vec(
-        4, AutoresetMode.SAME_STEP, ID, reward={"it": "terminal" if design == "terminal" else Process(design)}
+        4,
+        AutoresetMode.SAME_STEP,
+        ID,
+        reward={"it": "terminal" if design == "terminal" else Process(design)},
     )
     episodes = tasks.play(envs, steps=30, stop=0.3)
-    paid = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
-    tasks.assert_equal(paid.step_rewards, np.stack([e.padded(e.rewards, 4) for e in episodes]), 1e-5)
-    tasks.assert_equal(paid.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]), 1e-5)
+    paid = envs.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes]
+    )
+    tasks.assert_equal(
+        paid.step_rewards, np.stack([e.padded(e.rewards, 4) for e in episodes]), 1e-5
+    )
+    tasks.assert_equal(
+        paid.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]), 1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("form", "returns"),
-    [("sum", [4, 1, 0, 0]), ("delta", [0, -1, -1, -1]), ("clip", [0, -1.5, -0.5, -2]), ("min", [1, 0, 0, 0])],
+    [
+        ("sum", [4, 1, 0, 0]),
+        ("delta", [0, -1, -1, -1]),
+        ("clip", [0, -1.5, -0.5, -2]),
+        ("min", [1, 0, 0, 0]),
+    ],
 )
 def test_every_form_of_process_prefers_the_right_answer(form: str, returns: list[float]) -> None:
     envs = tasks.make_vec(1, env_id=ID, reward=Process(form), kl="none")
@@ -145,7 +168,9 @@ def test_every_form_of_process_prefers_the_right_answer(form: str, returns: list
 
 def test_every_digit_ends_a_step() -> None:
     envs = tasks.make_vec(1, env_id=ID, reward="process", kl="none")
-    paid = envs.unwrapped.score_episodes([ids("45+54="), ids("9+69="), ids("1+1=")], [ids("99$"), ids("78$"), ids("2$")])
+    paid = envs.unwrapped.score_episodes(
+        [ids("45+54="), ids("9+69="), ids("1+1=")], [ids("99$"), ids("78$"), ids("2$")]
+    )
     np.testing.assert_allclose(paid.token_rewards, [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
 
 
@@ -153,9 +178,15 @@ def test_the_reference_is_often_right_and_often_wrong() -> None:
     """So there is something to sharpen, and something to start from."""
     envs = tasks.make_vec(128, AutoresetMode.DISABLED, ID, split="test")
     obs, _ = envs.reset(seed=0)
-    model, generator, tokenizer = envs.unwrapped.reference, torch.Generator().manual_seed(0), bundled_tokenizer("arithmetic-lm")
+    model, generator, tokenizer = (
+        envs.unwrapped.reference,
+        torch.Generator().manual_seed(0),
+        bundled_tokenizer("arithmetic-lm"),
+    )
     assert model is bundled_lm("arithmetic-lm", "cpu", torch.float32)
-    prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)]
+    prompts = [
+        row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)
+    ]
     responses = []
     for prompt in prompts:
         text = list(prompt)

@@ -23,11 +23,24 @@ def test_all_models_together_stay_below_ten_megabytes() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_a_plain_folder_with_a_card(name: str) -> None:
     assert {file.name for file in (ASSETS / name).iterdir()} >= {
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+        *(
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "README.md",
+        )
     }
     card = (ASSETS / name / "README.md").read_text()
     assert all(
-        word in card for word in ("Data:", "parameters", "loss" if name.endswith("lm") else "score", "Size:", "scripts/")
+        word in card
+        for word in (
+            "Data:",
+            "parameters",
+            "loss" if name.endswith("lm") else "score",
+            "Size:",
+            "scripts/",
+        )
     )
 
 
@@ -43,14 +56,19 @@ def test_a_model_loads_with_the_auto_classes(name: str) -> None:
     assert model.dtype == torch.bfloat16
     assert (config["head_dim"], config["num_key_value_heads"]) == (32, 1)
     assert config["attention_dropout"] == 0.0
-    assert (config["vocab_size"], config["pad_token_id"]) == (len(tokenizer), tokenizer.pad_token_id)
+    assert (config["vocab_size"], config["pad_token_id"]) == (
+        len(tokenizer),
+        tokenizer.pad_token_id,
+    )
     assert config["eos_token_id"] == tokenizer.eos_token_id
     assert model.config.num_labels == 1 or name.endswith("lm")
 
 
 @pytest.mark.parametrize("task", ["pydocs", "reviews"])
 def test_both_models_of_a_task_have_one_tokenizer(task: str) -> None:
-    first, second = ((ASSETS / f"{task}-{part}" / "tokenizer.json").read_bytes() for part in ("lm", "reward"))
+    first, second = (
+        (ASSETS / f"{task}-{part}" / "tokenizer.json").read_bytes() for part in ("lm", "reward")
+    )
     assert first == second
 
 
@@ -79,7 +97,9 @@ def test_targets_of_the_sentiment(script: ModuleType) -> None:
 @pytest.mark.parametrize("script", ["make_arithmetic"], indirect=True)
 def test_sums_depend_on_the_seed_alone_and_are_often_wrong(script: ModuleType) -> None:
     tokenizer = script.make_tokenizer()
-    first, again, other = (script.make_texts("train", 400, random.Random(seed), tokenizer) for seed in (1, 1, 2))
+    first, again, other = (
+        script.make_texts("train", 400, random.Random(seed), tokenizer) for seed in (1, 1, 2)
+    )
     assert first == again != other
     saved = json.loads((ASSETS / "arithmetic-lm" / "tokenizer.json").read_text())
     assert tokenizer.get_vocab() == saved["model"]["vocab"]

@@ -56,7 +56,9 @@ def test_random_texts_reach_every_kind_of_score(name):
     texts = np.random.default_rng(0).integers(0, DENSE[name]["vocab_size"], (4000, 6))
     if name == "DelayedKey":
         texts[::2, -1] = 3
-    assert set(np.float32(scores(task, texts.tolist()))) == set(np.float32(task.scorer.model.payoff))
+    assert set(np.float32(scores(task, texts.tolist()))) == set(
+        np.float32(task.scorer.model.payoff)
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,10 @@ def test_the_good_key_depends_on_the_seed():
 
 def test_a_task_object_keeps_the_length_that_its_oracle_was_made_for():
     task = make_task("DelayedKey", max_new_tokens=16)
-    with pytest.raises(InvalidArgument, match="max_new_tokens=8: this task has an oracle, which was made for 16 tokens"):
+    with pytest.raises(
+        InvalidArgument,
+        match="max_new_tokens=8: this task has an oracle, which was made for 16 tokens",
+    ):
         TokenVectorEnv(2, task=task, max_new_tokens=8)
     envs = TokenVectorEnv(2, task=TASKS["DelayedKey"].task, max_new_tokens=8)
     assert envs.oracle.max_new_tokens == 8
@@ -187,7 +192,9 @@ def test_slots_equal_the_uncached_states(name, seed):
                 tokens = rng.integers(0, 6, (len(slots), 6))
                 for slot, text, length in zip(slots, tokens, lengths, strict=True):
                     texts[slot] = text[:length].tolist()
-                check(rows.prefill(slots.tolist(), torch.from_numpy(tokens), lengths.tolist()), slots)
+                check(
+                    rows.prefill(slots.tolist(), torch.from_numpy(tokens), lengths.tolist()), slots
+                )
             elif move == "append":
                 active = (rng.random(num_rows) < 0.7) & [0 < len(text) < width for text in texts]
                 tokens = rng.integers(0, 6, num_rows)
@@ -199,7 +206,9 @@ def test_slots_equal_the_uncached_states(name, seed):
             else:
                 sources, targets = rng.permutation(num_rows)[:2], rng.permutation(num_rows)[:2]
                 rows.fork(sources, targets)
-                for target, text in zip(targets, [list(texts[source]) for source in sources], strict=True):
+                for target, text in zip(
+                    targets, [list(texts[source]) for source in sources], strict=True
+                ):
                     texts[target] = text
 
 
@@ -218,18 +227,30 @@ def test_the_first_token_says_nothing_and_the_same_token_later_does():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("DelayedKey", {"max_new_tokens": 1}, "max_new_tokens=1 is not allowed; it must lie between 2 and 128"),
+        (
+            "DelayedKey",
+            {"max_new_tokens": 1},
+            "max_new_tokens=1 is not allowed; it must lie between 2 and 128",
+        ),
         ("DelayedKey", {"max_new_tokens": 129}, "max_new_tokens=129"),
         ("DelayedKey", {"num_keys": 1}, "num_keys=1"),
         ("DelayedKey", {"door_mass": 0.0}, "door_mass=0.0"),
-        ("DelayedKey", {"vocab_size": 10}, "vocab_size=10 is not allowed; it must lie between 11 and 512"),
+        (
+            "DelayedKey",
+            {"vocab_size": 10},
+            "vocab_size=10 is not allowed; it must lie between 11 and 512",
+        ),
         ("DelayedKey", {"vocab_size": 64.0}, "vocab_size=64.0 must be a whole number"),
         ("DelayedKey", {"task_seed": -1}, "task_seed=-1"),
         ("Negation", {"vocab_size": 21}, "vocab_size=21"),
         ("Negation", {"limit": 0}, "limit=0"),
         ("Negation", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("PlantedPhrase", {"phrase_length": 5}, "phrase_length=5"),
-        ("PlantedPhrase", {"phrase_length": 3, "max_new_tokens": 2}, "max_new_tokens=2 .* between 3 and 128"),
+        (
+            "PlantedPhrase",
+            {"phrase_length": 3, "max_new_tokens": 2},
+            "max_new_tokens=2 .* between 3 and 128",
+        ),
         ("PlantedPhrase", {"num_decoys": 6, "vocab_size": 4}, "num_decoys=6 .* between 0 and 5"),
         ("PlantedPhrase", {"num_decoys": -1}, "num_decoys=-1"),
         ("PlantedPhrase", {"vocab_size": 513}, "vocab_size=513"),
@@ -251,7 +272,10 @@ def test_options_out_of_range_are_named(name, options, message):
 @pytest.mark.parametrize("seed", range(8))
 def test_the_full_score_can_be_reached(name, seed):
     shortest = {"PlantedPhrase": 2, "DelayedKey": 2, "Brackets": 4, "Negation": 4}[name]
-    assert make_task(name, max_new_tokens=shortest, task_seed=seed).oracle.optimal_objective(0.0) == 1.0
+    assert (
+        make_task(name, max_new_tokens=shortest, task_seed=seed).oracle.optimal_objective(0.0)
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,13 +297,17 @@ def test_exploring_finds_the_states_that_can_be_reached_and_no_others():
     automaton = explore(10, lambda state, token: (state + 2 * token) % 20, float, 3)
     assert sorted(automaton.payoff) == list(range(0, 20, 2))
     assert automaton.payoff[0] == 10
-    assert (automaton.payoff[automaton.transitions] == (automaton.payoff[:, None] + [0, 2, 4]) % 20).all()
+    assert (
+        automaton.payoff[automaton.transitions] == (automaton.payoff[:, None] + [0, 2, 4]) % 20
+    ).all()
 
 
 # --------------------------------------------------------------------- envs
 
 
-def play(envs: Any, seed: int, on_step: Any = lambda *step: None) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def play(
+    envs: Any, seed: int, on_step: Any = lambda *step: None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """One episode a row with random tokens: tokens (N, T), rewards (N, T) and the last infos."""
     rng, spec = np.random.default_rng(seed), envs.unwrapped.token_spec
     on_step(envs.reset(seed=seed)[0], np.zeros((envs.num_envs, 0), int))
@@ -295,7 +323,9 @@ def play(envs: Any, seed: int, on_step: Any = lambda *step: None) -> tuple[np.nd
 
 
 def make_envs(name: str, **options: Any) -> Any:
-    return gym.make_vec(f"tokenenv/{name}-v0", num_envs=64, autoreset_mode=AutoresetMode.DISABLED, **options)
+    return gym.make_vec(
+        f"tokenenv/{name}-v0", num_envs=64, autoreset_mode=AutoresetMode.DISABLED, **options
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -318,7 +348,9 @@ def test_the_oracle_reward_adds_up_to_what_is_above_the_optimum(name):
     envs = make_envs(name, reward="oracle", kl="none", kl_coef=0.1)
     oracle = envs.unwrapped.oracle
     _, rewards, infos = play(envs, seed=2)
-    np.testing.assert_allclose(rewards.sum(1), infos["score"] - oracle.optimal_objective(0.0), atol=1e-5)
+    np.testing.assert_allclose(
+        rewards.sum(1), infos["score"] - oracle.optimal_objective(0.0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -328,11 +360,16 @@ def test_features_are_three_one_hots(name):
 
     def check(obs, tokens):
         assert obs.shape == (64, automaton.num_states + vocab_size + 1 + 10)
-        state, last, step = np.split(obs, [automaton.num_states, automaton.num_states + vocab_size + 1], axis=1)
+        state, last, step = np.split(
+            obs, [automaton.num_states, automaton.num_states + vocab_size + 1], axis=1
+        )
         for part in (state, last, step):
             assert (part.sum(1) == 1).all()
         taken = tokens.shape[1]
-        assert (state.argmax(1) == automaton.read(np.pad(tokens, ((0, 0), (1, 0))), np.full(64, taken + 1))).all()
+        assert (
+            state.argmax(1)
+            == automaton.read(np.pad(tokens, ((0, 0), (1, 0))), np.full(64, taken + 1))
+        ).all()
         assert (last.argmax(1) == (tokens[:, -1] if taken else vocab_size)).all()
         assert (step.argmax(1) == taken).all()
 

@@ -57,14 +57,18 @@ class Small:
     def value(self, length: int, beta: float) -> np.ndarray:
         """V* of every beginning: beta log E_ref[exp(score / beta) | beginning]."""
         ref = np.exp(self.ref_logprob)
-        return beta * np.log(self.sums(ref * np.exp(self.score / beta), length) / self.sums(ref, length))
+        return beta * np.log(
+            self.sums(ref * np.exp(self.score / beta), length) / self.sums(ref, length)
+        )
 
     def logprob(self, policy_fn: Any) -> np.ndarray:
         """log pi of every text, one conditional after the other."""
         total = np.zeros((1, 1))
         for length in range(self.T):
             with np.errstate(divide="ignore"):
-                total = total.reshape(-1, 1) + np.log(policy_fn(observation(self.prefixes(length), self.T)))
+                total = total.reshape(-1, 1) + np.log(
+                    policy_fn(observation(self.prefixes(length), self.T))
+                )
         return total.reshape((self.V,) * self.T)
 
     def objective(self, policy_fn: Any, beta: float) -> tuple[float, float, float]:
@@ -88,7 +92,9 @@ def small(name: str) -> Small:
     return Small(name, task, score.reshape((V,) * T), ref_logprob.reshape((V,) * T))
 
 
-def observation(responses: np.ndarray, max_new_tokens: int, array: Any = np.asarray) -> dict[str, Any]:
+def observation(
+    responses: np.ndarray, max_new_tokens: int, array: Any = np.asarray
+) -> dict[str, Any]:
     """As the env observes them: after the prompt <s>, padded."""
     count, length = responses.shape
     tokens = np.zeros((count, max_new_tokens + 1), np.int64)
@@ -103,7 +109,8 @@ def beginnings(s: Small) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def markov_policy(s: Small, seed: int, zeros: float = 0.0) -> Any:
-    """A random function of step, automaton state and last token; a share of the tokens may be ruled out."""
+    """A random function of step, automaton state and last token; a share of the tokens may be ruled
+    out."""
     automaton = s.oracle.automaton
     rng = np.random.default_rng(seed)
     table = rng.dirichlet(np.ones(s.V), (s.T, automaton.num_states, s.V + 1))
@@ -127,7 +134,9 @@ def any_policy(s: Small, seed: int) -> Any:
 
     def policy(obs: Any) -> np.ndarray:
         texts = [row[:length] for row, length in zip(obs["tokens"], obs["length"], strict=True)]
-        return np.stack([np.random.default_rng([seed, *text]).dirichlet(np.ones(s.V)) for text in texts])
+        return np.stack(
+            [np.random.default_rng([seed, *text]).dirichlet(np.ones(s.V)) for text in texts]
+        )
 
     return policy
 
@@ -156,7 +165,9 @@ def test_values_and_policy_equal_sums_over_all_texts(name, beta):
     finished = s.oracle.value(observation(s.prefixes(s.T), s.T), beta)
     np.testing.assert_allclose(finished, s.score.ravel(), atol=1e-12)
     assert s.oracle.optimal_objective(beta) == pytest.approx(s.value(0, beta)[0], abs=1e-10)
-    assert s.oracle.reference_objective() == pytest.approx((np.exp(s.ref_logprob) * s.score).sum(), abs=1e-10)
+    assert s.oracle.reference_objective() == pytest.approx(
+        (np.exp(s.ref_logprob) * s.score).sum(), abs=1e-10
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -170,7 +181,9 @@ def test_without_a_penalty_the_best_score_counts(name):
         policy = s.oracle.policy(obs, 0.0)
         assert ((policy > 0) == (after == best[:, None])).all()
         np.testing.assert_allclose(policy.sum(1), 1, atol=1e-12)
-    np.testing.assert_allclose(s.oracle.optimal_objective(1e-4), s.oracle.optimal_objective(0.0), atol=2e-3)
+    np.testing.assert_allclose(
+        s.oracle.optimal_objective(1e-4), s.oracle.optimal_objective(0.0), atol=2e-3
+    )
 
 
 @pytest.mark.parametrize(("name", "beta"), EVERY)
@@ -187,7 +200,9 @@ def test_soft_bellman_consistency(name, beta):
 def test_every_text_of_the_optimum_earns_the_optimum(name, beta):
     s = small(name)
     log_ratio = s.logprob(lambda obs: s.oracle.policy(obs, beta)) - s.ref_logprob
-    np.testing.assert_allclose(s.score - beta * log_ratio, s.oracle.optimal_objective(beta), atol=1e-10)
+    np.testing.assert_allclose(
+        s.score - beta * log_ratio, s.oracle.optimal_objective(beta), atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -224,7 +239,9 @@ def test_a_markov_policy_is_evaluated_exactly(name, beta, zeros):
 def test_the_optimum_has_no_regret_and_the_reference_its_expected_score(name, beta):
     s = small(name)
     for markov in (True, False):
-        best = s.oracle.evaluate(lambda obs: s.oracle.policy(obs, beta), beta, markov=markov, num_texts=50)
+        best = s.oracle.evaluate(
+            lambda obs: s.oracle.policy(obs, beta), beta, markov=markov, num_texts=50
+        )
         assert best.regret == pytest.approx(0.0, abs=1e-12)
         assert best.objective == pytest.approx(s.oracle.optimal_objective(beta), abs=1e-12)
         assert best.error <= 1e-12
@@ -242,8 +259,13 @@ def test_any_policy_is_evaluated_by_sampling(name, beta):
     result = s.oracle.evaluate(policy, beta, num_texts=500, seed=3)
     assert 0 < result.error < 0.2
     assert abs(result.objective - exact) < 4 * result.error
-    assert result.objective + result.regret == pytest.approx(s.oracle.optimal_objective(beta), abs=1e-12)
-    assert abs(result.score - score) < 4 * s.score.std() / 500**0.5 + 4 * (score * (1 - score) / 500 if score < 1 else 0) ** 0.5
+    assert result.objective + result.regret == pytest.approx(
+        s.oracle.optimal_objective(beta), abs=1e-12
+    )
+    assert (
+        abs(result.score - score)
+        < 4 * s.score.std() / 500**0.5 + 4 * (score * (1 - score) / 500 if score < 1 else 0) ** 0.5
+    )
     assert result.kl == pytest.approx(kl, abs=0.2)
 
 
@@ -261,9 +283,13 @@ def test_policies_may_answer_in_float32_tensors_with_gradients():
     s = small("DelayedKey")
     policy = markov_policy(s, seed=5)
     rounded = s.oracle.evaluate(
-        lambda obs: torch.tensor(policy(obs), dtype=torch.float32, requires_grad=True), 0.1, markov=True
+        lambda obs: torch.tensor(policy(obs), dtype=torch.float32, requires_grad=True),
+        0.1,
+        markov=True,
     )
-    assert rounded.objective == pytest.approx(s.oracle.evaluate(policy, 0.1, markov=True).objective, abs=1e-5)
+    assert rounded.objective == pytest.approx(
+        s.oracle.evaluate(policy, 0.1, markov=True).objective, abs=1e-5
+    )
 
 
 # --------------------------------------------------------- the env's own view
@@ -291,17 +317,23 @@ def test_observations_may_be_tensors_and_hold_texts_of_any_length(name):
     s = small(name)
     rows = [observation(s.prefixes(length)[-1:], s.T) for length in range(s.T)]
     mixed = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-    mixed["tokens"][np.arange(s.T + 1) >= mixed["length"][:, None]] = -7  # what is padded with does not matter
+    mixed["tokens"][
+        np.arange(s.T + 1) >= mixed["length"][:, None]
+    ] = -7  # what is padded with does not matter
     for method in (s.oracle.value, s.oracle.q, s.oracle.policy):
         alone = np.concatenate([method(row, 0.1) for row in rows])
         np.testing.assert_array_equal(method(mixed, 0.1), alone)
-        np.testing.assert_array_equal(method({key: torch.from_numpy(x) for key, x in mixed.items()}, 0.1), alone)
+        np.testing.assert_array_equal(
+            method({key: torch.from_numpy(x) for key, x in mixed.items()}, 0.1), alone
+        )
 
 
 def test_a_single_envs_observation_is_one_text():
     obs, _ = gym.make("tokenenv/DelayedKey-v0").reset(seed=0)
     oracle = small("DelayedKey").oracle
-    assert oracle.value({**obs, "tokens": obs["tokens"][: small("DelayedKey").T + 1]}, 0.1).shape == (1,)
+    assert oracle.value(
+        {**obs, "tokens": obs["tokens"][: small("DelayedKey").T + 1]}, 0.1
+    ).shape == (1,)
 
 
 def test_observations_that_make_no_sense_are_refused():
@@ -313,7 +345,11 @@ def test_observations_that_make_no_sense_are_refused():
     for method in (s.oracle.q, s.oracle.policy):
         with pytest.raises(InvalidArgument, match=r"finished texts \(rows \[0, 1, 2\]\)"):
             method(finished, 0.1)
-    for changes in ({"length": np.full(3, s.T + 2)}, {"length": np.zeros(3, int)}, {"prompt_length": np.full(3, 2)}):
+    for changes in (
+        {"length": np.full(3, s.T + 2)},
+        {"length": np.zeros(3, int)},
+        {"prompt_length": np.full(3, 2)},
+    ):
         with pytest.raises(InvalidArgument, match=r"allowed: 1, and 1 to 5"):
             s.oracle.value(finished | changes, 0.1)
     with pytest.raises(InvalidArgument, match=r"token ids out of range; allowed: 0 to 5"):
@@ -324,7 +360,11 @@ def test_observations_that_make_no_sense_are_refused():
 
 
 @pytest.mark.parametrize(
-    "policy_fn", [lambda obs: np.ones((len(obs["length"]), 3)) / 3, lambda obs: np.ones((len(obs["length"]), 6))]
+    "policy_fn",
+    [
+        lambda obs: np.ones((len(obs["length"]), 3)) / 3,
+        lambda obs: np.ones((len(obs["length"]), 6)),
+    ],
 )
 def test_policies_that_give_no_probabilities_are_refused(policy_fn):
     with pytest.raises(InvalidArgument, match=r"policy_fn gave an array"):
@@ -340,9 +380,12 @@ def test_sampling_needs_two_texts_and_the_parts_must_fit():
 
 
 def test_rare_tokens_and_tiny_betas_lose_nothing():
-    """With one good token of probability 1e-12, V* = beta log(1 + 1e-12 (exp(1 / beta) - 1)) by hand."""
+    """With one good token of probability 1e-12, V* = beta log(1 + 1e-12 (exp(1 / beta) - 1)) by
+    hand."""
     probs = np.full((3, 2), [1 - 1e-12, 1e-12])
-    oracle = AutomatonOracle(Automaton(np.array([[0, 1], [0, 1]]), np.array([0.0, 1.0])), Bigram(probs), 1)
+    oracle = AutomatonOracle(
+        Automaton(np.array([[0, 1], [0, 1]]), np.array([0.0, 1.0])), Bigram(probs), 1
+    )
     for beta in (0.01, 0.03, 0.1):
         assert oracle.optimal_objective(beta) == pytest.approx(
             beta * np.log1p(1e-12 * np.expm1(1 / beta)), rel=1e-12, abs=1e-15

@@ -18,8 +18,25 @@ from tokenenv.errors import InvalidArgument, ModelError
 @pytest.mark.parametrize(
     ("word", "syllables"),
     [
-        *(("the", 1), ("a", 1), ("cat", 1), ("make", 1), ("makes", 1), ("named", 1), ("called", 1), ("fly", 1)),
-        *(("table", 2), ("values", 2), ("python", 2), ("method", 2), ("object", 2), ("added", 2), ("classes", 2)),
+        *(
+            ("the", 1),
+            ("a", 1),
+            ("cat", 1),
+            ("make", 1),
+            ("makes", 1),
+            ("named", 1),
+            ("called", 1),
+            ("fly", 1),
+        ),
+        *(
+            ("table", 2),
+            ("values", 2),
+            ("python", 2),
+            ("method", 2),
+            ("object", 2),
+            ("added", 2),
+            ("classes", 2),
+        ),
         *(("example", 3), ("recursive", 3), ("dictionary", 4), ("x", 1), ("HTTP", 1)),
     ],
 )
@@ -91,8 +108,10 @@ too short.
 
 def test_only_prose_is_kept_and_markup_is_dropped() -> None:
     assert list(topics.paragraphs(PAGE)) == [
-        "A thing is the object that holds other objects; it's made once and then used by every non-empty part of a program.",
-        "A bullet may hold a whole sentence too, and then it is as good as any other prose there is.",
+        "A thing is the object that holds other objects; it's made once and then used by every "
+        "non-empty part of a program.",
+        "A bullet may hold a whole sentence too, and then it is as good as any other prose there "
+        "is.",
         "This footnote is a sentence of more than twelve words and so it counts as prose as well.",
     ]
 
@@ -101,7 +120,9 @@ def test_passages_are_runs_of_whole_sentences() -> None:
     first, second, third = ("One two three four five six seven eight nine ten." for _ in range(3))
     assert list(topics.passages(f"{first} {second} {third}")) == [f"{first} {second} {third}"]
     assert list(topics.passages(f"{first} {second}")) == []
-    assert list(topics.passages(" ".join([first] * 5))) == [" ".join([first] * n) for n in (4, 4, 3)]
+    assert list(topics.passages(" ".join([first] * 5))) == [
+        " ".join([first] * n) for n in (4, 4, 3)
+    ]
 
 
 def test_splits_share_no_topic_and_no_paragraph() -> None:
@@ -142,12 +163,16 @@ def test_prompts_are_16_to_24_tokens_and_end_between_words() -> None:
         joined = " ".join(topics.prose(split)) + " "
         texts = task.tokenizer.batch_decode(task.prompts)
         assert np.mean([f"{text} " in joined for text in texts]) > 0.97
-    assert not set(map(tuple, pydocs.task(split="train").prompts)) & set(map(tuple, pydocs.task(split="test").prompts))
+    assert not set(map(tuple, pydocs.task(split="train").prompts)) & set(
+        map(tuple, pydocs.task(split="test").prompts)
+    )
 
 
 def test_gold_is_the_reading_ease_of_the_continuation() -> None:
     response = " it is a list of all the names that you can use here."
-    assert pydocs.gold("Incomprehensibility notwithstanding,", response) == reading_ease(response) > 60
+    assert (
+        pydocs.gold("Incomprehensibility notwithstanding,", response) == reading_ease(response) > 60
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +183,15 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     prompts = [prompt for prompt in task.prompts[::5][:40] for _ in range(8)]
     responses = sample(task.reference, prompts, task.max_new_tokens, 0)
     scores = summed_scores(task.scorer, prompts, responses)
-    gold = [pydocs.gold("", text) for text in task.tokenizer.batch_decode(responses, skip_special_tokens=True)]
-    return scores.reshape(40, 8), np.array(gold).reshape(40, 8), np.array([r[-1] == 0 for r in responses])
+    gold = [
+        pydocs.gold("", text)
+        for text in task.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    ]
+    return (
+        scores.reshape(40, 8),
+        np.array(gold).reshape(40, 8),
+        np.array([r[-1] == 0 for r in responses]),
+    )
 
 
 def test_summed_token_scores_follow_gold(samples: tuple[np.ndarray, ...]) -> None:

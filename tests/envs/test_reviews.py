@@ -8,7 +8,14 @@ import torch
 from sampling import sample, summed_scores
 
 from tokenenv.envs.language.bundled import bundled_tokenizer
-from tokenenv.envs.language.review_grammar import openings, opinions, review, sentiment, split_words, vocabulary
+from tokenenv.envs.language.review_grammar import (
+    openings,
+    opinions,
+    review,
+    sentiment,
+    split_words,
+    vocabulary,
+)
 from tokenenv.envs.tasks import reviews
 from tokenenv.errors import InvalidArgument
 
@@ -63,7 +70,9 @@ def test_prompts_are_disjoint_short_and_without_opinion() -> None:
 
 
 def test_unknown_split_names_the_argument() -> None:
-    with pytest.raises(InvalidArgument, match="split='validation' is not known; allowed: test, train"):
+    with pytest.raises(
+        InvalidArgument, match="split='validation' is not known; allowed: test, train"
+    ):
         reviews.task(split="validation")
 
 
@@ -100,11 +109,19 @@ def samples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     prompts = list(task.prompts)
     responses = sample(task.reference, prompts, task.max_new_tokens, 1)
     scores = summed_scores(task.scorer, prompts, responses)
-    before, after = (task.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, responses))
-    return scores, np.array(list(map(reviews.gold, before, after))), np.array([r[-1] == 1 for r in responses])
+    before, after = (
+        task.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, responses)
+    )
+    return (
+        scores,
+        np.array(list(map(reviews.gold, before, after))),
+        np.array([r[-1] == 1 for r in responses]),
+    )
 
 
-def test_half_of_the_reference_is_positive_and_most_texts_finish(samples: tuple[np.ndarray, ...]) -> None:
+def test_half_of_the_reference_is_positive_and_most_texts_finish(
+    samples: tuple[np.ndarray, ...],
+) -> None:
     _, gold, finished = samples
     assert 0.35 < gold.mean() < 0.65
     assert finished.mean() > 0.8

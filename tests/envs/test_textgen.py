@@ -47,24 +47,38 @@ def make(model, **options):
     options = {"prompts": TEXTS, "max_prompt_tokens": P, "max_new_tokens": T, **options}
     if not isinstance(model, str):
         options = {"tokenizer": fakes.tokenizer(), **options}
-    return gym.make_vec("tokenenv/TextGen-v0", num_envs=N, model=model, autoreset_mode="Disabled", **options)
+    return gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=N, model=model, autoreset_mode="Disabled", **options
+    )
 
 
 def task(model, **options):
     """What the env is made of."""
     given = {} if isinstance(model, str) else {"tokenizer": fakes.tokenizer()}
-    return textgen.task(**{"model": model, "prompts": TEXTS, "max_prompt_tokens": P, "max_new_tokens": T, **given, **options})
+    return textgen.task(
+        **{
+            "model": model,
+            "prompts": TEXTS,
+            "max_prompt_tokens": P,
+            "max_new_tokens": T,
+            **given,
+            **options,
+        }
+    )
 
 
 def play(envs, seed=0):
-    """One episode a slot, all T tokens long, of which the first ends in a stop token: prompts, responses, steps."""
+    """One episode a slot, all T tokens long, of which the first ends in a stop token: prompts,
+    responses, steps."""
     rng = np.random.default_rng(seed)
     spec = envs.unwrapped.token_spec
     allowed = [token for token in range(spec.vocab_size) if token not in spec.stop_token_ids]
     responses = rng.choice(allowed, (N, T))
     responses[0, -1] = spec.stop_token_ids[0]
     obs, _ = envs.reset(seed=seed)
-    prompts = [row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)]
+    prompts = [
+        row[:length].tolist() for row, length in zip(obs["tokens"], obs["length"], strict=True)
+    ]
     steps = [envs.step(responses[:, t]) for t in range(T)]
     assert (steps[-1][2] | steps[-1][3]).tolist() == [True] * N
     assert steps[-1][4]["cut"].tolist() == [False] + [True] * (N - 1)
@@ -74,7 +88,9 @@ def play(envs, seed=0):
 def logprobs(model, prompt, response, vocab_size=fakes.VOCAB_SIZE):
     """(T,): by transformers alone."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :vocab_size]
+        logits = model(torch.tensor([prompt + response])).logits[
+            0, len(prompt) - 1 : -1, :vocab_size
+        ]
     return logits.log_softmax(-1)[range(len(response)), response].numpy()
 
 
@@ -91,16 +107,26 @@ def summed_score(model, prompt, response, per_token):
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("other_reference", [False, True])
 @pytest.mark.parametrize("head", [None, "token", "sequence"])
-def test_stepping_equals_scoring_and_transformers_for_every_combination(head, other_reference, on_disk, saved):
+def test_stepping_equals_scoring_and_transformers_for_every_combination(
+    head, other_reference, on_disk, saved
+):
     models = {"policy": fakes.causal_lm(seed=0), "reference": fakes.causal_lm(seed=9)}
     source = saved.get if on_disk else {**models, head: head and fakes.reward_model(head)}.get
     reference = source("reference") if other_reference else None
-    envs = make(source("policy"), reference=reference, reward_model=source(head), reward=None if head else RULE)
+    envs = make(
+        source("policy"),
+        reference=reference,
+        reward_model=source(head),
+        reward=None if head else RULE,
+    )
 
     prompts, responses, steps = play(envs)
     rewards = np.stack([reward for _, reward, *_ in steps], axis=1)
     scored = envs.unwrapped.score_episodes(prompts, responses)
-    assert set(scored.terms) == {{"token": "token", "sequence": "terminal", None: "rule"}[head], "kl"}
+    assert set(scored.terms) == {
+        {"token": "token", "sequence": "terminal", None: "rule"}[head],
+        "kl",
+    }
     np.testing.assert_allclose(rewards, scored.step_rewards, atol=1e-5)
 
     texts = list(zip(prompts, responses, strict=True))
@@ -122,16 +148,24 @@ def test_the_policy_starts_from_the_model_and_the_kl_from_the_reference(saved):
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_reference_or_implicit_model_that_is_the_model_is_loaded_and_run_once(on_disk, saved, caplog):
+def test_a_reference_or_implicit_model_that_is_the_model_is_loaded_and_run_once(
+    on_disk, saved, caplog
+):
     model = saved["policy"] if on_disk else fakes.causal_lm()
     with caplog.at_level(logging.INFO, "tokenenv"):
-        envs = make(model, reference=model, implicit_model=model, reward={"a": "implicit", "b": RULE}).unwrapped
+        envs = make(
+            model, reference=model, implicit_model=model, reward={"a": "implicit", "b": RULE}
+        ).unwrapped
     assert envs.reference is envs.model
     assert "on 1 model(s)" in caplog.text
     made = task(model, implicit_model=model)
     assert made.implicit_model is made.reference
-    own = fakes.tokenizer(list(reversed(fakes.WORDS)))  # the model's tokens are whatever its user says
-    assert prompts_seen(make(model, reference=model, implicit_model=model, reward={}, tokenizer=own)) == set(TEXTS)
+    own = fakes.tokenizer(
+        list(reversed(fakes.WORDS))
+    )  # the model's tokens are whatever its user says
+    assert prompts_seen(
+        make(model, reference=model, implicit_model=model, reward={}, tokenizer=own)
+    ) == set(TEXTS)
 
 
 def test_models_are_frozen_and_in_eval_mode(saved):
@@ -165,7 +199,9 @@ def test_a_reference_with_fewer_or_more_embeddings(size):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_dtypes_by_name_or_object(dtype, saved):
-    envs = make(saved["policy"], reference=saved["reference"], reward_model=saved["token"], dtype=dtype)
+    envs = make(
+        saved["policy"], reference=saved["reference"], reward_model=saved["token"], dtype=dtype
+    )
     assert envs.unwrapped.model.dtype == envs.unwrapped.reference.dtype == torch.bfloat16
     rewards = play(envs)[2][-1][1]
     assert rewards.dtype == np.float32
@@ -173,7 +209,9 @@ def test_dtypes_by_name_or_object(dtype, saved):
 
 
 def test_an_unknown_dtype_is_named(saved):
-    with pytest.raises(InvalidArgument, match="dtype='bfloat' is not known; allowed: bfloat16, float16, float32"):
+    with pytest.raises(
+        InvalidArgument, match="dtype='bfloat' is not known; allowed: bfloat16, float16, float32"
+    ):
         make(saved["policy"], dtype="bfloat")
 
 
@@ -182,10 +220,16 @@ def test_other_models_go_where_the_model_object_is_and_options_are_passed_on(sav
     for name in ("load_causal_lm", "load_classifier"):
         load = getattr(textgen, name)
         monkeypatch.setattr(
-            textgen, name, lambda source, _load=load, **options: seen.append(options) or _load(source, **options)
+            textgen,
+            name,
+            lambda source, _load=load, **options: seen.append(options) or _load(source, **options),
         )
     options = {"attn_implementation": "eager", "trust_remote_code": True, "dtype": torch.float32}
-    others = {"reference": saved["reference"], "implicit_model": saved["policy"], "reward_model": saved["token"]}
+    others = {
+        "reference": saved["reference"],
+        "implicit_model": saved["policy"],
+        "reward_model": saved["token"],
+    }
     make(fakes.causal_lm(), **others, **options)
     assert seen[0] == options | {"device": None}
     assert seen[1] == seen[2] == seen[3] == options | {"device": torch.device("cpu")}
@@ -213,18 +257,21 @@ def test_prompts_from_every_source(saved, tmp_path):
         (datasets.Dataset.from_dict({"question": TEXTS}), {"prompt_column": "question"}),
     ]
     for source, options in sources:
-        assert prompts_seen(make(saved["policy"], prompts=source, reward={}, **options)) == set(TEXTS)
+        assert prompts_seen(make(saved["policy"], prompts=source, reward={}, **options)) == set(
+            TEXTS
+        )
 
 
 def test_the_tokenizers_chat_template(tmp_path):
     source = fakes.saved(fakes.causal_lm(), tmp_path)
     tokenizer = fakes.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}you {{ m.content }} {% endfor %}{% if add_generation_prompt %}it{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}you {{ m.content }} {% endfor %}{% if add_generation_prompt %}it{% endif %}"
     tokenizer.save_pretrained(tmp_path)
     prompts = ["rain", [{"role": "user", "content": "sun"}]]
-    assert prompts_seen(make(source, prompts=prompts, chat_template=True, reward={})) == {"you rain it", "you sun it"}
+    assert prompts_seen(make(source, prompts=prompts, chat_template=True, reward={})) == {
+        "you rain it",
+        "you sun it",
+    }
     assert prompts_seen(make(source, prompts=["rain"], reward={})) == {"rain"}
 
 
@@ -232,7 +279,9 @@ def test_long_prompts_are_refused_unless_truncation_is_asked_for(saved):
     options = {"prompts": ["the cat is a good film"], "reward": {}}
     with pytest.raises(InvalidArgument, match=r"prompts\[0\] has 6 tokens and max_prompt_tokens=3"):
         make(saved["policy"], **options)
-    assert prompts_seen(make(saved["policy"], long_prompts="truncate", **options)) == {"a good film"}
+    assert prompts_seen(make(saved["policy"], long_prompts="truncate", **options)) == {
+        "a good film"
+    }
 
 
 def test_a_model_object_without_a_tokenizer_takes_ids_alone():
@@ -240,7 +289,9 @@ def test_a_model_object_without_a_tokenizer_takes_ids_alone():
     envs = make(fakes.causal_lm(), prompts=[[3, 4]], **options)
     assert envs.unwrapped.token_spec.tokenizer is None
     assert play(envs)[0] == [[3, 4]] * N
-    with pytest.raises(InvalidArgument, match=r"prompts\[0\]: tokens of this env have no text; give token ids"):
+    with pytest.raises(
+        InvalidArgument, match=r"prompts\[0\]: tokens of this env have no text; give token ids"
+    ):
         make(fakes.causal_lm(), **options)
     with pytest.raises(InvalidArgument, match="gold= reads texts; give a tokenizer="):
         make(fakes.causal_lm(), prompts=[[3, 4]], gold=lambda prompt, response: 1.0, **options)
@@ -271,17 +322,27 @@ def without_stop_ids():
 
 def test_stop_ids_fall_back_to_the_config_and_the_tokenizer():
     model = without_stop_ids()
-    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (fakes.EOS,)  # the tokenizer's
+    assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (
+        fakes.EOS,
+    )  # the tokenizer's
     model.config.eos_token_id = 7
     assert make(model, reward={}).unwrapped.token_spec.stop_token_ids == (7, fakes.EOS)
-    assert make(model, reward={}, stop_token_ids=[8, 9]).unwrapped.token_spec.stop_token_ids == (8, 9)
+    assert make(model, reward={}, stop_token_ids=[8, 9]).unwrapped.token_spec.stop_token_ids == (
+        8,
+        9,
+    )
 
 
 def test_without_stop_ids_they_are_asked_for():
-    with pytest.raises(InvalidArgument, match="names no end-of-text id; give the ids that end a text as stop_token_ids="):
+    with pytest.raises(
+        InvalidArgument,
+        match="names no end-of-text id; give the ids that end a text as stop_token_ids=",
+    ):
         make(without_stop_ids(), tokenizer=None, prompts=[[3]])
     for wrong in ([], [61], [-1], ["1"]):
-        with pytest.raises(InvalidArgument, match=r"stop_token_ids=\(.*\); allowed: 1 or more .* 0 to 60"):
+        with pytest.raises(
+            InvalidArgument, match=r"stop_token_ids=\(.*\); allowed: 1 or more .* 0 to 60"
+        ):
             make(fakes.causal_lm(), stop_token_ids=wrong)
 
 
@@ -317,20 +378,27 @@ def test_a_model_without_a_tokenizer(architecture, saved, tmp_path, caplog):
 
 
 def test_without_a_reward_model_a_reward_is_asked_for(saved):
-    message = r"needs a reward model \(reward_model=\), which this env has not; reward= also takes a rule"
+    message = (
+        r"needs a reward model \(reward_model=\), which this env has not; reward= also takes a rule"
+    )
     with pytest.raises(InvalidArgument, match=message):
         make(saved["policy"])
     play(make(saved["policy"], reward=RULE))
 
 
 def test_a_sequence_head_has_no_token_rewards(saved):
-    with pytest.raises(InvalidArgument, match="reward='token' needs a token-classification reward model"):
+    with pytest.raises(
+        InvalidArgument, match="reward='token' needs a token-classification reward model"
+    ):
         make(saved["policy"], reward_model=saved["sequence"], reward="token")
     make(saved["policy"], reward_model=saved["token"], reward="terminal")
 
 
 def test_a_reward_model_needs_a_scalar_head(saved):
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*allowed: sequence- or token-classification models with one label"):
+    with pytest.raises(
+        ModelError,
+        match=r"LlamaForCausalLM.*allowed: sequence- or token-classification models with one label",
+    ):
         make(saved["policy"], reward_model=saved["reference"])
     for kind in ("token", "sequence"):
         with pytest.raises(ModelError, match=r"has 2 labels; allowed: .* with one label"):
@@ -339,14 +407,19 @@ def test_a_reward_model_needs_a_scalar_head(saved):
         (fakes.causal_lm(), r"gives logits \(1, 3, 61\)"),
         (fakes.bidirectional_reward_model().bert, "BertModel"),
     ):
-        with pytest.raises(ModelError, match=rf"{message}.*allowed: sequence- or token-classification models with one label"):
+        with pytest.raises(
+            ModelError,
+            match=rf"{message}.*allowed: sequence- or token-classification models with one label",
+        ):
             make(saved["policy"], reward_model=wrong, reward_tokenizer=letters())
 
 
 def adapted(model):
     """peft's wrapper around the model, into which peft puts an adapter."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
     return peft.get_peft_model(model, config)
 
 
@@ -357,13 +430,20 @@ def test_a_scorer_of_ones_own_says_what_it_scores(saved):
         def token_scores(self, texts, width):
             return torch.zeros(len(texts), width)
 
-    with pytest.raises(ModelError, match=r"reward_model=Scores has no looks_ahead; a `tokenenv.types.TextScorer` says"):
+    with pytest.raises(
+        ModelError,
+        match=r"reward_model=Scores has no looks_ahead; a `tokenenv.types.TextScorer` says",
+    ):
         make(saved["policy"], reward_model=Scores())
     Scores.looks_ahead = False
-    assert make(saved["policy"], reward_model=Scores()).unwrapped.score_episodes([[3]], [[4]]).score == [0.0]
+    assert make(saved["policy"], reward_model=Scores()).unwrapped.score_episodes(
+        [[3]], [[4]]
+    ).score == [0.0]
 
 
-@pytest.mark.parametrize("role", ["reference", "reward model", "implicit model", "model 0 of reward term 'mine'"])
+@pytest.mark.parametrize(
+    "role", ["reference", "reward model", "implicit model", "model 0 of reward term 'mine'"]
+)
 def test_a_policy_that_trains_weights_of_the_envs_models_is_refused(role):
     reference, other = fakes.causal_lm(), fakes.causal_lm(seed=4)
     options = {
@@ -377,7 +457,10 @@ def test_a_policy_that_trains_weights_of_the_envs_models_is_refused(role):
     envs = make(reference, **{"reward": RULE, **options})
     PPO(envs, policy=LMPolicy(fakes.causal_lm(seed=4)))
     for inside in (other, adapted(other)):
-        with pytest.raises(InvalidArgument, match=f"policy trains model.*, a weight of the env's own {role}, .* deep copy"):
+        with pytest.raises(
+            InvalidArgument,
+            match=f"policy trains model.*, a weight of the env's own {role}, .* deep copy",
+        ):
             PPO(envs, policy=LMPolicy(inside))
 
 
@@ -391,10 +474,18 @@ def test_weights_that_a_policy_does_not_train_may_be_shared():
 @pytest.mark.parametrize("role", ["reference", "implicit model"])
 def test_an_adapter_that_peft_has_put_into_another_role_is_refused(role):
     model = fakes.causal_lm()
-    options = {"reference": model} if role == "reference" else {"reference": fakes.causal_lm(seed=3), "implicit_model": model}
-    with pytest.raises(ModelError, match=f"the policy's model and the {role} are built around one model.*deepcopy"):
+    options = (
+        {"reference": model}
+        if role == "reference"
+        else {"reference": fakes.causal_lm(seed=3), "implicit_model": model}
+    )
+    with pytest.raises(
+        ModelError, match=f"the policy's model and the {role} are built around one model.*deepcopy"
+    ):
         make(adapted(model), reward=RULE, **options)
-    envs = make(adapted(copy.deepcopy(model)), reward=RULE, **options)  # the inner one's adapter is part of that model
+    envs = make(
+        adapted(copy.deepcopy(model)), reward=RULE, **options
+    )  # the inner one's adapter is part of that model
     PPO(envs)
 
 
@@ -432,11 +523,17 @@ def test_implicit_models_pay_their_log_ratio(saved):
     prompts, responses, steps = play(envs)
     paid = np.stack([infos["reward_terms"]["implicit"] for *_, infos in steps], axis=1)
     models = fakes.causal_lm(seed=9), fakes.causal_lm(seed=0)
-    tuned, reference = ([logprobs(model, *text) for text in zip(prompts, responses, strict=True)] for model in models)
+    tuned, reference = (
+        [logprobs(model, *text) for text in zip(prompts, responses, strict=True)]
+        for model in models
+    )
     np.testing.assert_allclose(paid, 0.5 * (np.array(tuned) - reference), atol=1e-4)
     scored = envs.unwrapped.score_episodes(prompts, responses)
     np.testing.assert_allclose(scored.terms["implicit"], paid, atol=1e-5)
-    with pytest.raises(InvalidArgument, match=r"reward='implicit' needs .* \(implicit_model=\), which this env has not"):
+    with pytest.raises(
+        InvalidArgument,
+        match=r"reward='implicit' needs .* \(implicit_model=\), which this env has not",
+    ):
         make(saved["policy"], reward="implicit")
 
 
@@ -444,12 +541,16 @@ def test_step_ends_are_ids_of_the_model(saved):
     options = {"reward_model": saved["sequence"], "reward": "process"}
     envs = make(saved["policy"], step_end_token_ids=[7, np.int64(9)], **options)
     envs.reset(seed=0)
-    paid = np.stack([envs.step(np.full(N, token))[4]["reward_terms"]["process"] for token in (7, 8, 9, 8)])
+    paid = np.stack(
+        [envs.step(np.full(N, token))[4]["reward_terms"]["process"] for token in (7, 8, 9, 8)]
+    )
     assert ((paid != 0).T == [True, False, True, True]).all()
     assert task(saved["policy"], step_end_token_ids=7).step_end_token_ids == (7,)
     assert task(saved["policy"]).step_end_token_ids == ()
     for wrong in ([61], [7, -1], ["7"]):
-        with pytest.raises(InvalidArgument, match=r"step_end_token_ids=\(.*\); allowed: 0 or more .* 0 to 60"):
+        with pytest.raises(
+            InvalidArgument, match=r"step_end_token_ids=\(.*\); allowed: 0 or more .* 0 to 60"
+        ):
             make(saved["policy"], step_end_token_ids=wrong, **options)
     with pytest.raises(InvalidArgument, match=r"reward='process' needs .* \(step_end_token_ids=\)"):
         make(saved["policy"], **options)
@@ -463,9 +564,15 @@ def letters():
     special = ["<pad>", "<s>", "</s>"]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.train_from_iterator(fakes.WORDS, trainers.BpeTrainer(vocab_size=50, special_tokens=special, show_progress=False))
-    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    core.train_from_iterator(
+        fakes.WORDS, trainers.BpeTrainer(vocab_size=50, special_tokens=special, show_progress=False)
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 FOREIGN = {
@@ -477,7 +584,10 @@ FOREIGN = {
 
 def foreign_score(model, prompt, response):
     """By transformers alone: the tokens that end in the response and the closing one."""
-    start, text = (fakes.tokenizer().decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + response))
+    start, text = (
+        fakes.tokenizer().decode(ids, skip_special_tokens=True)
+        for ids in (prompt, prompt + response)
+    )
     encoded = letters()(text, return_offsets_mapping=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(encoded["input_ids"]).logits[0]
@@ -494,7 +604,9 @@ def test_a_reward_model_with_other_tokens_scores_finished_texts(head, on_disk, s
         letters().save_pretrained(tmp_path)
         source = {}
     envs = make(
-        saved["policy"], reward_model=fakes.saved(model, tmp_path, with_tokenizer=False) if on_disk else model, **source
+        saved["policy"],
+        reward_model=fakes.saved(model, tmp_path, with_tokenizer=False) if on_disk else model,
+        **source,
     )
     prompts, responses, steps = play(envs)
     rewards = np.stack([reward for _, reward, *_ in steps], axis=1)
@@ -511,11 +623,18 @@ def test_a_reward_model_with_other_tokens_scores_finished_texts(head, on_disk, s
 
 @pytest.mark.parametrize("head", ["token", "bidirectional"])
 def test_without_kl_the_token_rewards_add_up_to_the_score_which_the_last_step_pays(head, saved):
-    options = {"reward_model": FOREIGN[head](), "reward_tokenizer": letters(), "reward": "token", "kl": "none"}
+    options = {
+        "reward_model": FOREIGN[head](),
+        "reward_tokenizer": letters(),
+        "reward": "token",
+        "kl": "none",
+    }
     steps = play(make(saved["policy"], **options))[2]
     infos, rewards = steps[-1][4], np.stack([reward for _, reward, *_ in steps], axis=1)
     assert (rewards[:, :-1] == 0).all()
-    assert (infos["token_rewards"][1:] != 0).mean() > 0.5  # row 0 ends in a stop token, which has no characters
+    assert (
+        infos["token_rewards"][1:] != 0
+    ).mean() > 0.5  # row 0 ends in a stop token, which has no characters
     np.testing.assert_allclose(infos["token_rewards"].sum(1), infos["score"], atol=1e-5)
     np.testing.assert_allclose(rewards[:, -1], infos["score"], atol=1e-5)
 
@@ -527,12 +646,21 @@ def test_a_reward_model_whose_words_have_other_ids_places_what_it_paid_with_the_
     foreign.model.embed_tokens.weight[3:] = native.model.embed_tokens.weight[3:].flip(0)
     one = make(saved["policy"], reward_model=native, reward_tokenizer=fakes.tokenizer())
     other = make(saved["policy"], reward_model=foreign, reward_tokenizer=own)
-    prompts, responses = one.unwrapped.token_spec.tokenizer(TEXTS)["input_ids"], [[3, 4, 60, 17], [9], [25, 25, 30]]
+    prompts, responses = (
+        one.unwrapped.token_spec.tokenizer(TEXTS)["input_ids"],
+        [[3, 4, 60, 17], [9], [25, 25, 30]],
+    )
     paid, placed = (envs.unwrapped.score_episodes(prompts, responses) for envs in (one, other))
     np.testing.assert_allclose(placed.token_rewards, paid.token_rewards, atol=1e-5)
     np.testing.assert_allclose(placed.score, paid.score, atol=1e-5)
-    np.testing.assert_allclose(paid.step_rewards, paid.token_rewards, atol=1e-5)  # causal: each paid at once
-    assert (np.abs(placed.step_rewards - paid.step_rewards).max(1) > 1e-2).tolist() == [True, False, True]
+    np.testing.assert_allclose(
+        paid.step_rewards, paid.token_rewards, atol=1e-5
+    )  # causal: each paid at once
+    assert (np.abs(placed.step_rewards - paid.step_rewards).max(1) > 1e-2).tolist() == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("head", FOREIGN)
@@ -544,10 +672,17 @@ def test_designs_that_read_finished_texts(design, head, saved):
     infos = steps[-1][4]
     scored = envs.unwrapped.score_episodes(prompts, responses)
     np.testing.assert_allclose(scored.token_rewards, infos["token_rewards"], atol=1e-5)
-    np.testing.assert_allclose(scored.step_rewards, np.stack([reward for _, reward, *_ in steps], axis=1), atol=1e-5)
+    np.testing.assert_allclose(
+        scored.step_rewards, np.stack([reward for _, reward, *_ in steps], axis=1), atol=1e-5
+    )
     expected = infos["score"]
     if design == "shapley":
-        expected = expected - score_texts(task(saved["policy"], **options).scorer, [(prompt, []) for prompt in prompts]).numpy()
+        expected = (
+            expected
+            - score_texts(
+                task(saved["policy"], **options).scorer, [(prompt, []) for prompt in prompts]
+            ).numpy()
+        )
     np.testing.assert_allclose(infos["token_rewards"].sum(1), expected, atol=1e-4)
 
 
@@ -556,45 +691,85 @@ def test_designs_that_read_prefixes_or_the_models_inside_are_refused(design, sav
     message = rf"reward='{design}' needs a .*causal.* with the policy's own tokens.*, which this env has not"
     for head in FOREIGN:
         with pytest.raises(InvalidArgument, match=message):
-            make(saved["policy"], reward_model=FOREIGN[head](), reward_tokenizer=letters(), reward=design)
+            make(
+                saved["policy"],
+                reward_model=FOREIGN[head](),
+                reward_tokenizer=letters(),
+                reward=design,
+            )
 
 
 def test_only_a_causal_model_with_the_policys_tokens_scores_prefixes(saved):
-    cases = [("token", fakes.tokenizer()), ("token", None), ("token", letters()), ("bidirectional", None)]
-    scorers = [task(saved["policy"], reward_model=FOREIGN[head](), reward_tokenizer=own).scorer for head, own in cases]
+    cases = [
+        ("token", fakes.tokenizer()),
+        ("token", None),
+        ("token", letters()),
+        ("bidirectional", None),
+    ]
+    scorers = [
+        task(saved["policy"], reward_model=FOREIGN[head](), reward_tokenizer=own).scorer
+        for head, own in cases
+    ]
     assert [isinstance(scorer, Scorer) for scorer in scorers] == [True, True, False, False]
-    more = task(saved["policy"], reward_model=saved["token"], reward_tokenizer=fakes.tokenizer([*fakes.WORDS, "more"])).scorer
+    more = task(
+        saved["policy"],
+        reward_model=saved["token"],
+        reward_tokenizer=fakes.tokenizer([*fakes.WORDS, "more"]),
+    ).scorer
     assert isinstance(more, Scorer)  # ids that the policy never sends
 
 
-def test_a_reward_model_that_looks_ahead_reads_the_policys_tokens_where_it_brings_none(saved, tmp_path, caplog):
+def test_a_reward_model_that_looks_ahead_reads_the_policys_tokens_where_it_brings_none(
+    saved, tmp_path, caplog
+):
     model = fakes.bidirectional_reward_model()
     envs = make(saved["policy"], reward_model=fakes.saved(model, tmp_path, with_tokenizer=False))
     assert "the reward model is taken to read the model's token ids" in caplog.text
     prompts = [[3, 4]]
     with torch.no_grad():
         logits = model(torch.tensor([[3, 4, 9, 25]])).logits[0, 2:, 0]
-    np.testing.assert_allclose(envs.unwrapped.score_episodes(prompts, [[9, 25]]).score, [logits.sum()], atol=1e-5)
+    np.testing.assert_allclose(
+        envs.unwrapped.score_episodes(prompts, [[9, 25]]).score, [logits.sum()], atol=1e-5
+    )
 
 
 def test_reward_models_that_read_texts_need_the_policys_tokenizer():
     options = {"tokenizer": None, "prompts": [[3, 4]]}
-    with pytest.raises(ModelError, match=r"\(BertForTokenClassification\) looks ahead, .*finished texts; give a tokenizer="):
+    with pytest.raises(
+        ModelError,
+        match=r"\(BertForTokenClassification\) looks ahead, .*finished texts; give a tokenizer=",
+    ):
         make(fakes.causal_lm(), reward_model=fakes.bidirectional_reward_model(), **options)
-    with pytest.raises(InvalidArgument, match="reward_tokenizer= reads texts; give a tokenizer= too"):
-        make(fakes.causal_lm(), reward_model=fakes.reward_model(), reward_tokenizer=letters(), **options)
+    with pytest.raises(
+        InvalidArgument, match="reward_tokenizer= reads texts; give a tokenizer= too"
+    ):
+        make(
+            fakes.causal_lm(),
+            reward_model=fakes.reward_model(),
+            reward_tokenizer=letters(),
+            **options,
+        )
 
 
 def test_a_reward_tokenizer_that_does_not_fit_the_reward_model_is_named(saved, tmp_path):
     with pytest.raises(
-        ModelError, match=r"has ids up to \d+ and LlamaForTokenClassification 20 embeddings; .*reward_tokenizer="
+        ModelError,
+        match=r"has ids up to \d+ and LlamaForTokenClassification 20 embeddings; .*reward_tokenizer=",
     ):
-        make(saved["policy"], reward_model=fakes.reward_model("token", vocab_size=20), reward_tokenizer=letters())
+        make(
+            saved["policy"],
+            reward_model=fakes.reward_model("token", vocab_size=20),
+            reward_tokenizer=letters(),
+        )
     bare = fakes.saved(fakes.reward_model("token", "gpt2"), tmp_path, with_tokenizer=False)
-    with pytest.raises(ModelError, match=r"brings no tokenizer; .* the reward model's as reward_tokenizer="):
+    with pytest.raises(
+        ModelError, match=r"brings no tokenizer; .* the reward model's as reward_tokenizer="
+    ):
         make(saved["policy"], reward_model=bare, reward_tokenizer=bare)
     with pytest.raises(ModelError, match="nothing-here' cannot be loaded"):
-        make(saved["policy"], reward_model=saved["token"], reward_tokenizer=tmp_path / "nothing-here")
+        make(
+            saved["policy"], reward_model=saved["token"], reward_tokenizer=tmp_path / "nothing-here"
+        )
 
 
 @pytest.mark.parametrize("reward", ["token", "shapley"])
@@ -602,9 +777,16 @@ def test_the_envs_max_batch_tokens_bounds_the_reward_models_forwards(reward, sav
     sizes, paid = {}, {}
     for bound in (16384, 40):
         model, seen = FOREIGN["bidirectional"](), []
-        options = {"reward_model": model, "reward_tokenizer": letters(), "reward": reward, "max_batch_tokens": bound}
+        options = {
+            "reward_model": model,
+            "reward_tokenizer": letters(),
+            "reward": reward,
+            "max_batch_tokens": bound,
+        }
         envs = make(saved["policy"], **options)
-        model.register_forward_pre_hook(lambda m, a, kwargs, s=seen: s.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda m, a, kwargs, s=seen: s.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
         paid[bound] = play(envs)[2][-1][1]
         sizes[bound] = max(seen)
     assert sizes[40] <= 40 < sizes[16384]
@@ -617,18 +799,32 @@ def test_the_envs_max_batch_tokens_bounds_the_reward_models_forwards(reward, sav
 @pytest.mark.parametrize("role", ["model", "reference", "implicit_model", "reward_model"])
 def test_texts_longer_than_a_models_positions_are_refused(role):
     short = {"max_position_embeddings": P + T}
-    models = {name: fakes.causal_lm(seed=seed) for seed, name in enumerate(("model", "reference", "implicit_model"))}
+    models = {
+        name: fakes.causal_lm(seed=seed)
+        for seed, name in enumerate(("model", "reference", "implicit_model"))
+    }
     models["reward_model"] = fakes.reward_model("token")
-    models[role] = fakes.reward_model("token", **short) if role == "reward_model" else fakes.causal_lm(seed=3, **short)
+    models[role] = (
+        fakes.reward_model("token", **short)
+        if role == "reward_model"
+        else fakes.causal_lm(seed=3, **short)
+    )
     make(**models)
-    with pytest.raises(InvalidArgument, match=rf"= 8 tokens; allowed: at most 7, the {role.replace('_', ' ')}'s positions"):
+    with pytest.raises(
+        InvalidArgument,
+        match=rf"= 8 tokens; allowed: at most 7, the {role.replace('_', ' ')}'s positions",
+    ):
         make(**models, max_new_tokens=T + 1)
 
 
 def test_a_reward_model_that_reads_texts_may_be_too_short_for_them(saved):
     model = fakes.reward_model("token", max_position_embeddings=6)
-    with pytest.warns(UserWarning, match="longer than the 6 tokens that the reward model can read") as caught:
-        infos = play(make(saved["policy"], reward_model=model, reward_tokenizer=letters(), kl="none"))[2][-1][4]
+    with pytest.warns(
+        UserWarning, match="longer than the 6 tokens that the reward model can read"
+    ) as caught:
+        infos = play(
+            make(saved["policy"], reward_model=model, reward_tokenizer=letters(), kl="none")
+        )[2][-1][4]
     assert len(caught) == 1
     np.testing.assert_allclose(infos["token_rewards"].sum(1), infos["score"], atol=1e-5)
 
@@ -644,7 +840,9 @@ def test_the_caches_memory_is_reported_before_it_is_taken(saved, caplog, monkeyp
         taken = make(saved["policy"], **options).unwrapped.cache_bytes
     layers, heads, size, bytes_each = 2, 2, 8, 4
     assert taken == 2 * (2 * layers * heads * size * bytes_each * N * (P + T))
-    assert caplog.messages == [f"caches will take {taken / 2**20:.1f} MiB on 2 model(s): {N} texts of {P + T} tokens"]
+    assert caplog.messages == [
+        f"caches will take {taken / 2**20:.1f} MiB on 2 model(s): {N} texts of {P + T} tokens"
+    ]
     assert caplog.records[0].levelno == logging.INFO
 
     caplog.clear()
@@ -658,7 +856,12 @@ def test_the_caches_memory_is_reported_before_it_is_taken(saved, caplog, monkeyp
 def test_ids_of_plain_values_survive_json(saved, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
-    options = {"model": saved["policy"], "reward_model": saved["sequence"], "prompts": str(prompts), "dtype": "float32"}
+    options = {
+        "model": saved["policy"],
+        "reward_model": saved["sequence"],
+        "prompts": str(prompts),
+        "dtype": "float32",
+    }
     limits = {"max_prompt_tokens": P, "max_new_tokens": T}
     env = gym.make("tokenenv/TextGen-v0", **options, **limits)
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))

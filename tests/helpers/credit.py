@@ -23,11 +23,16 @@ LENGTHS = ((2, 9, 0), (4, 1, 0), (1, 6, 3), (3, 5, 4), (5, 7, 0), (1, 2, 0), (2,
 def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
     """Random texts of these lengths, and their unpaid tokens."""
     rng = np.random.default_rng(seed)
-    pairs = [tuple(rng.integers(3, fakes.VOCAB_SIZE, size).tolist() for size in sizes[:2]) for sizes in LENGTHS]
+    pairs = [
+        tuple(rng.integers(3, fakes.VOCAB_SIZE, size).tolist() for size in sizes[:2])
+        for sizes in LENGTHS
+    ]
     return pairs, [unpaid for *_, unpaid in LENGTHS]
 
 
-def finished(pairs: list[TextIds], unpaid: list[int], score: Tensor, padding: int = 2) -> FinishedTexts:
+def finished(
+    pairs: list[TextIds], unpaid: list[int], score: Tensor, padding: int = 2
+) -> FinishedTexts:
     """The texts as reward terms see them, with some more padding than needed."""
     ids = [np.asarray([*prompt, *response]) for prompt, response in pairs]
     tokens = np.zeros((len(ids), max(map(len, ids)) + padding), dtype=np.int64)
@@ -35,7 +40,9 @@ def finished(pairs: list[TextIds], unpaid: list[int], score: Tensor, padding: in
         tokens[row, : len(text)] = text
     prompt_length = np.asarray([len(prompt) for prompt, _ in pairs])
     length = np.asarray([len(text) for text in ids])
-    return FinishedTexts(torch.from_numpy(tokens), length, prompt_length, np.asarray(unpaid), score, ids)
+    return FinishedTexts(
+        torch.from_numpy(tokens), length, prompt_length, np.asarray(unpaid), score, ids
+    )
 
 
 def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
@@ -50,13 +57,19 @@ def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
         stop_token_ids=(1,),
         scorer=scorer,
     )
-    term.bind(Context(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens))
+    term.bind(
+        Context(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens)
+    )
     return term
 
 
-def placed(term: Any, scorer: Any, pairs: list[TextIds], unpaid: list[int], **options: Any) -> Tensor:
+def placed(
+    term: Any, scorer: Any, pairs: list[TextIds], unpaid: list[int], **options: Any
+) -> Tensor:
     """(B, T): what the term places on the texts."""
-    return bound(term, scorer, **options).place(finished(pairs, unpaid, score_texts(scorer, pairs)), T)
+    return bound(term, scorer, **options).place(
+        finished(pairs, unpaid, score_texts(scorer, pairs)), T
+    )
 
 
 class Words:
@@ -88,7 +101,9 @@ SCORERS: dict[str, Callable[[], Any]] = {
     "token": lambda: smooth("token"),
     "sequence": lambda: make_scorer(fakes.reward_model("sequence")),
     "automaton": _automaton,
-    "text": lambda: Words(lambda prompt, response: sum(prompt) / 50 + sum(a * b for a, b in pairwise(response)) / 900),
+    "text": lambda: Words(
+        lambda prompt, response: sum(prompt) / 50 + sum(a * b for a, b in pairwise(response)) / 900
+    ),
 }
 TRANSFORMERS = ("token", "sequence")
 
@@ -96,4 +111,6 @@ TRANSFORMERS = ("token", "sequence")
 def close(actual: Any, expected: Any) -> None:
     """Equal up to float32 rounding of the largest number."""
     expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected).max()))
+    np.testing.assert_allclose(
+        actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(expected).max())
+    )

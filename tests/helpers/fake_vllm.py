@@ -1,4 +1,5 @@
-"""As much of a vLLM server as this package asks for, computed by tiny transformers models in this process."""
+"""As much of a vLLM server as this package asks for, computed by tiny transformers models in this
+process."""
 
 import json
 import threading
@@ -17,7 +18,12 @@ class FakeServer:
     """Serves from when it is built; `stop` and `start` keep its port."""
 
     def __init__(self, language_model=None, reward_model=None, *, key=None, raw_logprobs=False):
-        self.language_model, self.reward_model, self.key, self.raw_logprobs = language_model, reward_model, key, raw_logprobs
+        self.language_model, self.reward_model, self.key, self.raw_logprobs = (
+            language_model,
+            reward_model,
+            key,
+            raw_logprobs,
+        )
         self.asked: list[tuple[str, dict, dict]] = []
         self.fail: list[int] = []
         """Answers to give before any real one."""
@@ -56,7 +62,9 @@ class FakeServer:
 
         self._server = Quiet(("127.0.0.1", self.port), Handler)
         self.port, self.dead = self._server.server_address[1], False
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def stop(self):
         self.dead = True  # connections that are open are answered no more either
@@ -100,27 +108,41 @@ class FakeServer:
         assert body["model"] == "a-model"
         assert body["use_activation"] is False
         out = [self.reward_model(torch.tensor([text])).logits for text in body["input"]]
-        data = [{"index": i, "data": logits[0].reshape(-1, 1).tolist()} for i, logits in enumerate(out)]
+        data = [
+            {"index": i, "data": logits[0].reshape(-1, 1).tolist()} for i, logits in enumerate(out)
+        ]
         return {"data": data[::-1]}
 
     def _v1_completions(self, body):
         prompts = body["prompt"]
         if isinstance(prompts[0], int):
             return {"choices": [self._write(body)]}
-        return {"choices": [{"index": i, "prompt_logprobs": self._logprobs(p)} for i, p in enumerate(prompts)][::-1]}
+        return {
+            "choices": [
+                {"index": i, "prompt_logprobs": self._logprobs(p)} for i, p in enumerate(prompts)
+            ][::-1]
+        }
 
     @torch.no_grad()
     def _logprobs(self, text):
         logprobs = torch.log_softmax(self.language_model(torch.tensor([text])).logits[0], -1)
         likeliest = logprobs.argmax(-1).tolist()  # which is there too, as with vLLM
         pairs = enumerate(text[1:])
-        return [None, *({str(likeliest[t]): {"logprob": 9.0}, str(x): {"logprob": float(logprobs[t, x])}} for t, x in pairs)]
+        return [
+            None,
+            *(
+                {str(likeliest[t]): {"logprob": 9.0}, str(x): {"logprob": float(logprobs[t, x])}}
+                for t, x in pairs
+            ),
+        ]
 
     @torch.no_grad()
     def _write(self, body):
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         tokens, logprobs, temperature = [], [], body.get("temperature", 1.0)
-        while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body.get("stop_token_ids", ())):
+        while len(tokens) < body["max_tokens"] and not (
+            tokens and tokens[-1] in body.get("stop_token_ids", ())
+        ):
             logits = self.language_model(torch.tensor([body["prompt"] + tokens])).logits[:, -1]
             if body.get("top_k") == 1:
                 kept = logits.masked_fill(logits < logits.max(), -torch.inf)
@@ -144,19 +166,25 @@ class FakeServer:
 
     def _collective_rpc(self, body):
         assert body["method"] == "reload_weights"
-        self.language_model.load_state_dict(load_file(f"{body['kwargs']['weights_path']}/model.safetensors"))
+        self.language_model.load_state_dict(
+            load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
+        )
         return {"results": [None]}
 
     def _v1_load_lora_adapter(self, body):
         """Merged into the base: W + 2 B A."""
         adapter = load_file(f"{body['lora_path']}/adapter_model.safetensors")
         config = json.loads(Path(body["lora_path"], "adapter_config.json").read_text())
-        self.base = getattr(self, "base", None) or {k: v.clone() for k, v in self.language_model.state_dict().items()}
+        self.base = getattr(self, "base", None) or {
+            k: v.clone() for k, v in self.language_model.state_dict().items()
+        }
         merged = dict(self.base)
         for name, a in adapter.items():
             if ".lora_A." in name:
                 target = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
                 scale = config["lora_alpha"] / config["r"]
-                merged[target] = self.base[target] + scale * adapter[name.replace(".lora_A.", ".lora_B.")] @ a
+                merged[target] = (
+                    self.base[target] + scale * adapter[name.replace(".lora_A.", ".lora_B.")] @ a
+                )
         self.language_model.load_state_dict(merged)
         return "Success: LoRA adapter added."

@@ -1,7 +1,8 @@
-"""What each algorithm follows on average in a world of `tabular.py`, beside the exact gradient of what it optimises.
+"""What each algorithm follows on average in a world of `tabular.py`, beside the exact gradient of
+what it optimises.
 
-A batch holds every text as often as the policy writes it, and groups are drawn from that at random, so nearly nothing is left
-to chance. B texts, T tokens, G texts a group.
+A batch holds every text as often as the policy writes it, and groups are drawn from that at random,
+so nearly nothing is left to chance. B texts, T tokens, G texts a group.
 """
 
 import math
@@ -20,7 +21,8 @@ from tokenenv.agents.episodes import EpisodeBatch
 G = 4
 DESIGNS = ("terminal", "delta", "segment")
 WORLDS = {"dense": 0.7, "flat groups": 0.05}
-"""beta in worlds where every text has another score, and where one in about thirty earns 1, the others 0."""
+"""beta in worlds where every text has another score, and where one in about thirty earns 1, the
+others 0."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ CASES = {
     "a2c": Case("a2c"),
     "reinforce++": Case("reinforce++"),
     "rloo": Case("rloo", texts=60_000),
-    "grpo, scale none": Case("grpo", {"scale": "none", "aggregation": "fixed-length"}, texts=60_000),
+    "grpo, scale none": Case(
+        "grpo", {"scale": "none", "aggregation": "fixed-length"}, texts=60_000
+    ),
     "grpo": Case("grpo", texts=60_000, own=True),
     "vineppo": Case("vineppo", {"segments": 2}, texts=1_500),
     "klq": Case("klq"),
@@ -84,29 +88,40 @@ def make_world(kind: str, seed: int = 0, stops: tuple[int, ...] = ()) -> World:
 
 
 def earlier_policy(world: World, distance: float) -> tuple[Tensor, float]:
-    """The logits of a policy so far (standard deviation of logits) from the world's, as one of some updates ago is, and
-    KL(earlier || now) in nats per token."""
-    noise = torch.randn(world.policy.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    earlier, now = (world.logprob(logits) for logits in (world.policy + distance * noise, world.policy))
+    """The logits of a policy so far (standard deviation of logits) from the world's, as one of some
+    updates ago is, and KL(earlier || now) in nats per token."""
+    noise = torch.randn(
+        world.policy.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
+    earlier, now = (
+        world.logprob(logits) for logits in (world.policy + distance * noise, world.policy)
+    )
     probs = earlier.sum(1).exp()
-    return world.policy + distance * noise, float(probs @ (earlier - now).sum(1) / (probs @ world.length.double()))
+    return world.policy + distance * noise, float(
+        probs @ (earlier - now).sum(1) / (probs @ world.length.double())
+    )
 
 
 def exact_gradient(world: World, beta: float) -> Tensor:
     """Of J = E[score - beta KL(pi || pi_ref)]."""
-    score, ref_logprob = world.rewards(per_token=False).sum(1), world.logprob(world.reference.logprobs).sum(1)
+    score, ref_logprob = (
+        world.rewards(per_token=False).sum(1),
+        world.logprob(world.reference.logprobs).sum(1),
+    )
     return world.gradient_of_mean(lambda logprob: score - beta * (logprob.sum(1) - ref_logprob))
 
 
 def grpo_gradient(world: World, terms: Tensor, beta: float) -> Tensor:
-    """What GRPO follows with scores of 0 and 1 and texts of one length, by the binomial distribution of how many of the G - 1
-    others earn 1. With `terms` (B, T) on the last token alone it is the gradient of E_x[F(P(score = 1))] - beta (G - 1)/G KL,
-    with F increasing: J with each prompt's score on another scale.
-    """
+    """What GRPO follows with scores of 0 and 1 and texts of one length, by the binomial
+    distribution of how many of the G - 1 others earn 1. With `terms` (B, T) on the last token alone
+    it is the gradient of E_x[F(P(score = 1))] - beta (G - 1)/G KL, with F increasing: J with each
+    prompt's score on another scale."""
     returns, probs = to_go(terms), world.logprob(world.policy).sum(1).exp()
     won = world.rewards(per_token=False).sum(1) > 0.5
     win = float(probs[won].sum())
-    mean_won, mean_lost = ((probs[rows, None] * returns[rows]).sum(0) / probs[rows].sum() for rows in (won, ~won))
+    mean_won, mean_lost = (
+        (probs[rows, None] * returns[rows]).sum(0) / probs[rows].sum() for rows in (won, ~won)
+    )
     credit = torch.zeros_like(returns)
     for k in range(G):
         likely = math.comb(G - 1, k) * win**k * (1 - win) ** (G - 1 - k)
@@ -118,19 +133,28 @@ def grpo_gradient(world: World, terms: Tensor, beta: float) -> Tensor:
     return world.policy_gradient(credit - beta * (G - 1) / G * to_go(log_ratio))
 
 
-def found_gradient(case: Case, world: World, design: str, beta: float, drawn_from: Tensor | None = None) -> Tensor:
-    """The gradient by the policy's logits that one update follows, uphill; `drawn_from` are the logits of the policy that
-    wrote the texts, where they are stale."""
+def found_gradient(
+    case: Case, world: World, design: str, beta: float, drawn_from: Tensor | None = None
+) -> Tensor:
+    """The gradient by the policy's logits that one update follows, uphill; `drawn_from` are the
+    logits of the policy that wrote the texts, where they are stale."""
     agent = agent_of(case, world)
-    batch = batch_of(world, design, beta, case.texts, world.policy if drawn_from is None else drawn_from)
+    batch = batch_of(
+        world, design, beta, case.texts, world.policy if drawn_from is None else drawn_from
+    )
     agent.updates = int(batch.version_B[0]) + (drawn_from is not None)
     grads: list[Tensor] = []
     agent.optimizer.step = lambda: grads.append(agent.policy.logits.grad.clone())
     if case.algorithm == "vineppo":  # its rollouts, as many as it takes for an exact mean
         log_ratio = world.logprob(world.policy) - world.logprob(world.reference.logprobs)
-        earned = torch.from_numpy(world.score(world.env(reward=design, kl="none")).token_rewards) - beta * log_ratio
+        earned = (
+            torch.from_numpy(world.score(world.env(reward=design, kl="none")).token_rewards)
+            - beta * log_ratio
+        )
         values = value_table(world, earned)
-        agent.values = lambda states: [float(values[history_of(response)]) for _, response in states]
+        agent.values = lambda states: [
+            float(values[history_of(response)]) for _, response in states
+        ]
     if case.algorithm == "klq":  # its replay would draw the whole batch
         agent.estimate(batch)
         agent.optimise(batch, lambda weights_B: agent.loss(batch, weights_B))
@@ -144,13 +168,20 @@ def agent_of(case: Case, world: World) -> Any:
     envs = ToyEnv(G)
     envs.group_size, envs.single_action_space = G, gym.spaces.Discrete(V)
     envs.fork = lambda *_: None  # what VinePPO asks for; its values come from the table
-    settings = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1e9, "max_batch_tokens": 10**7, **case.settings}
+    settings = {
+        "epochs": 1,
+        "minibatches": 1,
+        "max_grad_norm": 1e9,
+        "max_batch_tokens": 10**7,
+        **case.settings,
+    }
     agent: Any = ALGORITHMS[case.algorithm](envs, policy=Table(world.policy), **settings)
     return agent
 
 
 def batch_of(world: World, design: str, beta: float, count: int, logits: Tensor) -> EpisodeBatch:
-    """So many texts, each as often as the policy with `logits` writes it, in a random order; paid by an env of the world."""
+    """So many texts, each as often as the policy with `logits` writes it, in a random order; paid
+    by an env of the world."""
     paid = world.score(world.env(reward=design, kl_coef=beta))
     rows = spread(world.logprob(logits).sum(1).exp(), count // G * G)
     nothing = torch.zeros(len(rows))
@@ -172,20 +203,26 @@ def batch_of(world: World, design: str, beta: float, count: int, logits: Tensor)
         version_B=nothing.long(),
         slot_B=nothing.long(),
         index_B=nothing.long(),
-        terms={name: torch.from_numpy(values)[rows] for name, values in paid.token_reward_terms.items()},
+        terms={
+            name: torch.from_numpy(values)[rows] for name, values in paid.token_reward_terms.items()
+        },
     )
 
 
 def spread(probs: Tensor, count: int) -> Tensor:
-    """`count` numbers of texts, each as often as its probability says, up to one, in an order from a fixed seed."""
+    """`count` numbers of texts, each as often as its probability says, up to one, in an order from
+    a fixed seed."""
     shares = probs * count
     counts = shares.floor().long()
     counts[(shares - counts).argsort(descending=True)[: count - int(counts.sum())]] += 1
-    return torch.arange(len(probs)).repeat_interleave(counts)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    return torch.arange(len(probs)).repeat_interleave(counts)[
+        torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    ]
 
 
 def value_table(world: World, rewards: Tensor) -> Tensor:
-    """What the policy still earns, on average, after every history, from what all texts earn token by token (B, T)."""
+    """What the policy still earns, on average, after every history, from what all texts earn token
+    by token (B, T)."""
     probs, to_come = world.logprob(world.policy).sum(1).exp(), to_go(rewards)
     total, weight = (torch.zeros(NUM_HISTORIES, dtype=torch.float64) for _ in range(2))
     for t in range(T):

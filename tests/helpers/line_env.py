@@ -1,6 +1,8 @@
-"""A vector env whose texts can be checked from the outside, an actor for it, and interruptions at any line of any file.
+"""A vector env whose texts can be checked from the outside, an actor for it, and interruptions at
+any line of any file.
 
-Prompts are handed out in groups as `tokenenv` does; what a token earns, and its log-prob, follow from prompt, place and token.
+Prompts are handed out in groups as `tokenenv` does; what a token earns, and its log-prob, follow
+from prompt, place and token.
 """
 
 import sys
@@ -22,7 +24,8 @@ def earned(prompt: Sequence[int], place: int, token: int) -> float:
 
 
 class LineEnv(VectorEnv):
-    """Texts of at most T tokens; an interrupted call leaves a mark, and only a full reset takes it away."""
+    """Texts of at most T tokens; an interrupted call leaves a mark, and only a full reset takes it
+    away."""
 
     def __init__(self, num_envs: int, mode: AutoresetMode, group_size: int = 1, T: int = 8) -> None:
         self.num_envs, self.mode, self.group_size, self.T = num_envs, mode, group_size, T
@@ -59,7 +62,11 @@ class LineEnv(VectorEnv):
 
     def _obs(self) -> dict[str, np.ndarray]:
         prompt_length = np.full(self.num_envs, P)
-        return {"tokens": self.tokens.copy(), "length": self.length.copy(), "prompt_length": prompt_length}
+        return {
+            "tokens": self.tokens.copy(),
+            "length": self.length.copy(),
+            "prompt_length": prompt_length,
+        }
 
     def step(self, actions: Any) -> Any:
         assert not self.marked, "gone on from half a step"
@@ -104,16 +111,24 @@ def check_episodes(episodes: Sequence[Any], group_size: int = 1) -> None:
     """Rewards and log-probs are those of the text; groups are whole and share a prompt."""
     assert len(episodes) % group_size == 0
     for n, e in enumerate(episodes):
-        np.testing.assert_array_equal(e.reward, [earned(e.prompt, t, token) for t, token in enumerate(e.response)])
+        np.testing.assert_array_equal(
+            e.reward, [earned(e.prompt, t, token) for t, token in enumerate(e.response)]
+        )
         np.testing.assert_allclose(e.logprob, -0.1 * e.response, atol=1e-6)
         assert e.terminated == (e.response[-1] == STOP)
         first = episodes[n // group_size * group_size]
-        assert (e.prompt.tolist(), e.slot // group_size) == (first.prompt.tolist(), first.slot // group_size)
+        assert (e.prompt.tolist(), e.slot // group_size) == (
+            first.prompt.tolist(),
+            first.slot // group_size,
+        )
 
 
 @contextmanager
-def interrupted_at(line: int, *files: str, error: Callable[[], BaseException] = KeyboardInterrupt) -> Any:
-    """Raises `error` before the `line`-th line that is run in these files; the list it gives has an entry where it did."""
+def interrupted_at(
+    line: int, *files: str, error: Callable[[], BaseException] = KeyboardInterrupt
+) -> Any:
+    """Raises `error` before the `line`-th line that is run in these files; the list it gives has an
+    entry where it did."""
     left, raised = [line], []
 
     def trace(frame: Any, event: str, arg: Any) -> Any:

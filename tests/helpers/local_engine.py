@@ -23,8 +23,9 @@ class Running:
 class LocalEngine:
     """Takes the weights at `sync`, as vLLM does, and draws each text from a stream of its own.
 
-    `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on. Texts in `slow` take a token
-    at every third step. `note(key)` is called when a text's first token is drawn.
+    `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on.
+    Texts in `slow` take a token at every third step. `note(key)` is called when a text's first
+    token is drawn.
     """
 
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):

@@ -3,7 +3,15 @@
 from functools import cache
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 CORPUS = ["the cat is good", "a walking dog, not walk ing", "café 今日 😀", "the the is is walking"]
 SPECIAL = ["<pad>", "<s>", "</s>"]
@@ -20,21 +28,28 @@ def wrapped(core, post=FIRST):
 def trained(core, **options):
     alphabet = [chr(code) for code in range(33, 127)]
     options = {"vocab_size": 400, "initial_alphabet": alphabet, **options}
-    core.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False, **options))
+    core.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False, **options)
+    )
     return core
 
 
 def bytes_():
     """GPT-2's and Llama 3's kind."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return wrapped(trained(core, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
 
 
 def legacy():
     """Llama 2's: a space before every text."""
     core = Tokenizer(models.BPE(unk_token="</s>"))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     core.decoder = decoders.Sequence(steps)
     return wrapped(trained(core, initial_alphabet=["▁", *(chr(code) for code in range(33, 127))]))
@@ -59,4 +74,9 @@ def word_level():
     return core
 
 
-MAKES = {"bytes": cache(bytes_), "legacy": cache(legacy), "metaspace": cache(metaspace), "words": cache(words)}
+MAKES = {
+    "bytes": cache(bytes_),
+    "legacy": cache(legacy),
+    "metaspace": cache(metaspace),
+    "words": cache(words),
+}

@@ -1,10 +1,16 @@
-"""The scores of the automaton tasks, read off a list of words without an automaton, and small versions to enumerate."""
+"""The scores of the automaton tasks, read off a list of words without an automaton, and small
+versions to enumerate."""
 
 from typing import Any
 
 from tokenenv.envs.tasks import brackets, delayed_key, negation, planted_phrase
 
-TASKS = {"PlantedPhrase": planted_phrase, "DelayedKey": delayed_key, "Brackets": brackets, "Negation": negation}
+TASKS = {
+    "PlantedPhrase": planted_phrase,
+    "DelayedKey": delayed_key,
+    "Brackets": brackets,
+    "Negation": negation,
+}
 SMALL: dict[str, dict[str, Any]] = {
     "PlantedPhrase": {"vocab_size": 5, "max_new_tokens": 4, "num_decoys": 3},
     "DelayedKey": {"vocab_size": 6, "max_new_tokens": 4, "num_keys": 3},
@@ -18,18 +24,25 @@ def make_task(name: str, **options: Any) -> Any:
     return TASKS[name].task(**options)
 
 
-def score_of(name: str, task: Any, tokens: list[int], *, task_seed: int = 0, **options: Any) -> float:
-    """The score of a whole response, given as ids, of the task of this name that has these options."""
+def score_of(
+    name: str, task: Any, tokens: list[int], *, task_seed: int = 0, **options: Any
+) -> float:
+    """The score of a whole response, given as ids, of the task of this name that has these
+    options."""
     words = task.tokenizer.convert_ids_to_tokens(tokens)
     if name == "PlantedPhrase":
         names = ("vocab_size", "phrase_length", "num_decoys")
-        wanted = planted_phrase.phrases(task_seed=task_seed, **{key: options[key] for key in names if key in options})
+        wanted = planted_phrase.phrases(
+            task_seed=task_seed, **{key: options[key] for key in names if key in options}
+        )
         return phrase_score(tokens, *wanted)
     if name == "DelayedKey":
         good = f"key{delayed_key.good_key(options.get('num_keys', 8), task_seed)}"
         return float(words[0] == good and words[-1] == "door")
     if name == "Brackets":
-        return bracket_score(words, options.get("types", 2), options.get("depth", 3), options.get("pairs", 2))
+        return bracket_score(
+            words, options.get("types", 2), options.get("depth", 3), options.get("pairs", 2)
+        )
     return negation_score(words, options.get("limit", 4))
 
 

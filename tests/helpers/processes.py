@@ -1,5 +1,6 @@
-"""`tokenenv` commands in processes of their own, to be stopped and killed. Each is forked from one process that has imported
-everything, so that a test waits for what the command does and not for imports."""
+"""`tokenenv` commands in processes of their own, to be stopped and killed. Each is forked from one
+process that has imported everything, so that a test waits for what the command does and not for
+imports."""
 
 import json
 import os

@@ -24,7 +24,12 @@ SETTINGS = {
 
 def same(a, b):
     if isinstance(a, torch.Tensor | np.ndarray):
-        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        return (
+            type(a) is type(b)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool((a == b).all())
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
@@ -40,7 +45,9 @@ class Recorder:
 
     def __call__(self, metrics, episodes):
         self.episodes += episodes
-        self.metrics.append({name: value for name, value in metrics.items() if name != "time/tokens_per_second"})
+        self.metrics.append(
+            {name: value for name, value in metrics.items() if name != "time/tokens_per_second"}
+        )
         if self.agent.updates == 2 and self.save_to is not None:
             self.agent.collector.step()  # so that caches hold what appending left in them
             self.agent.save(self.save_to)

@@ -1,7 +1,8 @@
-"""A world small enough to enumerate: a few tokens, at most T of them in a text, and a state of its own for every history.
+"""A world small enough to enumerate: a few tokens, at most T of them in a text, and a state of its
+own for every history.
 
-Histories are numbered as a tree: 0 is the prompt, and token a takes history h to V h + 1 + a. Whatever is computed here is
-exact, in float64; only what an env pays is float32.
+Histories are numbered as a tree: 0 is the prompt, and token a takes history h to V h + 1 + a.
+Whatever is computed here is exact, in float64; only what an env pays is float32.
 """
 
 import itertools
@@ -76,21 +77,27 @@ class Hindsight(Histories):
 
 
 class World:
-    """Everything random, from one seed: a policy, a reference, another language model, and the scores of all histories.
+    """Everything random, from one seed: a policy, a reference, another language model, and the
+    scores of all histories.
 
-    B finished texts, all there are: `tokens`, `before` and `after` (the histories around each token), `mask`, (B, T) each.
+    B finished texts, all there are: `tokens`, `before` and `after` (the histories around each
+    token), `mask`, (B, T) each.
     """
 
     def __init__(self, seed: int, stops: tuple[int, ...] = ()) -> None:
         self.seed, self.stops, self._generator = seed, stops, torch.Generator().manual_seed(seed)
         self.policy = self.normal(NUM_HISTORIES, V)
-        self.reference, self.other = (Tabular(self.normal(NUM_HISTORIES, V).log_softmax(-1)) for _ in range(2))
+        self.reference, self.other = (
+            Tabular(self.normal(NUM_HISTORIES, V).log_softmax(-1)) for _ in range(2)
+        )
         self.scores = self.normal(NUM_HISTORIES)
         self.texts = finished_texts(stops)
         self.length = torch.tensor([len(text) for text in self.texts])
         self.mask = torch.arange(T) < self.length[:, None]
         self.tokens = torch.tensor([text + [0] * (T - len(text)) for text in self.texts])
-        histories = self.reference.states(torch.cat([torch.zeros_like(self.tokens[:, :1]), self.tokens], 1), None)
+        histories = self.reference.states(
+            torch.cat([torch.zeros_like(self.tokens[:, :1]), self.tokens], 1), None
+        )
         self.before, self.after = histories[:, :-1] * self.mask, histories[:, 1:] * self.mask
         self.final = self.mask & (torch.arange(T) == self.length[:, None] - 1)
         self.truncated = torch.tensor([text[-1] not in stops for text in self.texts])
@@ -102,8 +109,13 @@ class World:
         return torch.randn(*shape, generator=self._generator, dtype=torch.float64)
 
     def prefix_scores(self, per_token: bool) -> Tensor:
-        """f (B, T + 1): the score of each text before each token and at its end, as a `Scorer` defines it; 0 beyond."""
-        first = torch.zeros_like(self.scores[self.before[:, :1]]) if per_token else self.scores[self.before[:, :1]]
+        """f (B, T + 1): the score of each text before each token and at its end, as a `Scorer`
+        defines it; 0 beyond."""
+        first = (
+            torch.zeros_like(self.scores[self.before[:, :1]])
+            if per_token
+            else self.scores[self.before[:, :1]]
+        )
         each = self.scores[self.after] * self.mask
         return torch.cat([first, each.cumsum(1) * self.mask if per_token else each], 1)
 
@@ -112,7 +124,8 @@ class World:
         return self.scores[self.after] * (self.mask if per_token else self.final)
 
     def env(self, scorer: str = "sequence", **options: Any) -> TokenVectorEnv:
-        """A vector env of this world; `scorer` names one of `SCORERS`, `oracle` maps beta to a table of V*."""
+        """A vector env of this world; `scorer` names one of `SCORERS`, `oracle` maps beta to a
+        table of V*."""
         oracle = options.pop("oracle", lambda beta: self.scores)
         task = Task(
             tokenizer=None,
@@ -137,23 +150,31 @@ class World:
         return envs.score_episodes([[0]] * len(self.texts), self.texts, **options)
 
     def logprob(self, logits: Tensor) -> Tensor:
-        """log pi (B, T) of every token under the policy with `logits` (histories, V); zero beyond the text."""
+        """log pi (B, T) of every token under the policy with `logits` (histories, V); zero beyond
+        the text."""
         return logits.log_softmax(-1)[self.before, self.tokens] * self.mask
 
     def gradient_of_mean(self, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """The gradient of E_pi[value] by the policy's logits; `value` maps log pi (B, T) to (B,) and is differentiated too."""
+        """The gradient of E_pi[value] by the policy's logits; `value` maps log pi (B, T) to (B,)
+        and is differentiated too."""
         logits = self.policy.clone().requires_grad_()
         logprob = self.logprob(logits)
         return torch.autograd.grad((logprob.sum(1).exp() * value(logprob)).sum(), logits)[0]
 
     def objective_gradient(self) -> Tensor:
         """The gradient of E[score - BETA KL(pi || pi_ref)], with the "sequence" scorer's score."""
-        score, ref_logprob = self.rewards(per_token=False).sum(1), self.logprob(self.reference.logprobs).sum(1)
+        score, ref_logprob = (
+            self.rewards(per_token=False).sum(1),
+            self.logprob(self.reference.logprobs).sum(1),
+        )
         return self.gradient_of_mean(lambda logprob: score - BETA * (logprob.sum(1) - ref_logprob))
 
-    def policy_gradient(self, credit: Tensor, own: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """What a learner follows on average: E_pi[sum_t credit_t grad log pi_t], with `credit` (B, T) of each token, and
-        E_pi[grad own], with `own` of log pi's logits (B,) a loss that is differentiated directly."""
+    def policy_gradient(
+        self, credit: Tensor, own: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """What a learner follows on average: E_pi[sum_t credit_t grad log pi_t], with `credit` (B,
+        T) of each token, and E_pi[grad own], with `own` of log pi's logits (B,) a loss that is
+        differentiated directly."""
         logits = self.policy.clone().requires_grad_()
         logprob = self.logprob(logits)
         probs = logprob.detach().sum(1).exp()

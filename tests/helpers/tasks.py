@@ -1,6 +1,8 @@
-"""The tasks that env tests run on: toy ones, registered as tests/Toy-v0, and every id of the package.
+"""The tasks that env tests run on: toy ones, registered as tests/Toy-v0, and every id of the
+package.
 
-`CASES` are (id, options) pairs for `gym.make` and `gym.make_vec`; texts are kept short with `max_new_tokens`.
+`CASES` are (id, options) pairs for `gym.make` and `gym.make_vec`; texts are kept short with
+`max_new_tokens`.
 """
 
 from collections.abc import Mapping
@@ -42,7 +44,11 @@ def prompts() -> list[list[int]]:
 
 
 def toy(
-    *, scorer: str | None = "token", stops: tuple[int, ...] = STOPS, gold: bool = True, step_ends: tuple[int, ...] = ()
+    *,
+    scorer: str | None = "token",
+    stops: tuple[int, ...] = STOPS,
+    gold: bool = True,
+    step_ends: tuple[int, ...] = (),
 ) -> Task:
     """Tiny random models; `gold` is the number of words in the response."""
     return Task(
@@ -82,20 +88,37 @@ if TOY not in gym.registry:
     )
 
 LENGTH_RULE = Rule(lambda prompt, response: len(prompt) - 0.5 * len(response), on="tokens")
-TEXT_RULE = TokenRule(lambda prompt, response: [0.1 * (token % 5) for token in response], on="tokens")
+TEXT_RULE = TokenRule(
+    lambda prompt, response: [0.1 * (token % 5) for token in response], on="tokens"
+)
 
 TOYS: dict[str, dict[str, Any]] = {
     "token": {"reward": "token"},
     "delta": {"reward": "delta", "scorer": "sequence"},
     "token delta": {"reward": "delta"},
-    "terminal": {"reward": "terminal", "scorer": "sequence", "missing_eos_penalty": 0.7, "cut": "truncated"},
+    "terminal": {
+        "reward": "terminal",
+        "scorer": "sequence",
+        "missing_eos_penalty": 0.7,
+        "cut": "truncated",
+    },
     "uniform": {"reward": "uniform", "kl": "none"},
-    "mixture": {"reward": {"dense": ("token", 0.3), "shares": ("uniform", 0.7), "shaped": "delta"}, "kl_coef": 0.2},
+    "mixture": {
+        "reward": {"dense": ("token", 0.3), "shares": ("uniform", 0.7), "shaped": "delta"},
+        "kl_coef": 0.2,
+    },
     "k1": {"reward": "token", "kl": "policy", "kl_coef": 0.3},
     "k3 clamped": {"reward": "terminal", "kl": "policy", "kl_estimator": "k3", "kl_clamp": 2.0},
-    "unscored": {"reward": {"a": "terminal", "b": "uniform", "c": "delta"}, "score_truncated": False},
+    "unscored": {
+        "reward": {"a": "terminal", "b": "uniform", "c": "delta"},
+        "score_truncated": False,
+    },
     "features": {"reward": "delta", "observation": "features"},
-    "no scorer": {"reward": {"rule": LENGTH_RULE, "each": TEXT_RULE}, "scorer": None, "gold": False},
+    "no scorer": {
+        "reward": {"rule": LENGTH_RULE, "each": TEXT_RULE},
+        "scorer": None,
+        "gold": False,
+    },
     "no stops": {"reward": "delta", "stops": ()},
     "no reward": {"reward": {}, "kl": "none", "scorer": None},
 }
@@ -136,7 +159,8 @@ def in_modes(cases: list[Any], *modes: AutoresetMode) -> list[Any]:
 
 
 def some_modes(*modes: AutoresetMode) -> list[Any]:
-    """Each registered id in every autoreset mode (or those given), and each toy in one of them in turn."""
+    """Each registered id in every autoreset mode (or those given), and each toy in one of them in
+    turn."""
     modes = modes or MODES
     toys = [_with_mode(case, modes[i % len(modes)]) for i, case in enumerate(toy_cases())]
     return toys + in_modes(id_cases(), *modes)
@@ -146,13 +170,16 @@ def _with_mode(case: Any, mode: AutoresetMode) -> Any:
     return pytest.param(*case.values, mode, id=f"{case.id}-{mode.value}", marks=case.marks)
 
 
-def make_vec(num_envs: int = 4, mode: Any = AutoresetMode.NEXT_STEP, env_id: str = TOY, **options: Any) -> Any:
+def make_vec(
+    num_envs: int = 4, mode: Any = AutoresetMode.NEXT_STEP, env_id: str = TOY, **options: Any
+) -> Any:
     """The batched env."""
     return gym.make_vec(env_id, num_envs=num_envs, autoreset_mode=mode, **options)
 
 
 def random_actions(rng: np.random.Generator, envs: Any, stop: float = 0.15) -> Any:
-    """Uniform tokens, stop tokens with probability `stop`; with log-probs where the env takes them."""
+    """Uniform tokens, stop tokens with probability `stop`; with log-probs where the env takes
+    them."""
     spec, count = envs.unwrapped.token_spec, envs.num_envs
     tokens = rng.choice(np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids), count)
     if spec.stop_token_ids:
@@ -174,7 +201,8 @@ def copied(value: Any) -> Any:
 
 
 def assert_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
-    """Nests of arrays with the same keys, shapes and dtypes, whose values differ by `tolerance` at most."""
+    """Nests of arrays with the same keys, shapes and dtypes, whose values differ by `tolerance` at
+    most."""
     if isinstance(a, Mapping):
         assert isinstance(b, Mapping)
         assert set(a) == set(b)
@@ -193,7 +221,10 @@ def assert_equal(a: Any, b: Any, tolerance: float = 0.0) -> None:
 def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
     """What one row has of a batched info, without Gymnasium's `final_obs` and `final_info`."""
     present = [key for key in info if not key.startswith(("_", "final_")) and info[f"_{key}"][row]]
-    return {key: row_of(info[key], row) if isinstance(info[key], Mapping) else info[key][row] for key in present}
+    return {
+        key: row_of(info[key], row) if isinstance(info[key], Mapping) else info[key][row]
+        for key in present
+    }
 
 
 @dataclass
@@ -211,8 +242,11 @@ class Played:
         return np.array(values + [0.0] * (length - len(values)), np.float32)
 
 
-def play(envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, options: Any = None) -> list[Played]:
-    """The episodes that end within `steps` random steps of a SAME_STEP env that observes NumPy tokens."""
+def play(
+    envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, options: Any = None
+) -> list[Played]:
+    """The episodes that end within `steps` random steps of a SAME_STEP env that observes NumPy
+    tokens."""
     rng, done = np.random.default_rng(seed), []
     obs, _ = envs.reset(seed=seed, options=options)
     running = _begun(obs)
@@ -222,7 +256,9 @@ def play(envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, optio
         fresh = _begun(obs)
         for row, episode in enumerate(running):
             episode.response.append(int(tokens_of(actions)[row]))
-            episode.logprobs.append(float(actions["logprob"][row]) if isinstance(actions, dict) else 0.0)
+            episode.logprobs.append(
+                float(actions["logprob"][row]) if isinstance(actions, dict) else 0.0
+            )
             episode.rewards.append(float(rewards[row]))
             episode.infos.append(row_of(info, row))
             if terminated[row] or truncated[row]:
@@ -233,4 +269,7 @@ def play(envs: Any, *, seed: int = 0, steps: int = 30, stop: float = 0.15, optio
 
 
 def _begun(obs: Any) -> list[Played]:
-    return [Played(row[:length].tolist()) for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)]
+    return [
+        Played(row[:length].tolist())
+        for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""A small vector env of texts that agents are tested on: reward 1 for each token `GOOD`; `STOP` ends a text."""
+"""A small vector env of texts that agents are tested on: reward 1 for each token `GOOD`; `STOP`
+ends a text."""
 
 import copy
 from typing import Any
@@ -19,15 +20,25 @@ def tiny_lm(seed: int = 0, vocab_size: int = V, **changes: Any) -> Any:
     """A transformer of a few thousand parameters that emits nearly uniform tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     options = sizes | {"num_key_value_heads": 1, "max_position_embeddings": 64} | changes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **options)).eval().requires_grad_(False)
+        return (
+            LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **options))
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 class ToyEnv(VectorEnv):
-    """Prompts of 1 to P random tokens; `kl_coef * ref_logprob` is paid beside the reward where `kl` is on."""
+    """Prompts of 1 to P random tokens; `kl_coef * ref_logprob` is paid beside the reward where `kl`
+    is on."""
 
     def __init__(
         self,
@@ -37,7 +48,12 @@ class ToyEnv(VectorEnv):
         reference: Any = None,
         group_size: int = 1,
     ) -> None:
-        self.num_envs, self.mode, self.kl_coef, self.group_size = num_envs, mode, kl_coef, group_size
+        self.num_envs, self.mode, self.kl_coef, self.group_size = (
+            num_envs,
+            mode,
+            kl_coef,
+            group_size,
+        )
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
         self.reference = reference or tiny_lm()
         self.token_spec = TokenSpec(None, V, PAD, (STOP,), P, T)
@@ -89,7 +105,9 @@ class ToyEnv(VectorEnv):
     def _ref_logprobs(self, actions: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             device = next(self.reference.parameters()).device
-            logits = self.reference(input_ids=torch.as_tensor(self.state["tokens"], device=device)).logits.cpu()
+            logits = self.reference(
+                input_ids=torch.as_tensor(self.state["tokens"], device=device)
+            ).logits.cpu()
         rows = np.arange(self.num_envs)
         return torch.log_softmax(logits, -1)[rows, self.state["length"] - 1, actions].numpy()
 
@@ -106,7 +124,11 @@ class ToyEnv(VectorEnv):
         terminated = ~resting & (actions == STOP)
         truncated = ~resting & ~terminated & (s["length"] - s["prompt_length"] == T)
         s["ended"] = terminated | truncated
-        good = ((s["tokens"] == GOOD) & (np.arange(P + T) >= s["prompt_length"][:, None])).sum(1).astype(float)
+        good = (
+            ((s["tokens"] == GOOD) & (np.arange(P + T) >= s["prompt_length"][:, None]))
+            .sum(1)
+            .astype(float)
+        )
         infos = {
             "ref_logprob": ref_logprobs,
             "kl_coef": s["kl_coef"].copy(),
@@ -117,7 +139,12 @@ class ToyEnv(VectorEnv):
         }
         if self.mode == AutoresetMode.SAME_STEP and s["ended"].any():
             ended = s["ended"].copy()
-            infos |= {"final_obs": self._obs(), "_final_obs": ended, "final_info": dict(infos), "_final_info": ended}
+            infos |= {
+                "final_obs": self._obs(),
+                "_final_obs": ended,
+                "final_info": dict(infos),
+                "_final_info": ended,
+            }
             self._begin(ended)
         if resting.any():
             self._begin(resting)

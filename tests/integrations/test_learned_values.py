@@ -1,7 +1,8 @@
-"""Learners that know Gymnasium alone learn the true value of a fresh text: they must not bootstrap where a scored text is cut.
+"""Learners that know Gymnasium alone learn the true value of a fresh text: they must not bootstrap
+where a scored text is cut.
 
-Every text has four tokens and earns 1 at its end, so every state is worth 1. A learner that adds the value of a cut text's
-last state to that 1 doubles what it believes again and again.
+Every text has four tokens and earns 1 at its end, so every state is worth 1. A learner that adds
+the value of a cut text's last state to that 1 doubles what it believes again and again.
 """
 
 import runpy
@@ -29,9 +30,13 @@ def by_sb3(make: Callable[..., Any], algorithm: Any, **settings: Any) -> Callabl
 
     def value(**options: Any) -> float:
         envs = make(observation="features", kl="none", **options)
-        model = algorithm("MlpPolicy", envs, gamma=1.0, learning_rate=3e-3, seed=0, device="cpu", **settings).learn(1200)
+        model = algorithm(
+            "MlpPolicy", envs, gamma=1.0, learning_rate=3e-3, seed=0, device="cpu", **settings
+        ).learn(1200)
         with torch.no_grad():
-            return float(model.policy.predict_values(model.policy.obs_to_tensor(envs.reset())[0]).mean())
+            return float(
+                model.policy.predict_values(model.policy.obs_to_tensor(envs.reset())[0]).mean()
+            )
 
     return value
 
@@ -47,12 +52,16 @@ def together(**options: Any) -> SB3VecEnv:
 def by_the_single_file(**options: Any) -> float:
     """That of examples/cleanrl_ppo.py."""
     file = runpy.run_path(str(EXAMPLES / "cleanrl_ppo.py"))
-    return float(file["train"](file["Args"](env_id=ID, env_options=options, gamma=1.0, total_steps=6144))[1])
+    return float(
+        file["train"](file["Args"](env_id=ID, env_options=options, gamma=1.0, total_steps=6144))[1]
+    )
 
 
 def by_torchrl(**options: Any) -> float:
     """That of examples/torchrl_ppo.py."""
-    return float(runpy.run_path(str(EXAMPLES / "torchrl_ppo.py"))["train"](ID, 6144, 32, 1024, **options))
+    return float(
+        runpy.run_path(str(EXAMPLES / "torchrl_ppo.py"))["train"](ID, 6144, 32, 1024, **options)
+    )
 
 
 LEARNERS = {
@@ -70,7 +79,9 @@ def test_a_fresh_text_is_worth_what_texts_earn(name: str) -> None:
 
 
 def test_the_stable_baselines3_adapter_knows_a_scored_cut_under_either_flag() -> None:
-    assert LEARNERS["sb3's a2c on a vector env"](cut="truncated", **ONE) == pytest.approx(1.0, abs=0.25)
+    assert LEARNERS["sb3's a2c on a vector env"](cut="truncated", **ONE) == pytest.approx(
+        1.0, abs=0.25
+    )
 
 
 @pytest.mark.parametrize("name", ["sb3's a2c", "torchrl"])

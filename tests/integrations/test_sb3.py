@@ -1,4 +1,5 @@
-"""stable-baselines3 on texts: what the adapter owes SB3, and that SB3 trains what the bundled agents train."""
+"""stable-baselines3 on texts: what the adapter owes SB3, and that SB3 trains what the bundled
+agents train."""
 
 import copy
 import importlib
@@ -20,7 +21,13 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecCheckNan,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
 from tasks import STOPS, TOYS, T, assert_equal, copied, make_vec, random_actions, row_of
 
 from tokenenv.errors import EnvClosed, InvalidAction, InvalidArgument, MissingDependency
@@ -40,11 +47,15 @@ def learner(algorithm: Any, envs: Any, **options: Any) -> Any:
     """An SB3 algorithm on the env's own language model."""
     model = options.pop("model", envs.unwrapped.model)
     policy = {"model": model, **options.pop("policy_kwargs", {})}
-    return algorithm(LMActorCriticPolicy, SB3VecEnv(envs), policy_kwargs=policy, device="cpu", seed=0, **options)
+    return algorithm(
+        LMActorCriticPolicy, SB3VecEnv(envs), policy_kwargs=policy, device="cpu", seed=0, **options
+    )
 
 
 def ppo(envs: Any, **options: Any) -> Any:
-    return learner(PPO, envs, **{"n_steps": 10, "batch_size": 20, "n_epochs": 2, "gamma": 1.0, **options})
+    return learner(
+        PPO, envs, **{"n_steps": 10, "batch_size": 20, "n_epochs": 2, "gamma": 1.0, **options}
+    )
 
 
 class Steps(BaseCallback):
@@ -72,8 +83,14 @@ def rollout(model: Any) -> tuple[Any, Steps]:
 
 def stored(buffer: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Observations, actions and log-probs as training sees them, steps before rows."""
-    obs = {key: torch.as_tensor(values).flatten(0, 1) for key, values in buffer.observations.items()}
-    return obs, torch.as_tensor(buffer.actions).flatten(0, 1), torch.as_tensor(buffer.log_probs).flatten()
+    obs = {
+        key: torch.as_tensor(values).flatten(0, 1) for key, values in buffer.observations.items()
+    }
+    return (
+        obs,
+        torch.as_tensor(buffer.actions).flatten(0, 1),
+        torch.as_tensor(buffer.log_probs).flatten(),
+    )
 
 
 def unfreeze_values(model: Any) -> None:
@@ -97,17 +114,24 @@ def unfreeze_values(model: Any) -> None:
     ids=["numpy", "torch", "features", "wrapped"],
 )
 def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any) -> None:
-    envs, plain = SB3VecEnv(wrap(make(**TOYS["mixture"] | options))), make(**TOYS["mixture"] | options)
+    envs, plain = (
+        SB3VecEnv(wrap(make(**TOYS["mixture"] | options))),
+        make(**TOYS["mixture"] | options),
+    )
     rng, ended = np.random.default_rng(0), 0
     returns, lengths = np.zeros(N), np.zeros(N, int)
     envs.seed(5)
     expected, info = plain.reset(seed=5)
     assert_equal(envs.reset(), copied(expected))
-    assert_equal(dict(enumerate(envs.reset_infos)), {row: row_of(copied(info), row) for row in range(N)})
+    assert_equal(
+        dict(enumerate(envs.reset_infos)), {row: row_of(copied(info), row) for row in range(N)}
+    )
     for _ in range(25):
         actions = random_actions(rng, plain)
         obs, rewards, dones, infos = envs.step(actions)
-        expected, paid, terminated, truncated, info = copied(dict(enumerate(plain.step(actions)))).values()
+        expected, paid, terminated, truncated, info = copied(
+            dict(enumerate(plain.step(actions)))
+        ).values()
         assert_equal(obs, expected)
         assert_equal(rewards, paid)
         assert rewards.dtype == np.float32
@@ -118,12 +142,21 @@ def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any) -> None
                 assert infos[row] == {}
                 continue
             final = info["final_obs"]
-            last = {key: value[row] for key, value in final.items()} if isinstance(final, dict) else final[row]
+            last = (
+                {key: value[row] for key, value in final.items()}
+                if isinstance(final, dict)
+                else final[row]
+            )
             assert_equal(infos[row]["terminal_observation"], last)
             assert infos[row]["episode"]["r"] == pytest.approx(returns[row], abs=1e-5)
-            assert infos[row]["episode"]["r"] == pytest.approx(info["token_rewards"][row].sum(), abs=1e-5)
+            assert infos[row]["episode"]["r"] == pytest.approx(
+                info["token_rewards"][row].sum(), abs=1e-5
+            )
             assert infos[row]["episode"]["l"] == lengths[row]
-            assert_equal({key: infos[row][key] for key in row_of(info["final_info"], row)}, row_of(info["final_info"], row))
+            assert_equal(
+                {key: infos[row][key] for key in row_of(info["final_info"], row)},
+                row_of(info["final_info"], row),
+            )
             assert {"score", "gold"} <= set(infos[row])
             ended += 1
         returns[dones], lengths[dones] = 0.0, 0
@@ -162,7 +195,9 @@ def test_attributes_and_methods() -> None:
     assert envs.has_attr("action_masks")
     assert not envs.has_attr("no_such_thing")
     np.testing.assert_array_equal(envs.env_method("action_masks"), mask.action_masks())
-    np.testing.assert_array_equal(envs.env_method("action_masks", indices=1)[0], mask.action_masks()[1])
+    np.testing.assert_array_equal(
+        envs.env_method("action_masks", indices=1)[0], mask.action_masks()[1]
+    )
     assert [len(row) for row in envs.env_method("responses")] == [0] * N
     envs.set_attr("kl_coef", 0.25)
     assert envs.unwrapped.kl_coef == 0.25
@@ -173,7 +208,9 @@ def test_attributes_and_methods() -> None:
     envs.set_attr("no_such_thing", 1)
     assert envs.get_attr("no_such_thing", indices=[-1]) == [1]
     assert envs.envs.no_such_thing == 1
-    with pytest.raises(InvalidArgument, match=r"indices=\[0\] is not allowed; 'top_p' belongs to all rows"):
+    with pytest.raises(
+        InvalidArgument, match=r"indices=\[0\] is not allowed; 'top_p' belongs to all rows"
+    ):
         envs.set_attr("top_p", 0.5, indices=[0])
     assert envs.env_is_wrapped(Monitor) == [True] * N
     assert envs.env_is_wrapped(gym.Wrapper, indices=0) == [False]
@@ -182,7 +219,10 @@ def test_attributes_and_methods() -> None:
 
 
 def prompts_of(obs: Any) -> list[list[int]]:
-    return [row[:length].tolist() for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)]
+    return [
+        row[:length].tolist()
+        for row, length in zip(obs["tokens"], obs["prompt_length"], strict=True)
+    ]
 
 
 def test_options_are_those_of_single_texts_and_count_for_one_reset() -> None:
@@ -194,7 +234,9 @@ def test_options_are_those_of_single_texts_and_count_for_one_reset() -> None:
     envs.seed(3)
     assert prompts_of(envs.reset()) == drawn
     envs.seed(3)
-    envs.set_options([{}, {"prompts": [[11]], "prefixes": [[21, 22]]}, {"prompts": ["the cat"]}, {}])
+    envs.set_options(
+        [{}, {"prompts": [[11]], "prefixes": [[21, 22]]}, {"prompts": ["the cat"]}, {}]
+    )
     obs = envs.reset()
     words = envs.unwrapped.token_spec.tokenizer("the cat")["input_ids"]
     assert prompts_of(obs) == [drawn[0], [11], words, drawn[3]]
@@ -207,7 +249,10 @@ def test_options_are_those_of_single_texts_and_count_for_one_reset() -> None:
     [
         ({"prompts": ["a", "b"]}, r"options\['prompts'\]=\['a', 'b'\] must be a list of one"),
         ({"prompts": "a"}, "options.*='a' must be a list of one"),
-        ({"reset_mask": [True]}, "options key='reset_mask' is not known; allowed: prefixes, prompts"),
+        (
+            {"reset_mask": [True]},
+            "options key='reset_mask' is not known; allowed: prefixes, prompts",
+        ),
         ([{}], r"options has 1 entries; allowed: a mapping, or one entry an env \(4\)"),
     ],
 )
@@ -219,7 +264,9 @@ def test_options_that_cannot_be(options: Any, message: str) -> None:
 
 
 def test_reset_infos_are_those_of_the_texts_that_run() -> None:
-    envs, plain = (kind(make(reward="delta", scorer="sequence")) for kind in (SB3VecEnv, lambda same: same))
+    envs, plain = (
+        kind(make(reward="delta", scorer="sequence")) for kind in (SB3VecEnv, lambda same: same)
+    )
     envs.seed(5)
     envs.reset()
     plain.reset(seed=5)
@@ -247,7 +294,9 @@ def test_rendering() -> None:
     texts.reset()
     assert texts.render() is None
     assert texts.metadata["render_modes"] == ["ansi"]
-    with pytest.raises(InvalidArgument, match="render_mode='ansi' gives no pictures; make the env with 'rgb_array'"):
+    with pytest.raises(
+        InvalidArgument, match="render_mode='ansi' gives no pictures; make the env with 'rgb_array'"
+    ):
         texts.get_images()
     with pytest.warns(UserWarning, match="no `render_mode` was passed"):
         assert SB3VecEnv(make()).render() is None
@@ -290,7 +339,11 @@ def test_beneath_sb3s_own_wrappers() -> None:
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
 def test_the_log_prob_paid_for_is_the_one_stored_and_the_one_recomputed(masked: bool) -> None:
     envs = make(kl="policy", kl_coef=BETA, **({"stops": (STOPS[0],)} if masked else {}))
-    envs = ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good", top_p=0.95) if masked else envs
+    envs = (
+        ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good", top_p=0.95)
+        if masked
+        else envs
+    )
     model = ppo(envs, n_steps=20)
     buffer, steps = rollout(model)
     obs, actions, logprobs = stored(buffer)
@@ -312,10 +365,15 @@ def test_the_kl_term_is_the_k1_penalty() -> None:
     envs.step = lambda actions: paid.append((actions, result := step(actions))) or result
     buffer, _ = rollout(ppo(envs))
     for t, (actions, (_, rewards, _, _, infos)) in enumerate(paid):
-        np.testing.assert_allclose(infos["reward_terms"]["kl"], -BETA * (buffer.log_probs[t] - infos["ref_logprob"]), atol=1e-5)
+        np.testing.assert_allclose(
+            infos["reward_terms"]["kl"],
+            -BETA * (buffer.log_probs[t] - infos["ref_logprob"]),
+            atol=1e-5,
+        )
         np.testing.assert_array_equal(rewards, infos["reward_terms"]["kl"])
         np.testing.assert_array_equal(actions["token"], buffer.actions[t][:, 0])
-    # The policy is the reference itself, so every log-ratio is 0 to begin with; after an update it is not.
+    # The policy is the reference itself, so every log-ratio is 0 to begin with; after an update it
+    # is not.
     assert np.abs(buffer.rewards).max() < 1e-4
 
 
@@ -344,10 +402,17 @@ def test_learners_bootstrap_only_where_a_cut_text_is_not_scored(scored: bool, fl
     for stored, paid, infos in zip(buffer.rewards, steps.rewards, steps.infos, strict=True):
         for row, info in enumerate(infos):
             bonus = 0.0
-            if "episode" in info and info["episode"]["l"] == T and info["terminal_observation"]["tokens"][-1] != STOPS[0]:
+            if (
+                "episode" in info
+                and info["episode"]["l"] == T
+                and info["terminal_observation"]["tokens"][-1] != STOPS[0]
+            ):
                 assert info["TimeLimit.truncated"] == (not scored)
                 assert info["cut"]
-                last = {key: torch.as_tensor(value)[None] for key, value in info["terminal_observation"].items()}
+                last = {
+                    key: torch.as_tensor(value)[None]
+                    for key, value in info["terminal_observation"].items()
+                }
                 bonus = 0.0 if scored else float(model.policy.predict_values(last).detach())
                 cut += 1
             assert stored[row] == pytest.approx(paid[row] + bonus, abs=1e-5)
@@ -364,11 +429,19 @@ def test_a_text_that_ends_with_a_stop_token_never_bootstraps() -> None:
 
 @pytest.mark.parametrize("case", ["scored", "time limit", "unscored"])
 def test_the_flags_are_those_that_sb3_reads_of_single_envs(case: str) -> None:
-    """SB3's own vector env and Gymnasium's, of the same single envs, the latter through the adapter; with a time limit too."""
+    """SB3's own vector env and Gymnasium's, of the same single envs, the latter through the
+    adapter; with a time limit too."""
     limit = 4 if case == "time limit" else None
-    given = {"stops": (), "kl": "none", "max_episode_steps": limit, "score_truncated": case != "unscored"}
+    given = {
+        "stops": (),
+        "kl": "none",
+        "max_episode_steps": limit,
+        "score_truncated": case != "unscored",
+    }
     theirs = DummyVecEnv([lambda: gym.make("tests/Toy-v0", **given)] * 2)
-    ours = SB3VecEnv(SyncVectorEnv([lambda: gym.make("tests/Toy-v0", **given)] * 2, autoreset_mode=SAME_STEP))
+    ours = SB3VecEnv(
+        SyncVectorEnv([lambda: gym.make("tests/Toy-v0", **given)] * 2, autoreset_mode=SAME_STEP)
+    )
     for envs in (theirs, ours):
         envs.seed(0)
         envs.reset()
@@ -393,11 +466,17 @@ def test_a_row_is_read_without_its_neighbours() -> None:
 
 
 def test_dropout_is_off_when_learning() -> None:
-    """Or the log-probs of the first epoch would already differ from those that the texts were drawn with."""
-    model = ppo(make(kl="policy"), model=fakes.causal_lm("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5))
+    """Or the log-probs of the first epoch would already differ from those that the texts were drawn
+    with."""
+    model = ppo(
+        make(kl="policy"),
+        model=fakes.causal_lm("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5),
+    )
     obs, actions, logprobs = stored(rollout(model)[0])
     model.policy.set_training_mode(True)
-    torch.testing.assert_close(model.policy.evaluate_actions(obs, actions)[1], logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model.policy.evaluate_actions(obs, actions)[1], logprobs, atol=1e-4, rtol=0
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- learning
@@ -418,15 +497,27 @@ def bundled(name: str, **options: Any) -> Any:
 
 
 CASES = {
-    "ppo reviews": lambda: ppo(bundled("Reviews-v0", kl="policy"), n_steps=12, batch_size=48, ent_coef=0.01),
-    "ppo masked": lambda: ppo(
-        ActionMask(bundled("Reviews-v0", kl="policy"), regex="[a-z ]*", top_p=0.9), n_steps=12, batch_size=48, ent_coef=0.01
+    "ppo reviews": lambda: ppo(
+        bundled("Reviews-v0", kl="policy"), n_steps=12, batch_size=48, ent_coef=0.01
     ),
-    "ppo two trunks": lambda: ppo(bundled("Negation-v0", kl="policy"), policy_kwargs={"separate_value": True}),
+    "ppo masked": lambda: ppo(
+        ActionMask(bundled("Reviews-v0", kl="policy"), regex="[a-z ]*", top_p=0.9),
+        n_steps=12,
+        batch_size=48,
+        ent_coef=0.01,
+    ),
+    "ppo two trunks": lambda: ppo(
+        bundled("Negation-v0", kl="policy"), policy_kwargs={"separate_value": True}
+    ),
     "ppo without kl": lambda: ppo(bundled("Reviews-v0")),
-    "a2c brackets": lambda: learner(A2C, bundled("Brackets-v0", kl="policy", max_new_tokens=8), n_steps=8),
+    "a2c brackets": lambda: learner(
+        A2C, bundled("Brackets-v0", kl="policy", max_new_tokens=8), n_steps=8
+    ),
     "ppo features": lambda: PPO(
-        "MlpPolicy", SB3VecEnv(bundled("Reviews-v0", observation="features")), n_steps=16, device="cpu"
+        "MlpPolicy",
+        SB3VecEnv(bundled("Reviews-v0", observation="features")),
+        n_steps=16,
+        device="cpu",
     ),
     "dqn top k": lambda: DQN(
         "MlpPolicy",
@@ -443,7 +534,14 @@ CASES = {
     ),
     "maskable top k": lambda: MaskablePPO(
         "MlpPolicy",
-        SB3VecEnv(TopKActions(ActionMask(bundled("Reviews-v0", observation="features"), regex="(very )*(good|bad)"), 5)),
+        SB3VecEnv(
+            TopKActions(
+                ActionMask(
+                    bundled("Reviews-v0", observation="features"), regex="(very )*(good|bad)"
+                ),
+                5,
+            )
+        ),
         n_steps=12,
         device="cpu",
     ),
@@ -471,7 +569,10 @@ def test_ppo_learns_the_task() -> None:
             return True
 
     model.learn(3000, callback=Scores())
-    assert np.mean(scores[-100:]) > np.mean(scores[:100]) + 0.5, (np.mean(scores[:100]), np.mean(scores[-100:]))
+    assert np.mean(scores[-100:]) > np.mean(scores[:100]) + 0.5, (
+        np.mean(scores[:100]),
+        np.mean(scores[-100:]),
+    )
 
 
 def test_evaluation_and_prediction() -> None:
@@ -483,7 +584,9 @@ def test_evaluation_and_prediction() -> None:
     tensors = {key: torch.as_tensor(value) for key, value in obs.items()}
     logits = model.policy.read(tensors)[0]
     np.testing.assert_array_equal(actions[:, 0], logits.argmax(1))
-    np.testing.assert_allclose(actions[:, 1], torch.log_softmax(logits, 1).max(1).values.detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        actions[:, 1], torch.log_softmax(logits, 1).max(1).values.detach(), atol=1e-5
+    )
     tokens, _ = ppo(make()).predict(obs, deterministic=True)
     assert tokens.shape == (N,)
 
@@ -493,11 +596,16 @@ def test_evaluation_and_prediction() -> None:
 
 @pytest.mark.parametrize("env_id", ["Reviews-v0", "Negation-v0"])
 def test_a_saved_model_goes_on(tmp_path: Path, env_id: str) -> None:
-    model = ppo(bundled(env_id, kl="policy"), learning_rate=1e-2, policy_kwargs={"separate_value": True})
+    model = ppo(
+        bundled(env_id, kl="policy"), learning_rate=1e-2, policy_kwargs={"separate_value": True}
+    )
     model.learn(80)
     model.save(tmp_path / "model")
     loaded = PPO.load(tmp_path / "model", env=SB3VecEnv(bundled(env_id, kl="policy")), device="cpu")
-    assert_equal({k: v.numpy() for k, v in weights(loaded).items()}, {k: v.numpy() for k, v in weights(model).items()})
+    assert_equal(
+        {k: v.numpy() for k, v in weights(loaded).items()},
+        {k: v.numpy() for k, v in weights(model).items()},
+    )
     obs = {key: torch.as_tensor(value) for key, value in loaded.env.reset().items()}
     for mine, theirs in zip(model.policy.read(obs), loaded.policy.read(obs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
@@ -554,10 +662,14 @@ def test_a_policy_that_gives_no_log_prob_is_an_error(num_envs: int) -> None:
     envs = SB3VecEnv(make(kl="policy"))
     envs.reset()
     for actions in (np.full((N, 2), 0.5, np.float32), np.full(N, 3)):
-        with pytest.raises(InvalidAction, match=r"actions are \(token, logprob\), which LMActorCriticPolicy gives"):
+        with pytest.raises(
+            InvalidAction, match=r"actions are \(token, logprob\), which LMActorCriticPolicy gives"
+        ):
             envs.step(actions)
     for junk in ([-0.7, -1.0], [1e4, -1.0], [3.0, 0.4]):
-        clipped = np.clip(junk, envs.action_space.low, envs.action_space.high)  # as SB3 does to every Box action
+        clipped = np.clip(
+            junk, envs.action_space.low, envs.action_space.high
+        )  # as SB3 does to every Box action
         with pytest.raises(InvalidAction):
             envs.step(np.array([clipped] * N, np.float32))
     for logprob in (np.nan, 1.0):
@@ -574,34 +686,55 @@ def test_a_policy_that_cannot_be() -> None:
     with pytest.raises(InvalidArgument, match="LMActorCriticPolicy reads tokens"):
         ppo(make(observation="features"))
     for kl in ("none", "policy"):
-        with pytest.raises(InvalidArgument, match=rf"model has {fakes.VOCAB_SIZE} tokens, action_space is .*chooses among all"):
+        with pytest.raises(
+            InvalidArgument,
+            match=rf"model has {fakes.VOCAB_SIZE} tokens, action_space is .*chooses among all",
+        ):
             ppo(TopKActions(make(kl=kl), 5))
 
 
 @pytest.mark.parametrize("algorithm", [RecurrentPPO, ARS, DQN, QRDQN, SAC, DDPG])
 def test_learners_of_another_kind_are_refused_in_a_sentence(algorithm: Any) -> None:
     envs = make(kl="policy" if algorithm in (SAC, DDPG) else "none")
-    with pytest.raises((InvalidArgument, AttributeError), match=r"is for on-policy actor-critic learners \(PPO, A2C, TRPO\)"):
+    with pytest.raises(
+        (InvalidArgument, AttributeError),
+        match=r"is for on-policy actor-critic learners \(PPO, A2C, TRPO\)",
+    ):
         learner(algorithm, envs).learn(10)
 
 
 @pytest.mark.parametrize("case", ["policy", "none", "masked"])
 def test_trpo_stays_within_its_bound(case: str) -> None:
     envs = make(kl="none" if case == "none" else "policy", stops=(STOPS[0],))
-    envs = ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good") if case == "masked" else envs
-    model = learner(TRPO, envs, n_steps=6, batch_size=24, target_kl=0.02, cg_max_steps=4, n_critic_updates=2)
+    envs = (
+        ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good")
+        if case == "masked"
+        else envs
+    )
+    model = learner(
+        TRPO, envs, n_steps=6, batch_size=24, target_kl=0.02, cg_max_steps=4, n_critic_updates=2
+    )
     before = copy.deepcopy(model.policy)
     model.learn(24)
-    obs = {key: torch.as_tensor(values) for key, values in model.rollout_buffer.observations.items()}  # flat since training
+    obs = {
+        key: torch.as_tensor(values) for key, values in model.rollout_buffer.observations.items()
+    }  # flat since training
     with torch.no_grad():
         old, new = (policy.get_distribution(obs).distribution for policy in (before, model.policy))
     assert 1e-4 < float(torch.distributions.kl_divergence(new, old).mean()) < 0.02
-    assert any((weight != other).any() for weight, other in zip(before.parameters(), model.policy.parameters(), strict=True))
+    assert any(
+        (weight != other).any()
+        for weight, other in zip(before.parameters(), model.policy.parameters(), strict=True)
+    )
 
 
 def test_trpo_refuses_weights_that_it_would_leave_to_the_critic() -> None:
-    model = learner(TRPO, make(kl="policy"), model=fakes.causal_lm("gpt_neox"), n_steps=6, batch_size=24)
-    with pytest.raises(InvalidArgument, match=r"query_key_value.*its name says 'value'.*take PPO or A2C"):
+    model = learner(
+        TRPO, make(kl="policy"), model=fakes.causal_lm("gpt_neox"), n_steps=6, batch_size=24
+    )
+    with pytest.raises(
+        InvalidArgument, match=r"query_key_value.*its name says 'value'.*take PPO or A2C"
+    ):
         model.learn(24)
     model = learner(TRPO, make(kl="policy"), n_steps=6, batch_size=24)
     model.policy.lm.model.lm_head.weight.requires_grad_(False)

@@ -49,7 +49,10 @@ def cut(draw, length, start=0):
         (["a", "a\ufffd", "a\ufffd"], [1, 2, 2]),  # bytes that never make a character
         (["a", "a ", "a b"], [1, 2, 3]),
         (["a", "a", "a b"], [1, 1, 3]),  # a space that is decoded with the next word
-        (["do", "do n", "don't"], [2, 2, 5]),  # cleaned up: what is taken back belongs to the token that does so
+        (
+            ["do", "do n", "don't"],
+            [2, 2, 5],
+        ),  # cleaned up: what is taken back belongs to the token that does so
         (["x y", "x", "x z"], [1, 1, 3]),
         (["a b cdef", "a-b cdef"], [1, 8]),  # agrees again behind the place where it does not
         (["a b", "ab", "a bc"], [1, 1, 4]),  # agreed, taken back and agreed again
@@ -74,22 +77,41 @@ def test_a_character_belongs_to_the_token_with_its_last_byte(text, data):
 
 
 def sentence_piece():
-    """Words begin with a mark that becomes a space, but at the beginning of a text; unknown characters are bytes."""
+    """Words begin with a mark that becomes a space, but at the beginning of a text; unknown
+    characters are bytes."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", "a", "b", "▁a", "▁ba", ".", "▁."]
-    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     core.decoder = decoders.Sequence(steps)
-    return core, [*range(0xE0, 0xF8, 5), *range(0x80, 0xC0, 13), *range(0x20, 0x80, 31), *range(256, 263)]
+    return core, [
+        *range(0xE0, 0xF8, 5),
+        *range(0x80, 0xC0, 13),
+        *range(0x20, 0x80, 31),
+        *range(256, 263),
+    ]
 
 
 def byte_pieces():
     """Tokens hold whole characters, parts of one, and parts of two."""
     raw = ["é", "語", "😀", "a", " a", " ", "."]
     marks = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True))
-    whole = {"".join(bytes_to_unicode()[byte] for byte in piece.encode()): 256 + i for i, piece in enumerate(raw)}
+    whole = {
+        "".join(bytes_to_unicode()[byte] for byte in piece.encode()): 256 + i
+        for i, piece in enumerate(raw)
+    }
     core = Tokenizer(models.BPE(marks | whole, []))
     core.decoder = decoders.ByteLevel()
-    return core, [*(marks[bytes_to_unicode()[byte]] for piece in raw for byte in piece.encode()), *range(256, 263)]
+    return core, [
+        *(marks[bytes_to_unicode()[byte]] for piece in raw for byte in piece.encode()),
+        *range(256, 263),
+    ]
 
 
 def word_pieces():
@@ -103,7 +125,9 @@ def word_pieces():
 def word_ends():
     """Words end with a mark that becomes a space, but at the end of a text."""
     pieces = ["a", "a</w>", "b", "ba</w>", ".</w>"]
-    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], end_of_word_suffix="</w>"))
+    core = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], end_of_word_suffix="</w>")
+    )
     core.decoder = decoders.BPEDecoder()
     return core, list(range(len(pieces)))
 
@@ -117,7 +141,9 @@ FAMILIES = {make.__name__: make() for make in (sentence_piece, byte_pieces, word
 def test_windows_decode_what_whole_prefixes_do(family, clean_up, data):
     core, ids = FAMILIES[family]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
-    decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up)
+    decode = partial(
+        tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=clean_up
+    )
     tokens = data.draw(st.lists(st.sampled_from([*ids, tokenizer.eos_token_id]), max_size=60))
     prompt = tokens[: data.draw(st.integers(0, len(tokens)))]
     response = tokens[len(prompt) :]
@@ -145,7 +171,9 @@ def test_the_cost_of_decoding_is_linear_in_the_tokens():
         decoded.append(sum(map(len, texts)))
         return tokenizer.batch_decode(texts)
 
-    text, ends = read_text(decode, [259] * 10, [258, 259, 260] * 400)  # of characters with four bytes, too
+    text, ends = read_text(
+        decode, [259] * 10, [258, 259, 260] * 400
+    )  # of characters with four bytes, too
     assert (len(text), ends[0], len(ends)) == (10 + 4 * 400, 10, 1201)
     assert sum(decoded) < 1210 * 3 * alignment.WINDOW  # every prefix: 1210 * 605
 
@@ -158,19 +186,55 @@ def test_the_cost_of_decoding_is_linear_in_the_tokens():
     [
         pytest.param([(0, 4)], [0, 1, 4], [[0.25, 0.75]], id="one over two"),
         pytest.param([(0, 1), (1, 3), (3, 4)], [0, 4], [[1], [1], [1]], id="several in one"),
-        pytest.param([(0, 3), (3, 6)], [0, 2, 4, 6], [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]], id="across"),
+        pytest.param(
+            [(0, 3), (3, 6)], [0, 2, 4, 6], [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]], id="across"
+        ),
         pytest.param([(0, 2), (2, 6)], [4, 5, 6], [[0, 0], [0.5, 0.5]], id="over the prompt's end"),
         pytest.param([(0, 6)], [5, 6], [[1]], id="mostly prompt"),
         pytest.param([(0, 4), (4, 6)], [4, 6], [[0], [1]], id="up to the prompt's end"),
-        pytest.param([(0, 2), (2, 4)], [0, 2, 2, 4], [[1, 0, 0], [0, 0, 1]], id="a policy token without characters"),
-        pytest.param([(0, 1), (0, 1), (0, 1)], [0, 0, 1], [[0, 1]] * 3, id="three bytes of one character"),
-        pytest.param([(0, 0), (0, 2), (2, 4), (0, 0)], [2, 3, 4], [[0, 0], [0, 0], [0.5, 0.5], [0, 1]], id="[CLS] and [SEP]"),
-        pytest.param([(0, 2), (2, 4), (0, 0)], [2, 4, 4], [[0, 0], [1, 0], [0, 1]], id="[SEP] and a stop token"),
-        pytest.param([(0, 2), (0, 0), (0, 0)], [2, 2, 2], [[0, 0], [0, 1], [0, 1]], id="two closing ones, no new characters"),
-        pytest.param([(0, 2), (0, 0), (2, 4)], [0, 2, 4], [[1, 0], [1, 0], [0, 1]], id="a special token in the middle"),
+        pytest.param(
+            [(0, 2), (2, 4)],
+            [0, 2, 2, 4],
+            [[1, 0, 0], [0, 0, 1]],
+            id="a policy token without characters",
+        ),
+        pytest.param(
+            [(0, 1), (0, 1), (0, 1)], [0, 0, 1], [[0, 1]] * 3, id="three bytes of one character"
+        ),
+        pytest.param(
+            [(0, 0), (0, 2), (2, 4), (0, 0)],
+            [2, 3, 4],
+            [[0, 0], [0, 0], [0.5, 0.5], [0, 1]],
+            id="[CLS] and [SEP]",
+        ),
+        pytest.param(
+            [(0, 2), (2, 4), (0, 0)],
+            [2, 4, 4],
+            [[0, 0], [1, 0], [0, 1]],
+            id="[SEP] and a stop token",
+        ),
+        pytest.param(
+            [(0, 2), (0, 0), (0, 0)],
+            [2, 2, 2],
+            [[0, 0], [0, 1], [0, 1]],
+            id="two closing ones, no new characters",
+        ),
+        pytest.param(
+            [(0, 2), (0, 0), (2, 4)],
+            [0, 2, 4],
+            [[1, 0], [1, 0], [0, 1]],
+            id="a special token in the middle",
+        ),
         pytest.param([(0, 2), (0, 0), (2, 4)], [2, 4], [[0], [0], [1]], id="and behind the prompt"),
-        pytest.param([(0, 2), (3, 3), (3, 4)], [0, 1, 4], [[0.5, 0.5], [0, 1], [0, 1]], id="a space cut from its offsets"),
-        pytest.param([(0, 2), (3, 3)], [0, 2, 3, 3], [[1, 0, 0], [0, 1, 0]], id="a space at the end"),
+        pytest.param(
+            [(0, 2), (3, 3), (3, 4)],
+            [0, 1, 4],
+            [[0.5, 0.5], [0, 1], [0, 1]],
+            id="a space cut from its offsets",
+        ),
+        pytest.param(
+            [(0, 2), (3, 3)], [0, 2, 3, 3], [[1, 0, 0], [0, 1, 0]], id="a space at the end"
+        ),
         pytest.param([(0, 0), (0, 0)], [0, 0], [[0], [0]], id="a text without characters"),
         pytest.param([(0, 2), (0, 0)], [2], [[], []], id="an empty response"),
         pytest.param([], [1, 3, 4], np.zeros((0, 2)), id="no reward tokens"),
@@ -181,7 +245,9 @@ def test_shares_by_hand(offsets, ends, expected):
     assert actual.shape == (len(offsets), len(ends) - 1)
     np.testing.assert_array_equal(actual, expected)
     scores = np.arange(1, len(offsets) + 1)
-    np.testing.assert_allclose(align(scores, offsets, np.array(ends)), scores @ np.asarray(expected), rtol=1e-6)
+    np.testing.assert_allclose(
+        align(scores, offsets, np.array(ends)), scores @ np.asarray(expected), rtol=1e-6
+    )
 
 
 def test_a_whole_text_by_hand():
@@ -196,10 +262,16 @@ def test_a_whole_text_by_hand():
 
 
 def places(offsets, prefixes):
-    """For each reward token the policy tokens (-1: the prompt) that its characters belong to, one a character."""
+    """For each reward token the policy tokens (-1: the prompt) that its characters belong to, one a
+    character."""
     text, last = prefixes[-1], len(prefixes) - 2
     final = [
-        min(t for t in range(len(prefixes)) if all(p.startswith(text[: c + 1]) for p in prefixes[t:])) - 1
+        min(
+            t
+            for t in range(len(prefixes))
+            if all(p.startswith(text[: c + 1]) for p in prefixes[t:])
+        )
+        - 1
         for c in range(len(text))
     ]
     reached = 0
@@ -215,7 +287,8 @@ def places(offsets, prefixes):
 
 @st.composite
 def aligned(draw):
-    """Two random cuts of one text, the policy's by bytes; special tokens and spaces without offsets among the reward's."""
+    """Two random cuts of one text, the policy's by bytes; special tokens and spaces without offsets
+    among the reward's."""
     text = draw(TEXTS)
     raw = text.encode()
     cuts = draw(cut(len(raw), start=draw(st.integers(0, len(raw)))))
@@ -239,10 +312,15 @@ def test_shares_equal_those_counted_character_by_character(case, seed):
     in_response = [bool(own) for own in owners]
     np.testing.assert_allclose(actual.sum(1), in_response)
     scores = np.random.default_rng(seed).normal(size=len(offsets))
-    np.testing.assert_allclose(align(scores, offsets, ends).sum(), scores @ np.array(in_response, float), atol=1e-5)
+    np.testing.assert_allclose(
+        align(scores, offsets, ends).sum(), scores @ np.array(in_response, float), atol=1e-5
+    )
 
 
-@given(pieces=st.lists(st.text(st.sampled_from(CHARACTERS), min_size=1, max_size=4), min_size=1), data=st.data())
+@given(
+    pieces=st.lists(st.text(st.sampled_from(CHARACTERS), min_size=1, max_size=4), min_size=1),
+    data=st.data(),
+)
 def test_the_same_tokens_keep_their_scores(pieces, data):
     prompt = data.draw(st.integers(0, len(pieces)))
     prefixes = list(accumulate(pieces, initial=""))

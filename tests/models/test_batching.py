@@ -60,7 +60,13 @@ def test_packed_states_and_gradients_equal_padded_ones(name, monkeypatch):
 def test_packing_is_for_flash_kernels_only():
     model = fakes.causal_lm("llama").base_model
     chosen = {}
-    for name in ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "kernels-community/flash-attn3"):
+    for name in (
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "kernels-community/flash-attn3",
+    ):
         model.config._attn_implementation_internal = name
         chosen[name] = batching.is_varlen(model)
     assert [name for name, packed in chosen.items() if not packed] == ["sdpa", "eager"]

@@ -41,7 +41,8 @@ def assert_states(lm, states, texts, rows, atol=1e-5):
 
 
 class Schedule:
-    """Random prefills, appends with inactive rows and forks, each checked against the texts kept beside them."""
+    """Random prefills, appends with inactive rows and forks, each checked against the texts kept
+    beside them."""
 
     def __init__(self, lm, seed):
         self.lm = lm
@@ -73,7 +74,10 @@ class Schedule:
 
     def fork(self):
         n = self.random.integers(1, self.lm.num_rows + 1)
-        sources, targets = self.ids(n) % self.lm.num_rows, self.random.permutation(self.lm.num_rows)[:n]
+        sources, targets = (
+            self.ids(n) % self.lm.num_rows,
+            self.random.permutation(self.lm.num_rows)[:n],
+        )
         self.lm.fork(sources, targets)
         copies = [list(self.texts[source]) for source in sources]
         for target, text in zip(targets, copies, strict=True):
@@ -148,7 +152,9 @@ def test_fork_reads_every_source_before_it_writes(name):
     assert lm.positions.tolist() == [1, 3, 2]
     states = lm.append(torch.tensor([9, 9, 9]))
     for row, source in ((1, 0), (2, 1), (0, 2)):
-        torch.testing.assert_close(states[row], alone(lm, [*texts[source], 9]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            states[row], alone(lm, [*texts[source], 9]), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_prefill_keeps_the_order_of_slots_across_micro_batches():
@@ -163,7 +169,11 @@ def test_micro_batches_bound_the_size_of_each_forward(monkeypatch):
     lm = cached(fakes.causal_lm("llama"), max_batch_tokens=12)
     sizes = []
     inner = lm._rows.prefill
-    monkeypatch.setattr(lm._rows, "prefill", lambda slots, tokens: sizes.append(tokens.shape) or inner(slots, tokens))
+    monkeypatch.setattr(
+        lm._rows,
+        "prefill",
+        lambda slots, tokens: sizes.append(tokens.shape) or inner(slots, tokens),
+    )
     lm.prefill([0, 1, 2, 3], torch.zeros(4, 9, dtype=torch.int64), [6, 2, 9, 3])
     assert sizes == [(1, 9), (2, 6), (1, 2)]
 
@@ -190,7 +200,12 @@ def test_keys_are_read_up_to_the_longest_active_row(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("mamba", "linear_attention"), ("bloom", "too many values"), ("llama", "cached states differ")]
+    ("name", "error"),
+    [
+        ("mamba", "linear_attention"),
+        ("bloom", "too many values"),
+        ("llama", "cached states differ"),
+    ],
 )
 def test_a_model_that_cannot_be_cached_warns_once_and_works(name, error, monkeypatch):
     model = fakes.causal_lm(name)
@@ -199,7 +214,9 @@ def test_a_model_that_cannot_be_cached_warns_once_and_works(name, error, monkeyp
         monkeypatch.setattr(
             model.model.rotary_emb,
             "forward",
-            lambda x, position_ids: forward(model.model.rotary_emb, x, torch.arange(x.shape[1])[None]),
+            lambda x, position_ids: forward(
+                model.model.rotary_emb, x, torch.arange(x.shape[1])[None]
+            ),
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -218,7 +235,10 @@ def test_a_wrong_sliding_window_is_noticed():
     windows = slot_cache.attention_windows(model.config, L)
     assert windows == {"sliding_attention": 20}
     assert probing.why_uncached(model.model, L) is None
-    original, slot_cache.attention_windows = slot_cache.attention_windows, lambda *_: {"sliding_attention": 21}
+    original, slot_cache.attention_windows = (
+        slot_cache.attention_windows,
+        lambda *_: {"sliding_attention": 21},
+    )
     try:
         assert "differ" in probing.why_uncached(model.model, L)
     finally:
@@ -227,7 +247,9 @@ def test_a_wrong_sliding_window_is_noticed():
 
 @pytest.mark.parametrize(("max_length", "rows"), [(256, KVRows), (300, TextRows)])
 def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_length, rows):
-    lm = cached(fakes.causal_lm("gpt_neo", window_size=256, max_position_embeddings=512), 2, max_length)
+    lm = cached(
+        fakes.causal_lm("gpt_neo", window_size=256, max_position_embeddings=512), 2, max_length
+    )
     assert isinstance(lm._rows, rows)
     texts = np.random.default_rng(0).integers(0, fakes.VOCAB_SIZE, (2, max_length)).tolist()
     lm.prefill([0, 1], torch.tensor(texts), [max_length - 1, 5])
@@ -245,7 +267,11 @@ def test_models_that_see_are_cached_by_their_language_model(architecture):
 def test_what_was_tried_out_is_tried_once_for_a_model_and_its_copies(monkeypatch):
     tried = []
     original = probing.why_uncached
-    monkeypatch.setattr(probing, "why_uncached", lambda trunk, length: tried.append(length) or original(trunk, length))
+    monkeypatch.setattr(
+        probing,
+        "why_uncached",
+        lambda trunk, length: tried.append(length) or original(trunk, length),
+    )
     model = fakes.causal_lm("bloom")
     for length in (20, 20, 30):
         assert isinstance(cached(model, 2, length)._rows, TextRows)
@@ -258,7 +284,10 @@ def test_a_long_trial_is_announced(monkeypatch, caplog):
     cached(fakes.causal_lm("llama"), 2, 31)
     assert caplog.messages == []
     cached(fakes.causal_lm("llama"), 2, 32)
-    assert caplog.messages == ["trying out the cache of LlamaModel reads a text of 32 tokens twice, once with a mask of 0 MiB"]
+    assert caplog.messages == [
+        "trying out the cache of LlamaModel reads a text of 32 tokens twice, once with a mask of 0 "
+        "MiB"
+    ]
 
 
 def test_windows_that_differ_give_one_mask_each_and_equal_ones_a_single_mask():
@@ -270,7 +299,9 @@ def test_windows_that_differ_give_one_mask_each_and_equal_ones_a_single_mask():
     assert list(windows("qwen2_sliding").values()) == [5]
     assert list(windows("gemma3", 5).values()) == [5]  # no row outgrows the window
     with pytest.raises(slot_cache.Uncacheable, match="chunked_attention"):
-        slot_cache.attention_windows(fakes.config("qwen3", layer_types=["chunked_attention", "full_attention"]), L)
+        slot_cache.attention_windows(
+            fakes.config("qwen3", layer_types=["chunked_attention", "full_attention"]), L
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
@@ -361,13 +392,34 @@ def test_a_head_or_a_peft_model_gives_its_trunk():
         (lambda m: CachedLM(m, 0, L), "num_rows=0 must be at least 1"),
         (lambda m: CachedLM(m, 2, 0), "max_length=0 must be at least 1"),
         (lambda m: CachedLM(m, 2, L, max_batch_tokens=0), "max_batch_tokens=0"),
-        (lambda m: CachedLM(m, 2, L).prefill([2], torch.tensor([[1]]), [1]), r"slots=\[2\]; allowed: rows 0..1"),
-        (lambda m: CachedLM(m, 2, L).prefill([0, 0], torch.tensor([[1], [1]]), [1, 1]), r"slots=\[0, 0\].*each once"),
-        (lambda m: CachedLM(m, 2, L).prefill([0], torch.tensor([[1]]), [0]), r"lengths=\[0\]; allowed: .* 1..1"),
-        (lambda m: CachedLM(m, 2, L).prefill([0], torch.ones(1, 50).long(), [41]), r"lengths=\[41\]; .* 1..40"),
-        (lambda m: CachedLM(m, 2, L).prefill([0], torch.tensor([[1], [2]]), [1]), "1 slots, 2 texts"),
-        (lambda m: CachedLM(m, 2, L).append(torch.tensor([1])), r"tokens of shape \(1,\); allowed: \(2,\)"),
-        (lambda m: CachedLM(m, 2, L).append(torch.tensor([1, 1]), [True]), r"active of shape \(1,\); allowed: \(2,\)"),
+        (
+            lambda m: CachedLM(m, 2, L).prefill([2], torch.tensor([[1]]), [1]),
+            r"slots=\[2\]; allowed: rows 0..1",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).prefill([0, 0], torch.tensor([[1], [1]]), [1, 1]),
+            r"slots=\[0, 0\].*each once",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).prefill([0], torch.tensor([[1]]), [0]),
+            r"lengths=\[0\]; allowed: .* 1..1",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).prefill([0], torch.ones(1, 50).long(), [41]),
+            r"lengths=\[41\]; .* 1..40",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).prefill([0], torch.tensor([[1], [2]]), [1]),
+            "1 slots, 2 texts",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).append(torch.tensor([1])),
+            r"tokens of shape \(1,\); allowed: \(2,\)",
+        ),
+        (
+            lambda m: CachedLM(m, 2, L).append(torch.tensor([1, 1]), [True]),
+            r"active of shape \(1,\); allowed: \(2,\)",
+        ),
         (lambda m: CachedLM(m, 2, L).fork([0, 1], [1, 1]), r"targets=\[1, 1\]"),
         (lambda m: CachedLM(m, 2, L).fork([0, 1], [1]), "2 sources and 1 targets"),
     ],
@@ -396,14 +448,18 @@ def test_very_short_capacities_are_cached():
 
 
 class Reads(TorchDispatchMode):
-    """Collects the operations by which the host reads a tensor's value, and so waits for the device."""
+    """Collects the operations by which the host reads a tensor's value, and so waits for the
+    device."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "equal.", "unique", "masked_select")):
+        if any(
+            name in str(func)
+            for name in ("_local_scalar_dense", "nonzero", "equal.", "unique", "masked_select")
+        ):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -428,7 +484,9 @@ def test_a_compiled_step_equals_each_row_alone_with_one_graph_per_bucket(name, m
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda trunk, **kwargs: compile(trunk, backend=counting, **kwargs))
+    monkeypatch.setattr(
+        torch, "compile", lambda trunk, **kwargs: compile(trunk, backend=counting, **kwargs)
+    )
     torch._dynamo.reset()
     lm = cached(fakes.causal_lm(name), compile=True)
     lm.prefill([0, 1, 2, 3], torch.tensor([[3, 4], [5, 0], [6, 0], [7, 0]]), [2, 1, 1, 1])

@@ -25,7 +25,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} "
+    "[/INST]"
     "{% elif m.role == 'system' %}{{ raise_exception('no system here') }}"
     "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
@@ -63,9 +64,22 @@ def reward_model(kind="sequence", size=None):
 
 def make(num_envs=2, tokenizer=POLICY, **options):
     model = fakes.causal_lm(vocab_size=len(tokenizer), **SIZES)
-    options = {"prompts": PROMPTS, "max_prompt_tokens": P, "max_new_tokens": T, "chat_template": True, **options}
-    options = {"autoreset_mode": "SameStep", "kl": "none", "reward": None if "reward_model" in options else {}, **options}
-    return gym.make_vec("tokenenv/TextGen-v0", num_envs=num_envs, model=model, tokenizer=tokenizer, **options)
+    options = {
+        "prompts": PROMPTS,
+        "max_prompt_tokens": P,
+        "max_new_tokens": T,
+        "chat_template": True,
+        **options,
+    }
+    options = {
+        "autoreset_mode": "SameStep",
+        "kl": "none",
+        "reward": None if "reward_model" in options else {},
+        **options,
+    }
+    return gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=num_envs, model=model, tokenizer=tokenizer, **options
+    )
 
 
 def messages_of(prompt):
@@ -73,18 +87,26 @@ def messages_of(prompt):
 
 
 def policy_ids(prompt):
-    return POLICY.apply_chat_template(messages_of(prompt), add_generation_prompt=True, return_dict=False)
+    return POLICY.apply_chat_template(
+        messages_of(prompt), add_generation_prompt=True, return_dict=False
+    )
 
 
 def rendered(prompt, answer, tokenizer=REWARD):
     """The conversation as the reward model's own template writes it, by transformers alone."""
-    return tokenizer.apply_chat_template([*messages_of(prompt), {"role": "assistant", "content": answer}], tokenize=False)
+    return tokenizer.apply_chat_template(
+        [*messages_of(prompt), {"role": "assistant", "content": answer}], tokenize=False
+    )
 
 
 def logits_of(model, text, tokenizer=REWARD):
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt"
+    )
     with torch.no_grad():
-        return model(input_ids=encoded["input_ids"]).logits.flatten(), encoded["offset_mapping"][0, :, 1]
+        return model(input_ids=encoded["input_ids"]).logits.flatten(), encoded["offset_mapping"][
+            0, :, 1
+        ]
 
 
 # --------------------------------------------- what a reward model reads
@@ -110,7 +132,9 @@ def test_a_reward_model_reads_the_conversation_by_its_own_template(kind, stopped
         if stopped:
             np.testing.assert_allclose(steps[-1][4]["score"][row], expected, atol=1e-5)
         if stopped and kind == "token":
-            np.testing.assert_allclose(scored.token_rewards[row, len(response) - 1], logits[-1], atol=1e-5)  # </s>
+            np.testing.assert_allclose(
+                scored.token_rewards[row, len(response) - 1], logits[-1], atol=1e-5
+            )  # </s>
             np.testing.assert_allclose(scored.token_rewards[row].sum(), expected, atol=1e-5)
             assert (scored.token_rewards[row, 1 : len(response) - 2] != 0).all()
 
@@ -120,7 +144,9 @@ def test_one_bos_and_the_roles_as_marks():
     assert ids.count(1) == 1
     seen = []
     model = reward_model()
-    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, a, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
     make(reward_model=model, reward_tokenizer=REWARD).unwrapped.score_episodes(
         [CHAT], [[*encode_continuation("is", POLICY), STOP]]
     )
@@ -136,9 +162,15 @@ def test_the_same_tokens_by_another_template_are_read_by_that_and_it_is_said(cap
         with caplog.at_level(logging.WARNING, "tokenenv"):
             envs = make(reward_model=model, reward_tokenizer=tokenizer).unwrapped
         assert isinstance(envs._task.scorer, Scorer) == (name == "policy's")
-        scored[name] = envs.score_episodes([CHAT], [[*encode_continuation("is", POLICY), STOP]]).score[0]
-    assert [m for m in caplog.messages if "chat template is not the policy's" in m] == caplog.messages[:1]
-    np.testing.assert_allclose(scored["own"], logits_of(model, rendered(CHAT, "is", own), own)[0][0], atol=1e-5)
+        scored[name] = envs.score_episodes(
+            [CHAT], [[*encode_continuation("is", POLICY), STOP]]
+        ).score[0]
+    assert [
+        m for m in caplog.messages if "chat template is not the policy's" in m
+    ] == caplog.messages[:1]
+    np.testing.assert_allclose(
+        scored["own"], logits_of(model, rendered(CHAT, "is", own), own)[0][0], atol=1e-5
+    )
     assert abs(scored["own"] - scored["policy's"]) > 1e-3
     spelled_otherwise = policy_tokenizer()
     spelled_otherwise.chat_template = "{# the same #}" + CHATML
@@ -154,7 +186,9 @@ def test_a_reward_model_without_a_template_reads_the_policys_words_and_it_is_sai
 def test_a_conversation_that_its_template_refuses_is_named():
     system = [{"role": "system", "content": "be good"}, *CHAT]
     envs = make(reward_model=reward_model(), reward_tokenizer=REWARD)
-    with pytest.raises(InvalidArgument, match=r"does not fit the chat template of .*no system here"):
+    with pytest.raises(
+        InvalidArgument, match=r"does not fit the chat template of .*no system here"
+    ):
         envs.unwrapped.score_episodes([system], [[5, STOP]])
     with pytest.raises(InvalidArgument, match="does not write an assistant's message as it is"):
         frame_of(reward_tokenizer("{{ bos_token }}"), CHAT)
@@ -171,7 +205,9 @@ def test_ids_of_no_known_conversation_are_read_as_plain_text_with_one_warning():
     assert len(caught) == 1
     text = POLICY.decode([*strange, 5], skip_special_tokens=True)
     with torch.no_grad():
-        np.testing.assert_allclose(plain, model(**REWARD(text, return_tensors="pt")).logits[0], atol=1e-5)
+        np.testing.assert_allclose(
+            plain, model(**REWARD(text, return_tensors="pt")).logits[0], atol=1e-5
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs.score_episodes(["a cat"], [[5, STOP]])
@@ -179,10 +215,20 @@ def test_ids_of_no_known_conversation_are_read_as_plain_text_with_one_warning():
 
 
 def test_a_reward_model_object_that_may_have_other_ids_is_asked_for_its_tokenizer():
-    with pytest.raises(ValueError, match=rf"has 40 token ids, the policy {len(POLICY)}, .*; give reward_tokenizer="):
+    with pytest.raises(
+        ValueError, match=rf"has 40 token ids, the policy {len(POLICY)}, .*; give reward_tokenizer="
+    ):
         make(reward_model=reward_model(size=40))
-    assert isinstance(make(reward_model=reward_model(size=len(POLICY))).unwrapped._task.scorer, Scorer)
-    bare = {"tokenizer": None, "prompts": [[3]], "max_prompt_tokens": 4, "max_new_tokens": T, "model": fakes.causal_lm()}
+    assert isinstance(
+        make(reward_model=reward_model(size=len(POLICY))).unwrapped._task.scorer, Scorer
+    )
+    bare = {
+        "tokenizer": None,
+        "prompts": [[3]],
+        "max_prompt_tokens": 4,
+        "max_new_tokens": T,
+        "model": fakes.causal_lm(),
+    }
     with pytest.raises(ValueError, match="give tokenizer= and reward_tokenizer="):
         gym.make_vec("tokenenv/TextGen-v0", reward_model=reward_model(size=40), **bare)
 
@@ -193,7 +239,9 @@ def test_a_reward_models_pad_id_beyond_its_embeddings():
     envs = make(reward_model=model, reward_tokenizer=REWARD)
     scores = envs.unwrapped.score_episodes(PROMPTS, [[5, 6, STOP], [5, STOP]]).score
     for score, prompt, ids in zip(scores, PROMPTS, ([5, 6], [5]), strict=True):
-        np.testing.assert_allclose(score, logits_of(model, rendered(prompt, POLICY.decode(ids)))[0], atol=1e-5)
+        np.testing.assert_allclose(
+            score, logits_of(model, rendered(prompt, POLICY.decode(ids)))[0], atol=1e-5
+        )
 
 
 # ------------------------------------------------- wherever prompts come from
@@ -206,7 +254,9 @@ def test_prompts_given_later_are_read_as_the_envs_own():
         assert obs["tokens"][row, : obs["length"][row]].tolist() == policy_ids(prompt)
     ids = envs.reset(options={"prompts": [policy_ids("a dog"), [5, 6]]})[0]
     assert ids["length"].tolist() == [len(policy_ids("a dog")), 2]
-    with pytest.raises(InvalidArgument, match=r"options\['prompts'\]\[0\] has \d+ tokens and max_prompt_tokens=90"):
+    with pytest.raises(
+        InvalidArgument, match=r"options\['prompts'\]\[0\] has \d+ tokens and max_prompt_tokens=90"
+    ):
         envs.reset(options={"prompts": ["walking " * 90, "a"]})
     plain = make(chat_template=False, prompts=["a dog"])
     assert plain.reset()[0]["length"].tolist() == [len(POLICY("a dog")["input_ids"])] * 2
@@ -220,8 +270,14 @@ def test_generate_and_evaluate_read_prompts_as_the_env_does():
     expected = agent.generate([policy_ids("a dog")], seed=3)
     assert agent.generate(["a dog"], seed=3) == expected
     assert agent.generate("a dog", seed=3) == expected  # one text is a list of one
-    assert agent.generate([CHAT], seed=3) == agent.generate(CHAT, seed=3) == agent.generate([policy_ids(CHAT)], seed=3)
-    assert agent.generate(["a dog"], seed=3, chats=None) == agent.generate([POLICY("a dog")["input_ids"]], seed=3)
+    assert (
+        agent.generate([CHAT], seed=3)
+        == agent.generate(CHAT, seed=3)
+        == agent.generate([policy_ids(CHAT)], seed=3)
+    )
+    assert agent.generate(["a dog"], seed=3, chats=None) == agent.generate(
+        [POLICY("a dog")["input_ids"]], seed=3
+    )
     with pytest.raises(InvalidArgument, match="chat_template=True"):
         agent.generate([CHAT], chats=None)
     episodes = evaluate(agent, envs, prompts=PROMPTS).episodes
@@ -247,17 +303,25 @@ def test_temperatures_that_mean_nothing_are_refused(temperature):
 def test_temperature_0_takes_the_likeliest_token(kl):
     agent = PPO(make(kl="reference"), temperature=0.7)
     greedy = agent.generate(PROMPTS, greedy=True)
-    assert agent.generate(PROMPTS, temperature=0, seed=5) == greedy != agent.generate(PROMPTS, seed=5)
+    assert (
+        agent.generate(PROMPTS, temperature=0, seed=5) == greedy != agent.generate(PROMPTS, seed=5)
+    )
     found = evaluate(agent, make(kl=kl), prompts=PROMPTS, temperature=0)
     assert [e.response.tolist() for e in found.episodes] == greedy
-    np.testing.assert_allclose(found.kl, -np.mean([e.ref_logprob.sum() for e in found.episodes]), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.kl, -np.mean([e.ref_logprob.sum() for e in found.episodes]), rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------ long prompts
 
 
 def test_long_chats_lose_the_beginning_of_their_longest_message():
-    long = [CHAT[0], CHAT[1], {"role": "user", "content": "the dog is not a cat and walking is good"}]
+    long = [
+        CHAT[0],
+        CHAT[1],
+        {"role": "user", "content": "the dog is not a cat and walking is good"},
+    ]
     options = {"vocab_size": len(POLICY), "long_prompts": "truncate", "chat_template": True}
     whole = policy_ids(long)
     limit = len(whole) - 6
@@ -270,7 +334,9 @@ def test_long_chats_lose_the_beginning_of_their_longest_message():
     kept = text.removeprefix(head).removesuffix(tail)
     assert kept
     assert "the dog is not a cat and walking is good".endswith(kept)
-    (ends,) = load_prompts([long], POLICY, max_prompt_tokens=5, **options)  # too few for the template
+    (ends,) = load_prompts(
+        [long], POLICY, max_prompt_tokens=5, **options
+    )  # too few for the template
     assert ends == [whole[0], *whole[-4:]]
     assert load_prompts([long], POLICY, max_prompt_tokens=len(whole), **options) == [whole]
 

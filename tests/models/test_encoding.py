@@ -31,7 +31,9 @@ def test_a_continuation_gets_no_special_tokens_and_a_prompt_keeps_those_the_toke
         assert not set(encode_continuation(text, tokenizer)) & {0, 1, 2}
         assert encode_prompt(text, tokenizer) == tokenizer(text)["input_ids"]
         assert 1 in encode_prompt(text, tokenizer)
-    assert encode_continuation(" good</s>", tokenizer)[-1] == 2  # special tokens that are spelled out are what they are
+    assert (
+        encode_continuation(" good</s>", tokenizer)[-1] == 2
+    )  # special tokens that are spelled out are what they are
 
 
 @pytest.mark.parametrize("make", LITERAL)
@@ -57,7 +59,8 @@ def test_line_breaks_are_no_word_of_the_text_they_are_encoded_behind():
     glue=st.sampled_from(["", " "]),
 )
 def test_what_a_rule_reads_goes_back_as_it_came(make, prompt, words, glue):
-    """decode_pairs and encode_continuation are each other's inverse, up to how the tokenizer cuts a word."""
+    """decode_pairs and encode_continuation are each other's inverse, up to how the tokenizer cuts a
+    word."""
     tokenizer = MAKES[make]()
     start, response = encode_prompt(" ".join(prompt), tokenizer), glue + " ".join(words)
     ids = encode_continuation(response, tokenizer)
@@ -66,15 +69,26 @@ def test_what_a_rule_reads_goes_back_as_it_came(make, prompt, words, glue):
 
 def make_env(tokenizer, **options):
     model = fakes.causal_lm(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
-    options = {"prompts": ["the cat"], "max_prompt_tokens": 12, "max_new_tokens": 12, "reward": {}, "kl": "none", **options}
-    return gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=model, tokenizer=tokenizer, **options)
+    options = {
+        "prompts": ["the cat"],
+        "max_prompt_tokens": 12,
+        "max_new_tokens": 12,
+        "reward": {},
+        "kl": "none",
+        **options,
+    }
+    return gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=2, model=model, tokenizer=tokenizer, **options
+    )
 
 
 @pytest.mark.parametrize("make", MAKES)
 def test_prefixes_and_responses_as_texts(make):
     tokenizer = MAKES[make]()
     seen = []
-    envs = make_env(tokenizer, reward=Rule(lambda prompt, response: seen.append((prompt, response)) or 1.0))
+    envs = make_env(
+        tokenizer, reward=Rule(lambda prompt, response: seen.append((prompt, response)) or 1.0)
+    )
     prompt = tokenizer("the cat")["input_ids"]
     obs, _ = envs.reset(options={"prefixes": [" is", " is good"]})
     for row, text in enumerate((" is", " is good")):
@@ -127,8 +141,16 @@ def test_a_pad_id_that_the_model_has_not_counts_as_none(pad):
     made = type("Padded", (type(tokenizer),), {"pad_token_id": pad})
     tokenizer.__class__ = made
     model = fakes.causal_lm(vocab_size=7, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    options = {"prompts": ["the cat"], "max_prompt_tokens": 4, "max_new_tokens": 3, "reward": {}, "tokenizer": tokenizer}
-    envs = gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=model, autoreset_mode="NextStep", **options)
+    options = {
+        "prompts": ["the cat"],
+        "max_prompt_tokens": 4,
+        "max_new_tokens": 3,
+        "reward": {},
+        "tokenizer": tokenizer,
+    }
+    envs = gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=2, model=model, autoreset_mode="NextStep", **options
+    )
     assert envs.unwrapped.token_spec.pad_token_id == 2
     obs, _ = envs.reset(seed=0)
     assert envs.observation_space.contains(obs)

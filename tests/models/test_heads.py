@@ -43,7 +43,9 @@ def test_ids_beyond_a_smaller_model_are_impossible_and_those_of_a_larger_one_are
     assert (wider[:, 61:] == -torch.inf).all()
     assert wider.shape == (3, 70)
     assert torch.equal(narrower, logits[:, :50])
-    assert token_logprobs(states, torch.tensor([60, 61, 69]), lm_head(model, 70)).isinf().tolist() == [False, True, True]
+    assert token_logprobs(
+        states, torch.tensor([60, 61, 69]), lm_head(model, 70)
+    ).isinf().tolist() == [False, True, True]
 
 
 def test_unknown_logits_are_refused():
@@ -60,13 +62,17 @@ def test_unknown_logits_are_refused():
     model.forward = shifted
     with pytest.raises(ModelError, match=r"LlamaForCausalLM .* logits in a way that is not known"):
         lm_head(model)
-    with pytest.raises(ModelError, match=r"LlamaModel \(built in memory\) has no language-model head"):
+    with pytest.raises(
+        ModelError, match=r"LlamaModel \(built in memory\) has no language-model head"
+    ):
         lm_head(model.base_model)
 
 
 @pytest.mark.parametrize("name", ["bert_generation", "cpmant", "xlm"])
 def test_language_models_that_look_ahead_are_refused(name):
-    with pytest.raises(ModelError, match=r"\(built in memory\) looks ahead: .*; allowed: causal language models"):
+    with pytest.raises(
+        ModelError, match=r"\(built in memory\) looks ahead: .*; allowed: causal language models"
+    ):
         lm_head(fakes.lm_that_looks_ahead(name))
 
 
@@ -77,7 +83,11 @@ def test_a_learned_prompt_is_no_part_of_the_trunk_and_an_adapter_is(method, kind
     make, model, task_type = lm_head, fakes.causal_lm("llama"), "CAUSAL_LM"
     if kind == "token":
         make, model, task_type = make_scorer, fakes.reward_model("token"), "TOKEN_CLS"
-    options = {"target_modules": ["q_proj"], "init_lora_weights": False} if "Lora" in method else {"num_virtual_tokens": 3}
+    options = (
+        {"target_modules": ["q_proj"], "init_lora_weights": False}
+        if "Lora" in method
+        else {"num_virtual_tokens": 3}
+    )
     tuned = peft.get_peft_model(model, getattr(peft, method)(task_type=task_type, **options)).eval()
     if "Lora" in method:
         assert make(tuned)
@@ -112,8 +122,14 @@ def test_scorer_is_deterministic_and_float32_in_half_precision():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: fakes.reward_model("token", num_labels=2), "LlamaForTokenClassification .* has 2 labels"),
-        (lambda: fakes.reward_model("sequence", num_labels=3), "has 3 labels; allowed: .* with one label"),
+        (
+            lambda: fakes.reward_model("token", num_labels=2),
+            "LlamaForTokenClassification .* has 2 labels",
+        ),
+        (
+            lambda: fakes.reward_model("sequence", num_labels=3),
+            "has 3 labels; allowed: .* with one label",
+        ),
         (lambda: fakes.causal_lm("llama"), "LlamaForCausalLM .* has no scalar head"),
     ],
 )
@@ -152,11 +168,15 @@ def test_token_logprobs_and_gradients_equal_log_softmax(k, hidden, vocab, chunk,
     expected = torch.autograd.grad(plain @ upstream, [states, head.weight])
     actual = token_logprobs(states, tokens, head, temperature=temperature, chunk=chunk)
     torch.testing.assert_close(actual, plain)
-    torch.testing.assert_close(torch.autograd.grad(actual @ upstream, [states, head.weight]), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual @ upstream, [states, head.weight]), expected
+    )
     assert max(head.sizes) <= chunk
     assert sum(head.sizes) == 2 * k  # once forward, once again in the backward
     with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(states, tokens, head, temperature=temperature, chunk=chunk), plain)
+        torch.testing.assert_close(
+            token_logprobs(states, tokens, head, temperature=temperature, chunk=chunk), plain
+        )
     assert sum(head.sizes) == 3 * k
 
 
@@ -164,7 +184,9 @@ def test_no_tensor_of_all_logits_is_kept_for_the_backward():
     kept = []
     head = torch.nn.Linear(4, 50)
     states = torch.randn(64, 4, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         token_logprobs(states, torch.zeros(64, dtype=torch.int64), head, chunk=8)
     assert max(kept) < 8 * 50
 

@@ -6,7 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tokenenv.errors import ModelError
-from tokenenv.models.loading import check_same_tokens, load_causal_lm, load_reward_model, load_tokenizer
+from tokenenv.models.loading import (
+    check_same_tokens,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mamba"])
@@ -59,7 +64,10 @@ def rewrite(directory, change):
 def test_a_head_without_trained_weights_is_an_error_not_a_random_head(tmp_path):
     fakes.saved(fakes.reward_model("token"), tmp_path)
     rewrite(tmp_path, lambda weights: [weights.pop(key) for key in ("score.weight", "score.bias")])
-    with pytest.raises(ModelError, match=r"lacks trained weights for LlamaForTokenClassification: score.bias, score.w"):
+    with pytest.raises(
+        ModelError,
+        match=r"lacks trained weights for LlamaForTokenClassification: score.bias, score.w",
+    ):
         load_reward_model(str(tmp_path))
 
 
@@ -72,15 +80,23 @@ def test_weights_of_the_wrong_shape_are_an_error(tmp_path):
 
 def test_a_trunk_alone_is_no_causal_lm(tmp_path):
     fakes.saved(fakes.causal_lm("llama").base_model, tmp_path)
-    with pytest.raises(ModelError, match=r"lacks trained weights for LlamaForCausalLM: lm_head.weight"):
+    with pytest.raises(
+        ModelError, match=r"lacks trained weights for LlamaForCausalLM: lm_head.weight"
+    ):
         load_causal_lm(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: fakes.causal_lm("llama"), r"is \['LlamaForCausalLM'\]; allowed: sequence- or token-classification"),
-        (lambda: fakes.reward_model("token", num_labels=2), "has 2 labels; allowed: .* with one label"),
+        (
+            lambda: fakes.causal_lm("llama"),
+            r"is \['LlamaForCausalLM'\]; allowed: sequence- or token-classification",
+        ),
+        (
+            lambda: fakes.reward_model("token", num_labels=2),
+            "has 2 labels; allowed: .* with one label",
+        ),
         (lambda: fakes.reward_model("sequence", num_labels=5), "has 5 labels"),
         (lambda: fakes.bidirectional_reward_model(), "looks ahead .*; allowed: causal models"),
     ],
@@ -104,7 +120,9 @@ def test_a_causal_lm_object_is_no_reward_model():
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_reward_model, load_tokenizer])
 def test_a_missing_directory_is_one_clear_error(load, tmp_path):
-    with pytest.raises(ModelError, match=r"nothing-here' cannot be loaded .*allowed: a hub id or a local directory"):
+    with pytest.raises(
+        ModelError, match=r"nothing-here' cannot be loaded .*allowed: a hub id or a local directory"
+    ):
         load(str(tmp_path / "nothing-here"))
 
 
@@ -131,7 +149,10 @@ def test_code_that_comes_with_a_model_runs_only_on_request(tmp_path):
         "class OwnLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnLM"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnLM"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_causal_lm(str(tmp_path))
@@ -149,7 +170,9 @@ def test_a_saved_tokenizer_comes_back_and_an_object_is_returned_itself(tmp_path)
 def test_tokenizers_are_compared_token_by_token():
     policy = fakes.tokenizer()
     check_same_tokens(policy, fakes.tokenizer(), "reference")
-    check_same_tokens(policy, fakes.tokenizer([*fakes.WORDS, "more"]), "reference")  # ids nobody sends
+    check_same_tokens(
+        policy, fakes.tokenizer([*fakes.WORDS, "more"]), "reference"
+    )  # ids nobody sends
     swapped = [fakes.WORDS[1], fakes.WORDS[0], *fakes.WORDS[2:]]
     with pytest.raises(ModelError, match=r"tokenizer of the reward model .* id 3 is 'an', not 'a'"):
         check_same_tokens(policy, fakes.tokenizer(swapped), "reward model")

@@ -1,4 +1,5 @@
-"""The small transformer on top of a bigram: a policy that starts as the reference and can leave it."""
+"""The small transformer on top of a bigram: a policy that starts as the reference and can leave
+it."""
 
 import copy
 
@@ -51,7 +52,9 @@ def test_its_logits_are_the_sum_of_two():
     hidden = model.trunk(input_ids=TOKENS[:1], use_cache=False)[0][0]
     rows = torch.tensor([64, 5, 9, 63, 5])
     expected = hidden @ model.output.weight.T + model.reference.logprobs[rows]
-    torch.testing.assert_close(model.head(model.states(TOKENS, LENGTHS)[0]), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        model.head(model.states(TOKENS, LENGTHS)[0]), expected, atol=1e-4, rtol=1e-5
+    )
 
 
 def test_it_sees_more_than_the_last_token():
@@ -129,7 +132,9 @@ def test_half_precision_does_not_touch_the_reference(vocab_size):
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.head(model.states(tokens, [3])[0])
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, model.reference.logprobs[[vocab_size, vocab_size - 1, vocab_size - 3]])
+    assert torch.equal(
+        logits, model.reference.logprobs[[vocab_size, vocab_size - 1, vocab_size - 3]]
+    )
 
 
 def test_an_agent_can_act_and_learn_with_it():
@@ -143,4 +148,6 @@ def test_an_agent_can_act_and_learn_with_it():
     with torch.no_grad():
         policy.value_head.weight.fill_(1.0)
     states, value_states = policy.states(TOKENS, np.array(LENGTHS))
-    torch.testing.assert_close(policy.value(value_states[:, 2]), states[:, 2, :-1].sum(1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        policy.value(value_states[:, 2]), states[:, 2, :-1].sum(1), atol=1e-4, rtol=1e-5
+    )

@@ -53,7 +53,9 @@ def test_a_model_that_has_read_a_long_text_before_is_fixed_alike(name):
     for model in (used, fixed):
         fix_rope(model, 16)
     for length in (5, 15, 16):
-        torch.testing.assert_close(states(used, text_of(length)), states(fixed, text_of(length)), atol=0, rtol=0)
+        torch.testing.assert_close(
+            states(used, text_of(length)), states(fixed, text_of(length)), atol=0, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", VARYING)

@@ -1,4 +1,5 @@
-"""A vLLM server by URL: the local models' numbers, bounded retries, and runs that outlive it. Against a stand-in."""
+"""A vLLM server by URL: the local models' numbers, bounded retries, and runs that outlive it.
+Against a stand-in."""
 
 import copy
 
@@ -46,14 +47,24 @@ def serve():
 
 
 def make(num_envs=4, **models):
-    options = {"max_prompt_tokens": 4, "max_new_tokens": 8, "kl_coef": 0.3, "autoreset_mode": "SameStep", **models}
+    options = {
+        "max_prompt_tokens": 4,
+        "max_new_tokens": 8,
+        "kl_coef": 0.3,
+        "autoreset_mode": "SameStep",
+        **models,
+    }
     options.setdefault("model", language_model())
-    return gym.make_vec("tokenenv/TextGen-v0", num_envs=num_envs, prompts=PROMPTS, stop_token_ids=STOPS, **options)
+    return gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=num_envs, prompts=PROMPTS, stop_token_ids=STOPS, **options
+    )
 
 
 def some_texts(count=20):
     rng = np.random.default_rng(0)
-    return [PROMPTS[i % 5] for i in range(count)], [rng.integers(12, 19, rng.integers(1, 8)).tolist() for _ in range(count)]
+    return [PROMPTS[i % 5] for i in range(count)], [
+        rng.integers(12, 19, rng.integers(1, 8)).tolist() for _ in range(count)
+    ]
 
 
 def quick(server, **options):
@@ -87,8 +98,14 @@ def test_a_served_reward_model_and_reference_give_the_local_numbers(kind, reward
 
 def test_urls_will_do(serve):
     server = serve(language_model(), reward_model())
-    local, remote = make(reward_model=reward_model()), make(reward_model=server.url, reference=server.url)
-    wanted, found = local.unwrapped.score_episodes(*some_texts()), remote.unwrapped.score_episodes(*some_texts())
+    local, remote = (
+        make(reward_model=reward_model()),
+        make(reward_model=server.url, reference=server.url),
+    )
+    wanted, found = (
+        local.unwrapped.score_episodes(*some_texts()),
+        remote.unwrapped.score_episodes(*some_texts()),
+    )
     np.testing.assert_allclose(found.token_rewards, wanted.token_rewards, atol=1e-5)
 
 
@@ -96,13 +113,18 @@ def test_a_served_implicit_model_pays_its_log_ratio(serve):
     other = fakes.causal_lm(num_hidden_layers=1, seed=5)
     options = {"reward": "implicit", "reward_model": reward_model()}
     local = make(implicit_model=other, **options).unwrapped.score_episodes(*some_texts())
-    remote = make(implicit_model=serve(other).url, **options).unwrapped.score_episodes(*some_texts())
+    remote = make(implicit_model=serve(other).url, **options).unwrapped.score_episodes(
+        *some_texts()
+    )
     np.testing.assert_allclose(remote.token_rewards, local.token_rewards, atol=1e-5)
     assert np.abs(local.terms["implicit"]).max() > 0.01
 
 
 def test_stepping_pays_a_served_reward_at_the_end_and_places_it_where_it_belongs(serve):
-    local, remote = make(reward_model=reward_model()), make(reward_model=serve(None, reward_model()).url)
+    local, remote = (
+        make(reward_model=reward_model()),
+        make(reward_model=serve(None, reward_model()).url),
+    )
     for envs in (local, remote):
         envs.reset(seed=0, options={"prompts": PROMPTS[:4]})
     for token in [12, 13, 14, 15, 16, 17, 18, 12]:
@@ -114,7 +136,9 @@ def test_stepping_pays_a_served_reward_at_the_end_and_places_it_where_it_belongs
 
 def test_a_served_reference_cannot_step_and_says_so(serve):
     envs = make(reward_model=reward_model(), reference=serve(language_model()).url)
-    with pytest.raises(InvalidArgument, match=r"whole texts only.*rollout='vllm' and score_episodes"):
+    with pytest.raises(
+        InvalidArgument, match=r"whole texts only.*rollout='vllm' and score_episodes"
+    ):
         envs.reset(seed=0)
     assert np.isfinite(envs.unwrapped.score_episodes(*some_texts()).token_rewards).all()
 
@@ -154,7 +178,9 @@ def test_a_dead_and_a_slow_server_are_said(serve):
     client = quick(server, timeout=0.2, retries=1)
     assert client.model
     server.delay = 1.0
-    with pytest.raises(ServerError, match=r"in 2 tries of 0.2 s each at most \(.*timed out.*\)\. Is it running"):
+    with pytest.raises(
+        ServerError, match=r"in 2 tries of 0.2 s each at most \(.*timed out.*\)\. Is it running"
+    ):
         client.token_scores([[5, 6]])
     assert server.paths().count("/pooling") == 2
     server.stop()
@@ -177,7 +203,9 @@ def test_the_key_is_sent_and_never_shown(serve, monkeypatch):
 
 SPOILED = {
     "too few": lambda answer: {"data": answer["data"][1:]},
-    "too short": lambda answer: {"data": [{**one, "data": one["data"][1:]} for one in answer["data"]]},
+    "too short": lambda answer: {
+        "data": [{**one, "data": one["data"][1:]} for one in answer["data"]]
+    },
     "no data": lambda answer: {"nothing": 1},
     "text": lambda answer: "hello",
 }
@@ -205,7 +233,8 @@ def test_arguments_are_checked():
 @pytest.mark.parametrize("rollout", ["step", "server"])
 @pytest.mark.parametrize("trouble", ["dead", "slow"])
 def test_a_run_outlives_its_reward_server(rollout, trouble, serve, tmp_path):
-    """An error after bounded tries; an intact checkpoint; and both a new process and the same agent go on."""
+    """An error after bounded tries; an intact checkpoint; and both a new process and the same agent
+    go on."""
     server, path = serve(None, reward_model()), tmp_path / "c"
     how = "step" if rollout == "step" else serve(language_model()).url
 
@@ -251,7 +280,17 @@ def test_the_command_says_it_in_a_line_and_resumes(serve, tmp_path, monkeypatch,
         "max_prompt_tokens",
         "4",
     ]
-    args = ["train", "--env", "tokenenv/TextGen-v0", "--num-envs", "4", "--total-tokens", "200", "--run-dir", str(run)]
+    args = [
+        "train",
+        "--env",
+        "tokenenv/TextGen-v0",
+        "--num-envs",
+        "4",
+        "--total-tokens",
+        "200",
+        "--run-dir",
+        str(run),
+    ]
     args += ["--agent.batch-tokens", "40", "--checkpoint-every", "1", "--options", *options]
 
     stop_at = 6
@@ -282,12 +321,20 @@ def test_the_command_says_it_in_a_line_and_resumes(serve, tmp_path, monkeypatch,
 
 
 def own_adapter(**changes):
-    """A policy whose model has an adapter of another name than ours, beside one that is not active."""
+    """A policy whose model has an adapter of another name than ours, beside one that is not
+    active."""
     peft = pytest.importorskip("peft")
-    options = {"r": 3, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    options = {
+        "r": 3,
+        "target_modules": ["q_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+        "init_lora_weights": False,
+    }
     config = peft.LoraConfig(**{**options, **changes})
     model = peft.get_peft_model(language_model(), config, "mine")
-    model.add_adapter("mine2", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter(
+        "mine2", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     return LMPolicy(model)
 
 
@@ -295,7 +342,10 @@ def test_adapters_that_vllm_does_not_take_are_refused(serve):
     server = serve(language_model())
     spec = make(1, reward_model=reward_model()).unwrapped.token_spec
     for changes in ({"use_dora": True}, {"rank_pattern": {"q_proj": 1}}):
-        with pytest.raises(InvalidArgument, match=r"plain LoRA of one rank, and LlamaForCausalLM has 'mine' \(LORA\)"):
+        with pytest.raises(
+            InvalidArgument,
+            match=r"plain LoRA of one rank, and LlamaForCausalLM has 'mine' \(LORA\)",
+        ):
             VLLMServerEngine(own_adapter(**changes).model, spec, url=server.url)
     several = own_adapter().model
     several.base_model.set_adapter(["mine", "mine2"])
@@ -303,7 +353,11 @@ def test_adapters_that_vllm_does_not_take_are_refused(serve):
         VLLMServerEngine(several, spec, url=server.url)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"policy": own_adapter}], ids=["weights", "adapters", "own adapter"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_rank": 2}, {"policy": own_adapter}],
+    ids=["weights", "adapters", "own adapter"],
+)
 def test_log_probs_are_the_policys_before_and_after_updates(options, serve):
     server = serve(language_model(), key="k")
     options = {name: value() if name == "policy" else value for name, value in options.items()}
@@ -337,7 +391,9 @@ def test_log_probs_are_the_policys_before_and_after_updates(options, serve):
 def test_the_server_goes_on_where_weights_could_not_be_handed_over(serve):
     server = serve(language_model())
     envs = make(2, reward_model=reward_model())
-    engine = VLLMServerEngine(language_model(), envs.unwrapped.token_spec, url=server.url, retries=0)
+    engine = VLLMServerEngine(
+        language_model(), envs.unwrapped.token_spec, url=server.url, retries=0
+    )
     server._collective_rpc = lambda body: "no"
     server.fail = [200, 500]
     with pytest.raises(ServerError, match="/collective_rpc"):

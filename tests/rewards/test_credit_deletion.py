@@ -21,7 +21,11 @@ PAIRS, UNPAID = credit.texts()
 
 def test_equal_texts_are_scored_once():
     seen = []
-    scorer = Words(lambda prompt, response: seen.append((tuple(prompt), tuple(response))) or 10 * len(prompt) + len(response))
+    scorer = Words(
+        lambda prompt, response: (
+            seen.append((tuple(prompt), tuple(response))) or 10 * len(prompt) + len(response)
+        )
+    )
     texts = [([3], [4, 5]), ([3, 4], [5]), ([3], [4, 5]), ([3], [])]
     assert distinct_scores(scorer, texts, 100).tolist() == [12, 21, 12, 10]
     assert len(seen) == len(set(seen)) == 3
@@ -33,7 +37,10 @@ def test_occlusion_is_the_loss_of_each_token_and_the_rest_on_the_last(scorer):
     rewards = placed(Occlusion(), scorer, PAIRS, UNPAID)
     for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
         score = one(scorer, prompt, response)
-        expected = [score - one(scorer, prompt, response[:t] + response[t + 1 :]) for t in range(len(response))]
+        expected = [
+            score - one(scorer, prompt, response[:t] + response[t + 1 :])
+            for t in range(len(response))
+        ]
         expected[:unpaid] = [0.0] * unpaid
         expected[-1] += score - sum(expected)
         close(rewards[row, : len(response)], expected)
@@ -51,13 +58,20 @@ def test_tokens_that_count_for_themselves_get_what_they_count():
     close(placed(Shapley(max_segments=T), scorer, PAIRS, [0] * len(PAIRS)), own)
 
 
-def exact_shapley(scorer: Any, prompt: list[int], response: list[int], unpaid: int, segments: int) -> np.ndarray:
-    """(T,) by the definition: every coalition's gain, weighted by the share of orders in which it is met."""
-    players = np.array_split(np.arange(unpaid, len(response)), min(segments, len(response) - unpaid))
+def exact_shapley(
+    scorer: Any, prompt: list[int], response: list[int], unpaid: int, segments: int
+) -> np.ndarray:
+    """(T,) by the definition: every coalition's gain, weighted by the share of orders in which it
+    is met."""
+    players = np.array_split(
+        np.arange(unpaid, len(response)), min(segments, len(response) - unpaid)
+    )
     everyone, values = range(len(players)), np.zeros(T)
 
     def worth(coalition):
-        kept = [t for t in range(len(response)) if t < unpaid or any(t in players[i] for i in coalition)]
+        kept = [
+            t for t in range(len(response)) if t < unpaid or any(t in players[i] for i in coalition)
+        ]
         return one(scorer, prompt, [response[t] for t in kept])
 
     for player in everyone:
@@ -65,7 +79,9 @@ def exact_shapley(scorer: Any, prompt: list[int], response: list[int], unpaid: i
         for size in range(len(players)):
             weight = 1 / (len(players) * comb(len(others), size))
             for coalition in combinations(others, size):
-                values[players[player]] += weight * (worth({*coalition, player}) - worth(coalition)) / len(players[player])
+                values[players[player]] += (
+                    weight * (worth({*coalition, player}) - worth(coalition)) / len(players[player])
+                )
     return values
 
 
@@ -81,7 +97,10 @@ def test_shapley_values_are_exact_where_all_orders_are_walked(scorer, segments):
 def test_drawn_orders_come_close_to_the_exact_values():
     scorer, (prompt, response) = SCORERS["automaton"](), PAIRS[0]
     exact = exact_shapley(scorer, prompt, response, 0, 5)
-    error = [np.abs(placed(Shapley(5, n), scorer, [(prompt, response)], [0])[0].numpy() - exact).max() for n in (2, 10, 118)]
+    error = [
+        np.abs(placed(Shapley(5, n), scorer, [(prompt, response)], [0])[0].numpy() - exact).max()
+        for n in (2, 10, 118)
+    ]
     assert error[0] > error[1] > error[2]
     assert error[2] < 0.05 * np.abs(exact).max() < error[0]
 
@@ -90,7 +109,9 @@ def test_drawn_orders_have_the_exact_values_as_their_mean():
     """The same game on many texts, whose orders are drawn apart."""
     texts = [([a, b], list(range(10, 15))) for a in range(3, 43) for b in range(3, 43)]
     game = np.random.default_rng(0).normal(size=1024)
-    scorer = Words(lambda prompt, response: float(game[sum(1 << (token - 10) for token in response)]))
+    scorer = Words(
+        lambda prompt, response: float(game[sum(1 << (token - 10) for token in response)])
+    )
     rewards = placed(Shapley(5, 2), scorer, texts, [0] * len(texts)).numpy()
     error = rewards.mean(0) - exact_shapley(scorer, *texts[0], 0, 5)
     assert (rewards.std(0)[:5] > 0.1).all()
@@ -109,11 +130,15 @@ def test_an_order_and_its_reverse_are_exact_for_pairwise_games(seed, segments):
         return float(sum(single[kept]) + sum(pair[a, b] for a, b in combinations(sorted(kept), 2)))
 
     rewards = placed(Shapley(segments, 2), Words(score), [([5], response)], [0])[0, :segments]
-    close(rewards, [single[a] + (pair[a, response].sum() + pair[response, a].sum()) / 2 for a in response])
+    close(
+        rewards,
+        [single[a] + (pair[a, response].sum() + pair[response, a].sum()) / 2 for a in response],
+    )
 
 
 def test_equal_players_are_paid_equally_and_idle_ones_nothing():
-    """Token 7 counts once however often it occurs, 8 adds to each 9, 3 does nothing; two tokens a segment."""
+    """Token 7 counts once however often it occurs, 8 adds to each 9, 3 does nothing; two tokens a
+    segment."""
     scorer = Words(lambda prompt, kept: 2.0 * (7 in kept) + kept.count(8) * kept.count(9) / 4)
     rewards = placed(Shapley(4, 24), scorer, [([5], [7, 3, 3, 3, 8, 9, 3, 7])], [0])[0]
     close(rewards, [0.5, 0.5, 0, 0, 0.125, 0.125, 0.5, 0.5, 0])

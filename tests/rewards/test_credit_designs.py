@@ -1,4 +1,5 @@
-"""Redistributing a score: what attention, occlusion, Shapley values and gradients have in common."""
+"""Redistributing a score: what attention, occlusion, Shapley values and gradients have in
+common."""
 
 from typing import Any
 
@@ -26,7 +27,10 @@ DESIGNS: dict[str, Any] = {
     "gradient": lambda: Gradient(steps=4),
 }
 CASES = [
-    (design, scorer) for design in DESIGNS for scorer in SCORERS if scorer in TRANSFORMERS or design in ("occlusion", "shapley")
+    (design, scorer)
+    for design in DESIGNS
+    for scorer in SCORERS
+    if scorer in TRANSFORMERS or design in ("occlusion", "shapley")
 ]
 PAIRS, UNPAID = credit.texts()
 quiet = pytest.mark.filterwarnings("ignore:reward='gradient':RuntimeWarning")
@@ -55,7 +59,10 @@ def test_a_texts_shares_depend_on_nothing_around_it(design, scorer):
     scorer = SCORERS[scorer]()
     together = placed(DESIGNS[design](), scorer, PAIRS, UNPAID)
     whole = placed(DESIGNS[design](), scorer, PAIRS, UNPAID, max_batch_tokens=10_000)
-    alone = [placed(DESIGNS[design](), scorer, [pair], [n])[0] for pair, n in zip(PAIRS, UNPAID, strict=True)]
+    alone = [
+        placed(DESIGNS[design](), scorer, [pair], [n])[0]
+        for pair, n in zip(PAIRS, UNPAID, strict=True)
+    ]
     close(together, torch.stack(alone))
     close(together, whole)
 
@@ -85,11 +92,23 @@ def test_forwards_are_small_and_the_model_is_left_as_it_was(design, kind):
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 @pytest.mark.parametrize("design", DESIGNS)
 def test_stepping_pays_what_whole_texts_are_paid(design, kind):
-    envs = make_vec(4, AutoresetMode.SAME_STEP, reward=DESIGNS[design](), scorer=kind, kl="none", max_batch_tokens=40)
+    envs = make_vec(
+        4,
+        AutoresetMode.SAME_STEP,
+        reward=DESIGNS[design](),
+        scorer=kind,
+        kl="none",
+        max_batch_tokens=40,
+    )
     episodes = play(envs)
-    whole = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
+    whole = envs.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes]
+    )
     close(whole.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]))
-    close(whole.step_rewards, np.stack([e.padded(e.rewards, whole.step_rewards.shape[1]) for e in episodes]))
+    close(
+        whole.step_rewards,
+        np.stack([e.padded(e.rewards, whole.step_rewards.shape[1]) for e in episodes]),
+    )
     assert len(episodes) > 10
 
 
@@ -97,12 +116,21 @@ def test_stepping_pays_what_whole_texts_are_paid(design, kind):
     ("make", "message"),
     [
         (lambda: Shapley(max_segments=0), "max_segments=0 is not allowed; it must be 1 or more"),
-        (lambda: Shapley(permutations=3), "permutations=3 is not allowed; it must be an even number"),
+        (
+            lambda: Shapley(permutations=3),
+            "permutations=3 is not allowed; it must be an even number",
+        ),
         (lambda: Shapley(permutations=0), "permutations=0 is not allowed"),
         (lambda: Gradient(steps=0), "steps=0 is not allowed"),
         (lambda: Gradient(tolerance=0.0), "tolerance=0.0 is not allowed"),
-        (lambda: bound(Attention(), SCORERS["automaton"]()), "'attention' needs a causal transformers reward model"),
-        (lambda: bound(Gradient(), SCORERS["text"]()), "'gradient' needs a causal transformers reward model"),
+        (
+            lambda: bound(Attention(), SCORERS["automaton"]()),
+            "'attention' needs a causal transformers reward model",
+        ),
+        (
+            lambda: bound(Gradient(), SCORERS["text"]()),
+            "'gradient' needs a causal transformers reward model",
+        ),
         (lambda: bound(Occlusion(), None), "'occlusion' needs a reward model"),
         (lambda: bound(Shapley(), None), "'shapley' needs a reward model"),
     ],

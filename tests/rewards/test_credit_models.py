@@ -1,4 +1,5 @@
-"""Credit read inside the reward model, against hand-made forwards of one text: attention and integrated gradients."""
+"""Credit read inside the reward model, against hand-made forwards of one text: attention and
+integrated gradients."""
 
 import warnings
 from types import SimpleNamespace
@@ -20,12 +21,24 @@ from tokenenv.rewards.gradient import Gradient, quadrature
 from tokenenv.types import Scorer
 
 PAIRS, UNPAID = credit.texts()
-ATTENDING = ("llama", "gpt2", "gpt_neox", "qwen2_mixed", "qwen2_sliding", "gemma2", "gemma3", "granite", "bloom")
+ATTENDING = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "qwen2_mixed",
+    "qwen2_sliding",
+    "gemma2",
+    "gemma3",
+    "granite",
+    "bloom",
+)
 
 
 def summing(trunk: Any, seed: int = 3) -> Scorer:
     """A linear token scorer on any trunk."""
-    weight = torch.randn(trunk.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(
+        trunk.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(seed)
+    )
     return Scorer(trunk, lambda states: states.float() @ weight, per_token=True)
 
 
@@ -40,7 +53,9 @@ def test_attention_shares_the_score_as_the_last_token_attends(architecture):
     eager = fakes.causal_lm(architecture, attn_implementation="eager").base_model
     for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
         text = torch.tensor([prompt + response])
-        weights = eager(text, output_attentions=True).attentions[-1][0].mean(0)[-1, len(prompt) :].numpy()
+        weights = (
+            eager(text, output_attentions=True).attentions[-1][0].mean(0)[-1, len(prompt) :].numpy()
+        )
         weights[:unpaid] = 0
         score = float(score_texts(scorer, [(prompt, response)]))
         close(rewards[row, : len(response)], score * weights / weights.sum())
@@ -48,7 +63,9 @@ def test_attention_shares_the_score_as_the_last_token_attends(architecture):
 
 
 def test_a_sliding_window_ends_credit_before_it():
-    rewards = placed(Attention(), summing(fakes.causal_lm("qwen2_sliding").base_model), PAIRS, UNPAID)
+    rewards = placed(
+        Attention(), summing(fakes.causal_lm("qwen2_sliding").base_model), PAIRS, UNPAID
+    )
     assert (rewards[0] != 0).tolist() == [False] * 4 + [True] * 5
 
 
@@ -76,7 +93,10 @@ def test_the_chosen_attention_comes_back_after_an_error():
 
 def test_parts_of_a_model_keep_their_own_attention():
     whole, part = (nn.Module() for _ in range(2))
-    whole.config, part.config = SimpleNamespace(_attn_implementation="sdpa"), SimpleNamespace(_attn_implementation="flex")
+    whole.config, part.config = (
+        SimpleNamespace(_attn_implementation="sdpa"),
+        SimpleNamespace(_attn_implementation="flex"),
+    )
     whole.part = part
     with eager_attention(whole):
         assert part.config._attn_implementation == whole.config._attn_implementation == "eager"
@@ -88,21 +108,31 @@ def test_a_model_without_attention_is_refused():
         bound(Attention(), summing(fakes.causal_lm("mamba").base_model))
 
 
-def by_hand(scorer: Scorer, prompt: list[int], response: list[int], unpaid: int, steps: int) -> tuple[np.ndarray, float]:
-    """The attributions (T,) of one text and the score of its zero embeddings, the response's embeddings being scaled where
-    the model makes them."""
+def by_hand(
+    scorer: Scorer, prompt: list[int], response: list[int], unpaid: int, steps: int
+) -> tuple[np.ndarray, float]:
+    """The attributions (T,) of one text and the score of its zero embeddings, the response's
+    embeddings being scaled where the model makes them."""
     text, start = torch.tensor([prompt + response]), len(prompt) + unpaid
     made: dict[str, torch.Tensor] = {}
 
     def scale(module, args, output):
         made["plain"] = output.detach()
-        made["scaled"] = torch.cat([output[:, :start], output[:, start:] * made["at"]], 1).detach().requires_grad_()
+        made["scaled"] = (
+            torch.cat([output[:, :start], output[:, start:] * made["at"]], 1)
+            .detach()
+            .requires_grad_()
+        )
         return made["scaled"]
 
     def score_at(at):
         made["at"] = at
         states = scorer.model(input_ids=text)[0][0]
-        return scorer.head(states[len(prompt) :]).sum() if scorer.per_token else scorer.head(states[-1:]).sum()
+        return (
+            scorer.head(states[len(prompt) :]).sum()
+            if scorer.per_token
+            else scorer.head(states[-1:]).sum()
+        )
 
     handle, out = scorer.model.get_input_embeddings().register_forward_hook(scale), np.zeros(T)
     for point, weight in zip(*quadrature(steps), strict=True):
@@ -114,11 +144,16 @@ def by_hand(scorer: Scorer, prompt: list[int], response: list[int], unpaid: int,
     return out, baseline
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3", "granite", "bloom", "mamba"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "gemma2", "gemma3", "granite", "bloom", "mamba"]
+)
 @pytest.mark.parametrize("per_token", [True, False])
 def test_gradient_equals_one_texts_own_autograd(architecture, per_token):
-    # Norms with a large epsilon: near zero embeddings the usual ones blow rounding up a thousandfold.
-    epsilon = {"layer_norm_epsilon" if architecture in ("gpt2", "bloom", "mamba") else "rms_norm_eps": 1.0}
+    # Norms with a large epsilon: near zero embeddings the usual ones blow rounding up a
+    # thousandfold.
+    epsilon = {
+        "layer_norm_epsilon" if architecture in ("gpt2", "bloom", "mamba") else "rms_norm_eps": 1.0
+    }
     linear = summing(fakes.causal_lm(architecture, **epsilon).base_model)
     scorer = Scorer(linear.model, linear.head, per_token)
     rewards = placed(Gradient(steps=3, tolerance=1e9), scorer, PAIRS, UNPAID)
@@ -130,7 +165,9 @@ def test_gradient_equals_one_texts_own_autograd(architecture, per_token):
         np.testing.assert_allclose(rewards[row], expected, rtol=0, atol=2e-5 * size)
 
 
-@pytest.mark.parametrize("make", [smooth, lambda kind: make_scorer(fakes.reward_model(kind, rms_norm_eps=1.0))])
+@pytest.mark.parametrize(
+    "make", [smooth, lambda kind: make_scorer(fakes.reward_model(kind, rms_norm_eps=1.0))]
+)
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_attributions_add_up_to_the_score_less_the_baselines(make, kind):
     """So the last token is paid, besides its own attribution, the score of the zero embeddings."""
@@ -141,7 +178,9 @@ def test_attributions_add_up_to_the_score_less_the_baselines(make, kind):
     for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
         expected, baseline = by_hand(scorer, prompt, response, unpaid, steps=200)
         expected[len(response) - 1] += baseline
-        np.testing.assert_allclose(rewards[row], expected, rtol=0, atol=1e-3 * np.abs(rewards[row]).sum())
+        np.testing.assert_allclose(
+            rewards[row], expected, rtol=0, atol=1e-3 * np.abs(rewards[row]).sum()
+        )
 
 
 class Embeddings(nn.Module):
@@ -154,7 +193,9 @@ class Embeddings(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(fakes.VOCAB_SIZE, 4)
         self.base_model = self
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=fakes.VOCAB_SIZE, hidden_size=4))
+        self.config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(vocab_size=fakes.VOCAB_SIZE, hidden_size=4)
+        )
         self.uses_ids = uses_ids
 
     def get_input_embeddings(self) -> nn.Module:
@@ -177,16 +218,22 @@ def test_a_score_linear_in_the_embeddings_is_shared_exactly_by_one_point():
     scorer = summing(Embeddings().requires_grad_(False))
     rewards = placed(Gradient(steps=1), scorer, PAIRS, UNPAID)
     own = [
-        scorer.head(scorer.model.embed(torch.tensor(response))).tolist() + [0.0] * (T - len(response)) for _, response in PAIRS
+        scorer.head(scorer.model.embed(torch.tensor(response))).tolist()
+        + [0.0] * (T - len(response))
+        for _, response in PAIRS
     ]
-    for row, unpaid in enumerate(UNPAID):  # what the prefix scored is the baseline's, and goes to the last token
+    for row, unpaid in enumerate(
+        UNPAID
+    ):  # what the prefix scored is the baseline's, and goes to the last token
         own[row][len(PAIRS[row][1]) - 1] += sum(own[row][:unpaid])
         own[row][:unpaid] = [0.0] * unpaid
     close(rewards, own)
 
 
 def test_a_trunk_that_reads_more_than_embeddings_is_refused():
-    with pytest.raises(ModelError, match="Embeddings reads tokens other than by their input embeddings"):
+    with pytest.raises(
+        ModelError, match="Embeddings reads tokens other than by their input embeddings"
+    ):
         bound(Gradient(), summing(Embeddings(uses_ids=True)))
 
 
@@ -212,7 +259,10 @@ def test_a_sum_that_stays_wrong_is_warned_of_once_and_paid_on_the_last_token():
     scorer = make_scorer(fakes.reward_model("token"))
     texts = finished(PAIRS, UNPAID, score_texts(scorer, PAIRS))
     term = bound(Gradient(steps=1, tolerance=1e-6), scorer)
-    with pytest.warns(RuntimeWarning, match=r"with 8 points the attributions of 7 text\(s\) miss their sum by up to .*%"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"with 8 points the attributions of 7 text\(s\) miss their sum by up to .*%",
+    ):
         rewards = term.place(texts, T)
     close(rewards.sum(1), texts.score)
     with warnings.catch_warnings():

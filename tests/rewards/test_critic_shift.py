@@ -1,4 +1,5 @@
-"""Shaping is a critic shifted by the potential: the same rewards, the same advantages for every lambda, the same update."""
+"""Shaping is a critic shifted by the potential: the same rewards, the same advantages for every
+lambda, the same update."""
 
 from typing import Any
 
@@ -46,7 +47,8 @@ def terminal(scorer: str, score_truncated: bool) -> Tensor:
 
 
 def potential(scorer: str, score_truncated: bool) -> Tensor:
-    """(B, T + 1): f before each token and at the end, where it stays only if learners bootstrap there."""
+    """(B, T + 1): f before each token and at the end, where it stays only if learners bootstrap
+    there."""
     phi = WORLD.prefix_scores(per_token=scorer == "token")
     phi[scored(score_truncated), WORLD.length[scored(score_truncated)]] = 0.0
     return phi
@@ -59,7 +61,9 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @both_scorers
 @both_ends
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_shaping_is_terminal_plus_the_difference_of_the_potential(scorer: str, score_truncated: bool, gamma: float) -> None:
+def test_shaping_is_terminal_plus_the_difference_of_the_potential(
+    scorer: str, score_truncated: bool, gamma: float
+) -> None:
     phi, base = potential(scorer, score_truncated), terminal(scorer, score_truncated)
     expected = base + (gamma * phi[:, 1:] - phi[:, :-1]) * WORLD.mask
     close(paid(scorer, score_truncated, "terminal"), base)
@@ -72,14 +76,22 @@ def test_shaping_is_terminal_plus_the_difference_of_the_potential(scorer: str, s
 @both_scorers
 @both_ends
 @settings(deadline=None, max_examples=40)
-@given(lambda_=st.floats(0.0, 1.0), gamma=st.just(1.0) | st.floats(0.0, 1.0), seed=st.integers(0, 2**31))
+@given(
+    lambda_=st.floats(0.0, 1.0),
+    gamma=st.just(1.0) | st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**31),
+)
 def test_shaped_rewards_and_a_shifted_critic_give_the_same_advantages(
     scorer: str, score_truncated: bool, lambda_: float, gamma: float, seed: int
 ) -> None:
-    values = torch.randn(WORLD.mask.shape[0], WORLD.mask.shape[1] + 1, generator=torch.Generator().manual_seed(seed)).double()
+    values = torch.randn(
+        WORLD.mask.shape[0], WORLD.mask.shape[1] + 1, generator=torch.Generator().manual_seed(seed)
+    ).double()
     ends = (WORLD.length, ~scored(score_truncated), gamma, lambda_)
     shaped = gae(paid(scorer, score_truncated, Shaping(gamma=gamma)), values, *ends)
-    shifted = gae(terminal(scorer, score_truncated), values + potential(scorer, score_truncated), *ends)
+    shifted = gae(
+        terminal(scorer, score_truncated), values + potential(scorer, score_truncated), *ends
+    )
     close(shaped, shifted)
 
 
@@ -93,24 +105,48 @@ def test_the_shaping_comes_out_of_the_rewards_again(scorer: str, score_truncated
 
 
 class Update:
-    """What one PPO update on the first episodes of an env learns from; `shift` (B, T + 1) is added to its critic."""
+    """What one PPO update on the first episodes of an env learns from; `shift` (B, T + 1) is added
+    to its critic."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, reward: Any, score_truncated: bool, shift: Any = 0.0, **config: Any) -> None:
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        reward: Any,
+        score_truncated: bool,
+        shift: Any = 0.0,
+        **config: Any,
+    ) -> None:
         own = ppo.state_values
-        envs = tasks.make_vec(4, "SameStep", reward=reward, scorer="sequence", score_truncated=score_truncated)
-        agent = PPO(envs, scale_rewards=False, whiten=False, lambda_actor=0.7, lambda_critic=0.3, seed=3, **config)
-        torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        envs = tasks.make_vec(
+            4, "SameStep", reward=reward, scorer="sequence", score_truncated=score_truncated
+        )
+        agent = PPO(
+            envs,
+            scale_rewards=False,
+            whiten=False,
+            lambda_actor=0.7,
+            lambda_critic=0.3,
+            seed=3,
+            **config,
+        )
+        torch.nn.init.normal_(
+            agent.policy.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(0)
+        )
         self.batch = EpisodeBatch.stack(agent.collector.collect(80))
         with patch.context() as inner:
             inner.setattr(ppo, "state_values", lambda *args: own(*args) + shift)
             inner.setattr(agent, "optimise", lambda batch, make_loss: {})
             agent.update(self.batch)
-        self.advantages, self.targets = (self.batch.learned[name] for name in ("advantage", "target"))
+        self.advantages, self.targets = (
+            self.batch.learned[name] for name in ("advantage", "target")
+        )
 
 
 @both_ends
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_ppo_learns_the_same_from_both(monkeypatch: pytest.MonkeyPatch, score_truncated: bool, gamma: float) -> None:
+def test_ppo_learns_the_same_from_both(
+    monkeypatch: pytest.MonkeyPatch, score_truncated: bool, gamma: float
+) -> None:
     shaping = "delta" if gamma == 1.0 else Shaping(gamma=gamma)
     shaped = Update(monkeypatch, shaping, score_truncated, gamma=gamma)
     offset = Update(monkeypatch, shaping, score_truncated, gamma=gamma, critic_offset="potential")

@@ -28,13 +28,20 @@ HAS = {
     "TextGen": TRANSFORMER | {"implicit model", "step ends"},
 }
 """What each id has for a design to build on."""
-CASES = [pytest.param(env_id, design, id=f"{env_id.split('/')[1]}-{design}") for env_id in TASKS for design in DESIGNS]
+CASES = [
+    pytest.param(env_id, design, id=f"{env_id.split('/')[1]}-{design}")
+    for env_id in TASKS
+    for design in DESIGNS
+]
 
 
 def make(env_id: str, design: str) -> Any:
     options = tasks.registered(env_id)
     if "TextGen" in env_id:
-        options |= {"implicit_model": fakes.causal_lm(seed=5, num_hidden_layers=1), "step_end_token_ids": [4, 5, 6]}
+        options |= {
+            "implicit_model": fakes.causal_lm(seed=5, num_hidden_layers=1),
+            "step_end_token_ids": [4, 5, 6],
+        }
     return tasks.make_vec(4, AutoresetMode.SAME_STEP, env_id, reward=design, **options)
 
 
@@ -50,11 +57,17 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
     if lacks:
         with pytest.raises(InvalidArgument) as error:
             make(env_id, design)
-        assert f"reward={design!r} needs {NEEDS[sorted(lacks)[0]]}, which this env has not" in str(error.value)
+        assert f"reward={design!r} needs {NEEDS[sorted(lacks)[0]]}, which this env has not" in str(
+            error.value
+        )
         return
     envs = make(env_id, design)
     # A schedule goes on with every token: of that design, the texts that began with the reset.
-    episodes = tasks.play(envs, steps=tasks.T, stop=0.0) if design == "progressive" else tasks.play(envs, steps=22)
+    episodes = (
+        tasks.play(envs, steps=tasks.T, stop=0.0)
+        if design == "progressive"
+        else tasks.play(envs, steps=22)
+    )
     paid = envs.unwrapped.score_episodes(
         [e.prompt for e in episodes],
         [e.response for e in episodes],
@@ -63,7 +76,8 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
     )
     placed = np.stack([e.infos[-1]["token_rewards"] for e in episodes])
     stepped = np.stack([e.padded(e.rewards, tasks.T) for e in episodes])
-    # An integral adds up slopes of both signs, so its rounding is relative to their sizes (up to 19 here), not to the reward.
+    # An integral adds up slopes of both signs, so its rounding is relative to their sizes (up to 19
+    # here), not to the reward.
     size = np.abs(placed).sum(1, keepdims=True).clip(1.0) if design == "gradient" else 1.0
     tasks.assert_equal(paid.token_rewards / size, placed / size, 1e-5)
     for name, values in paid.token_reward_terms.items():
@@ -80,7 +94,9 @@ def test_no_id_is_left_out() -> None:
 
 
 def test_every_design_runs_somewhere() -> None:
-    assert {design for _, design in (case.values for case in CASES if not missing(*case.values))} == set(DESIGNS)
+    assert {
+        design for _, design in (case.values for case in CASES if not missing(*case.values))
+    } == set(DESIGNS)
 
 
 def test_a_learner_is_told_once_of_a_bias_and_of_what_to_do() -> None:

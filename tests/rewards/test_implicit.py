@@ -24,7 +24,8 @@ INNER = (NODES - 1) // V
 
 
 class Tree:
-    """A language model with logits of its own in each of the texts there are; text c goes on with token y to V c + 1 + y."""
+    """A language model with logits of its own in each of the texts there are; text c goes on with
+    token y to V c + 1 + y."""
 
     slots = None
 
@@ -45,7 +46,8 @@ class TreeWithLogprob(Tree):
 
 
 class World:
-    """A random reference, a random score of every text, V* and the optimal policy, by the soft Bellman equation."""
+    """A random reference, a random score of every text, V* and the optimal policy, by the soft
+    Bellman equation."""
 
     def __init__(self, seed, kind=Tree):
         generator = torch.Generator().manual_seed(seed)
@@ -70,10 +72,22 @@ class World:
         nodes = [0]
         for token in tokens:
             nodes.append(V * nodes[-1] + 1 + token)
-        before, after = (self.states(nodes[part], first) for part, first in ((slice(-1), 0), (slice(1, None), 1)))
+        before, after = (
+            self.states(nodes[part], first) for part, first in ((slice(-1), 0), (slice(1, None), 1))
+        )
         last = torch.arange(len(tokens)) == len(tokens) - 1
-        reference = self.reference.logits.log_softmax(-1)[torch.tensor(nodes[:-1]), torch.tensor(tokens)]
-        return Transitions(torch.tensor(tokens), before, after, last, torch.zeros_like(last), last & scored, reference)
+        reference = self.reference.logits.log_softmax(-1)[
+            torch.tensor(nodes[:-1]), torch.tensor(tokens)
+        ]
+        return Transitions(
+            torch.tensor(tokens),
+            before,
+            after,
+            last,
+            torch.zeros_like(last),
+            last & scored,
+            reference,
+        )
 
     def states(self, nodes, first):
         at = torch.tensor(nodes)
@@ -88,7 +102,9 @@ class World:
             max_prompt_tokens=1,
             max_new_tokens=T,
             stop_token_ids=(STOP,),
-            scorer=Scorer(self.reference, lambda states: self.score[states], False) if scorer else None,
+            scorer=Scorer(self.reference, lambda states: self.score[states], False)
+            if scorer
+            else None,
             implicit_model=self.optimum if implicit else None,
         )
         return Context(TokenSpec(None, V, STOP, (STOP,), 1, T), task, torch.device("cpu"), beta)
@@ -110,10 +126,14 @@ def test_the_exact_optimum_pays_each_token_its_advantage(kind):
         paid = world.bound().reward(batch)
         values = [world.value[s.of(world.reference)] for s in (batch.before, batch.after)]
         torch.testing.assert_close(paid, values[1] - values[0], atol=1e-12, rtol=0)
-        torch.testing.assert_close(paid.sum(), batch.after.score[-1] - world.value[0], atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            paid.sum(), batch.after.score[-1] - world.value[0], atol=1e-12, rtol=0
+        )
 
 
-@given(coef=st.floats(-2, 2), clip=st.floats(0.01, 3), mix=st.floats(-2, 2), seed=st.integers(0, 99))
+@given(
+    coef=st.floats(-2, 2), clip=st.floats(0.01, 3), mix=st.floats(-2, 2), seed=st.integers(0, 99)
+)
 def test_clip_bounds_each_token_and_mix_adds_the_score_where_it_is_due(coef, clip, mix, seed):
     world = World(seed)
     for scored in (True, False):
@@ -121,7 +141,9 @@ def test_clip_bounds_each_token_and_mix_adds_the_score_where_it_is_due(coef, cli
         logprob = world.optimum.logits.log_softmax(-1)[batch.before.of(world.optimum), batch.tokens]
         expected = np.clip(coef * (logprob - batch.ref_logprob).numpy(), -clip, clip)
         expected[-1] += float(mix * scored * batch.after.score[-1].float())
-        np.testing.assert_allclose(world.bound(coef=coef, clip=clip, mix=mix).reward(batch), expected, atol=1e-12)
+        np.testing.assert_allclose(
+            world.bound(coef=coef, clip=clip, mix=mix).reward(batch), expected, atol=1e-12
+        )
 
 
 def test_coef_is_beta_unless_it_is_given():
@@ -129,7 +151,9 @@ def test_coef_is_beta_unless_it_is_given():
     batch = world.transitions([1, 1, 1])
     given_model = Implicit(world.optimum)
     given_model.bind(world.parts(implicit=False))
-    torch.testing.assert_close(world.bound(coef=2 * BETA).reward(batch), 2 * world.bound().reward(batch))
+    torch.testing.assert_close(
+        world.bound(coef=2 * BETA).reward(batch), 2 * world.bound().reward(batch)
+    )
     torch.testing.assert_close(given_model.reward(batch), world.bound().reward(batch))
 
 
@@ -144,9 +168,17 @@ def test_a_token_that_neither_model_has_is_worth_nothing():
 @pytest.mark.parametrize(
     ("options", "parts", "message"),
     [
-        ({}, {"implicit": False}, r"reward='implicit' needs a preference-tuned language model \(implicit_model=\)"),
+        (
+            {},
+            {"implicit": False},
+            r"reward='implicit' needs a preference-tuned language model \(implicit_model=\)",
+        ),
         ({"mix": 1.0}, {"scorer": False}, "reward='implicit' needs a reward model"),
-        ({}, {"beta": 0.0}, r"reward='implicit' takes this env's beta, which is 0; give Implicit\(coef="),
+        (
+            {},
+            {"beta": 0.0},
+            r"reward='implicit' takes this env's beta, which is 0; give Implicit\(coef=",
+        ),
         ({"clip": 0.0}, {}, r"clip=0.0 is not allowed; it must be more than 0"),
         ({"clip": math.nan}, {}, "clip=nan is not allowed"),
     ],
@@ -162,13 +194,16 @@ def test_a_score_is_needed_only_where_it_is_mixed_in():
 
 
 def test_the_optimal_policy_of_the_reward_is_the_model_itself():
-    """At the optimum the implicit reward less the KL penalty is 0 for every text, so nothing is left to gain."""
+    """At the optimum the implicit reward less the KL penalty is 0 for every text, so nothing is
+    left to gain."""
     world = World(4)
     for tokens in world.texts():
         batch = world.transitions(tokens)
         logprob = world.optimum.logits.log_softmax(-1)[batch.before.of(world.optimum), batch.tokens]
         penalty = BETA * (logprob - batch.ref_logprob)
-        torch.testing.assert_close(world.bound().reward(batch) - penalty, torch.zeros(len(tokens), dtype=torch.float64))
+        torch.testing.assert_close(
+            world.bound().reward(batch) - penalty, torch.zeros(len(tokens), dtype=torch.float64)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -178,20 +213,28 @@ def tuned():
 
 def test_stepping_pays_what_scoring_says_with_the_tasks_model(tuned):
     task = dataclasses.replace(toy(scorer="sequence"), implicit_model=tuned)
-    envs = TokenVectorEnv(4, task=task, reward=Implicit(clip=0.2, mix=0.5), autoreset_mode="SameStep")
+    envs = TokenVectorEnv(
+        4, task=task, reward=Implicit(clip=0.2, mix=0.5), autoreset_mode="SameStep"
+    )
     episodes = play(envs)
     assert len(episodes) > 10
     scores = envs.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
     for row, episode in enumerate(episodes):
-        np.testing.assert_allclose(scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-5, rtol=1e-5)
-    paid = np.concatenate([[info["reward_terms"]["implicit"] for info in e.infos[:-1]] for e in episodes])
+        np.testing.assert_allclose(
+            scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-5, rtol=1e-5
+        )
+    paid = np.concatenate(
+        [[info["reward_terms"]["implicit"] for info in e.infos[:-1]] for e in episodes]
+    )
     assert 0 < (np.abs(paid) == np.float32(0.2)).mean() < 1
 
 
 def test_the_reference_itself_pays_nothing_and_costs_no_second_trunk():
     task = toy()
     plain = TokenVectorEnv(2, task=task)
-    envs = TokenVectorEnv(2, task=task, reward=Implicit(task.reference, coef=1.0), autoreset_mode="SameStep")
+    envs = TokenVectorEnv(
+        2, task=task, reward=Implicit(task.reference, coef=1.0), autoreset_mode="SameStep"
+    )
     assert envs.cache_bytes == plain.cache_bytes
     terms = [info["reward_terms"]["implicit"] for e in play(envs, steps=10) for info in e.infos]
     np.testing.assert_allclose(terms, 0.0, atol=1e-6)

@@ -1,4 +1,5 @@
-"""Which forms of the KL penalty have the gradient of E[score - beta KL], by enumeration of every text of a small world."""
+"""Which forms of the KL penalty have the gradient of E[score - beta KL], by enumeration of every
+text of a small world."""
 
 import numpy as np
 import pytest
@@ -27,16 +28,29 @@ def paid_by_env(world: World, kl: str, estimator: str = "k1") -> Tensor:
 
 
 def full_kl(world: World, logits: Tensor) -> Tensor:
-    """KL(pi || pi_ref) (B, T) over the whole vocabulary, in the state before each token, as the agents compute it."""
+    """KL(pi || pi_ref) (B, T) over the whole vocabulary, in the state before each token, as the
+    agents compute it."""
     before, tokens = world.before.flatten(), world.tokens.flatten()
     reference = world.reference.head(before)
-    stats = token_stats(logits[before], tokens, lambda x: x, logits.shape[1], ref_states_KH=reference, ref_head=lambda x: x)
+    stats = token_stats(
+        logits[before],
+        tokens,
+        lambda x: x,
+        logits.shape[1],
+        ref_states_KH=reference,
+        ref_head=lambda x: x,
+    )
     return stats.kl.view_as(world.before) * world.mask
 
 
 @each_world
 def test_k1_paid_by_the_env_is_exact(world: World) -> None:
-    assert relative_error(found_gradient(world, paid_by_env(world, "policy")), world.objective_gradient()) < HOLDS
+    assert (
+        relative_error(
+            found_gradient(world, paid_by_env(world, "policy")), world.objective_gradient()
+        )
+        < HOLDS
+    )
 
 
 @each_world
@@ -58,14 +72,19 @@ def test_k2_and_k3_follow_another_gradient(world: World, estimator: str) -> None
 def test_k3_is_unbiased_as_a_number(world: World) -> None:
     """Its mean is the KL, and still its gradient as a reward is wrong."""
     probs = world.logprob(world.policy).sum(1).exp()
-    k1, k2, k3 = (probs @ paid_by_env(world, "policy", estimator).sum(1) for estimator in ("k1", "k2", "k3"))
+    k1, k2, k3 = (
+        probs @ paid_by_env(world, "policy", estimator).sum(1) for estimator in ("k1", "k2", "k3")
+    )
     torch.testing.assert_close(k3, k1, rtol=1e-5, atol=1e-5)
     assert abs(k2 - k1) > 0.01
 
 
 @each_world
-def test_full_vocabulary_kl_needs_future_penalties_and_the_present_one_differentiated(world: World) -> None:
-    """As a reward it never reaches the token that causes it; as a loss it ignores what the token leads to."""
+def test_full_vocabulary_kl_needs_future_penalties_and_the_present_one_differentiated(
+    world: World,
+) -> None:
+    """As a reward it never reaches the token that causes it; as a loss it ignores what the token
+    leads to."""
     score, penalty = world.rewards(per_token=False), BETA * full_kl(world, world.policy)
     exact, credit = world.objective_gradient(), to_go(score - penalty)
 

@@ -1,4 +1,5 @@
-"""What each reward design keeps, the return and the policy gradient, by enumeration of every text of a small world."""
+"""What each reward design keeps, the return and the policy gradient, by enumeration of every text
+of a small world."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,9 @@ class RandomShares(RewardTerm):
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        shares = torch.rand(len(texts.ids), max_new_tokens, generator=generator) * texts.payable(max_new_tokens)
+        shares = torch.rand(len(texts.ids), max_new_tokens, generator=generator) * texts.payable(
+            max_new_tokens
+        )
         assert texts.score is not None
         return shares / shares.sum(1, keepdim=True) * texts.score[:, None]
 
@@ -41,13 +44,16 @@ REWARDS: dict[str, RewardSpec] = {
     "short segments": Segment(threshold=0.8),
     **{f"steps, {form}": Process(form) for form in FORMS},
 }
-"""Every design that is registered, and a few terms more; the default segments are longer than these texts."""
+"""Every design that is registered, and a few terms more; the default segments are longer than these
+texts."""
 
 
 def fits(scorer: str, name: str) -> bool:
     """Whether an env with this scorer has what the design needs."""
     parts = worlds()[0].env(scorer, reward="terminal")._engine.context
-    return all(parts.has(need) for term in make_terms(REWARDS[name]).values() for need in term.needs)
+    return all(
+        parts.has(need) for term in make_terms(REWARDS[name]).values() for need in term.needs
+    )
 
 
 CASES = [(name, scorer) for name in REWARDS for scorer in SCORERS if fits(scorer, name)]
@@ -56,7 +62,8 @@ cases = pytest.mark.parametrize(("name", "scorer"), CASES)
 
 @dataclass
 class Measured:
-    """A design in one world: what it promises, what it pays, and how far that is from the score and its gradient."""
+    """A design in one world: what it promises, what it pays, and how far that is from the score and
+    its gradient."""
 
     keeps_return: bool
     keeps_gradient: bool
@@ -76,7 +83,9 @@ def measure(world: World, name: str, scorer: str) -> Measured:
     envs = world.env(scorer, reward=REWARDS[name], kl_coef=BETA)
     terms = {key: term for key, term in envs._engine.rewards.terms.items() if key != "kl"}
     paid = world.score(envs, kl_coef=0.0, weights=dict.fromkeys(terms, 1 / len(terms)))
-    rewards, score = (torch.from_numpy(array).double() for array in (paid.token_rewards, paid.score))
+    rewards, score = (
+        torch.from_numpy(array).double() for array in (paid.token_rewards, paid.score)
+    )
     exact = world.gradient_of_mean(lambda logprob: score)
     constant = rewards.sum(1) - score
     return Measured(
@@ -112,8 +121,11 @@ def test_the_gradient_is_kept_where_a_design_says_so(name: str, scorer: str) -> 
 
 
 @cases
-def test_the_whole_return_at_every_token_is_exact_where_the_return_is_kept(name: str, scorer: str) -> None:
-    """In hindsight placements too: what biases them is that reward-to-go leaves earlier shares out."""
+def test_the_whole_return_at_every_token_is_exact_where_the_return_is_kept(
+    name: str, scorer: str
+) -> None:
+    """In hindsight placements too: what biases them is that reward-to-go leaves earlier shares
+    out."""
     for world, m in zip(worlds(), measured(name, scorer), strict=True):
         whole = m.rewards.sum(1, keepdim=True).expand_as(m.rewards)
         error = relative_error(world.policy_gradient(whole), m.exact)
@@ -130,10 +142,17 @@ def test_hindsight_shares_keep_the_return_and_bias_reward_to_go_in_every_world(n
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
 def test_discounted_shaping_keeps_the_discounted_gradient_alone(gamma: float) -> None:
     for world in worlds():
-        shaped, terminal = (world.paid(reward=reward).token_rewards for reward in (Shaping(gamma=gamma), "terminal"))
+        shaped, terminal = (
+            world.paid(reward=reward).token_rewards for reward in (Shaping(gamma=gamma), "terminal")
+        )
         exact = world.policy_gradient(to_go(terminal, gamma))
         assert relative_error(world.policy_gradient(to_go(shaped, gamma)), exact) < HOLDS
-        assert relative_error(world.policy_gradient(to_go(shaped)), world.policy_gradient(to_go(terminal))) > BROKEN
+        assert (
+            relative_error(
+                world.policy_gradient(to_go(shaped)), world.policy_gradient(to_go(terminal))
+            )
+            > BROKEN
+        )
         assert not Shaping(gamma=gamma).preserves_return
 
 
@@ -141,9 +160,16 @@ def test_discounted_shaping_keeps_the_discounted_gradient_alone(gamma: float) ->
 def test_the_score_is_the_worlds_own_and_terminal_pays_it_last(scorer: str) -> None:
     for world in worlds():
         paid = world.paid(scorer, reward="terminal")
-        own = world.shares * world.mask if scorer == "hindsight" else world.rewards(per_token=scorer == "token")
+        own = (
+            world.shares * world.mask
+            if scorer == "hindsight"
+            else world.rewards(per_token=scorer == "token")
+        )
         score = own.sum(1)
         torch.testing.assert_close(torch.from_numpy(paid.score).double(), score, rtol=0, atol=1e-6)
         torch.testing.assert_close(
-            torch.from_numpy(paid.token_rewards).double(), score[:, None] * world.final, rtol=0, atol=1e-6
+            torch.from_numpy(paid.token_rewards).double(),
+            score[:, None] * world.final,
+            rtol=0,
+            atol=1e-6,
         )

@@ -26,7 +26,11 @@ def ends_of(world: World, score_truncated: bool = True) -> Tensor:
 
 def by_hand(world: World, form: str, score_truncated: bool) -> Tensor:
     """(B, T): text by text, step by step."""
-    q, ends, out = world.scores[world.after], ends_of(world, score_truncated), torch.zeros_like(world.mask, dtype=torch.float64)
+    q, ends, out = (
+        world.scores[world.after],
+        ends_of(world, score_truncated),
+        torch.zeros_like(world.mask, dtype=torch.float64),
+    )
     for row in range(len(out)):
         steps = ends[row].nonzero().flatten().tolist()
         if form == "min":
@@ -37,7 +41,11 @@ def by_hand(world: World, form: str, score_truncated: bool) -> Tensor:
             continue
         before = world.scores[0]
         for t in steps:
-            out[row, t] = {"sum": q[row, t], "delta": q[row, t] - before, "clip": min(q[row, t] - FLOOR, 0.0)}[form]
+            out[row, t] = {
+                "sum": q[row, t],
+                "delta": q[row, t] - before,
+                "clip": min(q[row, t] - FLOOR, 0.0),
+            }[form]
             before = q[row, t]
     return out
 
@@ -49,9 +57,16 @@ def paid(world: World, scorer: str, reward: Any, **options: Any) -> Tensor:
 @scorers
 @both_ends
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_pays_its_formula_at_the_ends_of_steps(form: str, score_truncated: bool, scorer: str) -> None:
+def test_each_form_pays_its_formula_at_the_ends_of_steps(
+    form: str, score_truncated: bool, scorer: str
+) -> None:
     for world in worlds():
-        found = paid(world, scorer, Process(form, floor=FLOOR, temperature=TEMPERATURE), score_truncated=score_truncated)
+        found = paid(
+            world,
+            scorer,
+            Process(form, floor=FLOOR, temperature=TEMPERATURE),
+            score_truncated=score_truncated,
+        )
         torch.testing.assert_close(found, by_hand(world, form, score_truncated), rtol=0, atol=1e-6)
 
 
@@ -68,11 +83,14 @@ def test_differences_of_the_sequence_score_preserve_both_and_of_token_scores_nei
         assert term.preserves_return is term.preserves_gradient is preserved
     world = worlds()[2]
     expected = world.rewards(per_token=False).sum(1) - world.scores[0]
-    torch.testing.assert_close(paid(world, "sequence", Process("delta")).sum(1), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        paid(world, "sequence", Process("delta")).sum(1), expected, rtol=0, atol=1e-6
+    )
 
 
 def own_step_scorer(world: World, form: str) -> TokenVectorEnv:
-    """An env whose steps are scored by something else than its score: minus the number of the history."""
+    """An env whose steps are scored by something else than its score: minus the number of the
+    history."""
     task = Task(
         tokenizer=None,
         reference=world.reference,
@@ -96,7 +114,9 @@ def test_a_task_may_have_a_step_scorer_of_its_own() -> None:
     last = world.after.max(1).values
     torch.testing.assert_close(found.sum(1), -last.double(), rtol=0, atol=1e-5)  # the prompt's is 0
     total = torch.from_numpy(world.score(own_step_scorer(world, "sum")).token_rewards).double()
-    torch.testing.assert_close(total, torch.where(ends_of(world), -world.after.double(), 0.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        total, torch.where(ends_of(world), -world.after.double(), 0.0), rtol=0, atol=1e-5
+    )
 
 
 def test_wrong_arguments_and_missing_parts_are_named() -> None:
@@ -104,5 +124,7 @@ def test_wrong_arguments_and_missing_parts_are_named() -> None:
         Process("mean")
     with pytest.raises(InvalidArgument, match=r"temperature=0.0 is not allowed"):
         Process("min", temperature=0.0)
-    with pytest.raises(InvalidArgument, match=r"'process' needs a causal reward model .* which scores steps"):
+    with pytest.raises(
+        InvalidArgument, match=r"'process' needs a causal reward model .* which scores steps"
+    ):
         worlds()[0].env("hindsight", reward="process")

@@ -14,7 +14,15 @@ from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL, kl_estimate
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.shaping import Delta
-from tokenenv.rewards.term import Context, FinishedTexts, RewardSum, RewardTerm, States, Transitions, weight_now
+from tokenenv.rewards.term import (
+    Context,
+    FinishedTexts,
+    RewardSum,
+    RewardTerm,
+    States,
+    Transitions,
+    weight_now,
+)
 from tokenenv.rewards.terminal import MissingEOS, Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
@@ -49,7 +57,11 @@ def parts(*, per_token=True, scorer=True, reference=True):
 
 def states(score, hidden=None):
     values = torch.tensor(score)
-    return States({TRUNK: torch.tensor(hidden) if hidden else values[:, None]}, torch.tensor([1, 1, 3]), values)
+    return States(
+        {TRUNK: torch.tensor(hidden) if hidden else values[:, None]},
+        torch.tensor([1, 1, 3]),
+        values,
+    )
 
 
 def three_rows(**changes):
@@ -73,7 +85,9 @@ def finished():
     """[7 | 5 1] and [7 7 | 5 6 5 6], the second with a prefix of one token."""
     ids = [np.array([7, 5, 1]), np.array([7, 7, 5, 6, 5, 6])]
     tokens = torch.tensor([[7, 5, 1, 0, 0, 0], [7, 7, 5, 6, 5, 6]])
-    return FinishedTexts(tokens, np.array([3, 6]), np.array([1, 2]), np.array([0, 1]), torch.tensor([3.0, -1.0]), ids)
+    return FinishedTexts(
+        tokens, np.array([3, 6]), np.array([1, 2]), np.array([0, 1]), torch.tensor([3.0, -1.0]), ids
+    )
 
 
 def test_terminal_pays_the_score_where_it_is_due():
@@ -84,7 +98,11 @@ def test_terminal_pays_the_score_where_it_is_due():
 
 def test_missing_eos_is_paid_for_scored_cuts_only():
     assert MissingEOS().reward(three_rows()).tolist() == [0.0, 0.0, -1.0]
-    assert MissingEOS().reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [0.0, 0.0, 0.0]
+    assert MissingEOS().reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_token_reads_the_state_after_the_token():
@@ -102,7 +120,9 @@ def test_delta_is_the_difference_of_scores_and_its_potential_the_score():
 def test_delta_telescopes(scores):
     """The sum over a text is its score less the prompt's."""
     values, steps = torch.tensor(scores, dtype=torch.float64), torch.arange(len(scores) - 1)
-    batch = three_rows(before=States({}, steps, values[:-1]), after=States({}, steps + 1, values[1:]))
+    batch = three_rows(
+        before=States({}, steps, values[:-1]), after=States({}, steps + 1, values[1:])
+    )
     torch.testing.assert_close(Delta().reward(batch).sum(), values[-1] - values[0])
 
 
@@ -115,7 +135,9 @@ def test_kl_terms():
     assert ReferenceKL().reward(three_rows()).tolist() == [-1.0, -2.0, -3.0]
     assert PolicyKL().reward(three_rows()).tolist() == [-0.5, 0.0, -2.0]
     assert PolicyKL("k2").reward(three_rows()).tolist() == [-0.125, 0.0, -2.0]
-    torch.testing.assert_close(PolicyKL("k3").reward(three_rows()), -torch.tensor([0.1065307, 0.0, 1.1353353]))
+    torch.testing.assert_close(
+        PolicyKL("k3").reward(three_rows()), -torch.tensor([0.1065307, 0.0, 1.1353353])
+    )
     assert PolicyKL("k1", clamp=0.75).reward(three_rows()).tolist() == [-0.5, 0.0, -0.75]
 
 
@@ -138,7 +160,11 @@ def test_rule_on_token_ids_is_paid_at_the_end():
     rule = Rule(lambda prompt, response: 10 * len(prompt) + len(response), on="tokens")
     assert rule.reward(three_rows()).tolist() == [0.0, 12.0, 24.0]
     assert rule.reward(three_rows(finished=None, finished_at=None)).tolist() == [0.0, 0.0, 0.0]
-    assert rule.reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [0.0, 12.0, 0.0]
+    assert rule.reward(three_rows(scored=torch.tensor([False, True, False]))).tolist() == [
+        0.0,
+        12.0,
+        0.0,
+    ]
 
 
 def test_token_rule_places_one_number_on_each_token():
@@ -149,8 +175,14 @@ def test_token_rule_places_one_number_on_each_token():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (Rule(lambda p, r: float("nan"), on="tokens"), "a reward rule returned nan; it must return a finite number"),
-        (TokenRule(lambda p, r: [1.0], on="tokens"), "a token rule returned 1 numbers for 2 response tokens"),
+        (
+            Rule(lambda p, r: float("nan"), on="tokens"),
+            "a reward rule returned nan; it must return a finite number",
+        ),
+        (
+            TokenRule(lambda p, r: [1.0], on="tokens"),
+            "a token rule returned 1 numbers for 2 response tokens",
+        ),
     ],
 )
 def test_rules_that_return_nonsense_are_named(rule, message):
@@ -167,9 +199,13 @@ def test_placed_rewards_spare_the_prefix_and_the_unscored():
             return torch.ones(2, max_new_tokens)
 
     rewards = RewardSum({"everywhere": Everywhere()}, T)
-    placed = rewards.placed(finished(), torch.tensor([True, True]), {"everywhere": torch.tensor([1.0, 2.0])})
+    placed = rewards.placed(
+        finished(), torch.tensor([True, True]), {"everywhere": torch.tensor([1.0, 2.0])}
+    )
     assert placed["everywhere"].tolist() == [[1, 1, 0, 0], [0, 2, 2, 2]]
-    placed = rewards.placed(finished(), torch.tensor([False, True]), {"everywhere": torch.tensor([1.0, 2.0])})
+    placed = rewards.placed(
+        finished(), torch.tensor([False, True]), {"everywhere": torch.tensor([1.0, 2.0])}
+    )
     assert placed["everywhere"].tolist() == [[0, 0, 0, 0], [0, 2, 2, 2]]
 
 
@@ -181,7 +217,9 @@ def test_a_weight_of_zero_pays_nothing_even_where_the_reference_says_never():
 
 def test_designs_are_found_by_name_term_or_mapping():
     for name in DESIGNS:
-        assert list(make_terms(name)) == (["terminal", "delta"] if name == "progressive" else [name])
+        assert list(make_terms(name)) == (
+            ["terminal", "delta"] if name == "progressive" else [name]
+        )
     terms = make_terms({"dense": "token", "end": ("terminal", 0.5), "rule": Rule(len)})
     assert list(terms) == ["dense", "end", "rule"]
     assert [weight_now(term.weight, 0) for term in terms.values()] == [1.0, 0.5, 1.0]
@@ -209,7 +247,10 @@ def test_one_term_serves_several_envs():
         ({"a": ("token", "much")}, "the weight of 'a' must be a finite number or a schedule"),
         ({"a": ("token", math.nan)}, "the weight of 'a' must be a finite number"),
         ({"mix": ({"a": ("terminal", "high")}, 0.5)}, "the weight of 'a' must be a finite number"),
-        ({"a": ("terminal", 1, 2)}, r"reward= has a tuple of 3 at 'a'; allowed: \(design, weight\)"),
+        (
+            {"a": ("terminal", 1, 2)},
+            r"reward= has a tuple of 3 at 'a'; allowed: \(design, weight\)",
+        ),
         (3, "reward=3 must be a design's name, a RewardTerm, or a mapping"),
     ],
 )
@@ -263,7 +304,10 @@ def test_a_weight_of_0_is_off_whatever_the_term_is_worth(kind):
 
 
 def test_terms_that_read_log_pi_need_actions_that_carry_it():
-    with pytest.raises(InvalidArgument, match="reward term 'p' reads log pi, which actions carry only with kl='policy'"):
+    with pytest.raises(
+        InvalidArgument,
+        match="reward term 'p' reads log pi, which actions carry only with kl='policy'",
+    ):
         tasks.make_vec(2, reward={"p": PolicyKL("k1")})
 
 

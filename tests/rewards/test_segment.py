@@ -35,7 +35,9 @@ class Logits:
 
 REFERENCE = Logits()
 numbers = st.floats(-5, 5, width=32)
-texts = st.lists(st.tuples(numbers, st.lists(numbers, min_size=V, max_size=V)), min_size=2, max_size=8)
+texts = st.lists(
+    st.tuples(numbers, st.lists(numbers, min_size=V, max_size=V)), min_size=2, max_size=8
+)
 """The score and the reference's logits after the prompt, and after each token."""
 
 
@@ -60,7 +62,8 @@ def bound(threshold):
 
 
 def walked(term, text, scored=True):
-    """The transitions of one text whose end is scored or not, with the memories carried along it."""
+    """The transitions of one text whose end is scored or not, with the memories carried along
+    it."""
     score, logits = torch.tensor([s for s, _ in text]), torch.tensor([row for _, row in text])
     steps = torch.arange(len(text))
     states = States({REFERENCE: logits}, steps, score)
@@ -81,7 +84,9 @@ def entropies(text):
 def test_it_adds_up_to_the_score_less_the_prompts_and_pays_at_cuts_alone(text, threshold):
     batch = walked(bound(threshold), text)
     paid = bound(threshold).reward(batch)
-    torch.testing.assert_close(paid.sum(), batch.after.score[-1] - batch.before.score[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        paid.sum(), batch.after.score[-1] - batch.before.score[0], atol=1e-4, rtol=0
+    )
     inside = (entropies(text)[1:] < threshold - 1e-5) & ~batch.scored
     assert (paid[inside] == 0).all()
 
@@ -92,7 +97,9 @@ def test_each_segment_is_paid_for_what_it_added(text, threshold):
     batch = walked(bound(threshold), text)
     sums = bound(threshold).reward(batch).cumsum(0)
     cuts = (entropies(text)[1:] > threshold + 1e-5) | batch.scored
-    torch.testing.assert_close(sums[cuts], (batch.after.score - batch.before.score[0])[cuts], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        sums[cuts], (batch.after.score - batch.before.score[0])[cuts], atol=1e-4, rtol=0
+    )
 
 
 @given(texts)
@@ -144,7 +151,9 @@ def test_what_is_wrong_is_named(threshold, lacking, message):
 
 
 def make(threshold, num_envs=4, **options):
-    return make_vec(num_envs, "SameStep", reward=Segment(threshold), kl="none", scorer="sequence", **options)
+    return make_vec(
+        num_envs, "SameStep", reward=Segment(threshold), kl="none", scorer="sequence", **options
+    )
 
 
 @pytest.mark.parametrize("score_truncated", [True, False])
@@ -152,9 +161,13 @@ def test_stepping_pays_what_scoring_says(score_truncated):
     envs = make(TOY_THRESHOLD, score_truncated=score_truncated)
     episodes = play(envs, steps=40)
     ended = {"truncated": [e.truncated for e in episodes]}
-    scores = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes], **ended)
+    scores = envs.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes], **ended
+    )
     for row, episode in enumerate(episodes):
-        np.testing.assert_allclose(scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(
+            scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-5, rtol=1e-5
+        )
     paid = np.concatenate([e.rewards for e in episodes])
     assert 0.2 < (paid == 0).mean() < 0.8
 
@@ -164,14 +177,20 @@ def test_an_env_cuts_where_the_references_entropy_says():
     for episode in play(make(TOY_THRESHOLD), steps=20):
         text = [*episode.prompt, *episode.response]
         with torch.no_grad():
-            states = text_states(reference(), torch.tensor([text]), [len(text)])[0, len(episode.prompt) :]
+            states = text_states(reference(), torch.tensor([text]), [len(text)])[
+                0, len(episode.prompt) :
+            ]
             entropy = torch.distributions.Categorical(logits=head(states)).entropy()
-        np.testing.assert_array_equal(np.array(episode.rewards[:-1]) != 0, entropy[:-1] > TOY_THRESHOLD)
+        np.testing.assert_array_equal(
+            np.array(episode.rewards[:-1]) != 0, entropy[:-1] > TOY_THRESHOLD
+        )
 
 
 def test_the_extreme_thresholds_are_delta_and_a_terminal_reward():
     delta = make_vec(4, "SameStep", reward="delta", kl="none", scorer="sequence")
-    for each, late, other in zip(play(make(0.0)), play(make(math.log(VOCAB_SIZE) + 1)), play(delta), strict=True):
+    for each, late, other in zip(
+        play(make(0.0)), play(make(math.log(VOCAB_SIZE) + 1)), play(delta), strict=True
+    ):
         np.testing.assert_allclose(each.rewards, other.rewards, atol=1e-6)
         assert not any(late.rewards[:-1])
         np.testing.assert_allclose(late.rewards[-1], sum(other.rewards), atol=1e-5)
@@ -186,4 +205,7 @@ def test_saved_texts_go_on_from_their_last_cut():
     other.unwrapped.load_state(envs.unwrapped.save_state())
     for _ in range(8):
         actions = random_actions(rng, envs)
-        assert_equal(*(copied(dict(enumerate(env.step(actions)[:4]))) for env in (envs, other)), tolerance=1e-5)
+        assert_equal(
+            *(copied(dict(enumerate(env.step(actions)[:4]))) for env in (envs, other)),
+            tolerance=1e-5,
+        )

@@ -1,4 +1,5 @@
-"""The exact optimum of score - beta KL, by enumeration, and the dense rewards that are read off it."""
+"""The exact optimum of score - beta KL, by enumeration, and the dense rewards that are read off
+it."""
 
 import copy
 
@@ -20,8 +21,11 @@ def rewards_of(world: World, scorer: str) -> Tensor:
 
 
 def optimal_policy(world: World, scorer: str) -> Tensor:
-    """log pi* (histories, V), from whole texts: pi*(y) = pi_ref(y) exp(R(y) / beta) / Z, summed over all that go on alike."""
-    weight = (world.logprob(world.reference.logprobs) + rewards_of(world, scorer) / BETA).sum(1).exp()
+    """log pi* (histories, V), from whole texts: pi*(y) = pi_ref(y) exp(R(y) / beta) / Z, summed
+    over all that go on alike."""
+    weight = (
+        (world.logprob(world.reference.logprobs) + rewards_of(world, scorer) / BETA).sum(1).exp()
+    )
     mass = torch.zeros(NUM_HISTORIES, V, dtype=torch.float64)
     mass.index_put_((world.before, world.tokens), weight[:, None] * world.mask, accumulate=True)
     logprobs = (mass / mass.sum(1, keepdim=True)).log()
@@ -29,37 +33,51 @@ def optimal_policy(world: World, scorer: str) -> Tensor:
 
 
 def soft_values(world: World, rewards: Tensor, at_end: Tensor, beta: float = BETA) -> Tensor:
-    """V* (histories,) by the soft Bellman equation; `rewards` on arriving at a history, `at_end` that of finished texts."""
+    """V* (histories,) by the soft Bellman equation; `rewards` on arriving at a history, `at_end`
+    that of finished texts."""
     values, finished = at_end.clone(), set(world.after[world.final].tolist())
     for history in reversed(range((NUM_HISTORIES - 1) // V)):
         if history not in finished:
             onward = (rewards + values)[V * history + 1 : V * history + 1 + V]
-            values[history] = beta * (world.reference.logprobs[history] + onward / beta).logsumexp(0)
+            values[history] = beta * (world.reference.logprobs[history] + onward / beta).logsumexp(
+                0
+            )
     return values
 
 
 def by_history(world: World, values: Tensor, where: Tensor) -> Tensor:
     """`values` (B, T) as a table of the histories after the tokens `where`; 0 in the others."""
-    return torch.zeros(NUM_HISTORIES, dtype=torch.float64).index_put((world.after[where],), values[where])
+    return torch.zeros(NUM_HISTORIES, dtype=torch.float64).index_put(
+        (world.after[where],), values[where]
+    )
 
 
 def advantages(world: World, scorer: str) -> Tensor:
     """r + V*(s') - V*(s) (B, T), with V* of what is still to come."""
     rewards = rewards_of(world, scorer)
-    values = soft_values(world, by_history(world, rewards, world.mask), torch.zeros(NUM_HISTORIES, dtype=torch.float64))
+    values = soft_values(
+        world,
+        by_history(world, rewards, world.mask),
+        torch.zeros(NUM_HISTORIES, dtype=torch.float64),
+    )
     return rewards + (values[world.after] - values[world.before]) * world.mask
 
 
 def whole_values(world: World, scorer: str, beta: float) -> Tensor:
-    """V* (histories,) of the whole score, as an oracle gives it: after the last token it is the score."""
+    """V* (histories,) of the whole score, as an oracle gives it: after the last token it is the
+    score."""
     score = rewards_of(world, scorer).sum(1, keepdim=True).expand_as(world.mask)
-    return soft_values(world, torch.zeros(NUM_HISTORIES), by_history(world, score, world.final), beta)
+    return soft_values(
+        world, torch.zeros(NUM_HISTORIES), by_history(world, score, world.final), beta
+    )
 
 
 @each_world
 @both_scorers
 def test_the_log_ratio_of_the_optimum_is_the_soft_advantage(world: World, scorer: str) -> None:
-    log_ratio = world.logprob(optimal_policy(world, scorer)) - world.logprob(world.reference.logprobs)
+    log_ratio = world.logprob(optimal_policy(world, scorer)) - world.logprob(
+        world.reference.logprobs
+    )
     torch.testing.assert_close(BETA * log_ratio, advantages(world, scorer), rtol=0, atol=1e-12)
 
 
@@ -73,8 +91,11 @@ def test_no_direction_leads_up_from_the_optimum(world: World) -> None:
 
 @each_world
 @both_scorers
-def test_implicit_and_oracle_pay_the_soft_advantage_and_keep_return_and_gradient(world: World, scorer: str) -> None:
-    """An implicit reward does so at the optimum only; see test_preservation.py for any other model."""
+def test_implicit_and_oracle_pay_the_soft_advantage_and_keep_return_and_gradient(
+    world: World, scorer: str
+) -> None:
+    """An implicit reward does so at the optimum only; see test_preservation.py for any other
+    model."""
     score = rewards_of(world, scorer).sum(1)
     start = whole_values(world, scorer, BETA)[0]
     for term in (Implicit(), Oracle()):

@@ -1,4 +1,5 @@
-"""A sequence classifier reads a text at its last token that is not its pad id: in every path, as transformers does."""
+"""A sequence classifier reads a text at its last token that is not its pad id: in every path, as
+transformers does."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -57,7 +58,9 @@ def made(design="terminal", **options):
     return make_vec(4, SAME_STEP, reward=DESIGNS[design], **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_mixed", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma3", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2_mixed", "qwen3", "mistral", "gpt2", "gpt_neox", "gemma3", "bloom"]
+)
 def test_scores_are_the_models_own_whatever_the_architecture(name):
     model = fakes.reward_model("sequence", name)
     scorer = make_scorer(model)
@@ -73,17 +76,25 @@ def test_stepping_equals_scoring_and_transformers(design):
     episodes = play(envs, steps=24, stop=0.3)
     texts = [e.prompt + e.response for e in episodes]
     assert sum(text[-1] == PAD for text in texts) > 3
-    whole = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
+    whole = envs.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes]
+    )
     own = [own_score(text) for text in texts]
     np.testing.assert_allclose([e.infos[-1]["score"] for e in episodes], own, atol=1e-5)
     np.testing.assert_allclose(whole.score, own, atol=1e-5)
-    np.testing.assert_allclose(whole.step_rewards, [e.padded(e.rewards, T) for e in episodes], atol=1e-5)
-    np.testing.assert_allclose(whole.token_rewards, [e.infos[-1]["token_rewards"] for e in episodes], atol=1e-5)
+    np.testing.assert_allclose(
+        whole.step_rewards, [e.padded(e.rewards, T) for e in episodes], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        whole.token_rewards, [e.infos[-1]["token_rewards"] for e in episodes], atol=1e-5
+    )
     total = whole.token_rewards.sum(1)
     if design in PAY_THE_SCORE:
         np.testing.assert_allclose(total, own, atol=1e-4)
     elif design != "worst step":
-        np.testing.assert_allclose(total, np.array(own) - [own_score(e.prompt) for e in episodes], atol=1e-5)
+        np.testing.assert_allclose(
+            total, np.array(own) - [own_score(e.prompt) for e in episodes], atol=1e-5
+        )
     if design == "delta":
         assert all(e.rewards[-1] == 0 for e in episodes if e.response[-1] == PAD)
 
@@ -99,9 +110,13 @@ def test_pad_tokens_inside_a_text_change_no_score_of_its_beginning():
         start = prompt + (prefix or [])
         texts = [start + response[:t] for t in range(len(response) - len(prefix or []) + 1)][:6]
         expected = [own_score(after) - own_score(before) for before, after in pairwise(texts)]
-        np.testing.assert_allclose([reward[row] for _, reward, *_ in steps][: len(expected)], expected, atol=1e-5)
+        np.testing.assert_allclose(
+            [reward[row] for _, reward, *_ in steps][: len(expected)], expected, atol=1e-5
+        )
     scored = envs.unwrapped.score_episodes(prompts[:2], [response] * 2)
-    np.testing.assert_allclose(scored.step_rewards[:, :5], np.stack([r[:2] for _, r, *_ in steps], 1), atol=1e-5)
+    np.testing.assert_allclose(
+        scored.step_rewards[:, :5], np.stack([r[:2] for _, r, *_ in steps], 1), atol=1e-5
+    )
     potentials = [[own_score(prompt + response[:t]) for t in range(T)] for prompt in prompts[:2]]
     np.testing.assert_allclose(scored.potentials[:, :T], potentials, atol=1e-5)
 
@@ -128,7 +143,9 @@ def test_credit_is_read_from_the_token_that_the_score_was_read_at():
     torch.testing.assert_close(attended, alone)
     slopes, alone = bound(Gradient(steps=32), scorer).place(finished(pairs, [0, 0], score), 9)
     torch.testing.assert_close(slopes[0], alone[0], atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(slopes[1:].sum(), alone[1:].sum(), atol=1e-5, rtol=1e-3)  # the rest is on the last token
+    torch.testing.assert_close(
+        slopes[1:].sum(), alone[1:].sum(), atol=1e-5, rtol=1e-3
+    )  # the rest is on the last token
     at_pad = last_attention(scorer.model, torch.tensor([pairs[0][0] + pairs[0][1]]), np.array([6]))
     assert at_pad[0, 5] > 0
 
@@ -149,13 +166,17 @@ def test_a_token_scorer_has_none_and_other_models_code_is_asked():
 
     def reading_at(place):
         model = fakes.reward_model("sequence")
-        model.forward = lambda input_ids, **_: SimpleNamespace(logits=model.score(model.model(input_ids)[0])[:, place])
+        model.forward = lambda input_ids, **_: SimpleNamespace(
+            logits=model.score(model.model(input_ids)[0])[:, place]
+        )
         return model
 
     assert make_scorer(reading_at(-1)).pad_token_id is None  # always the last token
     model = reading_at(-1)
     plain = model.forward
-    model.forward = lambda input_ids, **_: plain(input_ids) if input_ids[0, -1] != PAD else reading_at(0).forward(input_ids)
+    model.forward = lambda input_ids, **_: (
+        plain(input_ids) if input_ids[0, -1] != PAD else reading_at(0).forward(input_ids)
+    )
     with pytest.raises(ModelError, match="computes its logits in a way that is not known here"):
         make_scorer(model)
 

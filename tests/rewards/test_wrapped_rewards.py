@@ -1,4 +1,5 @@
-"""Wrapped reward terms and the mixture that fades: their statistics against NumPy, and what an env pays with them."""
+"""Wrapped reward terms and the mixture that fades: their statistics against NumPy, and what an env
+pays with them."""
 
 import copy
 import pickle
@@ -17,7 +18,14 @@ from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
-from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions, weight_now
+from tokenenv.rewards.term import (
+    Context,
+    FinishedTexts,
+    RewardTerm,
+    States,
+    Transitions,
+    weight_now,
+)
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
@@ -74,21 +82,29 @@ class Doubling(RewardTerm):
 
 def bound(term):
     task = Task(
-        tokenizer=None, reference=object(), prompts=[], max_prompt_tokens=1, max_new_tokens=LONGEST, stop_token_ids=(1,)
+        tokenizer=None,
+        reference=object(),
+        prompts=[],
+        max_prompt_tokens=1,
+        max_new_tokens=LONGEST,
+        stop_token_ids=(1,),
     )
     term.bind(Context(TokenSpec(None, 9, 0, (1,), 1, LONGEST), task, torch.device("cpu"), 0.1))
     return term
 
 
 def batch_of(term, rewards, steps=None, learning=None, statistics=None):
-    """Transitions that `Score` pays `rewards` for, in texts that began with the term's present statistics."""
+    """Transitions that `Score` pays `rewards` for, in texts that began with the term's present
+    statistics."""
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     count = len(rewards)
     steps = torch.zeros(count, dtype=torch.int64) if steps is None else torch.as_tensor(steps)
     statistics = term.statistics() if statistics is None else statistics
     known = {} if statistics is None else {term.name: statistics.expand(count, -1)}
     before, after = States({}, steps, rewards, {}, known), States({}, steps + 1, rewards, {}, known)
-    learning = torch.ones(count, dtype=torch.bool) if learning is None else torch.as_tensor(learning)
+    learning = (
+        torch.ones(count, dtype=torch.bool) if learning is None else torch.as_tensor(learning)
+    )
     none = torch.zeros(count, dtype=torch.bool)
     return Transitions(steps, before, after, none, none, none, learning=learning)
 
@@ -170,7 +186,9 @@ def test_a_text_keeps_the_statistics_it_began_with_and_scoring_teaches_nothing(w
     began = term.statistics()
     first = term.reward(batch_of(term, rewards, steps))
     assert not torch.equal(term.statistics(), began)
-    torch.testing.assert_close(term.reward(batch_of(term, rewards, steps, [False] * 4, began)), first, rtol=0, atol=0)
+    torch.testing.assert_close(
+        term.reward(batch_of(term, rewards, steps, [False] * 4, began)), first, rtol=0, atol=0
+    )
     now = term.statistics()
     batch = batch_of(term, rewards, steps)
     batch.learning = None
@@ -182,17 +200,23 @@ def test_it_is_divided_and_never_shifted():
     term = bound(Scaled(Score()))
     term.reward(batch_of(term, [10.0, 12.0, 20.0]))
     scale = np.std([10.0, 12.0, 20.0])
-    np.testing.assert_allclose(term.reward(batch_of(term, [0.0, 8.0, -8.0])), np.array([0, 8, -8]) / scale, rtol=1e-6)
+    np.testing.assert_allclose(
+        term.reward(batch_of(term, [0.0, 8.0, -8.0])), np.array([0, 8, -8]) / scale, rtol=1e-6
+    )
 
 
 def test_hindsight_terms_are_learned_from_on_their_payable_tokens():
     placed = torch.arange(2.0 * LONGEST).view(2, LONGEST) ** 2
     term = bound(Scaled(Placed(placed)))
-    torch.testing.assert_close(term.place(texts_of(term, [3, 6], [0, 2], learning=False), LONGEST), placed)
+    torch.testing.assert_close(
+        term.place(texts_of(term, [3, 6], [0, 2], learning=False), LONGEST), placed
+    )
     torch.testing.assert_close(term.place(texts_of(term, [3, 6], [0, 2]), LONGEST), placed)
     scale = np.std(np.concatenate([placed[0, :3], placed[1, 2:]]))
     np.testing.assert_allclose(term.statistics(), [scale], rtol=1e-6)
-    np.testing.assert_allclose(term.place(texts_of(term, [3, 6], [0, 2]), LONGEST), placed / scale, rtol=1e-6)
+    np.testing.assert_allclose(
+        term.place(texts_of(term, [3, 6], [0, 2]), LONGEST), placed / scale, rtol=1e-6
+    )
 
 
 # ------------------------------------------------------------------ position
@@ -201,14 +225,18 @@ def test_hindsight_terms_are_learned_from_on_their_payable_tokens():
 def drifting(rng, count=400):
     """Rewards whose mean and deviation change along the text."""
     steps = rng.integers(0, LONGEST, count)
-    return (2 + 0.5 * steps + (0.3 + 0.2 * steps) * rng.normal(size=count)).astype(np.float32), steps
+    return (2 + 0.5 * steps + (0.3 + 0.2 * steps) * rng.normal(size=count)).astype(
+        np.float32
+    ), steps
 
 
 def fitted(rewards, steps):
     """a, c and d by NumPy."""
     log_p = np.log((steps + 1) / LONGEST)
     at = np.unique(steps)
-    std, count = (np.array([f(rewards[steps == t].astype(np.float64)) for t in at]) for f in (np.std, len))
+    std, count = (
+        np.array([f(rewards[steps == t].astype(np.float64)) for t in at]) for f in (np.std, len)
+    )
     c, d = np.polyfit(np.log((at + 1) / LONGEST), std, 1, w=np.sqrt(count))
     return np.polyfit(log_p, rewards.astype(np.float64), 1)[0], c, d
 
@@ -219,11 +247,15 @@ def test_both_lines_are_the_least_squares_fits():
         term.reward(batch_of(term, rewards[part], steps[part]))
     a, m, c, d, least = term.statistics().double().numpy()
     np.testing.assert_allclose([a, c, d], fitted(rewards, steps), rtol=1e-5)
-    within = np.sqrt(np.mean([(rewards[i] - rewards[steps == steps[i]].mean()) ** 2 for i in range(400)]))
+    within = np.sqrt(
+        np.mean([(rewards[i] - rewards[steps == steps[i]].mean()) ** 2 for i in range(400)])
+    )
     np.testing.assert_allclose(least, 0.1 * within, rtol=1e-5)
     log_p = np.log((steps + 1) / LONGEST)
     expected = (rewards - a * (log_p - m)) / np.maximum(c * log_p + d, least)
-    np.testing.assert_allclose(term.reward(batch_of(term, rewards, steps)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        term.reward(batch_of(term, rewards, steps)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @given(st.integers(0, 200), st.integers(1, 60))
@@ -238,8 +270,17 @@ def test_what_is_subtracted_adds_up_to_nothing_over_the_longest_text(seed, count
 def test_the_divisor_is_positive_so_a_larger_reward_is_always_paid_more(seed, count):
     rng = np.random.default_rng(seed)
     term = bound(PositionScaled(Score()))
-    term.reward(batch_of(term, rng.normal(size=count) * rng.exponential(3, count), rng.integers(0, LONGEST, count)))
-    paid = [term.reward(batch_of(term, np.full(LONGEST, x), np.arange(LONGEST), [False] * LONGEST)) for x in (0.0, 1.0)]
+    term.reward(
+        batch_of(
+            term,
+            rng.normal(size=count) * rng.exponential(3, count),
+            rng.integers(0, LONGEST, count),
+        )
+    )
+    paid = [
+        term.reward(batch_of(term, np.full(LONGEST, x), np.arange(LONGEST), [False] * LONGEST))
+        for x in (0.0, 1.0)
+    ]
     assert (paid[1] > paid[0]).all()
     assert paid[1].isfinite().all()
 
@@ -256,7 +297,9 @@ def test_rewards_fixed_by_their_position_are_shifted_and_not_divided():
     term, steps = bound(PositionScaled(Score())), np.tile(np.arange(LONGEST), 3)
     rewards = 2 + 0.7 * np.log((steps + 1) / LONGEST)
     term.reward(batch_of(term, rewards, steps))
-    np.testing.assert_allclose(term.reward(batch_of(term, rewards, steps)), np.full(len(steps), rewards.mean()), rtol=1e-4)
+    np.testing.assert_allclose(
+        term.reward(batch_of(term, rewards, steps)), np.full(len(steps), rewards.mean()), rtol=1e-4
+    )
 
 
 def test_placed_rewards_are_normalised_by_position_as_others_are():
@@ -269,12 +312,16 @@ def test_placed_rewards_are_normalised_by_position_as_others_are():
     paying.reward(batch_of(paying, flat, steps))
     torch.testing.assert_close(placing.statistics(), paying.statistics())
     texts.statistics = {placing.name: placing.statistics().expand(5, -1)}
-    torch.testing.assert_close(placing.place(texts, LONGEST).flatten(), paying.reward(batch_of(paying, flat, steps)))
+    torch.testing.assert_close(
+        placing.place(texts, LONGEST).flatten(), paying.reward(batch_of(paying, flat, steps))
+    )
 
 
 def test_a_line_through_one_place_is_level():
     y = torch.tensor([1.0, 2.0, 9.0], dtype=torch.float64)
-    slope, intercept = line(torch.log(torch.tensor([0.1, 0.7, 1.0]).double()), y, torch.tensor([0.0, 7.0, 0.0]).double())
+    slope, intercept = line(
+        torch.log(torch.tensor([0.1, 0.7, 1.0]).double()), y, torch.tensor([0.0, 7.0, 0.0]).double()
+    )
     assert (float(slope), float(intercept)) == (0.0, 2.0)
 
 
@@ -283,7 +330,13 @@ def test_a_line_through_one_place_is_level():
 
 def test_clipped_bounds_each_token():
     term = bound(Clipped(Score(), -0.5, 2.0))
-    assert term.reward(batch_of(term, [-3.0, -0.5, 0.0, 1.0, 9.0])).tolist() == [-0.5, -0.5, 0.0, 1.0, 2.0]
+    assert term.reward(batch_of(term, [-3.0, -0.5, 0.0, 1.0, 9.0])).tolist() == [
+        -0.5,
+        -0.5,
+        0.0,
+        1.0,
+        2.0,
+    ]
     placed = bound(Clipped(Placed(torch.tensor([[-3.0, 1.0]])), -1.0, 0.5))
     assert placed.place(texts_of(bound(Scaled(Score())), [2], [0]), 2).tolist() == [[-1.0, 0.5]]
 
@@ -299,10 +352,14 @@ def test_each_wrapper_sees_its_own_statistics_alone():
     plain = bound(PositionScaled(Doubling()))
     plain.load_statistics(term.save_statistics()[:-3])
     expected = plain.reward(batch_of(plain, [0.0] * LONGEST, np.arange(LONGEST))) / scale
-    torch.testing.assert_close(term.reward(batch_of(term, [0.0] * LONGEST, np.arange(LONGEST))), expected)
+    torch.testing.assert_close(
+        term.reward(batch_of(term, [0.0] * LONGEST, np.arange(LONGEST))), expected
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: Scaled(Score()), lambda: Clipped(Scaled(PositionScaled(Doubling())), -9, 9)])
+@pytest.mark.parametrize(
+    "make", [lambda: Scaled(Score()), lambda: Clipped(Scaled(PositionScaled(Doubling())), -9, 9)]
+)
 def test_saved_statistics_go_on_where_they_were(make):
     term, other, rng = bound(make()), bound(make()), np.random.default_rng(1)
     term.reward(batch_of(term, *drifting(rng, 20)))
@@ -311,7 +368,9 @@ def test_saved_statistics_go_on_where_they_were(make):
     kept = saved.clone()
     other.load_statistics(saved)
     more = drifting(rng, 20)
-    torch.testing.assert_close(term.reward(batch_of(term, *more)), other.reward(batch_of(other, *more)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        term.reward(batch_of(term, *more)), other.reward(batch_of(other, *more)), rtol=0, atol=0
+    )
     torch.testing.assert_close(term.statistics(), other.statistics(), rtol=0, atol=0)
     np.testing.assert_array_equal(saved, kept)
 
@@ -336,13 +395,18 @@ def test_names_and_weights_are_the_wrapped_terms_unless_given():
 
 @pytest.mark.parametrize("term", [Delta(), Terminal(), Segment(), Uniform(), Score()])
 def test_what_is_promised(term):
-    """A scale keeps what the term does for the gradient, not the return; the others keep neither."""
+    """A scale keeps what the term does for the gradient, not the return; the others keep
+    neither."""
     scaled = Scaled(term)
     assert scaled.preserves_gradient is term.preserves_gradient
     assert scaled.has_potential is term.has_potential
     assert scaled.preserves_return is False
     for broken in (Clipped(term, -1, 1), PositionScaled(term)):
-        assert (broken.has_potential, broken.preserves_return, broken.preserves_gradient) == (False, False, False)
+        assert (broken.has_potential, broken.preserves_return, broken.preserves_gradient) == (
+            False,
+            False,
+            False,
+        )
     for wrapped in (scaled, broken):
         for attribute in ("kind", "needs", "withheld", "has_memory"):
             assert getattr(wrapped, attribute) == getattr(term, attribute)
@@ -351,7 +415,10 @@ def test_what_is_promised(term):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Clipped(Score(), 1.0, 1.0), "low=1.0 and high=1.0 are not allowed; low must be less than high"),
+        (
+            lambda: Clipped(Score(), 1.0, 1.0),
+            "low=1.0 and high=1.0 are not allowed; low must be less than high",
+        ),
         (lambda: Clipped(Score(), np.nan, 1.0), "low=nan and high=1.0 are not allowed"),
         (lambda: Scaled(progressive()), "Scaled takes one term and .* has 2; wrap each of them"),
         (lambda: Scaled("tokn"), "reward='tokn' is not known"),
@@ -369,13 +436,22 @@ def test_what_cannot_be_wrapped_is_named(make, message):
 @pytest.mark.parametrize("start", [0, 50])
 def test_one_design_fades_into_the_other(start):
     terms = make_terms(progressive("token", Uniform(), tokens=200, start=start))
-    for seen, share in ((0, 0.0), (start, 0.0), (start + 50, 0.25), (start + 200, 1.0), (10_000, 1.0)):
+    for seen, share in (
+        (0, 0.0),
+        (start, 0.0),
+        (start + 50, 0.25),
+        (start + 200, 1.0),
+        (10_000, 1.0),
+    ):
         assert weight_now(terms["token"].weight, seen) == 1 - share
         assert weight_now(terms["uniform"].weight, seen) == share
 
 
 def test_its_schedules_can_be_copied_and_pickled():
-    for mapping in (copy.deepcopy(progressive(tokens=10)), pickle.loads(pickle.dumps(progressive(tokens=10)))):
+    for mapping in (
+        copy.deepcopy(progressive(tokens=10)),
+        pickle.loads(pickle.dumps(progressive(tokens=10))),
+    ):
         assert [weight(4) for _, weight in mapping.values()] == [0.6, 0.4]
 
 
@@ -394,12 +470,16 @@ def test_bad_passages_are_named(arguments, options, message):
 
 def test_an_env_pays_one_mixture_for_a_whole_text():
     """Terminal and delta fade into one another; both add up to the score, so every mixture does."""
-    envs = make_vec(4, "SameStep", reward=progressive(tokens=60, start=8), kl="none", scorer="sequence")
+    envs = make_vec(
+        4, "SameStep", reward=progressive(tokens=60, start=8), kl="none", scorer="sequence"
+    )
     shares = []
     for episode in play(envs, steps=40):
         dense = np.array([info["reward_terms"]["delta"] for info in episode.infos])
         score, end = episode.infos[-1]["score"], episode.infos[-1]["reward_terms"]["terminal"]
-        whole = envs.unwrapped.score_episodes([episode.prompt], [episode.response], weights={"delta": 1.0}).terms["delta"]
+        whole = envs.unwrapped.score_episodes(
+            [episode.prompt], [episode.response], weights={"delta": 1.0}
+        ).terms["delta"]
         np.testing.assert_allclose(dense * score, (score - end) * whole[0, : len(dense)], atol=1e-4)
         shares.append(1 - end / score)
     assert shares[0] == 0
@@ -428,15 +508,22 @@ def test_stepping_pays_what_scoring_says_while_nothing_is_learned(name, monkeypa
     play(envs, steps=25, seed=1)
     monkeypatch.setattr("tokenenv.rewards.scaling.updated_moments", lambda moments, *seen: moments)
     episodes = play(envs, steps=30)
-    scores = envs.unwrapped.score_episodes([e.prompt for e in episodes], [e.response for e in episodes])
+    scores = envs.unwrapped.score_episodes(
+        [e.prompt for e in episodes], [e.response for e in episodes]
+    )
     for row, episode in enumerate(episodes):
-        np.testing.assert_allclose(scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-4, rtol=1e-5)
-        np.testing.assert_allclose(scores.token_rewards[row], episode.infos[-1]["token_rewards"], atol=1e-4, rtol=1e-5)
+        np.testing.assert_allclose(
+            scores.step_rewards[row, : len(episode.rewards)], episode.rewards, atol=1e-4, rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            scores.token_rewards[row], episode.infos[-1]["token_rewards"], atol=1e-4, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("design", ["token", "uniform"])
 def test_each_text_is_divided_by_the_deviation_before_it(design):
-    """What a text earns is what it earns unscaled, divided by one number; the number changes from text to text."""
+    """What a text earns is what it earns unscaled, divided by one number; the number changes from
+    text to text."""
     scaled, plain = (play(make(reward), steps=40) for reward in (Scaled(design), design))
     scales = []
     for one, other in zip(scaled, plain, strict=True):
@@ -452,7 +539,9 @@ def test_each_text_is_divided_by_the_deviation_before_it(design):
 def test_an_env_teaches_every_token_once(mode):
     """Also in the rows that took no token: NEXT_STEP's resets."""
     kept, rewards = [], []
-    envs, plain = (make_vec(3, mode, reward=reward, kl="none") for reward in (Scaled("token"), "token"))
+    envs, plain = (
+        make_vec(3, mode, reward=reward, kl="none") for reward in (Scaled("token"), "token")
+    )
     rng = np.random.default_rng(0)
     ended = np.zeros(3, bool)
     for each in (envs, plain):
@@ -478,11 +567,14 @@ def test_saved_texts_go_on_with_their_statistics_and_later_texts_with_what_was_l
     other.unwrapped.load_state(envs.unwrapped.save_state())
     for _ in range(20):
         actions = random_actions(rng, envs)
-        assert_equal(*(copied(dict(enumerate(env.step(actions)))) for env in (envs, other)), tolerance=2e-5)
+        assert_equal(
+            *(copied(dict(enumerate(env.step(actions)))) for env in (envs, other)), tolerance=2e-5
+        )
 
 
 def test_the_potential_is_divided_as_the_rewards_are():
-    """A text's rewards add up to (score - Phi(prompt)) / s, with the potential that the env reports."""
+    """A text's rewards add up to (score - Phi(prompt)) / s, with the potential that the env
+    reports."""
     envs = make(Scaled("delta"), scorer="sequence")
     for episode in play(envs, steps=40):
         potentials = [float(info["potential"]) for info in episode.infos[:-1]]
@@ -492,11 +584,16 @@ def test_the_potential_is_divided_as_the_rewards_are():
     assert (scale != 1).all()
     _, info = envs.reset(seed=0)
     plain = make("delta", scorer="sequence")
-    np.testing.assert_allclose(info["potential"] * scale, plain.reset(seed=0)[1]["potential"], rtol=1e-5)
+    np.testing.assert_allclose(
+        info["potential"] * scale, plain.reset(seed=0)[1]["potential"], rtol=1e-5
+    )
 
 
 def test_a_copied_row_goes_on_as_its_source():
-    envs, rng = make_vec(4, "Disabled", reward=Scaled(Segment(3.4)), kl="none"), np.random.default_rng(0)
+    envs, rng = (
+        make_vec(4, "Disabled", reward=Scaled(Segment(3.4)), kl="none"),
+        np.random.default_rng(0),
+    )
     envs.reset(seed=0)
     envs.step(random_actions(rng, envs, stop=0.0))
     envs.unwrapped.fork([0, 0], [1, 2])
@@ -507,7 +604,9 @@ def test_a_copied_row_goes_on_as_its_source():
 
 
 def test_an_unscored_text_that_is_paid_nothing_teaches_nothing():
-    envs = make_vec(4, "SameStep", reward=Scaled("uniform"), kl="none", score_truncated=False, stops=())
+    envs = make_vec(
+        4, "SameStep", reward=Scaled("uniform"), kl="none", score_truncated=False, stops=()
+    )
     envs.reset(seed=0)
     for _ in range(20):
         envs.step(random_actions(np.random.default_rng(0), envs))

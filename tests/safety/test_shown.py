@@ -29,7 +29,11 @@ def test_each_is_a_dot(character):
 
 
 def test_all_of_unicodes_control_format_and_half_characters_are_dots_but_line_feed_and_tab():
-    steering = {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}}
+    steering = {
+        c
+        for c in map(chr, range(sys.maxunicode + 1))
+        if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    }
     shown = {c for c in steering if visible(c) == c}
     assert shown == {"\n", "\t"}
 
@@ -48,7 +52,12 @@ def test_the_page_has_the_same_characters():
 def test_keys_and_passwords_are_taken_out_of_what_is_kept():
     values = {
         "rollout": "http://me:pass@word@host:8000/v1",
-        "rollout_options": {"api_key": "k", "hf_token": "t", "timeout": 3, "deep": [{"password": "p", "x": 1}]},
+        "rollout_options": {
+            "api_key": "k",
+            "hf_token": "t",
+            "timeout": 3,
+            "deep": [{"password": "p", "x": 1}],
+        },
         "max_new_tokens": 4,
         "stop_token_ids": (1, 2),
     }

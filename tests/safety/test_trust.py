@@ -1,4 +1,5 @@
-"""A run folder is data: nothing in one imports, runs, connects, or is sent a key, unless the command line says so again."""
+"""A run folder is data: nothing in one imports, runs, connects, or is sent a key, unless the
+command line says so again."""
 
 import contextlib
 import dataclasses
@@ -20,29 +21,69 @@ from tokenenv.agents import PPO
 from tokenenv.agents.run.checkpoint import read_checkpoint, read_newest, write_checkpoint
 from tokenenv.agents.run.failures import write_failures
 from tokenenv.cli import Train, load_config, main, said_in, save_config
-from tokenenv.errors import CheckpointError, InvalidArgument, ModelError, NotFinite, RunFolderError, ServerError
+from tokenenv.errors import (
+    CheckpointError,
+    InvalidArgument,
+    ModelError,
+    NotFinite,
+    RunFolderError,
+    ServerError,
+)
 from tokenenv.models.vllm_server import VLLMServer
 from tokenenv.safety.trust import check_from_file
 
-SMALL = ["--num-envs", "4", "--total-tokens", "40", "--agent.batch-tokens", "20", "--agent.epochs", "1"]
+SMALL = [
+    "--num-envs",
+    "4",
+    "--total-tokens",
+    "40",
+    "--agent.batch-tokens",
+    "20",
+    "--agent.epochs",
+    "1",
+]
 TOKENS = ["--env", "tokenenv/Negation-v0", "--options", "max_new_tokens", "4"]
 URL = "http://127.0.0.1:9"
 
 HOSTILE = {
     "a task": {"options": {"task": "subprocess:Popen", "args": "touch PWNED"}},
     "a task of the standard library": {"options": {"task": "os:system"}},
-    "remote code": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "y", "trust_remote_code": "true"}},
-    "remote code, a bool": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "y", "trust_remote_code": True}},
-    "a reward server": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "y", "reward_model": URL}},
-    "a reference server": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "y", "reference": URL}},
-    "a share": {"env": "tokenenv/TextGen-v0", "options": {"model": r"\\host\share", "prompts": "y"}},
-    "prompts by URL": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "https://host/p"}},
-    "a URL in a list": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": ["a", "file:///etc"]}},
+    "remote code": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "y", "trust_remote_code": "true"},
+    },
+    "remote code, a bool": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "y", "trust_remote_code": True},
+    },
+    "a reward server": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "y", "reward_model": URL},
+    },
+    "a reference server": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "y", "reference": URL},
+    },
+    "a share": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": r"\\host\share", "prompts": "y"},
+    },
+    "prompts by URL": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "https://host/p"},
+    },
+    "a URL in a list": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": ["a", "file:///etc"]},
+    },
     "a kernel from the hub": {
         "env": "tokenenv/TextGen-v0",
         "options": {"model": "x", "prompts": "y", "attn_implementation": "someone/kernel"},
     },
-    "gold by name": {"env": "tokenenv/TextGen-v0", "options": {"model": "x", "prompts": "y", "gold": "os:system"}},
+    "gold by name": {
+        "env": "tokenenv/TextGen-v0",
+        "options": {"model": "x", "prompts": "y", "gold": "os:system"},
+    },
     "a reward by module": {"reward": "os:system"},
     "a reward in the options": {"options": {"reward": "os:system"}},
     "a part of a reward": {"options": {"reward": "{a: 'os:system'}"}},
@@ -51,9 +92,15 @@ HOSTILE = {
     "an id of others": {"env": "CartPole-v1"},
     "an algorithm by module": {"algo": "os:system"},
     "texts by a server": {"agent": {"rollout": URL}},
-    "an engine's classes": {"agent": {"rollout": "vllm", "rollout_options": {"worker_cls": "os.system"}}},
-    "an engine's remote code": {"agent": {"rollout": "vllm", "rollout_options": {"trust_remote_code": True}}},
-    "a folder to write to": {"agent": {"rollout": "vllm", "rollout_options": {"weights_dir": "elsewhere"}}},
+    "an engine's classes": {
+        "agent": {"rollout": "vllm", "rollout_options": {"worker_cls": "os.system"}}
+    },
+    "an engine's remote code": {
+        "agent": {"rollout": "vllm", "rollout_options": {"trust_remote_code": True}}
+    },
+    "a folder to write to": {
+        "agent": {"rollout": "vllm", "rollout_options": {"weights_dir": "elsewhere"}}
+    },
     "a tracker": {"track": "wandb"},
     "another run folder": {"run_dir": "elsewhere"},
     "Gymnasium's keywords": {"options": {"vector_kwargs": "{}"}},
@@ -86,8 +133,14 @@ def strange(folder, changes, path):
     (path / "checkpoint").write_bytes((folder / "checkpoint").read_bytes())
     values = yaml.safe_load((folder / "config.yaml").read_text())
     agent = values["agent"] | changes.get("agent", {})
-    options = changes.get("options", {}) if "env" in changes else values["options"] | changes.get("options", {})
-    (path / "config.yaml").write_text(yaml.safe_dump(values | changes | {"agent": agent, "options": options}))
+    options = (
+        changes.get("options", {})
+        if "env" in changes
+        else values["options"] | changes.get("options", {})
+    )
+    (path / "config.yaml").write_text(
+        yaml.safe_dump(values | changes | {"agent": agent, "options": options})
+    )
     return path
 
 
@@ -106,15 +159,24 @@ def test_a_strangers_config_runs_nothing(changes, run_dir, tmp_path, capsys, no_
     monkeypatch.chdir(tmp_path)
     folder = strange(run_dir, changes, tmp_path / "x")
     evaluated = ["evaluate", str(folder), "--num-texts", "2", "--examples", "0"]
-    commands = [["train", "--config", str(folder / "config.yaml"), "--run-dir", "new"], ["train", "--resume", str(folder)]]
-    for argv in commands if "agent" in changes else [*commands, evaluated]:  # evaluating steps, whatever wrote the texts
+    commands = [
+        ["train", "--config", str(folder / "config.yaml"), "--run-dir", "new"],
+        ["train", "--resume", str(folder)],
+    ]
+    for argv in (
+        commands if "agent" in changes else [*commands, evaluated]
+    ):  # evaluating steps, whatever wrote the texts
         error = refused(argv, capsys)
         assert str(folder / "config.yaml") in error or "option=" in error
     assert {path.name for path in tmp_path.iterdir()} == {"x"}
 
 
-@pytest.mark.parametrize("name", ["lock", "episodes.html", "episodes.jsonl", "config.yaml.tmp", "checkpoint.tmp"])
-def test_a_link_in_a_strangers_folder_does_not_lead_what_is_written_out_of_it(name, run_dir, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name", ["lock", "episodes.html", "episodes.jsonl", "config.yaml.tmp", "checkpoint.tmp"]
+)
+def test_a_link_in_a_strangers_folder_does_not_lead_what_is_written_out_of_it(
+    name, run_dir, tmp_path, capsys
+):
     folder, mine = tmp_path / "x", tmp_path / "mine"
     shutil.copytree(run_dir, folder)
     kept = (folder / name).read_bytes() if name == "episodes.jsonl" else b"precious"
@@ -125,7 +187,9 @@ def test_a_link_in_a_strangers_folder_does_not_lead_what_is_written_out_of_it(na
         with contextlib.suppress(SystemExit):
             main(argv)
     assert mine.read_bytes() == kept
-    assert name.endswith(".tmp") or f"{folder / name} is a link to '{mine}'" in capsys.readouterr().err
+    assert (
+        name.endswith(".tmp") or f"{folder / name} is a link to '{mine}'" in capsys.readouterr().err
+    )
 
 
 def test_texts_at_fault_are_not_written_through_a_link(tmp_path):
@@ -145,7 +209,9 @@ def test_a_file_does_not_steer_the_terminal_through_errors_and_warnings(run_dir,
         PPO.load(newest, make_vec())
 
 
-@pytest.mark.parametrize("name", ["remote code", "a reward server", "texts by a server", "an engine's classes", "a task"])
+@pytest.mark.parametrize(
+    "name", ["remote code", "a reward server", "texts by a server", "an engine's classes", "a task"]
+)
 def test_the_error_says_how_the_command_line_says_it_again(name, run_dir, tmp_path, capsys):
     folder = strange(run_dir, HOSTILE[name], tmp_path / "x")
     config = str(folder / "config.yaml")
@@ -168,14 +234,26 @@ def raised_by(call):
 
 def test_what_the_command_line_says_again_is_taken(run_dir, tmp_path):
     path = strange(
-        run_dir, {"env": "tokenenv/TextGen-v0", "options": {"reward_model": URL, "model": "m", "prompts": "p"}}, tmp_path / "x"
+        run_dir,
+        {
+            "env": "tokenenv/TextGen-v0",
+            "options": {"reward_model": URL, "model": "m", "prompts": "p"},
+        },
+        tmp_path / "x",
     )
     made = load_config(path / "config.yaml", {"options.reward_model"})
     assert made.options["reward_model"] == URL
-    with pytest.raises(InvalidArgument, match=f"reward_model='{URL}' opens a connection.*--options reward_model {URL}"):
+    with pytest.raises(
+        InvalidArgument,
+        match=f"reward_model='{URL}' opens a connection.*--options reward_model {URL}",
+    ):
         load_config(path / "config.yaml", {"options.reference"})
-    path = strange(run_dir, {"agent": {"rollout": URL, "rollout_options": {"num_texts": 3}}}, tmp_path / "y")
-    assert load_config(path / "config.yaml", {"agent.rollout"}).agent.rollout_options == {"num_texts": 3}
+    path = strange(
+        run_dir, {"agent": {"rollout": URL, "rollout_options": {"num_texts": 3}}}, tmp_path / "y"
+    )
+    assert load_config(path / "config.yaml", {"agent.rollout"}).agent.rollout_options == {
+        "num_texts": 3
+    }
 
 
 def test_a_local_model_and_prompts_are_data(tmp_path, capsys):
@@ -187,7 +265,18 @@ def test_a_local_model_and_prompts_are_data(tmp_path, capsys):
     options = ["model", model, "reward_model", reward_model, "prompts", str(tmp_path / "p.txt")]
     options += ["max_new_tokens", "4", "max_prompt_tokens", "8"]
     run = tmp_path / "x"
-    main(["train", *SMALL, "--env", "tokenenv/TextGen-v0", "--options", *options, "--run-dir", str(run)])
+    main(
+        [
+            "train",
+            *SMALL,
+            "--env",
+            "tokenenv/TextGen-v0",
+            "--options",
+            *options,
+            "--run-dir",
+            str(run),
+        ]
+    )
     main(["evaluate", str(run), "--num-texts", "4", "--examples", "0"])
     assert "distinct bigrams" in capsys.readouterr().out
 
@@ -204,24 +293,36 @@ def test_a_config_that_lacks_a_field_is_refused(cut, run_dir, tmp_path, capsys):
     values = yaml.safe_load((run_dir / "config.yaml").read_text())
     del (values if cut in values else values["agent"])[cut]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    assert f"lacks the field '{cut}'" in refused(["train", "--config", str(tmp_path / "config.yaml")], capsys)
+    assert f"lacks the field '{cut}'" in refused(
+        ["train", "--config", str(tmp_path / "config.yaml")], capsys
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"num_envs": "many"}, {"num_envs": -1}, {"agent": {"lr": [1]}}, {"agent": {"rollout_options": "x"}}, {"options": {1: 2}}],
+    [
+        {"num_envs": "many"},
+        {"num_envs": -1},
+        {"agent": {"lr": [1]}},
+        {"agent": {"rollout_options": "x"}},
+        {"options": {1: 2}},
+    ],
     ids=str,
 )
 def test_a_config_with_another_type_is_named(changes, run_dir, tmp_path, capsys):
     folder = strange(run_dir, changes, tmp_path / "x")
-    assert str(folder / "config.yaml") in refused(["train", "--config", str(folder / "config.yaml")], capsys)
+    assert str(folder / "config.yaml") in refused(
+        ["train", "--config", str(folder / "config.yaml")], capsys
+    )
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize(
-    "config", [{"rollout": URL}, {"rollout": "vllm", "rollout_options": {"worker_cls": "os.system"}}], ids=str
+    "config",
+    [{"rollout": URL}, {"rollout": "vllm", "rollout_options": {"worker_cls": "os.system"}}],
+    ids=str,
 )
 def test_a_strangers_checkpoint_connects_to_nothing(config, run_dir, tmp_path, no_code):
     state = read_checkpoint(run_dir / "checkpoint")
@@ -230,7 +331,12 @@ def test_a_strangers_checkpoint_connects_to_nothing(config, run_dir, tmp_path, n
     made = load_config(run_dir / "config.yaml")
     with pytest.raises(InvalidArgument, match="no file can ask for"):
         PPO.load(tmp_path / "c", made.make_envs())
-    assert PPO.load(tmp_path / "c", made.make_envs(), rollout="step", rollout_options={}).config.rollout == "step"
+    assert (
+        PPO.load(
+            tmp_path / "c", made.make_envs(), rollout="step", rollout_options={}
+        ).config.rollout
+        == "step"
+    )
 
 
 # ---------------------------------------------------------------- keys
@@ -239,8 +345,12 @@ SECRET = "s3cr3t-k3y"
 
 
 def test_no_file_of_a_run_holds_a_key(tmp_path):
-    agent = dataclasses.replace(PPO.config_class(), rollout_options={"api_key": SECRET, "timeout": 3})
-    config = Train(agent=agent, options={"reward_model": f"http://me:{SECRET}@host:1", "max_new_tokens": "4"})
+    agent = dataclasses.replace(
+        PPO.config_class(), rollout_options={"api_key": SECRET, "timeout": 3}
+    )
+    config = Train(
+        agent=agent, options={"reward_model": f"http://me:{SECRET}@host:1", "max_new_tokens": "4"}
+    )
     save_config(config, tmp_path / "config.yaml")
     made = PPO(make_vec(2), agent)
     made.save(tmp_path / "checkpoint")
@@ -253,8 +363,13 @@ def test_no_file_of_a_run_holds_a_key(tmp_path):
 def test_a_tracker_is_told_no_key(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    for secret in (["--agent.rollout-options", "api_key", SECRET], ["--options", "reward_model", f"http://me:{SECRET}@h"]):
-        error = refused(["train", *SMALL, *secret, "--track", "wandb", "--run-dir", str(tmp_path / "x")], capsys)
+    for secret in (
+        ["--agent.rollout-options", "api_key", SECRET],
+        ["--options", "reward_model", f"http://me:{SECRET}@h"],
+    ):
+        error = refused(
+            ["train", *SMALL, *secret, "--track", "wandb", "--run-dir", str(tmp_path / "x")], capsys
+        )
         assert "VLLM_API_KEY" in error
         assert SECRET not in error
     assert SECRET not in json.dumps(vars(wandb), default=str)
@@ -306,7 +421,9 @@ def test_a_model_folders_own_code_is_not_run(tmp_path):
             "AutoModelForCausalLM": "own.Own",
             "AutoTokenizer": ["own.Own", "own.Own"],
         }
-        (model / name).write_text(json.dumps(values | ({"model_type": "own"} if name == "config.json" else {})))
+        (model / name).write_text(
+            json.dumps(values | ({"model_type": "own"} if name == "config.json" else {}))
+        )
     (model / "own.py").write_text(f"open({str(proof)!r}, 'w')\n")
     with pytest.raises(ModelError, match="cannot be loaded"):
         gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=str(model), prompts=[[4]], reward={})

@@ -1,4 +1,5 @@
-"""Numbers are numbers wherever they are typed; words stay words; YAML files hold plain values alone."""
+"""Numbers are numbers wherever they are typed; words stay words; YAML files hold plain values
+alone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -76,7 +77,10 @@ def test_a_value_is_what_the_option_wants(value, wanted, found):
     assert type(fit("x", value, wanted)) is type(found)
 
 
-@pytest.mark.parametrize(("value", "wanted"), [("1.5", int), ("nan", int), ("yes", bool), ("a", float | None), ([1], str)])
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("1.5", int), ("nan", int), ("yes", bool), ("a", float | None), ([1], str)],
+)
 def test_what_does_not_fit_is_named(value, wanted):
     with pytest.raises(InvalidArgument, match=r"x=.* is not allowed; it must be of type"):
         fit("x", value, wanted)
@@ -87,7 +91,17 @@ CODE = "a: !!python/object/apply:os.system [ls]"
 
 
 @pytest.mark.parametrize(
-    "text", [BOMB, CODE, "a: 1\na: 2", "[" * 5000, "\x00", "k: " + "9" * 5000, "? [a]\n: b", "a: !!binary aGk="]
+    "text",
+    [
+        BOMB,
+        CODE,
+        "a: 1\na: 2",
+        "[" * 5000,
+        "\x00",
+        "k: " + "9" * 5000,
+        "? [a]\n: b",
+        "a: !!binary aGk=",
+    ],
 )
 def test_what_is_no_plain_value_is_refused(text):
     with pytest.raises(InvalidArgument, match="cannot be read as YAML"):
@@ -115,7 +129,16 @@ def test_options_are_what_the_env_and_its_task_want():
 
 def test_numbers_on_the_command_line_and_in_the_config(tmp_path):
     run = tmp_path / "x"
-    flags = ["--num-envs", "0x4", "--total-tokens", "1e2", "--agent.batch-tokens", "5e1", "--agent.lr", "1e-3"]
+    flags = [
+        "--num-envs",
+        "0x4",
+        "--total-tokens",
+        "1e2",
+        "--agent.batch-tokens",
+        "5e1",
+        "--agent.lr",
+        "1e-3",
+    ]
     main(
         [
             "train",
@@ -132,10 +155,17 @@ def test_numbers_on_the_command_line_and_in_the_config(tmp_path):
         ]
     )
     config = load_config(run / "config.yaml")
-    assert (config.num_envs, config.total_tokens, config.agent.batch_tokens, config.agent.lr) == (4, 100, 50, 0.001)
+    assert (config.num_envs, config.total_tokens, config.agent.batch_tokens, config.agent.lr) == (
+        4,
+        100,
+        50,
+        0.001,
+    )
     assert config.make_envs().kl_coef == 0.001
     path = run / "config.yaml"
-    path.write_text(path.read_text().replace("lr: 0.001", "lr: 2e-3").replace("kl_coef: 0.001", "kl_coef: 1e-2"))
+    path.write_text(
+        path.read_text().replace("lr: 0.001", "lr: 2e-3").replace("kl_coef: 0.001", "kl_coef: 1e-2")
+    )
     config = load_config(path)
     assert (config.agent.lr, config.make_envs().kl_coef) == (0.002, 0.01)
 

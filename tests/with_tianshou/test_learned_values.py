@@ -1,4 +1,5 @@
-"""Tianshou's DQN learns the true value of a fresh text: it must not bootstrap where a scored text is cut.
+"""Tianshou's DQN learns the true value of a fresh text: it must not bootstrap where a scored text
+is cut.
 
 The same as `tests/test_learned_values.py`, in an environment of its own.
 """
@@ -15,7 +16,9 @@ ONE = {"max_new_tokens": 4, "reward": {"one": Rule(lambda prompt, response: 1.0,
 
 
 def value(**options):
-    return runpy.run_path(str(EXAMPLE))["train"]("tokenenv/Negation-v0", 10_000, 8, **ONE, **options)
+    return runpy.run_path(str(EXAMPLE))["train"](
+        "tokenenv/Negation-v0", 10_000, 8, **ONE, **options
+    )
 
 
 def test_a_fresh_text_is_worth_what_texts_earn():

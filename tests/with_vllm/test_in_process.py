@@ -1,4 +1,5 @@
-"""vLLM in this process: the same numbers as the local models, before and after an update, by every way weights go."""
+"""vLLM in this process: the same numbers as the local models, before and after an update, by every
+way weights go."""
 
 import gymnasium as gym
 import numpy as np
@@ -21,9 +22,15 @@ def remote(texts):
     """An env whose reward model and reference vLLM runs."""
     reward_model = VLLMRewardModel(LocalVLLM(ASSETS / "reviews-reward", runner="pooling", **SMALL))
     reference = VLLMReference(LocalVLLM(ASSETS / "reviews-lm", **SMALL))
-    models = {"model": str(ASSETS / "reviews-lm"), "reward_model": reward_model, "reference": reference}
+    models = {
+        "model": str(ASSETS / "reviews-lm"),
+        "reward_model": reward_model,
+        "reference": reference,
+    }
     lengths = {"max_prompt_tokens": 10, "max_new_tokens": 40}
-    return gym.make_vec("tokenenv/TextGen-v0", num_envs=2, prompts=texts[0], kl_coef=0.2, **models, **lengths)
+    return gym.make_vec(
+        "tokenenv/TextGen-v0", num_envs=2, prompts=texts[0], kl_coef=0.2, **models, **lengths
+    )
 
 
 def stepped(envs, prompts, responses):
@@ -61,9 +68,15 @@ def test_stepping_scoring_and_vllms_models_give_the_same_rewards(make, remote, t
 
 def test_a_model_that_scores_whole_texts(tmp_path, texts):
     """The raw score of the last token."""
-    from transformers import AutoModelForTokenClassification, AutoTokenizer, LlamaForSequenceClassification
+    from transformers import (
+        AutoModelForTokenClassification,
+        AutoTokenizer,
+        LlamaForSequenceClassification,
+    )
 
-    tokens = AutoModelForTokenClassification.from_pretrained(ASSETS / "reviews-reward", dtype=torch.float32)
+    tokens = AutoModelForTokenClassification.from_pretrained(
+        ASSETS / "reviews-reward", dtype=torch.float32
+    )
     config = tokens.config
     config.pad_token_id = 0
     model = LlamaForSequenceClassification(config).eval()
@@ -81,7 +94,8 @@ def test_a_model_that_scores_whole_texts(tmp_path, texts):
 
 
 class Mailbox:
-    """Weight transfer without GPUs, by vLLM's own protocol: sender and receiver share this process."""
+    """Weight transfer without GPUs, by vLLM's own protocol: sender and receiver share this
+    process."""
 
     box: list = []  # noqa: RUF012
 
@@ -137,14 +151,20 @@ class Mailbox:
                 self.client.update_weights({"names": names})
                 self.client.finish_weight_update()
 
-        for registry, cls in ((factory.WeightTransferEngineFactory, Receiver), (factory.WeightTransferTrainerFactory, Sender)):
-            monkeypatch.setattr(registry, "_registry", {**registry._registry, "mailbox": lambda cls=cls: cls})
+        for registry, cls in (
+            (factory.WeightTransferEngineFactory, Receiver),
+            (factory.WeightTransferTrainerFactory, Sender),
+        ):
+            monkeypatch.setattr(
+                registry, "_registry", {**registry._registry, "mailbox": lambda cls=cls: cls}
+            )
         monkeypatch.setitem(rollout.TRANSFERS, "mailbox", lambda num_workers: Info(rank=0))
 
 
 @pytest.mark.parametrize("how", ["memory", "disk", "mailbox", "lora"])
 def test_log_probs_are_the_policys_before_and_after_updates(how, make, monkeypatch):
-    """Tied embeddings included, whose output layer vLLM keeps packed. Without a hand-over the log-probs are far off."""
+    """Tied embeddings included, whose output layer vLLM keeps packed. Without a hand-over the
+    log-probs are far off."""
     options = {"lora_rank": 4} if how == "lora" else {"rollout_options": {"weight_sync": how}}
     if how == "mailbox":
         Mailbox.register(monkeypatch)
@@ -161,7 +181,8 @@ def test_log_probs_are_the_policys_before_and_after_updates(how, make, monkeypat
 
 
 def test_a_text_that_straddles_an_update_goes_on_with_the_new_weights(make):
-    """Each token's log-prob is that of the weights it was drawn with: the caches are read again in the middle of a text."""
+    """Each token's log-prob is that of the weights it was drawn with: the caches are read again in
+    the middle of a text."""
     agent = PPO(make(32), rollout="vllm", max_staleness=1, lr=3e-3)
     old = {name: weight.detach().clone() for name, weight in agent.policy.state_dict().items()}
     batch = mismatch(agent)[1]
@@ -180,7 +201,9 @@ def test_a_text_that_straddles_an_update_goes_on_with_the_new_weights(make):
     drawn_with_new = (new_BT - both.logprob_BT).abs() < 1e-4
     drawn_with_old = (old_BT - both.logprob_BT).abs() < 1e-4
     assert (drawn_with_new | drawn_with_old)[both.mask_BT].all()
-    switched_B = (drawn_with_old & ~drawn_with_new).any(1) & (drawn_with_new & ~drawn_with_old).any(1)
+    switched_B = (drawn_with_old & ~drawn_with_new).any(1) & (drawn_with_new & ~drawn_with_old).any(
+        1
+    )
     assert switched_B.any()
 
 

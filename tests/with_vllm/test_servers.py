@@ -1,4 +1,5 @@
-"""vLLM servers: the same numbers, new weights, and what happens when one dies in the middle of a run."""
+"""vLLM servers: the same numbers, new weights, and what happens when one dies in the middle of a
+run."""
 
 import signal
 
@@ -22,7 +23,9 @@ def servers(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     made = {
         "policy": Server("reviews-lm", logs / "policy", *POLICY),
-        "lora": Server("reviews-lm", logs / "lora", *POLICY, "--enable-lora", "--max-lora-rank", "8"),
+        "lora": Server(
+            "reviews-lm", logs / "lora", *POLICY, "--enable-lora", "--max-lora-rank", "8"
+        ),
         "reward": Server("reviews-reward", logs / "reward", "--runner", "pooling"),
     }
     for server in made.values():
@@ -43,7 +46,12 @@ def textgen(prompts, reward_model, num_envs=2, **options):
     lengths = {"max_prompt_tokens": 10, "max_new_tokens": 40, "kl_coef": 0.2}
     models = {"model": str(ASSETS / "reviews-lm"), "reward_model": reward_model, **options}
     return gym.make_vec(
-        "tokenenv/TextGen-v0", num_envs=num_envs, prompts=prompts, autoreset_mode="SameStep", **models, **lengths
+        "tokenenv/TextGen-v0",
+        num_envs=num_envs,
+        prompts=prompts,
+        autoreset_mode="SameStep",
+        **models,
+        **lengths,
     )
 
 
@@ -66,7 +74,9 @@ def test_a_wrong_key_is_said(servers):
 
 @pytest.mark.parametrize(("name", "options"), [("policy", {}), ("lora", {"lora_rank": 4})])
 def test_log_probs_are_the_policys_before_and_after_updates(name, options, servers, make):
-    agent = PPO(make(), rollout=servers[name].url, max_staleness=0, lr=3e-3, temperature=0.7, **options)
+    agent = PPO(
+        make(), rollout=servers[name].url, max_staleness=0, lr=3e-3, temperature=0.7, **options
+    )
     found, batch = mismatch(agent)
     assert found < 1e-4
     for _ in range(2):
@@ -96,7 +106,8 @@ def test_a_server_with_raw_log_probs_is_refused(make, tmp_path):
 
 @pytest.mark.parametrize("rollout", ["step", "vllm"])
 def test_a_run_survives_a_reward_server_that_is_slow_or_dead(rollout, servers, texts, tmp_path):
-    """An error after bounded tries, an intact checkpoint, and the run goes on when the server is back."""
+    """An error after bounded tries, an intact checkpoint, and the run goes on when the server is
+    back."""
     server, path = servers["reward"], tmp_path / "checkpoint"
     prompts = texts[0]
 

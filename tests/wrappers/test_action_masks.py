@@ -1,4 +1,5 @@
-"""`ActionMask`: what may follow each text, by the reference's nucleus, a regular expression or a grammar."""
+"""`ActionMask`: what may follow each text, by the reference's nucleus, a regular expression or a
+grammar."""
 
 import re
 import sys
@@ -17,7 +18,11 @@ from tokenenv.errors import FinishedRow, InvalidAction, InvalidArgument, Missing
 from tokenenv.wrappers.action_spaces import ActionMask, nucleus
 
 V, N = fakes.VOCAB_SIZE, 4
-NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
+NEXT_STEP, SAME_STEP, DISABLED = (
+    AutoresetMode.NEXT_STEP,
+    AutoresetMode.SAME_STEP,
+    AutoresetMode.DISABLED,
+)
 SENTENCE = "(the|a) (cat|dog|bird) (is|was) (very )*(good|bad)"
 GRAMMAR = """
 start: " "? subject " " verb (" and " subject " " verb)*
@@ -60,18 +65,28 @@ BUNDLED = {
 
 @pytest.mark.parametrize("env_id", list(BUNDLED))
 def test_every_finished_text_matches_the_expression(env_id: str) -> None:
-    envs = ActionMask(gym.make_vec(f"tokenenv/{env_id}", num_envs=16, autoreset_mode=SAME_STEP), regex=BUNDLED[env_id])
+    envs = ActionMask(
+        gym.make_vec(f"tokenenv/{env_id}", num_envs=16, autoreset_mode=SAME_STEP),
+        regex=BUNDLED[env_id],
+    )
     texts = finished_texts(envs, 60)
     assert len(set(texts)) >= 10
-    assert [text for text in texts if not re.fullmatch(BUNDLED[env_id], text.removeprefix(" "))] == []
+    assert [
+        text for text in texts if not re.fullmatch(BUNDLED[env_id], text.removeprefix(" "))
+    ] == []
 
 
-@pytest.mark.parametrize("option", [{"regex": GRAMMAR_AS_REGEX}, {"grammar": GRAMMAR}], ids=["regex", "grammar"])
+@pytest.mark.parametrize(
+    "option", [{"regex": GRAMMAR_AS_REGEX}, {"grammar": GRAMMAR}], ids=["regex", "grammar"]
+)
 def test_a_grammar_says_what_the_same_expression_says(option: dict[str, str]) -> None:
     texts = finished_texts(ActionMask(wordy(max_new_tokens=12), **option), 60)
     assert len(set(texts)) >= 6
     assert [text for text in texts if not re.fullmatch(GRAMMAR_AS_REGEX, text)] == []
-    grammar, regex = ActionMask(wordy(), grammar=GRAMMAR), ActionMask(wordy(), regex=GRAMMAR_AS_REGEX)
+    grammar, regex = (
+        ActionMask(wordy(), grammar=GRAMMAR),
+        ActionMask(wordy(), regex=GRAMMAR_AS_REGEX),
+    )
     rng = np.random.default_rng(1)
     for envs in (grammar, regex):
         envs.reset(seed=0)
@@ -86,9 +101,13 @@ def test_the_first_words_are_exactly_those_of_the_expression() -> None:
     envs = ActionMask(wordy(), regex=SENTENCE)
     envs.reset(seed=0)
     words = envs.unwrapped.token_spec.tokenizer.convert_ids_to_tokens
-    assert [set(words(np.flatnonzero(row).tolist())) for row in envs.action_masks()] == [{"the", "a"}] * N
+    assert [set(words(np.flatnonzero(row).tolist())) for row in envs.action_masks()] == [
+        {"the", "a"}
+    ] * N
     envs.step(np.array([row.argmax() for row in envs.action_masks()]))
-    assert [set(words(np.flatnonzero(row).tolist())) for row in envs.action_masks()] == [{"cat", "dog", "bird"}] * N
+    assert [set(words(np.flatnonzero(row).tolist())) for row in envs.action_masks()] == [
+        {"cat", "dog", "bird"}
+    ] * N
 
 
 def test_a_stop_token_is_allowed_exactly_where_the_text_matches() -> None:
@@ -106,12 +125,15 @@ def test_a_stop_token_is_allowed_exactly_where_the_text_matches() -> None:
 
 
 def test_a_word_that_is_the_beginning_of_another_does_not_lead_astray() -> None:
-    """The tokens "a" and "an" both begin "an old": one of them leads nowhere, as tokens are words."""
+    """The tokens "a" and "an" both begin "an old": one of them leads nowhere, as tokens are
+    words."""
     envs = ActionMask(wordy(), regex="an (old|on) (cat|film)")
     envs.reset(seed=0)
     words = envs.unwrapped.token_spec.tokenizer.convert_ids_to_tokens
     assert words(np.flatnonzero(envs.action_masks()[0]).tolist()) == ["an"]
-    assert set(finished_texts(envs, 30)) == {f"an {middle} {end}" for middle in ("old", "on") for end in ("cat", "film")}
+    assert set(finished_texts(envs, 30)) == {
+        f"an {middle} {end}" for middle in ("old", "on") for end in ("cat", "film")
+    }
 
 
 def test_where_no_token_goes_on_to_a_match_the_text_ends() -> None:
@@ -120,7 +142,12 @@ def test_where_no_token_goes_on_to_a_match_the_text_ends() -> None:
     assert [np.flatnonzero(row).tolist() for row in envs.action_masks()] == [sorted(STOPS)] * N
     envs = ActionMask(wordy(), regex="the cat")
     envs.reset(seed=0, options={"prefixes": ["the dog", "the", None, "the cat"]})
-    assert [np.flatnonzero(row).tolist() == [fakes.EOS] for row in envs.action_masks()] == [True, False, False, True]
+    assert [np.flatnonzero(row).tolist() == [fakes.EOS] for row in envs.action_masks()] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- the nucleus
@@ -141,7 +168,9 @@ def naive_nucleus(logprobs: np.ndarray, top_p: float) -> np.ndarray:
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("env_id", ["Reviews-v0", "Negation-v0"])
 def test_the_nucleus_is_a_naive_one(env_id: str, top_p: float) -> None:
-    envs = ActionMask(gym.make_vec(f"tokenenv/{env_id}", num_envs=8, autoreset_mode=SAME_STEP), top_p=top_p)
+    envs = ActionMask(
+        gym.make_vec(f"tokenenv/{env_id}", num_envs=8, autoreset_mode=SAME_STEP), top_p=top_p
+    )
     rng = np.random.default_rng(0)
     envs.reset(seed=0)
     for _ in range(20):
@@ -162,20 +191,27 @@ def test_ref_logprobs_are_of_the_text_as_it_stands() -> None:
         logprobs = envs.unwrapped.ref_logprobs()
         for row, (tokens, length) in enumerate(zip(obs["tokens"], obs["length"], strict=True)):
             with torch.no_grad():
-                logits = envs.unwrapped.reference(input_ids=torch.as_tensor(tokens[:length])[None]).logits[0, -1]
+                logits = envs.unwrapped.reference(
+                    input_ids=torch.as_tensor(tokens[:length])[None]
+                ).logits[0, -1]
             np.testing.assert_allclose(logprobs[row], torch.log_softmax(logits, -1), atol=1e-5)
         obs, _, _, _, info = envs.step(actions := np.arange(20, 20 + N))
         np.testing.assert_allclose(logprobs[np.arange(N), actions], info["ref_logprob"], atol=1e-6)
 
 
 def test_the_nucleus_and_an_expression_intersect_and_the_expression_wins() -> None:
-    both, expression = ActionMask(wordy(), regex=SENTENCE, top_p=0.5), ActionMask(wordy(), regex=SENTENCE)
+    both, expression = (
+        ActionMask(wordy(), regex=SENTENCE, top_p=0.5),
+        ActionMask(wordy(), regex=SENTENCE),
+    )
     rng, won = np.random.default_rng(0), []
     for envs in (both, expression):
         envs.reset(seed=0)
     for _ in range(30):
         logprobs = both.unwrapped.ref_logprobs()
-        for mask, allowed, row in zip(both.action_masks(), expression.action_masks(), logprobs, strict=True):
+        for mask, allowed, row in zip(
+            both.action_masks(), expression.action_masks(), logprobs, strict=True
+        ):
             meet = allowed & naive_nucleus(row, 0.5)
             won.append(not meet.any())
             np.testing.assert_array_equal(mask, allowed if won[-1] else meet)
@@ -185,7 +221,8 @@ def test_the_nucleus_and_an_expression_intersect_and_the_expression_wins() -> No
     assert 10 <= sum(won) <= len(won) - 10
 
 
-# --------------------------------------------------------------------------------------------- keeping up with the env
+# ---------------------------------------------------------------------------------------------
+# keeping up with the env
 
 
 def fresh_masks(envs: ActionMask, **options: Any) -> np.ndarray:
@@ -194,11 +231,18 @@ def fresh_masks(envs: ActionMask, **options: Any) -> np.ndarray:
     rows = zip(saved["tokens"], saved["prompt_length"], saved["length"], strict=True)
     parts = [(tokens[:start].tolist(), tokens[start:end].tolist()) for tokens, start, end in rows]
     other = ActionMask(wordy(), **options)
-    other.reset(options={"prompts": [prompt for prompt, _ in parts], "prefixes": [response for _, response in parts]})
+    other.reset(
+        options={
+            "prompts": [prompt for prompt, _ in parts],
+            "prefixes": [response for _, response in parts],
+        }
+    )
     return other.action_masks()
 
 
-@pytest.mark.parametrize("options", [{"regex": SENTENCE}, {"top_p": 0.7, "grammar": GRAMMAR}], ids=["regex", "both"])
+@pytest.mark.parametrize(
+    "options", [{"regex": SENTENCE}, {"top_p": 0.7, "grammar": GRAMMAR}], ids=["regex", "both"]
+)
 def test_masks_are_of_the_text_alone_however_it_came_about(options: dict[str, Any]) -> None:
     envs, rng = ActionMask(wordy(DISABLED), **options), np.random.default_rng(2)
 
@@ -221,7 +265,13 @@ def test_masks_are_of_the_text_alone_however_it_came_about(options: dict[str, An
 def test_another_text_of_the_same_length_or_one_longer_is_read_from_its_start() -> None:
     envs = ActionMask(wordy(num_envs=1), regex="the cat is|a dog was")
     words = envs.unwrapped.token_spec.tokenizer.convert_ids_to_tokens
-    for prefix, following in (("the", "cat"), ("a", "dog"), ("the cat", "is"), ("a dog", "was"), ("the", "cat")):
+    for prefix, following in (
+        ("the", "cat"),
+        ("a", "dog"),
+        ("the cat", "is"),
+        ("a dog", "was"),
+        ("the", "cat"),
+    ):
         envs.reset(options={"prefixes": [prefix]})
         assert words(np.flatnonzero(envs.action_masks()[0]).tolist()) == [following]
 
@@ -241,7 +291,10 @@ def test_masks_follow_texts_that_begin_anew() -> None:
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
 def test_the_env_beneath_is_unchanged(mode: AutoresetMode, array: str, observation: str) -> None:
     options = {**TOYS["mixture"], "array": array, "observation": observation}
-    envs, plain = ActionMask(make_vec(N, mode, **options), regex=SENTENCE, top_p=0.9), make_vec(N, mode, **options)
+    envs, plain = (
+        ActionMask(make_vec(N, mode, **options), regex=SENTENCE, top_p=0.9),
+        make_vec(N, mode, **options),
+    )
     rng, obs, ends = np.random.default_rng(0), envs.reset(seed=3)[0], 0
     _ = plain.reset(seed=3)
     for _ in range(2 * T):
@@ -250,10 +303,18 @@ def test_the_env_beneath_is_unchanged(mode: AutoresetMode, array: str, observati
             assert envs.observation_space.contains(copied(obs))
             np.testing.assert_array_equal(copied(obs["action_mask"]), envs.action_masks())
         actions = draw(rng, envs.action_masks())
-        mine, theirs = (one.step(torch.as_tensor(actions) if array == "torch" else actions) for one in (envs, plain))
+        mine, theirs = (
+            one.step(torch.as_tensor(actions) if array == "torch" else actions)
+            for one in (envs, plain)
+        )
         assert_equal(without_mask(copied(mine[0])), copied(theirs[0]))
-        assert_equal(dict(enumerate(map(copied, mine[1:4]))), dict(enumerate(map(copied, theirs[1:4]))))
-        final = without_mask(copied(mine[4].get("final_obs", {}))), copied(theirs[4].get("final_obs", {}))
+        assert_equal(
+            dict(enumerate(map(copied, mine[1:4]))), dict(enumerate(map(copied, theirs[1:4])))
+        )
+        final = (
+            without_mask(copied(mine[4].get("final_obs", {}))),
+            copied(theirs[4].get("final_obs", {})),
+        )
         assert_equal(*final)
         obs, ended = mine[0], copied(theirs[2]) | copied(theirs[3])
         ends += ended.sum()
@@ -264,7 +325,11 @@ def test_the_env_beneath_is_unchanged(mode: AutoresetMode, array: str, observati
 
 
 def without_mask(obs: Any) -> Any:
-    return {key: value for key, value in obs.items() if key != "action_mask"} if isinstance(obs, dict) else obs
+    return (
+        {key: value for key, value in obs.items() if key != "action_mask"}
+        if isinstance(obs, dict)
+        else obs
+    )
 
 
 def test_the_mask_at_the_end_of_a_text_allows_everything() -> None:
@@ -299,7 +364,9 @@ def test_a_masked_token_is_an_error_and_changes_nothing() -> None:
     saved, good = envs.unwrapped.save_state(), draw(np.random.default_rng(0), envs.action_masks())
     bad = good.copy()
     bad[2] = np.flatnonzero(~envs.action_masks()[2])[5]
-    with pytest.raises(InvalidAction, match=rf"actions\[2\]={bad[2]} is ruled out by the action mask"):
+    with pytest.raises(
+        InvalidAction, match=rf"actions\[2\]={bad[2]} is ruled out by the action mask"
+    ):
         envs.step(bad)
     assert_equal(copied(envs.unwrapped.save_state()["texts"]), copied(saved["texts"]))
     with pytest.raises(InvalidAction, match=rf"actions\[1\]={V} is no token id"):
@@ -352,14 +419,18 @@ def test_bad_arguments() -> None:
             ActionMask(envs, **options)
     with pytest.raises(InvalidArgument, match="envs has an ActionMask already"):
         ActionMask(ActionMask(envs, top_p=0.5), regex="a")
-    with pytest.raises(InvalidArgument, match="a task whose tokens have text, and that has a stop token"):
+    with pytest.raises(
+        InvalidArgument, match="a task whose tokens have text, and that has a stop token"
+    ):
         ActionMask(make_vec(N, stops=()), regex="a")
     ActionMask(make_vec(N, stops=()), top_p=0.5).reset()
 
 
 def test_without_llguidance_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(MissingDependency, match=r"need llguidance: pip install 'tokenenv-rl\[masks\]'"):
+    with pytest.raises(
+        MissingDependency, match=r"need llguidance: pip install 'tokenenv-rl\[masks\]'"
+    ):
         ActionMask(wordy(), regex="a")
     ActionMask(wordy(), top_p=0.5)
 
@@ -369,33 +440,54 @@ def test_without_llguidance_the_line_that_installs_it(monkeypatch: pytest.Monkey
 
 def test_ppo_learns_from_texts_that_match() -> None:
     regex = BUNDLED["Reviews-v0"]
-    envs = ActionMask(gym.make_vec("tokenenv/Reviews-v0", num_envs=16, autoreset_mode=SAME_STEP), regex=regex, top_p=0.99)
+    envs = ActionMask(
+        gym.make_vec("tokenenv/Reviews-v0", num_envs=16, autoreset_mode=SAME_STEP),
+        regex=regex,
+        top_p=0.99,
+    )
     agent, episodes = PPO(envs, batch_tokens=300), []
     agent.learn(600, on_update=lambda metrics, batch: episodes.extend(batch))
     ended = [e for e in episodes if e.terminated]
     assert len(ended) >= 20
     decode = envs.unwrapped.token_spec.tokenizer.decode
-    assert [e for e in ended if not re.fullmatch(regex, decode(e.response, skip_special_tokens=True))] == []
+    assert [
+        e for e in ended if not re.fullmatch(regex, decode(e.response, skip_special_tokens=True))
+    ] == []
     assert agent.updates >= 1
 
 
 @pytest.mark.parametrize("options", [{"regex": SENTENCE}, {"top_p": 0.5}], ids=["regex", "nucleus"])
-def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(options: dict[str, Any]) -> None:
-    """A step that was taken and whose masks were not made; a fork and a state of the env itself; a wrapper made late."""
+def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(
+    options: dict[str, Any],
+) -> None:
+    """A step that was taken and whose masks were not made; a fork and a state of the env itself; a
+    wrapper made late."""
     envs, twin = (ActionMask(wordy(), **options) for _ in range(2))
     rng = np.random.default_rng(0)
     for one in (envs, twin):
         one.reset(seed=0)
     stopped = 0
     for at in range(14):
-        tokens, core, before = draw(rng, twin.action_masks()), envs.unwrapped, envs.unwrapped.changes
+        tokens, core, before = (
+            draw(rng, twin.action_masks()),
+            envs.unwrapped,
+            envs.unwrapped.changes,
+        )
         twin.step(tokens)
         calls: list[str] = []
 
         def stop(frame: Any, event: str, argument: Any) -> None:
             """At the at-th call of the wrapper's own after the env has taken the tokens."""
             done = core.changes > before and core._interrupted is None  # noqa: B023
-            ours = frame.f_code.co_name in ("_masked", "_keep_up", "_allowed", "follow", "allowed", "_fitting", "nucleus")
+            ours = frame.f_code.co_name in (
+                "_masked",
+                "_keep_up",
+                "_allowed",
+                "follow",
+                "allowed",
+                "_fitting",
+                "nucleus",
+            )
             if event == "call" and done and ours:
                 calls.append(frame.f_code.co_name)  # noqa: B023
                 if len(calls) > at:  # noqa: B023
@@ -413,4 +505,6 @@ def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(o
     envs.unwrapped.fork([0], [2])
     twin.fork([0], [2])
     np.testing.assert_array_equal(envs.action_masks(), twin.action_masks())
-    np.testing.assert_array_equal(ActionMask(envs.env, **options).action_masks(), twin.action_masks())
+    np.testing.assert_array_equal(
+        ActionMask(envs.env, **options).action_masks(), twin.action_masks()
+    )

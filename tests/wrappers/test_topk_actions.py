@@ -1,4 +1,5 @@
-"""`TopKActions`: choice i is the reference's i-th likeliest next token, whatever the env's mode, arrays and observation."""
+"""`TopKActions`: choice i is the reference's i-th likeliest next token, whatever the env's mode,
+arrays and observation."""
 
 from typing import Any
 
@@ -17,7 +18,11 @@ from tokenenv.errors import FinishedRow, InvalidAction, InvalidArgument, NotRese
 from tokenenv.wrappers.action_spaces import ActionMask, TopKActions, likeliest
 
 V, N, K = fakes.VOCAB_SIZE, 3, 6
-NEXT_STEP, SAME_STEP, DISABLED = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED
+NEXT_STEP, SAME_STEP, DISABLED = (
+    AutoresetMode.NEXT_STEP,
+    AutoresetMode.SAME_STEP,
+    AutoresetMode.DISABLED,
+)
 
 
 def naive_choices(obs: Any) -> np.ndarray:
@@ -40,7 +45,9 @@ def follow(envs: Any, mode: AutoresetMode, ended: np.ndarray, step: tuple[Any, .
 @pytest.mark.parametrize("observation", ["tokens", "features"])
 @pytest.mark.parametrize("array", ["numpy", "torch"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
-def test_a_choice_is_the_ith_likeliest_token(mode: AutoresetMode, array: str, observation: str) -> None:
+def test_a_choice_is_the_ith_likeliest_token(
+    mode: AutoresetMode, array: str, observation: str
+) -> None:
     options = {**TOYS["mixture"], "array": array, "observation": observation}
     envs, plain = TopKActions(make_vec(N, mode, **options), K), make_vec(N, mode, **TOYS["mixture"])
     rng, ends = np.random.default_rng(0), 0
@@ -60,10 +67,15 @@ def test_a_choice_is_the_ith_likeliest_token(mode: AutoresetMode, array: str, ob
     assert ends >= N
 
 
-@given(st.integers(1, 7), st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4))
+@given(
+    st.integers(1, 7),
+    st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4),
+)
 def test_equal_scores_are_ordered_by_id(k: int, rows: list[list[int]]) -> None:
     scores = np.array(rows, np.float32)
-    np.testing.assert_array_equal(likeliest(torch.as_tensor(scores), k).numpy(), np.argsort(-scores, 1, kind="stable")[:, :k])
+    np.testing.assert_array_equal(
+        likeliest(torch.as_tensor(scores), k).numpy(), np.argsort(-scores, 1, kind="stable")[:, :k]
+    )
 
 
 def test_all_tokens_can_be_on_offer_and_a_stop_token_ends_a_text() -> None:
@@ -71,7 +83,9 @@ def test_all_tokens_can_be_on_offer_and_a_stop_token_ends_a_text() -> None:
     envs.reset(seed=0)
     choices = envs.choices()
     np.testing.assert_array_equal(np.sort(choices, 1), [np.arange(V)] * N)
-    _, _, terminated, truncated, _ = envs.step(np.array([list(row).index(STOPS[0]) for row in choices]))
+    _, _, terminated, truncated, _ = envs.step(
+        np.array([list(row).index(STOPS[0]) for row in choices])
+    )
     assert terminated.all()
     assert not truncated.any()
 
@@ -96,7 +110,9 @@ def test_spaces_and_kl_of_a_choice() -> None:
     envs.reset(seed=0)
     logprob = np.array([-0.1, -1.0, -2.0], np.float32)
     *_, info = envs.step({"token": np.array([0, 1, 2]), "logprob": logprob})
-    np.testing.assert_allclose(info["reward_terms"]["kl"], -0.3 * (logprob - info["ref_logprob"]), rtol=1e-5)
+    np.testing.assert_allclose(
+        info["reward_terms"]["kl"], -0.3 * (logprob - info["ref_logprob"]), rtol=1e-5
+    )
     plain = TopKActions(make_vec(N, SAME_STEP), K)
     assert plain.single_action_space == gym.spaces.Discrete(K)
     assert plain.action_space == gym.spaces.MultiDiscrete([K] * N)
@@ -111,7 +127,9 @@ def test_bad_picks_are_errors_and_change_nothing() -> None:
     envs.reset(seed=0)
     saved = envs.unwrapped.save_state()
     for bad in ([0, K, 0], [0, -1, 0]):
-        with pytest.raises(InvalidAction, match=rf"actions\[1\]={bad[1]} is no choice; allowed: 0 to {K - 1}"):
+        with pytest.raises(
+            InvalidAction, match=rf"actions\[1\]={bad[1]} is no choice; allowed: 0 to {K - 1}"
+        ):
             envs.step(np.array(bad))
     for bad in (np.zeros(N), np.zeros(N + 1, int), 3):
         with pytest.raises(InvalidAction, match=f"{N} integers, 0 to {K - 1}"):
@@ -146,12 +164,16 @@ def test_over_a_mask_the_choices_are_the_likeliest_allowed_tokens(between: bool)
         naive = naive_choices(obs)
         for row, mask in enumerate(masked.action_masks()):
             likely = [token for token in naive[row] if mask[token]][:3]
-            np.testing.assert_array_equal(envs.choices()[row], likely + likely[:1] * (3 - len(likely)))
+            np.testing.assert_array_equal(
+                envs.choices()[row], likely + likely[:1] * (3 - len(likely))
+            )
             np.testing.assert_array_equal(envs.action_masks()[row], np.arange(3) < len(likely))
         obs = envs.step(rng.integers(0, 3, N))[0]
 
 
-def test_what_the_reference_never_says_is_on_offer_where_nothing_else_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_reference_never_says_is_on_offer_where_nothing_else_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     masked = ActionMask(make_vec(1, SAME_STEP), regex="cat")
     envs = TopKActions(masked, 2)
     envs.reset(seed=0)
@@ -163,14 +185,19 @@ def test_what_the_reference_never_says_is_on_offer_where_nothing_else_is_allowed
 
 
 def test_features_of_an_automaton() -> None:
-    envs = TopKActions(gym.make_vec("tokenenv/Negation-v0", num_envs=N, observation="features", max_new_tokens=3), 4)
+    envs = TopKActions(
+        gym.make_vec("tokenenv/Negation-v0", num_envs=N, observation="features", max_new_tokens=3),
+        4,
+    )
     obs, _ = envs.reset(seed=0)
     assert envs.observation_space.contains(obs)
     assert envs.step(np.array([0, 1, 3]))[0].shape == obs.shape
 
 
 def test_above_array_conversion() -> None:
-    envs = TopKActions(ArrayConversion(make_vec(N, SAME_STEP, array="torch"), env_xp=torch, target_xp=np), K)
+    envs = TopKActions(
+        ArrayConversion(make_vec(N, SAME_STEP, array="torch"), env_xp=torch, target_xp=np), K
+    )
     plain = TopKActions(make_vec(N, SAME_STEP), K)
     envs.reset(seed=2)
     plain.reset(seed=2)
@@ -188,10 +215,17 @@ class Foreign(VectorEnv):
 def test_bad_arguments() -> None:
     envs = make_vec(N)
     for k in (0, V + 1):
-        with pytest.raises(InvalidArgument, match=rf"k={k} is not allowed; it must lie between 1 and {V}"):
+        with pytest.raises(
+            InvalidArgument, match=rf"k={k} is not allowed; it must lie between 1 and {V}"
+        ):
             TopKActions(envs, k)
-    for wrap in (lambda: TopKActions(TopKActions(envs, 4), 2), lambda: ActionMask(TopKActions(envs, 4), top_p=0.9)):
-        with pytest.raises(InvalidArgument, match="TopKActions goes around everything else, and once"):
+    for wrap in (
+        lambda: TopKActions(TopKActions(envs, 4), 2),
+        lambda: ActionMask(TopKActions(envs, 4), top_p=0.9),
+    ):
+        with pytest.raises(
+            InvalidArgument, match="TopKActions goes around everything else, and once"
+        ):
             wrap()
     with pytest.raises(InvalidArgument, match="envs=Foreign is no vector env of this package"):
         TopKActions(Foreign(), 2)

@@ -1,4 +1,5 @@
-"""Gymnasium's own vector wrappers above the env, with NumPy arrays and above `ArrayConversion` with tensors."""
+"""Gymnasium's own vector wrappers above the env, with NumPy arrays and above `ArrayConversion` with
+tensors."""
 
 import copy
 from typing import Any
@@ -40,7 +41,8 @@ def array(request: pytest.FixtureRequest) -> Any:
 
 
 def follow(envs: Any, steps: int = 12) -> list[Any]:
-    """Random steps of `envs`; under DISABLED ended rows are reset at once (the statistics write to infos they gave out)."""
+    """Random steps of `envs`; under DISABLED ended rows are reset at once (the statistics write to
+    infos they gave out)."""
     rng, out = np.random.default_rng(0), []
     envs.reset(seed=3)
     for _ in range(steps):
@@ -53,9 +55,16 @@ def follow(envs: Any, steps: int = 12) -> list[Any]:
 
 def test_rewards_are_clipped_transformed_and_normalised(mode: Any, array: str) -> None:
     plain = [step[1] for step in follow(make(array, mode, **TOYS["mixture"]))]
-    clipped = [step[1] for step in follow(ClipReward(make(array, mode, **TOYS["mixture"]), -0.1, 0.2))]
+    clipped = [
+        step[1] for step in follow(ClipReward(make(array, mode, **TOYS["mixture"]), -0.1, 0.2))
+    ]
     np.testing.assert_allclose(clipped, np.clip(plain, -0.1, 0.2))
-    doubled = [step[1] for step in follow(TransformReward(make(array, mode, **TOYS["mixture"]), lambda reward: 2 * reward))]
+    doubled = [
+        step[1]
+        for step in follow(
+            TransformReward(make(array, mode, **TOYS["mixture"]), lambda reward: 2 * reward)
+        )
+    ]
     np.testing.assert_allclose(doubled, 2 * np.array(plain))
     normal = [step[1] for step in follow(NormalizeReward(make(array, mode, **TOYS["mixture"])))]
     assert np.isfinite(normal).all()
@@ -69,14 +78,19 @@ def test_episode_statistics_are_the_episodes(mode: Any, array: str) -> None:
         for row in np.flatnonzero(terminated | truncated):
             ended = info["final_info"] if mode == SAME_STEP else info
             assert info["_episode"][row]
-            np.testing.assert_allclose(info["episode"]["r"][row], ended["token_rewards"][row].sum(), atol=1e-5)
+            np.testing.assert_allclose(
+                info["episode"]["r"][row], ended["token_rewards"][row].sum(), atol=1e-5
+            )
             assert info["episode"]["l"][row] == np.flatnonzero(ended["token_rewards"][row])[-1] + 1
             seen += 1
     assert seen >= N
 
 
 def test_infos_as_lists(mode: Any, array: str) -> None:
-    steps, lists = follow(make(array, mode, **TOYS["mixture"])), follow(DictInfoToList(make(array, mode, **TOYS["mixture"])))
+    steps, lists = (
+        follow(make(array, mode, **TOYS["mixture"])),
+        follow(DictInfoToList(make(array, mode, **TOYS["mixture"]))),
+    )
     for (*_, info), (*_, rows) in zip(steps, lists, strict=True):
         for row in range(N):
             mine = {key: value for key, value in rows[row].items() if not key.startswith("final_")}
@@ -105,7 +119,9 @@ def test_a_partial_reset_restarts_the_statistics_of_its_rows_alone(array: str) -
 def test_prompts_and_prefixes_go_through_array_conversion_as_ids(kind: Any) -> None:
     envs = make("torch", DISABLED)
     prompts = [kind([11, 12]), kind([13]), kind([14, 15, 16])]
-    obs, _ = envs.reset(seed=0, options={"prompts": prompts, "prefixes": [kind([21]), None, kind([22, 23])]})
+    obs, _ = envs.reset(
+        seed=0, options={"prompts": prompts, "prefixes": [kind([21]), None, kind([22, 23])]}
+    )
     np.testing.assert_array_equal(obs["prompt_length"], [2, 1, 3])
     np.testing.assert_array_equal(obs["length"], [3, 1, 5])
     np.testing.assert_array_equal(obs["tokens"][2, :5], [14, 15, 16, 22, 23])
@@ -120,7 +136,9 @@ def test_prompts_go_through_array_conversion_as_one_array() -> None:
 
 def test_texts_do_not_go_through_array_conversion() -> None:
     envs = make("torch", DISABLED)
-    message = r"options\['prompts'\]\[0\]: a text cannot pass through ArrayConversion; give token ids"
+    message = (
+        r"options\['prompts'\]\[0\]: a text cannot pass through ArrayConversion; give token ids"
+    )
     with pytest.raises(InvalidArgument, match=message):
         envs.reset(seed=0, options={"prompts": ["the cat", "a dog", "rain"]})
     assert envs.reset(seed=0)[0]["length"].max() <= T

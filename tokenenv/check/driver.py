@@ -1,4 +1,5 @@
-"""Running a vector env of texts under planned actions, with everything that it returns copied to the host."""
+"""Running a vector env of texts under planned actions, with everything that it returns copied to
+the host."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,9 @@ def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
     tokens = np.array(draw_ids(envs, rng, envs.num_envs))
     stops = envs.unwrapped.token_spec.stop_token_ids
     if stops:
-        tokens = np.where(rng.random(envs.num_envs) < stop, rng.choice(stops, envs.num_envs), tokens)
+        tokens = np.where(
+            rng.random(envs.num_envs) < stop, rng.choice(stops, envs.num_envs), tokens
+        )
     return tokens, -rng.exponential(2.0, envs.num_envs).astype(np.float32)
 
 
@@ -69,7 +72,11 @@ def draw_ids(envs: Any, rng: np.random.Generator, count: int) -> list[int]:
 def as_action(envs: Any, action: Action) -> Any:
     """The action as this env takes it."""
     tokens, logprobs = action[0].copy(), action[1].copy()
-    return {"token": tokens, "logprob": logprobs} if isinstance(envs.single_action_space, spaces.Dict) else tokens
+    return (
+        {"token": tokens, "logprob": logprobs}
+        if isinstance(envs.single_action_space, spaces.Dict)
+        else tokens
+    )
 
 
 def bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, Any]]:
@@ -79,12 +86,20 @@ def bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tup
         return np.concatenate([np.array([value], array.dtype), array[1:]])
 
     vocab_size = envs.unwrapped.token_spec.vocab_size
-    bad = [("token -1", at_0(tokens, -1), logprobs), (f"token {vocab_size}", at_0(tokens, vocab_size), logprobs)]
-    bad += [("a row too many", np.append(tokens, 0), logprobs), ("float tokens", tokens.astype(np.float32), logprobs)]
+    bad = [
+        ("token -1", at_0(tokens, -1), logprobs),
+        (f"token {vocab_size}", at_0(tokens, vocab_size), logprobs),
+    ]
+    bad += [
+        ("a row too many", np.append(tokens, 0), logprobs),
+        ("float tokens", tokens.astype(np.float32), logprobs),
+    ]
     if not isinstance(envs.single_action_space, spaces.Dict):
         return [(name, wrong) for name, wrong, _ in bad]
     bad += [(f"logprob {value}", tokens, at_0(logprobs, value)) for value in (np.nan, -np.inf, 1.0)]
-    return [(name, {"token": a, "logprob": b}) for name, a, b in bad] + [("no logprob", {"token": tokens})]
+    return [(name, {"token": a, "logprob": b}) for name, a, b in bad] + [
+        ("no logprob", {"token": tokens})
+    ]
 
 
 def run(
@@ -103,10 +118,17 @@ def run(
     for action in plan:
         returned = envs.step(as_action(envs, action))
         new, reward, terminated, truncated, info = host(returned)
-        _check_arrays(envs.num_envs, returned, info, {"rewards": reward, "terminations": terminated, "truncations": truncated})
+        _check_arrays(
+            envs.num_envs,
+            returned,
+            info,
+            {"rewards": reward, "terminations": terminated, "truncations": truncated},
+        )
         ages, ended = ages + active, terminated | truncated
         end = _choose(ended, info["final_obs"], new) if "final_obs" in info else new
-        steps.append(Step(action, active, ages, obs, new, end, reward, terminated, truncated, info, returned))
+        steps.append(
+            Step(action, active, ages, obs, new, end, reward, terminated, truncated, info, returned)
+        )
         after_step(returned)
         if mode == AutoresetMode.DISABLED and ended.any():
             new = host(envs.reset(options={"reset_mask": ended.copy()})[0])
@@ -143,7 +165,8 @@ def overwrite(returned: Any) -> None:
 
 
 def difference(a: Any, b: Any, tolerance: float, rows: Any = slice(None)) -> str | None:
-    """The name of what differs, in `rows`, between two nests of host arrays; None if nothing does."""
+    """The name of what differs, in `rows`, between two nests of host arrays; None if nothing
+    does."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if set(a) != set(b):
             return f"the keys {sorted(set(a) ^ set(b))}"
@@ -153,15 +176,21 @@ def difference(a: Any, b: Any, tolerance: float, rows: Any = slice(None)) -> str
 
 
 def rows_of(value: Any, rows: Any) -> Any:
-    """Some rows of a nest; an info that none of them has is left out, since it may be there for other rows only."""
+    """Some rows of a nest; an info that none of them has is left out, since it may be there for
+    other rows only."""
     if not isinstance(value, Mapping):
         return value[rows]
     absent = {key for key in value if f"_{key}" in value and not value[f"_{key}"][rows].any()}
-    return {key: rows_of(entry, rows) for key, entry in value.items() if key.removeprefix("_") not in absent}
+    return {
+        key: rows_of(entry, rows)
+        for key, entry in value.items()
+        if key.removeprefix("_") not in absent
+    }
 
 
 def close(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether numbers are equal to `tolerance`, relative to the larger of 1 and the largest of them; others exactly."""
+    """Whether numbers are equal to `tolerance`, relative to the larger of 1 and the largest of
+    them; others exactly."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         return False
@@ -178,7 +207,9 @@ def require(kept: Any, sentence: str) -> None:
         raise ContractError(sentence)
 
 
-def require_raises(error: type[Exception], sentence: str, call: Callable[..., Any], *args: Any) -> None:
+def require_raises(
+    error: type[Exception], sentence: str, call: Callable[..., Any], *args: Any
+) -> None:
     """Raises `ContractError` unless the call raises `error`."""
     try:
         call(*args)
@@ -190,10 +221,14 @@ def require_raises(error: type[Exception], sentence: str, call: Callable[..., An
 
 
 def _check_arrays(num_envs: int, returned: Any, info: Any, arrays: dict[str, Any]) -> None:
-    """Raises unless infos are a dict, all arrays are of one kind and those given by name are (N,) of the right dtype."""
+    """Raises unless infos are a dict, all arrays are of one kind and those given by name are (N,)
+    of the right dtype."""
     require(isinstance(info, dict), f"infos are of type {type(info).__name__}, not dict.")
     kinds = {type(leaf) for leaf in leaves(returned)}
-    require(kinds in ({np.ndarray}, {Tensor}), f"step() mixes kinds of arrays: {sorted(kind.__name__ for kind in kinds)}.")
+    require(
+        kinds in ({np.ndarray}, {Tensor}),
+        f"step() mixes kinds of arrays: {sorted(kind.__name__ for kind in kinds)}.",
+    )
     for name, array in arrays.items():
         dtype = np.dtype(np.float32 if name == "rewards" else np.bool_)
         right = array.shape == (num_envs,) and array.dtype == dtype

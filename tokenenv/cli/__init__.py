@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         made = _train_default(args)
         # Empty dicts: for entries that a default has, flags would need other names.
-        default = dataclasses.replace(made, options={}, agent=dataclasses.replace(made.agent, rollout_options={}))
+        default = dataclasses.replace(
+            made, options={}, agent=dataclasses.replace(made.agent, rollout_options={})
+        )
         train: Any = train_type(default.algo)
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
         if isinstance(command, Train):  # what the config's dicts hold and the flags do not
             command.options = made.options | command.options
-            command.agent.rollout_options = made.agent.rollout_options | command.agent.rollout_options
+            command.agent.rollout_options = (
+                made.agent.rollout_options | command.agent.rollout_options
+            )
         command.run()
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
@@ -70,15 +74,21 @@ def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def _train_default(args: Sequence[str]) -> Train:
-    """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo NAME` says which settings
-    there are."""
+    """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo
+    NAME` says which settings there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--algo")
     parser.add_argument("--options", nargs="*", default=[])
     parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
-    parser.add_argument("--agent.rollout-options", "--agent.rollout_options", nargs="*", default=[], dest="rollout_options")
+    parser.add_argument(
+        "--agent.rollout-options",
+        "--agent.rollout_options",
+        nargs="*",
+        default=[],
+        dest="rollout_options",
+    )
     given = parser.parse_known_args(args)[0]
     path = given.config if given.resume is None else given.resume / "config.yaml"
     made = Train() if path is None else load_config(path, said_in(vars(given)))

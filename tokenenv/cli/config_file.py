@@ -1,4 +1,5 @@
-"""Reading and writing a run's config.yaml: plain values, checked, and nothing that a file may not say."""
+"""Reading and writing a run's config.yaml: plain values, checked, and nothing that a file may not
+say."""
 
 import dataclasses
 import typing
@@ -15,15 +16,19 @@ from tokenenv.safety.values import fit, from_yaml, to_yaml, typed
 
 
 def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Writes the values without keys and passwords, and then a `record`; the file appears whole or not at all."""
+    """Writes the values without keys and passwords, and then a `record`; the file appears whole or
+    not at all."""
     text = to_yaml({**without_secrets(values), **record})
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The mapping that a config holds. Raises `InvalidArgument` naming the file where there is none."""
+    """The mapping that a config holds. Raises `InvalidArgument` naming the file where there is
+    none."""
     if not path.is_file():
-        raise InvalidArgument(f"config={str(path)!r} is not a file; a run folder holds a config.yaml.")
+        raise InvalidArgument(
+            f"config={str(path)!r} is not a file; a run folder holds a config.yaml."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -34,11 +39,15 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def fields_from(cls: type, values: Mapping[str, Any], path: Path, left_out: Collection[str] = ()) -> dict[str, Any]:
-    """The arguments of a dataclass from a file's values: every field but those `left_out`, each of its type.
+def fields_from(
+    cls: type, values: Mapping[str, Any], path: Path, left_out: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments of a dataclass from a file's values: every field but those `left_out`, each of
+    its type.
 
     Raises:
-        InvalidArgument: a field is unknown, missing or of another type; names the file and the field.
+        InvalidArgument: a field is unknown, missing or of another type; names the file and the
+            field.
     """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls) if field.name not in left_out]
@@ -62,15 +71,20 @@ def mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def check_run(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
-    """Raises where a config asks for more than a file may (`tokenenv.safety.trust`); `said` is what the command line says too."""
+    """Raises where a config asks for more than a file may (`tokenenv.safety.trust`); `said` is what
+    the command line says too."""
     agent, options = values["agent"], values["options"]
     entries = {f"options.{key}": value for key, value in options.items()}
     entries["agent.rollout"] = agent["rollout"]
     if agent["rollout"] != "step" or "agent.rollout" in said:
-        entries |= {f"agent.rollout_options.{key}": value for key, value in agent["rollout_options"].items()}
+        entries |= {
+            f"agent.rollout_options.{key}": value for key, value in agent["rollout_options"].items()
+        }
     check_from_file(entries, path, said)
     for name, reward in (("reward", values["reward"]), ("options.reward", options.get("reward"))):
-        for design in [] if name in said else _designs(typed(reward) if isinstance(reward, str) else reward):
+        for design in (
+            [] if name in said else _designs(typed(reward) if isinstance(reward, str) else reward)
+        ):
             check_choice(f"{path}: {name}", design, DESIGNS)
 
 

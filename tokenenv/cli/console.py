@@ -1,4 +1,5 @@
-"""Where the commands print. What comes from texts, files and errors is printed as it is, not as markup, and steers nothing."""
+"""Where the commands print. What comes from texts, files and errors is printed as it is, not as
+markup, and steers nothing."""
 
 from rich.console import Console
 
@@ -10,7 +11,9 @@ console = Console()
 def say(*lines: str, style: str | None = None, end: str = "\n") -> None:
     """Prints plain lines, the further ones indented."""
     text = visible("\n  ".join(lines))
-    console.print(text, style=style, end=end, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print(
+        text, style=style, end=end, markup=False, highlight=False, emoji=False, soft_wrap=True
+    )
 
 
 def say_error(message: str) -> None:

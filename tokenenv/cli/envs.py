@@ -18,7 +18,9 @@ class Envs:
         """Prints the table."""
         table = Table(Column("id", min_width=max(map(len, TASKS))), "what", "options of its own")
         for env_id, source in sorted(TASKS.items()):
-            table.add_row(env_id, first_line(source) + note(source), ", ".join(task_options(source)))
+            table.add_row(
+                env_id, first_line(source) + note(source), ", ".join(task_options(source))
+            )
         console.print(table)
         console.print("options of every env: the fields of tokenenv.env.config.EnvConfig")
 

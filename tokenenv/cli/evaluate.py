@@ -23,7 +23,8 @@ ASKED = ("split", "prompts")
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs of collapse."""
+    """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs
+    of collapse."""
 
     run_dir: tyro.conf.Positional[Path]
     """A run folder that `tokenenv train` made."""
@@ -34,8 +35,9 @@ class Evaluate:
     examples: int = 3
     """Texts to print beside each other."""
     options: dict[str, str] = field(default_factory=dict)
-    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What runs code or opens a
-    connection is not taken from the run's config: it has to be said again here, --options trust_remote_code true"""
+    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What
+    runs code or opens a connection is not taken from the run's config: it has to be said again
+    here, --options trust_remote_code true"""
 
     def run(self) -> None:
         """Prints the table and the examples."""
@@ -43,20 +45,33 @@ class Evaluate:
         for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
         # What wrote the run's texts is not asked again: evaluating steps.
-        said = {"agent.rollout", "agent.rollout_options.*", *(f"options.{key}" for key in self.options if key not in ASKED)}
+        said = {
+            "agent.rollout",
+            "agent.rollout_options.*",
+            *(f"options.{key}" for key in self.options if key not in ASKED),
+        }
         made = load_config(self.run_dir / "config.yaml", said)
         asked = {name: self.options[name] for name in ASKED if name in self.options}
-        elsewhere = not Path(str(made.options.get("prompts"))).is_file()  # the run's own file, by now
-        own = {name for name in self.options if name not in asked or (name == "prompts" and elsewhere)}
+        elsewhere = not Path(
+            str(made.options.get("prompts"))
+        ).is_file()  # the run's own file, by now
+        own = {
+            name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
+        }
         made.options |= {name: self.options[name] for name in own}
-        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(group_size=1)
+        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(
+            group_size=1
+        )
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
             "after": ALGORITHMS[made.algo].load(
                 self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
             ),
         }
-        found = {name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed) for name, agent in agents.items()}
+        found = {
+            name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed)
+            for name, agent in agents.items()
+        }
         console.print(comparison(found))
         if envs.oracle is not None:
             say(distance_to_optimum(agents["after"], envs))
@@ -86,14 +101,17 @@ def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
     floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
     share = (found.objective - floor) / (best - floor)
     return (
-        f"J = score - {beta} KL: {floor:.3f} of the reference, {found.objective:.3f} ± {found.error:.3f} of the run, "
+        f"J = score - {beta} KL: {floor:.3f} of the reference, {found.objective:.3f} ± "
+        f"{found.error:.3f} of the run, "
         f"{best:.3f} at the optimum ({share:.0%} of the way)"
     )
 
 
 def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
     """Prints the first prompts with each evaluation's continuation."""
-    for episodes in list(zip(*(evaluation.episodes for evaluation in found.values()), strict=False))[:count]:
+    for episodes in list(
+        zip(*(evaluation.episodes for evaluation in found.values()), strict=False)
+    )[:count]:
         say("")
         say(text_of(episodes[0].prompt, tokenizer), style="bold", end="")
         say(" …")
@@ -103,7 +121,11 @@ def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -
 
 def text_of(tokens: Any, tokenizer: Any) -> str:
     """The text of token ids, or the ids where tokens have no text."""
-    return str(tokens.tolist()) if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+    return (
+        str(tokens.tolist())
+        if tokenizer is None
+        else tokenizer.decode(tokens, skip_special_tokens=True)
+    )
 
 
 def held_out(env_id: str) -> dict[str, str]:

@@ -11,7 +11,8 @@ from tokenenv.cli.console import say
 
 @dataclass(kw_only=True)
 class Show:
-    """Write one page of a run's episodes, to open in a browser: every token coloured by reward, KL, value or advantage."""
+    """Write one page of a run's episodes, to open in a browser: every token coloured by reward, KL,
+    value or advantage."""
 
     run_dir: tyro.conf.Positional[Path]
     """A run folder that `tokenenv train` made, finished or not."""

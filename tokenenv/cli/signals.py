@@ -11,11 +11,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
-    """Calls `stop` at the first of `SIGNALS`, which is then in the list that this gives; a second one ends the process at
-    once, as if nobody had looked. Signals that are ignored (`nohup`) stay so; other threads than the main one get none."""
+    """Calls `stop` at the first of `SIGNALS`, which is then in the list that this gives; a second
+    one ends the process at once, as if nobody had looked. Signals that are ignored (`nohup`) stay
+    so; other threads than the main one get none."""
     received: list[signal.Signals] = []
     main = threading.current_thread() is threading.main_thread()
-    before = {one: signal.getsignal(one) for one in SIGNALS if main and signal.getsignal(one) != signal.SIG_IGN}
+    before = {
+        one: signal.getsignal(one)
+        for one in SIGNALS
+        if main and signal.getsignal(one) != signal.SIG_IGN
+    }
 
     def handle(number: int, frame: Any) -> None:
         received.append(signal.Signals(number))

@@ -45,7 +45,8 @@ NOT_SAVED = ("config", "resume", "run_dir", "track")
 
 @dataclass(kw_only=True)
 class Train(Generic[Config]):
-    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every episode as JSON.
+    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every
+    episode as JSON.
 
     The agent options shown are those of the algorithm: `tokenenv train --algo grpo --help`.
     """
@@ -53,7 +54,8 @@ class Train(Generic[Config]):
     config: Path | None = None
     """A run's config.yaml to start from; other flags override it."""
     resume: Path | None = None
-    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes it longer."""
+    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes
+    it longer."""
     env: str = "tokenenv/Reviews-v0"
     """A registered id; `tokenenv envs` lists them."""
     num_envs: int = 64
@@ -61,7 +63,8 @@ class Train(Generic[Config]):
     reward: str | None = None
     """A reward design; `tokenenv rewards` lists them; by default the env's own."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model prompts prompts.jsonl"""
+    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model
+    prompts prompts.jsonl"""
     algo: Algorithm = "ppo"
     """The algorithm; docs/algorithms.md compares them."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
@@ -78,7 +81,9 @@ class Train(Generic[Config]):
     def __post_init__(self) -> None:
         expected = ALGORITHMS[self.algo].config_class
         if type(self.agent) is not expected:
-            raise InvalidArgument(f"agent= is no {expected.__name__}, which algo={self.algo!r} takes.")
+            raise InvalidArgument(
+                f"agent= is no {expected.__name__}, which algo={self.algo!r} takes."
+            )
         for name in ("num_envs", "total_tokens", "checkpoint_every"):
             check_count(name, getattr(self, name))
 
@@ -96,7 +101,10 @@ class Train(Generic[Config]):
         import_wandb()
         values = dataclasses.asdict(self)
         if without_secrets(values) != values:
-            raise InvalidArgument("track='wandb' records the command line, which holds a key: give it as VLLM_API_KEY instead.")
+            raise InvalidArgument(
+                "track='wandb' records the command line, which holds a key: give it as "
+                "VLLM_API_KEY instead."
+            )
 
     def _begin(self) -> None:
         if self.run_dir is not None:
@@ -109,29 +117,45 @@ class Train(Generic[Config]):
 
     def _go_on(self, folder: Path) -> None:
         if self.config is not None or self.run_dir not in (None, folder):
-            raise InvalidArgument(f"--resume {folder} takes config and folder from there: leave out --config and --run-dir.")
+            raise InvalidArgument(
+                f"--resume {folder} takes config and folder from there: leave out --config and "
+                f"--run-dir."
+            )
         with locked(folder):
             agent = self._resumed_agent(folder)
-            self._check_end(agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int))
+            self._check_end(
+                agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int)
+            )
             self._learn(agent, folder)
 
     def _new_agent(self) -> Agent:
         return ALGORITHMS[self.algo](self.make_envs(), self.agent)
 
     def _resumed_agent(self, folder: Path) -> Agent:
-        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those of the agent, in `load`
-        those of the env."""
+        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those
+        of the agent, in `load` those of the env."""
         checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
-        begun = checkpoint.exists() or previous_of(checkpoint).exists() or (episodes.exists() and episodes.stat().st_size)
+        begun = (
+            checkpoint.exists()
+            or previous_of(checkpoint).exists()
+            or (episodes.exists() and episodes.stat().st_size)
+        )
         if not begun:  # stopped before its first checkpoint, so before its first update
             return self._new_agent()
         changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
         agent = ALGORITHMS[self.algo].load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
-        named = {name: (saved[name], value) for name, value in given.items() if saved[name] != value}
-        differing = [f"{name} is {there!r} there and {here!r} here" for name, (there, here) in named.items()]
+        named = {
+            name: (saved[name], value) for name, value in given.items() if saved[name] != value
+        }
+        differing = [
+            f"{name} is {there!r} there and {here!r} here" for name, (there, here) in named.items()
+        ]
         if differing:
-            raise InvalidArgument(f"--resume {folder} goes on with the settings of its checkpoint: {'; '.join(differing)}.")
+            raise InvalidArgument(
+                f"--resume {folder} goes on with the settings of its checkpoint: "
+                f"{'; '.join(differing)}."
+            )
         return agent
 
     def _check_end(self, agent: Agent, planned: int) -> None:
@@ -139,13 +163,16 @@ class Train(Generic[Config]):
         total, seen = self.total_tokens, agent.tokens_seen
         if total < planned:
             raise InvalidArgument(
-                f"--total-tokens {total} is less than the run's own {planned}: --resume can only make it longer."
+                f"--total-tokens {total} is less than the run's own {planned}: --resume can only "
+                f"make it longer."
             )
         if total > planned:
             now, then = (learning_rate(agent.config, seen / end) for end in (total, planned))
             say(
-                f"the run was to end at {planned:,} tokens and goes on to {total:,}: from here on its learning rate is that of "
-                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, where it was {then:.3g})"
+                f"the run was to end at {planned:,} tokens and goes on to {total:,}: from here on "
+                f"its learning rate is that of "
+                f"a run of {total:,} ({agent.config.lr_schedule}; {now:.3g} at {seen:,} tokens, "
+                f"where it was {then:.3g})"
             )
         elif seen >= total:
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
@@ -175,15 +202,23 @@ class Train(Generic[Config]):
         if wandb is not None:
             wandb.close()
         if received:
-            where = f"saved at {agent.tokens_seen:,} tokens; go on with: tokenenv train --resume {folder}"
-            say_on_stderr(f"stopped by {received[0].name}; {where}")
+            say_on_stderr(
+                f"stopped by {received[0].name}; saved at {agent.tokens_seen:,} tokens; "
+                f"go on with: tokenenv train --resume {folder}"
+            )
             sys.exit(128 + received[0])
-        looks = (f"tokenenv show {folder}", f"tokenenv evaluate {folder}", f"tensorboard --logdir {folder}")
+        looks = (
+            f"tokenenv show {folder}",
+            f"tokenenv evaluate {folder}",
+            f"tensorboard --logdir {folder}",
+        )
         say(f"run folder: {folder}; look at it:", *looks)
 
     def as_run(self, envs: TokenVectorEnv) -> "Train":
         """This, with every option of the env as it is, defaults included."""
-        known = {name: value for name, value in envs.identity["options"].items() if value is not None}
+        known = {
+            name: value for name, value in envs.identity["options"].items() if value is not None
+        }
         if known["kl"] == "none":
             del known["kl_coef"]
         return dataclasses.replace(self, options=self.options | known)
@@ -200,15 +235,20 @@ class Train(Generic[Config]):
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out. With `envs` it says what they
-    are too: `made_with` is a record, from which nothing is read."""
-    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED}
+    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out.
+    With `envs` it says what they are too: `made_with` is a record, from which nothing is read."""
+    values = {
+        key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED
+    }
     write_values(path, values, {} if envs is None else {"made_with": about(envs)})
 
 
 def about(envs: TokenVectorEnv) -> dict[str, Any]:
     """What a run was made with: the versions of what computes, and the env's `identity`."""
-    versions = {name: importlib.metadata.version(name) for name in ("gymnasium", "numpy", "torch", "transformers")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("gymnasium", "numpy", "torch", "transformers")
+    }
     return {
         "versions": {"python": platform.python_version(), "tokenenv": __version__, **versions},
         "env": {key: value for key, value in envs.identity.items() if key != "options"},
@@ -218,8 +258,9 @@ def about(envs: TokenVectorEnv) -> dict[str, Any]:
 def load_config(path: Path, said: Collection[str] = ()) -> Train:
     """Reads a config that `save_config` wrote.
 
-    A file is data (`tokenenv.safety.trust`): `said` names what the command line says too, such as "options.reward_model".
-    Raises `InvalidArgument` naming the file, and the field that is unknown, missing, of another type or not allowed.
+    A file is data (`tokenenv.safety.trust`): `said` names what the command line says too, such as
+    "options.reward_model". Raises `InvalidArgument` naming the file, and the field that is unknown,
+    missing, of another type or not allowed.
     """
     read = read_values(path)
     read.pop("made_with", None)
@@ -236,8 +277,11 @@ def load_config(path: Path, said: Collection[str] = ()) -> Train:
 
 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number, `model` "1e-3" a folder."""
-    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(load_task(str(options.get("task", TASKS[env_id]))))
+    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number,
+    `model` "1e-3" a folder."""
+    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(
+        load_task(str(options.get("task", TASKS[env_id])))
+    )
     wanted = {key: hint for key, hint in wanted.items() if key != "return"} | {"task": str}
     for key in options:
         check_choice("option", key, wanted)
@@ -253,4 +297,6 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def default_run_dir(config: Train) -> Path:
     """runs/ENV-ALGO-SEED-TIME."""
     name = config.env.split("/")[-1].lower()
-    return Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return (
+        Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )

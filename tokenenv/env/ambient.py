@@ -11,8 +11,8 @@ Result = TypeVar("Result")
 
 
 def ordinary_tensors(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Runs `function` without gradients, and outside `torch.inference_mode` where the caller is in it: what an env keeps has
-    to be writable at the next call, which may come from elsewhere."""
+    """Runs `function` without gradients, and outside `torch.inference_mode` where the caller is in
+    it: what an env keeps has to be writable at the next call, which may come from elsewhere."""
 
     @wraps(function)
     def run(*args: Args.args, **kwargs: Args.kwargs) -> Result:

@@ -26,10 +26,14 @@ TaskSource = str | Task | Callable[..., Task]
 
 
 def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
-    """An env's config and its task from the keywords given to the env; an unknown keyword is an error."""
+    """An env's config and its task from the keywords given to the env; an unknown keyword is an
+    error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
     # NumPy's numbers are as good as Python's, and are taken out here for all options at once.
-    options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
+    options = {
+        key: value.item() if isinstance(value, np.generic) else value
+        for key, value in options.items()
+    }
     config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
     shared = {"max_batch_tokens": config.max_batch_tokens}
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
@@ -39,22 +43,26 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
 
 
 def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
-    """The task with texts of at most so many tokens; None leaves it as it is. Raises `InvalidArgument` where the task has an
-    oracle, which was made for its own number."""
+    """The task with texts of at most so many tokens; None leaves it as it is. Raises
+    `InvalidArgument` where the task has an oracle, which was made for its own number."""
     if max_new_tokens in (None, task.max_new_tokens):
         return task
     if task.oracle is not None:
         raise InvalidArgument(
-            f"max_new_tokens={max_new_tokens}: this task has an oracle, which was made for {task.max_new_tokens} tokens; give "
+            f"max_new_tokens={max_new_tokens}: this task has an oracle, which was made for "
+            f"{task.max_new_tokens} tokens; give "
             "max_new_tokens to the function that makes the task."
         )
     return dataclasses.replace(task, max_new_tokens=max_new_tokens)
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id, or with one that the model has not (an added [PAD]),
-    gets a stop id as pad."""
-    pad, vocab_size = getattr(task.tokenizer, "pad_token_id", None), vocab_size_of(task.model or task.reference)
+    """What agents may know of the task; a tokenizer without a pad id, or with one that the model
+    has not (an added [PAD]), gets a stop id as pad."""
+    pad, vocab_size = (
+        getattr(task.tokenizer, "pad_token_id", None),
+        vocab_size_of(task.model or task.reference),
+    )
     stand_in = next(iter(task.stop_token_ids), 0)
     return TokenSpec(
         tokenizer=task.tokenizer,
@@ -81,7 +89,9 @@ def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
     return terms
 
 
-def single_spaces(task: Task, spec: TokenSpec, config: EnvConfig) -> tuple[spaces.Space, spaces.Space]:
+def single_spaces(
+    task: Task, spec: TokenSpec, config: EnvConfig
+) -> tuple[spaces.Space, spaces.Space]:
     """The observation and action space of one text."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     observation: spaces.Space
@@ -114,7 +124,8 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
     for name, term in terms.items():
         if term.kind == "policy" and config.kl != "policy":
             raise InvalidArgument(
-                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', not {config.kl!r}."
+                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', "
+                f"not {config.kl!r}."
             )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
     return RewardEngine(context, terms, num_envs, **options)
@@ -124,7 +135,8 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
     """Raises on constructor arguments of Gymnasium's that this env does not take."""
     if max_episode_steps is not None:
         raise InvalidArgument(
-            f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a text without its "
+            f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a "
+            f"text without its "
             "score. Use max_new_tokens."
         )
     if render_mode is not None:
@@ -156,19 +168,30 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
         check_choice("option", key, known | env_options)
     if not isinstance(task, Task):
         for key, parameter in inspect.signature(task).parameters.items():
-            if parameter.default is parameter.empty and key not in options and parameter.kind is parameter.KEYWORD_ONLY:
+            if (
+                parameter.default is parameter.empty
+                and key not in options
+                and parameter.kind is parameter.KEYWORD_ONLY
+            ):
                 raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
     if options.get("device") is None:  # the task's own
         known -= {"device"}
     else:
         check_device(options["device"])
-    return task if isinstance(task, Task) else task(**{key: value for key, value in options.items() if key in known})
+    return (
+        task
+        if isinstance(task, Task)
+        else task(**{key: value for key, value in options.items() if key in known})
+    )
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names: code, which no file may name (`tokenenv.safety.trust`)."""
+    """The task function that "module:function" names: code, which no file may name
+    (`tokenenv.safety.trust`)."""
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidArgument(f"task={name!r} is not there ({error}); give a function as module:function.") from error
+        raise InvalidArgument(
+            f"task={name!r} is not there ({error}); give a function as module:function."
+        ) from error

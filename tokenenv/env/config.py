@@ -16,10 +16,11 @@ class EnvConfig:
     """Options of `TokenVectorEnv` and `TokenEnv`; a task adds its own."""
 
     reward: Any = None
-    """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None is the task's own."""
+    """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None
+    is the task's own."""
     kl: str = "reference"
-    """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the whole penalty from the
-    log-prob that the action carries; "none" pays nothing."""
+    """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the
+    whole penalty from the log-prob that the action carries; "none" pays nothing."""
     kl_coef: float | None = None
     """beta, reward per nat, 0 or more; read when an episode begins. None is the task's own."""
     kl_estimator: str = "k1"
@@ -37,10 +38,12 @@ class EnvConfig:
     max_new_tokens: int | None = None
     """T, 1 or more; None is the task's own."""
     score_truncated: bool = True
-    """Whether a text cut at T is scored. If not, the cut is a truncation, and learners bootstrap from its last state."""
+    """Whether a text cut at T is scored. If not, the cut is a truncation, and learners bootstrap
+    from its last state."""
     cut: str = "terminated"
-    """Which flag says that a scored text was cut at T: "terminated", as nothing is paid after it and learners that know
-    Gymnasium alone must not bootstrap there, or "truncated". `infos["cut"]` says it in both cases."""
+    """Which flag says that a scored text was cut at T: "terminated", as nothing is paid after it
+    and learners that know Gymnasium alone must not bootstrap there, or "truncated". `infos["cut"]`
+    says it in both cases."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward where a scored text is cut at T; 0 or more."""
     max_batch_tokens: int = 16384
@@ -67,7 +70,8 @@ class EnvConfig:
         penalty = self.missing_eos_penalty
         if not 0 <= penalty < math.inf or (penalty and not self.score_truncated):
             raise InvalidArgument(
-                f"missing_eos_penalty={penalty} must be finite and 0 or more, and needs score_truncated=True."
+                f"missing_eos_penalty={penalty} must be finite and 0 or more, and needs "
+                f"score_truncated=True."
             )
         for name in ("group_size", "max_batch_tokens", "max_new_tokens"):
             value = getattr(self, name)
@@ -77,10 +81,13 @@ class EnvConfig:
 
     def _check_kl_options(self) -> None:
         if self.kl_clamp is not None and not self.kl_clamp > 0:
-            raise InvalidArgument(f"kl_clamp={self.kl_clamp} must be above 0 (nats per token), or None.")
+            raise InvalidArgument(
+                f"kl_clamp={self.kl_clamp} must be above 0 (nats per token), or None."
+            )
         if self.kl != "policy" and (self.kl_estimator != "k1" or self.kl_clamp is not None):
             raise InvalidArgument(
-                f"kl_estimator={self.kl_estimator!r} and kl_clamp={self.kl_clamp} need kl='policy', not kl={self.kl!r}."
+                f"kl_estimator={self.kl_estimator!r} and kl_clamp={self.kl_clamp} need "
+                f"kl='policy', not kl={self.kl!r}."
             )
 
 

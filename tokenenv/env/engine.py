@@ -16,12 +16,21 @@ from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, logprob_reader, trunk_of
-from tokenenv.rewards.term import Context, FinishedTexts, RewardSum, RewardTerm, States, Transitions, weight_now
+from tokenenv.rewards.term import (
+    Context,
+    FinishedTexts,
+    RewardSum,
+    RewardTerm,
+    States,
+    Transitions,
+    weight_now,
+)
 from tokenenv.types import Head, Scorer, Slots
 
 
 def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the engine, or a function of it, that finds all models in eval mode; afterwards they are as they were."""
+    """A method of the engine, or a function of it, that finds all models in eval mode; afterwards
+    they are as they were."""
 
     @wraps(method)
     def run(engine: "RewardEngine", *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +55,8 @@ class Ends:
     truncated: np.ndarray
     """Cut at `max_new_tokens`."""
     scored: np.ndarray
-    """Terminated, or truncated where truncated texts are scored: learners do not bootstrap there."""
+    """Terminated, or truncated where truncated texts are scored: learners do not bootstrap
+    there."""
 
     @property
     def ended(self) -> np.ndarray:
@@ -54,7 +64,8 @@ class Ends:
         return self.terminated | self.truncated
 
     def flags(self, cut: str) -> tuple[np.ndarray, np.ndarray]:
-        """Terminations and truncations as `step` returns them; `cut` names the flag of a scored cut."""
+        """Terminations and truncations as `step` returns them; `cut` names the flag of a scored
+        cut."""
         terminations = self.scored if cut == "terminated" else self.terminated
         return terminations, self.ended & ~terminations
 
@@ -76,16 +87,23 @@ class Paid:
 class RewardEngine:
     """Advances every model by one token a step and adds up what the terms pay.
 
-    An episode's weights are read when it starts and hold to its end, so that it earns the same whatever happens around it.
+    An episode's weights are read when it starts and hold to its end, so that it earns the same
+    whatever happens around it.
     """
 
-    def __init__(self, context: Context, terms: dict[str, RewardTerm], num_rows: int, **model_options: Any) -> None:
+    def __init__(
+        self, context: Context, terms: dict[str, RewardTerm], num_rows: int, **model_options: Any
+    ) -> None:
         for term in terms.values():
             term.bind(context)
         self.context = context
         self.rewards = RewardSum(terms, context.spec.max_new_tokens)
-        check_adapters_apart({"policy's model": context.task.model or context.reference, **self.frozen_models()})
-        self.ref_logprob = logprob_reader(context.reference, context.spec.vocab_size)  # before memory is taken: it may refuse
+        check_adapters_apart(
+            {"policy's model": context.task.model or context.reference, **self.frozen_models()}
+        )
+        self.ref_logprob = logprob_reader(
+            context.reference, context.spec.vocab_size
+        )  # before memory is taken: it may refuse
         models = [context.reference, *(m for term in terms.values() for m in term.models)]
         models += [context.causal_scorer.model] if context.causal_scorer else []
         parts_of = (part for model in models for part in (model, trunk_of(model)))
@@ -95,9 +113,14 @@ class RewardEngine:
         self.trunks = Trunks(models, num_rows, max_length, **model_options)
         self.weights = {name: np.zeros(num_rows, dtype=np.float32) for name in terms}
         self.token_terms = torch.zeros(
-            num_rows, len(terms), context.spec.max_new_tokens, dtype=torch.float32, device=context.device
+            num_rows,
+            len(terms),
+            context.spec.max_new_tokens,
+            dtype=torch.float32,
+            device=context.device,
         )
-        """(N, S, T): what each of the S terms has paid for each token, in the order of `term_names`."""
+        """(N, S, T): what each of the S terms has paid for each token, in the order of
+        `term_names`."""
         self.watch = RewardWatch(context.device)
         self.states: States | None = None
         self._device_weights: dict[str, Tensor] = {}
@@ -112,7 +135,9 @@ class RewardEngine:
             "step scorer": getattr(task.step_scorer, "model", None),
         }
         for name, term in self.rewards.terms.items():
-            found |= {f"model {i} of reward term {name!r}": model for i, model in enumerate(term.models)}
+            found |= {
+                f"model {i} of reward term {name!r}": model for i, model in enumerate(term.models)
+            }
         return {role: model for role, model in found.items() if model is not None}
 
     @property
@@ -141,15 +166,26 @@ class RewardEngine:
         self._enter(slots, texts)
 
     def weights_now(self, tokens_seen: int, kl_coef: float) -> dict[str, float]:
-        """The weights of an episode that begins now; `InvalidArgument` where a schedule gives none."""
+        """The weights of an episode that begins now; `InvalidArgument` where a schedule gives
+        none."""
         terms = self.rewards.terms.items()
-        weights = {name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen) for name, term in terms}
+        weights = {
+            name: kl_coef if name == "kl" else weight_now(term.weight, tokens_seen)
+            for name, term in terms
+        }
         for name, weight in weights.items():
             require_finite_weight(name, weight, tokens_seen)
         return weights
 
     @in_eval_mode
-    def step(self, tokens: Tensor, logprob: Tensor | None, active: np.ndarray, ends: Ends, texts: TextBuffer) -> Paid:
+    def step(
+        self,
+        tokens: Tensor,
+        logprob: Tensor | None,
+        active: np.ndarray,
+        ends: Ends,
+        texts: TextBuffer,
+    ) -> Paid:
         """One token (N,) in each active row; `texts` already holds it."""
         assert self.states is not None
         before, weights = self.states, self._device_weights
@@ -175,25 +211,35 @@ class RewardEngine:
         terms |= self._settle(finished, batch)
         reward = total(terms) if terms else torch.zeros_like(ref_logprob)
         self.watch.look(terms, reward, ref_logprob, tokens, before.step)
-        return Paid(reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished)
+        return Paid(
+            reward, terms, ref_logprob, self._scores(batch), self.potential(batch.scored), finished
+        )
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:
         """log pi_ref of every next token, (N, V)."""
         assert self.states is not None
-        return torch.log_softmax(self.ref_head(self.states.of(self.context.reference)).float(), dim=-1)
+        return torch.log_softmax(
+            self.ref_head(self.states.of(self.context.reference)).float(), dim=-1
+        )
 
     @cached_property
     def ref_head(self) -> Head:
-        """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it is made."""
+        """The reference's states (K, H) to logits (K, V); made once, since it is tried out when it
+        is made."""
         return logits_head(self.context.reference, self.context.spec.vocab_size)
 
     @torch.no_grad()
     def potential(self, scored: Tensor | None = None) -> Tensor | None:
-        """Phi (N,) of the texts as they stand, zero where `scored`; None where no term is potential-based."""
+        """Phi (N,) of the texts as they stand, zero where `scored`; None where no term is
+        potential-based."""
         assert self.states is not None
         potential = self.rewards.potential(self.states, self._device_weights)
-        return potential if potential is None or scored is None else torch.where(scored, 0.0, potential)
+        return (
+            potential
+            if potential is None or scored is None
+            else torch.where(scored, 0.0, potential)
+        )
 
     def _scores(self, batch: Transitions) -> Tensor | None:
         """The scores (N,) of the texts that ended; what is in other rows means nothing."""
@@ -217,8 +263,8 @@ class RewardEngine:
         self._refresh_weights(texts)
 
     def save(self, slots: Slots, texts: TextBuffer) -> dict[str, Any]:
-        """What `load` needs beyond the texts (weights, rewards, running scores, memories, statistics), without caches; and
-        what terms have learned, which belongs to all texts."""
+        """What `load` needs beyond the texts (weights, rewards, running scores, memories,
+        statistics), without caches; and what terms have learned, which belongs to all texts."""
         assert self.states is not None
         chosen = self.states.at(texts.upload(np.asarray(slots)))
         return {
@@ -226,7 +272,9 @@ class RewardEngine:
             "token_terms": _host(self.token_terms[texts.upload(np.asarray(slots))]),
             "score": None if chosen.score is None else _host(chosen.score.double()),
             "memory": {name: _host(memory) for name, memory in chosen.memory.items()},
-            "statistics": {name: _host(statistics) for name, statistics in chosen.statistics.items()},
+            "statistics": {
+                name: _host(statistics) for name, statistics in chosen.statistics.items()
+            },
             "learned": self.save_statistics(),
         }
 
@@ -257,8 +305,12 @@ class RewardEngine:
             "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
             "score": doubles if self.context.causal_scorer else None,
             "memory": dict.fromkeys(self.rewards.with_memory, floats),
-            "statistics": {name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()},
-            "learned": {name: (array.shape, np.float64) for name, array in self.save_statistics().items()},
+            "statistics": {
+                name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()
+            },
+            "learned": {
+                name: (array.shape, np.float64) for name, array in self.save_statistics().items()
+            },
         }
 
     def load(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any]) -> None:
@@ -269,43 +321,64 @@ class RewardEngine:
         self._enter(slots, texts, saved)
 
     def _next_score(self, after: States, tokens: Tensor, before: Tensor | None) -> Tensor | None:
-        """The scores (K,) of K texts from their states after `tokens` (K,) and the scores before them: a per-token scorer
-        adds to the sum, in float64, as in float32 thousands of tokens drift; any other passes over pad tokens."""
+        """The scores (K,) of K texts from their states after `tokens` (K,) and the scores before
+        them: a per-token scorer adds to the sum, in float64, as in float32 thousands of tokens
+        drift; any other passes over pad tokens."""
         scorer = self.context.causal_scorer
         if scorer is None or before is None:
             return None
         scores = scorer.head(after.of(scorer.model))
         if scorer.per_token:
             return scores.to(before.dtype) + before
-        return scores if scorer.pad_token_id is None else torch.where(tokens == scorer.pad_token_id, before, scores)
+        return (
+            scores
+            if scorer.pad_token_id is None
+            else torch.where(tokens == scorer.pad_token_id, before, scores)
+        )
 
     def read_finished(self, texts: FinishedTexts) -> None:
-        """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and `score`."""
+        """Scores finished texts with a scorer that reads no prefixes; sets their `token_scores` and
+        `score`."""
         scorer = self.context.scorer
         if scorer is None or isinstance(scorer, Scorer):
             return
-        scores = scorer.token_scores(texts.prompt_and_response_ids(), self.context.spec.max_new_tokens)
+        scores = scorer.token_scores(
+            texts.prompt_and_response_ids(), self.context.spec.max_new_tokens
+        )
         texts.token_scores = scores.to(self.context.device)
         texts.score = texts.token_scores.sum(1)
 
     @torch.no_grad()
     @in_eval_mode
     def _enter(self, slots: Slots, texts: TextBuffer, saved: dict[str, Any] | None = None) -> None:
-        """Reads the texts of `slots` from their start; `saved` holds what cannot be read off them."""
+        """Reads the texts of `slots` from their start; `saved` holds what cannot be read off
+        them."""
         tokens, lengths = texts.rows(slots)
         hidden = self.trunks.prefill(slots, tokens, lengths)
         states = States(hidden, texts.upload(texts.response_length[slots]))
         if saved is None:
             states.score = self._first_score(slots, texts, states)
-            states.statistics = {name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()}
+            states.statistics = {
+                name: s.expand(len(slots), -1).clone()
+                for name, s in self.rewards.statistics().items()
+            }
             last = texts.upload(texts.tokens[slots, texts.length[slots] - 1])
             # Copies: a term may well return the scores themselves.
-            first = {name: term.remember(None, last, states) for name, term in self.rewards.with_memory.items()}
-            states.memory = {name: memory.to(torch.float32, copy=True) for name, memory in first.items()}
+            first = {
+                name: term.remember(None, last, states)
+                for name, term in self.rewards.with_memory.items()
+            }
+            states.memory = {
+                name: memory.to(torch.float32, copy=True) for name, memory in first.items()
+            }
         else:
             states.score = self._loaded_score(saved["score"], texts)
-            states.memory = {name: texts.upload(saved["memory"][name]) for name in self.rewards.with_memory}
-            states.statistics = {name: texts.upload(saved["statistics"][name]) for name in self.rewards.statistics()}
+            states.memory = {
+                name: texts.upload(saved["memory"][name]) for name in self.rewards.with_memory
+            }
+            states.statistics = {
+                name: texts.upload(saved["statistics"][name]) for name in self.rewards.statistics()
+            }
         if self.states is None:
             self.states = states
         else:
@@ -313,8 +386,9 @@ class RewardEngine:
         self._refresh_weights(texts)
 
     def _first_score(self, slots: Slots, texts: TextBuffer, states: States) -> Tensor | None:
-        """The score of the texts that begin in `slots`, from their states: a per-token scorer has scored a prefix, but no
-        prompt, and any other may have read the text at an earlier token than its last."""
+        """The score of the texts that begin in `slots`, from their states: a per-token scorer has
+        scored a prefix, but no prompt, and any other may have read the text at an earlier token
+        than its last."""
         scorer = self.context.causal_scorer
         if scorer is None:
             return None
@@ -328,12 +402,16 @@ class RewardEngine:
         return first
 
     def _prefix_scores(self, scorer: Scorer, slots: Slots, texts: TextBuffer) -> Tensor:
-        first = torch.zeros(len(slots), dtype=sum_dtype(self.context.device), device=self.context.device)
+        first = torch.zeros(
+            len(slots), dtype=sum_dtype(self.context.device), device=self.context.device
+        )
         for row, slot in enumerate(slots):
             if texts.unpaid[slot]:
                 tokens, lengths = texts.rows([slot])
                 states = self.trunks.of(scorer.model).states(tokens, lengths)
-                first[row] = scorer.head(states[0, texts.prompt_length[slot] :]).to(first.dtype).sum()
+                first[row] = (
+                    scorer.head(states[0, texts.prompt_length[slot] :]).to(first.dtype).sum()
+                )
         return first
 
     def _loaded_score(self, saved: np.ndarray | None, texts: TextBuffer) -> Tensor | None:
@@ -355,13 +433,18 @@ class RewardEngine:
         index = texts.upload(rows)
         score = None if after.score is None else after.score[index].float()
         finished = texts.finished(rows, score, self.context.spec.tokenizer)
-        finished.statistics = {name: statistics[index] for name, statistics in after.statistics.items()}
+        finished.statistics = {
+            name: statistics[index] for name, statistics in after.statistics.items()
+        }
         finished.learning = True
         self.read_finished(finished)
         return finished
 
-    def _note(self, terms: dict[str, Tensor], step: Tensor, active: np.ndarray, texts: TextBuffer) -> None:
-        """Writes the causal terms' rewards on the tokens of this step (N,), and nothing for rows that took no token."""
+    def _note(
+        self, terms: dict[str, Tensor], step: Tensor, active: np.ndarray, texts: TextBuffer
+    ) -> None:
+        """Writes the causal terms' rewards on the tokens of this step (N,), and nothing for rows
+        that took no token."""
         if not active.all():
             mask = texts.upload(active)
             for name in terms:
@@ -373,7 +456,8 @@ class RewardEngine:
             self.token_terms.scatter_(2, at[:, None, None].expand_as(causal_NS1), causal_NS1)
 
     def _settle(self, finished: FinishedTexts | None, batch: Transitions) -> dict[str, Tensor]:
-        """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due where a text ends."""
+        """Places the hindsight terms on the finished texts' tokens; returns their sums (N,), due
+        where a text ends."""
         nothing = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=self.context.device)
         sums = {name: nothing.clone() for name in self.rewards.hindsight}
         if finished is None or batch.finished_at is None:
@@ -386,7 +470,9 @@ class RewardEngine:
         return sums
 
     def _refresh_weights(self, texts: TextBuffer) -> None:
-        self._device_weights = {name: texts.upload(weights) for name, weights in self.weights.items()}
+        self._device_weights = {
+            name: texts.upload(weights) for name, weights in self.weights.items()
+        }
 
 
 def _host(values: Tensor | np.ndarray) -> np.ndarray:

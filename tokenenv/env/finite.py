@@ -1,4 +1,5 @@
-"""Rewards that are not finite are found in the step that pays them, and named, without waiting for a GPU.
+"""Rewards that are not finite are found in the step that pays them, and named, without waiting for
+a GPU.
 
 Suffixes: N envs, B texts, T response tokens.
 """
@@ -17,14 +18,17 @@ BAD_REWARD = -3
 """The code of a row whose last reward was not finite, among the codes of `tokenenv.env.actions`."""
 REFERENCE = "the reference's log-prob"
 IMPOSSIBLE = (
-    "; the reference gives this token the probability 0: rule such tokens out (ActionMask, TopKActions), or take kl_coef=0"
+    "; the reference gives this token the probability 0: rule such tokens out (ActionMask, "
+    "TopKActions), or take kl_coef=0"
 )
 
 
 class RewardWatch:
-    """Looks at what each step paid: on the CPU at once, elsewhere with the next step's one copy to the host.
+    """Looks at what each step paid: on the CPU at once, elsewhere with the next step's one copy to
+    the host.
 
-    -inf as the reference's log-prob is allowed where it is not paid: it may lack tokens that the policy has.
+    -inf as the reference's log-prob is allowed where it is not paid: it may lack tokens that the
+    policy has.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,9 +37,17 @@ class RewardWatch:
         self._suspects: Tensor | None = None
         """(N,) bool, on a device that is not waited for: rows whose last reward was not finite."""
         self._last: tuple[dict[str, Tensor], Tensor, Tensor, Tensor]
-        """What the last step paid (N,) by term, the reference's log-prob, the tokens, and the response tokens before them."""
+        """What the last step paid (N,) by term, the reference's log-prob, the tokens, and the
+        response tokens before them."""
 
-    def look(self, terms: Mapping[str, Tensor], reward: Tensor, ref_logprob: Tensor, tokens: Tensor, step: Tensor) -> None:
+    def look(
+        self,
+        terms: Mapping[str, Tensor],
+        reward: Tensor,
+        ref_logprob: Tensor,
+        tokens: Tensor,
+        step: Tensor,
+    ) -> None:
         """Takes in what a step paid, (N,) each; on the CPU raises `NotFinite` at once."""
         self._last = {**terms}, ref_logprob, tokens, step
         if self.waits:
@@ -46,7 +58,8 @@ class RewardWatch:
             self._suspects = suspects if self._suspects is None else self._suspects | suspects
 
     def mark(self, codes: Tensor) -> Tensor:
-        """The codes (N,) of the next step's actions, with `BAD_REWARD` in rows that `check` is to name."""
+        """The codes (N,) of the next step's actions, with `BAD_REWARD` in rows that `check` is to
+        name."""
         return codes if self._suspects is None else torch.where(self._suspects, BAD_REWARD, codes)
 
     def check(self, codes: np.ndarray) -> None:
@@ -67,11 +80,14 @@ class RewardWatch:
         values = {f"the reward term {name!r}": float(term[row]) for name, term in terms.items()}
         what, value = first_bad(values, float(ref_logprob[row]))
         where = f"env row {row}, at response token {int(step[row])} (id {int(tokens[row])})"
-        raise NotFinite(f"{what} is {value} in {where}{hint(what, value)}. Call reset().", rows.tolist())
+        raise NotFinite(
+            f"{what} is {value} in {where}{hint(what, value)}. Call reset().", rows.tolist()
+        )
 
 
 def first_bad(values: Mapping[str, float], ref_logprob: float) -> tuple[str, float]:
-    """What to name: the reference where it is at fault, else the first of the values that is not finite, else their sum."""
+    """What to name: the reference where it is at fault, else the first of the values that is not
+    finite, else their sum."""
     if math.isnan(ref_logprob):
         return REFERENCE, ref_logprob
     bad = [(name, value) for name, value in values.items() if not math.isfinite(value)]
@@ -84,18 +100,32 @@ def hint(what: str, value: float) -> str:
 
 
 def require_finite_scores(scores: EpisodeScores) -> None:
-    """Raises `NotFinite` for the first reward of whole texts that is not finite, or log-prob of the reference that is none."""
-    bad_BT = ~np.isfinite(scores.token_rewards) | ~np.isfinite(scores.step_rewards) | np.isnan(scores.ref_logprobs)
+    """Raises `NotFinite` for the first reward of whole texts that is not finite, or log-prob of the
+    reference that is none."""
+    bad_BT = (
+        ~np.isfinite(scores.token_rewards)
+        | ~np.isfinite(scores.step_rewards)
+        | np.isnan(scores.ref_logprobs)
+    )
     texts = np.flatnonzero(bad_BT.any(1))
     if not len(texts):
         return
     text, token = int(texts[0]), int(bad_BT[texts[0]].argmax())
-    values = {f"the reward term {name!r}": float(term[text, token]) for name, term in scores.token_reward_terms.items()}
+    values = {
+        f"the reward term {name!r}": float(term[text, token])
+        for name, term in scores.token_reward_terms.items()
+    }
     what, value = first_bad(values, float(scores.ref_logprobs[text, token]))
-    raise NotFinite(f"{what} is {value} in text {text}, at response token {token}{hint(what, value)}.", texts.tolist())
+    raise NotFinite(
+        f"{what} is {value} in text {text}, at response token {token}{hint(what, value)}.",
+        texts.tolist(),
+    )
 
 
 def require_finite_weight(name: str, weight: float, tokens_seen: int) -> None:
     """Raises `InvalidArgument` where a schedule, asked for the weight of a term, gave none."""
     if not math.isfinite(weight):
-        raise InvalidArgument(f"the weight of {name!r} is {weight} at tokens_seen={tokens_seen}; a schedule must be finite.")
+        raise InvalidArgument(
+            f"the weight of {name!r} is {weight} at tokens_seen={tokens_seen}; a schedule must be "
+            f"finite."
+        )

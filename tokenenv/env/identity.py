@@ -1,7 +1,8 @@
-"""What makes an env the one that a run was trained in, as plain values: checkpoints hold it, and refuse another env.
+"""What makes an env the one that a run was trained in, as plain values: checkpoints hold it, and
+refuse another env.
 
-Left out is what changes no result: device, kind of array, rendering, `max_batch_tokens`, `compile`. Models and prompts are
-told by their contents, never by where they were found.
+Left out is what changes no result: device, kind of array, rendering, `max_batch_tokens`, `compile`.
+Models and prompts are told by their contents, never by where they were found.
 """
 
 import zlib
@@ -21,14 +22,24 @@ from tokenenv.types import Scorer, Task, TokenSpec
 CHANGES_NOTHING = ("array", "max_batch_tokens", "compile")
 """Options that may differ between a run and its continuation."""
 SAMPLES = 4096
-"""Numbers of each array, and prompts, that are looked at: a large model is told from another in milliseconds."""
+"""Numbers of each array, and prompts, that are looked at: a large model is told from another in
+milliseconds."""
 
 
 def identity(
-    env_id: str | None, config: EnvConfig, task: Task, spec: TokenSpec, terms: Mapping[str, RewardTerm], kl_coef: float
+    env_id: str | None,
+    config: EnvConfig,
+    task: Task,
+    spec: TokenSpec,
+    terms: Mapping[str, RewardTerm],
+    kl_coef: float,
 ) -> dict[str, Any]:
     """Nested dicts, lists and plain values. `kl_coef` is what the env was made with."""
-    options = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in CHANGES_NOTHING}
+    options = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in CHANGES_NOTHING
+    }
     options |= {"kl_coef": kl_coef, "max_new_tokens": spec.max_new_tokens}
     del options["reward"]  # the terms say it
     models = ("reference", "model", "scorer", "implicit_model", "step_scorer")
@@ -41,14 +52,17 @@ def identity(
             "max_prompt_tokens": spec.max_prompt_tokens,
         },
         "prompts": prompts_digest(task.prompts),
-        "models": {name: digest(getattr(task, name)) for name in models if getattr(task, name) is not None},
+        "models": {
+            name: digest(getattr(task, name)) for name in models if getattr(task, name) is not None
+        },
         "terms": {name: plain(term) for name, term in terms.items()},
     }
 
 
 def plain(value: Any) -> Any:
-    """A description that is equal for equal settings: plain values as they are, functions and classes by name, terms and
-    other objects by their class and public settings, models by `digest`."""
+    """A description that is equal for equal settings: plain values as they are, functions and
+    classes by name, terms and other objects by their class and public settings, models by
+    `digest`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.generic):
@@ -64,10 +78,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, nn.Module | Scorer | Tensor | np.ndarray):
         return digest(value)
     if isinstance(value, RewardTerm):
-        settings = {name: one for name, one in vars(value).items() if not name.startswith("_") and name != "models"}
+        settings = {
+            name: one
+            for name, one in vars(value).items()
+            if not name.startswith("_") and name != "models"
+        }
         return {"class": type(value).__name__, "weight": plain(value.weight), **plain(settings)}
     if is_dataclass(value) and not isinstance(value, type):
-        return {"class": type(value).__name__, **plain({field.name: getattr(value, field.name) for field in fields(value)})}
+        return {
+            "class": type(value).__name__,
+            **plain({field.name: getattr(value, field.name) for field in fields(value)}),
+        }
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
@@ -80,7 +101,8 @@ def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def digest(model: Any) -> str:
-    """A model's class, and a checksum over the shapes, types and (at most `SAMPLES` each of) the numbers that it holds."""
+    """A model's class, and a checksum over the shapes, types and (at most `SAMPLES` each of) the
+    numbers that it holds."""
     if isinstance(model, Scorer):
         kind = "per token" if model.per_token else "per text"
         return f"{digest(model.model)}, {digest(model.head)} {kind}"
@@ -98,7 +120,11 @@ def _arrays(model: Any) -> dict[str, Any]:
     """The tensors and arrays of a module, or of an object that is none, by name."""
     if isinstance(model, Tensor | np.ndarray):
         return {"": model}
-    own = {name: value for name, value in getattr(model, "__dict__", {}).items() if not name.startswith("_")}
+    own = {
+        name: value
+        for name, value in getattr(model, "__dict__", {}).items()
+        if not name.startswith("_")
+    }
     found = dict(model.state_dict()) if isinstance(model, nn.Module) else {}
     for name, value in own.items():
         if isinstance(value, Tensor | np.ndarray):

@@ -1,4 +1,5 @@
-"""Gymnasium's vector info layout: every `key` beside a mask `_key` of the rows that have it, zeros elsewhere."""
+"""Gymnasium's vector info layout: every `key` beside a mask `_key` of the rows that have it, zeros
+elsewhere."""
 
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +41,8 @@ class Infos:
         return part
 
     def to_dict(self, export: Export) -> dict[str, Any]:
-        """The layout that Gymnasium's own vectorisation builds. As there, a key that no row has is absent."""
+        """The layout that Gymnasium's own vectorisation builds. As there, a key that no row has is
+        absent."""
         out: dict[str, Any] = {}
         for key, (values, rows) in self._entries.items():
             if not rows.any():
@@ -65,7 +67,9 @@ def _where(rows: np.ndarray, chosen: Any, other: Any) -> Any:
     """`chosen` in `rows`, elsewhere `other`."""
     rows = rows.reshape(-1, *[1] * (chosen.ndim - 1))
     if isinstance(chosen, Tensor):
-        return torch.where(torch.from_numpy(rows).to(chosen.device, non_blocking=True), chosen, other)
+        return torch.where(
+            torch.from_numpy(rows).to(chosen.device, non_blocking=True), chosen, other
+        )
     return np.where(rows, chosen, other)
 
 

@@ -1,6 +1,8 @@
-"""Running texts as something to look at: terminal colours, or a picture in which every token has the colour of its reward.
+"""Running texts as something to look at: terminal colours, or a picture in which every token has
+the colour of its reward.
 
-Colours are blue for below zero and orange for above, which the colour-blind tell apart, full at `FULL` and beyond.
+Colours are blue for below zero and orange for above, which the colour-blind tell apart, full at
+`FULL` and beyond.
 """
 
 import sys
@@ -34,7 +36,8 @@ class RunningText:
     pieces: Sequence[str]
     """What each response token adds."""
     rewards: Sequence[float]
-    """(T,) what the env has paid for each response token; hindsight terms are placed once the text has ended."""
+    """(T,) what the env has paid for each response token; hindsight terms are placed once the text
+    has ended."""
     score: float | None
     """The scorer's score of the text so far, where it scores prefixes."""
     kl: float | None = None
@@ -68,7 +71,9 @@ def picture(text: RunningText) -> np.ndarray:
     for line, (column, chunk, background, ink) in _placed(text):
         x, y = MARGIN + column * _char_width(), HEADER + line * LINE_HEIGHT
         if background is not None:
-            draw.rectangle((x, y, x + len(chunk) * _char_width(), y + LINE_HEIGHT - 2), fill=background)
+            draw.rectangle(
+                (x, y, x + len(chunk) * _char_width(), y + LINE_HEIGHT - 2), fill=background
+            )
         draw.text((x, y), chunk, fill=ink, font=font)
     return np.asarray(image).copy()
 
@@ -78,15 +83,23 @@ def colour(reward: float) -> tuple[int, int, int]:
     if not np.isfinite(reward):
         return 128, 128, 128
     strength = min(1.0, abs(reward) / FULL)
-    red, green, blue = (round(255 + strength * (full - 255)) for full in (UP if reward > 0 else DOWN))
+    red, green, blue = (
+        round(255 + strength * (full - 255)) for full in (UP if reward > 0 else DOWN)
+    )
     return red, green, blue
 
 
 def _placed(text: RunningText) -> list[tuple[int, tuple[int, str, Any, str]]]:
-    """(line, (column, characters, background, ink)) of the last `LINES` lines, wrapped at `COLUMNS`."""
+    """(line, (column, characters, background, ink)) of the last `LINES` lines, wrapped at
+    `COLUMNS`."""
     parts: list[tuple[str, Any, str]]
-    parts = [(piece, None, "#5b6270") for piece in textwrap.wrap(_drawn(text.prompt), COLUMNS, drop_whitespace=False) or [""]]
-    parts += [(_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)]
+    parts = [
+        (piece, None, "#5b6270")
+        for piece in textwrap.wrap(_drawn(text.prompt), COLUMNS, drop_whitespace=False) or [""]
+    ]
+    parts += [
+        (_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)
+    ]
     placed, line, column = [], 0, 0
     for piece, background, ink in parts:
         for chunk in piece.splitlines(keepends=True) or [""]:
@@ -136,13 +149,21 @@ def _char_width() -> float:
     return _font().getlength("m")
 
 
-def running_texts(buffer: TextBuffer, engine: RewardEngine, pieces: TokenPieces) -> list[RunningText]:
+def running_texts(
+    buffer: TextBuffer, engine: RewardEngine, pieces: TokenPieces
+) -> list[RunningText]:
     """The N texts of an env as they stand."""
     assert engine.states is not None
     rewards_NT = engine.token_terms.sum(1).cpu().numpy()
     names = engine.term_names
-    kl_N = engine.token_terms[:, names.index("kl")].sum(1).tolist() if "kl" in names else [None] * len(rewards_NT)
-    scores = [None] * len(rewards_NT) if engine.states.score is None else engine.states.score.tolist()
+    kl_N = (
+        engine.token_terms[:, names.index("kl")].sum(1).tolist()
+        if "kl" in names
+        else [None] * len(rewards_NT)
+    )
+    scores = (
+        [None] * len(rewards_NT) if engine.states.score is None else engine.states.score.tolist()
+    )
     texts = []
     for row, (start, end) in enumerate(zip(buffer.prompt_length, buffer.length, strict=True)):
         prompt, response = buffer.tokens[row, :start], buffer.tokens[row, start:end]
@@ -153,7 +174,8 @@ def running_texts(buffer: TextBuffer, engine: RewardEngine, pieces: TokenPieces)
 
 
 def show(render_mode: str, texts: Sequence[RunningText]) -> tuple[Any, ...] | None:
-    """What `render` returns for each text: a string, a picture, or, after printing them in place, nothing."""
+    """What `render` returns for each text: a string, a picture, or, after printing them in place,
+    nothing."""
     if render_mode == "rgb_array":
         return tuple(map(picture, texts))
     strings = tuple(map(ansi, texts))

@@ -21,7 +21,8 @@ class ResetOptions:
 
     mask: np.ndarray
     masked: bool
-    """Whether the mask was given, as by those who reset what has ended; otherwise all rows begin anew."""
+    """Whether the mask was given, as by those who reset what has ended; otherwise all rows begin
+    anew."""
     prompts: dict[int, list[int]]
     prefixes: dict[int, list[int]]
 
@@ -30,7 +31,9 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     """Checks `options`; entries of rows that are not reset are ignored."""
     options = {} if options is None else options
     if not isinstance(options, Mapping):
-        raise InvalidArgument(f"options={options!r} must be a dict with reset_mask, prompts or prefixes, or None.")
+        raise InvalidArgument(
+            f"options={options!r} must be a dict with reset_mask, prompts or prefixes, or None."
+        )
     for key in options:
         check_choice("options key", key, ("reset_mask", "prompts", "prefixes"))
     mask = _mask(options, num_envs)
@@ -48,11 +51,21 @@ def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
     if isinstance(seed, (int, np.integer)):
         first = _whole(seed, "seed")
         return [first + row for row in range(num_envs)]
-    if not isinstance(seed, (Sequence, np.ndarray)) or isinstance(seed, str) or getattr(seed, "ndim", 1) == 0:
-        raise InvalidArgument(f"seed={seed!r} is not allowed; it must be a whole number, or one entry an env ({num_envs}).")
+    if (
+        not isinstance(seed, (Sequence, np.ndarray))
+        or isinstance(seed, str)
+        or getattr(seed, "ndim", 1) == 0
+    ):
+        raise InvalidArgument(
+            f"seed={seed!r} is not allowed; it must be a whole number, or one entry an env "
+            f"({num_envs})."
+        )
     seeds = list(seed)
     if len(seeds) != num_envs:
-        raise InvalidArgument(f"seed has {len(seeds)} entries; allowed: a whole number, or one entry an env ({num_envs}).")
+        raise InvalidArgument(
+            f"seed has {len(seeds)} entries; allowed: a whole number, or one entry an env "
+            f"({num_envs})."
+        )
     return [None if one is None else _whole(one, f"seed[{row}]") for row, one in enumerate(seeds)]
 
 
@@ -69,25 +82,40 @@ def _mask(options: dict[str, Any], num_envs: int) -> np.ndarray:
         return np.ones(num_envs, dtype=bool)
     mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (num_envs,):
-        raise InvalidArgument(f"options['reset_mask']={mask!r} must be a bool array of shape ({num_envs},).")
+        raise InvalidArgument(
+            f"options['reset_mask']={mask!r} must be a bool array of shape ({num_envs},)."
+        )
     if not mask.any():
         raise InvalidArgument("options['reset_mask'] must have at least one True.")
     return mask
 
 
-def _given(options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec, read: Read) -> dict[int, list[int]]:
+def _given(
+    options: dict[str, Any], key: str, mask: np.ndarray, spec: TokenSpec, read: Read
+) -> dict[int, list[int]]:
     values = options.get(key)
     if values is None:
         return {}
-    listed = isinstance(values, Sequence) or (isinstance(values, np.ndarray | Tensor) and values.ndim > 0)
+    listed = isinstance(values, Sequence) or (
+        isinstance(values, np.ndarray | Tensor) and values.ndim > 0
+    )
     if not listed or isinstance(values, str | bytes) or len(values) != len(mask):
-        raise InvalidArgument(f"options[{key!r}] must be a list with one entry an env ({len(mask)}).")
+        raise InvalidArgument(
+            f"options[{key!r}] must be a list with one entry an env ({len(mask)})."
+        )
     rows = [int(row) for row in np.flatnonzero(mask)]
-    return {row: read(values[row], spec, f"options[{key!r}][{row}]") for row in rows if values[row] is not None}
+    return {
+        row: read(values[row], spec, f"options[{key!r}][{row}]")
+        for row in rows
+        if values[row] is not None
+    }
 
 
 def _check_prefix(ids: list[int], spec: TokenSpec, label: str) -> None:
     if len(ids) >= spec.max_new_tokens:
-        raise InvalidArgument(f"{label} has {len(ids)} tokens; allowed: fewer than max_new_tokens={spec.max_new_tokens}.")
+        raise InvalidArgument(
+            f"{label} has {len(ids)} tokens; allowed: fewer than "
+            f"max_new_tokens={spec.max_new_tokens}."
+        )
     if set(ids) & set(spec.stop_token_ids):
         raise InvalidArgument(f"{label} holds a stop token; a finished text cannot be continued.")

@@ -10,10 +10,21 @@ from tokenenv.types import TokenSpec
 
 FORMAT = 3
 Layout = dict[str, Any]
-"""Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any size."""
+"""Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any
+size."""
 EXACT = ("weights", "memory", "statistics", "learned")
 """Context with an entry for each term that has one, and no others."""
-KEYS = ("slots", "texts", "engine", "prompt_id", "episode_kl_coef", "ended", "streams", "kl_coef", "tokens_seen")
+KEYS = (
+    "slots",
+    "texts",
+    "engine",
+    "prompt_id",
+    "episode_kl_coef",
+    "ended",
+    "streams",
+    "kl_coef",
+    "tokens_seen",
+)
 
 
 def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
@@ -22,23 +33,47 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
         chosen = np.asarray(slots)
     except ValueError:  # lists of different lengths
         chosen = np.zeros(0)
-    if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= num_envs:
-        raise InvalidArgument(f"slots={slots!r} must hold numbers from 0 to {num_envs - 1}, at least one.")
+    if (
+        chosen.ndim != 1
+        or not len(chosen)
+        or chosen.dtype.kind not in "iu"
+        or chosen.min() < 0
+        or chosen.max() >= num_envs
+    ):
+        raise InvalidArgument(
+            f"slots={slots!r} must hold numbers from 0 to {num_envs - 1}, at least one."
+        )
     return chosen.astype(np.int64)
 
 
-def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]) -> np.ndarray:
-    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is changed.
+def check_state(
+    saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]
+) -> np.ndarray:
+    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is
+    changed.
 
     `engine` says what the engine saves for a number of slots.
     """
-    if not isinstance(saved, dict) or not _is(saved.get("format"), FORMAT) or any(key not in saved for key in KEYS):
-        raise CheckpointError(f"this is no state of a tokenenv env (format {FORMAT}); it comes from save_state().")
+    if (
+        not isinstance(saved, dict)
+        or not _is(saved.get("format"), FORMAT)
+        or any(key not in saved for key in KEYS)
+    ):
+        raise CheckpointError(
+            f"this is no state of a tokenenv env (format {FORMAT}); it comes from save_state()."
+        )
     slots = saved["slots"]
-    if not _is_array(slots, (-1,), np.int64) or not len(slots) or slots[0] < 0 or (np.diff(slots) < 1).any():
+    if (
+        not _is_array(slots, (-1,), np.int64)
+        or not len(slots)
+        or slots[0] < 0
+        or (np.diff(slots) < 1).any()
+    ):
         raise CheckpointError("the state is corrupt: its slots are not numbers in order.")
     if slots[-1] >= num_envs:
-        raise CheckpointError(f"the state holds slot {slots[-1]}; this env has num_envs={num_envs}.")
+        raise CheckpointError(
+            f"the state holds slot {slots[-1]}; this env has num_envs={num_envs}."
+        )
     _check_arrays(saved, _layout(len(slots), spec, engine(len(slots))), "state")
     _check_texts(saved["texts"], saved["ended"], spec)
     _check_streams(saved["streams"], len(slots), group_size)
@@ -47,12 +82,14 @@ def check_state(saved: Any, num_envs: int, group_size: int, spec: TokenSpec, eng
 
 
 def check_statistics(saved: Any, layout: Layout) -> None:
-    """Raises `CheckpointError` unless `saved` holds the statistics that the engine's `layout` names."""
+    """Raises `CheckpointError` unless `saved` holds the statistics that the engine's `layout`
+    names."""
     _check_arrays(saved, layout["learned"], "learned")
 
 
 def _is(value: Any, expected: int | str) -> bool:
-    """Whether they are the same plain value: what a state holds in its place may be an array, which compares by entry."""
+    """Whether they are the same plain value: what a state holds in its place may be an array, which
+    compares by entry."""
     return isinstance(value, type(expected)) and value == expected
 
 
@@ -61,7 +98,12 @@ def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
     length = spec.max_prompt_tokens + spec.max_new_tokens
     integers, floats = ((count,), np.int64), ((count,), np.float32)
     return {
-        "texts": {"tokens": ((count, length), np.int64), "length": integers, "prompt_length": integers, "unpaid": integers},
+        "texts": {
+            "tokens": ((count, length), np.int64),
+            "length": integers,
+            "prompt_length": integers,
+            "unpaid": integers,
+        },
         "engine": engine,
         "prompt_id": integers,
         "episode_kl_coef": floats,
@@ -71,16 +113,23 @@ def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
 
 def _check_arrays(saved: Any, layout: Any, where: str) -> None:
     if isinstance(layout, dict):
-        if not isinstance(saved, dict) or not set(layout) <= set(saved) or (where in EXACT and set(saved) != set(layout)):
+        if (
+            not isinstance(saved, dict)
+            or not set(layout) <= set(saved)
+            or (where in EXACT and set(saved) != set(layout))
+        ):
             has = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise CheckpointError(
-                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task and reward=."
+                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task "
+                f"and reward=."
             )
         for key, part in layout.items():
             _check_arrays(saved[key], part, key)
     elif layout is None:
         if saved is not None:
-            raise CheckpointError(f"the state's {where} comes from a reward model, which this env has not.")
+            raise CheckpointError(
+                f"the state's {where} comes from a reward model, which this env has not."
+            )
     elif not _is_array(saved, *layout):
         has = f"{saved.shape} {saved.dtype}" if isinstance(saved, np.ndarray) else repr(saved)
         raise CheckpointError(
@@ -98,27 +147,46 @@ def _is_array(value: Any, shape: tuple[int, ...], dtype: Any) -> bool:
 def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpec) -> None:
     tokens, prompt = texts["tokens"], texts["prompt_length"]
     response = texts["length"] - prompt
-    valid = (prompt >= 1) & (prompt <= spec.max_prompt_tokens) & (texts["unpaid"] >= 0) & (texts["unpaid"] <= response)
+    valid = (
+        (prompt >= 1)
+        & (prompt <= spec.max_prompt_tokens)
+        & (texts["unpaid"] >= 0)
+        & (texts["unpaid"] <= response)
+    )
     valid &= response <= np.where(ended, spec.max_new_tokens, spec.max_new_tokens - 1)
     if not valid.all() or tokens.min() < 0 or tokens.max() >= spec.vocab_size:
-        raise CheckpointError("the state is corrupt, or comes from another task: its texts do not fit this env.")
+        raise CheckpointError(
+            "the state is corrupt, or comes from another task: its texts do not fit this env."
+        )
 
 
 def _check_streams(streams: Any, count: int, group_size: int) -> None:
     """A seed and a number of texts for each slot, those of its group."""
     given = streams if isinstance(streams, dict) else {}
     if not _is(given.get("group_size"), group_size):
-        raise CheckpointError(f"the state has group_size={given.get('group_size')!r} and this env group_size={group_size}.")
+        raise CheckpointError(
+            f"the state has group_size={given.get('group_size')!r} and this env "
+            f"group_size={group_size}."
+        )
     for key in ("seeds", "begun"):
         numbers = given.get(key)
         whole = isinstance(numbers, list) and len(numbers) == count
-        if not whole or not all(isinstance(number, int) and number >= 0 for number in numbers or ()):
-            raise CheckpointError(f"the state is corrupt: the {key} of its streams are not {count} whole numbers, 0 or more.")
+        if not whole or not all(
+            isinstance(number, int) and number >= 0 for number in numbers or ()
+        ):
+            raise CheckpointError(
+                f"the state is corrupt: the {key} of its streams are not {count} whole numbers, 0 "
+                f"or more."
+            )
 
 
 def _check_numbers(saved: dict[str, Any]) -> None:
     try:
-        if not (np.isfinite(saved["kl_coef"]) and saved["kl_coef"] >= 0 and int(saved["tokens_seen"]) >= 0):
+        if not (
+            np.isfinite(saved["kl_coef"])
+            and saved["kl_coef"] >= 0
+            and int(saved["tokens_seen"]) >= 0
+        ):
             raise ValueError(f"kl_coef={saved['kl_coef']} and tokens_seen={saved['tokens_seen']}")
     except (TypeError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the state is corrupt: {error}.") from error

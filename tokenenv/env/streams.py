@@ -1,4 +1,5 @@
-"""Which prompt a text begins with: a function of a seed and of how many texts began before, so nothing falls out of step."""
+"""Which prompt a text begins with: a function of a seed and of how many texts began before, so
+nothing falls out of step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from tokenenv.types import Slots
 class PromptStreams:
     """The prompts of N slots, in groups of `group_size` consecutive ones that share each prompt.
 
-    A group hands its texts out in the order in which they begin, by time and then by slot: the m-th text (from 0) has the
-    group's prompt number m // group_size. So a slot that becomes free takes what is missing of the oldest prompt.
+    A group hands its texts out in the order in which they begin, by time and then by slot: the m-th
+    text (from 0) has the group's prompt number m // group_size. So a slot that becomes free takes
+    what is missing of the oldest prompt.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], num_slots: int, group_size: int) -> None:
@@ -24,7 +26,8 @@ class PromptStreams:
         """How many texts have begun in each group."""
 
     def reseed(self, seeds: Sequence[int | None], mask: np.ndarray) -> None:
-        """Each group of `mask` (N,) starts anew with the seed of its first slot, unless that is None; see `split_groups`."""
+        """Each group of `mask` (N,) starts anew with the seed of its first slot, unless that is
+        None; see `split_groups`."""
         for slot in range(0, len(mask), self.group_size):
             seed = seeds[slot]
             if mask[slot] and seed is not None:
@@ -49,12 +52,18 @@ class PromptStreams:
     def save(self, slots: Slots) -> dict[str, Any]:
         """What `load` needs, of the groups of `slots`."""
         groups = [int(slot) // self.group_size for slot in slots]
-        numbers = {"seeds": [self.seeds[group] for group in groups], "begun": [self.begun[group] for group in groups]}
+        numbers = {
+            "seeds": [self.seeds[group] for group in groups],
+            "begun": [self.begun[group] for group in groups],
+        }
         return {"group_size": self.group_size, **numbers}
 
     def load(self, slots: np.ndarray, saved: dict[str, Any]) -> None:
-        """Takes up the streams of the groups that are whole in `slots`; the others belong to slots that stay too."""
+        """Takes up the streams of the groups that are whole in `slots`; the others belong to slots
+        that stay too."""
         for slot, seed, begun in zip(slots, saved["seeds"], saved["begun"], strict=True):
             group = int(slot) // self.group_size
-            if np.isin(np.arange(group * self.group_size, (group + 1) * self.group_size), slots).all():
+            if np.isin(
+                np.arange(group * self.group_size, (group + 1) * self.group_size), slots
+            ).all():
                 self.seeds[group], self.begun[group] = int(seed), int(begun)

@@ -14,11 +14,14 @@ from tokenenv.types import Slots
 class TextBuffer:
     """Right-padded tokens (N, L) with each row's lengths.
 
-    The host's arrays are the truth: the host sees every token once, when it is checked, so no later step has to copy
-    texts back. On a CPU the device's tensor is the same memory; elsewhere it is kept up beside it.
+    The host's arrays are the truth: the host sees every token once, when it is checked, so no later
+    step has to copy texts back. On a CPU the device's tensor is the same memory; elsewhere it is
+    kept up beside it.
     """
 
-    def __init__(self, num_rows: int, max_length: int, pad_token_id: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, max_length: int, pad_token_id: int, device: torch.device
+    ) -> None:
         self.tokens = np.full((num_rows, max_length), pad_token_id, dtype=np.int64)
         self.length = np.zeros(num_rows, dtype=np.int64)
         self.prompt_length = np.zeros(num_rows, dtype=np.int64)
@@ -41,8 +44,11 @@ class TextBuffer:
         if self._mirror is not None:
             self._mirror[self.upload(rows), self.upload(position)] = self.upload(tokens[rows])
 
-    def restart(self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]) -> None:
-        """Begins new texts in `slots`; a prefix is the beginning of the response and earns nothing."""
+    def restart(
+        self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]
+    ) -> None:
+        """Begins new texts in `slots`; a prefix is the beginning of the response and earns
+        nothing."""
         rows = np.asarray(slots)
         self.prompt_length[rows] = list(map(len, prompts))
         self.unpaid[rows] = list(map(len, prefixes))

@@ -1,9 +1,12 @@
-"""stable-baselines3 on token environments: the vector env it takes, and a policy that is a language model.
+"""stable-baselines3 on token environments: the vector env it takes, and a policy that is a language
+model.
 
-    envs = SB3VecEnv(gym.make_vec("tokenenv/Reviews-v0", num_envs=64, autoreset_mode="SameStep", kl="policy"))
-    model = PPO(LMActorCriticPolicy, envs, policy_kwargs={"model": envs.unwrapped.model})
+    envs = SB3VecEnv(gym.make_vec("tokenenv/Reviews-v0", num_envs=64, autoreset_mode="SameStep",
+    kl="policy")) model = PPO(LMActorCriticPolicy, envs, policy_kwargs={"model":
+    envs.unwrapped.model})
 
-docs/stable-baselines3.md says what each combination optimises. Suffixes: N envs, K transitions, L context, V vocabulary.
+docs/stable-baselines3.md says what each combination optimises. Suffixes: N envs, K transitions, L
+context, V vocabulary.
 """
 
 import contextlib
@@ -33,38 +36,55 @@ try:
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 except ImportError as error:
-    raise MissingDependency("tokenenv.integrations.sb3 needs stable-baselines3: pip install 'tokenenv-rl[sb3]'") from error
+    raise MissingDependency(
+        "tokenenv.integrations.sb3 needs stable-baselines3: pip install 'tokenenv-rl[sb3]'"
+    ) from error
 
 
 class SB3VecEnv(VecEnv):
     """A vector env of texts (wrapped or not) as stable-baselines3 takes it.
 
-    Under `kl="policy"` the action is a Box of two numbers, the token and its log-probability (nats), which
-    `LMActorCriticPolicy` fills in: the env's `Dict(token, logprob)`, flat. Otherwise it is the env's own.
+    Under `kl="policy"` the action is a Box of two numbers, the token and its log-probability
+    (nats), which `LMActorCriticPolicy` fills in: the env's `Dict(token, logprob)`, flat. Otherwise
+    it is the env's own.
 
-    The info of a row that ended has `terminal_observation`, `episode` (r, l, t, as Monitor gives them), `TimeLimit.truncated`
-    and the env's own numbers (`score`, `gold`, `cut`, ...). `TimeLimit.truncated` tells SB3 to bootstrap, so it is true only
-    for texts that were cut without a score (`score_truncated=False`, or a time limit around the env).
+    The info of a row that ended has `terminal_observation`, `episode` (r, l, t, as Monitor gives
+    them), `TimeLimit.truncated` and the env's own numbers (`score`, `gold`, `cut`, ...).
+    `TimeLimit.truncated` tells SB3 to bootstrap, so it is true only for texts that were cut without
+    a score (`score_truncated=False`, or a time limit around the env).
 
-    SB3's learners add no `-beta log pi`: under `kl="reference"` they would optimise score + beta E[log pi_ref], whose optimum
-    is the single likeliest good text, and this class warns. `kl="policy"` (with `LMActorCriticPolicy`) is the bundled
-    agents' objective, score - beta KL; with any other policy, on `observation="features"` say, take `kl="none"`.
+    SB3's learners add no `-beta log pi`: under `kl="reference"` they would optimise score + beta
+    E[log pi_ref], whose optimum is the single likeliest good text, and this class warns.
+    `kl="policy"` (with `LMActorCriticPolicy`) is the bundled agents' objective, score - beta KL;
+    with any other policy, on `observation="features"` say, take `kl="none"`.
 
     Args:
-        envs: with `autoreset_mode="SameStep"`, as SB3 takes the first observation of the next text at once.
+        envs: with `autoreset_mode="SameStep"`, as SB3 takes the first observation of the next text
+            at once.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
         if not isinstance(envs, VectorEnv):
-            raise InvalidArgument(f"envs={type(envs).__name__} is no vector env; build one with gym.make_vec.")
+            raise InvalidArgument(
+                f"envs={type(envs).__name__} is no vector env; build one with gym.make_vec."
+            )
         mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         if mode != AutoresetMode.SAME_STEP:
-            raise InvalidArgument(f"autoreset_mode={mode.value!r} is not SB3's; make the env with autoreset_mode='SameStep'.")
+            raise InvalidArgument(
+                f"autoreset_mode={mode.value!r} is not SB3's; make the env with "
+                f"autoreset_mode='SameStep'."
+            )
         self.envs = envs
         self.with_logprob = wants_logprob(envs)
-        actions = _flat_space(envs.single_action_space) if self.with_logprob else envs.single_action_space
+        actions = (
+            _flat_space(envs.single_action_space) if self.with_logprob else envs.single_action_space
+        )
         super().__init__(envs.num_envs, envs.single_observation_space, actions)
-        self._returns, self._lengths, self._start = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64), time.time()
+        self._returns, self._lengths, self._start = (
+            np.zeros(self.num_envs),
+            np.zeros(self.num_envs, np.int64),
+            time.time(),
+        )
         _warn_of_kl(envs)
 
     @property
@@ -73,10 +93,13 @@ class SB3VecEnv(VecEnv):
         return self.envs.unwrapped
 
     def reset(self) -> Any:
-        """The first observations. What `seed` and `set_options` gave counts once; the options of a row are those of one text
-        alone: `prompts` and `prefixes`, a list of one each."""
+        """The first observations. What `seed` and `set_options` gave counts once; the options of a
+        row are those of one text alone: `prompts` and `prefixes`, a list of one each."""
         seeds: Any = None if all(seed is None for seed in self._seeds) else list(self._seeds)
-        obs, infos = map(_host, self.envs.reset(seed=seeds, options=_joined_options(self._options, self.num_envs)))
+        obs, infos = map(
+            _host,
+            self.envs.reset(seed=seeds, options=_joined_options(self._options, self.num_envs)),
+        )
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
@@ -88,17 +111,33 @@ class SB3VecEnv(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Observations, rewards (N,) float32, dones (N,) bool, and one info a row: empty unless its text ended."""
-        obs, rewards, terminations, truncations, infos = self.envs.step(self._env_actions(self._actions))
-        obs, rewards, terminations, truncations = map(_host, (obs, rewards, terminations, truncations))
+        """Observations, rewards (N,) float32, dones (N,) bool, and one info a row: empty unless its
+        text ended."""
+        obs, rewards, terminations, truncations, infos = self.envs.step(
+            self._env_actions(self._actions)
+        )
+        obs, rewards, terminations, truncations = map(
+            _host, (obs, rewards, terminations, truncations)
+        )
         dones = terminations | truncations
         self._returns += rewards
         self._lengths += 1
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
-            ends, ended = _host({key: infos[key] for key in ("final_obs", "final_info")}), np.flatnonzero(dones)
-            begun = _host({key: value for key, value in infos.items() if key.removeprefix("_") in self.reset_infos[0]})
-            _, bootstraps = read_ends(self.envs, terminations, truncations, ends["final_info"], ended)
+            ends, ended = (
+                _host({key: infos[key] for key in ("final_obs", "final_info")}),
+                np.flatnonzero(dones),
+            )
+            begun = _host(
+                {
+                    key: value
+                    for key, value in infos.items()
+                    if key.removeprefix("_") in self.reset_infos[0]
+                }
+            )
+            _, bootstraps = read_ends(
+                self.envs, terminations, truncations, ends["final_info"], ended
+            )
             for i, bootstrap in zip(map(int, ended), bootstraps, strict=True):
                 rows[i] = self._end(i, ends) | {"TimeLimit.truncated": bool(bootstrap)}
                 self.reset_infos[i] = _row(begun, i)
@@ -111,14 +150,19 @@ class SB3VecEnv(VecEnv):
         actions = np.asarray(actions)
         if actions.shape != (self.num_envs, 2) or (actions[:, 0] != actions[:, 0].round()).any():
             raise InvalidAction(
-                "under kl='policy' actions are (token, logprob), which LMActorCriticPolicy gives; for another policy make the "
+                "under kl='policy' actions are (token, logprob), which LMActorCriticPolicy gives; "
+                "for another policy make the "
                 "env with kl='none'."
             )
         return {"token": actions[:, 0].astype(np.int64), "logprob": actions[:, 1]}
 
     def _end(self, row: int, ends: Mapping[str, Any]) -> dict[str, Any]:
         final = ends["final_obs"]
-        last = {key: value[row] for key, value in final.items()} if isinstance(final, Mapping) else final[row]
+        last = (
+            {key: value[row] for key, value in final.items()}
+            if isinstance(final, Mapping)
+            else final[row]
+        )
         seconds = round(time.time() - self._start, 6)
         episode = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": seconds}
         return _row(ends["final_info"], row) | {"terminal_observation": last, "episode": episode}
@@ -135,26 +179,42 @@ class SB3VecEnv(VecEnv):
         return [getattr(layers[0], attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets the attribute that `get_attr` gives, a new one on the outermost wrapper; all rows share it."""
+        """Sets the attribute that `get_attr` gives, a new one on the outermost wrapper; all rows
+        share it."""
         if indices is not None and self._rows(indices) != list(range(self.num_envs)):
-            raise InvalidArgument(f"indices={indices!r} is not allowed; {attr_name!r} belongs to all rows together.")
-        setattr(next((layer for layer in self._layers() if hasattr(layer, attr_name)), self.envs), attr_name, value)
+            raise InvalidArgument(
+                f"indices={indices!r} is not allowed; {attr_name!r} belongs to all rows together."
+            )
+        setattr(
+            next((layer for layer in self._layers() if hasattr(layer, attr_name)), self.envs),
+            attr_name,
+            value,
+        )
 
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Calls a method once; a result with a row for each env is handed out by rows (`action_masks`)."""
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Calls a method once; a result with a row for each env is handed out by rows
+        (`action_masks`)."""
         result = self.get_attr(method_name)[0](*args, **kwargs)
         by_row = isinstance(result, np.ndarray | Tensor | Sequence) and len(result) == self.num_envs
         return [result[i] if by_row else result for i in self._rows(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """True of the wrappers of the vector env, and of Monitor, whose `info["episode"]` this env gives."""
-        wrapped = issubclass(wrapper_class, Monitor) or any(isinstance(layer, wrapper_class) for layer in self._layers())
+        """True of the wrappers of the vector env, and of Monitor, whose `info["episode"]` this env
+        gives."""
+        wrapped = issubclass(wrapper_class, Monitor) or any(
+            isinstance(layer, wrapper_class) for layer in self._layers()
+        )
         return [wrapped] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[Any]:
         """What the env renders, one picture a row."""
         if self.render_mode != "rgb_array":
-            raise InvalidArgument(f"render_mode={self.render_mode!r} gives no pictures; make the env with 'rgb_array'.")
+            raise InvalidArgument(
+                f"render_mode={self.render_mode!r} gives no pictures; make the env with "
+                f"'rgb_array'."
+            )
         return list(self.envs.render() or [])
 
     def _layers(self) -> Iterator[Any]:
@@ -169,20 +229,23 @@ class SB3VecEnv(VecEnv):
 
 
 LEARNERS = (
-    "LMActorCriticPolicy is for on-policy actor-critic learners (PPO, A2C, TRPO); for others (DQN, ARS, RecurrentPPO) take a "
+    "LMActorCriticPolicy is for on-policy actor-critic learners (PPO, A2C, TRPO); for others (DQN, "
+    "ARS, RecurrentPPO) take a "
     "policy of theirs, on an env with observation='features' and kl='none'."
 )
 
 
 class LMActorCriticPolicy(ActorCriticPolicy):
-    """A causal language model with a value head, as an SB3 policy: PPO, A2C and sb3-contrib's TRPO train the model that the
-    bundled agents train. Action masks are read from the observation, so no MaskablePPO is needed.
+    """A causal language model with a value head, as an SB3 policy: PPO, A2C and sb3-contrib's TRPO
+    train the model that the bundled agents train. Action masks are read from the observation, so no
+    MaskablePPO is needed.
 
-    SB3 draws its minibatches from single steps, so each step's whole text is read again, when acting and when learning.
+    SB3 draws its minibatches from single steps, so each step's whole text is read again, when
+    acting and when learning.
 
     Args:
-        model: what to train, through `policy_kwargs={"model": envs.unwrapped.model}`; a copy is taken. It is saved with the
-            SB3 model, beside the trained weights.
+        model: what to train, through `policy_kwargs={"model": envs.unwrapped.model}`; a copy is
+            taken. It is saved with the SB3 model, beside the trained weights.
         separate_value: whether the critic has a trunk of its own.
     """
 
@@ -200,15 +263,29 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             raise InvalidArgument(LEARNERS)
         if options.get("use_sde"):
             raise InvalidArgument(
-                "use_sde=True is noise on continuous actions; LMActorCriticPolicy draws tokens: leave it False."
+                "use_sde=True is noise on continuous actions; LMActorCriticPolicy draws tokens: "
+                "leave it False."
             )
         if model is None:
-            raise InvalidArgument('model=None: give PPO(..., policy_kwargs={"model": envs.unwrapped.model}).')
-        if not isinstance(observation_space, spaces.Dict) or "tokens" not in observation_space.spaces:
-            raise InvalidArgument("LMActorCriticPolicy reads tokens; with observation='features' take 'MlpPolicy'.")
+            raise InvalidArgument(
+                'model=None: give PPO(..., policy_kwargs={"model": envs.unwrapped.model}).'
+            )
+        if (
+            not isinstance(observation_space, spaces.Dict)
+            or "tokens" not in observation_space.spaces
+        ):
+            raise InvalidArgument(
+                "LMActorCriticPolicy reads tokens; with observation='features' take 'MlpPolicy'."
+            )
         self._separate_value = separate_value
         self._make_lm = lambda: LMPolicy(copy.deepcopy(model), separate_value=separate_value)
-        super().__init__(observation_space, action_space, lr_schedule, features_extractor_class=_NoFeatures, **options)
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=_NoFeatures,
+            **options,
+        )
 
     def _build(self, lr_schedule: Any) -> None:
         self.lm = self._make_lm()
@@ -222,7 +299,9 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            raise AttributeError(f"there is no {name!r} here: {LEARNERS}", name=name, obj=self) from None
+            raise AttributeError(
+                f"there is no {name!r} here: {LEARNERS}", name=name, obj=self
+            ) from None
 
     def set_training_mode(self, mode: bool) -> None:
         """Nothing: with dropout, learning would not see the distribution that acting drew from."""
@@ -232,15 +311,19 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         count = space.high[0] if self.with_logprob else getattr(space, "n", None)
         if count != self.lm.vocab_size:
             raise InvalidArgument(
-                f"model has {self.lm.vocab_size} tokens, action_space is {space}; LMActorCriticPolicy chooses among all tokens."
+                f"model has {self.lm.vocab_size} tokens, action_space is {space}; "
+                f"LMActorCriticPolicy chooses among all tokens."
             )
 
     def read(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (K, V) of the next token, tokens that an `action_mask` rules out at -inf, and values (K, 1)."""
+        """Logits (K, V) of the next token, tokens that an `action_mask` rules out at -inf, and
+        values (K, 1)."""
         lengths = obs["length"].reshape(-1).long().cpu().numpy()
         tokens_KL = obs["tokens"][:, : lengths.max()].long()
         with self.lm.autocast():
-            states, value_states = (last_states(states, lengths) for states in self.lm.states(tokens_KL, lengths))
+            states, value_states = (
+                last_states(states, lengths) for states in self.lm.states(tokens_KL, lengths)
+            )
             logits_KV = rule_out(self.lm.head(states).float(), allowed_of(obs, tokens_KL.device))
         return logits_KV, self.lm.value(value_states)[:, None]
 
@@ -265,10 +348,15 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             return self._distribution(self.read(obs)[0])
 
     def _require_plain_weights(self) -> None:
-        """TRPO goes by names: weights called "value" are left to the critic, whatever they are; and it takes no frozen ones."""
+        """TRPO goes by names: weights called "value" are left to the critic, whatever they are; and
+        it takes no frozen ones."""
         for name, weight in self.lm.model.named_parameters():
             if "value" in name or not weight.requires_grad:
-                why = "it is frozen" if "value" not in name else "its name says 'value', which sb3-contrib takes for the critic"
+                why = (
+                    "it is frozen"
+                    if "value" not in name
+                    else "its name says 'value', which sb3-contrib takes for the critic"
+                )
                 raise InvalidArgument(
                     "get_distribution with gradients is for TRPO, which cannot train the weight "
                     f"{name!r} of this model, as {why}; take PPO or A2C, or torch.no_grad()."
@@ -284,13 +372,21 @@ class LMActorCriticPolicy(ActorCriticPolicy):
     def _distribution(self, logits_KV: Tensor) -> CategoricalDistribution:
         return _Tokens(logits_KV.shape[1]).proba_distribution(logits_KV)
 
-    def _act(self, distribution: CategoricalDistribution, deterministic: bool) -> tuple[Tensor, Tensor]:
+    def _act(
+        self, distribution: CategoricalDistribution, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
         tokens = distribution.get_actions(deterministic=deterministic)
         logprobs = distribution.log_prob(tokens)
         return torch.stack([tokens.float(), logprobs], 1) if self.with_logprob else tokens, logprobs
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        kept = ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs")
+        kept = (
+            "observation_space",
+            "action_space",
+            "lr_schedule",
+            "optimizer_class",
+            "optimizer_kwargs",
+        )
         parameters = super()._get_constructor_parameters()
         return {name: parameters[name] for name in kept} | {
             "model": self.lm.model,
@@ -299,10 +395,12 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
 
 class _Tokens(CategoricalDistribution):
-    """Over the next token; an action is a token, or a token and the log-probability that it was drawn with."""
+    """Over the next token; an action is a token, or a token and the log-probability that it was
+    drawn with."""
 
     def proba_distribution(self, action_logits: Tensor) -> "_Tokens":
-        # Finite, so that the KL of two such distributions is: at tokens that both rule out it would be 0 times NaN.
+        # Finite, so that the KL of two such distributions is: at tokens that both rule out it would
+        # be 0 times NaN.
         return super().proba_distribution(action_logits.clamp(min=-1e9))
 
     def log_prob(self, actions: Tensor) -> Tensor:
@@ -320,7 +418,8 @@ class _NoFeatures(BaseFeaturesExtractor):
 def _flat_space(space: Any) -> spaces.Box:
     """The Box of (token, logprob).
 
-    SB3 wants finite bounds, and clips actions to them. One beyond what is allowed: clipped nonsense stays nonsense.
+    SB3 wants finite bounds, and clips actions to them. One beyond what is allowed: clipped nonsense
+    stays nonsense.
     """
     low, high = [-1.0, np.finfo(np.float32).min], [space["token"].n, 1.0]
     return spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
@@ -330,21 +429,31 @@ def _warn_of_kl(envs: VectorEnv) -> None:
     core: Any = envs.unwrapped
     if getattr(getattr(core, "config", None), "kl", None) == "reference" and core.kl_coef > 0:
         warnings.warn(
-            "kl='reference' pays beta log pi_ref, and SB3 does not add -beta log pi: it optimises another objective, short, "
-            "mode-seeking texts. Make the env with kl='policy' for LMActorCriticPolicy, with kl='none' for other policies.",
+            "kl='reference' pays beta log pi_ref, and SB3 does not add -beta log pi: it optimises "
+            "another objective, short, "
+            "mode-seeking texts. Make the env with kl='policy' for LMActorCriticPolicy, with "
+            "kl='none' for other policies.",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _joined_options(options: Sequence[Mapping[str, Any]], num_envs: int) -> dict[str, list[Any]] | None:
+def _joined_options(
+    options: Sequence[Mapping[str, Any]], num_envs: int
+) -> dict[str, list[Any]] | None:
     """Options of single envs, one a row, as those of the vector env."""
     if len(options) != num_envs:
-        raise InvalidArgument(f"options has {len(options)} entries; allowed: a mapping, or one entry an env ({num_envs}).")
+        raise InvalidArgument(
+            f"options has {len(options)} entries; allowed: a mapping, or one entry an env "
+            f"({num_envs})."
+        )
     for name, value in (pair for given in options for pair in given.items()):
         check_choice("options key", name, ("prompts", "prefixes"))
         if isinstance(value, str) or len(value) != 1:
-            raise InvalidArgument(f"options[{name!r}]={value!r} must be a list of one: they are the options of one text alone.")
+            raise InvalidArgument(
+                f"options[{name!r}]={value!r} must be a list of one: they are the options of one "
+                f"text alone."
+            )
     names = dict.fromkeys(name for given in options for name in given)
     return {name: [given.get(name, [None])[0] for given in options] for name in names} or None
 
@@ -359,4 +468,7 @@ def _host(values: Any) -> Any:
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
     """One row of Gymnasium's vector info on the host, without the keys that it has not."""
     present = [key for key in infos if not key.startswith("_") and infos[f"_{key}"][row]]
-    return {key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row] for key in present}
+    return {
+        key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row]
+        for key in present
+    }

@@ -16,7 +16,8 @@ StateT = TypeVar("StateT", bound=Hashable)
 
 
 class Automaton:
-    """Q states, of which the first is the start (a `TokenModel` without a language model's head: a scorer's trunk).
+    """Q states, of which the first is the start (a `TokenModel` without a language model's head: a
+    scorer's trunk).
 
     It starts after the first token of a text, the prompt, whatever that is, and reads the response.
 
@@ -26,11 +27,16 @@ class Automaton:
         device: where tokens are taken and states, (K,) int64, returned.
     """
 
-    def __init__(self, transitions: np.ndarray, payoff: np.ndarray, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, transitions: np.ndarray, payoff: np.ndarray, device: str | torch.device = "cpu"
+    ) -> None:
         self.transitions = np.asarray(transitions, dtype=np.int64)
         self.payoff = np.asarray(payoff, dtype=np.float64)
         if self.transitions.ndim != 2 or self.payoff.shape != self.transitions.shape[:1]:
-            raise InvalidArgument(f"{self.transitions.shape} transitions, {self.payoff.shape} payoffs; allowed: (Q, V), (Q,).")
+            raise InvalidArgument(
+                f"{self.transitions.shape} transitions, {self.payoff.shape} payoffs; allowed: (Q, "
+                f"V), (Q,)."
+            )
         if not ((self.transitions >= 0) & (self.transitions < len(self.payoff))).all():
             raise InvalidArgument(f"transitions lead out of the states 0..{len(self.payoff) - 1}.")
         self.device = torch.device(device)
@@ -52,7 +58,8 @@ class Automaton:
         return StateRows(self, num_rows)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token t."""
+        """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token
+        t."""
         states = torch.zeros(tokens.shape, dtype=torch.int64, device=self.device)
         for t in range(1, tokens.shape[1]):
             states[:, t] = self.after(states[:, t - 1], tokens[:, t])
@@ -60,7 +67,9 @@ class Automaton:
 
     def after(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The states (K,) after one more token (K,); ids beyond V are read as the last."""
-        return self._transitions[states, tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)]
+        return self._transitions[
+            states, tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)
+        ]
 
     def score(self, states: Tensor) -> Tensor:
         """States (K,) to scores (K,) float32 of texts that end there: a scorer's head."""
@@ -93,16 +102,20 @@ class StateRows:
 
     def __init__(self, model: Machine, num_rows: int) -> None:
         self.model = model
-        self._states = model.states(torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device), [1] * num_rows)[:, 0]
+        self._states = model.states(
+            torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device), [1] * num_rows
+        )[:, 0]
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, ...) after each."""
+        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, ...)
+        after each."""
         states = last_states(self.states(tokens, lengths), lengths)
         self._states[self._upload(slots)] = states
         return states
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only where `active` (N,) bool; returns a copy of the states (N, ...)."""
+        """Adds one token to each row (N,), or only where `active` (N,) bool; returns a copy of the
+        states (N, ...)."""
         after = self.model.after(self._states, tokens)
         if active is not None and not np.all(active):
             mask = upload(np.asarray(active, dtype=bool), self.model.device)
@@ -111,7 +124,8 @@ class StateRows:
         return after.clone()
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies row sources[i] onto row targets[i]; all sources are read before any target is written."""
+        """Copies row sources[i] onto row targets[i]; all sources are read before any target is
+        written."""
         self._states[self._upload(targets)] = self._states[self._upload(sources)]
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -129,7 +143,8 @@ def explore(
     vocab_size: int,
     device: Any = "cpu",
 ) -> Automaton:
-    """The automaton of all states that can be reached from `start`, with `step(state, token)` the state that follows."""
+    """The automaton of all states that can be reached from `start`, with `step(state, token)` the
+    state that follows."""
     number, states, rows = {start: 0}, [start], []
     for state in states:  # grows while it is read
         row = [step(state, token) for token in range(vocab_size)]

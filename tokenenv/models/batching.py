@@ -12,9 +12,8 @@ from torch.nn.functional import pad
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
-    """Groups the indices of `lengths`, longest first, so that each group padded to its longest text is at most
-    `max_batch_tokens` tokens. A single longer text is a group of its own.
-    """
+    """Groups the indices of `lengths`, longest first, so that each group padded to its longest text
+    is at most `max_batch_tokens` tokens. A single longer text is a group of its own."""
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
     groups: list[np.ndarray] = []
@@ -27,9 +26,11 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) ->
 
 
 def hidden_states(trunk: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """Last hidden states (B, L, H) of right-padded `tokens` (B, L), without a cache and with the ambient grad mode.
+    """Last hidden states (B, L, H) of right-padded `tokens` (B, L), without a cache and with the
+    ambient grad mode.
 
-    State t has read tokens 0..t. States at or beyond a row's length mean nothing. `lengths` (B,) is host data.
+    State t has read tokens 0..t. States at or beyond a row's length mean nothing. `lengths` (B,) is
+    host data.
     """
     lengths = np.asarray(lengths)
     forward = _packed_states if is_varlen(trunk) else _padded_states
@@ -42,10 +43,15 @@ def last_states(states: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
     return states[rows, upload(np.asarray(lengths) - 1, states.device)]
 
 
-def in_micro_batches(forward: Callable[[np.ndarray, int], Tensor], lengths: np.ndarray, max_batch_tokens: int) -> Tensor:
-    """Runs `forward(rows, width)` -> (b, width, H) over micro-batches; returns the last states (B, H) in row order."""
+def in_micro_batches(
+    forward: Callable[[np.ndarray, int], Tensor], lengths: np.ndarray, max_batch_tokens: int
+) -> Tensor:
+    """Runs `forward(rows, width)` -> (b, width, H) over micro-batches; returns the last states (B,
+    H) in row order."""
     groups = micro_batches(lengths, max_batch_tokens)
-    states = torch.cat([last_states(forward(rows, int(lengths[rows[0]])), lengths[rows]) for rows in groups])
+    states = torch.cat(
+        [last_states(forward(rows, int(lengths[rows[0]])), lengths[rows]) for rows in groups]
+    )
     return states[upload(np.argsort(np.concatenate(groups)), states.device)]
 
 
@@ -73,7 +79,8 @@ def _padded_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
 
 
 def _packed_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """All texts in one row, positions starting again at 0 for each: transformers keeps attention inside each text.
+    """All texts in one row, positions starting again at 0 for each: transformers keeps attention
+    inside each text.
 
     Packed over sdpa or eager attention it is correct too, but costs the square of the total length.
     """

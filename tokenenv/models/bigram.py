@@ -15,8 +15,9 @@ from .batching import last_states
 class Bigram(nn.Module):
     """p(next token | last token) as a table (a `TokenModel`).
 
-    A state is a row of the table, (K,) int64: the token read last, or V after a text's first token, whatever it is. So the
-    first token is a prompt that says nothing, and V tells the beginning from the same token later on.
+    A state is a row of the table, (K,) int64: the token read last, or V after a text's first token,
+    whatever it is. So the first token is a prompt that says nothing, and V tells the beginning from
+    the same token later on.
 
     Args:
         probs: (V + 1, V) float64, positive, rows summing to 1; the last row is the beginning.
@@ -54,7 +55,8 @@ class Bigram(nn.Module):
         return BigramRows(self)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token t."""
+        """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token
+        t."""
         states = self.ids(tokens)
         states[:, 0] = self.vocab_size
         return states
@@ -68,12 +70,14 @@ class Bigram(nn.Module):
         return self.logprobs[states, tokens]
 
     def ids(self, tokens: Tensor) -> Tensor:
-        """A copy on the device; ids beyond V are read as the last: out of range would end a CUDA process."""
+        """A copy on the device; ids beyond V are read as the last: out of range would end a CUDA
+        process."""
         return tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)
 
 
 class BigramRows:
-    """Running texts (a `SlotModel`). Nothing has to be kept of them: a state is the token just read."""
+    """Running texts (a `SlotModel`). Nothing has to be kept of them: a state is the token just
+    read."""
 
     def __init__(self, model: Bigram) -> None:
         self.model = model
@@ -83,7 +87,8 @@ class BigramRows:
         return last_states(self.states(tokens, lengths), lengths)
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """The states (N,) after one more token (N,) each; those of rows that are not active mean nothing."""
+        """The states (N,) after one more token (N,) each; those of rows that are not active mean
+        nothing."""
         return self.model.ids(tokens)
 
     def fork(self, sources: Slots, targets: Slots) -> None:

@@ -25,7 +25,8 @@ def load_causal_lm(
     """A frozen causal language model in eval mode.
 
     Args:
-        source: hub id, local directory (safetensors only), or a model object, which is returned itself.
+        source: hub id, local directory (safetensors only), or a model object, which is returned
+            itself.
         device, dtype: default "cpu" and float32; a model object is moved only if they are given.
         attn_implementation: transformers' name of it; None lets transformers choose.
         trust_remote_code: run code that comes with the model.
@@ -35,21 +36,26 @@ def load_causal_lm(
     """
     if not isinstance(source, str) and hasattr(source, "config"):
         return _moved(source, device, dtype)
-    return _load("AutoModelForCausalLM", source, device, dtype, attn_implementation, trust_remote_code)
+    return _load(
+        "AutoModelForCausalLM", source, device, dtype, attn_implementation, trust_remote_code
+    )
 
 
 def load_reward_model(source: Any, **options: Any) -> Any:
-    """A frozen causal sequence- or token-classification model with one label, in eval mode; arguments as
-    `load_causal_lm`.
+    """A frozen causal sequence- or token-classification model with one label, in eval mode;
+    arguments as `load_causal_lm`.
 
     Raises:
-        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks ahead.
+        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks
+            ahead.
     """
     model = load_classifier(source, **options)
     make_scorer(model)
     if looks_ahead(model):
         name = source if isinstance(source, str) else type(model).__name__
-        raise ModelError(f"reward model {name!r} looks ahead (bidirectional attention); allowed: causal models")
+        raise ModelError(
+            f"reward model {name!r} looks ahead (bidirectional attention); allowed: causal models"
+        )
     return model
 
 
@@ -61,8 +67,8 @@ def load_classifier(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen sequence- or token-classification model in eval mode, whatever its attention and its labels; arguments
-    as `load_causal_lm`.
+    """A frozen sequence- or token-classification model in eval mode, whatever its attention and its
+    labels; arguments as `load_causal_lm`.
 
     Raises:
         ModelError: nothing usable at `source`, or no trained head.
@@ -74,7 +80,8 @@ def load_classifier(
 
 
 def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
-    """A tokenizer from a hub id or local directory; a tokenizer object is returned itself. Raises `ModelError`."""
+    """A tokenizer from a hub id or local directory; a tokenizer object is returned itself. Raises
+    `ModelError`."""
     if hasattr(source, "get_vocab"):
         return source
     from transformers import AutoTokenizer
@@ -90,24 +97,29 @@ def check_same_tokens(policy_tokenizer: Any, other_tokenizer: Any, role: str) ->
     difference = token_difference(policy_tokenizer, other_tokenizer)
     if difference is not None:
         raise ModelError(
-            f"the tokenizer of the {role} differs from the policy's: {difference}; allowed: the same token for every id"
+            f"the tokenizer of the {role} differs from the policy's: {difference}; allowed: the "
+            f"same token for every id"
         )
 
 
 def token_difference(policy_tokenizer: Any, other_tokenizer: Any) -> str | None:
-    """The first id of the policy that is another token, or none, for the other, in words; None if there is no such id.
+    """The first id of the policy that is another token, or none, for the other, in words; None if
+    there is no such id.
 
     Ids of the other beyond the policy's do no harm: nobody sends them.
     """
     theirs = {index: token for token, index in other_tokenizer.get_vocab().items()}
-    for index, token in sorted((index, token) for token, index in policy_tokenizer.get_vocab().items()):
+    for index, token in sorted(
+        (index, token) for token, index in policy_tokenizer.get_vocab().items()
+    ):
         if theirs.get(index) != token:
             return f"id {index} is {theirs.get(index)!r}, not {token!r}"
     return None
 
 
 def max_positions(config: Any) -> int | None:
-    """How many tokens a model was made for; None where it has no such limit, or one that is not in the (text) config."""
+    """How many tokens a model was made for; None where it has no such limit, or one that is not in
+    the (text) config."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
     kinds = {one.get("rope_type") for one in (rope, *by_layer_type)}
@@ -115,7 +127,12 @@ def max_positions(config: Any) -> int | None:
 
 
 def _load(
-    auto_class: str, source: Any, device: Any, dtype: Any, attn_implementation: str | None, trust_remote_code: bool
+    auto_class: str,
+    source: Any,
+    device: Any,
+    dtype: Any,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
 ) -> Any:
     import transformers
 
@@ -133,13 +150,19 @@ def _load(
         raise ModelError(_failed("model", source, error)) from error
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
-        raise ModelError(f"model {str(source)!r} lacks trained weights for {type(model).__name__}: {', '.join(missing[:5])}")
+        raise ModelError(
+            f"model {str(source)!r} lacks trained weights for {type(model).__name__}: "
+            f"{', '.join(missing[:5])}"
+        )
     return _moved(model, device or "cpu", None).eval().requires_grad_(False)
 
 
 def _failed(what: str, source: Any, error: Exception) -> str:
     reason = visible(" ".join(str(error).split())[:600]) or type(error).__name__
-    return f"{what} {str(source)!r} cannot be loaded ({reason}); allowed: a hub id or a local directory with safetensors"
+    return (
+        f"{what} {str(source)!r} cannot be loaded ({reason}); allowed: a hub id or a local "
+        "directory with safetensors"
+    )
 
 
 def _moved(model: Any, device: Any, dtype: torch.dtype | None) -> Any:
@@ -154,12 +177,15 @@ def _classifier(source: Any, trust_remote_code: bool) -> str:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_failed("reward model", source, error)) from error
-    named = config.architectures if isinstance(config.architectures, list) else []  # what a file says may be anything
+    named = (
+        config.architectures if isinstance(config.architectures, list) else []
+    )  # what a file says may be anything
     for architecture in (one for one in named if isinstance(one, str)):
         for kind in ("TokenClassification", "SequenceClassification"):
             if architecture.endswith(f"For{kind}"):
                 return f"AutoModelFor{kind}"
     raise ModelError(
-        f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or token-classification models "
+        f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or "
+        f"token-classification models "
         f"with one label"
     )

@@ -5,9 +5,11 @@ from typing import Any
 
 
 class TokenPieces:
-    """What each token adds to a text: joined, they are the text (a character that several tokens make up aside).
+    """What each token adds to a text: joined, they are the text (a character that several tokens
+    make up aside).
 
-    A space before a word belongs to it; special tokens are shown by name; without a tokenizer a token is its id.
+    A space before a word belongs to it; special tokens are shown by name; without a tokenizer a
+    token is its id.
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -15,13 +15,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of cached and uncached states that the arithmetic alone explains."""
 
 LONG = 8192
-"""Tokens of a row from which on trying out its cache takes time and memory that are worth a warning."""
+"""Tokens of a row from which on trying out its cache takes time and memory that are worth a
+warning."""
 
 logger = logging.getLogger("tokenenv")
 
 
 def why_uncached(trunk: Any, max_length: int) -> str | None:
-    """None if cached states of a full row and a short one equal the uncached ones; else what went wrong."""
+    """None if cached states of a full row and a short one equal the uncached ones; else what went
+    wrong."""
     with acting(trunk):
         try:
             difference = _probe(trunk, max_length)
@@ -32,19 +34,25 @@ def why_uncached(trunk: Any, max_length: int) -> str | None:
     tolerance = TOLERANCE.get(trunk.dtype, 1e-1)
     if torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, TOLERANCE[torch.float16])
-    return None if difference <= tolerance else f"cached states differ by {difference:.1e} of their size"
+    return (
+        None
+        if difference <= tolerance
+        else f"cached states differ by {difference:.1e} of their size"
+    )
 
 
 def _probe(trunk: Any, max_length: int) -> float:
     """The larger relative difference of cached and uncached last states of two rows.
 
-    Row 0 is filled to the last place: a window, a table of positions or a scale that depends on the length shows there
-    or nowhere. Row 1 stays short beside it, and has forgotten what lies to its right, which must leave no trace.
+    Row 0 is filled to the last place: a window, a table of positions or a scale that depends on the
+    length shows there or nowhere. Row 1 stays short beside it, and has forgotten what lies to its
+    right, which must leave no trace.
     """
     if max_length >= LONG:
         mask = max_length**2 * trunk.dtype.itemsize / 2**20
         logger.warning(
-            "trying out the cache of %s reads a text of %d tokens twice, once with a mask of %.0f MiB",
+            "trying out the cache of %s reads a text of %d tokens twice, once with a mask of %.0f "
+            "MiB",
             type(trunk).__name__,
             max_length,
             mask,
@@ -57,16 +65,22 @@ def _probe(trunk: Any, max_length: int) -> float:
     for step in range(2):
         at = np.array([full, short]) + step
         states = rows.append(ids[[0, 1], at], at, np.array([True, True]))
-    alone = [hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1] for i, n in enumerate((full + 2, short + 2))]
+    alone = [
+        hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1]
+        for i, n in enumerate((full + 2, short + 2))
+    ]
     expected = torch.stack(alone).float()
     difference = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(difference.nan_to_num(torch.inf).max())
 
 
 def random_ids(trunk: Any, num_rows: int, length: int) -> Tensor:
-    """(num_rows, length) of the model's token ids, always the same ones; without the pad id, which transformers warns of."""
+    """(num_rows, length) of the model's token ids, always the same ones; without the pad id, which
+    transformers warns of."""
     config = trunk.config.get_text_config()
-    ids = torch.randint(config.vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        config.vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0)
+    )
     pad_id = getattr(config, "pad_token_id", None)
     if pad_id is not None:
         ids[ids == pad_id] = (pad_id + 1) % config.vocab_size
@@ -74,7 +88,8 @@ def random_ids(trunk: Any, num_rows: int, length: int) -> Tensor:
 
 
 def looks_ahead(model: Any, length: int = 12) -> bool:
-    """Whether later tokens change the states before them; tried out on a text of `length` tokens."""
+    """Whether later tokens change the states before them; tried out on a text of `length`
+    tokens."""
     trunk, half = trunk_of(model), length // 2
     ids = random_ids(trunk, 2, length)
     ids[1, :half] = ids[0, :half]

@@ -23,14 +23,16 @@ class TextRows:
         return self.tokens.nbytes
 
     def prefill(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Puts `tokens` (B, L) at positions 0..L-1 of `slots` (B,); returns all states (B, L, H)."""
+        """Puts `tokens` (B, L) at positions 0..L-1 of `slots` (B,); returns all states (B, L,
+        H)."""
         self.tokens[slots, : tokens.shape[1]] = tokens
         states = hidden_states(self.trunk, tokens, [tokens.shape[1]] * len(tokens))
         self.blank = torch.zeros_like(states[0, :1])
         return states
 
     def append(self, tokens: Tensor, positions: np.ndarray, moving: np.ndarray) -> Tensor:
-        """Puts `tokens` (N,) at `positions` (N,) where `moving`; returns states (N, H), zero elsewhere."""
+        """Puts `tokens` (N,) at `positions` (N,) where `moving`; returns states (N, H), zero
+        elsewhere."""
         states = self.blank.repeat(len(tokens), 1)
         if moving.any():
             rows = np.flatnonzero(moving)

@@ -1,4 +1,5 @@
-"""A small transformer whose logits are added to a bigram's: a policy that starts as its reference."""
+"""A small transformer whose logits are added to a bigram's: a policy that starts as its
+reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,10 @@ MAX_POSITIONS = 256
 class ResidualLM(nn.Module):
     """log pi = reference + transformer, normalised (a `TokenModel` with trainable weights).
 
-    A state is the transformer's hidden state (H) and, as one more number, the reference's state: (K, H + 1) float32. The
-    output layer starts at zero, so that the policy starts exactly as the reference. On the reference's device; the same
-    seed gives the same weights. About 71,000 at V = 64 by default.
+    A state is the transformer's hidden state (H) and, as one more number, the reference's state:
+    (K, H + 1) float32. The output layer starts at zero, so that the policy starts exactly as the
+    reference. On the reference's device; the same seed gives the same weights. About 71,000 at V =
+    64 by default.
 
     Args:
         reference: the bigram, taken over as it is: a table is not trained.
@@ -30,7 +32,9 @@ class ResidualLM(nn.Module):
         seed: of the initial weights.
     """
 
-    def __init__(self, reference: Bigram, *, hidden_size: int = 48, num_layers: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, reference: Bigram, *, hidden_size: int = 48, num_layers: int = 2, seed: int = 0
+    ) -> None:
         super().__init__()
         self.reference = reference
         with torch.random.fork_rng(devices=[]):
@@ -60,9 +64,12 @@ class ResidualLM(nn.Module):
         return ResidualRows(self, num_rows, max_length)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """The uncached forward with the ambient grad mode: right-padded `tokens` (B, L) to states (B, L, H + 1)."""
+        """The uncached forward with the ambient grad mode: right-padded `tokens` (B, L) to states
+        (B, L, H + 1)."""
         tokens = self.reference.ids(tokens)
-        return joined(hidden_states(self.trunk, tokens, lengths), self.reference.states(tokens, lengths))
+        return joined(
+            hidden_states(self.trunk, tokens, lengths), self.reference.states(tokens, lengths)
+        )
 
     def head(self, states: Tensor) -> Tensor:
         """States (K, H + 1) to logits (K, V) float32."""
@@ -80,11 +87,13 @@ class ResidualRows:
         )
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, H + 1) after each."""
+        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, H + 1)
+        after each."""
         return joined(*(rows.prefill(slots, tokens, lengths) for rows in self._rows))
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only where `active` (N,) bool; returns states (N, H + 1)."""
+        """Adds one token to each row (N,), or only where `active` (N,) bool; returns states (N, H +
+        1)."""
         return joined(*(rows.append(tokens, active) for rows in self._rows))
 
     def fork(self, sources: Slots, targets: Slots) -> None:
@@ -98,7 +107,8 @@ class ResidualRows:
 
 
 def joined(hidden: Tensor, reference: Tensor) -> Tensor:
-    """(..., H) and (...) to (..., H + 1), in float32 also under autocast: half precision would round the last number."""
+    """(..., H) and (...) to (..., H + 1), in float32 also under autocast: half precision would
+    round the last number."""
     return torch.cat([hidden.float(), reference[..., None].float()], dim=-1)
 
 

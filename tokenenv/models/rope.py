@@ -1,4 +1,5 @@
-"""RoPE whose frequencies depend on the longest row of a batch, made to depend on the model's capacity alone."""
+"""RoPE whose frequencies depend on the longest row of a batch, made to depend on the model's
+capacity alone."""
 
 from typing import Any
 
@@ -8,15 +9,17 @@ from tokenenv.errors import ModelError
 
 
 def fix_rope(trunk: Any, max_length: int) -> None:
-    """Fixes the frequencies of `dynamic` and `longrope` RoPE, in place, to those of a text of `max_length` tokens.
+    """Fixes the frequencies of `dynamic` and `longrope` RoPE, in place, to those of a text of
+    `max_length` tokens.
 
-    transformers chooses them anew in each forward from the largest position in the batch, so that a row's states
-    depend on the other rows, and cached keys on when they were made. Fixed, acting, scoring and learning agree.
-    The choice holds for this model object (and its copies) from then on; the saved config is unchanged.
-    Other models are left alone.
+    transformers chooses them anew in each forward from the largest position in the batch, so that a
+    row's states depend on the other rows, and cached keys on when they were made. Fixed, acting,
+    scoring and learning agree. The choice holds for this model object (and its copies) from then
+    on; the saved config is unchanged. Other models are left alone.
 
     Raises:
-        ModelError: the model was fixed for shorter texts, which used other frequencies; or its code is unknown.
+        ModelError: the model was fixed for shorter texts, which used other frequencies; or its code
+            is unknown.
     """
     known = False
     for module in trunk.modules():
@@ -46,7 +49,8 @@ def _fix(module: Any, layer_type: str | None, kind: str, max_length: int) -> Non
     new, scaling = _frequencies(module.config, layer_type, kind, max_length, old.device)
     if fixed_length and not torch.equal(old, new):
         raise ModelError(
-            f"max_length={max_length}: this model's {kind} RoPE is fixed for texts of at most {fixed_length} tokens; "
+            f"max_length={max_length}: this model's {kind} RoPE is fixed for texts of at most "
+            f"{fixed_length} tokens; "
             f"load the model again for longer ones"
         )
     setattr(module, f"{prefix}inv_freq", new)
@@ -79,6 +83,7 @@ def _check_unknown(config: Any, max_length: int) -> None:
     original = next((length for length in lengths if length), max_length)
     if _varies(kind) and max_length > original:
         raise ModelError(
-            f"max_length={max_length}: the model's own {kind} RoPE code changes with the longest row of a batch beyond "
+            f"max_length={max_length}: the model's own {kind} RoPE code changes with the longest "
+            f"row of a batch beyond "
             f"{original} tokens; allowed: at most {original}"
         )

@@ -12,10 +12,12 @@ from transformers.cache_utils import Cache, StaticLayer
 from .batching import upload
 
 BUCKET = 16
-"""Keys are read up to the longest row, rounded up to a multiple of this: few shapes, little waste."""
+"""Keys are read up to the longest row, rounded up to a multiple of this: few shapes, little
+waste."""
 
 MAX_GRAPHS = 64
-"""Compiled graphs of one model class, all its models and buckets together; beyond, steps would not be compiled."""
+"""Compiled graphs of one model class, all its models and buckets together; beyond, steps would not
+be compiled."""
 
 
 class Uncacheable(Exception):
@@ -46,7 +48,8 @@ class SlotLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates for all rows; the states say heads, sizes, dtype and device."""
         self.keys, self.values = (
-            x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3]) for x in (key_states, value_states)
+            x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3])
+            for x in (key_states, value_states)
         )
         if self.write.compiled:
             self.mark_static()
@@ -57,7 +60,9 @@ class SlotLayer(StaticLayer):
         torch._dynamo.mark_static_address(self.keys)
         torch._dynamo.mark_static_address(self.values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Stores new states (B, heads, Q, size); returns what to attend to, in the same layout."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -83,14 +88,17 @@ class KVRows:
         self.windows = attention_windows(config, max_length)
         self.write = Write()
         self.write.compiled = compile
-        layers = [SlotLayer(num_rows, max_length, self.write) for _ in range(config.num_hidden_layers)]
+        layers = [
+            SlotLayer(num_rows, max_length, self.write) for _ in range(config.num_hidden_layers)
+        ]
         self.cache = Cache(layers=layers)
         self.rows = torch.arange(num_rows, device=trunk.device)[:, None]
         self.steps = torch.arange(max_length, device=trunk.device)
         self.step_trunk = compiled(trunk) if compile else trunk
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled trunk, which can be neither copied nor pickled: a copy compiles its own."""
+        """Without the compiled trunk, which can be neither copied nor pickled: a copy compiles its
+        own."""
         return {name: value for name, value in vars(self).items() if name != "step_trunk"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,7 +111,12 @@ class KVRows:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values; 0 before the first prefill."""
-        return sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(
+            x.nbytes
+            for layer in self.cache.layers
+            for x in (layer.keys, layer.values)
+            if x is not None
+        )
 
     def prefill(self, slots: Tensor, tokens: Tensor) -> Tensor:
         """Puts `tokens` (B, L) at positions 0..L-1 of `slots` (B,); returns all states (B, L, H).
@@ -118,17 +131,23 @@ class KVRows:
     def append(self, tokens: Tensor, positions: np.ndarray, moving: np.ndarray) -> Tensor:
         """Puts `tokens` (N,) at `positions` (N,); returns states (N, H), valid where `moving`.
 
-        The others' tokens land where their next one will overwrite them, or on the last place of a full row.
+        The others' tokens land where their next one will overwrite them, or on the last place of a
+        full row.
         """
         where = upload(np.minimum(positions, self.max_length - 1), self.rows.device)[:, None]
         bucket = self._bucket(int(positions[moving].max(initial=0)) + 1)
         self._write_to(self.rows, where, bucket)
-        with torch.inference_mode():  # a step is many small operations, and this makes each a little cheaper
-            states = self._forward(self.step_trunk, tokens[:, None], where, self._masks(where, bucket))[:, 0]
+        with (
+            torch.inference_mode()
+        ):  # a step is many small operations, and this makes each a little cheaper
+            states = self._forward(
+                self.step_trunk, tokens[:, None], where, self._masks(where, bucket)
+            )[:, 0]
         return states.clone()  # an ordinary tensor again
 
     def fork(self, sources: Tensor, targets: Tensor, width: int) -> None:
-        """Copies the first `width` tokens of rows `sources` onto rows `targets`, reading all before writing any."""
+        """Copies the first `width` tokens of rows `sources` onto rows `targets`, reading all before
+        writing any."""
         for layer in self.cache.layers:
             layer.keys[targets, :, :width] = layer.keys[sources, :, :width]
             layer.values[targets, :, :width] = layer.values[sources, :, :width]
@@ -143,12 +162,16 @@ class KVRows:
         return min(bucket, self.max_length)
 
     def _masks(self, positions: Tensor, keys: int) -> Tensor | dict[str, Tensor]:
-        """Additive masks (B, 1, Q, keys) for queries at `positions` (B, Q); one per kind of layer where they differ.
+        """Additive masks (B, 1, Q, keys) for queries at `positions` (B, Q); one per kind of layer
+        where they differ.
 
-        Additive, since eager attention adds what it is given, and sdpa would convert a bool mask in every layer.
+        Additive, since eager attention adds what it is given, and sdpa would convert a bool mask in
+        every layer.
         """
         keys_at, positions = self.steps[:keys], positions[:, None, :, None]
-        masks = {kind: self._mask(positions, keys_at, window) for kind, window in self.windows.items()}
+        masks = {
+            kind: self._mask(positions, keys_at, window) for kind, window in self.windows.items()
+        }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, positions: Tensor, keys_at: Tensor, window: int) -> Tensor:
@@ -159,7 +182,9 @@ class KVRows:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
-    def _forward(self, trunk: Any, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]) -> Tensor:
+    def _forward(
+        self, trunk: Any, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor]
+    ) -> Tensor:
         with masked_attention(self.trunk):
             return trunk(
                 input_ids=tokens,
@@ -171,7 +196,8 @@ class KVRows:
 
 
 def attention_windows(config: Any, max_length: int) -> dict[str, int]:
-    """How far back each kind of layer looks, in tokens; one entry where all layers look equally far.
+    """How far back each kind of layer looks, in tokens; one entry where all layers look equally
+    far.
 
     Raises `Uncacheable` for kinds that are neither full nor sliding attention.
     """
@@ -187,7 +213,8 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
 
 @contextmanager
 def masked_attention(trunk: Any) -> Iterator[None]:
-    """Flash and flex kernels take no 4D masks: cached forwards run under sdpa or, where a model has none, eager."""
+    """Flash and flex kernels take no 4D masks: cached forwards run under sdpa or, where a model has
+    none, eager."""
     config = trunk.config
     chosen = config._attn_implementation
     if chosen in ("sdpa", "eager", None):
@@ -201,10 +228,13 @@ def masked_attention(trunk: Any) -> Iterator[None]:
 
 
 def compiled(trunk: Any) -> Any:
-    """The trunk compiled with static shapes, one graph per bucket; captured as CUDA graphs where there are any."""
+    """The trunk compiled with static shapes, one graph per bucket; captured as CUDA graphs where
+    there are any."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     if trunk.device.type != "cuda":
         return torch.compile(trunk, dynamic=False)
     step = torch.compile(trunk, dynamic=False, mode="reduce-overhead")
-    return lambda **kwargs: (step(**kwargs)[0].clone(),)  # the next replay overwrites a graph's own outputs
+    return lambda **kwargs: (
+        step(**kwargs)[0].clone(),
+    )  # the next replay overwrites a graph's own outputs

@@ -16,26 +16,31 @@ from tokenenv.models.probing import random_ids
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
-"""Bytes of caches that are worth a warning, which Python shows even where nobody has set up logging."""
+"""Bytes of caches that are worth a warning, which Python shows even where nobody has set up
+logging."""
 
 logger = logging.getLogger("tokenenv")
 
 
 def trunk_of(model: Any) -> Any:
-    """The part of `model` that maps tokens to states: a transformers model's base model, otherwise `model` itself."""
+    """The part of `model` that maps tokens to states: a transformers model's base model, otherwise
+    `model` itself."""
     return model if hasattr(model, "slots") else cached_lm.trunk_of(model)
 
 
 class Trunks:
     """Every distinct trunk among `models`, each as N rows of at most `max_length` tokens.
 
-    States come as a dict from trunk to (rows, H), so that terms that share a model share its forward.
+    States come as a dict from trunk to (rows, H), so that terms that share a model share its
+    forward.
 
     Raises:
         ModelError: a trunk compares by value, so that two models could be taken for one.
     """
 
-    def __init__(self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any) -> None:
+    def __init__(
+        self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any
+    ) -> None:
         trunks = list(dict.fromkeys(_told_apart(trunk_of(model)) for model in models))
         _report_memory(trunks, num_rows, max_length)
         self._rows = {trunk: slot_model(trunk, num_rows, max_length, **options) for trunk in trunks}
@@ -68,17 +73,20 @@ class Trunks:
 
 
 def text_states(model: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """The uncached forward of any model's trunk, with the ambient grad mode: right-padded tokens (B, L) to states
-    (B, L, ...), in which state t has read token t."""
+    """The uncached forward of any model's trunk, with the ambient grad mode: right-padded tokens
+    (B, L) to states (B, L, ...), in which state t has read token t."""
     trunk = trunk_of(model)
     if hasattr(trunk, "slots"):
         return trunk.states(tokens, lengths)
     # Ids that the model lacks are read as its last, as by `CachedLM`.
-    return hidden_states(trunk, tokens.clamp(0, trunk.config.get_text_config().vocab_size - 1), lengths)
+    return hidden_states(
+        trunk, tokens.clamp(0, trunk.config.get_text_config().vocab_size - 1), lengths
+    )
 
 
 def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
-    """A model that is no transformers model brings its own rows: `model.slots(num_rows, max_length)`."""
+    """A model that is no transformers model brings its own rows: `model.slots(num_rows,
+    max_length)`."""
     if hasattr(trunk, "slots"):
         return trunk.slots(num_rows, max_length)
     return cached_lm.CachedLM(trunk, num_rows, max_length, **options)
@@ -88,14 +96,19 @@ def _told_apart(trunk: Any) -> Any:
     if type(trunk).__hash__ is not object.__hash__:
         name = type(trunk).__name__
         raise ModelError(
-            f"{name} defines __eq__ or __hash__, and models are told apart by identity; a dataclass takes eq=False."
+            f"{name} defines __eq__ or __hash__, and models are told apart by identity; a "
+            f"dataclass takes eq=False."
         )
     return trunk
 
 
 def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> None:
     """Logs what the caches will take, before it is taken."""
-    sizes = [cached_lm.cache_bytes(trunk, num_rows, max_length) for trunk in trunks if not hasattr(trunk, "slots")]
+    sizes = [
+        cached_lm.cache_bytes(trunk, num_rows, max_length)
+        for trunk in trunks
+        if not hasattr(trunk, "slots")
+    ]
     level = logging.WARNING if sum(sizes) >= LARGE else logging.INFO
     size = f"{sum(sizes) / 2**20:.1f} MiB on {len(sizes)} model(s)"
     logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_rows, max_length)
@@ -109,15 +122,16 @@ def logits_head(model: Any, vocab_size: int) -> Head:
 
 
 def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Maps states (K, H) and tokens (K,) to log p(token | state), (K,) float32, at temperature 1; a tabular model's own
-    `logprob` saves making (K, V) logits."""
+    """Maps states (K, H) and tokens (K,) to log p(token | state), (K,) float32, at temperature 1; a
+    tabular model's own `logprob` saves making (K, V) logits."""
     if hasattr(model, "logprob"):
         return model.logprob
     return partial(token_logprobs, head=logits_head(model, vocab_size))
 
 
 def hidden_size_of(model: Any) -> int:
-    """How many numbers of a state a value head may read; of a transformers model it is measured: some project theirs."""
+    """How many numbers of a state a value head may read; of a transformers model it is measured:
+    some project theirs."""
     if hasattr(model, "slots"):
         return int(model.hidden_size)
     with cached_lm.acting(trunk_of(model)):

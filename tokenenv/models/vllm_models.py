@@ -1,6 +1,7 @@
 """A reward model and a reference that vLLM runs, in this process or on a server: whole texts only.
 
-vLLM reads no prefix cache for token rewards and prompt log-probs, so that a step would cost a forward of the whole text.
+vLLM reads no prefix cache for token rewards and prompt log-probs, so that a step would cost a
+forward of the whole text.
 """
 
 from collections.abc import Sequence
@@ -34,28 +35,38 @@ class Backend(Protocol):
 
 
 class VLLMRewardModel:
-    """A causal reward model with the policy's tokens, as a `TextScorer`: finished texts are scored, prefixes are not.
+    """A causal reward model with the policy's tokens, as a `TextScorer`: finished texts are scored,
+    prefixes are not.
 
     Args:
         backend: the URL of a vLLM server, or a `Backend`.
-        per_token: whether it is a token-classification model, or a sequence-classification one; with one label.
-        pad_token_id: of a sequence-classification model whose pad id is a stop id, which transformers reads at the token
-            before its padding: tokens of this id at the end of a text are not sent. vLLM reads the last token it is sent.
+        per_token: whether it is a token-classification model, or a sequence-classification one;
+            with one label.
+        pad_token_id: of a sequence-classification model whose pad id is a stop id, which
+            transformers reads at the token before its padding: tokens of this id at the end of a
+                text are not sent. vLLM reads the last token it is sent.
     """
 
     looks_ahead = False
 
-    def __init__(self, backend: str | Backend, *, per_token: bool = True, pad_token_id: int | None = None) -> None:
+    def __init__(
+        self, backend: str | Backend, *, per_token: bool = True, pad_token_id: int | None = None
+    ) -> None:
         self.backend: Backend = VLLMServer(backend) if isinstance(backend, str) else backend
         self.per_token, self.pad_token_id = per_token, pad_token_id
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
         """(B, width) float32 on the CPU: see `TextScorer`."""
-        whole, lengths = [[*prompt, *response] for prompt, response in texts], [len(response) for _, response in texts]
+        whole, lengths = (
+            [[*prompt, *response] for prompt, response in texts],
+            [len(response) for _, response in texts],
+        )
         if self.per_token:
             scores = self.backend.token_scores(whole)
         else:
-            scores = self.backend.text_scores([ids[: read_length(ids, self.pad_token_id)] for ids in whole])
+            scores = self.backend.text_scores(
+                [ids[: read_length(ids, self.pad_token_id)] for ids in whole]
+            )
         out = np.zeros((len(texts), width), np.float32)
         for row, (values, length) in enumerate(zip(scores, lengths, strict=True)):
             if self.per_token:
@@ -66,9 +77,11 @@ class VLLMRewardModel:
 
 
 class VLLMReference:
-    """pi_ref, as as much of a `TokenModel` as `score_episodes` asks for: stepping and features need a model in this process.
+    """pi_ref, as as much of a `TokenModel` as `score_episodes` asks for: stepping and features need
+    a model in this process.
 
-    A state here is log p of the token that comes next in the text, which is all that scoring reads of a reference.
+    A state here is log p of the token that comes next in the text, which is all that scoring reads
+    of a reference.
 
     Args:
         backend: the URL of a vLLM server, or a `Backend`; it reads the policy's token ids.
@@ -99,7 +112,8 @@ class VLLMReference:
 
 
 NO_STEPS = (
-    "this reference is run by vLLM, on whole texts only: an env with it is for rollout='vllm' and score_episodes; stepping, "
+    "this reference is run by vLLM, on whole texts only: an env with it is for rollout='vllm' and "
+    "score_episodes; stepping, "
     "features and full_kl_coef need a reference= in this process."
 )
 

@@ -22,19 +22,30 @@ class VLLMServer:
 
     Args:
         url: where it listens, such as "http://127.0.0.1:8000".
-        api_key: what `vllm serve --api-key` was given; by default the environment variable VLLM_API_KEY, if there is one.
+        api_key: what `vllm serve --api-key` was given; by default the environment variable
+            VLLM_API_KEY, if there is one.
         timeout: seconds that one answer may take, above 0.
-        retries: how often a request that failed (no connection, no answer in time, 429, 502 to 504) is sent again, after
-            0, 1, 2, 4, ... seconds; 0 or more.
+        retries: how often a request that failed (no connection, no answer in time, 429, 502 to 504)
+            is sent again, after 0, 1, 2, 4, ... seconds; 0 or more.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, timeout: float = 60.0, retries: int = 3
+    ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise InvalidArgument(f"url={without_user(url)!r} is not allowed; give http://HOST:PORT of a vLLM server.")
+            raise InvalidArgument(
+                f"url={without_user(url)!r} is not allowed; give http://HOST:PORT of a vLLM server."
+            )
         if not timeout > 0 or retries < 0:
-            raise InvalidArgument(f"timeout={timeout} must be above 0 and retries={retries} at least 0.")
+            raise InvalidArgument(
+                f"timeout={timeout} must be above 0 and retries={retries} at least 0."
+            )
         # Errors name the address: what opens it stays with the session.
-        self.url, self.timeout, self.retries = without_user(url).rstrip("/").removesuffix("/v1"), timeout, retries
+        self.url, self.timeout, self.retries = (
+            without_user(url).rstrip("/").removesuffix("/v1"),
+            timeout,
+            retries,
+        )
         self._key = api_key or os.environ.get("VLLM_API_KEY")
         self._session = self._make_session(self._key)
         found = urlsplit(url)
@@ -48,12 +59,20 @@ class VLLMServer:
         from urllib3 import Retry
 
         retry = Retry(
-            self.retries, backoff_factor=0.5, status_forcelist=BUSY, allowed_methods=None, respect_retry_after_header=False
+            self.retries,
+            backoff_factor=0.5,
+            status_forcelist=BUSY,
+            allowed_methods=None,
+            respect_retry_after_header=False,
         )
         session = requests.Session()
         for scheme in ("http://", "https://"):
-            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=256, max_retries=retry))
-        session.trust_env = False  # a proxy would stand between this process and a server that is usually beside it
+            session.mount(
+                scheme, requests.adapters.HTTPAdapter(pool_maxsize=256, max_retries=retry)
+            )
+        session.trust_env = (
+            False  # a proxy would stand between this process and a server that is usually beside it
+        )
         if api_key:
             session.headers["Authorization"] = f"Bearer {api_key}"
         return session
@@ -67,14 +86,20 @@ class VLLMServer:
         import requests
 
         try:
-            answer = self._session.request(method, self.url + path, json=body, params=query, timeout=self.timeout)
+            answer = self._session.request(
+                method, self.url + path, json=body, params=query, timeout=self.timeout
+            )
         except requests.RequestException as error:
             raise ServerError(
-                f"the vLLM server at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:g} s each "
+                f"the vLLM server at {self.url} did not answer {path} in {self.retries + 1} tries "
+                f"of {self.timeout:g} s each "
                 f"at most ({_reason(error)}). Is it running?"
             ) from error
         if not answer.ok:
-            raise ServerError(f"the vLLM server at {self.url} refused {path} ({answer.status_code}): {self._said(answer)}")
+            raise ServerError(
+                f"the vLLM server at {self.url} refused {path} ({answer.status_code}): "
+                f"{self._said(answer)}"
+            )
         return answer.json() if "json" in answer.headers.get("Content-Type", "") else None
 
     def _said(self, answer: Any) -> str:
@@ -91,26 +116,47 @@ class VLLMServer:
         return self._model
 
     def token_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output of a token-classification model with one label for every token of each text, float32."""
-        return self._pooled(texts, {"task": "token_classify", "use_activation": False}, [len(text) for text in texts])
+        """The raw output of a token-classification model with one label for every token of each
+        text, float32."""
+        return self._pooled(
+            texts,
+            {"task": "token_classify", "use_activation": False},
+            [len(text) for text in texts],
+        )
 
     def text_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output (1,) of a sequence-classification model with one label for each text, float32."""
+        """The raw output (1,) of a sequence-classification model with one label for each text,
+        float32."""
         return self._pooled(texts, {"task": "classify", "use_activation": False}, [1] * len(texts))
 
     def prompt_logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log p of every token of each text but its first, in nats at temperature 1: (len(text) - 1,) float32."""
+        """log p of every token of each text but its first, in nats at temperature 1: (len(text) -
+        1,) float32."""
         found = []
         for some in _chunks(texts):
-            body = {"model": self.model, "prompt": some, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+            body = {
+                "model": self.model,
+                "prompt": some,
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "prompt_logprobs": 0,
+            }
             with self.reading("/v1/completions"):
-                choices = sorted(self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+                choices = sorted(
+                    self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"]
+                )
                 for text, choice in zip(some, choices, strict=True):
                     pairs = zip(choice["prompt_logprobs"][1:], text[1:], strict=True)
-                    found.append(np.asarray([known[str(token)]["logprob"] for known, token in pairs], np.float32))
+                    found.append(
+                        np.asarray(
+                            [known[str(token)]["logprob"] for known, token in pairs], np.float32
+                        )
+                    )
         return found
 
-    def _pooled(self, texts: Sequence[Sequence[int]], options: dict[str, Any], sizes: Sequence[int]) -> list[np.ndarray]:
+    def _pooled(
+        self, texts: Sequence[Sequence[int]], options: dict[str, Any], sizes: Sequence[int]
+    ) -> list[np.ndarray]:
         found: list[np.ndarray] = []
         for some in _chunks(texts):
             body = {"model": self.model, "input": some, **options}
@@ -123,12 +169,15 @@ class VLLMServer:
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Within it, an answer that holds something else than expected is an error of the server."""
+        """Within it, an answer that holds something else than expected is an error of the
+        server."""
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"[:200]
-            raise ServerError(f"the vLLM server at {self.url} answered {path} with something unexpected ({what}).") from error
+            raise ServerError(
+                f"the vLLM server at {self.url} answered {path} with something unexpected ({what})."
+            ) from error
 
 
 def _chunks(texts: Sequence[Sequence[int]]) -> list[list[list[int]]]:

@@ -1,4 +1,5 @@
-"""Reward terms: what each token is paid, and why. A family has a file; the designs can be imported from here."""
+"""Reward terms: what each token is paid, and why. A family has a file; the designs can be imported
+from here."""
 
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient

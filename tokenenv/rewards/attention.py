@@ -21,16 +21,18 @@ CAPTURING = "_output_capturing_hooks_installed"
 
 
 class Attention(Redistribution):
-    """r_t = score * a_t, with a_t the attention to y_t of the token that the score is read at, the text's last one, in the
-    reward model's last attention layer, in the mean over heads, divided by its sum over the tokens that may be paid.
+    """r_t = score * a_t, with a_t the attention to y_t of the token that the score is read at, the
+    text's last one, in the reward model's last attention layer, in the mean over heads, divided by
+    its sum over the tokens that may be paid.
 
-    Attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score redistributed; the paper's mixture
-    with a terminal reward is `{"dense": ("attention", 0.8), "end": ("terminal", 0.2)}`. A text none of whose tokens is
-    attended to is paid in equal shares.
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
-    Costs one more forward of the reward model a text, under eager attention. It fails where attention is not importance:
-    shares are never negative, whatever a token did to the score, much of it may rest on one token that says nothing, and a
-    sliding window reaches the end of the text only.
+    Attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score
+    redistributed; the paper's mixture with a terminal reward is `{"dense": ("attention", 0.8),
+    "end": ("terminal", 0.2)}`. A text none of whose tokens is attended to is paid in equal shares.
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen). Costs one more forward of the reward model a text, under eager attention. It
+    fails where attention is not importance: shares are never negative, whatever a token did to the
+    score, much of it may rest on one token that says nothing, and a sliding window reaches the end
+    of the text only.
     """
 
     name = "attention"
@@ -40,8 +42,15 @@ class Attention(Redistribution):
         """Takes the reward model's trunk. Raises `ModelError` if it has no attention weights."""
         super().bind(context)
         assert context.causal_scorer is not None
-        self._trunk, self._pad_id = trunk_of(context.causal_scorer.model), context.causal_scorer.pad_token_id
-        last_attention(self._trunk, torch.zeros(1, 2, dtype=torch.int64, device=self._trunk.device), np.array([2]))
+        self._trunk, self._pad_id = (
+            trunk_of(context.causal_scorer.model),
+            context.causal_scorer.pad_token_id,
+        )
+        last_attention(
+            self._trunk,
+            torch.zeros(1, 2, dtype=torch.int64, device=self._trunk.device),
+            np.array([2]),
+        )
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the score in the shares of the attention."""
@@ -49,21 +58,27 @@ class Attention(Redistribution):
         payable = texts.payable(max_new_tokens).float()
         weights = torch.zeros_like(payable)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
-            ends = np.asarray([read_length(texts.ids[row][: texts.length[row]], self._pad_id) for row in rows])
+            ends = np.asarray(
+                [read_length(texts.ids[row][: texts.length[row]], self._pad_id) for row in rows]
+            )
             seen = last_attention(self._trunk, read_rows(self._trunk, texts, rows), ends)
-            weights[upload(rows, weights.device)] = at_response(seen, texts.prompt_length[rows], max_new_tokens)
+            weights[upload(rows, weights.device)] = at_response(
+                seen, texts.prompt_length[rows], max_new_tokens
+            )
         return shares(weights * payable, payable) * texts.score[:, None]
 
 
 def shares(weights: Tensor, payable: Tensor) -> Tensor:
-    """(B, T): each row of `weights` divided by its sum; equal shares of `payable` (B, T; 0 or 1) where that is zero."""
+    """(B, T): each row of `weights` divided by its sum; equal shares of `payable` (B, T; 0 or 1)
+    where that is zero."""
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, payable)
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def last_attention(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """(b, W) float32: the attention of each text's last token to the right-padded `tokens` (b, W), `lengths` (b,) host data,
-    in the last layer that has attention weights, in the mean over its heads.
+    """(b, W) float32: the attention of each text's last token to the right-padded `tokens` (b, W),
+    `lengths` (b,) host data, in the last layer that has attention weights, in the mean over its
+    heads.
 
     Raises:
         ModelError: no layer has.
@@ -74,24 +89,36 @@ def last_attention(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if not isinstance(weights, Tensor) or weights.ndim != 4 or weights.shape[2:] != (tokens.shape[1],) * 2:
+        if (
+            not isinstance(weights, Tensor)
+            or weights.ndim != 4
+            or weights.shape[2:] != (tokens.shape[1],) * 2
+        ):
             return None
         kept[:] = [weights[rows, :, last].float().mean(1)]
-        return (output[0], None, *output[2:])  # all layers' weights together may not fit into memory
+        return (
+            output[0],
+            None,
+            *output[2:],
+        )  # all layers' weights together may not fit into memory
 
     with acting(trunk), eager_attention(trunk), _hooked(trunk, keep):
         trunk(input_ids=tokens, use_cache=False, output_attentions=True)
     if not kept:
         raise ModelError(
-            f"reward='attention': {type(trunk).__name__} has no attention weights; allowed: transformers that have"
+            f"reward='attention': {type(trunk).__name__} has no attention weights; allowed: "
+            f"transformers that have"
         )
     return kept[0]
 
 
 @contextmanager
 def eager_attention(trunk: Any) -> Iterator[None]:
-    """Eager attention, the only one that has weights to show; afterwards whatever was chosen, part by part."""
-    configs = {id(module.config): module.config for module in trunk.modules() if hasattr(module, "config")}
+    """Eager attention, the only one that has weights to show; afterwards whatever was chosen, part
+    by part."""
+    configs = {
+        id(module.config): module.config for module in trunk.modules() if hasattr(module, "config")
+    }
     chosen = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in chosen:
@@ -104,9 +131,13 @@ def eager_attention(trunk: Any) -> Iterator[None]:
 
 @contextmanager
 def _hooked(trunk: Any, hook: Any) -> Iterator[None]:
-    """`hook` sees every module's output before any other hook does. Afterwards the hooks are those that were there before:
-    transformers leaves some of its own behind, with which a model cannot be pickled."""
-    before = [(module, list(module._forward_hooks), CAPTURING in vars(module)) for module in trunk.modules()]
+    """`hook` sees every module's output before any other hook does. Afterwards the hooks are those
+    that were there before: transformers leaves some of its own behind, with which a model cannot be
+    pickled."""
+    before = [
+        (module, list(module._forward_hooks), CAPTURING in vars(module))
+        for module in trunk.modules()
+    ]
     for module, _, _ in before:
         module.register_forward_hook(hook, prepend=True)
     try:

@@ -46,15 +46,19 @@ RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
 
 
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
-    """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight) pairs, as named terms.
+    """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight)
+    pairs, as named terms.
 
-    A mapping within a mapping is a term of several parts, "name.part", whose weights are multiplied; a weight given beside
-    a term replaces the term's own. The terms are shallow copies, so that one object may be given to several envs.
+    A mapping within a mapping is a term of several parts, "name.part", whose weights are
+    multiplied; a weight given beside a term replaces the term's own. The terms are shallow copies,
+    so that one object may be given to several envs.
     """
     terms: dict[str, RewardTerm] = {}
     for term in _expand(reward, None, None):
         if term.name in terms:
-            raise InvalidArgument(f"reward= has two terms called {term.name!r}; give a mapping with a name for each.")
+            raise InvalidArgument(
+                f"reward= has two terms called {term.name!r}; give a mapping with a name for each."
+            )
         terms[term.name] = term
     return terms
 
@@ -70,13 +74,18 @@ def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator
             design, share = _pair(part, value) if isinstance(value, tuple) else (value, None)
             yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
     else:
-        raise InvalidArgument(f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to them.")
+        raise InvalidArgument(
+            f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to "
+            f"them."
+        )
 
 
 def _named(term: RewardTerm, name: str | None, weight: Weight | None) -> RewardTerm:
     term.name = name or term.name or type(term).__name__.lower()
     if term.name in RESERVED:
-        raise InvalidArgument(f"the term name {term.name!r} is taken; use {RESERVED[term.name]} instead.")
+        raise InvalidArgument(
+            f"the term name {term.name!r} is taken; use {RESERVED[term.name]} instead."
+        )
     term.weight = term.weight if weight is None else weight
     _check_weight(term.name, term.weight)
     return term
@@ -84,7 +93,9 @@ def _named(term: RewardTerm, name: str | None, weight: Weight | None) -> RewardT
 
 def _pair(name: object, value: tuple[Any, ...]) -> tuple[Any, Weight]:
     if len(value) != 2:
-        raise InvalidArgument(f"reward= has a tuple of {len(value)} at {name!r}; allowed: (design, weight).")
+        raise InvalidArgument(
+            f"reward= has a tuple of {len(value)} at {name!r}; allowed: (design, weight)."
+        )
     _check_weight(name, value[1])
     return value[0], value[1]
 
@@ -92,7 +103,10 @@ def _pair(name: object, value: tuple[Any, ...]) -> tuple[Any, Weight]:
 def _check_weight(name: object, weight: object) -> None:
     if callable(weight) or (isinstance(weight, Real) and math.isfinite(weight)):
         return
-    raise InvalidArgument(f"the weight of {name!r} must be a finite number or a schedule of tokens seen, not {weight!r}.")
+    raise InvalidArgument(
+        f"the weight of {name!r} must be a finite number or a schedule of tokens seen, not "
+        f"{weight!r}."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +122,6 @@ class Product:
 
 
 def _product(one: Weight | None, other: Weight | None) -> Weight | None:
-    return (one if other is None else other) if one is None or other is None else Product(one, other)
+    return (
+        (one if other is None else other) if one is None or other is None else Product(one, other)
+    )

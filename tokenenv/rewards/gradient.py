@@ -23,18 +23,19 @@ ROUNDING = 1e-3
 
 
 class Gradient(Redistribution):
-    """r_t = e_t . int_0^1 (d score / d e_t)(a e) da over the input embeddings e of the tokens that may be paid, and on the
-    last token also what the sum of these lacks to the score.
+    """r_t = e_t . int_0^1 (d score / d e_t)(a e) da over the input embeddings e of the tokens that
+    may be paid, and on the last token also what the sum of these lacks to the score.
 
-    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) along the straight line from zero embeddings; those of
-    the prompt, and of a prefix that earns nothing, stay. The integral's sum is score - f(zero embeddings): a text for which
-    `steps` points miss that by more than `tolerance` of the sum of |r_t| gets twice as many, up to 8 times, and then a
-    warning. The points are Gauss-Legendre's in a**(1/3), dense near zero: layers that normalise their input (RMSNorm) see
-    little but its direction, so most happens there.
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
-    Costs `steps` forwards and backwards of a token for each token, up to 15 times as many with all doublings, and a
-    forward. It fails where the score is not smooth: sharp attention, arithmetic in 16 bits, and the way from zero leads
-    through embeddings that no token has.
+    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) along the straight line from
+    zero embeddings; those of the prompt, and of a prefix that earns nothing, stay. The integral's
+    sum is score - f(zero embeddings): a text for which `steps` points miss that by more than
+    `tolerance` of the sum of |r_t| gets twice as many, up to 8 times, and then a warning. The
+    points are Gauss-Legendre's in a**(1/3), dense near zero: layers that normalise their input
+    (RMSNorm) see little but its direction, so most happens there. Hindsight: preserves the return,
+    not the gradient of reward-to-go (early shares depend on tokens not yet chosen). Costs `steps`
+    forwards and backwards of a token for each token, up to 15 times as many with all doublings, and
+    a forward. It fails where the score is not smooth: sharp attention, arithmetic in 16 bits, and
+    the way from zero leads through embeddings that no token has.
 
     Args:
         steps: points on the line.
@@ -60,7 +61,8 @@ class Gradient(Redistribution):
         _check_embeddings(self._trunk)
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): the attributions; the baseline's score and the error of the integral on the last token."""
+        """(B, T): the attributions; the baseline's score and the error of the integral on the last
+        token."""
         assert texts.score is not None
         # Gradients also where the caller steps in inference mode.
         with torch.inference_mode(False), acting(self._trunk):
@@ -81,20 +83,28 @@ class Gradient(Redistribution):
         self._warn(len(rows), float(error.max()))
         return placed
 
-    def _integral(self, texts: FinishedTexts, rows: np.ndarray, steps: int, max_new_tokens: int) -> Tensor:
-        """(B, T): the attributions of the texts `rows` (n,) from so many points each; zero for the others."""
+    def _integral(
+        self, texts: FinishedTexts, rows: np.ndarray, steps: int, max_new_tokens: int
+    ) -> Tensor:
+        """(B, T): the attributions of the texts `rows` (n,) from so many points each; zero for the
+        others."""
         points, weights = (np.tile(column, len(rows)) for column in quadrature(steps))
         rows = np.repeat(rows, steps)
-        placed = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
+        placed = torch.zeros(
+            len(texts.ids), max_new_tokens, dtype=torch.float32, device=texts.tokens.device
+        )
         for group in micro_batches(texts.length[rows], self._max_batch_tokens):
             slopes = self._slopes(texts, rows[group], points[group])
             weight = upload(weights[group], placed.device)[:, None]
-            values = at_response(slopes.to(placed.device) * weight, texts.prompt_length[rows[group]], max_new_tokens)
+            values = at_response(
+                slopes.to(placed.device) * weight, texts.prompt_length[rows[group]], max_new_tokens
+            )
             placed.index_add_(0, upload(rows[group], placed.device), values)
         return placed
 
     def _slopes(self, texts: FinishedTexts, rows: np.ndarray, points: np.ndarray) -> Tensor:
-        """(n, W): e_t . d score / d e_t of each paid token at `points` (n,) of the line; zero for other tokens."""
+        """(n, W): e_t . d score / d e_t of each paid token at `points` (n,) of the line; zero for
+        other tokens."""
         moving, inputs = self._on_line(texts, rows, points)
         with torch.enable_grad():
             inputs.requires_grad_()
@@ -106,31 +116,42 @@ class Gradient(Redistribution):
         scores = torch.zeros(len(texts.ids), dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             _, inputs = self._on_line(texts, rows, np.zeros(len(rows), dtype=np.float32))
-            scores[upload(rows, scores.device)] = self._scores(inputs, texts, rows).to(scores.device)
+            scores[upload(rows, scores.device)] = self._scores(inputs, texts, rows).to(
+                scores.device
+            )
         return scores
 
-    def _on_line(self, texts: FinishedTexts, rows: np.ndarray, points: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The embeddings (n, W, H) of the tokens that may be paid, zero elsewhere, and the inputs at `points` (n,)."""
+    def _on_line(
+        self, texts: FinishedTexts, rows: np.ndarray, points: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings (n, W, H) of the tokens that may be paid, zero elsewhere, and the inputs
+        at `points` (n,)."""
         embeddings = self._trunk.get_input_embeddings()(read_rows(self._trunk, texts, rows))
         position = np.arange(embeddings.shape[1])
         start = texts.prompt_length[rows] + texts.unpaid[rows]
         paid = (position >= start[:, None]) & (position < texts.length[rows][:, None])
         moving = embeddings * upload(paid, embeddings.device)[..., None]
-        return moving, embeddings - moving * upload(1 - points, embeddings.device).to(embeddings.dtype)[:, None, None]
+        return moving, embeddings - moving * upload(1 - points, embeddings.device).to(
+            embeddings.dtype
+        )[:, None, None]
 
     def _scores(self, inputs: Tensor, texts: FinishedTexts, rows: np.ndarray) -> Tensor:
         """(n,): the scores of `inputs` (n, W, H) in place of the embeddings."""
         states = _states(self._trunk, inputs)
         assert isinstance(self._scorer, Scorer)
         pad_id = self._scorer.pad_token_id
-        ends = np.asarray([read_length(texts.ids[row][: texts.length[row]], pad_id) for row in rows])
+        ends = np.asarray(
+            [read_length(texts.ids[row][: texts.length[row]], pad_id) for row in rows]
+        )
         return read_scores(self._scorer, states, texts.prompt_length[rows], ends)
 
     def _warn(self, count: int, error: float) -> None:
         if not self._warned:
             warnings.warn(
-                f"reward={self.name!r}: with {self.steps * 2**DOUBLINGS} points the attributions of {count} text(s) miss their "
-                f"sum by up to {error:.1%} of their size (tolerance {self.tolerance:.1%}); the last token is paid the rest",
+                f"reward={self.name!r}: with {self.steps * 2**DOUBLINGS} points the attributions "
+                f"of {count} text(s) miss their "
+                f"sum by up to {error:.1%} of their size (tolerance {self.tolerance:.1%}); the "
+                f"last token is paid the rest",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -138,7 +159,8 @@ class Gradient(Redistribution):
 
 
 def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near 0: Gauss-Legendre in u, at u**3.
+    """Points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near 0:
+    Gauss-Legendre in u, at u**3.
 
     The weights add up to 1 for one point too, so that a constant is always integrated exactly.
     """
@@ -149,25 +171,35 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _relative_error(placed: Tensor, change: Tensor) -> Tensor:
-    """(B,): how far the rows of `placed` (B, T) are from adding up to `change` (B,), relative to what was added up."""
-    # Of a text whose score was read before its paid tokens nothing is added up, and the change is rounding.
+    """(B,): how far the rows of `placed` (B, T) are from adding up to `change` (B,), relative to
+    what was added up."""
+    # Of a text whose score was read before its paid tokens nothing is added up, and the change is
+    # rounding.
     return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=ROUNDING)
 
 
 def _states(trunk: Any, inputs: Tensor) -> Tensor:
-    """The states (n, W, H) after right-padded input embeddings (n, W, H); causal attention needs no mask."""
+    """The states (n, W, H) after right-padded input embeddings (n, W, H); causal attention needs no
+    mask."""
     return trunk(inputs_embeds=inputs, use_cache=False)[0]
 
 
 def _check_embeddings(trunk: Any) -> None:
-    """A model may look at token ids in other ways as well; then its states are no function of the input embeddings."""
+    """A model may look at token ids in other ways as well; then its states are no function of the
+    input embeddings."""
     tokens = torch.arange(3, device=trunk.device)[None] % trunk.config.get_text_config().vocab_size
     with acting(trunk):
         expected = hidden_states(trunk, tokens, [3])
         try:
             states = _states(trunk, trunk.get_input_embeddings()(tokens))
         except Exception as error:  # whatever a foreign model's code raises
-            raise ModelError(f"reward='gradient': {type(trunk).__name__} does not run on input embeddings ({error})") from error
+            raise ModelError(
+                f"reward='gradient': {type(trunk).__name__} does not run on input embeddings "
+                f"({error})"
+            ) from error
     tolerance = 1e-4 if states.dtype == torch.float32 else 5e-2
     if not torch.allclose(states, expected, rtol=tolerance, atol=tolerance):
-        raise ModelError(f"reward='gradient': {type(trunk).__name__} reads tokens other than by their input embeddings")
+        raise ModelError(
+            f"reward='gradient': {type(trunk).__name__} reads tokens other than by their input "
+            f"embeddings"
+        )

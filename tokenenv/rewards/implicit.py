@@ -11,27 +11,40 @@ from tokenenv.rewards.term import Context, RewardTerm, Transitions
 
 
 class Implicit(RewardTerm):
-    """r_t = coef (log pi_dpo - log pi_ref)(y_t | s_t) + mix [score if the text ends here] (Rafailov et al. 2024, arXiv
-    2404.12358).
+    """r_t = coef (log pi_dpo - log pi_ref)(y_t | s_t) + mix [score if the text ends here] (Rafailov
+    et al. 2024, arXiv 2404.12358).
 
-    A model tuned with DPO on beta is its own reward model. At the exact optimum of score - beta KL, with coef = beta, the
-    log-ratio equals r + V*(s_{t+1}) - V*(s_t), so that it adds up to score - V*(prompt) and is `Oracle`'s reward: only
-    there are return and gradient preserved. Elsewhere it pays for fluent filler, and its sum drifts with the length.
-    With clip = 0.05 and mix = 1 it is RTO's reward (Zhong et al. 2024, arXiv 2404.18922): no token dominates, and what the
-    score prefers is paid twice. With a model trained on outcomes it is PRIME's (Cui et al. 2025, arXiv 2502.01456).
+    A model tuned with DPO on beta is its own reward model. At the exact optimum of score - beta KL,
+    with coef = beta, the log-ratio equals r + V*(s_{t+1}) - V*(s_t), so that it adds up to score -
+    V*(prompt) and is `Oracle`'s reward: only there are return and gradient preserved. Elsewhere it
+    pays for fluent filler, and its sum drifts with the length. With clip = 0.05 and mix = 1 it is
+    RTO's reward (Zhong et al. 2024, arXiv 2404.18922): no token dominates, and what the score
+    prefers is paid twice. With a model trained on outcomes it is PRIME's (Cui et al. 2025, arXiv
+    2502.01456).
 
     Args:
-        model: a causal language model with the reference's tokens; None takes the task's `implicit_model`.
-        coef: reward per nat; None takes the env's beta at its construction, which then must not be 0.
-        clip: each token's log-ratio reward is clipped to [-clip, clip], more than 0; None clips nothing.
-        mix: the weight of the score that is added where a text ends; it needs a scorer unless it is 0.
+        model: a causal language model with the reference's tokens; None takes the task's
+            `implicit_model`.
+        coef: reward per nat; None takes the env's beta at its construction, which then must not be
+            0.
+        clip: each token's log-ratio reward is clipped to [-clip, clip], more than 0; None clips
+            nothing.
+        mix: the weight of the score that is added where a text ends; it needs a scorer unless it is
+            0.
     """
 
     name = "implicit"
     preserves_return = False
     preserves_gradient = False
 
-    def __init__(self, model: Any = None, *, coef: float | None = None, clip: float | None = None, mix: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        coef: float | None = None,
+        clip: float | None = None,
+        mix: float = 0.0,
+    ) -> None:
         if clip is not None and not clip > 0:
             raise InvalidArgument(f"clip={clip} is not allowed; it must be more than 0, or None.")
         self.model, self.coef, self.clip, self.mix = model, coef, clip, mix
@@ -46,7 +59,9 @@ class Implicit(RewardTerm):
         self._logprob = logprob_reader(model, context.spec.vocab_size)
         self._coef = context.kl_coef if self.coef is None else self.coef
         if self.coef is None and self._coef == 0:
-            raise InvalidArgument(f"reward={self.name!r} takes this env's beta, which is 0; give Implicit(coef=...).")
+            raise InvalidArgument(
+                f"reward={self.name!r} takes this env's beta, which is 0; give Implicit(coef=...)."
+            )
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what the token's log-ratio is worth, and `mix` times the score where it is due."""

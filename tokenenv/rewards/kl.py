@@ -1,4 +1,5 @@
-"""The KL penalty against the reference, in the env's reward. The weight is the env's `kl_coef`, beta."""
+"""The KL penalty against the reference, in the env's reward. The weight is the env's `kl_coef`,
+beta."""
 
 import torch
 from torch import Tensor
@@ -9,9 +10,9 @@ from tokenenv.rewards.term import RewardTerm, Transitions
 class ReferenceKL(RewardTerm):
     """r_t = log pi_ref(y_t | s_t), the causal, policy-independent half of the k1 penalty.
 
-    The learner adds -beta log pi itself, before its advantage estimate; both together are exactly k1 (the max-ent view:
-    reward r + beta log pi_ref with an entropy bonus). Without that half the objective is another one: short, mode-seeking
-    texts.
+    The learner adds -beta log pi itself, before its advantage estimate; both together are exactly
+    k1 (the max-ent view: reward r + beta log pi_ref with an entropy bonus). Without that half the
+    objective is another one: short, mode-seeking texts.
     """
 
     name = "kl"
@@ -24,10 +25,12 @@ class ReferenceKL(RewardTerm):
 
 
 class PolicyKL(RewardTerm):
-    """r_t = -k(log pi - log pi_ref) of the sampled token, with the log-prob that the action carries.
+    """r_t = -k(log pi - log pi_ref) of the sampled token, with the log-prob that the action
+    carries.
 
-    With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"): k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d.
-    As a reward only k1 has the right policy gradient; k2 and k3 optimise something else and are there to compare.
+    With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"): k1 = d, k2 = d^2/2,
+    k3 = exp(-d) - 1 + d. As a reward only k1 has the right policy gradient; k2 and k3 optimise
+    something else and are there to compare.
     """
 
     name = "kl"

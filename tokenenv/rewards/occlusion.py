@@ -10,14 +10,16 @@ from tokenenv.rewards.term import FinishedTexts
 
 
 class Occlusion(Redistribution):
-    """r_t = score - score of the text without y_t, and on the last token also what the sum of these lacks to the score.
+    """r_t = score - score of the text without y_t, and on the last token also what the sum of these
+    lacks to the score.
 
-    Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): the token is deleted and the text closed up. Where each token
-    adds a number of its own whatever surrounds it, r_t is that number.
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
-    Costs T scores of whole texts a text, so T forwards of a token for each of its tokens; equal texts are scored once.
-    It fails where tokens say the same thing twice (leaving out either costs nothing, and the last token gets it all) and
-    where the scorer has never seen broken text.
+    Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): the token is deleted and the text
+    closed up. Where each token adds a number of its own whatever surrounds it, r_t is that number.
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen). Costs T scores of whole texts a text, so T forwards of a token for each of its
+    tokens; equal texts are scored once. It fails where tokens say the same thing twice (leaving out
+    either costs nothing, and the last token gets it all) and where the scorer has never seen broken
+    text.
     """
 
     name = "occlusion"
@@ -27,9 +29,17 @@ class Occlusion(Redistribution):
         assert texts.score is not None
         device = texts.score.device
         pairs = texts.prompt_and_response_ids()
-        places = [(row, t) for row, (_, response) in enumerate(pairs) for t in range(texts.unpaid[row], len(response))]
+        places = [
+            (row, t)
+            for row, (_, response) in enumerate(pairs)
+            for t in range(texts.unpaid[row], len(response))
+        ]
         without = [(pairs[row][0], pairs[row][1][:t] + pairs[row][1][t + 1 :]) for row, t in places]
         row, column = upload(np.asarray(places).T, device)
-        loss = texts.score[row] - distinct_scores(self._scorer, without, self._max_batch_tokens).to(device)
-        placed = torch.zeros(len(pairs), max_new_tokens, dtype=torch.float32, device=device).index_put((row, column), loss)
+        loss = texts.score[row] - distinct_scores(self._scorer, without, self._max_batch_tokens).to(
+            device
+        )
+        placed = torch.zeros(
+            len(pairs), max_new_tokens, dtype=torch.float32, device=device
+        ).index_put((row, column), loss)
         return rest_on_last(placed, texts)

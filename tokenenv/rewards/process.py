@@ -15,19 +15,22 @@ FORMS = ("sum", "delta", "clip", "min")
 
 
 class Process(RewardTerm):
-    """At the last token of step k, with q_k the step scorer's score there (and q_0 that of the prompt), else 0:
+    """At the last token of step k, with q_k the step scorer's score there (and q_0 that of the
+    prompt), else 0:
 
-        "sum"     r = q_k                                      (Lightman et al. 2023, arXiv 2305.20050)
-        "delta"   r = q_k - q_{k-1}                            (Gao et al. 2024, arXiv 2410.15115)
-        "clip"    r = min(q_k - floor, 0)                      (the same)
-        "min"     r = softmax(-q / temperature)_k q_k          (PURE, Cheng et al. 2025, arXiv 2504.15275)
+        "sum"     r = q_k                                      (Lightman et al. 2023, arXiv
+        2305.20050) "delta"   r = q_k - q_{k-1}                            (Gao et al. 2024, arXiv
+        2410.15115) "clip"    r = min(q_k - floor, 0)                      (the same)
+        "min"     r = softmax(-q / temperature)_k q_k          (PURE, Cheng et al. 2025, arXiv
+        2504.15275)
 
-    A step ends with one of the task's `step_end_token_ids`, and where a scored text ends; an unscored truncation ends none.
-    The rewards add up to something other than the score, so neither return nor gradient is preserved; only "delta" on the
-    sequence score itself, which is `Shaping` with Phi = the score after the last step, preserves both (and is then reported
-    as potential-based).
-    "sum" pays for the number of steps, so a policy learns to make many; "delta" and "clip" bound the return, and "min"
-    pays about the worst step. "min" needs the finished text (hindsight) and one more forward of it.
+    A step ends with one of the task's `step_end_token_ids`, and where a scored text ends; an
+    unscored truncation ends none. The rewards add up to something other than the score, so neither
+    return nor gradient is preserved; only "delta" on the sequence score itself, which is `Shaping`
+    with Phi = the score after the last step, preserves both (and is then reported as
+    potential-based). "sum" pays for the number of steps, so a policy learns to make many; "delta"
+    and "clip" bound the return, and "min" pays about the worst step. "min" needs the finished text
+    (hindsight) and one more forward of it.
 
     Args:
         form: one of "sum", "delta", "clip", "min".
@@ -43,7 +46,9 @@ class Process(RewardTerm):
     def __init__(self, form: str = "sum", *, floor: float = 0.5, temperature: float = 0.1) -> None:
         check_choice("form", form, FORMS)
         if not temperature > 0:
-            raise InvalidArgument(f"temperature={temperature} is not allowed; it must be more than 0.")
+            raise InvalidArgument(
+                f"temperature={temperature} is not allowed; it must be more than 0."
+            )
         self.form, self.floor, self.temperature = form, floor, temperature
         self.has_memory = form == "delta"
         if form == "min":
@@ -54,9 +59,15 @@ class Process(RewardTerm):
         super().bind(context)
         scorer = context.step_scorer
         assert scorer is not None
-        self.models, self._head, self._max_batch_tokens = (scorer.model,), scorer.head, context.max_batch_tokens
+        self.models, self._head, self._max_batch_tokens = (
+            (scorer.model,),
+            scorer.head,
+            context.max_batch_tokens,
+        )
         self._of_text = scorer if scorer is context.scorer and not scorer.per_token else None
-        self._ends_step = torch.zeros(context.spec.vocab_size, dtype=torch.bool, device=context.device)
+        self._ends_step = torch.zeros(
+            context.spec.vocab_size, dtype=torch.bool, device=context.device
+        )
         self._ends_step[list(context.task.step_end_token_ids)] = True
         if self.form == "delta" and self._of_text is not None:
             self.preserves_return = self.preserves_gradient = self.has_potential = True
@@ -64,7 +75,11 @@ class Process(RewardTerm):
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what a step is worth at its last token."""
         q = self._score(batch.after)
-        paid = {"sum": lambda: q, "delta": lambda: q - batch.before.memory[self.name], "clip": lambda: self._clipped(q)}
+        paid = {
+            "sum": lambda: q,
+            "delta": lambda: q - batch.before.memory[self.name],
+            "clip": lambda: self._clipped(q),
+        }
         return torch.where(self._ends_step[batch.tokens] | batch.scored, paid[self.form](), 0.0)
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
@@ -81,7 +96,10 @@ class Process(RewardTerm):
         payable = texts.payable(max_new_tokens)
         last = upload(texts.length - texts.prompt_length - 1, payable.device)
         tokens = at_response(texts.tokens, texts.prompt_length, max_new_tokens)
-        ends = payable & (self._ends_step[tokens] | (torch.arange(max_new_tokens, device=last.device) == last[:, None]))
+        ends = payable & (
+            self._ends_step[tokens]
+            | (torch.arange(max_new_tokens, device=last.device) == last[:, None])
+        )
         q = self._text_scores(texts, max_new_tokens)
         share = torch.where(ends, -q / self.temperature, -torch.inf).softmax(1)
         return torch.where(ends, share * q, 0.0)
@@ -89,7 +107,9 @@ class Process(RewardTerm):
     def _score(self, states: States) -> Tensor:
         if self._of_text is not None:
             assert states.score is not None
-            return states.score  # which may have been read at an earlier token: see `Scorer.pad_token_id`
+            return (
+                states.score
+            )  # which may have been read at an earlier token: see `Scorer.pad_token_id`
         return self._head(states.of(self.models[0]))
 
     def _clipped(self, q: Tensor) -> Tensor:
@@ -97,7 +117,9 @@ class Process(RewardTerm):
 
     def _text_scores(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the step scorer's score after each response token."""
-        scores = torch.zeros(len(texts.length), max_new_tokens, dtype=torch.float32, device=texts.tokens.device)
+        scores = torch.zeros(
+            len(texts.length), max_new_tokens, dtype=torch.float32, device=texts.tokens.device
+        )
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             at, width = upload(rows, scores.device), int(texts.length[rows].max())
             states = text_states(self.models[0], texts.tokens[at, :width], texts.length[rows])
@@ -106,7 +128,9 @@ class Process(RewardTerm):
                 ends = np.zeros((len(rows), width), dtype=np.int64)
                 pad_id = self._of_text.pad_token_id
                 for i, row in enumerate(rows):
-                    ends[i, : texts.length[row]] = read_lengths(texts.ids[row][: texts.length[row]], pad_id) - 1
+                    ends[i, : texts.length[row]] = (
+                        read_lengths(texts.ids[row][: texts.length[row]], pad_id) - 1
+                    )
                 each = each.gather(1, upload(ends, each.device))
             scores[at] = at_response(each, np.asarray(texts.prompt_length[rows]), max_new_tokens)
         return scores

@@ -8,7 +8,8 @@ from tokenenv.rewards.term import RewardTerm
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """A weight that goes from `first` to `last` in a straight line, while the env sees `tokens` tokens from `start` on."""
+    """A weight that goes from `first` to `last` in a straight line, while the env sees `tokens`
+    tokens from `start` on."""
 
     first: float
     last: float
@@ -22,15 +23,22 @@ class Ramp:
 
 
 def progressive(
-    first: str | RewardTerm = "terminal", second: str | RewardTerm = "delta", *, tokens: int = 100_000, start: int = 0
+    first: str | RewardTerm = "terminal",
+    second: str | RewardTerm = "delta",
+    *,
+    tokens: int = 100_000,
+    start: int = 0,
 ) -> dict[str, tuple[str | RewardTerm, Ramp]]:
-    """A mapping for `reward=`: `first` with a weight that falls from 1 to 0, `second` with one that rises from 0 to 1.
+    """A mapping for `reward=`: `first` with a weight that falls from 1 to 0, `second` with one that
+    rises from 0 to 1.
 
-    An episode's weights are read when it begins, so each is paid one mixture throughout. If both designs preserve the
-    return, as terminal and delta do, the mixture does too and the optimum never moves: what changes is how early the signal
-    arrives. Any other pair passes from one optimum to the other. Published evidence points both ways: fading dense rewards out
-    leaves the outcome alone in charge at the end (Atom-Searcher 2025), and paying more of the score densely did better
-    throughout (Chan et al. 2024, arXiv 2402.00782); swap the arguments for the other direction.
+    An episode's weights are read when it begins, so each is paid one mixture throughout. If both
+    designs preserve the return, as terminal and delta do, the mixture does too and the optimum
+    never moves: what changes is how early the signal arrives. Any other pair passes from one
+    optimum to the other. Published evidence points both ways: fading dense rewards out leaves the
+    outcome alone in charge at the end (Atom-Searcher 2025), and paying more of the score densely
+    did better throughout (Chan et al. 2024, arXiv 2402.00782); swap the arguments for the other
+    direction.
 
     Args:
         first: a design's name or a term, paid alone up to `start`.
@@ -43,8 +51,13 @@ def progressive(
             raise InvalidArgument(f"{argument}={value} is not allowed; it must be {least} or more.")
     names = [_name(first), _name(second)]
     if names[0] == names[1]:
-        raise InvalidArgument(f"first and second are both called {names[0]!r}; give one of the terms another name.")
-    return {names[0]: (first, Ramp(1.0, 0.0, start, tokens)), names[1]: (second, Ramp(0.0, 1.0, start, tokens))}
+        raise InvalidArgument(
+            f"first and second are both called {names[0]!r}; give one of the terms another name."
+        )
+    return {
+        names[0]: (first, Ramp(1.0, 0.0, start, tokens)),
+        names[1]: (second, Ramp(0.0, 1.0, start, tokens)),
+    }
 
 
 def _name(design: str | RewardTerm) -> str:

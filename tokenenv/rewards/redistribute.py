@@ -1,4 +1,5 @@
-"""What the designs that redistribute a score have in common: reading parts of texts, and placing numbers on tokens."""
+"""What the designs that redistribute a score have in common: reading parts of texts, and placing
+numbers on tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from tokenenv.types import Scorer, TextIds, TextScorer
 class Redistribution(RewardTerm):
     """A design that places the score of a finished text on its tokens.
 
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen).
     """
 
     kind = "hindsight"
@@ -32,28 +34,38 @@ class Redistribution(RewardTerm):
         self._scorer, self._max_batch_tokens = context.scorer, context.max_batch_tokens
 
 
-def distinct_scores(scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int) -> Tensor:
+def distinct_scores(
+    scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int
+) -> Tensor:
     """The scores (n,) float32 of n texts; equal texts are scored once."""
     number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    index = [number.setdefault((tuple(prompt), tuple(response)), len(number)) for prompt, response in texts]
-    scores = score_texts(scorer, [(list(prompt), list(response)) for prompt, response in number], max_batch_tokens)
+    index = [
+        number.setdefault((tuple(prompt), tuple(response)), len(number))
+        for prompt, response in texts
+    ]
+    scores = score_texts(
+        scorer, [(list(prompt), list(response)) for prompt, response in number], max_batch_tokens
+    )
     return scores[upload(np.asarray(index), scores.device)]
 
 
 def read_rows(trunk: Any, texts: FinishedTexts, rows: np.ndarray) -> Tensor:
-    """The tokens (n, W) of the texts `rows` (n,), W the longest of them; ids that the model lacks are read as its last."""
+    """The tokens (n, W) of the texts `rows` (n,), W the longest of them; ids that the model lacks
+    are read as its last."""
     tokens = texts.tokens[upload(rows, texts.tokens.device), : int(texts.length[rows].max())]
     return tokens.to(trunk.device).clamp(0, trunk.config.get_text_config().vocab_size - 1)
 
 
 def at_response(values: Tensor, prompt_length: np.ndarray, max_new_tokens: int) -> Tensor:
-    """(n, T): what `values` (n, W), one for each token of a text, are at the response's tokens; zero beyond W."""
+    """(n, T): what `values` (n, W), one for each token of a text, are at the response's tokens;
+    zero beyond W."""
     position = prompt_length[:, None] + np.arange(max_new_tokens)
     return pad(values, (0, max_new_tokens)).gather(1, upload(position, values.device))
 
 
 def rest_on_last(placed: Tensor, texts: FinishedTexts) -> Tensor:
-    """(B, T): `placed` (B, T), with what its rows lack to the texts' scores added to each last token."""
+    """(B, T): `placed` (B, T), with what its rows lack to the texts' scores added to each last
+    token."""
     assert texts.score is not None
     last = upload(texts.length - texts.prompt_length - 1, placed.device)
     return placed.scatter_add(1, last[:, None], (texts.score - placed.sum(1))[:, None])

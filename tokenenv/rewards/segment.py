@@ -11,19 +11,21 @@ from tokenenv.rewards.term import Context, States
 
 
 class Segment(Shaping):
-    """r_t = f_k - f_{k-1} at the last token of segment k, else 0, with f_k the score of the text up to there and f_0 that
-    of the prompt.
+    """r_t = f_k - f_{k-1} at the last token of segment k, else 0, with f_k the score of the text up
+    to there and f_0 that of the prompt.
 
-    A segment ends at y_t where the reference does not know how to go on, H(pi_ref(. | s_{t+1})) >= threshold in nats, and
-    where a scored text ends (Yin et al. 2025, arXiv 2501.02790). It is `Shaping` with Phi = the score at the last cut, sums
-    to score - f(prompt), and preserves what that preserves. An unscored truncation cuts nothing and keeps Phi.
-    The paper pays something else: the scores of a model trained on segments, not their differences, each normalised by the
-    segment's position and spread evenly over its tokens, which preserves neither return nor gradient; `PositionScaled`
-    offers its normaliser.
+    A segment ends at y_t where the reference does not know how to go on, H(pi_ref(. | s_{t+1})) >=
+    threshold in nats, and where a scored text ends (Yin et al. 2025, arXiv 2501.02790). It is
+    `Shaping` with Phi = the score at the last cut, sums to score - f(prompt), and preserves what
+    that preserves. An unscored truncation cuts nothing and keeps Phi. The paper pays something
+    else: the scores of a model trained on segments, not their differences, each normalised by the
+    segment's position and spread evenly over its tokens, which preserves neither return nor
+    gradient; `PositionScaled` offers its normaliser.
 
     Args:
-        threshold: nats, 0 or more. 0 cuts after every token, which is `Delta`; inf only where texts end, which is
-            `Terminal` less f(prompt). The entropy of a uniform choice among n tokens is log n.
+        threshold: nats, 0 or more. 0 cuts after every token, which is `Delta`; inf only where texts
+            end, which is `Terminal` less f(prompt). The entropy of a uniform choice among n tokens
+            is log n.
     """
 
     name = "segment"
@@ -32,7 +34,9 @@ class Segment(Shaping):
 
     def __init__(self, threshold: float = 1.75) -> None:
         if not threshold >= 0:
-            raise InvalidArgument(f"threshold={threshold} is not allowed; it must be 0 or more (nats).")
+            raise InvalidArgument(
+                f"threshold={threshold} is not allowed; it must be 0 or more (nats)."
+            )
         super().__init__()
         self.needs = type(self).needs
         self.threshold = threshold

@@ -1,4 +1,5 @@
-"""Potential-based shaping of the terminal reward: a dense reward that changes neither the return nor its gradient."""
+"""Potential-based shaping of the terminal reward: a dense reward that changes neither the return
+nor its gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +15,15 @@ Potential = Callable[[States], Tensor]
 
 
 class Shaping(RewardTerm):
-    """r_t = [score if the text ends here] + gamma Phi(s_{t+1}) - Phi(s_t), with any Phi (Ng, Harada and Russell 1999).
+    """r_t = [score if the text ends here] + gamma Phi(s_{t+1}) - Phi(s_t), with any Phi (Ng, Harada
+    and Russell 1999).
 
-    Phi is zero exactly where learners do not bootstrap (termination, scored truncation) and kept at unscored truncation,
-    where only the score is withheld. Undiscounted, the rewards add up to score - Phi(prompt): the return is preserved up
-    to a constant of the prompt, and the policy gradient with it. Equal to a critic shifted by Phi, for every lambda
-    (Wiewiora 2003); compare with that before praising the shaping. A potential that changes while a text runs, or rewards
-    clipped or shifted afterwards, break all of this.
+    Phi is zero exactly where learners do not bootstrap (termination, scored truncation) and kept at
+    unscored truncation, where only the score is withheld. Undiscounted, the rewards add up to score
+    - Phi(prompt): the return is preserved up to a constant of the prompt, and the policy gradient
+    with it. Equal to a critic shifted by Phi, for every lambda (Wiewiora 2003); compare with that
+    before praising the shaping. A potential that changes while a text runs, or rewards clipped or
+    shifted afterwards, break all of this.
 
     Args:
         potential: Phi (K,) of the states of K texts; None takes the score of the text so far.
@@ -34,7 +37,9 @@ class Shaping(RewardTerm):
     preserves_gradient = True
     has_potential = True
 
-    def __init__(self, potential: Potential | None = None, *, gamma: float = 1.0, models: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, potential: Potential | None = None, *, gamma: float = 1.0, models: Sequence[Any] = ()
+    ) -> None:
         if not 0.0 <= gamma <= 1.0:
             raise InvalidArgument(f"gamma={gamma} is not allowed; it must lie between 0 and 1.")
         self.gamma = gamma
@@ -58,10 +63,12 @@ class Shaping(RewardTerm):
 
 
 class Delta(Shaping):
-    """r_t = f(x, y_<=t) - f(x, y_<t), with f the score of the text so far (R3HF, Li et al. 2024, arXiv 2411.08302).
+    """r_t = f(x, y_<=t) - f(x, y_<t), with f the score of the text so far (R3HF, Li et al. 2024,
+    arXiv 2411.08302).
 
-    Sums to score - f(prompt); it is `Shaping` with Phi = f, undiscounted, and preserves what that preserves. A reward
-    model that was trained on whole texts only scores prefixes badly: that costs variance, never bias.
+    Sums to score - f(prompt); it is `Shaping` with Phi = f, undiscounted, and preserves what that
+    preserves. A reward model that was trained on whole texts only scores prefixes badly: that costs
+    variance, never bias.
     """
 
     name = "delta"
@@ -71,22 +78,25 @@ class Delta(Shaping):
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what the token added to the score."""
-        # The general formula, less the score that it would add and subtract again where the text ends.
+        # The general formula, less the score that it would add and subtract again where the text
+        # ends.
         assert batch.after.score is not None
         assert batch.before.score is not None
         return batch.after.score - batch.before.score
 
 
 class Oracle(Shaping):
-    """r_t = V*(s_{t+1}) - V*(s_t), with V* the soft-optimal value, which after the last token is the score.
+    """r_t = V*(s_{t+1}) - V*(s_t), with V* the soft-optimal value, which after the last token is
+    the score.
 
-    Shaping with the best potential there is: at the optimum it equals beta log pi*/pi_ref token by token, so that every
-    token is paid its own advantage (Rafailov et al. 2024, arXiv 2404.12358). For tasks whose optimum is known; the ceiling
-    that learned dense rewards can be measured against. Preserves the return up to V*(prompt), and the gradient.
+    Shaping with the best potential there is: at the optimum it equals beta log pi*/pi_ref token by
+    token, so that every token is paid its own advantage (Rafailov et al. 2024, arXiv 2404.12358).
+    For tasks whose optimum is known; the ceiling that learned dense rewards can be measured
+    against. Preserves the return up to V*(prompt), and the gradient.
 
     Args:
-        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its construction, which is
-            0 under kl="none".
+        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its
+            construction, which is 0 under kl="none".
     """
 
     name = "oracle"

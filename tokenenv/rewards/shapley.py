@@ -16,17 +16,19 @@ from tokenenv.types import TextIds
 
 
 class Shapley(Redistribution):
-    """r_t = phi_k / n_k on the n_k tokens of segment k, where phi_k is what segment k adds to the score when it joins the
-    text, in the mean over the orders in which the segments may join.
+    """r_t = phi_k / n_k on the n_k tokens of segment k, where phi_k is what segment k adds to the
+    score when it joins the text, in the mean over the orders in which the segments may join.
 
-    SCAR (Cao et al. 2025, arXiv 2505.20417) with consecutive segments of equal length as players. A coalition is worth the
-    score of the prompt followed by its segments alone; a prefix that earns nothing is always there. All m! orders are
-    walked where they are no more than `permutations`. Otherwise that many are drawn, each with its reverse (Mitchell et
-    al. 2022, arXiv 2104.12199), from a generator seeded with the text: an estimate whose mean is phi.
-    The sum is score - f(prompt), f being the score without the paid tokens, whichever orders are drawn.
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
-    Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by default), of responses half as long in the mean.
-    It fails where the scorer has never seen texts with holes, and where credit belongs to a part of a segment.
+    SCAR (Cao et al. 2025, arXiv 2505.20417) with consecutive segments of equal length as players. A
+    coalition is worth the score of the prompt followed by its segments alone; a prefix that earns
+    nothing is always there. All m! orders are walked where they are no more than `permutations`.
+    Otherwise that many are drawn, each with its reverse (Mitchell et al. 2022, arXiv 2104.12199),
+    from a generator seeded with the text: an estimate whose mean is phi. The sum is score -
+    f(prompt), f being the score without the paid tokens, whichever orders are drawn. Hindsight:
+    preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet
+    chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by default), of
+    responses half as long in the mean. It fails where the scorer has never seen texts with holes,
+    and where credit belongs to a part of a segment.
 
     Args:
         max_segments: players a text, m; a response of fewer tokens has one player a token.
@@ -37,18 +39,30 @@ class Shapley(Redistribution):
 
     def __init__(self, max_segments: int = 8, permutations: int = 8) -> None:
         if max_segments < 1:
-            raise InvalidArgument(f"max_segments={max_segments} is not allowed; it must be 1 or more.")
+            raise InvalidArgument(
+                f"max_segments={max_segments} is not allowed; it must be 1 or more."
+            )
         if permutations < 2 or permutations % 2:
-            raise InvalidArgument(f"permutations={permutations} is not allowed; it must be an even number, 2 or more.")
+            raise InvalidArgument(
+                f"permutations={permutations} is not allowed; it must be an even number, 2 or more."
+            )
         self.max_segments, self.permutations = max_segments, permutations
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the value of each token's segment, in equal shares."""
         assert texts.score is not None
         pairs = texts.prompt_and_response_ids()
-        players = [self._players(int(given), len(response)) for given, (_, response) in zip(texts.unpaid, pairs, strict=True)]
-        orders = [_orders(len(own), self.permutations, pair) for own, pair in zip(players, pairs, strict=True)]
-        before = [text for each in zip(pairs, players, orders, strict=True) for text in _coalitions(*each)]
+        players = [
+            self._players(int(given), len(response))
+            for given, (_, response) in zip(texts.unpaid, pairs, strict=True)
+        ]
+        orders = [
+            _orders(len(own), self.permutations, pair)
+            for own, pair in zip(players, pairs, strict=True)
+        ]
+        before = [
+            text for each in zip(pairs, players, orders, strict=True) for text in _coalitions(*each)
+        ]
         worth = distinct_scores(self._scorer, before, self._max_batch_tokens).to(texts.score.device)
         values = _mean_gains(worth, texts.score, orders, self.max_segments)
         return _spread(values, players, max_new_tokens)
@@ -77,16 +91,25 @@ def _coalitions(text: TextIds, players: list[np.ndarray], orders: np.ndarray) ->
             yield prompt, given + [response[t] for places in kept for t in places]
 
 
-def _mean_gains(worth: Tensor, score: Tensor, orders: list[np.ndarray], max_segments: int) -> Tensor:
-    """(B, m): what each player adds when it joins, from the worth of what it joins; the last one completes the text."""
+def _mean_gains(
+    worth: Tensor, score: Tensor, orders: list[np.ndarray], max_segments: int
+) -> Tensor:
+    """(B, m): what each player adds when it joins, from the worth of what it joins; the last one
+    completes the text."""
     row = np.concatenate([np.full(order.size, i) for i, order in enumerate(orders)])
-    weight = np.concatenate([np.full(order.size, 1 / len(order), dtype=np.float32) for order in orders])
-    last = np.concatenate([np.tile(np.arange(order.shape[1]) == order.shape[1] - 1, len(order)) for order in orders])
+    weight = np.concatenate(
+        [np.full(order.size, 1 / len(order), dtype=np.float32) for order in orders]
+    )
+    last = np.concatenate(
+        [np.tile(np.arange(order.shape[1]) == order.shape[1] - 1, len(order)) for order in orders]
+    )
     player = np.concatenate([order.ravel() for order in orders])
     rows = upload(row, worth.device)
     after = torch.where(upload(last, worth.device), score[rows], worth.roll(-1))
     gains = (after - worth) * upload(weight, worth.device)
-    return worth.new_zeros(len(score), max_segments).index_put((rows, upload(player, worth.device)), gains, accumulate=True)
+    return worth.new_zeros(len(score), max_segments).index_put(
+        (rows, upload(player, worth.device)), gains, accumulate=True
+    )
 
 
 def _spread(values: Tensor, players: list[list[np.ndarray]], max_new_tokens: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The protocol of a reward term: what it may look at, and how it is paid.
 
-A causal or policy-dependent term maps K transitions to K rewards. The K transitions are the rows of one step, or every
-token of many finished texts: one formula serves both, so stepping equals scoring by construction. A hindsight term
-places its sum over the tokens of a finished text.
+A causal or policy-dependent term maps K transitions to K rewards. The K transitions are the rows of
+one step, or every token of many finished texts: one formula serves both, so stepping equals scoring
+by construction. A hindsight term places its sum over the tokens of a finished text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,9 @@ class States:
     step: Tensor
     """(K,) int64: response tokens so far."""
     score: Tensor | None = None
-    """(K,) the scorer's score of the text so far: a running sum of token scores, in float64 where the device has it, or the
-    score at the last token, float32. None without a scorer, and with one that scores finished texts only."""
+    """(K,) the scorer's score of the text so far: a running sum of token scores, in float64 where
+    the device has it, or the score at the last token, float32. None without a scorer, and with one
+    that scores finished texts only."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """(K,) what each term with `has_memory` carries along the text, by its name."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -46,7 +47,13 @@ class States:
     def tensors(self) -> list[Tensor]:
         """All of it, always in the same order."""
         score = [] if self.score is None else [self.score]
-        return [*self.hidden.values(), self.step, *score, *self.memory.values(), *self.statistics.values()]
+        return [
+            *self.hidden.values(),
+            self.step,
+            *score,
+            *self.memory.values(),
+            *self.statistics.values(),
+        ]
 
     def at(self, index: Tensor) -> "States":
         """The texts of `index` (n,) alone."""
@@ -75,14 +82,16 @@ class FinishedTexts:
     prompt_length: np.ndarray
     """(B,) int64."""
     unpaid: np.ndarray
-    """(B,) int64: leading response tokens that earn nothing, because `reset` was given them as a prefix."""
+    """(B,) int64: leading response tokens that earn nothing, because `reset` was given them as a
+    prefix."""
     score: Tensor | None
     """(B,) the sequence score, or None without a scorer."""
     ids: Sequence[np.ndarray]
     """The same tokens on the host, one row of at least `length` a text."""
     tokenizer: Any = None
     token_scores: Tensor | None = None
-    """(B, T) each response token's score, with a scorer that scores finished texts only (`TextScorer`)."""
+    """(B, T) each response token's score, with a scorer that scores finished texts only
+    (`TextScorer`)."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """(B, p) each term's `statistics` when the texts began, by its name."""
     learning: bool = False
@@ -93,10 +102,14 @@ class FinishedTexts:
     def prompt_and_response_ids(self) -> list[TextIds]:
         """B pairs of token id lists."""
         lengths = zip(self.prompt_length, self.length, strict=True)
-        return [(row[:p].tolist(), row[p:n].tolist()) for row, (p, n) in zip(self.ids, lengths, strict=True)]
+        return [
+            (row[:p].tolist(), row[p:n].tolist())
+            for row, (p, n) in zip(self.ids, lengths, strict=True)
+        ]
 
     def prompt_and_response_texts(self) -> list[tuple[str, str]]:
-        """B pairs of texts, without special tokens, which joined are the whole text as the tokenizer decodes it."""
+        """B pairs of texts, without special tokens, which joined are the whole text as the
+        tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
     def payable(self, max_new_tokens: int) -> Tensor:
@@ -107,9 +120,12 @@ class FinishedTexts:
         return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
 
     def due(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
-        """(B, T) bool: the tokens on which `term` pays; none of an unscored text where it pays the sequence score."""
+        """(B, T) bool: the tokens on which `term` pays; none of an unscored text where it pays the
+        sequence score."""
         payable = self.payable(max_new_tokens)
-        return payable if self.scored is None or not term.withheld else payable & self.scored[:, None]
+        return (
+            payable if self.scored is None or not term.withheld else payable & self.scored[:, None]
+        )
 
 
 @dataclass(slots=True)
@@ -187,7 +203,8 @@ class Context:
 
     @property
     def step_scorer(self) -> Scorer | None:
-        """What scores the steps of a text: the task's own step scorer, or else its causal scorer."""
+        """What scores the steps of a text: the task's own step scorer, or else its causal
+        scorer."""
         return self.task.step_scorer or self.causal_scorer
 
     def has(self, need: str) -> bool:
@@ -197,7 +214,8 @@ class Context:
             "scorer": scorer is not None,
             "token scorer": scorer is not None and scorer.per_token,
             "causal scorer": self.causal_scorer is not None,
-            "transformer scorer": self.causal_scorer is not None and not hasattr(self.causal_scorer.model, "slots"),
+            "transformer scorer": self.causal_scorer is not None
+            and not hasattr(self.causal_scorer.model, "slots"),
             "reference": self.reference is not None,
             "tokenizer": self.spec.tokenizer is not None,
             "implicit model": self.task.implicit_model is not None,
@@ -211,11 +229,15 @@ NEEDS = {
     "scorer": "a reward model (reward_model=)",
     "token scorer": "a token-classification reward model (reward_model=)",
     "causal scorer": "a reward model that scores prefixes: causal, with the policy's own tokens",
-    "transformer scorer": "a causal transformers reward model with the policy's own tokens (reward_model=)",
+    "transformer scorer": (
+        "a causal transformers reward model with the policy's own tokens (reward_model=)"
+    ),
     "reference": "a reference model",
     "tokenizer": "a tokenizer",
     "implicit model": "a preference-tuned language model (implicit_model=)",
-    "step scorer": "a causal reward model with the policy's own tokens, which scores steps (reward_model=)",
+    "step scorer": (
+        "a causal reward model with the policy's own tokens, which scores steps (reward_model=)"
+    ),
     "step ends": "tokens that end a step (step_end_token_ids=)",
     "oracle": "a task whose optimum is known, such as tokenenv/DelayedKey-v0",
 }
@@ -223,7 +245,8 @@ NEEDS = {
 
 
 class RewardTerm:
-    """One named part of the reward. Subclasses set the class attributes and define `reward` or `place`."""
+    """One named part of the reward. Subclasses set the class attributes and define `reward` or
+    `place`."""
 
     name: str = ""
     kind: Kind = "causal"
@@ -231,20 +254,24 @@ class RewardTerm:
     needs: frozenset[str] = frozenset()
     """Of `NEEDS`: what the env must have."""
     preserves_return: bool | None = None
-    """Whether the rewards of a scored text add up to its score, up to a constant of the prompt. None: not stated."""
+    """Whether the rewards of a scored text add up to its score, up to a constant of the prompt.
+    None: not stated."""
     preserves_gradient: bool | None = None
-    """Whether reward-to-go (and GAE) on these rewards estimates the gradient of the expected score without bias."""
+    """Whether reward-to-go (and GAE) on these rewards estimates the gradient of the expected score
+    without bias."""
     models: Sequence[Any] = ()
     """Causal models whose states the term reads; run once a step whoever reads them."""
     withheld: bool = False
-    """True for a term that pays or redistributes the sequence score: nothing is paid at an unscored truncation."""
+    """True for a term that pays or redistributes the sequence score: nothing is paid at an unscored
+    truncation."""
     has_potential: bool = False
     """True where the term is potential-based and defines `potential`."""
     has_memory: bool = False
     """True where the term carries a number along each text and defines `remember`."""
 
     def bind(self, context: Context) -> None:
-        """Called once by the env; checks `needs` and lets the term take what it wants from `context`."""
+        """Called once by the env; checks `needs` and lets the term take what it wants from
+        `context`."""
         for need in sorted(self.needs):
             if not context.has(need):
                 raise InvalidArgument(
@@ -261,26 +288,31 @@ class RewardTerm:
         raise TypeError(f"{type(self).__name__} sets has_potential but does not define potential()")
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
-        """Terms with memory: the number (K,) carried from `states` on, which `tokens` (K,) led to; `memory` is the number
-        before them, or None where the texts begin. Read it as `states.memory[self.name]`."""
+        """Terms with memory: the number (K,) carried from `states` on, which `tokens` (K,) led to;
+        `memory` is the number before them, or None where the texts begin. Read it as
+        `states.memory[self.name]`."""
         raise TypeError(f"{type(self).__name__} sets has_memory but does not define remember()")
 
     def statistics(self) -> Tensor | None:
-        """Numbers (p,) on the env's device that change with training, such as a running scale, or None. An episode keeps
-        those it began with: read them from the batch, never from `self`."""
+        """Numbers (p,) on the env's device that change with training, such as a running scale, or
+        None. An episode keeps those it began with: read them from the batch, never from `self`."""
         return None
 
     def save_statistics(self) -> Tensor | np.ndarray | None:
-        """What `statistics` are computed from, float64, as a tensor on the env's device or as an array; None where there is
-        nothing to save. Asked at every step, so that an interrupted one teaches nothing: it must not wait for the device."""
+        """What `statistics` are computed from, float64, as a tensor on the env's device or as an
+        array; None where there is nothing to save. Asked at every step, so that an interrupted one
+        teaches nothing: it must not wait for the device."""
         return None
 
     def load_statistics(self, saved: Tensor | np.ndarray) -> None:
         """Goes on from what `save_statistics` returned, as a tensor or as an array."""
-        raise TypeError(f"{type(self).__name__} has statistics but does not define load_statistics()")
+        raise TypeError(
+            f"{type(self).__name__} has statistics but does not define load_statistics()"
+        )
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """Hindsight terms: rewards (B, T) of the tokens of B finished texts, unweighted; their sum is paid at the end."""
+        """Hindsight terms: rewards (B, T) of the tokens of B finished texts, unweighted; their sum
+        is paid at the end."""
         raise TypeError(f"{type(self).__name__} is a hindsight term and does not define place()")
 
 
@@ -299,15 +331,24 @@ class RewardSum:
 
     def paid(self, batch: Transitions, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The causal and policy-dependent terms' weighted rewards (K,); `weights` are (K,)."""
-        return {name: weighted(weights[name], self.terms[name].reward(batch)) for name in self.causal}
+        return {
+            name: weighted(weights[name], self.terms[name].reward(batch)) for name in self.causal
+        }
 
-    def placed(self, texts: FinishedTexts, scored: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def placed(
+        self, texts: FinishedTexts, scored: Tensor, weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The hindsight terms' weighted rewards (B, T); `scored` and `weights` are (B,)."""
         texts.scored = scored
-        return {name: weighted(weights[name][:, None], self._place(self.terms[name], texts)) for name in self.hindsight}
+        return {
+            name: weighted(weights[name][:, None], self._place(self.terms[name], texts))
+            for name in self.hindsight
+        }
 
     def _place(self, term: RewardTerm, texts: FinishedTexts) -> Tensor:
-        return torch.where(texts.due(term, self.max_new_tokens), term.place(texts, self.max_new_tokens), 0.0)
+        return torch.where(
+            texts.due(term, self.max_new_tokens), term.place(texts, self.max_new_tokens), 0.0
+        )
 
     @property
     def has_potential(self) -> bool:
@@ -332,8 +373,8 @@ class RewardSum:
 
 
 def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
-    """Their product, float32; 0 of a term that is switched off, also where its reward is -inf (a token the reference has
-    not)."""
+    """Their product, float32; 0 of a term that is switched off, also where its reward is -inf (a
+    token the reference has not)."""
     return torch.where(weight == 0, 0.0, weight * rewards).float()
 
 

@@ -6,10 +6,11 @@ from tokenenv.rewards.term import RewardTerm, Transitions
 
 
 class Terminal(RewardTerm):
-    """r_t = score(text) at the last token, else 0: with KL, the reward of InstructGPT, OpenRLHF and TRL.
+    """r_t = score(text) at the last token, else 0: with KL, the reward of InstructGPT, OpenRLHF and
+    TRL.
 
-    Preserves the return and the policy gradient (it is the return). The signal that reaches token t through GAE decays
-    as lambda^(T-t); compare with lambda = 1 before blaming sparsity.
+    Preserves the return and the policy gradient (it is the return). The signal that reaches token t
+    through GAE decays as lambda^(T-t); compare with lambda = 1 before blaming sparsity.
     """
 
     name = "terminal"
@@ -24,7 +25,8 @@ class Terminal(RewardTerm):
 
 
 class MissingEOS(RewardTerm):
-    """r_t = -1 at a truncated text's last token, else 0; the weight is the penalty. Changes the return on purpose."""
+    """r_t = -1 at a truncated text's last token, else 0; the weight is the penalty. Changes the
+    return on purpose."""
 
     name = "missing_eos"
     withheld = True

@@ -8,13 +8,15 @@ from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, Transition
 class Token(RewardTerm):
     """r_t = f(x, y_<=t), the reward model's score at token t; the sequence score is their sum.
 
-    Preserves the return (the sum is the score) and the policy gradient. A model trained so that the sum of its scores is
-    unbounded rewards length; see the model cards for how the bundled ones avoid it.
+    Preserves the return (the sum is the score) and the policy gradient. A model trained so that the
+    sum of its scores is unbounded rewards length; see the model cards for how the bundled ones
+    avoid it.
 
-    With a reward model that reads finished texts only (another tokenizer, or attention that looks ahead) the scores are
-    placed in hindsight, aligned to the policy's tokens: the sum is still the score, but a token's share may then depend
-    on later tokens, and reward-to-go loses the part of the gradient that it drops. One that is causal and reads the
-    policy's tokens, but is run on whole texts only (by vLLM), places what it would have paid.
+    With a reward model that reads finished texts only (another tokenizer, or attention that looks
+    ahead) the scores are placed in hindsight, aligned to the policy's tokens: the sum is still the
+    score, but a token's share may then depend on later tokens, and reward-to-go loses the part of
+    the gradient that it drops. One that is causal and reads the policy's tokens, but is run on
+    whole texts only (by vLLM), places what it would have paid.
     """
 
     name = "token"
@@ -27,7 +29,10 @@ class Token(RewardTerm):
         super().bind(context)
         scorer = context.causal_scorer
         if scorer is None:
-            self.kind, self.preserves_gradient = "hindsight", not getattr(context.scorer, "looks_ahead", True)
+            self.kind, self.preserves_gradient = (
+                "hindsight",
+                not getattr(context.scorer, "looks_ahead", True),
+            )
         else:
             self.models, self._head = (scorer.model,), scorer.head
 

@@ -9,7 +9,8 @@ from tokenenv.rewards.term import FinishedTexts
 class Uniform(Redistribution):
     """r_t = score / T for each of the T tokens.
 
-    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet chosen).
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen).
     """
 
     name = "uniform"

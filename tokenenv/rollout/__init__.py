@@ -1,1 +1,2 @@
-"""Engines that write whole texts, for agents with `rollout=`: vLLM in this process, and on a server."""
+"""Engines that write whole texts, for agents with `rollout=`: vLLM in this process, and on a
+server."""

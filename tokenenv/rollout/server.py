@@ -31,11 +31,14 @@ class VLLMServerEngine:
         temperature: of sampling.
         num_texts: how many texts run side by side.
         dtype: unused: the server has its own.
-        weight_sync: "disk", safetensors in `weights_dir`; or "nccl", between GPUs, by a server that was started with
-            `--weight-transfer-config '{"backend": "nccl"}'`. Adapters of `lora_rank` are swapped instead, by disk, on a
-            server with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
-        weights_dir: a folder that both see; by default one in the system's temporary folder, for a server on this machine.
-        api_key, timeout, retries: see `VLLMServer`; the time-out is that of one text, or of one hand-over of weights.
+        weight_sync: "disk", safetensors in `weights_dir`; or "nccl", between GPUs, by a server that
+            was started with `--weight-transfer-config '{"backend": "nccl"}'`. Adapters of
+            `lora_rank` are swapped instead, by disk, on a server with `--enable-lora` and
+            VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+        weights_dir: a folder that both see; by default one in the system's temporary folder, for a
+            server on this machine.
+        api_key, timeout, retries: see `VLLMServer`; the time-out is that of one text, or of one
+            hand-over of weights.
     """
 
     def __init__(
@@ -54,10 +57,16 @@ class VLLMServerEngine:
         retries: int = 3,
     ) -> None:
         check_choice("weight_sync", weight_sync, ("disk", "nccl"))
-        self.model, self.weight_sync, self.temperature = transformers_model(model), weight_sync, temperature
+        self.model, self.weight_sync, self.temperature = (
+            transformers_model(model),
+            weight_sync,
+            temperature,
+        )
         self.lora = lora_config(self.model)
         self.server = VLLMServer(url, api_key=api_key, timeout=timeout, retries=retries)
-        self._temporary = TemporaryDirectory(prefix="tokenenv-vllm-") if weights_dir is None else None
+        self._temporary = (
+            TemporaryDirectory(prefix="tokenenv-vllm-") if weights_dir is None else None
+        )
         self._folder = Path(weights_dir or self._temporary.name)  # type: ignore[union-attr]
         self._stops = list(spec.stop_token_ids)
         self._pool = ThreadPoolExecutor(num_texts)
@@ -67,20 +76,30 @@ class VLLMServerEngine:
         self.sync()
 
     def _check_logprobs(self, spec: TokenSpec) -> None:
-        """A log-prob that knows no temperature is not the policy's. At top_k=1 nothing is left to chance, if it shows."""
+        """A log-prob that knows no temperature is not the policy's. At top_k=1 nothing is left to
+        chance, if it shows."""
         if self.temperature == 1.0:
             return
-        body = {"model": self.server.model, "prompt": [spec.pad_token_id], "max_tokens": 1, "logprobs": 0, "top_k": 1}
+        body = {
+            "model": self.server.model,
+            "prompt": [spec.pad_token_id],
+            "max_tokens": 1,
+            "logprobs": 0,
+            "top_k": 1,
+        }
         (choice,) = self.server.ask("/v1/completions", body)["choices"]
         if abs(choice["logprobs"]["token_logprobs"][0]) > 1e-6:
             raise InvalidArgument(
-                f"the vLLM server at {self.server.url} gives log-probs before temperature={self.temperature}; start it with "
+                f"the vLLM server at {self.server.url} gives log-probs before "
+                f"temperature={self.temperature}; start it with "
                 "--logprobs-mode processed_logprobs."
             )
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
         """Begins a text; see `RolloutEngine`."""
-        self._running[self._pool.submit(self._write, key, [int(token) for token in prompt], max_tokens, seed)] = key
+        self._running[
+            self._pool.submit(self._write, key, [int(token) for token in prompt], max_tokens, seed)
+        ] = key
 
     def ended(self) -> list[Written]:
         """Waits until at least one text has ended; see `RolloutEngine`. Raises `ServerError`."""
@@ -107,7 +126,8 @@ class VLLMServerEngine:
             return Written(key, choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     def sync(self) -> None:
-        """Hands the model's weights over while the running texts stand still; see `RolloutEngine`. Raises `ServerError`."""
+        """Hands the model's weights over while the running texts stand still; see `RolloutEngine`.
+        Raises `ServerError`."""
         self.server.ask("/pause", mode="keep")
         try:
             self._hand_over()
@@ -118,7 +138,11 @@ class VLLMServerEngine:
     def _hand_over(self) -> None:
         if self.lora:
             save_adapter(self.model, self._folder / "adapter")
-            body = {"lora_name": "policy", "lora_path": str(self._folder / "adapter"), "load_inplace": True}
+            body = {
+                "lora_name": "policy",
+                "lora_path": str(self._folder / "adapter"),
+                "load_inplace": True,
+            }
             self.server.ask("/v1/load_lora_adapter", body)
         elif self.weight_sync == "disk":
             save_weights(self.model, self._folder)
@@ -129,7 +153,9 @@ class VLLMServerEngine:
                 from .vllm import open_transfer
 
                 num_workers = self.server.ask("/get_world_size", method="GET")["world_size"]
-                self._transfer = open_transfer("nccl", ServerTransferClient(self.server), self.model, num_workers)
+                self._transfer = open_transfer(
+                    "nccl", ServerTransferClient(self.server), self.model, num_workers
+                )
             self._transfer.send_weights()
 
     def abort(self) -> None:

@@ -1,7 +1,8 @@
-"""vLLM in this process: the policy's texts, token rewards and reference log-probs. The only module that imports vllm.
+"""vLLM in this process: the policy's texts, token rewards and reference log-probs. The only module
+that imports vllm.
 
-Whole texts only: vLLM's prefix cache is not read for token rewards and prompt log-probs, so that stepping would recompute
-every prefix; stepping uses the local cache.
+Whole texts only: vLLM's prefix cache is not read for token rewards and prompt log-probs, so that
+stepping would recompute every prefix; stepping uses the local cache.
 """
 
 import os
@@ -20,8 +21,8 @@ from tokenenv.types import TokenSpec, Written
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
 
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Environment variables of vLLM on a CPU, where they are not set: 1 GiB of caches (its default is nearly all memory), and
-threads that are left where they are."""
+"""Environment variables of vLLM on a CPU, where they are not set: 1 GiB of caches (its default is
+nearly all memory), and threads that are left where they are."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for."""
 ADAPTER = ("policy", 1)
@@ -29,18 +30,23 @@ ADAPTER = ("policy", 1)
 
 
 def start_vllm(model: str | os.PathLike[str], **options: Any) -> Any:
-    """A `vllm.LLM` in this process, for token ids alone; on a CPU with small caches and no compilation.
+    """A `vllm.LLM` in this process, for token ids alone; on a CPU with small caches and no
+    compilation.
 
     `options` are those of `vllm.LLM`, such as `gpu_memory_utilization=0.4`.
     """
     # In one process weights are handed over as they are. A value that is set, "1" say, is kept.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it says much, and warns of the tokenizer that is left out
+    os.environ.setdefault(
+        "VLLM_LOGGING_LEVEL", "ERROR"
+    )  # it says much, and warns of the tokenizer that is left out
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise MissingDependency("rollout='vllm' needs vLLM: pip install 'tokenenv-rl[vllm]' (docs/vllm.md)") from error
+        raise MissingDependency(
+            "rollout='vllm' needs vLLM: pip install 'tokenenv-rl[vllm]' (docs/vllm.md)"
+        ) from error
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
     if current_platform.is_cpu():
         for name, value in CPU_SETTINGS.items():
@@ -58,10 +64,12 @@ class VLLMEngine:
         temperature: of sampling; log-probs are those of the distribution that was drawn from.
         num_texts: how many texts run side by side.
         dtype: "float32" or "bfloat16", of vLLM's copy of the weights.
-        weight_sync: how weights get there: "memory" (one worker, in this process); "disk" (safetensors, for workers in
-            processes of their own); "nccl" or "ipc", vLLM's own weight transfer between GPUs; "auto": "memory" where that
-            can be, else "nccl" on GPUs and "disk" elsewhere. Adapters of `lora_rank` are swapped instead, by disk.
-        **options: further options of `vllm.LLM`: `tensor_parallel_size`, `gpu_memory_utilization`, ...
+        weight_sync: how weights get there: "memory" (one worker, in this process); "disk"
+            (safetensors, for workers in processes of their own); "nccl" or "ipc", vLLM's own weight
+            transfer between GPUs; "auto": "memory" where that can be, else "nccl" on GPUs and
+            "disk" elsewhere. Adapters of `lora_rank` are swapped instead, by disk.
+        **options: further options of `vllm.LLM`: `tensor_parallel_size`, `gpu_memory_utilization`,
+            ...
     """
 
     def __init__(
@@ -76,14 +84,29 @@ class VLLMEngine:
         **options: Any,
     ) -> None:
         check_choice("weight_sync", weight_sync, ("auto", "memory", "disk", *TRANSFERS))
-        self.model, self._folder = transformers_model(model), TemporaryDirectory(prefix="tokenenv-vllm-")
+        self.model, self._folder = (
+            transformers_model(model),
+            TemporaryDirectory(prefix="tokenenv-vllm-"),
+        )
         self.lora = lora_config(self.model)
         save_weights(self.model, Path(self._folder.name))
-        lengths = {"max_model_len": spec.max_prompt_tokens + spec.max_new_tokens, "max_num_seqs": num_texts}
-        fixed = {"dtype": dtype, "logprobs_mode": "processed_logprobs", **self._lora_options(), **transfer_options(weight_sync)}
+        lengths = {
+            "max_model_len": spec.max_prompt_tokens + spec.max_new_tokens,
+            "max_num_seqs": num_texts,
+        }
+        fixed = {
+            "dtype": dtype,
+            "logprobs_mode": "processed_logprobs",
+            **self._lora_options(),
+            **transfer_options(weight_sync),
+        }
         self.llm = start_vllm(self._folder.name, **{**lengths, **options, **fixed})
         self.weight_sync = self._choose(weight_sync)
-        self._sampling = {"temperature": temperature, "stop_token_ids": list(spec.stop_token_ids), "ignore_eos": True}
+        self._sampling = {
+            "temperature": temperature,
+            "stop_token_ids": list(spec.stop_token_ids),
+            "ignore_eos": True,
+        }
         self._running: set[int] = set()
         self._transfer: Any = None
         if self.lora:
@@ -93,12 +116,18 @@ class VLLMEngine:
         if not self.lora:
             return {}
         rank = self.lora.r
-        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in LORA_RANKS if r >= rank)}
+        return {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": next(r for r in LORA_RANKS if r >= rank),
+        }
 
     def _choose(self, weight_sync: str) -> str:
         from vllm.platforms import current_platform
 
-        one_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and self.num_workers == 1
+        one_process = (
+            os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and self.num_workers == 1
+        )
         if weight_sync != "auto":
             return weight_sync
         return "memory" if one_process else "disk" if current_platform.is_cpu() else "nccl"
@@ -121,39 +150,53 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **self._sampling,
         )
-        self.llm.llm_engine.add_request(str(key), *_requests([prompt]), params, lora_request=self._lora_request())
+        self.llm.llm_engine.add_request(
+            str(key), *_requests([prompt]), params, lora_request=self._lora_request()
+        )
         self._running.add(key)
 
     def ended(self) -> list[Written]:
         """Runs until at least one text has ended; see `RolloutEngine`."""
         found: list[Written] = []
         while self._running and not found:
-            found = [self._written(output) for output in self.llm.llm_engine.step() if output.finished]
+            found = [
+                self._written(output) for output in self.llm.llm_engine.step() if output.finished
+            ]
         return found
 
     def _written(self, output: Any) -> Written:
         tokens = list(output.outputs[0].token_ids)
-        logprobs = [known[token].logprob for known, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        logprobs = [
+            known[token].logprob
+            for known, token in zip(output.outputs[0].logprobs, tokens, strict=True)
+        ]
         self._running.discard(int(output.request_id))
         return Written(int(output.request_id), tokens, logprobs)
 
     def sync(self) -> None:
-        """Hands the model's weights over, and has running texts read again with them; see `RolloutEngine`."""
+        """Hands the model's weights over, and has running texts read again with them; see
+        `RolloutEngine`."""
         if self.lora:
             self._swap_adapter()
         elif self.weight_sync == "memory":
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_weights(self.model).items())})
+            self.llm.collective_rpc(
+                "reload_weights",
+                kwargs={"weights_iterator": iter(named_weights(self.model).items())},
+            )
         elif self.weight_sync == "disk":
             save_weights(self.model, Path(self._folder.name))
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
         else:
             if self._transfer is None:
-                self._transfer = open_transfer(self.weight_sync, TransferClient(self.llm), self.model, self.num_workers)
+                self._transfer = open_transfer(
+                    self.weight_sync, TransferClient(self.llm), self.model, self.num_workers
+                )
             self._transfer.send_weights()
         self.llm.reset_prefix_cache(reset_running_requests=True)
 
     def abort(self) -> None:
-        """Drops the running texts, and what is cached of them: what comes next depends on nothing before it."""
+        """Drops the running texts, and what is cached of them: what comes next depends on nothing
+        before it."""
         self.llm.llm_engine.abort_request([str(key) for key in self._running])
         self._running.clear()
         self.llm.reset_prefix_cache(reset_running_requests=True)
@@ -182,20 +225,25 @@ class LocalVLLM:
         self.llm = start_vllm(model, **options)
 
     def token_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output of a token-classification model with one label for every token of each text, float32."""
+        """The raw output of a token-classification model with one label for every token of each
+        text, float32."""
         return self._pooled(texts, "token_classify")
 
     def text_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output (1,) of a sequence-classification model with one label for each text, float32."""
+        """The raw output (1,) of a sequence-classification model with one label for each text,
+        float32."""
         return self._pooled(texts, "classify")
 
     def prompt_logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log p of every token of each text but its first, in nats at temperature 1: (len(text) - 1,) float32."""
+        """log p of every token of each text but its first, in nats at temperature 1: (len(text) -
+        1,) float32."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         found = []
-        for text, output in zip(texts, self.llm.generate(_requests(texts), params, use_tqdm=False), strict=True):
+        for text, output in zip(
+            texts, self.llm.generate(_requests(texts), params, use_tqdm=False), strict=True
+        ):
             pairs = zip(output.prompt_logprobs[1:], text[1:], strict=True)
             found.append(np.asarray([known[token].logprob for known, token in pairs], np.float32))
         return found
@@ -212,7 +260,8 @@ def _requests(texts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": [int(token) for token in text]} for text in texts]
 
 
-# ---------------------------------------------------------------- vLLM's own weight transfer, between GPUs
+# ---------------------------------------------------------------- vLLM's own weight transfer,
+# between GPUs
 
 
 class TransferClient:
@@ -271,7 +320,9 @@ def _nccl(num_workers: int) -> Any:
         free.bind(("", 0))
         port = free.getsockname()[1]
     address = os.environ.get("VLLM_HOST_IP", "127.0.0.1")
-    return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=1 + num_workers, rank=0)
+    return NCCLTrainerInitInfo(
+        master_address=address, master_port=port, world_size=1 + num_workers, rank=0
+    )
 
 
 def _ipc(num_workers: int) -> Any:

@@ -1,6 +1,8 @@
-"""What may be shown of text that others wrote, on a terminal, on a page, in a picture, in an error; and what may be kept.
+"""What may be shown of text that others wrote, on a terminal, on a page, in a picture, in an error;
+and what may be kept.
 
-A generated token, a prompt or a file's name may hold characters that move the cursor, reverse the line, or are not seen at all.
+A generated token, a prompt or a file's name may hold characters that move the cursor, reverse the
+line, or are not seen at all.
 """
 
 import re
@@ -39,9 +41,13 @@ HIDDEN = (
     (0x1D173, 0x1D17A),  # musical format controls
     (0xE0000, 0xE0FFF),  # tags, variation selectors
 )
-"""Code points, first and last: Unicode's categories Cc, Cf, Cs, Zl and Zp but for tab and line feed, and what it calls
-default-ignorable."""
-_HIDDEN = re.compile("[{}]".format("".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in HIDDEN)))
+"""Code points, first and last: Unicode's categories Cc, Cf, Cs, Zl and Zp but for tab and line
+feed, and what it calls default-ignorable."""
+_HIDDEN = re.compile(
+    "[{}]".format(
+        "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in HIDDEN)
+    )
+)
 _SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)\S*@")
 
@@ -62,10 +68,14 @@ def without_user(text: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """A nest of dicts, lists and tuples as a file may keep it: without entries named as keys to a server are, and without
-    users and passwords in URLs."""
+    """A nest of dicts, lists and tuples as a file may keep it: without entries named as keys to a
+    server are, and without users and passwords in URLs."""
     if isinstance(value, Mapping):
-        return {key: without_secrets(entry) for key, entry in value.items() if not _SECRET.search(str(key))}
+        return {
+            key: without_secrets(entry)
+            for key, entry in value.items()
+            if not _SECRET.search(str(key))
+        }
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(entry) for entry in value)
     return without_user(value) if isinstance(value, str) else value

@@ -1,7 +1,9 @@
-"""What a file may say. A run folder may come from a stranger: it is data, and nothing in it imports, runs or connects.
+"""What a file may say. A run folder may come from a stranger: it is data, and nothing in it
+imports, runs or connects.
 
-Registered names, numbers, words, hub ids and paths are taken from a file: a model is loaded from safetensors, and prompts are
-read, which runs no code. What does run code, opens a connection or writes elsewhere, the command line has to say again.
+Registered names, numbers, words, hub ids and paths are taken from a file: a model is loaded from
+safetensors, and prompts are read, which runs no code. What does run code, opens a connection or
+writes elsewhere, the command line has to say again.
 """
 
 import os
@@ -26,7 +28,8 @@ ROLLOUT_OPTIONS = {
     "enforce_eager",
     "seed",
 }
-"""Of the engine's options, which hold names of classes and modules too, those that a file may set."""
+"""Of the engine's options, which hold names of classes and modules too, those that a file may
+set."""
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
@@ -36,11 +39,12 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
     Args:
         values: by dotted name: "options.NAME", "agent.rollout", "agent.rollout_options.NAME".
         source: the file, for the error.
-        said: names that the command line gives too ("agent.rollout_options.*" for all of a kind); its values are taken, so
-            that the file's do not matter.
+        said: names that the command line gives too ("agent.rollout_options.*" for all of a kind);
+            its values are taken, so that the file's do not matter.
 
     Raises:
-        InvalidArgument: naming the file, the entry and the flag with which the command line may say it again.
+        InvalidArgument: naming the file, the entry and the flag with which the command line may say
+            it again.
     """
     for name, value in values.items():
         given = name in said or f"{name.rpartition('.')[0]}.*" in said
@@ -48,14 +52,18 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
         if reason is not None:
             shown = visible(without_user(str(value)))[:80]
             raise InvalidArgument(
-                f"{visible(str(source))}: {visible(name)}={shown!r} {reason}, which no file can ask for; if you trust it, say "
+                f"{visible(str(source))}: {visible(name)}={shown!r} {reason}, which no file can "
+                f"ask for; if you trust it, say "
                 f"it again: {flag(name)} {shown}"
             )
 
 
 def flag(name: str) -> str:
     """How the command line gives the entry of this dotted name, up to its value."""
-    for prefix, option in (("options.", "--options"), ("agent.rollout_options.", "--agent.rollout-options")):
+    for prefix, option in (
+        ("options.", "--options"),
+        ("agent.rollout_options.", "--agent.rollout-options"),
+    ):
         if name.startswith(prefix):
             return f"{option} {visible(name.removeprefix(prefix))}"
     return f"--{visible(name)}"
@@ -93,6 +101,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any file written to."""
+    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any
+    file written to."""
     if path.is_symlink():
-        raise RunFolderError(f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays in it.")
+        raise RunFolderError(
+            f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays "
+            f"in it."
+        )

@@ -1,7 +1,8 @@
-"""Values as people type them, on the command line and in YAML files: YAML 1.2's core schema, and what each option wants.
+"""Values as people type them, on the command line and in YAML files: YAML 1.2's core schema, and
+what each option wants.
 
-PyYAML reads YAML 1.1, for which `1e-3` is a word, `no` is false and `1:30` is 90. As in Python, digits may be grouped
-(`1_000`), and `inf` and `nan` need no point before them.
+PyYAML reads YAML 1.1, for which `1e-3` is a word, `no` is false and `1:30` is 90. As in Python,
+digits may be grouped (`1_000`), and `inf` and `nan` need no point before them.
 """
 
 import re
@@ -52,7 +53,8 @@ def from_yaml(text: str, name: str = "text") -> Any:
     """What a YAML document holds: plain values, lists and mappings.
 
     Raises:
-        InvalidArgument: it is no YAML, or has tags, aliases (a small file could stand for a huge value) or a key twice.
+        InvalidArgument: it is no YAML, or has tags, aliases (a small file could stand for a huge
+            value) or a key twice.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
@@ -62,13 +64,14 @@ def from_yaml(text: str, name: str = "text") -> Any:
 
 
 def to_yaml(values: Any) -> str:
-    """A YAML document that `from_yaml` reads as the same values, and in which words that look like numbers are quoted."""
+    """A YAML document that `from_yaml` reads as the same values, and in which words that look like
+    numbers are quoted."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
 def fit(name: str, value: Any, wanted: Any) -> Any:
-    """`value`, typed or read from a file, as the type `wanted` (a type hint) has it: a number where a number is wanted, and
-    the word that was typed where a word is, whatever it looks like.
+    """`value`, typed or read from a file, as the type `wanted` (a type hint) has it: a number where
+    a number is wanted, and the word that was typed where a word is, whatever it looks like.
 
     Raises `InvalidArgument` naming `name` where it is neither.
     """
@@ -93,7 +96,9 @@ def fit(name: str, value: Any, wanted: Any) -> Any:
         return value if isinstance(value, str) else scalar_text(value)
     if isinstance(value, str) and str in kinds:
         return value
-    allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)).replace("NoneType", "null")
+    allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)).replace(
+        "NoneType", "null"
+    )
     raise InvalidArgument(f"{name}={value!r:.80} is not allowed; it must be of type {allowed}.")
 
 
@@ -183,7 +188,9 @@ def _mapping(loader: _Loader, node: Any) -> Any:
 
 for _kind, _form in SCALARS.items():
     for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form.pattern})\\Z"), None)
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_form.pattern})\\Z"), None
+        )
 for _kind, _construct in _CONSTRUCT.items():
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _scalar_of(_construct))
 _Loader.add_constructor("tag:yaml.org,2002:seq", _sequence)

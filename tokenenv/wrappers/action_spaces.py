@@ -1,7 +1,8 @@
-"""Smaller action spaces: the reference's likeliest tokens as `Discrete(k)`, and masks of what is allowed.
+"""Smaller action spaces: the reference's likeliest tokens as `Discrete(k)`, and masks of what is
+allowed.
 
-Both wrap a vector env of this package in any autoreset mode, with either observation and either kind of array.
-Suffixes: N envs, V vocabulary.
+Both wrap a vector env of this package in any autoreset mode, with either observation and either
+kind of array. Suffixes: N envs, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -22,10 +23,11 @@ from tokenenv.wrappers import grammar as grammars
 class TopKActions(VectorWrapper):
     """Action i is the reference's i-th likeliest next token, i = 0 .. k - 1: `Discrete(k)`.
 
-    It makes value-based learners and small policies practical. A stop token is not added: a text can end where one is among
-    the k, so where the reference itself might end it, and is cut at `max_new_tokens` otherwise. Under `kl="policy"` the
-    `logprob` is that of the choice. Over an `ActionMask` the choices are the likeliest allowed tokens; where there are
-    fewer than k, the rest repeat the likeliest, and `action_masks()` rules the repetitions out.
+    It makes value-based learners and small policies practical. A stop token is not added: a text
+    can end where one is among the k, so where the reference itself might end it, and is cut at
+    `max_new_tokens` otherwise. Under `kl="policy"` the `logprob` is that of the choice. Over an
+    `ActionMask` the choices are the likeliest allowed tokens; where there are fewer than k, the
+    rest repeat the likeliest, and `action_masks()` rules the repetitions out.
 
     Args:
         envs: a vector env of this package, wrapped or not.
@@ -37,13 +39,17 @@ class TopKActions(VectorWrapper):
         self._core = core = _core(envs)
         _require_tokens(envs, core)
         if not 1 <= k <= core.token_spec.vocab_size:
-            raise InvalidArgument(f"k={k} is not allowed; it must lie between 1 and {core.token_spec.vocab_size}.")
+            raise InvalidArgument(
+                f"k={k} is not allowed; it must lie between 1 and {core.token_spec.vocab_size}."
+            )
         self.k = k
         self._mask = _mask_of(envs)
         choice = gym.spaces.Discrete(k)
         single = envs.single_action_space
         self.single_action_space = (
-            gym.spaces.Dict({**single.spaces, "token": choice}) if isinstance(single, gym.spaces.Dict) else choice
+            gym.spaces.Dict({**single.spaces, "token": choice})
+            if isinstance(single, gym.spaces.Dict)
+            else choice
         )
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -59,7 +65,8 @@ class TopKActions(VectorWrapper):
         return np.where(allowed_Nk, ids_Nk, ids_Nk[:, :1])
 
     def action_masks(self) -> np.ndarray:
-        """(N, k) bool on the host: the choices that are no repetitions. An `action_mask` observed beneath is the tokens'."""
+        """(N, k) bool on the host: the choices that are no repetitions. An `action_mask` observed
+        beneath is the tokens'."""
         return self._offer()[1]
 
     def _offer(self) -> tuple[np.ndarray, np.ndarray]:
@@ -69,56 +76,76 @@ class TopKActions(VectorWrapper):
             ids_Nk = likeliest(logprobs_NV, self.k).cpu().numpy()
             return ids_Nk, np.ones(ids_Nk.shape, bool)
         allowed_NV = self._mask.action_masks()
-        # What the reference never says may be all that is allowed: it still comes before what is ruled out.
+        # What the reference never says may be all that is allowed: it still comes before what is
+        # ruled out.
         possible_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
         ruled_out_NV = torch.as_tensor(~allowed_NV, device=possible_NV.device)
         ids_Nk = likeliest(possible_NV.masked_fill(ruled_out_NV, -torch.inf), self.k).cpu().numpy()
         return ids_Nk, np.take_along_axis(allowed_NV, ids_Nk, 1)
 
     def step(self, actions: Any) -> Any:
-        """Takes the numbers of the choices (N,), or a dict of them as `token` and their `logprob`."""
+        """Takes the numbers of the choices (N,), or a dict of them as `token` and their
+        `logprob`."""
         given = actions["token"] if isinstance(actions, Mapping) else actions
         picks = _host(given)
         if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
-            raise InvalidAction(f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env.")
+            raise InvalidAction(
+                f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env."
+            )
         for row in map(int, np.flatnonzero((picks < 0) | (picks >= self.k))):
             if not _rests(self._core, row):
-                raise InvalidAction(f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}.")
+                raise InvalidAction(
+                    f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}."
+                )
         picks = picks.clip(0, self.k - 1)
         tokens = _like(np.take_along_axis(self.choices(), picks[:, None], 1)[:, 0], given)
-        return self.env.step({**actions, "token": tokens} if isinstance(actions, Mapping) else tokens)
+        return self.env.step(
+            {**actions, "token": tokens} if isinstance(actions, Mapping) else tokens
+        )
 
 
 class ActionMask(VectorWrapper):
-    """Rules tokens out: those outside the reference's nucleus, or those that a regular expression or a grammar forbids.
+    """Rules tokens out: those outside the reference's nucleus, or those that a regular expression
+    or a grammar forbids.
 
-    `action_masks()` gives (N, V) bool; a token observation gets it as `action_mask` (N, V) int8, so that learners keep it
-    with the episode. A masked token is an error. A stop token is allowed where the text matches, and where nothing else is:
-    where no token of the vocabulary goes on to a match, or a prefix is none. A text that is cut at `max_new_tokens` may be
-    unfinished. Where nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the env
-    itself return observations without masks; the wrapper's have them.
+    `action_masks()` gives (N, V) bool; a token observation gets it as `action_mask` (N, V) int8, so
+    that learners keep it with the episode. A masked token is an error. A stop token is allowed
+    where the text matches, and where nothing else is: where no token of the vocabulary goes on to a
+    match, or a prefix is none. A text that is cut at `max_new_tokens` may be unfinished. Where
+    nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the
+    env itself return observations without masks; the wrapper's have them.
 
     Args:
         envs: a vector env of this package, wrapped or not.
-        top_p: keeps the fewest likeliest tokens that hold this probability under the reference; above 0, below 1.
+        top_p: keeps the fewest likeliest tokens that hold this probability under the reference;
+            above 0, below 1.
         regex: what the whole response must match, a space before its first word aside.
         grammar: the same as a Lark grammar of llguidance, that space included (`start: " "? ...`).
     """
 
     def __init__(
-        self, envs: VectorEnv, *, top_p: float | None = None, regex: str | None = None, grammar: str | None = None
+        self,
+        envs: VectorEnv,
+        *,
+        top_p: float | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> None:
         super().__init__(envs)
         self._core = core = _core(envs)
         _require_tokens(envs, core)
         _check_mask_options(top_p, regex, grammar)
         if _mask_of(envs) is not None:
-            raise InvalidArgument("envs has an ActionMask already; give top_p= and regex= (or grammar=) to one.")
+            raise InvalidArgument(
+                "envs has an ActionMask already; give top_p= and regex= (or grammar=) to one."
+            )
         self.top_p, self.regex, self.grammar = top_p, regex, grammar
         self._followers: list[grammars.Follower] = []
         if regex is not None or grammar is not None:
             start = grammars.compile_matcher(core.token_spec, regex=regex, grammar=grammar)
-            self._followers = [grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)]
+            self._followers = [
+                grammars.Follower(start, core.token_spec) for _ in range(envs.num_envs)
+            ]
             self._beginnings = grammars.beginnings(core.token_spec)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
         self._masks_of = 0
@@ -134,7 +161,10 @@ class ActionMask(VectorWrapper):
     def identity(self) -> dict[str, Any]:
         """The env's, and what is ruled out: checkpoints hold it."""
         inner: Any = self.env
-        return {**inner.identity, "ActionMask": {"top_p": self.top_p, "regex": self.regex, "grammar": self.grammar}}
+        return {
+            **inner.identity,
+            "ActionMask": {"top_p": self.top_p, "regex": self.regex, "grammar": self.grammar},
+        }
 
     def action_masks(self) -> np.ndarray:
         """(N, V) bool on the host: what may come next in each text."""
@@ -154,7 +184,8 @@ class ActionMask(VectorWrapper):
         return self._masked(*self._core.load_state(saved))
 
     def step(self, actions: Any) -> Any:
-        """As the env's; raises `InvalidAction` for a token that is not allowed, and nothing changes."""
+        """As the env's; raises `InvalidAction` for a token that is not allowed, and nothing
+        changes."""
         tokens = _host(actions["token"] if isinstance(actions, Mapping) else actions)
         self._check(tokens)
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
@@ -172,7 +203,8 @@ class ActionMask(VectorWrapper):
         for row in map(int, np.flatnonzero(~allowed)):
             if not _rests(self._core, row):
                 raise InvalidAction(
-                    f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() says what is not."
+                    f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() "
+                    f"says what is not."
                 )
 
     def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
@@ -183,33 +215,42 @@ class ActionMask(VectorWrapper):
         return obs, infos
 
     def _keep_up(self) -> None:
-        """Makes the masks anew where the texts have changed, also beneath this wrapper or in a call that was interrupted."""
+        """Makes the masks anew where the texts have changed, also beneath this wrapper or in a call
+        that was interrupted."""
         if self._masks_of != self._core.changes:
             changes, self._masks = self._core.changes, self._allowed()
             self._masks_of = changes
 
     def _allowed(self) -> np.ndarray:
         allowed = np.ones_like(self._masks)
-        for row, (follower, response) in enumerate(zip(self._followers, self._core.responses(), strict=False)):
+        for row, (follower, response) in enumerate(
+            zip(self._followers, self._core.responses(), strict=False)
+        ):
             follower.follow(response)
             allowed[row] = follower.allowed(self._beginnings)
         if self.top_p is None:
             return allowed
-        both = allowed & nucleus(torch.as_tensor(self._core.ref_logprobs()), self.top_p).cpu().numpy()
+        both = (
+            allowed & nucleus(torch.as_tensor(self._core.ref_logprobs()), self.top_p).cpu().numpy()
+        )
         return np.where(both.any(1, keepdims=True), both, allowed)
 
 
 def likeliest(scores_NV: Tensor, k: int) -> Tensor:
-    """Ids (N, k) of the k highest scores, the highest first and equal ones by id, which `topk` does not promise."""
+    """Ids (N, k) of the k highest scores, the highest first and equal ones by id, which `topk` does
+    not promise."""
     least_N1 = scores_NV.topk(k).values[:, -1:]
     above_NV, equal_NV = scores_NV > least_N1, scores_NV == least_N1
     room_N1 = k - above_NV.sum(1, keepdim=True)
     ids_Nk = (above_NV | (equal_NV & (equal_NV.cumsum(1) <= room_N1))).nonzero()[:, 1].view(-1, k)
-    return ids_Nk.gather(1, scores_NV.gather(1, ids_Nk).argsort(dim=1, descending=True, stable=True))
+    return ids_Nk.gather(
+        1, scores_NV.gather(1, ids_Nk).argsort(dim=1, descending=True, stable=True)
+    )
 
 
 def nucleus(logprobs_NV: Tensor, top_p: float) -> Tensor:
-    """(N, V) bool: the fewest likeliest tokens that hold probability `top_p`; the likeliest is always there."""
+    """(N, V) bool: the fewest likeliest tokens that hold probability `top_p`; the likeliest is
+    always there."""
     probs_NV, order_NV = logprobs_NV.exp().sort(dim=1, descending=True, stable=True)
     kept_NV = probs_NV.cumsum(1) - probs_NV < top_p
     return torch.zeros_like(kept_NV).scatter(1, order_NV, kept_NV)
@@ -225,9 +266,12 @@ def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | N
 
 
 def _rests(core: TokenVectorEnv, row: int) -> bool:
-    """Whether this text has ended and waits for its reset: what is done to it is the env's to judge."""
+    """Whether this text has ended and waits for its reset: what is done to it is the env's to
+    judge."""
     response, spec = core.responses()[row], core.token_spec
-    return len(response) == spec.max_new_tokens or bool(set(response[-1:]) & set(spec.stop_token_ids))
+    return len(response) == spec.max_new_tokens or bool(
+        set(response[-1:]) & set(spec.stop_token_ids)
+    )
 
 
 def _mask_of(envs: Any) -> "ActionMask | None":
@@ -239,12 +283,16 @@ def _mask_of(envs: Any) -> "ActionMask | None":
 
 def _require_tokens(envs: VectorEnv, core: TokenVectorEnv) -> None:
     if envs.single_action_space != core.single_action_space:
-        raise InvalidArgument("envs takes choices, not tokens; TopKActions goes around everything else, and once.")
+        raise InvalidArgument(
+            "envs takes choices, not tokens; TopKActions goes around everything else, and once."
+        )
 
 
 def _core(envs: VectorEnv) -> TokenVectorEnv:
     if not isinstance(envs.unwrapped, TokenVectorEnv):
-        raise InvalidArgument(f"envs={type(envs.unwrapped).__name__} is no vector env of this package (gym.make_vec).")
+        raise InvalidArgument(
+            f"envs={type(envs.unwrapped).__name__} is no vector env of this package (gym.make_vec)."
+        )
     return envs.unwrapped
 
 

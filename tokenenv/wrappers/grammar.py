@@ -16,30 +16,44 @@ SPECIAL = b"\xff"
 """Begins the name of a token that has no text; no text has this byte."""
 
 
-def compile_matcher(spec: TokenSpec, *, regex: str | None = None, grammar: str | None = None) -> Any:
-    """A matcher at the start of a response; raises `InvalidArgument` for an expression that cannot be read.
+def compile_matcher(
+    spec: TokenSpec, *, regex: str | None = None, grammar: str | None = None
+) -> Any:
+    """A matcher at the start of a response; raises `InvalidArgument` for an expression that cannot
+    be read.
 
     What is matched is the response's text, a space before its first word left out or not.
     """
     try:
         from llguidance import LLMatcher
     except ImportError as error:
-        raise MissingDependency("regex= and grammar= need llguidance: pip install 'tokenenv-rl[masks]'") from error
+        raise MissingDependency(
+            "regex= and grammar= need llguidance: pip install 'tokenenv-rl[masks]'"
+        ) from error
     if spec.tokenizer is None or not spec.stop_token_ids:
-        raise InvalidArgument("regex= and grammar= need a task whose tokens have text, and that has a stop token.")
-    wanted = LLMatcher.grammar_from_regex(f" ?(?:{regex})") if grammar is None else LLMatcher.grammar_from_lark(grammar)
+        raise InvalidArgument(
+            "regex= and grammar= need a task whose tokens have text, and that has a stop token."
+        )
+    wanted = (
+        LLMatcher.grammar_from_regex(f" ?(?:{regex})")
+        if grammar is None
+        else LLMatcher.grammar_from_lark(grammar)
+    )
     matcher = LLMatcher(_tokenizer(spec), wanted, log_level=0)
     if matcher.is_error():
         name, given = ("regex", regex) if grammar is None else ("grammar", grammar)
-        raise InvalidArgument(f"{name}={given!r} cannot be used: {matcher.get_error().splitlines()[0]}.")
+        raise InvalidArgument(
+            f"{name}={given!r} cannot be used: {matcher.get_error().splitlines()[0]}."
+        )
     return matcher
 
 
 class Follower:
     """What may follow the response of one running text.
 
-    Tokens are matched by their text alone, so one that is the beginning of another (" a" of " amazing") may fit and lead
-    nowhere, where words are single tokens. Those are tried: what nothing can follow is not allowed.
+    Tokens are matched by their text alone, so one that is the beginning of another (" a" of "
+    amazing") may fit and lead nowhere, where words are single tokens. Those are tried: what nothing
+    can follow is not allowed.
     """
 
     def __init__(self, start: Any, spec: TokenSpec) -> None:
@@ -49,7 +63,8 @@ class Follower:
         self._read: list[int] | None = []
 
     def follow(self, response: Sequence[int]) -> None:
-        """Moves on to this response: by its last token, or, if it is another text, from the start."""
+        """Moves on to this response: by its last token, or, if it is another text, from the
+        start."""
         response = list(response)
         if response == self._read:
             return
@@ -63,7 +78,8 @@ class Follower:
         self._read = response
 
     def allowed(self, beginnings: np.ndarray) -> np.ndarray:
-        """(V,) bool, never all False; `beginnings` are the tokens whose text is the beginning of another's."""
+        """(V,) bool, never all False; `beginnings` are the tokens whose text is the beginning of
+        another's."""
         read, self._read = self._read, None
         allowed = self._fitting()
         for token in beginnings[allowed[beginnings]]:
@@ -85,11 +101,15 @@ class Follower:
 
 
 def beginnings(spec: TokenSpec) -> np.ndarray:
-    """The tokens whose text is the beginning of another token's, where no token continues within a word."""
+    """The tokens whose text is the beginning of another token's, where no token continues within a
+    word."""
     if not _whole_words(spec.tokenizer):
         return np.zeros(0, np.int64)
     pieces = _pieces(spec)
-    return np.array([i for i, a in enumerate(pieces) if any(b != a and b.startswith(a) for b in pieces)], np.int64)
+    return np.array(
+        [i for i, a in enumerate(pieces) if any(b != a and b.startswith(a) for b in pieces)],
+        np.int64,
+    )
 
 
 def _tokenizer(spec: TokenSpec) -> Any:
@@ -97,12 +117,15 @@ def _tokenizer(spec: TokenSpec) -> Any:
     from llguidance.hf import from_tokenizer
 
     if not _whole_words(spec.tokenizer):
-        return from_tokenizer(spec.tokenizer, n_vocab=spec.vocab_size, eos_token=list(spec.stop_token_ids))
+        return from_tokenizer(
+            spec.tokenizer, n_vocab=spec.vocab_size, eos_token=list(spec.stop_token_ids)
+        )
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words(spec)))
 
 
 class _Words:
-    """What llguidance asks of a tokenizer whose tokens are words: it must be able to write any text.
+    """What llguidance asks of a tokenizer whose tokens are words: it must be able to write any
+    text.
 
     So every byte is a token as well, beyond V, where no policy can choose it.
     """
@@ -119,7 +142,10 @@ class _Words:
         """The longest word that fits, from the left; a byte where none does."""
         ids: list[int] = []
         while text:
-            i = max((i for i, piece in enumerate(self.tokens) if text.startswith(piece)), key=lambda i: len(self.tokens[i]))
+            i = max(
+                (i for i, piece in enumerate(self.tokens) if text.startswith(piece)),
+                key=lambda i: len(self.tokens[i]),
+            )
             ids.append(i)
             text = text[len(self.tokens[i]) :]
         return ids
@@ -131,6 +157,13 @@ def _whole_words(tokenizer: Any) -> bool:
 
 def _pieces(spec: TokenSpec) -> list[bytes]:
     """What each token adds to a text; a special token stands for itself."""
-    special = set(spec.tokenizer.all_special_ids) | set(spec.stop_token_ids) | set(range(len(spec.tokenizer), spec.vocab_size))
+    special = (
+        set(spec.tokenizer.all_special_ids)
+        | set(spec.stop_token_ids)
+        | set(range(len(spec.tokenizer), spec.vocab_size))
+    )
     text = TokenPieces(spec.tokenizer)
-    return [SPECIAL + b"%d" % i if i in special else text([i])[0].encode() for i in range(spec.vocab_size)]
+    return [
+        SPECIAL + b"%d" % i if i in special else text([i])[0].encode()
+        for i in range(spec.vocab_size)
+    ]

@@ -1,4 +1,5 @@
-"""Every bundled algorithm: it learns what it should, resumes exactly, says what it wants, and runs from the command line."""
+"""Every bundled algorithm: it learns what it should, resumes exactly, says what it wants, and runs
+from the command line."""
 
 import ast
 import inspect
@@ -39,14 +40,18 @@ SMALL = {"vineppo": {"rollouts": 2, "segments": 2}, "klq": {"replay_tokens": 300
 
 
 def agent_of(name, **options):
-    return ALGORITHMS[name](make(name, **options), batch_tokens=120, lr=1e-3, seed=1, **SMALL.get(name, {}))
+    return ALGORITHMS[name](
+        make(name, **options), batch_tokens=120, lr=1e-3, seed=1, **SMALL.get(name, {})
+    )
 
 
 @each_learner
 def test_it_learns(name):
     """What it is there to raise, score - beta KL, ends clearly above the reference's."""
     # VinePPO pays for its values in tokens, and learns from few at a time.
-    settings = {"vineppo": {"rollouts": 2, "segments": 2, "batch_tokens": 256}}.get(name, {"batch_tokens": 512})
+    settings = {"vineppo": {"rollouts": 2, "segments": 2, "batch_tokens": 256}}.get(
+        name, {"batch_tokens": 512}
+    )
     num_envs = 16 if name == "vineppo" else 32
     agent = ALGORITHMS[name](make(name, "Negation", num_envs), lr=3e-3, **settings)
     test_envs = make("reference", "Negation", 64)
@@ -59,7 +64,8 @@ def test_it_learns(name):
 
 @each
 def test_resuming_is_exact(name, tmp_path):
-    """Two updates, a checkpoint, a new agent and env, two updates: equal to four updates bit for bit."""
+    """Two updates, a checkpoint, a new agent and env, two updates: equal to four updates bit for
+    bit."""
 
     class Enough(Exception):
         pass
@@ -76,7 +82,9 @@ def test_resuming_is_exact(name, tmp_path):
             agent.learn(100_000, on_update=on_update)
         return recorder
 
-    options = {"max_new_tokens": 24} if ALGORITHMS[name].grouped else {}  # so that the texts of a group end apart
+    options = (
+        {"max_new_tokens": 24} if ALGORITHMS[name].grouped else {}
+    )  # so that the texts of a group end apart
     straight = agent_of(name, **options)
     whole = run(straight, tmp_path / "c")
     saved = read_checkpoint(tmp_path / "c")
@@ -111,7 +119,9 @@ def test_episodes_tell_what_was_made_of_each_token(name):
 def test_another_algorithms_checkpoint_is_refused(name, tmp_path):
     agent_of(name).save(tmp_path / "c")
     other = Reference if name != "reference" else BestOfN
-    with pytest.raises(CheckpointError, match=f"was saved by {ALGORITHMS[name].__name__}, not by {other.__name__}"):
+    with pytest.raises(
+        CheckpointError, match=f"was saved by {ALGORITHMS[name].__name__}, not by {other.__name__}"
+    ):
         other.load(tmp_path / "c", make("best-of-n"))
 
 
@@ -138,8 +148,18 @@ WRONG = [
     ("reinforce++", "clip_high", -0.1, "clip_high=-0.1 is not allowed; it must be above 0"),
     ("reinforce++", "gamma", 1.1, "gamma=1.1 is not allowed; it must lie between 0 and 1"),
     ("rloo", "entropy_coef", -0.1, "entropy_coef=-0.1 is not allowed; it must be at least 0"),
-    ("rloo", "gammas", {"kl": -0.1}, "gammas['kl']=-0.1 is not allowed; it must lie between 0 and 1"),
-    ("grpo", "scale", "sources", "scale='sources' is not known; allowed: group, none, source. Did you mean 'source'"),
+    (
+        "rloo",
+        "gammas",
+        {"kl": -0.1},
+        "gammas['kl']=-0.1 is not allowed; it must lie between 0 and 1",
+    ),
+    (
+        "grpo",
+        "scale",
+        "sources",
+        "scale='sources' is not known; allowed: group, none, source. Did you mean 'source'",
+    ),
     ("vineppo", "segments", 0, "segments=0 is not allowed; it must be at least 1"),
     ("vineppo", "rollouts", 0, "rollouts=0 is not allowed; it must be at least 1"),
     ("klq", "lambda_", 1.5, "lambda_=1.5 is not allowed; it must lie between 0 and 1"),
@@ -153,7 +173,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "value", "message"), WRONG, ids=[f"{case[0]}-{case[1]}" for case in WRONG])
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"), WRONG, ids=[f"{case[0]}-{case[1]}" for case in WRONG]
+)
 def test_settings_are_checked(name, field, value, message):
     with pytest.raises(InvalidArgument, match=re.escape(message)):
         ALGORITHMS[name].config_class(**{field: value})
@@ -164,10 +186,15 @@ def test_settings_are_checked(name, field, value, message):
 
 @each
 def test_it_generates(name):
-    """Of whatever prompts, text or tokens, as many texts as there are prompts; the same for the same seed."""
+    """Of whatever prompts, text or tokens, as many texts as there are prompts; the same for the
+    same seed."""
     agent = agent_of(name)
     stops = agent.spec.stop_token_ids
-    prompts = ["the food was", agent.spec.tokenizer.encode("we visited this cafe ."), "the food was"]
+    prompts = [
+        "the food was",
+        agent.spec.tokenizer.encode("we visited this cafe ."),
+        "the food was",
+    ]
     texts = agent.generate(prompts, seed=1)
     assert len(texts) == 3
     for text in texts:
@@ -188,7 +215,18 @@ def test_a_group_of_one_is_refused(name):
 @each
 def test_it_runs_from_the_command_line(name, tmp_path, capsys):
     folder = str(tmp_path / "x")
-    flags = ["--algo", name, "--num-envs", "8", "--total-tokens", "200", "--agent.batch-tokens", "60", "--agent.lr", "2e-3"]
+    flags = [
+        "--algo",
+        name,
+        "--num-envs",
+        "8",
+        "--total-tokens",
+        "200",
+        "--agent.batch-tokens",
+        "60",
+        "--agent.lr",
+        "2e-3",
+    ]
     main(["train", *flags, "--options", "max_new_tokens", "6", "--run-dir", folder])
     made = load_config(tmp_path / "x" / "config.yaml")
     assert (made.algo, made.agent.lr) == (name, 2e-3)
@@ -204,30 +242,58 @@ def test_help_shows_the_algorithms_own_settings(name, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--algo", name, "--help"])
     shown = set(re.findall(r"--agent\.([a-z0-9-]+)", capsys.readouterr().out))
-    wanted = {field.name.strip("_").replace("_", "-") for field in fields(ALGORITHMS[name].config_class)}
+    wanted = {
+        field.name.strip("_").replace("_", "-") for field in fields(ALGORITHMS[name].config_class)
+    }
     assert wanted <= {flag.strip("-") for flag in shown}
 
 
 def test_a_config_of_another_algorithm_is_refused(tmp_path, capsys):
-    main(["train", "--num-envs", "4", "--total-tokens", "50", "--agent.batch-tokens", "40", "--run-dir", str(tmp_path / "x")])
+    main(
+        [
+            "train",
+            "--num-envs",
+            "4",
+            "--total-tokens",
+            "50",
+            "--agent.batch-tokens",
+            "40",
+            "--run-dir",
+            str(tmp_path / "x"),
+        ]
+    )
     with pytest.raises(SystemExit):
         main(["train", "--config", str(tmp_path / "x" / "config.yaml"), "--algo", "grpo"])
     assert "--algo grpo does not fit" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a2c_takes_ppos_step_at_ratio_one(monkeypatch):
-    """One epoch, one minibatch, fresh texts: clipping changes nothing, so the gradients are the same."""
+    """One epoch, one minibatch, fresh texts: clipping changes nothing, so the gradients are the
+    same."""
     grads = []
     for algorithm in (A2C, PPO):
-        options = {f.name: getattr(algorithm.config_class(), f.name) for f in fields(PPOConfig)} if algorithm is A2C else {}
-        shared = {"epochs": 1, "minibatches": 1, "whiten": False, "lambda_actor": 1.0, "lambda_critic": 1.0, "value_clip": None}
+        options = (
+            {f.name: getattr(algorithm.config_class(), f.name) for f in fields(PPOConfig)}
+            if algorithm is A2C
+            else {}
+        )
+        shared = {
+            "epochs": 1,
+            "minibatches": 1,
+            "whiten": False,
+            "lambda_actor": 1.0,
+            "lambda_critic": 1.0,
+            "value_clip": None,
+        }
         agent = algorithm(make("ppo"), seed=2, **shared)
         assert not options or options["clip_range"] is None
         batch = EpisodeBatch.stack(agent.collector.collect(120))
         found = {}
         weights = dict(agent.policy.named_parameters())
         monkeypatch.setattr(
-            agent.optimizer, "step", lambda w=weights, f=found: f.update({n: p.grad.clone() for n, p in w.items()})
+            agent.optimizer,
+            "step",
+            lambda w=weights, f=found: f.update({n: p.grad.clone() for n, p in w.items()}),
         )
         agent.update(batch)
         grads.append(found)
@@ -269,7 +335,10 @@ def test_best_of_n_generates_the_best_by_the_envs_score():
 def test_more_texts_to_choose_from_score_higher():
     test_envs = make("reference", "Negation", 32)
     found = [evaluate(Reference(test_envs), test_envs, num_texts=64)]
-    found += [evaluate(BestOfN(make("best-of-n", "Negation", n, group_size=n)), test_envs, num_texts=64) for n in (2, 8)]
+    found += [
+        evaluate(BestOfN(make("best-of-n", "Negation", n, group_size=n)), test_envs, num_texts=64)
+        for n in (2, 8)
+    ]
     assert found[0].score < found[1].score < found[2].score
     for evaluation, n in zip(found, (1, 2, 8), strict=True):
         assert evaluation.kl == pytest.approx(best_of_n_kl(n), abs=1e-3)
@@ -290,11 +359,16 @@ def test_best_of_n_needs_scores():
         return result
 
     envs.step = silent
-    with pytest.raises(InvalidArgument, match="BestOfN needs a score of every text, which ToyEnv does not give"):
+    with pytest.raises(
+        InvalidArgument, match="BestOfN needs a score of every text, which ToyEnv does not give"
+    ):
         BestOfN(envs, batch_tokens=20).learn(20)
 
 
 def test_best_of_n_generates_where_the_env_pays_the_whole_penalty():
     prompts = ["the food was"]
-    texts = [BestOfN(make("best-of-n", kl=kl)).generate(prompts, seed=3) for kl in ("reference", "policy")]
+    texts = [
+        BestOfN(make("best-of-n", kl=kl)).generate(prompts, seed=3)
+        for kl in ("reference", "policy")
+    ]
     assert texts[0] == texts[1]

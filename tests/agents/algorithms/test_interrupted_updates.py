@@ -1,4 +1,5 @@
-"""What interrupts an update, or makes its numbers no numbers, leaves nothing behind that a later update could learn from."""
+"""What interrupts an update, or makes its numbers no numbers, leaves nothing behind that a later
+update could learn from."""
 
 import math
 from dataclasses import replace
@@ -18,7 +19,14 @@ from tokenenv.agents.learning.learner import outputs, token_logprobs
 from tokenenv.errors import NotFinite
 from tokenenv.rewards import RewardTerm, Scaled
 
-SETTINGS = {"batch_tokens": 60, "minibatches": 2, "epochs": 2, "lr": 1e-2, "lr_schedule": "constant", "max_batch_tokens": 40}
+SETTINGS = {
+    "batch_tokens": 60,
+    "minibatches": 2,
+    "epochs": 2,
+    "lr": 1e-2,
+    "lr_schedule": "constant",
+    "max_batch_tokens": 40,
+}
 
 
 def make(**options):
@@ -46,10 +54,13 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("place", "at"), [("backward", 1), ("backward", 2), ("clip", 2), ("gradient", 3), ("before", 1)])
+@pytest.mark.parametrize(
+    ("place", "at"), [("backward", 1), ("backward", 2), ("clip", 2), ("gradient", 3), ("before", 1)]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
 def test_an_interrupted_update_leaves_no_gradient_and_no_cache(monkeypatch, place, at, error):
-    """The next update follows its own gradient, of texts whose log-probs are those of the weights as they then were."""
+    """The next update follows its own gradient, of texts whose log-probs are those of the weights
+    as they then were."""
     agent = make(importance_cap=2.0).learn(60)
     monkeypatch.setattr(*PLACES[place], raising(getattr(*PLACES[place]), at, error()))
     with pytest.raises(error):
@@ -58,10 +69,16 @@ def test_an_interrupted_update_leaves_no_gradient_and_no_cache(monkeypatch, plac
     assert all(weight.grad is None for weight in agent.policy.parameters())
     tokens, logprobs = agent.actor.act(agent.collector._obs)
     for text, length, token, logprob in zip(
-        agent.collector._obs["tokens"], agent.collector._obs["length"], tokens, logprobs, strict=True
+        agent.collector._obs["tokens"],
+        agent.collector._obs["length"],
+        tokens,
+        logprobs,
+        strict=True,
     ):
         logits = agent.policy.model(input_ids=torch.as_tensor(text[None, :length])).logits[0, -1]
-        assert logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[token].item(), abs=1e-5)
+        assert logprob.item() == pytest.approx(
+            torch.log_softmax(logits, -1)[token].item(), abs=1e-5
+        )
     agent.learn(agent.tokens_seen + 60)
 
 
@@ -72,7 +89,10 @@ def test_gradients_that_others_left_are_not_followed():
         if left:
             for weight in agent.policy.parameters():
                 weight.grad = torch.full_like(weight, 7.0)
-        agent.learn(60, on_update=lambda metrics, episodes, seen=seen: seen.append(metrics["policy/grad_norm"]))
+        agent.learn(
+            60,
+            on_update=lambda metrics, episodes, seen=seen: seen.append(metrics["policy/grad_norm"]),
+        )
         norms.append(seen)
     assert norms[0] == norms[1]
 
@@ -97,14 +117,27 @@ class Spoilt(ToyEnv):
 @pytest.mark.parametrize("algorithm", [PPO, ReinforcePlusPlus, KLQ])
 def test_a_batch_with_a_number_that_is_none_teaches_nothing_and_the_next_one_does(algorithm, value):
     agent = algorithm(Spoilt(value), **SETTINGS)
-    with pytest.raises(NotFinite, match=rf"reward is {value} at token \d of text \d+ of slot \d, in the batch of update \d"):
+    with pytest.raises(
+        NotFinite,
+        match=rf"reward is {value} at token \d of text \d+ of slot \d, in the batch of update \d",
+    ):
         agent.learn(2000)
-    before, states = agent.updates, {name: one.state_dict() for name, one in agent.statistics.items()}
-    assert all(math.isfinite(x) for state in states.values() for x in state.values() if isinstance(x, float))
+    before, states = (
+        agent.updates,
+        {name: one.state_dict() for name, one in agent.statistics.items()},
+    )
+    assert all(
+        math.isfinite(x)
+        for state in states.values()
+        for x in state.values()
+        if isinstance(x, float)
+    )
     seen = []
     for _ in range(5):
         try:
-            agent.learn(agent.tokens_seen + 60, on_update=lambda metrics, episodes: seen.append(metrics))
+            agent.learn(
+                agent.tokens_seen + 60, on_update=lambda metrics, episodes: seen.append(metrics)
+            )
         except NotFinite:  # the other texts of the spoilt step
             assert not seen
     assert agent.updates >= before + 3
@@ -119,18 +152,29 @@ class NaNOnce(RewardTerm):
 
     def reward(self, batch):
         self.calls += 1
-        return batch.tokens.float() if self.calls != 20 else torch.full(batch.tokens.shape, math.nan)
+        return (
+            batch.tokens.float() if self.calls != 20 else torch.full(batch.tokens.shape, math.nan)
+        )
 
 
 def test_a_term_that_gives_nan_once_is_named_and_no_statistic_keeps_it():
     """A running scale of the env, and the agent's own."""
     reward = {"score": Scaled(NaNOnce())}
-    envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=4, autoreset_mode="SameStep", max_new_tokens=6, reward=reward)
+    envs = gym.make_vec(
+        "tokenenv/Reviews-v0",
+        num_envs=4,
+        autoreset_mode="SameStep",
+        max_new_tokens=6,
+        reward=reward,
+    )
     agent = PPO(envs, **SETTINGS)
     with pytest.raises(NotFinite, match="reward term 'score' is nan"):
         agent.learn(1000)
     seen = []
-    agent.learn(agent.tokens_seen + 200, on_update=lambda metrics, episodes: seen.append(metrics["objective/reward"]))
+    agent.learn(
+        agent.tokens_seen + 200,
+        on_update=lambda metrics, episodes: seen.append(metrics["objective/reward"]),
+    )
     assert len(seen) >= 2
     assert np.isfinite(seen).all()
     assert np.isfinite(envs.unwrapped.save_statistics()["score"]).all()
@@ -139,7 +183,8 @@ def test_a_term_that_gives_nan_once_is_named_and_no_statistic_keeps_it():
 
 @pytest.mark.parametrize("algorithm", [PPO, KLQ])
 def test_rewards_too_large_to_add_up_leave_no_trace(algorithm):
-    """Each is a number, their sums and squares are not: the batch is not learnt from, now or later, by any statistic."""
+    """Each is a number, their sums and squares are not: the batch is not learnt from, now or later,
+    by any statistic."""
     envs = ToyEnv(4, kl_coef=0.1)
     agent = algorithm(envs, batch_tokens=40, epochs=1)
     agent.learn(60)
@@ -147,13 +192,18 @@ def test_rewards_too_large_to_add_up_leave_no_trace(algorithm):
     collect = agent.collector.collect
 
     def spoilt(num_tokens):
-        return [replace(episode, reward=np.full_like(episode.reward, 3e38)) for episode in collect(num_tokens)]
+        return [
+            replace(episode, reward=np.full_like(episode.reward, 3e38))
+            for episode in collect(num_tokens)
+        ]
 
     agent.collector.collect = spoilt
     with pytest.raises(NotFinite, match="the gradient's norm"):
         agent.learn(agent.tokens_seen + 1)
     agent.collector.collect = collect
-    assert str({name: value.state_dict() for name, value in agent.statistics.items()}) == str(before)
+    assert str({name: value.state_dict() for name, value in agent.statistics.items()}) == str(
+        before
+    )
     updates = agent.updates
     agent.learn(agent.tokens_seen + 1)
     assert agent.updates == updates + 1
@@ -164,10 +214,16 @@ def test_a_gradient_that_is_no_number_is_not_followed(monkeypatch):
     weights = [weight.detach().clone() for weight in agent.policy.parameters()]
     loss = agent.policy_loss
     monkeypatch.setattr(agent, "policy_loss", lambda *args: loss(*args) * math.nan)
-    with pytest.raises(NotFinite, match=r"the gradient's norm is nan in minibatch 0 of update \d+, with .*'loss/policy': nan"):
+    with pytest.raises(
+        NotFinite,
+        match=r"the gradient's norm is nan in minibatch 0 of update \d+, with .*'loss/policy': nan",
+    ):
         agent.learn(1000)
     monkeypatch.undo()
-    assert all(torch.equal(one, other) for one, other in zip(agent.policy.parameters(), weights, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(agent.policy.parameters(), weights, strict=True)
+    )
     agent.learn(agent.tokens_seen + 60)
 
 
@@ -207,12 +263,15 @@ def test_only_stale_texts_are_read_again(monkeypatch):
     batch.version_B[:3] = -1
     read = []
     monkeypatch.setattr(
-        "tokenenv.agents.learning.learner.outputs", lambda *args, **kw: (read.extend(args[2]), outputs(*args, **kw))[1]
+        "tokenenv.agents.learning.learner.outputs",
+        lambda *args, **kw: (read.extend(args[2]), outputs(*args, **kw))[1],
     )
     metrics = agent._policy_before(batch)
     assert sorted(read) == [0, 1, 2]
     assert metrics["rollout/stale_kl"] < 1e-6  # old by number alone
-    torch.testing.assert_close(batch.learned["learner_logprob"], batch.logprob_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        batch.learned["learner_logprob"], batch.logprob_BT, atol=1e-5, rtol=0
+    )
     batch.version_B[:3] = 0
     del batch.learned["learner_logprob"]
     read.clear()

@@ -1,4 +1,5 @@
-"""KLQ: no error at the optimum on any text, the policy gradient away from it, and a replay that forgets the oldest."""
+"""KLQ: no error at the optimum on any text, the policy gradient away from it, and a replay that
+forgets the oldest."""
 
 import math
 
@@ -41,8 +42,15 @@ def optimum(envs, batch):
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.6, 1.0])
 def test_there_is_no_error_at_the_optimum_on_any_text(monkeypatch, lambda_):
-    """The texts are the reference's own, so off the optimum's policy: old texts are as good as new ones."""
-    envs = gym.make_vec("tokenenv/Negation-v0", num_envs=16, autoreset_mode="SameStep", reward="terminal", kl_coef=BETA)
+    """The texts are the reference's own, so off the optimum's policy: old texts are as good as new
+    ones."""
+    envs = gym.make_vec(
+        "tokenenv/Negation-v0",
+        num_envs=16,
+        autoreset_mode="SameStep",
+        reward="terminal",
+        kl_coef=BETA,
+    )
     agent = KLQ(envs, lambda_=lambda_)
     batch = EpisodeBatch.stack(agent.collector.collect(300))
     logprob, values = optimum(envs, batch)
@@ -70,15 +78,25 @@ def test_it_finds_the_kl_regularised_optimum():
 
 def test_the_first_gradient_follows_the_errors(monkeypatch):
     """-A grad log pi, and vf_coef times -A grad V, token-mean, computed text by text."""
-    settings = {"epochs": 1, "minibatches": 1, "vf_coef": 0.3, "max_grad_norm": 1e9, "replay_ratio": 1.0}
-    agent = KLQ(ToyEnv(4, kl_coef=0.2), policy=LMPolicy(tiny_lm(seed=3, initializer_range=0.2)), **settings)
+    settings = {
+        "epochs": 1,
+        "minibatches": 1,
+        "vf_coef": 0.3,
+        "max_grad_norm": 1e9,
+        "replay_ratio": 1.0,
+    }
+    agent = KLQ(
+        ToyEnv(4, kl_coef=0.2), policy=LMPolicy(tiny_lm(seed=3, initializer_range=0.2)), **settings
+    )
     agent.updates = 1
     torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1)
     episodes, batch = collected(agent)
     grads = {}
     monkeypatch.setattr(agent.statistics["replay"], "sample", lambda tokens, rng: episodes)
     monkeypatch.setattr(
-        agent.optimizer, "step", lambda: grads.update({n: p.grad.clone() for n, p in agent.policy.named_parameters()})
+        agent.optimizer,
+        "step",
+        lambda: grads.update({n: p.grad.clone() for n, p in agent.policy.named_parameters()}),
     )
     agent.update(batch)
     agent.policy.zero_grad()
@@ -87,7 +105,9 @@ def test_the_first_gradient_follows_the_errors(monkeypatch):
     for b, e in enumerate(episodes):
         text, start = torch.as_tensor(np.concatenate([e.prompt, e.response]))[None], len(e.prompt)
         result = agent.policy.model(input_ids=text, output_hidden_states=True)
-        chosen = torch.log_softmax(result.logits[0, start - 1 : -1], -1).gather(1, text[0, start:, None])[:, 0]
+        chosen = torch.log_softmax(result.logits[0, start - 1 : -1], -1).gather(
+            1, text[0, start:, None]
+        )[:, 0]
         value = agent.policy.value(result.hidden_states[-1][0, start - 1 : -1])
         error = batch.learned["advantage"][b, : len(e.response)]
         total = total - (error * (chosen + 0.3 * value)).sum() / count
@@ -100,7 +120,9 @@ def test_the_critic_starts_at_the_mean_return():
     agent = KLQ(ToyEnv(8, kl_coef=0.2), batch_tokens=100)
     _, batch = collected(agent, 100)
     agent.centre_critic(batch)
-    assert float(agent.policy.value_head.bias.detach()) == pytest.approx(float(agent.rewards(batch).sum(1).mean()), rel=1e-5)
+    assert float(agent.policy.value_head.bias.detach()) == pytest.approx(
+        float(agent.rewards(batch).sum(1).mean()), rel=1e-5
+    )
 
 
 def test_a_small_share_of_the_new_tokens_is_still_a_text():
@@ -110,7 +132,8 @@ def test_a_small_share_of_the_new_tokens_is_still_a_text():
 
 
 def test_old_texts_are_learnt_from(monkeypatch):
-    """What is sampled comes from all that is kept, and each token's error is of the present policy."""
+    """What is sampled comes from all that is kept, and each token's error is of the present
+    policy."""
     agent = KLQ(ToyEnv(8, kl_coef=0.2), batch_tokens=60, replay_ratio=0.5, lr=1e-2)
     drawn, estimate = [], agent.estimate
 
@@ -146,7 +169,9 @@ def test_the_replay_keeps_the_latest_tokens():
     again.load_state_dict(replay.state_dict())
     assert again.tokens == replay.tokens
     for one, other in zip(again.episodes, kept, strict=True):
-        np.testing.assert_equal((one.response, one.logprob, one.terms), (other.response, other.logprob, other.terms))
+        np.testing.assert_equal(
+            (one.response, one.logprob, one.terms), (other.response, other.logprob, other.terms)
+        )
     empty = Replay(5)
     empty.load_state_dict(Replay(5).state_dict())
     assert not empty.episodes

@@ -1,4 +1,5 @@
-"""PPO: it learns, its update is what the formulas say, its settings are checked, its runs leave what they should."""
+"""PPO: it learns, its update is what the formulas say, its settings are checked, its runs leave
+what they should."""
 
 import io
 import json
@@ -25,7 +26,9 @@ from tokenenv.agents.run.progress import ProgressLine
 from tokenenv.errors import InvalidArgument
 
 
-@pytest.mark.parametrize("options", [{}, {"separate_value": True, "lambda_alpha": 1.0, "scale_rewards": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"separate_value": True, "lambda_alpha": 1.0, "scale_rewards": False}]
+)
 def test_it_learns_to_emit_the_rewarded_token(options):
     agent = PPO(ToyEnv(16), batch_tokens=400, lr=3e-3, seed=1, **options)
     before = evaluate(agent, ToyEnv(16), num_texts=64)
@@ -37,12 +40,15 @@ def test_it_learns_to_emit_the_rewarded_token(options):
 
 
 def test_it_finds_the_kl_regularised_optimum():
-    """The reference is nearly uniform, so the soft-optimal value follows from V_t = beta log E_ref exp(Q_t / beta)."""
+    """The reference is nearly uniform, so the soft-optimal value follows from V_t = beta log E_ref
+    exp(Q_t / beta)."""
     beta, optimum = 0.3, 0.0
     for _ in range(T):
         good, other = math.exp((1 + optimum) / beta), math.exp(optimum / beta)
         optimum = beta * math.log((good + 1.0 + (V - 2) * other) / V)
-    agent = PPO(ToyEnv(16), batch_tokens=400, lr=3e-3, kl_coef=beta, lambda_actor=1.0, lambda_critic=1.0)
+    agent = PPO(
+        ToyEnv(16), batch_tokens=400, lr=3e-3, kl_coef=beta, lambda_actor=1.0, lambda_critic=1.0
+    )
     start = evaluate(agent, ToyEnv(16), num_texts=256)
     agent.learn(10_000)
     found = evaluate(agent, ToyEnv(16), num_texts=256)
@@ -53,14 +59,31 @@ def test_it_finds_the_kl_regularised_optimum():
 
 
 def test_the_first_step_follows_the_policy_gradient(monkeypatch):
-    """Ratio 1, nothing clipped: the gradient is that of -A log pi + vf/2 (v - target)^2, computed here text by text."""
-    cfg = {"epochs": 1, "minibatches": 1, "vf_coef": 0.3, "lambda_actor": 0.9, "lambda_critic": 1.0, "max_grad_norm": 1e9}
-    cfg |= {"aggregation": "sequence-mean", "entropy_coef": 0.1, "full_kl_coef": 0.2, "scale_rewards": False}
-    agent = PPO(ToyEnv(4, kl_coef=0.2), policy=LMPolicy(tiny_lm(seed=3, initializer_range=0.2)), **cfg)
+    """Ratio 1, nothing clipped: the gradient is that of -A log pi + vf/2 (v - target)^2, computed
+    here text by text."""
+    cfg = {
+        "epochs": 1,
+        "minibatches": 1,
+        "vf_coef": 0.3,
+        "lambda_actor": 0.9,
+        "lambda_critic": 1.0,
+        "max_grad_norm": 1e9,
+    }
+    cfg |= {
+        "aggregation": "sequence-mean",
+        "entropy_coef": 0.1,
+        "full_kl_coef": 0.2,
+        "scale_rewards": False,
+    }
+    agent = PPO(
+        ToyEnv(4, kl_coef=0.2), policy=LMPolicy(tiny_lm(seed=3, initializer_range=0.2)), **cfg
+    )
     torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1)
     episodes, batch = collected(agent)
     values = state_values(agent.policy, batch, 10_000)
-    rewards = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(e.reward - 0.2 * e.logprob) for e in episodes], batch_first=True)
+    rewards = torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(e.reward - 0.2 * e.logprob) for e in episodes], batch_first=True
+    )
     lengths, end = batch.response_length_B, torch.zeros(len(batch), dtype=torch.bool)
     advantages = adv.whiten(adv.gae(rewards, values, lengths, end, 1.0, 0.9), batch.mask_BT)
     targets = adv.returns_to_go(rewards, lengths, 1.0)
@@ -82,7 +105,11 @@ def test_the_first_step_follows_the_policy_gradient(monkeypatch):
         value = agent.policy.value(result.hidden_states[-1][0, start - 1 : -1])
         n = len(e.response)
         loss = -advantages[b, :n] * chosen + 0.15 * (value - targets[b, :n]) ** 2
-        loss = loss + 0.1 * (logprobs.exp() * logprobs).sum(-1) + 0.2 * (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+        loss = (
+            loss
+            + 0.1 * (logprobs.exp() * logprobs).sum(-1)
+            + 0.2 * (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+        )
         total = total + weights[b] * loss.sum()
     total.backward()
     for name, parameter in agent.policy.named_parameters():
@@ -116,7 +143,9 @@ def test_actor_and_critic_have_their_own_lambda():
         values_BT1 = torch.full((len(batch), rewards.shape[1] + 1), 0.25)
         actor = 0.8 if alpha is None else (1 - 1 / (0.4 * lengths)).clamp(0, 1)
         mask, end = batch.mask_BT, lengths < 0
-        torch.testing.assert_close(advantages, adv.gae(rewards, values_BT1, lengths, end, 1.0, actor))
+        torch.testing.assert_close(
+            advantages, adv.gae(rewards, values_BT1, lengths, end, 1.0, actor)
+        )
         expected = adv.gae(rewards, values_BT1, lengths, end, 1.0, 0.3) + 0.25
         torch.testing.assert_close(targets[mask], expected[mask])
         assert (values[mask] == 0.25).all()
@@ -128,7 +157,9 @@ def test_only_the_env_that_leaves_it_out_gets_the_learners_half_of_the_penalty()
     difference = agent.rewards(batch) - batch.reward_BT
     torch.testing.assert_close(difference, -0.2 * batch.logprob_BT)
     logprob = gym.spaces.Box(-np.inf, 0.0, (), np.float32)
-    agent.envs.single_action_space = gym.spaces.Dict({"token": agent.envs.single_action_space, "logprob": logprob})
+    agent.envs.single_action_space = gym.spaces.Dict(
+        {"token": agent.envs.single_action_space, "logprob": logprob}
+    )
     torch.testing.assert_close(agent.rewards(batch), batch.reward_BT, atol=0.2e-5, rtol=0)
 
 
@@ -160,7 +191,11 @@ def test_it_bootstraps_at_unscored_truncation_only(score_truncated):
     _, batch = collected(agent, 200)
     assert batch.truncated_B.any()
     assert batch.terminated_B.any()
-    expected = batch.truncated_B & ~batch.terminated_B if not score_truncated else torch.zeros(len(batch), dtype=torch.bool)
+    expected = (
+        batch.truncated_B & ~batch.terminated_B
+        if not score_truncated
+        else torch.zeros(len(batch), dtype=torch.bool)
+    )
     assert batch.bootstraps_B.tolist() == expected.tolist()
 
 
@@ -216,10 +251,26 @@ def test_an_adaptive_beta_changes_by_a_fifth_at_most_and_stays_positive(tokens_o
     ("env", "settings", "message"),
     [
         ({"kl_coef": 0.0}, {"kl_target": 0.1}, r"kl_target=0\.1 cannot adapt kl_coef=0\.0"),
-        ({"kl_coef": 0.1}, {"kl_target": 0.1, "kl_coef": 0.0}, r"kl_target=0\.1 cannot adapt kl_coef=0\.0"),
-        ({"kl": "none"}, {"kl_target": 0.1}, r"kl_target=0\.1 would do nothing in an env with kl='none'"),
-        ({"kl": "none"}, {"kl_coef": 0.3}, r"kl_coef=0\.3 would do nothing in an env with kl='none'"),
-        ({"kl": "none"}, {"kl_coef": 0.3, "kl_target": 0.1}, r"kl_coef=0\.3 and kl_target=0\.1 would do nothing"),
+        (
+            {"kl_coef": 0.1},
+            {"kl_target": 0.1, "kl_coef": 0.0},
+            r"kl_target=0\.1 cannot adapt kl_coef=0\.0",
+        ),
+        (
+            {"kl": "none"},
+            {"kl_target": 0.1},
+            r"kl_target=0\.1 would do nothing in an env with kl='none'",
+        ),
+        (
+            {"kl": "none"},
+            {"kl_coef": 0.3},
+            r"kl_coef=0\.3 would do nothing in an env with kl='none'",
+        ),
+        (
+            {"kl": "none"},
+            {"kl_coef": 0.3, "kl_target": 0.1},
+            r"kl_coef=0\.3 and kl_target=0\.1 would do nothing",
+        ),
     ],
 )
 def test_a_penalty_that_could_not_be_adapted_is_refused(env, settings, message):
@@ -230,16 +281,35 @@ def test_a_penalty_that_could_not_be_adapted_is_refused(env, settings, message):
 
 
 def learnt_at(total, batch_tokens=2048, **options):
-    """The rate and the tokens seen after each update of a run, and how far the weights moved in all."""
-    agent, seen = PPO(ToyEnv(16), batch_tokens=batch_tokens, epochs=1, minibatches=1, lr=1.0, max_grad_norm=1e-9, **options), []
+    """The rate and the tokens seen after each update of a run, and how far the weights moved in
+    all."""
+    agent, seen = (
+        PPO(
+            ToyEnv(16),
+            batch_tokens=batch_tokens,
+            epochs=1,
+            minibatches=1,
+            lr=1.0,
+            max_grad_norm=1e-9,
+            **options,
+        ),
+        [],
+    )
     before = [weight.detach().clone() for weight in agent.policy.parameters()]
-    agent.learn(total, on_update=lambda metrics, episodes: seen.append((metrics["policy/lr"], agent.tokens_seen)))
-    moved = max(float((a.detach() - b).abs().max()) for a, b in zip(agent.policy.parameters(), before, strict=True))
+    agent.learn(
+        total,
+        on_update=lambda metrics, episodes: seen.append((metrics["policy/lr"], agent.tokens_seen)),
+    )
+    moved = max(
+        float((a.detach() - b).abs().max())
+        for a, b in zip(agent.policy.parameters(), before, strict=True)
+    )
     return [lr for lr, _ in seen], [tokens for _, tokens in seen], moved
 
 
 def test_a_run_that_ends_inside_a_batch_wastes_no_update():
-    """The rate of the k-th of n updates of one size is that of the middle of the k-th of n parts."""
+    """The rate of the k-th of n updates of one size is that of the middle of the k-th of n
+    parts."""
     [only], _, moved = learnt_at(10, 200)
     assert 0.3 < only < 0.9
     assert moved > 0
@@ -251,7 +321,9 @@ def test_a_run_that_ends_inside_a_batch_wastes_no_update():
     assert min(rates) > 0.02
 
 
-@given(tokens=st.lists(st.integers(1, 10_000), min_size=1, max_size=30), total=st.integers(1, 50_000))
+@given(
+    tokens=st.lists(st.integers(1, 10_000), min_size=1, max_size=30), total=st.integers(1, 50_000)
+)
 def test_progress_rises_and_stays_below_one(tokens, total):
     """Whatever the sizes of the batches."""
     before, last = 0, 0.0
@@ -273,7 +345,9 @@ def test_learning_rate_by_hand():
     }
     for schedule, expected in rates.items():
         cfg = PPOConfig(lr=2.0, lr_schedule=schedule, lr_warmup=0.2)
-        assert [learning_rate(cfg, p) / 2 for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx(expected)
+        assert [learning_rate(cfg, p) / 2 for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx(
+            expected
+        )
     quarter = learning_rate(PPOConfig(lr=1.0, lr_schedule="cosine"), 0.25)
     assert quarter == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert learning_rate(PPOConfig(lr=1.0), 1.5) == 0.0
@@ -296,7 +370,11 @@ def test_learning_rate_by_hand():
         ("precision", "fp8", "precision='fp8' is not known"),
         ("dual_clip", 1.0, "dual_clip=1.0 is not allowed; it must be above 1"),
         ("k3_coef", -0.1, "k3_coef=-0.1 is not allowed; it must be at least 0"),
-        ("clip_rang", 0.1, "PPOConfig field='clip_rang' is not known; .* Did you mean 'clip_range'"),
+        (
+            "clip_rang",
+            0.1,
+            "PPOConfig field='clip_rang' is not known; .* Did you mean 'clip_range'",
+        ),
     ],
 )
 def test_settings_are_checked(field, value, message):
@@ -322,15 +400,21 @@ def test_settings_that_the_env_cannot_serve_are_refused():
                 infos.pop("ref_logprob", None)
             return result
 
-    with pytest.raises(InvalidArgument, match=r"kl_target=0\.1 needs an env that reports ref_logprob"):
+    with pytest.raises(
+        InvalidArgument, match=r"kl_target=0\.1 needs an env that reports ref_logprob"
+    ):
         PPO(Silent(4, kl_coef=0.1), batch_tokens=20, kl_target=0.1).learn(100)
-    with pytest.raises(InvalidArgument, match=r"k3_coef=0\.1 needs an env that reports ref_logprob"):
+    with pytest.raises(
+        InvalidArgument, match=r"k3_coef=0\.1 needs an env that reports ref_logprob"
+    ):
         PPO(Silent(4), batch_tokens=20, k3_coef=0.1).learn(100)
     bare = ToyEnv(4)
     del bare.token_spec
     with pytest.raises(InvalidArgument, match="leave full_kl_coef at 0"):
         PPO(bare, policy=LMPolicy(tiny_lm()), full_kl_coef=0.1)
-    with pytest.raises(InvalidArgument, match=r"config= is of type AgentConfig; allowed: PPOConfig"):
+    with pytest.raises(
+        InvalidArgument, match=r"config= is of type AgentConfig; allowed: PPOConfig"
+    ):
         PPO(ToyEnv(2), AgentConfig())
 
 
@@ -343,20 +427,29 @@ def test_envs_it_cannot_drive_are_refused():
         def _ref_logprobs(self, actions):
             return np.zeros(4, np.float32)
 
-    with pytest.raises(InvalidArgument, match=r"Bare has no token_spec and reference .* give policy=LMPolicy"):
+    with pytest.raises(
+        InvalidArgument, match=r"Bare has no token_spec and reference .* give policy=LMPolicy"
+    ):
         PPO(Bare())
     agent = PPO(Bare(), policy=LMPolicy(tiny_lm()), batch_tokens=40).learn(80)
     assert agent.updates >= 2
     with pytest.raises(InvalidArgument, match="policy has 9 tokens, the env 12 actions"):
         PPO(ToyEnv(2), policy=LMPolicy(tiny_lm(vocab_size=9)))
     envs = ToyEnv(2)
-    with pytest.raises(InvalidArgument, match=r"policy trains model\.model\.embed_tokens\.weight, .* env's own reference"):
+    with pytest.raises(
+        InvalidArgument,
+        match=r"policy trains model\.model\.embed_tokens\.weight, .* env's own reference",
+    ):
         PPO(envs, policy=LMPolicy(envs.reference))
     frozen = LMPolicy(tiny_lm())
     frozen.model.requires_grad_(False)  # as an env does to the models that it is given
-    with pytest.raises(InvalidArgument, match="policy's model has no weight to train: an env freezes the models"):
+    with pytest.raises(
+        InvalidArgument, match="policy's model has no weight to train: an env freezes the models"
+    ):
         PPO(ToyEnv(2), policy=frozen)
-    with pytest.raises(InvalidArgument, match=r"CartPoleEnv is no vector env; build one with gym.make_vec"):
+    with pytest.raises(
+        InvalidArgument, match=r"CartPoleEnv is no vector env; build one with gym.make_vec"
+    ):
         PPO(gym.make("CartPole-v1").unwrapped)
     with pytest.raises(InvalidArgument, match='envs must observe "tokens"'):
         PPO(gym.make_vec("CartPole-v1", 2))
@@ -366,17 +459,25 @@ def test_the_policy_is_a_copy_of_the_reference():
     envs = ToyEnv(4)
     before = {name: value.clone() for name, value in envs.reference.state_dict().items()}
     agent = PPO(envs, batch_tokens=40, lr=0.1).learn(80)
-    assert all(torch.equal(before[name], value) for name, value in envs.reference.state_dict().items())
-    assert not torch.equal(agent.policy.model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    assert all(
+        torch.equal(before[name], value) for name, value in envs.reference.state_dict().items()
+    )
+    assert not torch.equal(
+        agent.policy.model.state_dict()["lm_head.weight"], before["lm_head.weight"]
+    )
 
 
 def test_caches_hold_the_new_weights_after_an_update():
     agent = PPO(ToyEnv(4), batch_tokens=40, lr=0.05).learn(40)
     obs = agent.collector._obs
     tokens, logprobs = agent.actor.act(obs)
-    for text, length, token, logprob in zip(obs["tokens"], obs["length"], tokens, logprobs, strict=True):
+    for text, length, token, logprob in zip(
+        obs["tokens"], obs["length"], tokens, logprobs, strict=True
+    ):
         logits = agent.policy.model(input_ids=torch.as_tensor(text[None, :length])).logits[0, -1]
-        assert logprob.item() == pytest.approx(torch.log_softmax(logits, -1)[token].item(), abs=1e-5)
+        assert logprob.item() == pytest.approx(
+            torch.log_softmax(logits, -1)[token].item(), abs=1e-5
+        )
 
 
 def test_learning_goes_on_to_the_tokens_asked_for():
@@ -402,7 +503,9 @@ def test_lora_learns():
 @pytest.mark.parametrize("precision", ["float32", "auto"])
 def test_it_learns_and_resumes_on_cuda(tmp_path, precision):
     model = tiny_lm().cuda()
-    agent = PPO(ToyEnv(16, reference=model), batch_tokens=400, lr=3e-3, precision=precision).learn(6000)
+    agent = PPO(ToyEnv(16, reference=model), batch_tokens=400, lr=3e-3, precision=precision).learn(
+        6000
+    )
     assert evaluate(agent, ToyEnv(16, reference=model), num_texts=64).score > 5.0
     agent.save(tmp_path / "c")
     resumed = PPO.load(tmp_path / "c", ToyEnv(16, reference=model)).learn(7000)
@@ -419,7 +522,16 @@ def test_a_run_folder_holds_events_and_episodes(tmp_path):
     lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
     episodes = [e for _, group in seen for e in group]
     assert [line["response"] for line in lines] == [e.response.tolist() for e in episodes]
-    assert lines[0].keys() >= {"tokens_seen", "prompt", "score", "gold", "reward", "kl", "length", "terminated"}
+    assert lines[0].keys() >= {
+        "tokens_seen",
+        "prompt",
+        "score",
+        "gold",
+        "reward",
+        "kl",
+        "length",
+        "terminated",
+    }
     assert lines[0]["gold"] is None
     events = EventAccumulator(str(run)).Reload()
     names = {
@@ -428,7 +540,9 @@ def test_a_run_folder_holds_events_and_episodes(tmp_path):
     }  # fmt: skip
     assert names <= set(events.Tags()["scalars"])
     assert "objective/gold" not in events.Tags()["scalars"]
-    [last] = [event for event in events.Scalars("objective/score") if event.step == agent.tokens_seen]
+    [last] = [
+        event for event in events.Scalars("objective/score") if event.step == agent.tokens_seen
+    ]
     assert last.value == pytest.approx(seen[-1][0]["objective/score"])
 
 
@@ -439,7 +553,9 @@ def test_progress_shows_the_figures():
     }  # fmt: skip
     for terminal in (False, True):
         out = io.StringIO()
-        line = ProgressLine(3000, console=Console(file=out, force_terminal=terminal, width=120), seconds=0.0)
+        line = ProgressLine(
+            3000, console=Console(file=out, force_terminal=terminal, width=120), seconds=0.0
+        )
         line(metrics, [])
         line.close()
         for part in ("1,500/3,000 tokens", "321 tokens/s", "score 1.25", "KL/text 3.50"):

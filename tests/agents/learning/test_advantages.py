@@ -12,7 +12,10 @@ NO = torch.tensor([False])
 
 
 def test_kl_penalised_completes_the_k1_penalty():
-    logprob, ref_logprob = torch.tensor([[-1.0, -2.0], [-0.5, -0.25]]), torch.tensor([[-3.0, -1.0], [-0.5, -4.0]])
+    logprob, ref_logprob = (
+        torch.tensor([[-1.0, -2.0], [-0.5, -0.25]]),
+        torch.tensor([[-3.0, -1.0], [-0.5, -4.0]]),
+    )
     beta, score = torch.tensor([0.5, 0.1]), torch.tensor([[0.0, 7.0], [1.0, 0.0]])
     from_env = score + beta[:, None] * ref_logprob
     expected = torch.tensor([[-0.5 * 2.0, 7.0 + 0.5 * 1.0], [1.0, -0.1 * 3.75]])
@@ -21,20 +24,28 @@ def test_kl_penalised_completes_the_k1_penalty():
 
 def test_gae_by_hand():
     # gamma 0.5, lambda 0.5. Row 0 ends: deltas 1 + 0.5*2 - 1 = 1, 0 + 0.5*4 - 2 = 0, 2 - 4 = -2.
-    # Row 1 has two tokens and goes on: deltas 0 + 0.5*1 - 2 = -1.5, 1 + 0.5*3 - 1 = 1.5; its third column is not read.
+    # Row 1 has two tokens and goes on: deltas 0 + 0.5*1 - 2 = -1.5, 1 + 0.5*3 - 1 = 1.5; its third
+    # column is not read.
     rewards = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, torch.nan]])
     values = torch.tensor([[1.0, 2.0, 4.0, 9.0], [2.0, 1.0, 3.0, torch.nan]])
     result = adv.gae(rewards, values, torch.tensor([3, 2]), torch.tensor([False, True]), 0.5, 0.5)
-    expected = [[1.0 + 0.25 * (0.0 + 0.25 * -2.0), 0.25 * -2.0, -2.0], [-1.5 + 0.25 * 1.5, 1.5, 0.0]]
+    expected = [
+        [1.0 + 0.25 * (0.0 + 0.25 * -2.0), 0.25 * -2.0, -2.0],
+        [-1.5 + 0.25 * 1.5, 1.5, 0.0],
+    ]
     torch.testing.assert_close(result, torch.tensor(expected))
 
 
 def test_lambda_per_row():
     rewards, values, lengths = torch.randn(2, 4), torch.randn(2, 5), torch.tensor([4, 3])
-    together = adv.gae(rewards, values, lengths, torch.tensor([True, False]), 0.9, torch.tensor([0.3, 0.8]))
+    together = adv.gae(
+        rewards, values, lengths, torch.tensor([True, False]), 0.9, torch.tensor([0.3, 0.8])
+    )
     for row, lambda_ in enumerate([0.3, 0.8]):
         keep = slice(row, row + 1)
-        alone = adv.gae(rewards[keep], values[keep], lengths[keep], torch.tensor([row == 0]), 0.9, lambda_)
+        alone = adv.gae(
+            rewards[keep], values[keep], lengths[keep], torch.tensor([row == 0]), 0.9, lambda_
+        )
         torch.testing.assert_close(together[keep], alone)
 
 
@@ -50,8 +61,12 @@ def test_lambda_one_is_the_return_minus_the_value():
 
 def test_terminated_never_reads_the_value_beyond():
     values = torch.tensor([[1.0, 2.0, 1e6]])
-    assert adv.gae(torch.zeros(1, 2), values, torch.tensor([2]), NO, 1.0, 1.0).tolist() == [[-1.0, -2.0]]
-    assert adv.gae(torch.zeros(1, 2), values, torch.tensor([2]), ~NO, 1.0, 0.0).tolist() == [[1.0, 1e6 - 2.0]]
+    assert adv.gae(torch.zeros(1, 2), values, torch.tensor([2]), NO, 1.0, 1.0).tolist() == [
+        [-1.0, -2.0]
+    ]
+    assert adv.gae(torch.zeros(1, 2), values, torch.tensor([2]), ~NO, 1.0, 0.0).tolist() == [
+        [1.0, 1e6 - 2.0]
+    ]
 
 
 @settings(deadline=None, max_examples=50)
@@ -63,18 +78,23 @@ def test_terminated_never_reads_the_value_beyond():
     bootstrap=st.booleans(),
 )
 def test_shaping_equals_a_shifted_critic(seed, length, gamma, lambda_, bootstrap):
-    """r + gamma Phi(s') - Phi(s) with critic V - Phi, and r with V, have the same advantages (rewards: Ng et al. 1999).
+    """r + gamma Phi(s') - Phi(s) with critic V - Phi, and r with V, have the same advantages
+    (rewards: Ng et al. 1999).
 
     Phi is zero where nothing is bootstrapped, kept at the last state where it is.
     """
     g = torch.Generator().manual_seed(seed)
-    rewards, values, potential = (torch.randn(1, n, generator=g, dtype=torch.float64) for n in (7, 8, 8))
+    rewards, values, potential = (
+        torch.randn(1, n, generator=g, dtype=torch.float64) for n in (7, 8, 8)
+    )
     if not bootstrap:
         potential[0, length] = 0.0
     shaped = rewards + gamma * potential[:, 1:] - potential[:, :-1]
     lengths, keep = torch.tensor([length]), torch.tensor([bootstrap])
     plain = adv.gae(rewards, values, lengths, keep, gamma, lambda_)
-    torch.testing.assert_close(adv.gae(shaped, values - potential, lengths, keep, gamma, lambda_), plain)
+    torch.testing.assert_close(
+        adv.gae(shaped, values - potential, lengths, keep, gamma, lambda_), plain
+    )
 
 
 def test_unshaped_by_hand():

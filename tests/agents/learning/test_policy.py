@@ -10,7 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_env import GOOD, STOP, P, T, ToyEnv, V, tiny_lm
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.learning.learner import FrozenLM, Outputs, accumulate_gradient, outputs, state_values
+from tokenenv.agents.learning.learner import (
+    FrozenLM,
+    Outputs,
+    accumulate_gradient,
+    outputs,
+    state_values,
+)
 from tokenenv.agents.learning.losses import token_weights
 from tokenenv.agents.learning.policy import add_lora
 from tokenenv.agents.rollout import actor as module
@@ -61,7 +67,11 @@ def text_obs(texts, array=np.asarray):
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     lengths = np.array([len(text) for text in texts])
-    return {"tokens": array(tokens), "length": array(lengths), "prompt_length": array(np.ones_like(lengths))}
+    return {
+        "tokens": array(tokens),
+        "length": array(lengths),
+        "prompt_length": array(np.ones_like(lengths)),
+    }
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -82,7 +92,9 @@ def test_acting_finds_out_what_changed(array):
     def act():
         obs = text_obs(texts)
         tokens, logprobs = actor.act(text_obs(texts, array))
-        torch.testing.assert_close(logprobs, uncached_logprobs(policy, obs, tokens, 0.7), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logprobs, uncached_logprobs(policy, obs, tokens, 0.7), rtol=0, atol=1e-5
+        )
         return tokens.tolist()
 
     def grow(tokens):
@@ -103,7 +115,9 @@ def test_acting_finds_out_what_changed(array):
     texts[1] = [8] * len(texts[1])  # another text of the length that was expected
     grow(act())
     assert made[0].prefilled[3:] == [[1]]
-    texts[2] = texts[2][:-1]  # as before the last token: a row whose token was ignored, or a restored one
+    texts[2] = texts[2][
+        :-1
+    ]  # as before the last token: a row whose token was ignored, or a restored one
     act()
     assert made[0].prefilled[4:] == [[2]]
     actor.refresh()
@@ -162,7 +176,9 @@ def test_on_cuda(monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return host
 
-    actor.act(text_obs(texts, lambda x: torch.as_tensor(x, device="cuda")))  # makes the caches, which waits
+    actor.act(
+        text_obs(texts, lambda x: torch.as_tensor(x, device="cuda"))
+    )  # makes the caches, which waits
     monkeypatch.setattr(module, "to_host", exempt)
     for _ in range(3):
         obs = text_obs(texts, lambda x: torch.as_tensor(x, device="cuda"))
@@ -181,7 +197,12 @@ def test_same_seed_same_tokens_and_other_sizes_start_anew():
     draws = []
     for seed in (1, 1, 2):
         _, actor, _ = make_actor(seed=seed)
-        draws.append([actor.act(text_obs([[2, 3]] * 20))[0].tolist(), actor.act(text_obs([[2]] * 5))[0].tolist()])
+        draws.append(
+            [
+                actor.act(text_obs([[2, 3]] * 20))[0].tolist(),
+                actor.act(text_obs([[2]] * 5))[0].tolist(),
+            ]
+        )
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -216,7 +237,9 @@ def test_learning_forward_equals_the_models_own(separate_value):
     policy = LMPolicy(tiny_lm(seed=3), separate_value=separate_value)
     torch.nn.init.normal_(policy.value_head.weight)
     _, batch = episodes_batch(policy=policy)
-    out = outputs(policy, batch, np.arange(len(batch))[::-1].copy(), reference=FrozenLM(tiny_lm(), V))
+    out = outputs(
+        policy, batch, np.arange(len(batch))[::-1].copy(), reference=FrozenLM(tiny_lm(), V)
+    )
     values = state_values(policy, batch, 40)
     torch.testing.assert_close(out.logprob, out.pick(batch.logprob_BT), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.value, out.pick(values[:, :-1]))
@@ -228,13 +251,19 @@ def test_learning_forward_equals_the_models_own(separate_value):
             text = batch.tokens_BL[b : b + 1, :length]
             trunk = policy.value_trunk or policy.model.model
             expected = policy.value(trunk(input_ids=text)[0][0, length - width - 1 :])
-            full = torch.log_softmax(policy.model(input_ids=text).logits[0, length - width - 1 : -1], -1)
+            full = torch.log_softmax(
+                policy.model(input_ids=text).logits[0, length - width - 1 : -1], -1
+            )
             ref_full = torch.log_softmax(ref(input_ids=text).logits[0, length - width - 1 : -1], -1)
         torch.testing.assert_close(values[b, : width + 1], expected, rtol=0, atol=1e-5)
         assert values[b, width + 1 :].abs().sum() == 0
         mine = out.rows == b
-        torch.testing.assert_close(out.entropy[mine], -(full.exp() * full).sum(-1), rtol=0, atol=1e-5)
-        torch.testing.assert_close(out.ref_kl[mine], (full.exp() * (full - ref_full)).sum(-1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            out.entropy[mine], -(full.exp() * full).sum(-1), rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            out.ref_kl[mine], (full.exp() * (full - ref_full)).sum(-1), rtol=0, atol=1e-5
+        )
 
 
 def test_dropout_is_off():
@@ -264,12 +293,16 @@ def test_gradient_equals_the_unbatched_one(aggregation, max_batch_tokens):
     total = torch.zeros(())
     for b in rows:
         length, width = int(batch.length_B[b]), int(batch.response_length_B[b])
-        result = policy.model(input_ids=batch.tokens_BL[b : b + 1, :length], output_hidden_states=True)
+        result = policy.model(
+            input_ids=batch.tokens_BL[b : b + 1, :length], output_hidden_states=True
+        )
         logprobs = torch.log_softmax(result.logits[0, length - width - 1 : -1], -1)
         chosen = logprobs.gather(1, batch.tokens_BL[b, length - width : length, None])[:, 0]
         value = policy.value(result.hidden_states[-1][0, length - width - 1 : -1])
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        total = total + (weights[b] * (chosen * batch.logprob_BT[b, :width] + value**2 + entropy)).sum()
+        total = (
+            total + (weights[b] * (chosen * batch.logprob_BT[b, :width] + value**2 + entropy)).sum()
+        )
     total.backward()
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-6)
     for name, parameter in policy.named_parameters():
@@ -285,13 +318,22 @@ def test_greedy_generation_equals_the_models_own_loop():
             text.append(int(policy.model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
         expected.append(text[len(prompt) :])
     for rows in (1, 3, 64):
-        assert generate(policy, prompts, max_new_tokens=6, stop_token_ids=[STOP], greedy=True, num_rows=rows) == expected
+        assert (
+            generate(
+                policy, prompts, max_new_tokens=6, stop_token_ids=[STOP], greedy=True, num_rows=rows
+            )
+            == expected
+        )
 
 
 def test_generation_stops_and_repeats_with_its_seed():
     policy = LMPolicy(tiny_lm(seed=3))
-    texts = generate(policy, [[2, 3]] * 40, max_new_tokens=12, stop_token_ids=[STOP, GOOD], seed=4, num_rows=7)
-    assert texts == generate(policy, [[2, 3]] * 40, max_new_tokens=12, stop_token_ids=[STOP, GOOD], seed=4, num_rows=7)
+    texts = generate(
+        policy, [[2, 3]] * 40, max_new_tokens=12, stop_token_ids=[STOP, GOOD], seed=4, num_rows=7
+    )
+    assert texts == generate(
+        policy, [[2, 3]] * 40, max_new_tokens=12, stop_token_ids=[STOP, GOOD], seed=4, num_rows=7
+    )
     assert all(not {STOP, GOOD} & set(text[:-1]) for text in texts)
     assert all(len(text) == 12 or text[-1] in (STOP, GOOD) for text in texts)
     assert len({tuple(text) for text in texts}) > 20
@@ -339,7 +381,9 @@ def test_lora_trains_adapters_only_and_starts_as_the_model():
     assert all("lora_" in name or name.startswith("value_head") for name in trained)
     assert any(name.startswith("value_trunk") for name in trained)
     tokens = torch.tensor([[2, 3, 4]])
-    torch.testing.assert_close(policy.model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+    torch.testing.assert_close(
+        policy.model(input_ids=tokens).logits, model(input_ids=tokens).logits
+    )
     _, batch = episodes_batch(policy=policy)
     out = outputs(policy, batch, np.arange(len(batch)))
     torch.testing.assert_close(out.logprob, out.pick(batch.logprob_BT), rtol=0, atol=1e-5)
@@ -348,7 +392,9 @@ def test_lora_trains_adapters_only_and_starts_as_the_model():
 def with_adapter(model, name="default", **options):
     """The model in a peft wrapper, with an adapter that changes what it says."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+    config = peft.LoraConfig(
+        **{"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    )
     config.init_lora_weights = False
     return peft.get_peft_model(model, config, name)
 
@@ -358,7 +404,9 @@ def test_of_a_model_with_an_adapter_the_adapter_is_trained_and_nothing_else(froz
     adapted = with_adapter(tiny_lm(seed=3), "mine").requires_grad_(not frozen)
     before = adapted(input_ids=torch.tensor([[2, 3, 4]])).logits
     policy = LMPolicy(adapted)
-    torch.testing.assert_close(policy.head(policy.states(torch.tensor([[2, 3, 4]]), np.array([3]))[0][0]), before[0])
+    torch.testing.assert_close(
+        policy.head(policy.states(torch.tensor([[2, 3, 4]]), np.array([3]))[0][0]), before[0]
+    )
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     adapters = {name for name, _ in policy.named_parameters() if "lora_" in name}
     assert adapters
@@ -368,10 +416,14 @@ def test_of_a_model_with_an_adapter_the_adapter_is_trained_and_nothing_else(froz
 def test_an_adapter_beside_another_one_is_refused_and_so_are_those_that_do_nothing():
     adapted = with_adapter(tiny_lm(seed=3))
     for model in (adapted, adapted.get_base_model()):  # as injected, too
-        with pytest.raises(InvalidArgument, match=r"lora_rank=2: \w+ has an adapter already.*merge_and_unload"):
+        with pytest.raises(
+            InvalidArgument, match=r"lora_rank=2: \w+ has an adapter already.*merge_and_unload"
+        ):
             LMPolicy(model, lora_rank=2)
     adapted.merge_adapter()
-    with pytest.raises(InvalidArgument, match="the adapter of LlamaForCausalLM is switched off or merged"):
+    with pytest.raises(
+        InvalidArgument, match="the adapter of LlamaForCausalLM is switched off or merged"
+    ):
         LMPolicy(adapted)
     adapted.unmerge_adapter()
     adapted.base_model.disable_adapter_layers()
@@ -380,7 +432,9 @@ def test_an_adapter_beside_another_one_is_refused_and_so_are_those_that_do_nothi
     adapted.base_model.enable_adapter_layers()
     merged = LMPolicy(copy.deepcopy(adapted).merge_and_unload(), lora_rank=2)
     tokens = torch.tensor([[2, 3, 4]])
-    torch.testing.assert_close(merged.model(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
+    torch.testing.assert_close(
+        merged.model(input_ids=tokens).logits, adapted(input_ids=tokens).logits
+    )
 
 
 def test_lora_without_peft_gives_the_install_line(monkeypatch):
@@ -405,8 +459,12 @@ def test_bfloat16_acts_and_learns_close_to_float32():
         tokens, logprobs = actor.act(obs)
         grown = text_obs([[2, 3, int(tokens[0])], [4, int(tokens[1])]])
         tokens, logprobs = actor.act(grown)
-        torch.testing.assert_close(logprobs, uncached_logprobs(full, grown, tokens), rtol=0, atol=0.02)
+        torch.testing.assert_close(
+            logprobs, uncached_logprobs(full, grown, tokens), rtol=0, atol=0.02
+        )
         assert logprobs.dtype == torch.float32
     _, batch = episodes_batch(policy=full)
     rows = np.arange(len(batch))
-    torch.testing.assert_close(outputs(half, batch, rows).logprob, outputs(full, batch, rows).logprob, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        outputs(half, batch, rows).logprob, outputs(full, batch, rows).logprob, rtol=0, atol=0.02
+    )

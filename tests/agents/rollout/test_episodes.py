@@ -1,4 +1,5 @@
-"""The collector cuts the same true episodes out of every autoreset mode; batches and summaries of them."""
+"""The collector cuts the same true episodes out of every autoreset mode; batches and summaries of
+them."""
 
 import copy
 import functools
@@ -26,7 +27,10 @@ class SingleToy(gym.Env):
 
     def __init__(self):
         self.row = ToyEnv(1, AutoresetMode.DISABLED, kl_coef=0.1)
-        self.observation_space, self.action_space = self.row.single_observation_space, self.row.single_action_space
+        self.observation_space, self.action_space = (
+            self.row.single_observation_space,
+            self.row.single_action_space,
+        )
 
     def reset(self, *, seed=None, options=None):
         obs, _ = self.row.reset(seed=seed)
@@ -34,8 +38,18 @@ class SingleToy(gym.Env):
 
     def step(self, action):
         obs, reward, terminated, truncated, infos = self.row.step(np.array([action]))
-        info = {k: v[0] for k, v in infos.items() if not k.startswith("_") and infos.get(f"_{k}", [True])[0]}
-        return {k: v[0] for k, v in obs.items()}, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+        info = {
+            k: v[0]
+            for k, v in infos.items()
+            if not k.startswith("_") and infos.get(f"_{k}", [True])[0]
+        }
+        return (
+            {k: v[0] for k, v in obs.items()},
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            info,
+        )
 
 
 class TorchToy(ToyEnv):
@@ -75,8 +89,12 @@ MAKERS = {
     "disabled": lambda: ToyEnv(3, AutoresetMode.DISABLED, kl_coef=0.1),
     "torch": lambda: TorchToy(3, AutoresetMode.SAME_STEP, kl_coef=0.1),
     "prefix": lambda: prefixed(ToyEnv(3, AutoresetMode.SAME_STEP, kl_coef=0.1)),
-    "gymnasium-same-step": lambda: SyncVectorEnv([SingleToy] * 3, autoreset_mode=AutoresetMode.SAME_STEP),
-    "gymnasium-next-step": lambda: SyncVectorEnv([SingleToy] * 3, autoreset_mode=AutoresetMode.NEXT_STEP),
+    "gymnasium-same-step": lambda: SyncVectorEnv(
+        [SingleToy] * 3, autoreset_mode=AutoresetMode.SAME_STEP
+    ),
+    "gymnasium-next-step": lambda: SyncVectorEnv(
+        [SingleToy] * 3, autoreset_mode=AutoresetMode.NEXT_STEP
+    ),
 }
 
 
@@ -87,7 +105,9 @@ def sync(mode=AutoresetMode.SAME_STEP, **options):
 def ending_lm():
     """Of the toy task's vocabulary; it ends one token in nine."""
     model = copy.deepcopy(tasks.reference())
-    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size).requires_grad_(False)
+    model.lm_head = torch.nn.Linear(
+        model.config.hidden_size, model.config.vocab_size
+    ).requires_grad_(False)
     model.lm_head.weight.zero_()
     model.lm_head.bias.zero_()[STOP] = 2.0
     return model
@@ -98,7 +118,9 @@ ENDS = {
     "torch": functools.partial(tasks.make_vec, 3, array="torch"),
     "one by one": sync,
     "one by one, next step": functools.partial(sync, AutoresetMode.NEXT_STEP),
-    "statistics": lambda **options: RecordEpisodeStatistics(tasks.make_vec(3, AutoresetMode.SAME_STEP, **options)),
+    "statistics": lambda **options: RecordEpisodeStatistics(
+        tasks.make_vec(3, AutoresetMode.SAME_STEP, **options)
+    ),
     "time limit": functools.partial(sync, max_episode_steps=4),
     "time limit at the end": functools.partial(sync, max_episode_steps=tasks.T),
 }
@@ -137,15 +159,20 @@ def test_episodes_are_true_in_every_mode(name):
         assert np.isnan(e.gold)
         assert e.prompt_id == -1
     for slot in range(3):
-        assert [e.index for e in episodes if e.slot == slot] == list(range(int(collector.finished[slot])))
+        assert [e.index for e in episodes if e.slot == slot] == list(
+            range(int(collector.finished[slot]))
+        )
     running = int(collector._age.sum())
     assert collector.tokens_seen == sum(len(e.response) for e in episodes) + running
 
 
-@pytest.mark.parametrize(("cut", "scored"), [("terminated", True), ("terminated", False), ("truncated", True)])
+@pytest.mark.parametrize(
+    ("cut", "scored"), [("terminated", True), ("terminated", False), ("truncated", True)]
+)
 @pytest.mark.parametrize("name", ENDS)
 def test_a_cut_is_a_cut_whichever_flag_says_so(name, cut, scored):
-    """And the value of the last state counts only where nothing was paid for the text as a whole."""
+    """And the value of the last state counts only where nothing was paid for the text as a
+    whole."""
     envs = ENDS[name](stops=(STOP,), kl="none", cut=cut, score_truncated=scored)
     limit = 4 if name == "time limit" else tasks.T
     episodes = Collector(envs, Actor(LMPolicy(ending_lm()), seed=1), seed=5).collect(50)
@@ -153,8 +180,13 @@ def test_a_cut_is_a_cut_whichever_flag_says_so(name, cut, scored):
     for e in episodes:
         assert e.truncated == (len(e.response) == limit and e.response[-1] != STOP)
         assert e.terminated == (not e.truncated)
-        # One text at a time there is no word of what is scored: then Gymnasium's meaning counts, and a truncation is no end.
-        ended = scored and limit == tasks.T and (cut == "terminated" or isinstance(envs.unwrapped, TokenVectorEnv))
+        # One text at a time there is no word of what is scored: then Gymnasium's meaning counts,
+        # and a truncation is no end.
+        ended = (
+            scored
+            and limit == tasks.T
+            and (cut == "terminated" or isinstance(envs.unwrapped, TokenVectorEnv))
+        )
         assert e.bootstraps == (e.truncated and not ended)
 
 
@@ -186,14 +218,20 @@ def test_episodes_keep_the_log_probs_they_were_sampled_with():
     actor.refresh()
     straddling = []
     while len(straddling) < (ages > 0).sum():
-        straddling += [e for e in collector.step() if e.index == collector.finished[e.slot] - 1 and ages[e.slot]]
+        straddling += [
+            e
+            for e in collector.step()
+            if e.index == collector.finished[e.slot] - 1 and ages[e.slot]
+        ]
     first = next(e for e in straddling if len(e.response) > ages[e.slot])
     age = ages[first.slot]
     after = true_logprobs(policy.model, first)
     with torch.no_grad():
         policy.model.lm_head.weight.copy_(old)
     before = true_logprobs(policy.model, first)
-    np.testing.assert_allclose(first.logprob, np.concatenate([before[:age], after[age:]]), atol=1e-5)
+    np.testing.assert_allclose(
+        first.logprob, np.concatenate([before[:age], after[age:]]), atol=1e-5
+    )
     assert not np.allclose(before, after, atol=1e-2)
 
 
@@ -202,7 +240,9 @@ def test_kl_policy_env_gets_its_logprobs():
         def __init__(self, *args):
             super().__init__(*args)
             logprob = gym.spaces.Box(-np.inf, 0.0, (), np.float32)
-            self.single_action_space = gym.spaces.Dict({"token": self.single_action_space, "logprob": logprob})
+            self.single_action_space = gym.spaces.Dict(
+                {"token": self.single_action_space, "logprob": logprob}
+            )
 
         def step(self, actions):
             self.seen = actions["logprob"]
@@ -235,7 +275,9 @@ def test_batch_is_padded_and_aligned():
     assert batch.reward_BT.dtype == torch.float32
     figures = summary(episodes)
     assert figures["episode/length"] == pytest.approx(np.mean([len(e.response) for e in episodes]))
-    assert figures["objective/kl"] == pytest.approx(np.mean([(e.logprob - e.ref_logprob).sum() for e in episodes]), rel=1e-5)
+    assert figures["objective/kl"] == pytest.approx(
+        np.mean([(e.logprob - e.ref_logprob).sum() for e in episodes]), rel=1e-5
+    )
     assert np.isnan(figures["objective/gold"])
     assert mean_of([1.0, float("nan"), 3.0]) == 2.0
 
@@ -250,7 +292,9 @@ def test_evaluation_takes_as_many_texts_from_each_slot():
     assert result.score_error == pytest.approx(np.std(scores, ddof=1) / np.sqrt(42))
     assert np.isnan(result.gold)
     again = evaluate(policy, ToyEnv(4), num_texts=42, seed=1)
-    assert [e.response.tolist() for e in again.episodes] == [e.response.tolist() for e in result.episodes]
+    assert [e.response.tolist() for e in again.episodes] == [
+        e.response.tolist() for e in result.episodes
+    ]
 
 
 def test_evaluation_on_given_prompts():

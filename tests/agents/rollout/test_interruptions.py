@@ -1,4 +1,5 @@
-"""Whatever interrupts a collector, wherever it is: nothing is gone on from half-way, and what comes next is right."""
+"""Whatever interrupts a collector, wherever it is: nothing is gone on from half-way, and what comes
+next is right."""
 
 import numpy as np
 import pytest
@@ -22,7 +23,12 @@ def test_at_any_line_of_stepping(mode, group_size, max_staleness):
     """Of the collector and of the env: every seventh, others in each case."""
     env = LineEnv(N, mode, group_size, T=5)
     collector = Collector(env, LineActor(0.4), group_size=group_size, max_staleness=max_staleness)
-    seen, places, count, line = set(), set(), 0, 1 + 3 * list(AutoresetMode).index(mode) + group_size
+    seen, places, count, line = (
+        set(),
+        set(),
+        0,
+        1 + 3 * list(AutoresetMode).index(mode) + group_size,
+    )
     while True:
         found = []
         with interrupted_at(line, *FILES) as raised:
@@ -33,7 +39,8 @@ def test_at_any_line_of_stepping(mode, group_size, max_staleness):
             assert (e.slot, e.index) not in seen
             seen.add((e.slot, e.index))
             assert max_staleness is None or collector.version - e.version <= max_staleness
-        # What was emitted in a step that was interrupted after it is not counted, and nothing is counted twice.
+        # What was emitted in a step that was interrupted after it is not counted, and nothing is
+        # counted twice.
         count += len(raised)
         assert 0 <= env.emitted - collector.tokens_seen <= count * N
         if not raised:
@@ -42,20 +49,37 @@ def test_at_any_line_of_stepping(mode, group_size, max_staleness):
         collector.refresh()
         line += 7
     functions = {name for name, _ in places}
-    assert functions >= {"Collector._step", "Collector._record", "Collector._finish", "LineEnv.step"}
+    assert functions >= {
+        "Collector._step",
+        "Collector._record",
+        "Collector._finish",
+        "LineEnv.step",
+    }
     assert len(places) > 20
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_at_any_call_of_an_agent_that_learns(mode, monkeypatch):
-    """The real env, the real actor: what is paid afterwards is what `score_episodes` says, and log-probs are the policy's."""
+    """The real env, the real actor: what is paid afterwards is what `score_episodes` says, and
+    log-probs are the policy's."""
     envs = make_vec(4, mode, reward="token", kl_coef=0.1)
     agent = PPO(envs, batch_tokens=12, epochs=1, minibatches=1)
     agent.learn(12)
     core, seen = envs.unwrapped, set()
     slots = agent.actor._slots
-    calls = [(core._engine, "step"), (core._engine.trunks, "append"), (core._engine, "start"), (core._texts, "append")]
-    calls += [(core._texts, "restart"), (envs, "reset"), (envs, "step"), (slots, "append"), (slots, "prefill")]
+    calls = [
+        (core._engine, "step"),
+        (core._engine.trunks, "append"),
+        (core._engine, "start"),
+        (core._texts, "append"),
+    ]
+    calls += [
+        (core._texts, "restart"),
+        (envs, "reset"),
+        (envs, "step"),
+        (slots, "append"),
+        (slots, "prefill"),
+    ]
     for owner, name in calls:
         for after in (False, True):
             with monkeypatch.context() as patch:
@@ -95,7 +119,9 @@ def interrupt(patch, owner, name, call, after):
 
 def check_paid(core, episodes):
     paid = core.score_episodes(
-        [e.prompt.tolist() for e in episodes], [e.response.tolist() for e in episodes], kl_coef=[e.kl_coef for e in episodes]
+        [e.prompt.tolist() for e in episodes],
+        [e.response.tolist() for e in episodes],
+        kl_coef=[e.kl_coef for e in episodes],
     )
     for row, e in enumerate(episodes):
         np.testing.assert_allclose(e.reward, paid.token_rewards[row, : len(e.response)], atol=1e-4)
@@ -114,8 +140,12 @@ def test_an_actor_that_was_interrupted_reads_all_texts_again():
     actor._expect = expect
     drawn, logprobs = actor.act(obs)
     for row, length in enumerate(obs["length"]):
-        logits = policy.model(torch.from_numpy(obs["tokens"][row, :length])[None]).logits[0, -1].detach()
-        assert float(logprobs[row]) == pytest.approx(float(torch.log_softmax(logits, -1)[drawn[row]]), abs=1e-4)
+        logits = (
+            policy.model(torch.from_numpy(obs["tokens"][row, :length])[None]).logits[0, -1].detach()
+        )
+        assert float(logprobs[row]) == pytest.approx(
+            float(torch.log_softmax(logits, -1)[drawn[row]]), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("mode", AutoresetMode)
@@ -124,7 +154,12 @@ def test_continuations_that_are_interrupted(mode, monkeypatch):
     envs = make_vec(6, mode, reward="token", kl_coef=0.1)
     agent = VinePPO(envs, rollouts=3, segments=1)
     core = envs.unwrapped
-    for owner, name, call in ((envs, "step", 2), (envs, "reset", 1), (core, "fork", 1), (core, "load_state", 1)):
+    for owner, name, call in (
+        (envs, "step", 2),
+        (envs, "reset", 1),
+        (core, "fork", 1),
+        (core, "load_state", 1),
+    ):
         for after in (False, True):
             episodes = agent.collector.collect(12)
             check_paid(core, episodes)

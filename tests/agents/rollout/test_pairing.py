@@ -1,4 +1,5 @@
-"""Groups of texts that share a prompt: none is mixed, none is lost, none waits for long, whatever the lengths are."""
+"""Groups of texts that share a prompt: none is mixed, none is lost, none waits for long, whatever
+the lengths are."""
 
 import numpy as np
 import pytest
@@ -43,8 +44,11 @@ def run(collector, updates, tokens):
 
 
 def test_texts_do_not_age_as_updates_go_by():
-    """Geometric lengths of mean 8, 16 steps an update: the k-th texts of each slot drift to a mean of 6."""
-    collector = Collector(LineEnv(32, AutoresetMode.SAME_STEP, 4, T=32), LineActor(1 / 8), group_size=4)
+    """Geometric lengths of mean 8, 16 steps an update: the k-th texts of each slot drift to a mean
+    of 6."""
+    collector = Collector(
+        LineEnv(32, AutoresetMode.SAME_STEP, 4, T=32), LineActor(1 / 8), group_size=4
+    )
     ages, waits = run(collector, 100, 512)
     late = np.concatenate(ages[60:])
     assert late.mean() < 1.5
@@ -57,7 +61,9 @@ def test_texts_do_not_age_as_updates_go_by():
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_the_limit_holds_and_no_text_is_lost(max_staleness, group_size):
     env = LineEnv(16, AutoresetMode.SAME_STEP, group_size, T=64)
-    collector = Collector(env, LineActor(1 / 16), group_size=group_size, max_staleness=max_staleness)
+    collector = Collector(
+        env, LineActor(1 / 16), group_size=group_size, max_staleness=max_staleness
+    )
     found, ages = [], []
     for _ in range(25):
         episodes = collector.collect(100)
@@ -69,12 +75,16 @@ def test_the_limit_holds_and_no_text_is_lost(max_staleness, group_size):
     assert len({(e.slot, e.index) for e in found}) == len(found)
     if max_staleness:  # at 0 what slots begin while others end is thrown away
         assert len(found) + len(collector.waiting) == collector.finished.sum()
-        assert sum(len(e.response) for e in [*found, *collector.waiting]) + collector._age.sum() == collector.tokens_seen
+        assert (
+            sum(len(e.response) for e in [*found, *collector.waiting]) + collector._age.sum()
+            == collector.tokens_seen
+        )
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_at_staleness_0_lengths_are_right_from_the_first_batch_on(group_size):
-    """The mean over the texts of many first and second batches; with slots that never idle the first one's is too short."""
+    """The mean over the texts of many first and second batches; with slots that never idle the
+    first one's is too short."""
     T, stop = 40, 1 / 20
     true = sum((1 - stop) ** t for t in range(T))
     found = {}
@@ -82,13 +92,17 @@ def test_at_staleness_0_lengths_are_right_from_the_first_batch_on(group_size):
         sums = np.zeros((2, 2))
         for seed in range(25):
             env = LineEnv(8, AutoresetMode.SAME_STEP, group_size, T)
-            collector = Collector(env, LineActor(stop, seed), group_size=group_size, max_staleness=limit)
+            collector = Collector(
+                env, LineActor(stop, seed), group_size=group_size, max_staleness=limit
+            )
             for batch in range(2):
                 lengths = [len(e.response) for e in collector.collect(100)]
                 sums[batch] += sum(lengths), len(lengths)
                 collector.refresh()
         found[limit] = sums[:, 0] / sums[:, 1]
-    assert np.abs(found[0] / true - 1).max() < 0.1  # 300 texts at least, deviation 0.8 of the mean: 4.6 %
+    assert (
+        np.abs(found[0] / true - 1).max() < 0.1
+    )  # 300 texts at least, deviation 0.8 of the mean: 4.6 %
     assert found[None][0] / true < 0.92
 
 
@@ -108,22 +122,29 @@ def test_batches_hold_whole_groups_of_one_prompt_and_lose_none(mode):
         seen += [(e.slot, e.index) for e in episodes]
     assert len(set(seen)) == len(seen)
     left = [(e.slot, e.index) for e in agent.collector.waiting]
-    ended = {(slot, index) for slot in range(12) for index in range(int(agent.collector.finished[slot]))}
+    ended = {
+        (slot, index) for slot in range(12) for index in range(int(agent.collector.finished[slot]))
+    }
     assert set(seen) | set(left) == ended
 
 
 @pytest.mark.parametrize("max_staleness", [None, 0])
 @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
 def test_waiting_texts_survive_a_checkpoint(mode, max_staleness, tmp_path):
-    """Those that wait for the rest of their group are in the file; their group is whole afterwards."""
+    """Those that wait for the rest of their group are in the file; their group is whole
+    afterwards."""
     agent = RLOO(toy(mode=mode), max_staleness=max_staleness)
     agent.collector.collect(100)
     while max_staleness is None and len(agent.collector.waiting) < 3:
         agent.collector.collect(1)
     agent.save(tmp_path / "c")
     resumed = RLOO.load(tmp_path / "c", toy(mode=mode))
-    assert [(e.slot, e.index) for e in resumed.collector.waiting] == [(e.slot, e.index) for e in agent.collector.waiting]
-    for one, other in zip(agent.collector.collect(150), resumed.collector.collect(150), strict=True):
+    assert [(e.slot, e.index) for e in resumed.collector.waiting] == [
+        (e.slot, e.index) for e in agent.collector.waiting
+    ]
+    for one, other in zip(
+        agent.collector.collect(150), resumed.collector.collect(150), strict=True
+    ):
         for field in one.__dataclass_fields__:
             np.testing.assert_equal(getattr(one, field), getattr(other, field))
 
@@ -146,7 +167,10 @@ def test_a_state_is_the_callers():
 
 def test_an_env_that_shares_no_prompts_is_named():
     envs = ToyEnv(4)
-    with pytest.raises(ContractError, match=r"group_size=2 says that the texts of slots \[\d, \d\] share a prompt, but one"):
+    with pytest.raises(
+        ContractError,
+        match=r"group_size=2 says that the texts of slots \[\d, \d\] share a prompt, but one",
+    ):
         Collector(envs, LineActor(0.2), group_size=2).collect(60)
 
 
@@ -169,7 +193,9 @@ def test_groups_are_whole_for_those_who_ask_twice(max_staleness):
     chosen = best.collect()
     check_whole(whole)
     assert len(chosen) == len(whole) // 4
-    assert [e.score for e in chosen] == [max(e.score for e in whole[i : i + 4]) for i in range(0, len(whole), 4)]
+    assert [e.score for e in chosen] == [
+        max(e.score for e in whole[i : i + 4]) for i in range(0, len(whole), 4)
+    ]
 
 
 def test_a_limit_below_0_is_refused():

@@ -1,4 +1,5 @@
-"""How old texts are, how far off their log-probs, and the correction: by hand, and by enumeration."""
+"""How old texts are, how far off their log-probs, and the correction: by hand, and by
+enumeration."""
 
 import numpy as np
 import pytest
@@ -26,22 +27,46 @@ def batch_of(versions, lengths, logprobs):
         text = np.full(length, EOS)
         values = np.asarray(logprob[:length], np.float32)
         return Episode(
-            text, text, values, nothing, nothing, 0.0, True, False, 0.0, 0.0, 0, 0, np.zeros(length + 1), 0, version=version
+            text,
+            text,
+            values,
+            nothing,
+            nothing,
+            0.0,
+            True,
+            False,
+            0.0,
+            0.0,
+            0,
+            0,
+            np.zeros(length + 1),
+            0,
+            version=version,
         )
 
-    return EpisodeBatch.stack([episode(*one) for one in zip(versions, lengths, logprobs, strict=True)])
+    return EpisodeBatch.stack(
+        [episode(*one) for one in zip(versions, lengths, logprobs, strict=True)]
+    )
 
 
 def test_by_hand():
     batch = batch_of([4, 3, 4, 1], [2, 1, 1, 2], [[-1.0, -2.0], [-1.0], [-3.0], [-1.0, -1.0]])
     found = staleness(batch, 4)
-    assert found == {"rollout/staleness": 1.0, "rollout/staleness_max": 3.0, "rollout/stale_texts": 2.0}
-    batch.learned["learner_logprob"] = torch.tensor([[-1.5, -2.0], [9.0, 9.0], [-2.0, 9.0], [9.0, 9.0]])
+    assert found == {
+        "rollout/staleness": 1.0,
+        "rollout/staleness_max": 3.0,
+        "rollout/stale_texts": 2.0,
+    }
+    batch.learned["learner_logprob"] = torch.tensor(
+        [[-1.5, -2.0], [9.0, 9.0], [-2.0, 9.0], [9.0, 9.0]]
+    )
     log_ratio = torch.tensor([-0.5, 0.0, 1.0])  # of the texts that are not stale
     found = mismatch(batch, 4)
     assert found["rollout/mismatch"] == pytest.approx(0.5)
     assert found["rollout/mismatch_max"] == pytest.approx(1.0)
-    assert found["rollout/mismatch_kl"] == pytest.approx(float((log_ratio.exp() - 1 - log_ratio).mean()))
+    assert found["rollout/mismatch_kl"] == pytest.approx(
+        float((log_ratio.exp() - 1 - log_ratio).mean())
+    )
     weights = importance(batch, 2.0)
     torch.testing.assert_close(weights[0], torch.tensor([-0.5, 0.0]).exp())
     assert weights[2, 0] == 2.0  # e is more than the cap
@@ -83,7 +108,11 @@ def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(
     options = {"importance_cap": 1.5, "value_clip": None, "vf_coef": 0.0, "entropy_coef": 0.1}
     agent = algorithm(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), **options)
     batch = moved(agent)
-    learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
+    learned = {
+        "advantage": torch.randn(batch.mask_BT.shape),
+        "old_value": batch.reward_BT,
+        "target": batch.reward_BT,
+    }
     batch.learned.update(learned)
     assert agent._policy_before(batch)["rollout/importance"] != pytest.approx(1.0, abs=1e-3)
     own = token_logprobs(agent.policy, batch, 10_000)
@@ -93,14 +122,21 @@ def test_the_corrected_loss_is_weighted_and_its_ratio_is_to_the_learners_policy(
     rows = torch.arange(len(batch)).numpy()
     out = outputs(agent.policy, batch, rows)
     loss, metrics = agent.loss(batch, weights_B)(out)
-    advantage, weights = out.pick(batch.learned["advantage"]), out.pick(weights_B) * out.pick(capped)
+    advantage, weights = (
+        out.pick(batch.learned["advantage"]),
+        out.pick(weights_B) * out.pick(capped),
+    )
     if algorithm is PPO:
         by_hand = clipped_policy_loss(out.logprob, out.pick(own), advantage, weights, 0.2)
     else:
         by_hand = policy_gradient_loss(out.logprob, advantage, weights)
     torch.testing.assert_close(metrics["loss/policy"], by_hand.detach(), rtol=1e-4, atol=1e-6)
-    assert metrics["policy/approx_kl"] < 1e-6  # to the policy before the update, which is still this one
-    entropy = (out.pick(weights_B) * out.entropy).sum()  # which is no estimate from texts: it needs no correction
+    assert (
+        metrics["policy/approx_kl"] < 1e-6
+    )  # to the policy before the update, which is still this one
+    entropy = (
+        out.pick(weights_B) * out.entropy
+    ).sum()  # which is no estimate from texts: it needs no correction
     torch.testing.assert_close(loss, by_hand - 0.1 * entropy, rtol=1e-4, atol=1e-6)
     # At ratio 1 nothing is clipped: the gradient is that of the weighted -A log pi.
     trained = [weight for weight in agent.policy.model.parameters() if weight.requires_grad]
@@ -126,14 +162,22 @@ def test_texts_of_the_present_policy_need_no_correction():
 def test_without_a_cap_the_ratio_is_to_the_sampler():
     agent = PPO(ToyEnv(5), policy=LMPolicy(tiny_lm(seed=3)), vf_coef=0.0)
     batch = moved(agent)
-    learned = {"advantage": torch.randn(batch.mask_BT.shape), "old_value": batch.reward_BT, "target": batch.reward_BT}
+    learned = {
+        "advantage": torch.randn(batch.mask_BT.shape),
+        "old_value": batch.reward_BT,
+        "target": batch.reward_BT,
+    }
     batch.learned.update(learned)
     assert agent._policy_before(batch) == {}
     weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))
     out = outputs(agent.policy, batch, torch.arange(len(batch)).numpy())
     _, metrics = agent.loss(batch, weights_B)(out)
     by_hand = clipped_policy_loss(
-        out.logprob, out.pick(batch.logprob_BT), out.pick(batch.learned["advantage"]), out.pick(weights_B), 0.2
+        out.logprob,
+        out.pick(batch.logprob_BT),
+        out.pick(batch.learned["advantage"]),
+        out.pick(weights_B),
+        0.2,
     )
     torch.testing.assert_close(metrics["loss/policy"], by_hand.detach())
     assert metrics["policy/approx_kl"] > 1e-3
@@ -157,14 +201,17 @@ def sampler(world, first=0):
 
 
 def expected_gradient(world, credit, mu, weigh):
-    """What a learner follows on average over texts that `mu` draws: credit (B, T) of each token, weighed by `weigh(batch)`."""
+    """What a learner follows on average over texts that `mu` draws: credit (B, T) of each token,
+    weighed by `weigh(batch)`."""
     by_mu, by_own = world.logprob(mu), world.logprob(world.policy)
     batch = batch_of([0] * len(world.texts), world.length.tolist(), by_mu.tolist())
     batch.learned["learner_logprob"] = by_own[:, : batch.mask_BT.shape[1]].float()
     weights = torch.zeros_like(by_mu)
     weights[:, : batch.mask_BT.shape[1]] = weigh(batch).double()
     logits = world.policy.clone().requires_grad_()
-    loss = policy_gradient_loss(world.logprob(logits), credit, by_mu.sum(1).exp()[:, None] * weights * world.mask)
+    loss = policy_gradient_loss(
+        world.logprob(logits), credit, by_mu.sum(1).exp()[:, None] * weights * world.mask
+    )
     return -torch.autograd.grad(loss, logits)[0]
 
 
@@ -174,10 +221,14 @@ def uncorrected(batch):
 
 @pytest.mark.parametrize("world", ONE_TOKEN, ids=of_world)
 def test_one_token_texts_of_another_sampler_give_the_on_policy_gradient(world):
-    """With the weights pi / mu the expected gradient is the policy's own; without, or under a low cap, it is not."""
+    """With the weights pi / mu the expected gradient is the policy's own; without, or under a low
+    cap, it is not."""
     credit, mu = to_go(world.rewards(per_token=True)), sampler(world)
     wanted = world.gradient_of_mean(lambda logprob: credit[:, 0])
-    found = {cap: expected_gradient(world, credit, mu, lambda batch, cap=cap: importance(batch, cap)) for cap in (1.2, 1e9)}
+    found = {
+        cap: expected_gradient(world, credit, mu, lambda batch, cap=cap: importance(batch, cap))
+        for cap in (1.2, 1e9)
+    }
     plain = relative_error(expected_gradient(world, credit, mu, uncorrected), wanted)
     assert relative_error(found[1e9], wanted) < 1e-5
     assert plain > 0.05
@@ -186,13 +237,19 @@ def test_one_token_texts_of_another_sampler_give_the_on_policy_gradient(world):
 
 @pytest.mark.parametrize("world", SEVERAL, ids=of_world)
 def test_in_longer_texts_a_tokens_own_ratio_corrects_its_own_draw(world):
-    """What is left is the draw of what comes before and after: nothing where only last tokens differ and earn for
-    themselves. The product of a whole text's weights would leave nothing anywhere."""
+    """What is left is the draw of what comes before and after: nothing where only last tokens
+    differ and earn for themselves. The product of a whole text's weights would leave nothing
+    anywhere."""
     last = (V ** (T - 1) - 1) // (V - 1)
     own, whole = world.rewards(per_token=True), to_go(world.rewards(per_token=True))
     mu = sampler(world, last)
     wanted = world.policy_gradient(own)
-    assert relative_error(expected_gradient(world, own, mu, lambda batch: importance(batch, 1e9)), wanted) < 1e-5
+    assert (
+        relative_error(
+            expected_gradient(world, own, mu, lambda batch: importance(batch, 1e9)), wanted
+        )
+        < 1e-5
+    )
     assert relative_error(expected_gradient(world, own, mu, uncorrected), wanted) > 0.02
     mu, wanted = sampler(world), world.policy_gradient(whole)
 
@@ -200,7 +257,9 @@ def test_in_longer_texts_a_tokens_own_ratio_corrects_its_own_draw(world):
         return importance(batch, 1e9).masked_fill(~batch.mask_BT, 1.0).prod(1, keepdim=True)
 
     assert relative_error(expected_gradient(world, whole, mu, product), wanted) < 1e-5
-    left = relative_error(expected_gradient(world, whole, mu, lambda batch: importance(batch, 1e9)), wanted)
+    left = relative_error(
+        expected_gradient(world, whole, mu, lambda batch: importance(batch, 1e9)), wanted
+    )
     assert 0.05 < left < relative_error(expected_gradient(world, whole, mu, uncorrected), wanted)
 
 

@@ -1,4 +1,5 @@
-"""Whole texts from an engine: what stepping would have paid, no older than allowed, none lost, none twice."""
+"""Whole texts from an engine: what stepping would have paid, no older than allowed, none lost, none
+twice."""
 
 import itertools
 import sys
@@ -34,7 +35,11 @@ REWARDS = {
     "terminal": "terminal",
     "delta": "delta",
     "mixed": {"dense": ("token", schedule), "end": ("terminal", 0.5), "even": "uniform"},
-    "scaled": {"dense": (PositionScaled("token"), schedule), "shaped": Scaled("delta"), "even": (Scaled("uniform"), 0.5)},
+    "scaled": {
+        "dense": (PositionScaled("token"), schedule),
+        "shaped": Scaled("delta"),
+        "even": (Scaled("uniform"), 0.5),
+    },
 }
 
 
@@ -63,7 +68,9 @@ def engine(monkeypatch):
 
 
 def agent_of(envs, algorithm=PPO, **options):
-    return algorithm(envs, **{"rollout": "vllm", "batch_tokens": 60, "lr": 1e-2, "minibatches": 2, **options})
+    return algorithm(
+        envs, **{"rollout": "vllm", "batch_tokens": 60, "lr": 1e-2, "minibatches": 2, **options}
+    )
 
 
 def numbers(episodes, num_texts=6):
@@ -71,7 +78,8 @@ def numbers(episodes, num_texts=6):
 
 
 def replayed(envs, episode):
-    """What stepping says of an episode's tokens: each step's reward, terms, log pi_ref and potential, and the last info."""
+    """What stepping says of an episode's tokens: each step's reward, terms, log pi_ref and
+    potential, and the last info."""
     _, info = envs.reset(options={"prompts": [episode.prompt.tolist()] * envs.num_envs})
     steps, potential = [], [info.get("potential", [0.0])[0]]
     for t, token in enumerate(episode.response):
@@ -131,11 +139,14 @@ def check_against_stepping(e, steps, potential, cut, info):
 
 @pytest.mark.parametrize("score_truncated", [True, False])
 def test_whole_texts_show_what_stepping_shows(score_truncated):
-    """Lengths, log pi_ref and potentials, that of the last state included; nothing right of a text."""
+    """Lengths, log pi_ref and potentials, that of the last state included; nothing right of a
+    text."""
     options = {"reward": {"dense": "token", "shaped": "delta"}, "score_truncated": score_truncated}
     envs, stepped = make(**options), make(1, AutoresetMode.DISABLED, **options)
     episodes, kept = agent_of(envs).collector.collect(60), 0
-    scores = envs.score_episodes([e.prompt.tolist() for e in episodes], [e.response.tolist() for e in episodes])
+    scores = envs.score_episodes(
+        [e.prompt.tolist() for e in episodes], [e.response.tolist() for e in episodes]
+    )
     for row, e in enumerate(episodes):
         steps, potential, cut, _ = replayed(stepped, e)
         end = len(e.response)
@@ -159,13 +170,19 @@ def test_log_probs_are_the_policys_at_the_temperature():
         own = token_logprobs(agent.policy, batch, 1000, 0.7)
         fresh = batch.version_B == agent.updates
         assert fresh.any()
-        torch.testing.assert_close((own * batch.mask_BT)[fresh], batch.logprob_BT[fresh], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            (own * batch.mask_BT)[fresh], batch.logprob_BT[fresh], atol=1e-5, rtol=0
+        )
     assert seen[0]["rollout/importance"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_played_texts_count_and_teach_as_stepping_does():
     """The same texts, stepped and scored: the same statistics; scoring alone changes nothing."""
-    learning = {"scaled": Scaled("token"), "even": Scaled("uniform"), "placed": PositionScaled("token")}
+    learning = {
+        "scaled": Scaled("token"),
+        "even": Scaled("uniform"),
+        "placed": PositionScaled("token"),
+    }
     options = {"reward": learning, "kl": "none"}
     stepped, scored, split = (
         make(1, AutoresetMode.DISABLED, **options),
@@ -180,16 +197,24 @@ def test_played_texts_count_and_teach_as_stepping_does():
     plain = scored.score_episodes(*texts)
     assert scored.tokens_seen == 0
     np.testing.assert_equal(scored.save_statistics(), before)
-    first, other = scored.score_episodes(*texts, played=True), split.score_episodes(*texts, played=True)
+    first, other = (
+        scored.score_episodes(*texts, played=True),
+        split.score_episodes(*texts, played=True),
+    )
     np.testing.assert_allclose(first.token_rewards, plain.token_rewards, atol=1e-6)
     np.testing.assert_allclose(other.token_rewards, plain.token_rewards, atol=1e-5)
     assert scored.tokens_seen == stepped.tokens_seen == first.lengths.sum()
     for name, learned in stepped.save_statistics().items():
         np.testing.assert_allclose(scored.save_statistics()[name], learned, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(split.save_statistics()[name], learned, rtol=1e-6, atol=1e-6)
-    assert not np.allclose(scored.score_episodes(*texts).token_rewards, plain.token_rewards, atol=1e-3)
+    assert not np.allclose(
+        scored.score_episodes(*texts).token_rewards, plain.token_rewards, atol=1e-3
+    )
     words = scored.token_spec.tokenizer.batch_decode(texts[1][:2])
-    before, count = scored.tokens_seen, sum(len(scored.token_spec.tokenizer(word)["input_ids"]) for word in words)
+    before, count = (
+        scored.tokens_seen,
+        sum(len(scored.token_spec.tokenizer(word)["input_ids"]) for word in words),
+    )
     scored.score_episodes(texts[0][:2], words, played=True)
     assert scored.tokens_seen == before + count
 
@@ -197,7 +222,9 @@ def test_played_texts_count_and_teach_as_stepping_does():
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_no_text_is_older_than_allowed_and_none_is_lost(max_staleness, group_size):
-    agent = agent_of(make(group_size=group_size), GRPO if group_size > 1 else PPO, max_staleness=max_staleness)
+    agent = agent_of(
+        make(group_size=group_size), GRPO if group_size > 1 else PPO, max_staleness=max_staleness
+    )
     found, metrics = [], []
 
     def on_update(logged, episodes):
@@ -214,7 +241,11 @@ def test_no_text_is_older_than_allowed_and_none_is_lost(max_staleness, group_siz
     seen = numbers(found)
     assert len(set(seen)) == len(seen)
     collector = agent.collector
-    unfinished = [*collector._running, *collector._waiting, *(text.number for text in collector._ready)]
+    unfinished = [
+        *collector._running,
+        *collector._waiting,
+        *(text.number for text in collector._ready),
+    ]
     assert sorted([*seen, *unfinished]) == list(range(collector._begun))
     assert max(m["rollout/staleness_max"] for m in metrics) == min(max_staleness, 1)
     assert collector.engine.most == 6
@@ -227,9 +258,16 @@ def test_no_text_is_older_than_allowed_and_none_is_lost(max_staleness, group_siz
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_the_limit_is_reached_and_never_passed(max_staleness, group_size, saved, tmp_path):
-    """Long texts, an update whenever some are there; a checkpoint begins those that run again, not those that wait."""
+    """Long texts, an update whenever some are there; a checkpoint begins those that run again, not
+    those that wait."""
     algorithm = GRPO if group_size > 1 else PPO
-    agent = agent_of(make(long=True, group_size=group_size), algorithm, max_staleness=max_staleness, batch_tokens=1, epochs=1)
+    agent = agent_of(
+        make(long=True, group_size=group_size),
+        algorithm,
+        max_staleness=max_staleness,
+        batch_tokens=1,
+        epochs=1,
+    )
     drawn, ages, seen = {}, [], []
     agent.collector.engine.note = lambda key: drawn.update({key: agent.updates})
 
@@ -249,7 +287,10 @@ def test_the_limit_is_reached_and_never_passed(max_staleness, group_size, saved,
     assert not saved or group_size == 1 or max(ages) > 0 or max_staleness == 0
     assert len(set(seen)) == len(seen)
     collector = agent.collector
-    unfinished = [text.number for text in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]]
+    unfinished = [
+        text.number
+        for text in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]
+    ]
     assert sorted([*seen, *unfinished]) == list(range(collector._begun))
 
 
@@ -277,7 +318,9 @@ def test_texts_straddle_updates_with_the_log_probs_of_either_policy():
     new_BT = token_logprobs(agent.policy, batch, 1000)
     agent.policy.load_state_dict(old)
     old_BT = token_logprobs(agent.policy, batch, 1000)
-    by_new, by_old = (((own - batch.logprob_BT).abs() < 1e-5) & batch.mask_BT for own in (new_BT, old_BT))
+    by_new, by_old = (
+        ((own - batch.logprob_BT).abs() < 1e-5) & batch.mask_BT for own in (new_BT, old_BT)
+    )
     assert (by_new | by_old)[batch.mask_BT].all()
     assert (by_new.any(1) & by_old.any(1)).any()
 
@@ -297,7 +340,10 @@ def test_groups_are_whole_and_share_a_prompt():
 def test_what_is_drawn_depends_on_the_seed_and_the_number_alone():
     """Whatever else runs: the first texts of another number of slots are the same."""
     by_number = []
-    for agent, num_texts in ((agent_of(make(), seed=3), 6), (agent_of(make(2), seed=3, rollout_options={"num_texts": 3}), 3)):
+    for agent, num_texts in (
+        (agent_of(make(), seed=3), 6),
+        (agent_of(make(2), seed=3, rollout_options={"num_texts": 3}), 3),
+    ):
         episodes = agent.collector.collect(150)
         by_number.append(dict(zip(numbers(episodes, num_texts), episodes, strict=True)))
         assert agent.collector.engine.most == num_texts
@@ -320,17 +366,24 @@ def test_every_algorithm_learns(algo):
 
 def test_continuations_begin_with_their_state_and_earn_what_comes_after_it():
     agent = agent_of(make(reward={"dense": "token", "even": "uniform"}), VinePPO)
-    states = [(np.array([5, 6, 7]), np.array([], np.int64)), (np.array([8]), np.array([12, 13, 14]))]
+    states = [
+        (np.array([5, 6, 7]), np.array([], np.int64)),
+        (np.array([8]), np.array([12, 13, 14])),
+    ]
     running = {key: list(text.tokens) for key, text in agent.collector.engine.running.items()}
     episodes = agent.collector.play_on(states, 3)
-    assert {key: text.tokens for key, text in agent.collector.engine.running.items() if key >= 0} == running
+    assert {
+        key: text.tokens for key, text in agent.collector.engine.running.items() if key >= 0
+    } == running
     assert len({tuple(e.response) for e in episodes}) > 3
     for i, e in enumerate(episodes):
         prompt, prefix = states[i // 3]
         np.testing.assert_array_equal(e.prompt, [*prompt, *prefix])
         assert len(prefix) + len(e.response) <= 8
         whole = agent.core.score_episodes([prompt], [[*prefix, *e.response]])
-        np.testing.assert_allclose(e.reward, whole.token_rewards[0, len(prefix) :][: len(e.response)], atol=1e-5)
+        np.testing.assert_allclose(
+            e.reward, whole.token_rewards[0, len(prefix) :][: len(e.response)], atol=1e-5
+        )
     assert agent.tokens_seen == sum(len(e.response) for e in episodes)
     agent.collector.collect(60)
     seeds = [seed for _, _, seed in agent.collector.engine.asked.values()]
@@ -339,7 +392,10 @@ def test_continuations_begin_with_their_state_and_earn_what_comes_after_it():
 
 def test_values_are_those_of_stepping():
     """The mean return from a state, by either way of playing on."""
-    rollouts, states = 300, [(np.array([5, 6, 7]), np.array([], np.int64)), (np.array([8]), np.array([12, 13, 14]))]
+    rollouts, states = (
+        300,
+        [(np.array([5, 6, 7]), np.array([], np.int64)), (np.array([8]), np.array([12, 13, 14]))],
+    )
     found = []
     for rollout in ("step", "vllm"):
         agent = VinePPO(make(2 * rollouts, kl_coef=0.3), rollout=rollout, rollouts=rollouts)
@@ -388,7 +444,9 @@ def test_resuming_is_exact(name, tmp_path):
         assert bool(resumed.collector._cut) == (options.get("max_staleness", 1) > 0)
     rest = run(resumed, 4)
     for (one, some), (other, others) in zip(whole, rest, strict=True):
-        one, other = ({k: v for k, v in m.items() if k != "time/tokens_per_second"} for m in (one, other))
+        one, other = (
+            {k: v for k, v in m.items() if k != "time/tokens_per_second"} for m in (one, other)
+        )
         np.testing.assert_equal(one, other)
         assert numbers(some) == numbers(others)
         for a, b in zip(some, others, strict=True):
@@ -422,19 +480,26 @@ def test_waiting_texts_of_a_group_survive_a_checkpoint(tmp_path):
     agent.save(tmp_path / "c")
     resumed = GRPO.load(tmp_path / "c", make(group_size=3))
     assert resumed.collector._waiting == waiting
-    for one, other in zip(agent.collector.collect(200), resumed.collector.collect(200), strict=True):
+    for one, other in zip(
+        agent.collector.collect(200), resumed.collector.collect(200), strict=True
+    ):
         np.testing.assert_array_equal(one.response, other.response)
 
 
 @pytest.mark.parametrize("call", ["begin", "ended"])
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_staleness, group_size, call):
-    """Wherever it fails in a batch: the next `collect` goes on, and every text is what it would have been."""
+def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(
+    max_staleness, group_size, call
+):
+    """Wherever it fails in a batch: the next `collect` goes on, and every text is what it would
+    have been."""
     algorithm = GRPO if group_size > 1 else PPO
 
     def collector():
-        return agent_of(make(group_size=group_size), algorithm, max_staleness=max_staleness).collector
+        return agent_of(
+            make(group_size=group_size), algorithm, max_staleness=max_staleness
+        ).collector
 
     wanted, one = {}, collector()
     for _ in range(4):
@@ -456,7 +521,9 @@ def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_sta
             np.testing.assert_array_equal(e.response, wanted[number].response)
             assert e.prompt_id == wanted[number].prompt_id
         for group in np.reshape(numbers(found), (-1, group_size)):
-            np.testing.assert_array_equal(group, group[0] // group_size * group_size + np.arange(group_size))
+            np.testing.assert_array_equal(
+                group, group[0] // group_size * group_size + np.arange(group_size)
+            )
         unfinished = [text.number for text in [*other._unfinished(), *other._waiting.values()]]
         assert sorted([*numbers(found), *unfinished]) == list(range(other._begun))
         if over:
@@ -466,22 +533,36 @@ def test_an_engine_that_fails_costs_nothing_but_the_texts_it_was_writing(max_sta
 
 @pytest.mark.parametrize(("group_size", "max_staleness"), [(1, 0), (3, 1)])
 def test_interrupted_at_any_line_every_text_is_somewhere_once(group_size, max_staleness):
-    """Ctrl-C, at every 61st line: the next `collect` goes on, and every text is what it would have been."""
-    agent = agent_of(make(group_size=group_size), GRPO if group_size > 1 else PPO, max_staleness=max_staleness)
+    """Ctrl-C, at every 61st line: the next `collect` goes on, and every text is what it would have
+    been."""
+    agent = agent_of(
+        make(group_size=group_size), GRPO if group_size > 1 else PPO, max_staleness=max_staleness
+    )
     collector, seen = agent.collector, []
     for line in itertools.count(2, 61):
         found = []
-        with interrupted_at(line, "/agents/text_collector.py", "/agents/pairing.py", "/tests/local_engine.py") as raised:
+        with interrupted_at(
+            line, "/agents/text_collector.py", "/agents/pairing.py", "/tests/local_engine.py"
+        ) as raised:
             found = collector.collect(20)
-        held = [t.number for t in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]]
+        held = [
+            t.number
+            for t in [*collector._unfinished(), *collector._waiting.values(), *collector._ready]
+        ]
         assert sorted([*seen, *numbers(found), *held]) == list(range(collector._begun))
         found += collector.collect(20)
-        paid = agent.core.score_episodes([e.prompt.tolist() for e in found], [e.response.tolist() for e in found])
+        paid = agent.core.score_episodes(
+            [e.prompt.tolist() for e in found], [e.response.tolist() for e in found]
+        )
         for row, e in enumerate(found):
-            np.testing.assert_allclose(e.reward, paid.token_rewards[row, : len(e.response)], atol=1e-5)
+            np.testing.assert_allclose(
+                e.reward, paid.token_rewards[row, : len(e.response)], atol=1e-5
+            )
             assert [int(t) for t in e.prompt] == collector.engine.asked[numbers([e])[0]][0]
         for group in np.reshape(numbers(found), (-1, group_size)):
-            np.testing.assert_array_equal(group, group[0] // group_size * group_size + np.arange(group_size))
+            np.testing.assert_array_equal(
+                group, group[0] // group_size * group_size + np.arange(group_size)
+            )
         seen += numbers(found)
         if not raised:
             break
@@ -539,7 +620,8 @@ def test_texts_that_could_not_be_scored_are_scored_later(saved, tmp_path, monkey
 
 
 def test_texts_that_are_scored_again_teach_once():
-    """The first of several forwards has taught terms something when the metric of the second fails."""
+    """The first of several forwards has taught terms something when the metric of the second
+    fails."""
     asked = []
 
     def gold(prompt, response):
@@ -548,7 +630,10 @@ def test_texts_that_are_scored_again_teach_once():
             raise ConnectionError("down")
         return 0.0
 
-    options = {"reward": {"scaled": Scaled("token"), "placed": PositionScaled("uniform")}, "max_batch_tokens": 24}
+    options = {
+        "reward": {"scaled": Scaled("token"), "placed": PositionScaled("uniform")},
+        "max_batch_tokens": 24,
+    }
     agent, other = agent_of(make(gold=gold, **options)), agent_of(make(**options))
     before = agent.core.save_statistics()
     with pytest.raises(ConnectionError):

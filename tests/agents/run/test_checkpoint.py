@@ -25,7 +25,14 @@ STATE = {
     "weights": {"a": torch.randn(3, 2), "b": torch.arange(4), "empty": torch.zeros(0)},
     "arrays": [np.arange(3, dtype=np.int64), np.array([True, False]), np.zeros((0, 2), np.float32)],
     "rng": np.random.default_rng(3).bit_generator.state,
-    "numbers": {0: 1.5, "none": None, "flag": True, "betas": (0.9, 0.999), "big": 2**100, "inf": float("-inf")},
+    "numbers": {
+        0: 1.5,
+        "none": None,
+        "flag": True,
+        "betas": (0.9, 0.999),
+        "big": 2**100,
+        "inf": float("-inf"),
+    },
 }
 
 
@@ -38,7 +45,10 @@ def test_what_is_written_is_read(tmp_path):
 def test_tied_weights_are_written(tmp_path):
     weight = torch.randn(2, 2)
     write_checkpoint(tmp_path / "c", {"a": weight, "b": weight, "view": weight[:, :1]})
-    assert same(read_checkpoint(tmp_path / "c"), {"a": weight, "b": weight, "view": weight[:, :1].contiguous()})
+    assert same(
+        read_checkpoint(tmp_path / "c"),
+        {"a": weight, "b": weight, "view": weight[:, :1].contiguous()},
+    )
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -54,10 +64,16 @@ def flip_byte(data):
 BROKEN = {
     "truncated": (lambda data: data[: len(data) // 2], "cannot be read as a checkpoint"),
     "empty": (lambda data: b"", "cannot be read as a checkpoint"),
-    "text": (lambda data: b"a text of some length, not a checkpoint at all", "cannot be read as a checkpoint"),
+    "text": (
+        lambda data: b"a text of some length, not a checkpoint at all",
+        "cannot be read as a checkpoint",
+    ),
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
-    "version": (lambda data: data.replace(b'"version":"4"', b'"version":"7"'), "has checkpoint version 7; .* reads 4"),
+    "version": (
+        lambda data: data.replace(b'"version":"4"', b'"version":"7"'),
+        "has checkpoint version 7; .* reads 4",
+    ),
 }
 
 
@@ -84,7 +100,10 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("identity"), r"of its state, \['identity'\] is missing or unknown"),
+        (
+            lambda state: state.pop("identity"),
+            r"of its state, \['identity'\] is missing or unknown",
+        ),
         (lambda state: state.update(more=1), r"of its state, \['more'\] is missing"),
         (lambda state: state["config"].pop("lr"), r"of its config, \['lr'\] is missing"),
         (lambda state: state.update(config=3), "of its config, no mapping"),
@@ -101,9 +120,16 @@ def test_what_somebody_else_wrote_is_refused(tmp_path, change, message):
         PPO.load(tmp_path / "other", ToyEnv(2))
 
 
-@pytest.mark.parametrize("text", ["", "[", '{"tensor": "none"}', '{"dict": 3}', '{"a": 1, "b": 2}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[", '{"tensor": "none"}', '{"dict": 3}', '{"a": 1, "b": 2}', "[" * 100_000]
+)
 def test_a_state_that_cannot_be_read_is_corrupt(tmp_path, text):
-    metadata = {"format": module.FORMAT, "version": module.VERSION, "state": text, "checksum": str(module._checksum(text, {}))}
+    metadata = {
+        "format": module.FORMAT,
+        "version": module.VERSION,
+        "state": text,
+        "checksum": str(module._checksum(text, {})),
+    }
     save_file({}, tmp_path / "c", metadata)
     with pytest.raises(CheckpointError, match=r"is corrupt: its state cannot be read"):
         read_checkpoint(tmp_path / "c")
@@ -117,7 +143,9 @@ def test_a_crash_while_writing_keeps_the_previous_checkpoint(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr({"save_file": module, "_sync": files, "replace": files.os}[where], where, crash)
+        patch.setattr(
+            {"save_file": module, "_sync": files, "replace": files.os}[where], where, crash
+        )
         with pytest.raises(KeyboardInterrupt):
             write_checkpoint(tmp_path / "c", {"turn": 2})
     assert read_checkpoint(tmp_path / "c") == {"turn": 1}
@@ -152,7 +180,9 @@ def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path)
     path = tmp_path / "c"
     chance = random.Random(0)
     for _ in range(3):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
         written = int(writer.stdout.readline())
         time.sleep(chance.random() * 0.05)
         writer.send_signal(signal.SIGKILL)
@@ -213,7 +243,8 @@ def learn_until(agent, updates, save_to=None):
 
 @pytest.mark.parametrize("name", ENVS)
 def test_resuming_is_exact(tmp_path, name):
-    """Two updates, a checkpoint, a new process' agent and env, two updates: equal to four updates bit for bit."""
+    """Two updates, a checkpoint, a new process' agent and env, two updates: equal to four updates
+    bit for bit."""
     path = tmp_path / "c"
     straight = PPO(ENVS[name](), **SETTINGS)
     whole = learn_until(straight, 4, save_to=path)
@@ -226,7 +257,9 @@ def test_resuming_is_exact(tmp_path, name):
         for field in a.__dataclass_fields__:
             np.testing.assert_equal(getattr(a, field), getattr(b, field))
     np.testing.assert_equal(whole.metrics[2:], rest.metrics)
-    for (key, a), b in zip(straight.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+    for (key, a), b in zip(
+        straight.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), key
     assert straight.kl_coef == resumed.kl_coef != ENVS[name]().kl_coef
     assert straight.tokens_seen == resumed.tokens_seen
@@ -235,7 +268,9 @@ def test_resuming_is_exact(tmp_path, name):
 
 def test_an_env_without_a_saved_state_begins_anew(tmp_path):
     class Forgetful(ToyEnv):
-        save_state = load_state = property(lambda self: (_ for _ in ()).throw(AttributeError("no state")))
+        save_state = load_state = property(
+            lambda self: (_ for _ in ()).throw(AttributeError("no state"))
+        )
 
     agent = PPO(Forgetful(4), **(SETTINGS | {"kl_target": None}))
     agent.learn(100).save(tmp_path / "c")
@@ -260,7 +295,9 @@ def test_a_bad_load_leaves_everything_as_it_was(tmp_path):
             PPO.load(path, envs, policy=policy, kl_coef=0.7)
     assert same(envs.save_state(), state)
     assert torch.equal(agent.actor.generator.get_state(), generator)
-    assert all(torch.equal(weights[name], value) for name, value in agent.policy.state_dict().items())
+    assert all(
+        torch.equal(weights[name], value) for name, value in agent.policy.state_dict().items()
+    )
     agent.learn(200)
 
 
@@ -288,5 +325,7 @@ def test_only_trained_weights_are_saved(tmp_path, options):
     saved = read_checkpoint(tmp_path / "c")["weights"]
     assert set(saved) == {name for name, p in agent.policy.named_parameters() if p.requires_grad}
     resumed = PPO.load(tmp_path / "c", ToyEnv(4))
-    for (name, a), b in zip(agent.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        agent.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name

@@ -1,4 +1,5 @@
-"""Episodes in files and as padded tensors: nothing changed, nothing lost, and what the examples make of them."""
+"""Episodes in files and as padded tensors: nothing changed, nothing lost, and what the examples
+make of them."""
 
 import json
 import subprocess
@@ -30,7 +31,10 @@ def episodes(draw):
     def column():
         return np.asarray(draw(st.lists(numbers, min_size=length, max_size=length)), np.float32)
 
-    terms = {name: column() for name in draw(st.sampled_from([(), ("token",), ("token", "kl"), ("a", "b", "kl")]))}
+    terms = {
+        name: column()
+        for name in draw(st.sampled_from([(), ("token",), ("token", "kl"), ("a", "b", "kl")]))
+    }
     return Episode(
         prompt=np.asarray(prompt),
         response=np.arange(length),
@@ -63,7 +67,10 @@ def test_what_is_written_is_read_bit_for_bit(suffix, some, tmp_path_factory):
         assert list(row) == list(COLUMNS)
         for column, values in (("prompt_ids", episode.prompt), ("response_ids", episode.response)):
             assert row[column] == values.tolist()
-        for column, values in (("logprobs", episode.logprob), ("ref_logprobs", episode.ref_logprob)):
+        for column, values in (
+            ("logprobs", episode.logprob),
+            ("ref_logprobs", episode.ref_logprob),
+        ):
             np.testing.assert_array_equal(np.asarray(row[column], np.float32), values)
         for name, values in episode.terms.items():
             if name != "kl":
@@ -71,8 +78,16 @@ def test_what_is_written_is_read_bit_for_bit(suffix, some, tmp_path_factory):
         assert "kl" not in row["terms"]
         for column in ("score", "gold"):
             value = getattr(episode, column)
-            assert row[column] is None if np.isnan(value) else np.float32(row[column]) == np.float32(value)
-        assert (row["terminated"], row["prompt_id"], row["version"]) == (episode.terminated, episode.prompt_id, episode.version)
+            assert (
+                row[column] is None
+                if np.isnan(value)
+                else np.float32(row[column]) == np.float32(value)
+            )
+        assert (row["terminated"], row["prompt_id"], row["version"]) == (
+            episode.terminated,
+            episode.prompt_id,
+            episode.version,
+        )
     if suffix == "jsonl":
         for line in path.read_text().splitlines():
             json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
@@ -125,7 +140,22 @@ def test_texts_come_with_a_tokenizer():
     ids = tokenizer(" ".join(fakes.WORDS[3:6]))["input_ids"]
     nothing = np.zeros(len(ids), np.float32)
     episode = Episode(
-        *(np.asarray(ids), np.asarray(ids), nothing, nothing, nothing, 0.0, True, False, 0.0, 0.0, 0, 0), np.zeros(1), 0
+        *(
+            np.asarray(ids),
+            np.asarray(ids),
+            nothing,
+            nothing,
+            nothing,
+            0.0,
+            True,
+            False,
+            0.0,
+            0.0,
+            0,
+            0,
+        ),
+        np.zeros(1),
+        0,
     )
     row = episode_row(episode, tokenizer)
     words = " ".join(fakes.WORDS[3:6])
@@ -147,7 +177,8 @@ def test_verls_columns():
 
 
 def test_openrlhfs_rewards_are_its_own_where_only_the_last_token_is_paid():
-    """Its formula: -beta KL everywhere, the text's number on the last token of the mask. A mask may begin anywhere."""
+    """Its formula: -beta KL everywhere, the text's number on the last token of the mask. A mask may
+    begin anywhere."""
     from export_openrlhf import TokenReward
 
     rows = [row_of([1, 2], [0.0, 5.0]), row_of([4], [0.0, 0.0, 7.0])]
@@ -180,7 +211,9 @@ def test_the_examples_run(name, tmp_path):
     rows = [{**dict.fromkeys(COLUMNS), "terms": {}, **row} for row in ROWS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [str(path), "a-model"] if name == "trl" else [str(path)]
-    done = subprocess.run([sys.executable, EXAMPLES / f"export_{name}.py", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"export_{name}.py", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "(2, 4)" in done.stdout
     assert "pip install" in done.stdout or name == "openrlhf"

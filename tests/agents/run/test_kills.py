@@ -1,5 +1,5 @@
-"""Runs that are killed at any moment and gone on with end as if nothing had happened; `make kill-test` kills fifty times.
-A signal that asks is heard: the run saves and ends."""
+"""Runs that are killed at any moment and gone on with end as if nothing had happened; `make
+kill-test` kills fifty times. A signal that asks is heard: the run saves and ends."""
 
 import os
 import random
@@ -16,11 +16,29 @@ from tokenenv.agents.run.checkpoint import read_checkpoint
 from tokenenv.cli.signals import SIGNALS
 
 KILLS = int(os.environ.get("KILLS", "2"))
-SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--agent.batch-tokens", "80", "--agent.epochs", "1"]
+SMALL = [
+    "--num-envs",
+    "8",
+    "--options",
+    "max_new_tokens",
+    "6",
+    "--agent.batch-tokens",
+    "80",
+    "--agent.epochs",
+    "1",
+]
 RUNS = {
     "ppo": ["--algo", "ppo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "2"],
     "grpo": ["--algo", "grpo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "1"],
-    "automaton": ["--env", "tokenenv/Negation-v0", *SMALL, "--total-tokens", "800", "--checkpoint-every", "3"],
+    "automaton": [
+        "--env",
+        "tokenenv/Negation-v0",
+        *SMALL,
+        "--total-tokens",
+        "800",
+        "--checkpoint-every",
+        "3",
+    ],
 }
 
 ENDLESS = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--total-tokens", "100000000"]
@@ -36,7 +54,9 @@ def commands():
 
 def steps_of(folder):
     """The tokens seen at which TensorBoard has a score."""
-    return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("objective/score")]
+    return [
+        event.step for event in EventAccumulator(str(folder)).Reload().Scalars("objective/score")
+    ]
 
 
 def what_was_left(folder):
@@ -59,7 +79,9 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
     lines, pace = {}, {}
     for name in names:
         started = time.monotonic()
-        straight = commands.start(["train", *RUNS[name], "--run-dir", tmp_path / name], tmp_path / "output")
+        straight = commands.start(
+            ["train", *RUNS[name], "--run-dir", tmp_path / name], tmp_path / "output"
+        )
         assert commands.wait(straight) == 0, (tmp_path / "output").read_text()
         lines[name] = lines_of(tmp_path / name / "episodes.jsonl")
         pace[name] = (time.monotonic() - started) / 10
@@ -72,7 +94,9 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
             pid = commands.start(["train", *argv], tmp_path / "output")
             if kills < KILLS:
                 episodes = folder / "episodes.jsonl"
-                enough = min(lines_of(episodes) + chance.randrange(lines[name] // 4), lines[name] - 1)
+                enough = min(
+                    lines_of(episodes) + chance.randrange(lines[name] // 4), lines[name] - 1
+                )
                 while is_alive(pid) and lines_of(episodes) < enough:
                     time.sleep(0.002)
                 time.sleep(chance.random() * pace[name])
@@ -86,19 +110,25 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
         ended[name] += 1
         state, expected = (read_checkpoint(one / "checkpoint") for one in (folder, tmp_path / name))
         assert same(state, expected)
-        assert (folder / "episodes.jsonl").read_bytes() == (tmp_path / name / "episodes.jsonl").read_bytes()
+        assert (folder / "episodes.jsonl").read_bytes() == (
+            tmp_path / name / "episodes.jsonl"
+        ).read_bytes()
         assert steps_of(folder) == steps_of(tmp_path / name)
     with capsys.disabled():
         runs = ", ".join(f"{count} {name}" for name, count in ended.items())
         print(f"\n{kills} SIGKILLs in {sum(ended.values())} runs ({runs}); where they came:")
         for where, count in found.most_common():
             print(f"  {count:3d} {where}")
-        print("checkpoints equal to an uninterrupted run's, bit for bit; 0 episodes or events doubled, 0 missing")
+        print(
+            "checkpoints equal to an uninterrupted run's, bit for bit; 0 episodes or events "
+            "doubled, 0 missing"
+        )
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
 def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(commands, tmp_path, signum):
-    """The batch is never full: the run stops between two steps, and keeps what the batch holds so far."""
+    """The batch is never full: the run stops between two steps, and keeps what the batch holds so
+    far."""
     folder, output = tmp_path / "x", tmp_path / "output"
     argv = ["train", *ENDLESS, "--agent.batch-tokens", "100000000", "--run-dir", folder]
     pid = commands.start(argv, output)
@@ -109,6 +139,9 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(commands, tmp_pat
     state = read_checkpoint(folder / "checkpoint")
     [said] = [line for line in output.read_text().splitlines() if "tokens/s" not in line]
     seen = state["collector"]["tokens_seen"]
-    assert said == f"stopped by {signum.name}; saved at {seen:,} tokens; go on with: tokenenv train --resume {folder}"
+    assert (
+        said
+        == f"stopped by {signum.name}; saved at {seen:,} tokens; go on with: tokenenv train --resume {folder}"
+    )
     assert seen > 0
     assert state["updates"] == 0

@@ -1,4 +1,5 @@
-"""Run folders: no run destroys another, a run goes on to where it would have ended, and damage is said in one line."""
+"""Run folders: no run destroys another, a run goes on to where it would have ended, and damage is
+said in one line."""
 
 import errno
 import json
@@ -19,12 +20,29 @@ from toy_env import ToyEnv
 from tokenenv.agents import PPO
 from tokenenv.agents.run import checkpoint, files, tracking
 from tokenenv.agents.run.checkpoint import read_checkpoint
-from tokenenv.agents.run.files import RUN_FILES, locked, new_folder, previous_of, refuse_run, replace_file
+from tokenenv.agents.run.files import (
+    RUN_FILES,
+    locked,
+    new_folder,
+    previous_of,
+    refuse_run,
+    replace_file,
+)
 from tokenenv.agents.run.tracking import RunFolder, cut_episodes
 from tokenenv.cli import load_config, main
 from tokenenv.errors import InvalidArgument, RunFolderError
 
-SMALL = ["--num-envs", "8", "--options", "max_new_tokens", "4", "--agent.batch-tokens", "40", "--agent.epochs", "1"]
+SMALL = [
+    "--num-envs",
+    "8",
+    "--options",
+    "max_new_tokens",
+    "4",
+    "--agent.batch-tokens",
+    "40",
+    "--agent.epochs",
+    "1",
+]
 FLAGS = [*SMALL, "--total-tokens", "150", "--checkpoint-every", "1"]
 
 
@@ -43,7 +61,11 @@ def refused(capsys, *argv):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "lock"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != "lock"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +85,10 @@ def run(whole, tmp_path):
 def is_equal(folder, whole):
     """Whether two runs ended alike."""
     states = [read_checkpoint(one / "checkpoint") for one in (folder, whole)]
-    return same(*states) and (folder / "episodes.jsonl").read_bytes() == (whole / "episodes.jsonl").read_bytes()
+    return (
+        same(*states)
+        and (folder / "episodes.jsonl").read_bytes() == (whole / "episodes.jsonl").read_bytes()
+    )
 
 
 # ---------------------------------------------------------------- one run a folder
@@ -100,19 +125,27 @@ def test_an_agent_learns_twice_in_its_folder_and_so_does_one_that_is_loaded(tmp_
     lines = (tmp_path / "x" / "episodes.jsonl").read_bytes()
     PPO.load(tmp_path / "first", ToyEnv(4), run_dir=tmp_path / "x").learn(160)
     seen = [json.loads(line)["tokens_seen"] for line in lines.splitlines()]
-    again = [json.loads(line)["tokens_seen"] for line in (tmp_path / "x" / "episodes.jsonl").read_bytes().splitlines()]
+    again = [
+        json.loads(line)["tokens_seen"]
+        for line in (tmp_path / "x" / "episodes.jsonl").read_bytes().splitlines()
+    ]
     assert seen[0] == again[0]
     assert again == sorted(again)
 
 
 def test_folders_are_made_for_one_run_each(tmp_path):
     made = []
-    threads = [threading.Thread(target=lambda: made.append(new_folder(tmp_path / "deep" / "x"))) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: made.append(new_folder(tmp_path / "deep" / "x")))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(path.name for path in made) == sorted(["x", *(f"x-{number}" for number in range(2, 9))])
+    assert sorted(path.name for path in made) == sorted(
+        ["x", *(f"x-{number}" for number in range(2, 9))]
+    )
 
 
 def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path, monkeypatch):
@@ -120,7 +153,10 @@ def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path, monkeypa
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     for _ in range(2):
         train(*SMALL, "--total-tokens", "40")
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["reviews-v0-ppo-0-now", "reviews-v0-ppo-0-now-2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "reviews-v0-ppo-0-now",
+        "reviews-v0-ppo-0-now-2",
+    ]
 
 
 HOLDER = """
@@ -135,14 +171,20 @@ time.sleep(10000)
 
 
 def test_a_folder_in_use_is_refused_until_its_process_is_dead(run, capsys):
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run / "lock")], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run / "lock")], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         before = contents(run)
         for argv in (["--resume", run, "--total-tokens", "250"], [*FLAGS, "--run-dir", run]):
-            assert ("in use: process 4321 trains there" in refused(capsys, "train", *argv)) == ("--resume" in argv)
+            assert ("in use: process 4321 trains there" in refused(capsys, "train", *argv)) == (
+                "--resume" in argv
+            )
         with pytest.raises(RunFolderError, match="in use"):
-            PPO.load(run / "checkpoint", load_config(run / "config.yaml").make_envs(), run_dir=run).learn(250)
+            PPO.load(
+                run / "checkpoint", load_config(run / "config.yaml").make_envs(), run_dir=run
+            ).learn(250)
         assert contents(run) == before
         main(["show", str(run)])
     finally:
@@ -188,7 +230,8 @@ def stop_after(monkeypatch, updates):
 
 
 def test_a_run_that_was_stopped_ends_where_it_would_have(whole, tmp_path, monkeypatch):
-    """As many tokens, at the same learning rates: equal to a run that nobody stopped, bit for bit."""
+    """As many tokens, at the same learning rates: equal to a run that nobody stopped, bit for
+    bit."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(SystemExit) as stop:
@@ -225,7 +268,10 @@ def test_the_first_checkpoint_comes_before_the_first_update(tmp_path, monkeypatc
         (["--options", "kl_coef", "0.25"], "options.kl_coef is 0.2 there and 0.25 here"),
         (["--reward", "terminal"], "terms.terminal.class is 'absent' there and 'Terminal' here"),
         (["--num-envs", "4"], "num_envs is 8 there and 4 here"),
-        (["--env", "tokenenv/PyDocs-v0"], "id is 'tokenenv/Reviews-v0' there and 'tokenenv/PyDocs-v0' here"),
+        (
+            ["--env", "tokenenv/PyDocs-v0"],
+            "id is 'tokenenv/Reviews-v0' there and 'tokenenv/PyDocs-v0' here",
+        ),
         (["--algo", "a2c"], "--algo a2c does not fit"),
         (["--total-tokens", "100"], "--total-tokens 100 is less than the run's own 150"),
         (["--config", "config.yaml"], "leave out --config and --run-dir"),
@@ -241,7 +287,10 @@ def test_flags_that_contradict_the_run_are_refused(whole, capsys, flags, message
 def test_a_run_that_is_made_longer_says_what_its_learning_rate_does(run, capsys):
     seen = read_checkpoint(run / "checkpoint")["collector"]["tokens_seen"]
     train("--resume", run)
-    assert f"the run has ended at {seen} tokens; --total-tokens makes it longer" in capsys.readouterr().out
+    assert (
+        f"the run has ended at {seen} tokens; --total-tokens makes it longer"
+        in capsys.readouterr().out
+    )
     flags = ["--total-tokens", "300", "--agent.max-batch-tokens", "4000", "--checkpoint-every", "5"]
     train("--resume", run, *flags)
     printed = capsys.readouterr().out
@@ -249,19 +298,30 @@ def test_a_run_that_is_made_longer_says_what_its_learning_rate_does(run, capsys)
     assert f"(linear; {3e-4 * (1 - seen / 300):.3g} at {seen} tokens, where it was 0)" in printed
     made = load_config(run / "config.yaml")
     assert (made.total_tokens, made.agent.max_batch_tokens, made.checkpoint_every) == (300, 4000, 5)
-    lines = [json.loads(line)["tokens_seen"] for line in (run / "episodes.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["tokens_seen"]
+        for line in (run / "episodes.jsonl").read_text().splitlines()
+    ]
     assert lines == sorted(lines)
     assert lines[-1] >= 300
 
 
 def test_the_config_says_what_was_run(whole, tmp_path):
     values = yaml.safe_load((whole / "config.yaml").read_text())
-    wanted = {"max_new_tokens": 4, "kl_coef": 0.2, "kl": "reference", "autoreset_mode": "SameStep", "group_size": 1}
+    wanted = {
+        "max_new_tokens": 4,
+        "kl_coef": 0.2,
+        "kl": "reference",
+        "autoreset_mode": "SameStep",
+        "group_size": 1,
+    }
     assert values["options"] | wanted == values["options"]
     assert values["made_with"]["env"]["id"] == "tokenenv/Reviews-v0"
     assert {"tokenenv", "torch", "python"} <= set(values["made_with"]["versions"])
     train("--algo", "grpo", *SMALL, "--total-tokens", "40", "--run-dir", tmp_path / "x")
-    assert yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["options"]["group_size"] == 4
+    assert (
+        yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["options"]["group_size"] == 4
+    )
 
 
 # ---------------------------------------------------------------- damage
@@ -274,10 +334,14 @@ def spoil(path):
 
 
 def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_taken(run, whole):
-    """Episodes that it does not know are written again, and the good one stays until there are two again."""
+    """Episodes that it does not know are written again, and the good one stays until there are two
+    again."""
     older = read_checkpoint(run / "checkpoint.previous")
     spoil(run / "checkpoint")
-    with pytest.warns(UserWarning, match=r"checkpoint is corrupt.* The one before it is taken: .*checkpoint\.previous"):
+    with pytest.warns(
+        UserWarning,
+        match=r"checkpoint is corrupt.* The one before it is taken: .*checkpoint\.previous",
+    ):
         train("--resume", run)
     assert is_equal(run, whole)
     assert same(read_checkpoint(run / "checkpoint.previous"), older)
@@ -338,7 +402,9 @@ def full(*_, **__):
 
 
 def full_too(*_, **__):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
 
 
 FAILING = {
@@ -350,7 +416,9 @@ FAILING = {
 
 
 @pytest.mark.parametrize("what", FAILING)
-def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(whole, tmp_path, monkeypatch, capsys, what):
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on_when_there_is_room(
+    whole, tmp_path, monkeypatch, capsys, what
+):
     owner, name, failing, message = FAILING[what]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
@@ -368,7 +436,9 @@ def test_a_file_in_place_of_a_folder_is_said(run, capsys, tmp_path):
     (tmp_path / "file").touch()
     inside = tmp_path / "file" / "x"
     assert "is a file" in refused(capsys, "train", *FLAGS, "--run-dir", tmp_path / "file")
-    assert f"{inside} cannot be used: Not a directory" in refused(capsys, "train", *FLAGS, "--run-dir", inside)
+    assert f"{inside} cannot be used: Not a directory" in refused(
+        capsys, "train", *FLAGS, "--run-dir", inside
+    )
     assert "Not a directory" in refused(capsys, "show", run, "--output", inside / "page.html")
     for argv in (["train", "--resume", inside], ["evaluate", inside], ["show", inside]):
         assert str(inside) in refused(capsys, *argv)
@@ -391,5 +461,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, where):
 def test_the_previous_file_is_kept_where_there_are_no_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "link", full)
     for turn in "abc":
-        replace_file(tmp_path / "c", lambda temporary, turn=turn: temporary.write_text(turn), keep_previous=True)
+        replace_file(
+            tmp_path / "c",
+            lambda temporary, turn=turn: temporary.write_text(turn),
+            keep_previous=True,
+        )
     assert ((tmp_path / "c").read_text(), (tmp_path / "c.previous").read_text()) == ("c", "b")

@@ -1,4 +1,5 @@
-"""`tokenenv show`: the page holds the run's numbers, hostile texts stay text, and what is missing is said."""
+"""`tokenenv show`: the page holds the run's numbers, hostile texts stay text, and what is missing
+is said."""
 
 import json
 import re
@@ -12,15 +13,30 @@ from tokenenv.errors import InvalidArgument
 
 
 def data_of(path):
-    """What the page's script reads, as a browser finds it: up to the first end of a script element."""
-    return json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script', path.read_text(encoding="utf-8"), re.S).group(1))
+    """What the page's script reads, as a browser finds it: up to the first end of a script
+    element."""
+    return json.loads(
+        re.search(
+            r'<script id="data"[^>]*>(.*?)</script', path.read_text(encoding="utf-8"), re.S
+        ).group(1)
+    )
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run folder that `tokenenv train` made."""
     folder = tmp_path_factory.mktemp("runs") / "x"
-    flags = ["--num-envs", "8", "--total-tokens", "600", "--agent.batch-tokens", "200", "--options", "max_new_tokens", "8"]
+    flags = [
+        "--num-envs",
+        "8",
+        "--total-tokens",
+        "600",
+        "--agent.batch-tokens",
+        "200",
+        "--options",
+        "max_new_tokens",
+        "8",
+    ]
     main(["train", *flags, "--run-dir", str(folder)])
     return folder
 
@@ -36,17 +52,32 @@ def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
     assert data["episodes"] == detailed
     for e in detailed:
         assert (
-            len(e["tokens"]) == len(e["token_rewards"]) == len(e["token_advantages"]) == len(e["token_values"]) == e["length"]
+            len(e["tokens"])
+            == len(e["token_rewards"])
+            == len(e["token_advantages"])
+            == len(e["token_values"])
+            == e["length"]
         )
         assert sum(e["token_rewards"]) == pytest.approx(e["reward"], abs=0.01)
         assert sum(e["token_kl"]) == pytest.approx(e["kl"], abs=0.01)
         for t in range(e["length"]):
-            assert sum(column[t] for column in e["token_terms"].values()) == pytest.approx(e["token_rewards"][t], abs=2e-3)
+            assert sum(column[t] for column in e["token_terms"].values()) == pytest.approx(
+                e["token_rewards"][t], abs=2e-3
+            )
         assert "".join(e["tokens"]).strip() == e["response"].strip()
 
 
 def test_hostile_tokens_stay_data(tmp_path):
-    evil = ["</script><script>alert(1)</script>", "<!--", "<img src=x onerror=alert(2)>", "\u2028", '"', "\\", "__DATA__", "\n"]
+    evil = [
+        "</script><script>alert(1)</script>",
+        "<!--",
+        "<img src=x onerror=alert(2)>",
+        "\u2028",
+        '"',
+        "\\",
+        "__DATA__",
+        "\n",
+    ]
     path = write_page(write(tmp_path / "x", [episode(tokens=evil)]))
     assert data_of(path)["episodes"][0]["tokens"] == evil
     html = path.read_text(encoding="utf-8")
@@ -65,7 +96,12 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     episodes, skipped = read_episodes(folder)
     assert [e["score"] for e in episodes] == [0.0, 1.0]
     assert skipped == 0
-    assert read_episodes(write(tmp_path / "x", [episode(0)], tail=json.dumps(episode(1))))[0][-1]["score"] == 1.0
+    assert (
+        read_episodes(write(tmp_path / "x", [episode(0)], tail=json.dumps(episode(1))))[0][-1][
+            "score"
+        ]
+        == 1.0
+    )
 
 
 BAD_LINES = {
@@ -91,7 +127,9 @@ def test_a_line_that_is_no_episode_is_left_out_and_counted(line, tmp_path):
     assert data["skipped"] == 1
 
 
-@pytest.mark.parametrize("config", ["env: [", "- a", "a: &x 1\nb: *x", "\x00"], ids=["cut", "list", "alias", "nul"])
+@pytest.mark.parametrize(
+    "config", ["env: [", "- a", "a: &x 1\nb: *x", "\x00"], ids=["cut", "list", "alias", "nul"]
+)
 def test_a_broken_config_is_named(config, tmp_path):
     folder = write(tmp_path / "x", [episode(0)])
     (folder / "config.yaml").write_text(config)
@@ -109,7 +147,10 @@ def test_a_broken_config_is_named(config, tmp_path):
             lambda folder: write(folder, [{k: v for k, v in episode().items() if k != "tokens"}]),
             "has no token columns; train again",
         ),
-        (lambda folder: write(folder, [], tail='{"half\n[1, 2]\n'), "holds no finished episode yet, but 2 lines that are none"),
+        (
+            lambda folder: write(folder, [], tail='{"half\n[1, 2]\n'),
+            "holds no finished episode yet, but 2 lines that are none",
+        ),
     ],
     ids=["no-folder", "empty", "half-a-line", "old", "broken"],
 )
@@ -126,7 +167,9 @@ def test_episodes_are_chosen_evenly_and_the_last_is_there(tmp_path):
     assert evenly(range(10), 5) == [1, 3, 5, 7, 9]
     assert evenly(range(3), 5) == [0, 1, 2]
     folder = write(tmp_path / "x", [episode(i) for i in range(50)])
-    chosen = data_of(write_page(folder, tmp_path / "deep" / "page.html", max_episodes=7))["episodes"]
+    chosen = data_of(write_page(folder, tmp_path / "deep" / "page.html", max_episodes=7))[
+        "episodes"
+    ]
     assert len(chosen) == 7
     assert chosen[-1]["score"] == 49.0
     with pytest.raises(InvalidArgument, match="max_episodes=0"):
@@ -134,9 +177,15 @@ def test_episodes_are_chosen_evenly_and_the_last_is_there(tmp_path):
 
 
 def test_the_curve_is_the_mean_score_of_each_update():
-    lines = [{"tokens_seen": 5, "score": 1.0}, {"tokens_seen": 5, "score": 2.0}, {"tokens_seen": 9, "score": None}]
+    lines = [
+        {"tokens_seen": 5, "score": 1.0},
+        {"tokens_seen": 5, "score": 2.0},
+        {"tokens_seen": 9, "score": None},
+    ]
     assert score_curve(lines) == [(5, 1.5)]
 
 
 def test_the_page_is_what_is_read():
-    assert json.loads(re.search(r'json">(.*?)</script', page({"a": "<b>"})).group(1)) == {"a": "<b>"}
+    assert json.loads(re.search(r'json">(.*?)</script', page({"a": "<b>"})).group(1)) == {
+        "a": "<b>"
+    }

@@ -1,4 +1,5 @@
-"""The page of `tokenenv show` in a real browser, headless: colours, sorting, hovering, keys, 10,000 tokens, no network."""
+"""The page of `tokenenv show` in a real browser, headless: colours, sorting, hovering, keys, 10,000
+tokens, no network."""
 
 import os
 import shutil
@@ -10,8 +11,16 @@ from runs import episode, write
 from tokenenv.agents.run.show import write_page
 
 playwright = pytest.importorskip("playwright.sync_api")
-BROWSER = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+BROWSER = (
+    os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here; set BROWSER_PATH to one")
 
 
@@ -32,7 +41,12 @@ def show(browser, tmp_path):
         page = browser.new_context(**context).new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text))
-        page.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
+        page.on(
+            "request",
+            lambda request: (
+                problems.append(request.url) if not request.url.startswith("file:") else None
+            ),
+        )
         page.goto(write_page(write(tmp_path / "x", episodes)).as_uri())
         return page
 
@@ -50,7 +64,9 @@ def alpha(colour):
 
 
 VALUES = [-1.0, -0.5, 0.0, 0.5, 1.0]
-FIVE = episode(tokens=[" a", " b", " c", " d", "<eos>"], token_rewards=VALUES, token_kl=[0.0] * 4 + [2.0])
+FIVE = episode(
+    tokens=[" a", " b", " c", " d", "<eos>"], token_rewards=VALUES, token_kl=[0.0] * 4 + [2.0]
+)
 
 
 def test_tokens_are_coloured_by_what_is_clicked(show):
@@ -68,7 +84,9 @@ def test_tokens_are_coloured_by_what_is_clicked(show):
 
 
 def test_where_few_tokens_are_paid_they_set_the_scale(show):
-    page = show([episode(tokens=["x"] * 200, token_rewards=[0.0] * 199 + [-0.03], terminated=False)])
+    page = show(
+        [episode(tokens=["x"] * 200, token_rewards=[0.0] * 199 + [-0.03], terminated=False)]
+    )
     assert alpha(background(page, 0)) == 0.0
     assert alpha(background(page, 199)) == pytest.approx(0.9, abs=0.01)
     assert page.locator("#high").inner_text() == "0.03"
@@ -109,13 +127,22 @@ def test_sorting_filtering_and_keys(show):
 def test_hostile_tokens_are_shown_not_run(show):
     evil = "</script><img src=x onerror=\"document.title='hacked'\">"
     page = show(
-        [episode(tokens=[evil, "\n", "\u202elive\x00", "  ", "\u061c\xad\ufeff\U000e0041\ud800!"], prompt="<b>bold</b>")]
+        [
+            episode(
+                tokens=[evil, "\n", "\u202elive\x00", "  ", "\u061c\xad\ufeff\U000e0041\ud800!"],
+                prompt="<b>bold</b>",
+            )
+        ]
     )
     assert evil in page.locator("#text").inner_text()
     assert "<b>bold</b>" in page.locator("#text").inner_text()
     assert "↵" in page.locator(".token").nth(1).inner_text()
     assert page.title() == "x"
-    assert [page.locator(".token").nth(i).inner_text() for i in (2, 3, 4)] == ["·live·", "␣␣", "·····!"]
+    assert [page.locator(".token").nth(i).inner_text() for i in (2, 3, 4)] == [
+        "·live·",
+        "␣␣",
+        "·····!",
+    ]
     page.locator(".token").nth(2).hover()
     assert page.locator("#detail b").inner_text() == '"\\u202elive\\u0000"'
     page.locator(".token").nth(4).hover()
@@ -136,7 +163,11 @@ def test_ten_thousand_tokens_and_hundreds_of_episodes_are_quick(show):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [420, 1280])
 def test_it_fits_its_window_and_can_be_read(show, scheme, width):
-    page = show([FIVE, episode(1, tokens=["verylongword" * 30])], color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = show(
+        [FIVE, episode(1, tokens=["verylongword" * 30])],
+        color_scheme=scheme,
+        viewport={"width": width, "height": 800},
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.keyboard.press("ArrowDown")
     for token in (0, 4):

@@ -1,4 +1,5 @@
-"""The run folder: what TensorBoard gets, what a line of episodes.jsonl holds, and Weights & Biases."""
+"""The run folder: what TensorBoard gets, what a line of episodes.jsonl holds, and Weights &
+Biases."""
 
 import json
 import os
@@ -43,7 +44,9 @@ def episode(reward, advantage=None, **changes):
 
 
 def test_histograms_show_in_which_quarter_the_reward_sits():
-    found = histograms([episode([0, 0, 0, 8]), episode([1, 2, 3, 4, 5, 6, 7, 8], advantage=[0.5] * 8)])
+    found = histograms(
+        [episode([0, 0, 0, 8]), episode([1, 2, 3, 4, 5, 6, 7, 8], advantage=[0.5] * 8)]
+    )
     np.testing.assert_array_equal(found["tokens/reward"], [0, 0, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(found["tokens/reward_quarter_1"], [0, 1, 2])
     np.testing.assert_array_equal(found["tokens/reward_quarter_4"], [8, 7, 8])
@@ -64,7 +67,9 @@ def test_the_picture_draws_the_mean_by_position():
 def run(tmp_path_factory):
     """A run folder, and the episodes that listeners were given."""
     folder, seen = tmp_path_factory.mktemp("runs") / "x", []
-    envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=16, autoreset_mode="SameStep", max_new_tokens=6)
+    envs = gym.make_vec(
+        "tokenenv/Reviews-v0", num_envs=16, autoreset_mode="SameStep", max_new_tokens=6
+    )
     agent = PPO(envs, run_dir=folder, batch_tokens=300)
     agent.learn(900, on_update=lambda metrics, episodes: seen.append(episodes))
     return folder, seen, TokenPieces(envs.unwrapped.token_spec.tokenizer)
@@ -74,9 +79,18 @@ def test_tensorboard_has_scalars_histograms_texts_and_a_picture(run):
     folder, seen, _ = run
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
     tags = events.Tags()
-    names = {"objective/score", "objective/kl", "policy/entropy", "loss/value", "episode/length", "time/tokens_per_second"}
+    names = {
+        "objective/score",
+        "objective/kl",
+        "policy/entropy",
+        "loss/value",
+        "episode/length",
+        "time/tokens_per_second",
+    }
     assert names <= set(tags["scalars"])
-    assert {"tokens/reward", "tokens/reward_quarter_4", "tokens/advantage"} <= set(tags["histograms"])
+    assert {"tokens/reward", "tokens/reward_quarter_4", "tokens/advantage"} <= set(
+        tags["histograms"]
+    )
     assert "tokens/by_position" in tags["images"]
     assert "samples/text_summary" in tags["tensors"]
     first = events.Histograms("tokens/reward")[0].histogram_value
@@ -89,38 +103,61 @@ def test_lines_hold_every_token_of_the_first_episodes(run):
     lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     assert len(lines) == sum(map(len, seen))
     assert len(seen[0]) > DETAILED
-    assert ["tokens" in line for line in lines[: len(seen[0])]] == [i < DETAILED for i in range(len(seen[0]))]
+    assert ["tokens" in line for line in lines[: len(seen[0])]] == [
+        i < DETAILED for i in range(len(seen[0]))
+    ]
     for line, e in zip(lines, seen[0][:DETAILED], strict=False):
         assert line["tokens"] == pieces(e.response)
-        for name, values in {"token_rewards": e.reward, "token_values": e.value, "token_advantages": e.advantage}.items():
+        for name, values in {
+            "token_rewards": e.reward,
+            "token_values": e.value,
+            "token_advantages": e.advantage,
+        }.items():
             np.testing.assert_allclose(line[name], values, rtol=1e-3)
         np.testing.assert_allclose(line["token_kl"], e.logprob - e.ref_logprob, rtol=1e-3)
         assert set(line["token_terms"]) == {"token", "kl"}
-        np.testing.assert_allclose(np.sum(list(line["token_terms"].values()), 0), e.reward, atol=2e-3)
+        np.testing.assert_allclose(
+            np.sum(list(line["token_terms"].values()), 0), e.reward, atol=2e-3
+        )
 
 
 def test_numbers_that_are_none_stop_nothing(tmp_path):
     folder = RunFolder(tmp_path, None, None)
-    metrics = {"time/tokens": 5, "time/updates": 1, "loss/policy": np.nan, "loss/value": np.inf, "objective/score": 1.0}
+    metrics = {
+        "time/tokens": 5,
+        "time/updates": 1,
+        "loss/policy": np.nan,
+        "loss/value": np.inf,
+        "objective/score": 1.0,
+    }
     folder(metrics, [episode([np.nan, 1.0], advantage=[np.inf, 1.0]), episode([np.inf])])
     folder.close()
     lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
     assert [line["token_rewards"] for line in lines] == [[None, 1.0], [None]]
     assert [line["reward"] for line in lines] == [None, None]
     assert lines[0]["token_advantages"] == [None, 1.0]
-    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["time/tokens", "time/updates", "objective/score"]
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == [
+        "time/tokens",
+        "time/updates",
+        "objective/score",
+    ]
 
 
 def test_sample_texts_are_no_markup(tmp_path):
     folder = RunFolder(tmp_path, None, None)
     folder._pieces = lambda ids: ["<eos>"] * len(ids)
-    assert folder._samples([episode([2.0, 1.0])]) == "score 0, reward 3: &lt;eos&gt; **|** &lt;eos&gt;&lt;eos&gt;"
+    assert (
+        folder._samples([episode([2.0, 1.0])])
+        == "score 0, reward 3: &lt;eos&gt; **|** &lt;eos&gt;&lt;eos&gt;"
+    )
     folder.close()
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     def make_envs():
-        return gym.make_vec("tokenenv/Reviews-v0", num_envs=8, autoreset_mode="SameStep", max_new_tokens=6)
+        return gym.make_vec(
+            "tokenenv/Reviews-v0", num_envs=8, autoreset_mode="SameStep", max_new_tokens=6
+        )
 
     def save_first(metrics, episodes):
         if agent.updates == 2:
@@ -133,15 +170,25 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     path.write_text(whole + '{"tokens_seen": 200, "pro')
     PPO.load(tmp_path / "checkpoint", make_envs(), run_dir=tmp_path).learn(500)
     assert path.read_text() == whole
-    steps = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("objective/score")]
+    steps = [
+        event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("objective/score")
+    ]
     assert steps == sorted({json.loads(line)["tokens_seen"] for line in whole.splitlines()})
-    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == ["checkpoint", "episodes", "events", "events", "lock"]
+    assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == [
+        "checkpoint",
+        "episodes",
+        "events",
+        "events",
+        "lock",
+    ]
 
 
 def test_pieces_join_to_the_text():
     for name in ("Reviews", "PyDocs", "Arithmetic", "Negation"):
         spec = gym.make_vec(f"tokenenv/{name}-v0", num_envs=1).unwrapped.token_spec
-        ids = [i for i in range(min(spec.vocab_size, 90)) if i not in spec.tokenizer.all_special_ids][3:]
+        ids = [
+            i for i in range(min(spec.vocab_size, 90)) if i not in spec.tokenizer.all_special_ids
+        ][3:]
         joined = "".join(TokenPieces(spec.tokenizer)(ids))
         assert joined.strip() == spec.tokenizer.decode(ids).strip()
     assert TokenPieces(None)([4, 5]) == [" 4", " 5"]
@@ -150,7 +197,17 @@ def test_pieces_join_to_the_text():
 def test_wandb_gets_the_same_figures(monkeypatch, tmp_path):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    flags = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--options", "max_new_tokens", "6"]
+    flags = [
+        "--num-envs",
+        "8",
+        "--total-tokens",
+        "300",
+        "--agent.batch-tokens",
+        "100",
+        "--options",
+        "max_new_tokens",
+        "6",
+    ]
     main(["train", *flags, "--track", "wandb", "--run-dir", str(tmp_path / "x")])
     assert fake.options["name"] == "x"
     assert fake.options["config"]["agent"]["batch_tokens"] == 100
@@ -173,9 +230,35 @@ def test_wandb_that_is_missing_is_named_before_anything_is_written(monkeypatch, 
 
 def test_wandb_itself_takes_a_run_offline(tmp_path):
     pytest.importorskip("wandb")
-    flags = ["--num-envs", "8", "--total-tokens", "300", "--agent.batch-tokens", "100", "--options", "max_new_tokens", "6"]
-    command = [sys.executable, "-m", "tokenenv.cli", "train", "--track", "wandb", "--run-dir", str(tmp_path / "x"), *flags]
-    done = subprocess.run(command, env={**os.environ, "WANDB_MODE": "offline"}, capture_output=True, text=True, timeout=300)
+    flags = [
+        "--num-envs",
+        "8",
+        "--total-tokens",
+        "300",
+        "--agent.batch-tokens",
+        "100",
+        "--options",
+        "max_new_tokens",
+        "6",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "tokenenv.cli",
+        "train",
+        "--track",
+        "wandb",
+        "--run-dir",
+        str(tmp_path / "x"),
+        *flags,
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     [log] = (tmp_path / "x").glob("wandb/offline-run-*/*.wandb")
     assert b"objective/score" in log.read_bytes()
