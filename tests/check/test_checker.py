@@ -342,7 +342,7 @@ def test_a_prefix_must_earn_nothing() -> None:
     def start(slots: Any, texts: Any, weights: Any) -> None:
         begin(slots, texts, weights)
         envs.unwrapped._engine.token_terms[slots, 0, :2] = torch.tensor([1.0, -1.0]) * float(
-            texts.unpaid.any()
+            texts.prefix_length.any()
         )
 
     envs.unwrapped._engine.start = start

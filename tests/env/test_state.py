@@ -407,7 +407,7 @@ CORRUPT = {
     "long prompt": (put("texts.prompt_length", entry(1, P + 1)), "its texts do not fit this env"),
     "long text": (put("texts.length", entry(1, P + T + 1)), "its texts do not fit this env"),
     "full": (put("texts.length", lambda old: old + T), "its texts do not fit this env"),
-    "prefix": (put("texts.unpaid", entry(2, T)), "its texts do not fit this env"),
+    "prefix": (put("texts.prefix_length", entry(2, T)), "its texts do not fit this env"),
     "no stream": (put("streams", None), "group_size=None and this env group_size=1"),
     "groups": (
         put("streams.group_size", 2),

@@ -21,17 +21,17 @@ LENGTHS = ((2, 9, 0), (4, 1, 0), (1, 6, 3), (3, 5, 4), (5, 7, 0), (1, 2, 0), (2,
 
 
 def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
-    """Random texts of these lengths, and their unpaid tokens."""
+    """Random texts of these lengths, and their prefix_length tokens."""
     rng = np.random.default_rng(seed)
     pairs = [
         tuple(rng.integers(3, fakes.VOCAB_SIZE, size).tolist() for size in sizes[:2])
         for sizes in LENGTHS
     ]
-    return pairs, [unpaid for *_, unpaid in LENGTHS]
+    return pairs, [prefix_length for *_, prefix_length in LENGTHS]
 
 
 def finished(
-    pairs: list[TextIds], unpaid: list[int], score: Tensor, padding: int = 2
+    pairs: list[TextIds], prefix_length: list[int], score: Tensor, padding: int = 2
 ) -> FinishedTexts:
     """The texts as reward terms see them, with some more padding than needed."""
     ids = [np.asarray([*prompt, *response]) for prompt, response in pairs]
@@ -41,7 +41,7 @@ def finished(
     prompt_length = np.asarray([len(prompt) for prompt, _ in pairs])
     length = np.asarray([len(text) for text in ids])
     return FinishedTexts(
-        torch.from_numpy(tokens), length, prompt_length, np.asarray(unpaid), score, ids
+        torch.from_numpy(tokens), length, prompt_length, np.asarray(prefix_length), score, ids
     )
 
 
@@ -64,11 +64,11 @@ def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
 
 
 def placed(
-    term: Any, scorer: Any, pairs: list[TextIds], unpaid: list[int], **options: Any
+    term: Any, scorer: Any, pairs: list[TextIds], prefix_length: list[int], **options: Any
 ) -> Tensor:
     """(B, T): what the term places on the texts."""
     return bound(term, scorer, **options).place(
-        finished(pairs, unpaid, score_texts(scorer, pairs)), T
+        finished(pairs, prefix_length, score_texts(scorer, pairs)), T
     )
 
 

@@ -35,13 +35,13 @@ def test_equal_texts_are_scored_once():
 def test_occlusion_is_the_loss_of_each_token_and_the_rest_on_the_last(scorer):
     scorer = SCORERS[scorer]()
     rewards = placed(Occlusion(), scorer, PAIRS, UNPAID)
-    for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
+    for row, ((prompt, response), prefix_length) in enumerate(zip(PAIRS, UNPAID, strict=True)):
         score = one(scorer, prompt, response)
         expected = [
             score - one(scorer, prompt, response[:t] + response[t + 1 :])
             for t in range(len(response))
         ]
-        expected[:unpaid] = [0.0] * unpaid
+        expected[:prefix_length] = [0.0] * prefix_length
         expected[-1] += score - sum(expected)
         close(rewards[row, : len(response)], expected)
 
@@ -59,18 +59,20 @@ def test_tokens_that_count_for_themselves_get_what_they_count():
 
 
 def exact_shapley(
-    scorer: Any, prompt: list[int], response: list[int], unpaid: int, segments: int
+    scorer: Any, prompt: list[int], response: list[int], prefix_length: int, segments: int
 ) -> np.ndarray:
     """(T,) by the definition: every coalition's gain, weighted by the share of orders in which it
     is met."""
     players = np.array_split(
-        np.arange(unpaid, len(response)), min(segments, len(response) - unpaid)
+        np.arange(prefix_length, len(response)), min(segments, len(response) - prefix_length)
     )
     everyone, values = range(len(players)), np.zeros(T)
 
     def worth(coalition):
         kept = [
-            t for t in range(len(response)) if t < unpaid or any(t in players[i] for i in coalition)
+            t
+            for t in range(len(response))
+            if t < prefix_length or any(t in players[i] for i in coalition)
         ]
         return one(scorer, prompt, [response[t] for t in kept])
 
@@ -90,8 +92,8 @@ def exact_shapley(
 def test_shapley_values_are_exact_where_all_orders_are_walked(scorer, segments):
     scorer = SCORERS[scorer]()
     rewards = placed(Shapley(segments, factorial(max(segments, 2))), scorer, PAIRS, UNPAID)
-    for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
-        close(rewards[row], exact_shapley(scorer, prompt, response, unpaid, segments))
+    for row, ((prompt, response), prefix_length) in enumerate(zip(PAIRS, UNPAID, strict=True)):
+        close(rewards[row], exact_shapley(scorer, prompt, response, prefix_length, segments))
 
 
 def test_drawn_orders_come_close_to_the_exact_values():

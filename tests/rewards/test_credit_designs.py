@@ -46,9 +46,9 @@ def test_the_shares_add_up_to_the_score_on_payable_tokens(design, scorer):
     assert rewards.shape == (len(PAIRS), T)
     assert rewards.dtype == torch.float32
     assert not rewards.requires_grad
-    payable = texts.payable(T)
-    assert (rewards[~payable] == 0).all()
-    assert (rewards[payable] != 0).float().mean() > 0.6
+    own = texts.own_mask(T)
+    assert (rewards[~own] == 0).all()
+    assert (rewards[own] != 0).float().mean() > 0.6
     bare = score_texts(scorer, [(p, r[:n]) for (p, r), n in zip(PAIRS, UNPAID, strict=True)])
     close(rewards.sum(1), score - bare if design == "shapley" else score)
 

@@ -51,12 +51,12 @@ def test_attention_shares_the_score_as_the_last_token_attends(architecture):
     rewards = placed(Attention(), scorer, PAIRS, UNPAID)
     assert model.config._attn_implementation == before
     eager = fakes.causal_lm(architecture, attn_implementation="eager").base_model
-    for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
+    for row, ((prompt, response), prefix_length) in enumerate(zip(PAIRS, UNPAID, strict=True)):
         text = torch.tensor([prompt + response])
         weights = (
             eager(text, output_attentions=True).attentions[-1][0].mean(0)[-1, len(prompt) :].numpy()
         )
-        weights[:unpaid] = 0
+        weights[:prefix_length] = 0
         score = float(score_texts(scorer, [(prompt, response)]))
         close(rewards[row, : len(response)], score * weights / weights.sum())
         assert (rewards[row, len(response) :] == 0).all()
@@ -70,9 +70,9 @@ def test_a_sliding_window_ends_credit_before_it():
 
 
 def test_texts_to_which_nothing_attends_are_paid_in_equal_shares():
-    payable = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    own = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
     weights = torch.tensor([[0.0, 0, 0, 0], [0, 3, 1, 0], [0, 0, 0, 0]])
-    close(shares(weights, payable), [[0, 0.5, 0.5, 0], [0, 0.75, 0.25, 0], [1, 0, 0, 0]])
+    close(shares(weights, own), [[0, 0.5, 0.5, 0], [0, 0.75, 0.25, 0], [1, 0, 0, 0]])
 
 
 def test_the_chosen_attention_comes_back_after_an_error():
@@ -109,11 +109,11 @@ def test_a_model_without_attention_is_refused():
 
 
 def by_hand(
-    scorer: Scorer, prompt: list[int], response: list[int], unpaid: int, steps: int
+    scorer: Scorer, prompt: list[int], response: list[int], prefix_length: int, steps: int
 ) -> tuple[np.ndarray, float]:
     """The attributions (T,) of one text and the score of its zero embeddings, the response's
     embeddings being scaled where the model makes them."""
-    text, start = torch.tensor([prompt + response]), len(prompt) + unpaid
+    text, start = torch.tensor([prompt + response]), len(prompt) + prefix_length
     made: dict[str, torch.Tensor] = {}
 
     def scale(module, args, output):
@@ -138,7 +138,7 @@ def by_hand(
     for point, weight in zip(*quadrature(steps), strict=True):
         score_at(float(point)).backward()
         products = (made["scaled"].grad * made["plain"])[0].sum(-1)
-        out[unpaid : len(response)] += float(weight) * products[start:].numpy()
+        out[prefix_length : len(response)] += float(weight) * products[start:].numpy()
     baseline = float(score_at(0.0).detach())
     handle.remove()
     return out, baseline
@@ -158,8 +158,8 @@ def test_gradient_equals_one_texts_own_autograd(architecture, per_token):
     scorer = Scorer(linear.model, linear.head, per_token)
     rewards = placed(Gradient(steps=3, tolerance=1e9), scorer, PAIRS, UNPAID)
     score = score_texts(scorer, PAIRS)
-    for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
-        expected, _ = by_hand(scorer, prompt, response, unpaid, steps=3)
+    for row, ((prompt, response), prefix_length) in enumerate(zip(PAIRS, UNPAID, strict=True)):
+        expected, _ = by_hand(scorer, prompt, response, prefix_length, steps=3)
         size = np.abs(expected).sum()
         expected[len(response) - 1] += float(score[row]) - expected.sum()
         np.testing.assert_allclose(rewards[row], expected, rtol=0, atol=2e-5 * size)
@@ -175,8 +175,8 @@ def test_attributions_add_up_to_the_score_less_the_baselines(make, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rewards = placed(Gradient(tolerance=1e-4), scorer, PAIRS, UNPAID).numpy()
-    for row, ((prompt, response), unpaid) in enumerate(zip(PAIRS, UNPAID, strict=True)):
-        expected, baseline = by_hand(scorer, prompt, response, unpaid, steps=200)
+    for row, ((prompt, response), prefix_length) in enumerate(zip(PAIRS, UNPAID, strict=True)):
+        expected, baseline = by_hand(scorer, prompt, response, prefix_length, steps=200)
         expected[len(response) - 1] += baseline
         np.testing.assert_allclose(
             rewards[row], expected, rtol=0, atol=1e-3 * np.abs(rewards[row]).sum()
@@ -222,11 +222,11 @@ def test_a_score_linear_in_the_embeddings_is_shared_exactly_by_one_point():
         + [0.0] * (T - len(response))
         for _, response in PAIRS
     ]
-    for row, unpaid in enumerate(
+    for row, prefix_length in enumerate(
         UNPAID
     ):  # what the prefix scored is the baseline's, and goes to the last token
-        own[row][len(PAIRS[row][1]) - 1] += sum(own[row][:unpaid])
-        own[row][:unpaid] = [0.0] * unpaid
+        own[row][len(PAIRS[row][1]) - 1] += sum(own[row][:prefix_length])
+        own[row][:prefix_length] = [0.0] * prefix_length
     close(rewards, own)
 
 

@@ -50,7 +50,7 @@ class LastThird(RewardTerm):
     name = "last_third"
     kind = "hindsight"
     needs = frozenset({"scorer"})
-    withheld = True
+    pays_score = True
 
     def place(self, texts: FinishedTexts, max_new_tokens):
         late = torch.zeros(len(texts.ids), max_new_tokens)

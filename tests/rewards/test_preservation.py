@@ -30,7 +30,7 @@ class RandomShares(RewardTerm):
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        shares = torch.rand(len(texts.ids), max_new_tokens, generator=generator) * texts.payable(
+        shares = torch.rand(len(texts.ids), max_new_tokens, generator=generator) * texts.own_mask(
             max_new_tokens
         )
         assert texts.score is not None

@@ -193,7 +193,7 @@ def test_rules_that_return_nonsense_are_named(rule, message):
 def test_placed_rewards_spare_the_prefix_and_the_unscored():
     class Everywhere(RewardTerm):
         kind = "hindsight"
-        withheld = True
+        pays_score = True
 
         def place(self, texts, max_new_tokens):
             return torch.ones(2, max_new_tokens)

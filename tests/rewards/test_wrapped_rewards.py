@@ -109,14 +109,14 @@ def batch_of(term, rewards, steps=None, learning=None, statistics=None):
     return Transitions(steps, before, after, none, none, none, learning=learning)
 
 
-def texts_of(term, lengths, unpaid, learning=True):
+def texts_of(term, lengths, prefix_length, learning=True):
     """Texts of a one-token prompt and so many response tokens."""
     ids = [np.zeros(1 + length, np.int64) for length in lengths]
     return FinishedTexts(
         tokens=torch.zeros(len(ids), 1 + LONGEST, dtype=torch.int64),
         length=np.array([1 + length for length in lengths]),
         prompt_length=np.ones(len(ids), np.int64),
-        unpaid=np.array(unpaid),
+        prefix_length=np.array(prefix_length),
         score=None,
         ids=ids,
         statistics={term.name: term.statistics().expand(len(ids), -1)},
@@ -408,7 +408,7 @@ def test_what_is_promised(term):
             False,
         )
     for wrapped in (scaled, broken):
-        for attribute in ("kind", "needs", "withheld", "has_memory"):
+        for attribute in ("kind", "needs", "pays_score", "has_memory"):
             assert getattr(wrapped, attribute) == getattr(term, attribute)
 
 

@@ -406,7 +406,7 @@ class RewardEngine:
             len(slots), dtype=sum_dtype(self.context.device), device=self.context.device
         )
         for row, slot in enumerate(slots):
-            if texts.unpaid[slot]:
+            if texts.prefix_length[slot]:
                 tokens, lengths = texts.rows([slot])
                 states = self.trunks.of(scorer.model).states(tokens, lengths)
                 first[row] = (

@@ -8,7 +8,7 @@ import numpy as np
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.types import TokenSpec
 
-FORMAT = 3
+FORMAT = 4
 Layout = dict[str, Any]
 """Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any
 size."""
@@ -102,7 +102,7 @@ def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
             "tokens": ((count, length), np.int64),
             "length": integers,
             "prompt_length": integers,
-            "unpaid": integers,
+            "prefix_length": integers,
         },
         "engine": engine,
         "prompt_id": integers,
@@ -150,8 +150,8 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
     valid = (
         (prompt >= 1)
         & (prompt <= spec.max_prompt_tokens)
-        & (texts["unpaid"] >= 0)
-        & (texts["unpaid"] <= response)
+        & (texts["prefix_length"] >= 0)
+        & (texts["prefix_length"] <= response)
     )
     valid &= response <= np.where(ended, spec.max_new_tokens, spec.max_new_tokens - 1)
     if not valid.all() or tokens.min() < 0 or tokens.max() >= spec.vocab_size:

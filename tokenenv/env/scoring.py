@@ -258,7 +258,7 @@ def _pad(
         tokens=torch.from_numpy(tokens).to(engine.context.device),
         length=np.asarray([len(text) for text in ids]),
         prompt_length=np.asarray([len(p) for p in prompts]),
-        unpaid=np.zeros(len(ids), dtype=np.int64),
+        prefix_length=np.zeros(len(ids), dtype=np.int64),
         score=None,
         ids=ids,
         tokenizer=engine.context.spec.tokenizer,
@@ -274,7 +274,7 @@ def _score_group(
 ) -> _Scored:
     """What the texts have earned; sets their score."""
     device, spec = engine.context.device, engine.context.spec
-    valid = texts.payable(spec.max_new_tokens)
+    valid = texts.own_mask(spec.max_new_tokens)
     row, t = valid.nonzero(as_tuple=True)
     batch = _transitions(engine, texts, row, t)
     last = torch.from_numpy(texts.length - texts.prompt_length - 1).to(device)
@@ -368,7 +368,7 @@ def recall_prefixes(engine: RewardEngine, slots: np.ndarray, texts: TextBuffer) 
     """Gives the terms with memory what they would carry if the prefixes of the texts that begin in
     `slots` had been written one token after the other, so that what follows is paid as in the same
     text written from its start."""
-    prefixed = slots[texts.unpaid[slots] > 0]
+    prefixed = slots[texts.prefix_length[slots] > 0]
     if not len(prefixed) or not engine.rewards.with_memory:
         return
     assert engine.states is not None
@@ -386,8 +386,8 @@ def recall_prefixes(engine: RewardEngine, slots: np.ndarray, texts: TextBuffer) 
         begun.statistics = {
             name: s.expand(len(rows), -1) for name, s in engine.rewards.statistics().items()
         }
-        row, t = begun.payable(engine.context.spec.max_new_tokens).nonzero(as_tuple=True)
-        last = t == texts.upload(texts.unpaid[rows] - 1)[row]
+        row, t = begun.own_mask(engine.context.spec.max_new_tokens).nonzero(as_tuple=True)
+        last = t == texts.upload(texts.prefix_length[rows] - 1)[row]
         for name, memory in _transitions(engine, begun, row, t).after.memory.items():
             engine.states.memory[name][texts.upload(rows)] = memory[last]
 

@@ -25,7 +25,7 @@ class TextBuffer:
         self.tokens = np.full((num_rows, max_length), pad_token_id, dtype=np.int64)
         self.length = np.zeros(num_rows, dtype=np.int64)
         self.prompt_length = np.zeros(num_rows, dtype=np.int64)
-        self.unpaid = np.zeros(num_rows, dtype=np.int64)
+        self.prefix_length = np.zeros(num_rows, dtype=np.int64)
         self.device = device
         self._pad = pad_token_id
         self._mirror = None if device.type == "cpu" else torch.from_numpy(self.tokens).to(device)
@@ -51,8 +51,8 @@ class TextBuffer:
         nothing."""
         rows = np.asarray(slots)
         self.prompt_length[rows] = list(map(len, prompts))
-        self.unpaid[rows] = list(map(len, prefixes))
-        self.length[rows] = self.prompt_length[rows] + self.unpaid[rows]
+        self.prefix_length[rows] = list(map(len, prefixes))
+        self.length[rows] = self.prompt_length[rows] + self.prefix_length[rows]
         fresh = np.full((len(rows), self.tokens.shape[1]), self._pad, dtype=np.int64)
         given = chain.from_iterable(chain.from_iterable(zip(prompts, prefixes, strict=True)))
         fresh[np.arange(fresh.shape[1]) < self.length[rows, None]] = np.fromiter(given, np.int64)
@@ -61,13 +61,13 @@ class TextBuffer:
 
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copies rows."""
-        for array in (self.tokens, self.length, self.prompt_length, self.unpaid):
+        for array in (self.tokens, self.length, self.prompt_length, self.prefix_length):
             array[targets] = array[sources]
         self._refresh(targets)
 
     def save(self, slots: Slots) -> dict[str, np.ndarray]:
         """Copies of `slots`' rows, by name."""
-        names = ("tokens", "length", "prompt_length", "unpaid")
+        names = ("tokens", "length", "prompt_length", "prefix_length")
         return {name: getattr(self, name)[slots].copy() for name in names}
 
     def load(self, slots: Slots, rows: dict[str, np.ndarray]) -> None:
@@ -88,7 +88,7 @@ class TextBuffer:
             tokens=self.upload(ids),
             length=self.length[slots],
             prompt_length=self.prompt_length[slots],
-            unpaid=self.unpaid[slots],
+            prefix_length=self.prefix_length[slots],
             score=score,
             ids=ids,
             tokenizer=tokenizer,

@@ -55,8 +55,8 @@ class Attention(Redistribution):
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the score in the shares of the attention."""
         assert texts.score is not None
-        payable = texts.payable(max_new_tokens).float()
-        weights = torch.zeros_like(payable)
+        own = texts.own_mask(max_new_tokens).float()
+        weights = torch.zeros_like(own)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             ends = np.asarray(
                 [read_length(texts.ids[row][: texts.length[row]], self._pad_id) for row in rows]
@@ -65,13 +65,13 @@ class Attention(Redistribution):
             weights[upload(rows, weights.device)] = at_response(
                 seen, texts.prompt_length[rows], max_new_tokens
             )
-        return shares(weights * payable, payable) * texts.score[:, None]
+        return shares(weights * own, own) * texts.score[:, None]
 
 
-def shares(weights: Tensor, payable: Tensor) -> Tensor:
-    """(B, T): each row of `weights` divided by its sum; equal shares of `payable` (B, T; 0 or 1)
+def shares(weights: Tensor, own: Tensor) -> Tensor:
+    """(B, T): each row of `weights` divided by its sum; equal shares of `own` (B, T; 0 or 1)
     where that is zero."""
-    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, payable)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, own)
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 

@@ -128,7 +128,7 @@ class Gradient(Redistribution):
         at `points` (n,)."""
         embeddings = self._trunk.get_input_embeddings()(read_rows(self._trunk, texts, rows))
         position = np.arange(embeddings.shape[1])
-        start = texts.prompt_length[rows] + texts.unpaid[rows]
+        start = texts.prompt_length[rows] + texts.prefix_length[rows]
         paid = (position >= start[:, None]) & (position < texts.length[rows][:, None])
         moving = embeddings * upload(paid, embeddings.device)[..., None]
         return moving, embeddings - moving * upload(1 - points, embeddings.device).to(

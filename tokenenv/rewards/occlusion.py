@@ -32,7 +32,7 @@ class Occlusion(Redistribution):
         places = [
             (row, t)
             for row, (_, response) in enumerate(pairs)
-            for t in range(texts.unpaid[row], len(response))
+            for t in range(texts.prefix_length[row], len(response))
         ]
         without = [(pairs[row][0], pairs[row][1][:t] + pairs[row][1][t + 1 :]) for row, t in places]
         row, column = upload(np.asarray(places).T, device)

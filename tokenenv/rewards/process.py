@@ -52,7 +52,7 @@ class Process(RewardTerm):
         self.form, self.floor, self.temperature = form, floor, temperature
         self.has_memory = form == "delta"
         if form == "min":
-            self.kind, self.withheld = "hindsight", True
+            self.kind, self.pays_score = "hindsight", True
 
     def bind(self, context: Context) -> None:
         """Takes the step scorer and the tokens that end a step."""
@@ -93,10 +93,10 @@ class Process(RewardTerm):
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): each step's score at its last token, weighted towards the worst."""
-        payable = texts.payable(max_new_tokens)
-        last = upload(texts.length - texts.prompt_length - 1, payable.device)
+        own = texts.own_mask(max_new_tokens)
+        last = upload(texts.length - texts.prompt_length - 1, own.device)
         tokens = at_response(texts.tokens, texts.prompt_length, max_new_tokens)
-        ends = payable & (
+        ends = own & (
             self._ends_step[tokens]
             | (torch.arange(max_new_tokens, device=last.device) == last[:, None])
         )

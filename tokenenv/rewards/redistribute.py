@@ -25,7 +25,7 @@ class Redistribution(RewardTerm):
     needs = frozenset({"scorer"})
     preserves_return = True
     preserves_gradient = False
-    withheld = True
+    pays_score = True
 
     def bind(self, context: Context) -> None:
         """Takes the scorer."""

@@ -42,7 +42,7 @@ class Rule(_RuleTerm):
     """
 
     name = "rule"
-    withheld = True
+    pays_score = True
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the rule's number where a text ends and is scored."""
@@ -64,7 +64,7 @@ class TokenRule(_RuleTerm):
 
     name = "token_rule"
     kind = "hindsight"
-    withheld = True
+    pays_score = True
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the rule's numbers, right-padded with zeros."""

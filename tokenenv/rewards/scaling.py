@@ -18,7 +18,7 @@ TAKEN_OVER = (
     "kind",
     "needs",
     "models",
-    "withheld",
+    "pays_score",
     "has_memory",
     "has_potential",
     "preserves_return",
@@ -92,7 +92,7 @@ class Wrapper(RewardTerm):
         rewards = self.term.place(self._inside(texts), max_new_tokens)
         step = torch.arange(max_new_tokens, device=rewards.device).expand(rewards.shape)
         if texts.learning:
-            self.learn(rewards, step, texts.due(self, max_new_tokens))
+            self.learn(rewards, step, texts.earning_mask(self, max_new_tokens))
         return self.change(rewards, step, self._own(texts, rewards)[:, None])
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:

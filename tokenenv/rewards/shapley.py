@@ -54,7 +54,7 @@ class Shapley(Redistribution):
         pairs = texts.prompt_and_response_ids()
         players = [
             self._players(int(given), len(response))
-            for given, (_, response) in zip(texts.unpaid, pairs, strict=True)
+            for given, (_, response) in zip(texts.prefix_length, pairs, strict=True)
         ]
         orders = [
             _orders(len(own), self.permutations, pair)

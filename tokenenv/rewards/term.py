@@ -81,7 +81,7 @@ class FinishedTexts:
     """(B,) int64: tokens of prompt and response together."""
     prompt_length: np.ndarray
     """(B,) int64."""
-    unpaid: np.ndarray
+    prefix_length: np.ndarray
     """(B,) int64: leading response tokens that earn nothing, because `reset` was given them as a
     prefix."""
     score: Tensor | None
@@ -112,20 +112,18 @@ class FinishedTexts:
         tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
-    def payable(self, max_new_tokens: int) -> Tensor:
+    def own_mask(self, max_new_tokens: int) -> Tensor:
         """(B, T) bool: the response tokens that rewards may be placed on."""
         position = np.arange(max_new_tokens)
         response = (self.length - self.prompt_length)[:, None]
-        mask = (position >= self.unpaid[:, None]) & (position < response)
+        mask = (position >= self.prefix_length[:, None]) & (position < response)
         return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
 
-    def due(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
+    def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
         """(B, T) bool: the tokens on which `term` pays; none of an unscored text where it pays the
         sequence score."""
-        payable = self.payable(max_new_tokens)
-        return (
-            payable if self.scored is None or not term.withheld else payable & self.scored[:, None]
-        )
+        own = self.own_mask(max_new_tokens)
+        return own if self.scored is None or not term.pays_score else own & self.scored[:, None]
 
 
 @dataclass(slots=True)
@@ -261,7 +259,7 @@ class RewardTerm:
     without bias."""
     models: Sequence[Any] = ()
     """Causal models whose states the term reads; run once a step whoever reads them."""
-    withheld: bool = False
+    pays_score: bool = False
     """True for a term that pays or redistributes the sequence score: nothing is paid at an unscored
     truncation."""
     has_potential: bool = False
@@ -272,6 +270,10 @@ class RewardTerm:
     def bind(self, context: Context) -> None:
         """Called once by the env; checks `needs` and lets the term take what it wants from
         `context`."""
+        if hasattr(self, "withheld"):
+            raise InvalidArgument(
+                f"{type(self).__name__} sets withheld, which is called pays_score now."
+            )
         for need in sorted(self.needs):
             if not context.has(need):
                 raise InvalidArgument(
@@ -347,7 +349,9 @@ class RewardSum:
 
     def _place(self, term: RewardTerm, texts: FinishedTexts) -> Tensor:
         return torch.where(
-            texts.due(term, self.max_new_tokens), term.place(texts, self.max_new_tokens), 0.0
+            texts.earning_mask(term, self.max_new_tokens),
+            term.place(texts, self.max_new_tokens),
+            0.0,
         )
 
     @property

@@ -17,7 +17,7 @@ class Terminal(RewardTerm):
     needs = frozenset({"scorer"})
     preserves_return = True
     preserves_gradient = True
-    withheld = True
+    pays_score = True
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the score where a text ends and is scored."""
@@ -29,7 +29,7 @@ class MissingEOS(RewardTerm):
     return on purpose."""
 
     name = "missing_eos"
-    withheld = True
+    pays_score = True
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): -1 where a text is cut by its length."""

@@ -18,5 +18,5 @@ class Uniform(Redistribution):
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): equal shares on the tokens that may be paid."""
         assert texts.score is not None
-        payable = texts.payable(max_new_tokens).float()
-        return payable * (texts.score / payable.sum(1).clamp(min=1))[:, None]
+        own = texts.own_mask(max_new_tokens).float()
+        return own * (texts.score / own.sum(1).clamp(min=1))[:, None]
