@@ -14,7 +14,12 @@ from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
 
 N = 4
-FILES = ("/agents/collector.py", "/agents/pairing.py", "/agents/env_rows.py", "/tests/line_env.py")
+FILES = (
+    "/rollout/collector.py",
+    "/rollout/pairing.py",
+    "/rollout/env_rows.py",
+    "/helpers/line_env.py",
+)
 
 
 @pytest.mark.parametrize(("group_size", "max_staleness"), [(1, None), (2, 1), (2, 0)])
