@@ -542,7 +542,7 @@ def test_interrupted_at_any_line_every_text_is_somewhere_once(group_size, max_st
     for line in itertools.count(2, 61):
         found = []
         with interrupted_at(
-            line, "/rollout/text_collector.py", "/rollout/pairing.py", "/tests/local_engine.py"
+            line, "/rollout/text_collector.py", "/rollout/pairing.py", "/helpers/local_engine.py"
         ) as raised:
             found = collector.collect(20)
         held = [
