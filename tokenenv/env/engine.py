@@ -341,7 +341,7 @@ class RewardEngine:
             "memory": {
                 name: (
                     (count, *term.memory_shape),
-                    _host(torch.empty(0, dtype=term.memory_dtype)).dtype,
+                    numpy_dtype(term.memory_dtype),
                 )
                 for name, term in with_memory
             },
@@ -371,6 +371,11 @@ class RewardEngine:
         """Go on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
             self.rewards.every[name].load_statistics(_copied(values))
+
+
+def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
+    """Return NumPy's name of a dtype."""
+    return torch.empty(0, dtype=dtype).numpy().dtype.type
 
 
 def _host(values: Tensor | np.ndarray) -> np.ndarray:
