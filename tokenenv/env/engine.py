@@ -284,13 +284,13 @@ class RewardEngine:
 
     def snapshot(self) -> dict[str, Tensor | np.ndarray]:
         """The same where it is, on the device or on the host, so that nothing waits for it."""
-        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
+        learned = {name: term.save_statistics() for name, term in self.rewards.every.items()}
         return {name: _copied(values) for name, values in learned.items() if values is not None}
 
     def load_statistics(self, saved: Mapping[str, Tensor | np.ndarray]) -> None:
         """Goes on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
-            self.rewards.terms[name].load_statistics(_copied(values))
+            self.rewards.every[name].load_statistics(_copied(values))
 
     def forget(self) -> None:
         """Holds no text any more, as before the first `start`, which must now be of every row."""

@@ -281,6 +281,11 @@ class RewardTerm:
                     "reward= also takes a rule or a term of your own."
                 )
 
+    def wrapped(self) -> Sequence["RewardTerm"]:
+        """Return the terms that this one wraps, and those that they wrap. Their memory and their
+        statistics stand under their own names, so each name must be an own one once bound."""
+        return ()
+
     def reward(self, batch: Transitions) -> Tensor:
         """Causal and policy-dependent terms: rewards (K,) of K transitions, unweighted."""
         raise TypeError(f"{type(self).__name__} defines neither reward() nor place()")
@@ -324,10 +329,13 @@ class RewardSum:
 
     terms: dict[str, RewardTerm]
     max_new_tokens: int
+    every: dict[str, RewardTerm] = field(init=False)
+    """The terms and those that they wrap, by name: whatever has a memory or learns."""
     causal: list[str] = field(init=False)
     hindsight: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.every = _with_wrapped(self.terms)
         self.hindsight = [name for name, term in self.terms.items() if term.kind == "hindsight"]
         self.causal = [name for name in self.terms if name not in self.hindsight]
 
@@ -361,12 +369,12 @@ class RewardSum:
 
     @property
     def with_memory(self) -> dict[str, RewardTerm]:
-        """The terms that carry a number along each text."""
-        return {name: term for name, term in self.terms.items() if term.has_memory}
+        """The terms that carry a number along each text, wrapped ones included."""
+        return {name: term for name, term in self.every.items() if term.has_memory}
 
     def statistics(self) -> dict[str, Tensor]:
-        """The present statistics (p,) of the terms that have any."""
-        every = ((name, term.statistics()) for name, term in self.terms.items())
+        """The present statistics (p,) of the terms that have any, wrapped ones included."""
+        every = ((name, term.statistics()) for name, term in self.every.items())
         return {name: statistics for name, statistics in every if statistics is not None}
 
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -374,6 +382,20 @@ class RewardSum:
         shaped = {name: term for name, term in self.terms.items() if term.has_potential}
         parts = [weighted(weights[name], term.potential(states)) for name, term in shaped.items()]
         return torch.stack(parts).sum(0) if parts else None
+
+
+def _with_wrapped(terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """The terms and all that they wrap, by name; raises where two of them have one name."""
+    every = dict(terms)
+    for term in terms.values():
+        for inner in term.wrapped():
+            if inner.name in every:
+                raise InvalidArgument(
+                    f"reward= has a term called {inner.name!r}, which is the name of a wrapped "
+                    "term; give one of them another name."
+                )
+            every[inner.name] = inner
+    return every
 
 
 def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
