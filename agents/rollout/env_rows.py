@@ -197,6 +197,22 @@ def take(values: Any, rows: np.ndarray) -> np.ndarray:
     return np.asarray(values)[rows]
 
 
+def take_by_name(
+    infos: Mapping[str, Any], key: str, rows: np.ndarray
+) -> list[dict[str, np.ndarray]]:
+    """Return what the mapping `infos[key]` holds for each of `rows`: a float32 array a name.
+
+    The list has a dict for each row. Rows that a name's mask `_name` leaves out are NaN.
+    """
+    by_name = infos.get(key, {})
+    taken = {
+        name: take_info(by_name, name, rows, np.nan).astype(np.float32)
+        for name in by_name
+        if not name.startswith("_")  # Gymnasium's masks
+    }
+    return [{name: values[n] for name, values in taken.items()} for n in range(len(rows))]
+
+
 def take_obs(obs: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of a batched observation, or of Gymnasium's object array of single ones
     (`final_obs`)."""
