@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ from tokenenv.cli.train import Train, load_config, save_config
 from tokenenv.cli.version import Version
 from tokenenv.errors import TokenEnvError
 from tokenenv.safety.trust import NAMED
+
+ABOUT = """Train language models token by token, in Gymnasium environments that pay every token, and
+look at what they have learned.
+
+To begin: tokenenv envs, then tokenenv train, then the commands that it prints. What each command
+takes: tokenenv COMMAND --help."""
+"""What `tokenenv` alone and `tokenenv --help` say first."""
 
 __all__ = ["Train", "load_config", "main", "save_config"]
 
@@ -48,13 +56,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
         with NUMBERS:
-            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
+            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=ABOUT)
         if isinstance(command, Train):
             command.options = made.options | command.options
             command.agent.rollout_options = (
                 made.agent.rollout_options | command.agent.rollout_options
             )
         command.run()
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has seen enough. Python would complain again
+        # when it flushes what is left at exit, so that goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
         sys.exit(2)

@@ -1,7 +1,7 @@
 """`tokenenv envs`: the registered ids."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenenv.cli.names import env_id_of
 from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
 from tokenenv.errors import InvalidArgument
+from tokenenv.plugins import Plugin
 from tokenenv.registration import ENV_NAMES, task_source, token_ids
 from tokenenv.safety.shown import visible
 
@@ -41,38 +42,39 @@ class Envs:
 
 
 def listing() -> Table:
-    """Every id with what it is, what it needs and who brings it. A plugin that cannot be imported
-    is listed with its error."""
-    plugins = ENV_NAMES.plugins()
-    brought = {plugin.name: plugin.distribution for plugin in plugins if plugin.refused is None}
-    rows = [(env_id, *_about(env_id), brought.get(env_id, "")) for env_id in token_ids()]
+    """Every id with what it is, who brings it and what it needs. A plugin that cannot be used is
+    listed with its error."""
+    known = token_ids()
+    plugins = {plugin.name: plugin for plugin in ENV_NAMES.plugins() if plugin.refused is None}
+    rows = [about(env_id, plugins.get(env_id)) for env_id in known]
     rows += [
-        (plugin.name, "", plugin.refused or "Gymnasium does not take this id", plugin.distribution)
-        for plugin in plugins
-        if plugin.refused is not None or plugin.name not in token_ids()
+        (plugin.name, f"cannot be used: {plugin.refused or 'Gymnasium does not take this id'}", "")
+        for plugin in ENV_NAMES.plugins()
+        if plugin.refused is not None or plugin.name not in known
     ]
-    return table(("id", "what it is", "options it needs", "plugin"), sorted(set(rows)))
+    return table(("id", "what it is", "options it needs"), sorted(rows))
 
 
-def _about(env_id: str) -> tuple[str, str]:
+def about(env_id: str, plugin: Plugin | None) -> tuple[str, str, str]:
+    """An id's line of the table."""
     source = task_source(env_id)
     try:
-        return first_line(source) + note(source), ", ".join(needed_options(source))
+        what, needed = first_line(source) + note(source), ", ".join(needed_options(source))
     except InvalidArgument as error:
-        return str(error), ""
+        what, needed = f"cannot be used: {error}", ""
+    return env_id, what + from_plugin(plugin), needed
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    """A table of plain texts. The first column keeps its width, and a column without entries is
-    left out."""
-    kept = [
-        number for number, _ in enumerate(columns) if number == 0 or any(r[number] for r in rows)
-    ]
-    made = Table(
-        *(Column(columns[number], no_wrap=number == 0, overflow="fold") for number in kept)
-    )
+def from_plugin(plugin: Plugin | None) -> str:
+    """Who brings a name, where it is not bundled."""
+    return "" if plugin is None else f" (plugin {plugin.distribution})"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of plain texts, whose first column is not folded."""
+    made = Table(*(Column(name, no_wrap=i == 0) for i, name in enumerate(columns)))
     for row in rows:
-        made.add_row(*(Text(visible(row[number])) for number in kept))
+        made.add_row(*(Text(visible(text)) for text in row))
     return made
 
 

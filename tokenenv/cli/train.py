@@ -72,35 +72,35 @@ NOT_SAVED = ("config", "resume", "run_dir", "track")
 
 @dataclass(kw_only=True)
 class Train(Generic[Config]):
-    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every
-    episode as JSON.
+    """Train an agent. Everything about the run goes into its run folder: config, TensorBoard
+    events, checkpoints, and every text with its rewards.
 
-    The agent options shown are those of the algorithm: `tokenenv train --algo grpo --help`.
+    The agent options are those of the algorithm: `tokenenv train --algo grpo --help` shows GRPO's.
     """
 
-    config: Path | None = None
-    """A run's config.yaml to start from; other flags override it."""
-    resume: Path | None = None
-    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes
-    it longer."""
     env: Annotated[str, ENV] = "tokenenv/Reviews-v0"
-    num_envs: int = 64
-    """Texts that run side by side."""
     reward: Annotated[str | None, REWARD] = None
-    options: dict[str, str] = field(default_factory=dict)
-    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model
-    prompts prompts.jsonl"""
     algo: Annotated[str, ALGO] = "ppo"
-    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
-    """Its settings."""
+    num_envs: int = 64
+    """Texts that are written side by side."""
     total_tokens: int = 200_000
-    """Tokens to emit in all."""
+    """Length of the run, in tokens that the policy writes."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Options of the env, as names and values: --options max_new_tokens 64 model path/to/model
+    prompts prompts.jsonl. `tokenenv envs ID` lists those of an id."""
     checkpoint_every: int = 10
-    """Updates between checkpoints; the last update always writes one."""
+    """Updates from one checkpoint to the next; the last update always writes one."""
     run_dir: Path | None = None
-    """The run folder, which holds no run yet; by default runs/ENV-ALGO-SEED-TIME."""
+    """The run folder, a new or an empty one; by default runs/ENV-ALGO-SEED-TIME."""
+    config: Path | None = None
+    """A run's config.yaml to begin a new run with; other flags override it."""
+    resume: Path | None = None
+    """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
+    the run longer."""
     track: Literal["wandb"] | None = None
     """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
+    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
+    """Settings of the algorithm that --algo names."""
 
     def __post_init__(self) -> None:
         expected = self.algorithm.config_class
