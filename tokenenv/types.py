@@ -14,6 +14,10 @@ from torch import Tensor
 Slots = Sequence[int] | np.ndarray
 """Row numbers (n,)."""
 
+PromptLimit = Literal["task", "option", "prompts"]
+"""Where `max_prompt_tokens` came from: the task fixes it, the user gave the option of that name, or
+it is the length of the longest prompt. Messages about longer prompts say which."""
+
 TextIds = tuple[list[int], list[int]]
 """The token ids of a prompt and of its response."""
 
@@ -47,6 +51,8 @@ class TokenSpec:
     score_truncated: bool = True
     """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap
     from its last state."""
+    max_prompt_tokens_from: PromptLimit = "task"
+    """Where P came from, for messages about longer prompts."""
     chats: Any = None
     """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a
     chat template; else None."""
@@ -175,6 +181,8 @@ class Task:
     """Prompt token ids, at most `max_prompt_tokens` each."""
     max_prompt_tokens: int
     """P."""
+    max_prompt_tokens_from: PromptLimit = "task"
+    """Where P came from, for messages about longer prompts."""
     max_new_tokens: int
     """T."""
     stop_token_ids: tuple[int, ...]
@@ -200,8 +208,9 @@ class Task:
     features (N, F) float32. None: the reference's last hidden state."""
     num_features: int = 0
     """F, where `features` is given."""
-    reward: str = "token"
-    """The design used when `reward=` is not given."""
+    reward: str | Mapping[str, Any] = "token"
+    """The design used when `reward=` is not given. An empty mapping pays nothing but the KL term,
+    and the env warns of that."""
     kl_coef: float = 0.05
     """beta used when `kl_coef=` is not given, reward per nat."""
 
