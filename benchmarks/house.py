@@ -376,29 +376,39 @@ def work(checkout: Path) -> None:
 
 
 def speed(processes: list[Process], repetitions: int) -> list[Figures]:
-    """Steps per second of each process: medians of repetitions that take turns."""
+    """Steps per second of each process, and its ratio to the first one: medians of repetitions
+    that take turns."""
     found: list[dict[str, list[float]]] = [{id: [] for id in IDS} for _ in processes]
     for _ in range(repetitions):
         for id in IDS:
             for process, seconds in zip(processes, found, strict=True):
                 seconds[id].append(process.ask("seconds", id))
-    return [
-        {
-            f"steps/s, N = {N}, one core, median of {repetitions} (interquartile range)": {
-                id.split("/")[1]: rates([STEPS / s for s in values])
-                for id, values in seconds.items()
-            }
-        }
-        for seconds in found
-    ]
+    title = f"steps/s, N = {N}, one core, median of {repetitions} (interquartile range)"
+    return [{title: rates(found[0], seconds)} for seconds in found]
 
 
-def rates(values: list[float]) -> str:
-    """Their median and how far they spread."""
+def rates(first: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, str]:
+    """Rows for each id: steps/s, and how many times those of the first checkout.
+
+    The ratio is taken within each turn, where both ran under the same load, and then its median:
+    on a machine that others use, it is far steadier than the ratio of two medians.
+    """
+    rows = {}
+    for id, values in seconds.items():
+        name = id.split("/")[1]
+        rows[name] = spread([STEPS / s for s in values], ",.1f")
+        if seconds is not first:
+            ratios = [a / b for a, b in zip(first[id], values, strict=True)]
+            rows[f"{name}, times the first"] = spread(ratios, ".3f")
+    return rows
+
+
+def spread(values: list[float], form: str) -> str:
+    """Their median and the quartiles around it."""
     if len(values) < 2:
-        return f"{values[0]:,.1f}"
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:,.1f} ({low:,.1f} to {high:,.1f})"
+        return format(values[0], form)
+    low, middle, high = (format(value, form) for value in statistics.quantiles(values, n=4))
+    return f"{middle} ({low} to {high})"
 
 
 def show(checkouts: list[Path], figures: list[Figures]) -> None:
