@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tokenenv.errors import InvalidArgument, ModelError, check_choice
+from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.chats import Chats, end_of_turn, same_frames
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import (
@@ -26,7 +27,6 @@ from tokenenv.models.loading import (
     token_difference,
 )
 from tokenenv.models.probing import looks_ahead
-from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.prompts import load_prompts
@@ -69,7 +69,7 @@ def task(
             `load_prompts`).
         reward_model: likewise, a sequence- or token-classification model with one label. One that
             is causal and reads the policy's tokens scores every prefix; any other scores finished
-            texts (see `make_text_scorer`), as does a `TextScorer` of one's own and the URL of a
+            texts (see `make_aligned_scorer`), as does a `TextScorer` of one's own and the URL of a
             vLLM server (a `VLLMRewardModel`: tokens scored by the policy's ids).
         reward_tokenizer: the reward model's, as hub id, local directory or object; by default the
             one saved with it. A model that brings none must have as many token ids as the policy.
@@ -248,7 +248,7 @@ def _scorer(
             "tokenizer= to decode them"
         )
     own = tokenizer if own is None else own
-    return make_text_scorer(classifier.eval().requires_grad_(False), own, tokenizer, **texts)
+    return make_aligned_scorer(classifier.eval().requires_grad_(False), own, tokenizer, **texts)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

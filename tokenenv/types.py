@@ -220,7 +220,7 @@ class TokenModel(Protocol):
     hidden_size: int
     """How many numbers of a state, the first ones, a value head may read. Policies only."""
 
-    def slots(self, num_rows: int, max_length: int) -> "SlotModel":
+    def slots(self, num_slots: int, max_length: int) -> "SlotModel":
         """N running texts of at most `max_length` tokens."""
         ...
 

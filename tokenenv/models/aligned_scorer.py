@@ -23,7 +23,7 @@ from .chats import Chats, Frame, frame_of
 from .loading import max_positions
 
 
-def make_text_scorer(
+def make_aligned_scorer(
     model: Any,
     tokenizer: Any,
     policy_tokenizer: Any,
@@ -77,7 +77,7 @@ def make_text_scorer(
 
 @dataclass(slots=True, eq=False)
 class AlignedScorer:
-    """Scores finished texts in the reward model's own tokens; see `make_text_scorer`."""
+    """Scores finished texts in the reward model's own tokens; see `make_aligned_scorer`."""
 
     model: Any
     tokenizer: Any

@@ -53,9 +53,9 @@ class Automaton:
         """V."""
         return self.transitions.shape[1]
 
-    def slots(self, num_rows: int, max_length: int) -> "StateRows":
+    def slots(self, num_slots: int, max_length: int) -> "StateSlots":
         """N running texts of any length."""
-        return StateRows(self, num_rows)
+        return StateSlots(self, num_slots)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
         """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token
@@ -97,13 +97,13 @@ class Machine(Protocol):
         ...
 
 
-class StateRows:
+class StateSlots:
     """N running texts of a `Machine` (a `SlotModel`), a state each."""
 
-    def __init__(self, model: Machine, num_rows: int) -> None:
+    def __init__(self, model: Machine, num_slots: int) -> None:
         self.model = model
         self._states = model.states(
-            torch.zeros(num_rows, 1, dtype=torch.int64, device=model.device), [1] * num_rows
+            torch.zeros(num_slots, 1, dtype=torch.int64, device=model.device), [1] * num_slots
         )[:, 0]
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:

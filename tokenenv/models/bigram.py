@@ -50,9 +50,9 @@ class Bigram(nn.Module):
         """Where tokens are taken and states returned."""
         return self.logprobs.device
 
-    def slots(self, num_rows: int, max_length: int) -> "BigramRows":
+    def slots(self, num_slots: int, max_length: int) -> "BigramSlots":
         """Running texts, of any number and length."""
-        return BigramRows(self)
+        return BigramSlots(self)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
         """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token
@@ -75,7 +75,7 @@ class Bigram(nn.Module):
         return tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)
 
 
-class BigramRows:
+class BigramSlots:
     """Running texts (a `SlotModel`). Nothing has to be kept of them: a state is the token just
     read."""
 

@@ -16,8 +16,8 @@ from .batching import hidden_states, in_micro_batches, upload
 from .rope import fix_rope
 
 if TYPE_CHECKING:
-    from .recompute import TextRows
-    from .slot_cache import KVRows
+    from .recompute import TextSlots
+    from .slot_cache import KVSlots
 
 
 class CachedLM:
@@ -31,7 +31,7 @@ class CachedLM:
 
     Args:
         trunk: a transformers base model, or a model with a head (its base model is taken).
-        num_rows: N.
+        num_slots: N.
         max_length: tokens a row can hold, L. Fixes `dynamic` and `longrope` RoPE (see `fix_rope`).
         max_batch_tokens: tokens, padding included, of one forward of `prefill`.
         compile: compile the forward of `append` (CUDA graphs on CUDA): slow at first, one graph per
@@ -45,24 +45,24 @@ class CachedLM:
     def __init__(
         self,
         trunk: Any,
-        num_rows: int,
+        num_slots: int,
         max_length: int,
         *,
         max_batch_tokens: int = 16384,
         compile: bool = False,
     ):
         for name, value in (
-            ("num_rows", num_rows),
+            ("num_slots", num_slots),
             ("max_length", max_length),
             ("max_batch_tokens", max_batch_tokens),
         ):
             if value < 1:
                 raise InvalidArgument(f"{name}={value} must be at least 1")
         self.trunk = trunk_of(trunk)
-        self.num_rows = num_rows
+        self.num_slots = num_slots
         self.max_length = max_length
         self.max_batch_tokens = max_batch_tokens
-        self.positions = np.zeros(num_rows, dtype=np.int64)
+        self.positions = np.zeros(num_slots, dtype=np.int64)
         """(N,) tokens each row holds; 0: never prefilled. Read only."""
         _check_positions(self.trunk, max_length)
         fix_rope(text_part(self.trunk), max_length)
@@ -126,12 +126,14 @@ class CachedLM:
             InvalidArgument: a shape is wrong or an active row is full; nothing has changed.
         """
         active = (
-            np.ones(self.num_rows, dtype=bool) if active is None else np.asarray(active, dtype=bool)
+            np.ones(self.num_slots, dtype=bool)
+            if active is None
+            else np.asarray(active, dtype=bool)
         )
         for name, shape in (("tokens", tuple(tokens.shape)), ("active", active.shape)):
-            if shape != (self.num_rows,):
+            if shape != (self.num_slots,):
                 raise InvalidArgument(
-                    f"append: {name} of shape {shape}; allowed: ({self.num_rows},)"
+                    f"append: {name} of shape {shape}; allowed: ({self.num_slots},)"
                 )
         moving = active & (self.positions > 0)
         if full := np.flatnonzero(moving & (self.positions >= self.max_length)).tolist():
@@ -165,10 +167,10 @@ class CachedLM:
         (B, L, H), in which state t has read token t. Not split: pass one micro-batch."""
         return hidden_states(self.trunk, self._ids(tokens), lengths)
 
-    def _make_rows(self, compile: bool) -> "KVRows | TextRows":
+    def _make_rows(self, compile: bool) -> "KVSlots | TextSlots":
         from .probing import why_uncached
-        from .recompute import TextRows
-        from .slot_cache import KVRows
+        from .recompute import TextSlots
+        from .slot_cache import KVSlots
 
         # A copy of the model keeps what was found out: the policy's caches need no trial after the
         # env's.
@@ -178,7 +180,7 @@ class CachedLM:
             tried[key] = why_uncached(self.trunk, self.max_length)
         reason = tried[key]
         if reason is None:
-            return KVRows(self.trunk, self.num_rows, self.max_length, compile)
+            return KVSlots(self.trunk, self.num_slots, self.max_length, compile)
         warnings.warn(
             f"{type(self.trunk).__name__} cannot be cached per row ({reason}): every append reads "
             f"each row's whole "
@@ -186,7 +188,7 @@ class CachedLM:
             RuntimeWarning,
             stacklevel=3,
         )
-        return TextRows(self.trunk, self.num_rows, self.max_length, self.max_batch_tokens)
+        return TextSlots(self.trunk, self.num_slots, self.max_length, self.max_batch_tokens)
 
     def _upload(self, array: Any) -> Tensor:
         return upload(np.asarray(array, dtype=np.int64), self.device)
@@ -197,11 +199,11 @@ class CachedLM:
         return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)
 
     def _check_rows(self, name: str, rows: np.ndarray, unique: bool = False) -> None:
-        wrong = rows.ndim != 1 or bool(((rows < 0) | (rows >= self.num_rows)).any())
+        wrong = rows.ndim != 1 or bool(((rows < 0) | (rows >= self.num_slots)).any())
         if wrong or (unique and len(np.unique(rows)) < len(rows)):
             how = "each once" if unique else "in any number"
             raise InvalidArgument(
-                f"{name}={rows.tolist()}; allowed: rows 0..{self.num_rows - 1}, {how}"
+                f"{name}={rows.tolist()}; allowed: rows 0..{self.num_slots - 1}, {how}"
             )
 
 
@@ -245,20 +247,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def cache_bytes(trunk: Any, num_rows: int, max_length: int) -> int:
-    """Memory that `CachedLM(trunk, num_rows, max_length)` will take for its rows, measured on a
+def cache_bytes(trunk: Any, num_slots: int, max_length: int) -> int:
+    """Memory that `CachedLM(trunk, num_slots, max_length)` will take for its rows, measured on a
     single token."""
-    from .slot_cache import KVRows
+    from .slot_cache import KVSlots
 
     trunk = trunk_of(trunk)
     try:
-        rows = KVRows(trunk, 1, 1)
+        rows = KVSlots(trunk, 1, 1)
         token = torch.zeros(1, 1, dtype=torch.int64, device=trunk.device)
         with acting(trunk):
             rows.prefill(token[0], token)
     except Exception:
-        return num_rows * max_length * 8
-    return num_rows * max_length * (rows.nbytes or 8)
+        return num_slots * max_length * 8
+    return num_slots * max_length * (rows.nbytes or 8)
 
 
 def _check_positions(trunk: Any, max_length: int) -> None:

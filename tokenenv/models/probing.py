@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .batching import hidden_states
 from .cached_lm import acting, trunk_of
-from .slot_cache import KVRows
+from .slot_cache import KVSlots
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of cached and uncached states that the arithmetic alone explains."""
@@ -59,7 +59,7 @@ def _probe(trunk: Any, max_length: int) -> float:
         )
     full, short = max(1, max_length - 2), max(1, min(3, max_length - 2))
     ids = random_ids(trunk, 2, full + 2)
-    rows = KVRows(trunk, 2, full + 2)
+    rows = KVSlots(trunk, 2, full + 2)
     rows.prefill(torch.arange(2, device=trunk.device), ids[:, : min(full, 2 * short)])
     rows.prefill(torch.arange(1, device=trunk.device), ids[:1, :full])
     for step in range(2):

@@ -9,13 +9,13 @@ from torch import Tensor
 from .batching import hidden_states, in_micro_batches, upload
 
 
-class TextRows:
-    """The fallback for models that cannot be cached per row; same methods as `KVRows`."""
+class TextSlots:
+    """The fallback for models that cannot be cached per row; same methods as `KVSlots`."""
 
-    def __init__(self, trunk: Any, num_rows: int, max_length: int, max_batch_tokens: int):
+    def __init__(self, trunk: Any, num_slots: int, max_length: int, max_batch_tokens: int):
         self.trunk = trunk
         self.max_batch_tokens = max_batch_tokens
-        self.tokens = torch.zeros(num_rows, max_length, dtype=torch.int64, device=trunk.device)
+        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=trunk.device)
 
     @property
     def nbytes(self) -> int:

@@ -59,9 +59,9 @@ class ResidualLM(nn.Module):
         """Where tokens are taken and states returned."""
         return self.output.weight.device
 
-    def slots(self, num_rows: int, max_length: int) -> "ResidualRows":
+    def slots(self, num_slots: int, max_length: int) -> "ResidualSlots":
         """N running texts of at most `max_length` tokens, cached."""
-        return ResidualRows(self, num_rows, max_length)
+        return ResidualSlots(self, num_slots, max_length)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
         """The uncached forward with the ambient grad mode: right-padded `tokens` (B, L) to states
@@ -76,14 +76,14 @@ class ResidualLM(nn.Module):
         return self.output(states[:, :-1]).float() + self.reference.head(states[:, -1].long())
 
 
-class ResidualRows:
+class ResidualSlots:
     """N running texts of the transformer and the reference side by side (a `SlotModel`)."""
 
-    def __init__(self, model: ResidualLM, num_rows: int, max_length: int) -> None:
+    def __init__(self, model: ResidualLM, num_slots: int, max_length: int) -> None:
         self.model = model
         self._rows: tuple[SlotModel, SlotModel] = (
-            CachedLM(model.trunk, num_rows, max_length),
-            model.reference.slots(num_rows, max_length),
+            CachedLM(model.trunk, num_slots, max_length),
+            model.reference.slots(num_slots, max_length),
         )
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -40,15 +40,15 @@ class Write:
 class SlotLayer(StaticLayer):
     """One layer's keys and values, (N, heads, max_length, size)."""
 
-    def __init__(self, num_rows: int, max_length: int, write: Write):
+    def __init__(self, num_slots: int, max_length: int, write: Write):
         super().__init__(max_cache_len=max_length)
-        self.num_rows = num_rows
+        self.num_slots = num_slots
         self.write = write
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates for all rows; the states say heads, sizes, dtype and device."""
         self.keys, self.values = (
-            x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3])
+            x.new_zeros(self.num_slots, x.shape[1], self.max_cache_len, x.shape[3])
             for x in (key_states, value_states)
         )
         if self.write.compiled:
@@ -78,10 +78,10 @@ class SlotLayer(StaticLayer):
         return 0
 
 
-class KVRows:
+class KVSlots:
     """The cached way of running N rows (see `CachedLM`, which keeps their positions)."""
 
-    def __init__(self, trunk: Any, num_rows: int, max_length: int, compile: bool = False):
+    def __init__(self, trunk: Any, num_slots: int, max_length: int, compile: bool = False):
         self.trunk = trunk
         self.max_length = max_length
         config = trunk.config.get_text_config()
@@ -89,10 +89,10 @@ class KVRows:
         self.write = Write()
         self.write.compiled = compile
         layers = [
-            SlotLayer(num_rows, max_length, self.write) for _ in range(config.num_hidden_layers)
+            SlotLayer(num_slots, max_length, self.write) for _ in range(config.num_hidden_layers)
         ]
         self.cache = Cache(layers=layers)
-        self.rows = torch.arange(num_rows, device=trunk.device)[:, None]
+        self.rows = torch.arange(num_slots, device=trunk.device)[:, None]
         self.steps = torch.arange(max_length, device=trunk.device)
         self.step_trunk = compiled(trunk) if compile else trunk
 

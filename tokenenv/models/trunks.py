@@ -39,11 +39,13 @@ class Trunks:
     """
 
     def __init__(
-        self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any
+        self, models: Iterable[Any], num_slots: int, max_length: int, **options: Any
     ) -> None:
         trunks = list(dict.fromkeys(_told_apart(trunk_of(model)) for model in models))
-        _report_memory(trunks, num_rows, max_length)
-        self._rows = {trunk: slot_model(trunk, num_rows, max_length, **options) for trunk in trunks}
+        _report_memory(trunks, num_slots, max_length)
+        self._rows = {
+            trunk: slot_model(trunk, num_slots, max_length, **options) for trunk in trunks
+        }
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
         """Restarts `slots` with right-padded tokens (n, <=L) in every trunk; states (n, H)."""
@@ -84,12 +86,12 @@ def text_states(model: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray)
     )
 
 
-def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
-    """A model that is no transformers model brings its own rows: `model.slots(num_rows,
+def slot_model(trunk: Any, num_slots: int, max_length: int, **options: Any) -> SlotModel:
+    """A model that is no transformers model brings its own rows: `model.slots(num_slots,
     max_length)`."""
     if hasattr(trunk, "slots"):
-        return trunk.slots(num_rows, max_length)
-    return cached_lm.CachedLM(trunk, num_rows, max_length, **options)
+        return trunk.slots(num_slots, max_length)
+    return cached_lm.CachedLM(trunk, num_slots, max_length, **options)
 
 
 def _told_apart(trunk: Any) -> Any:
@@ -102,16 +104,16 @@ def _told_apart(trunk: Any) -> Any:
     return trunk
 
 
-def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> None:
+def _report_memory(trunks: Iterable[Any], num_slots: int, max_length: int) -> None:
     """Logs what the caches will take, before it is taken."""
     sizes = [
-        cached_lm.cache_bytes(trunk, num_rows, max_length)
+        cached_lm.cache_bytes(trunk, num_slots, max_length)
         for trunk in trunks
         if not hasattr(trunk, "slots")
     ]
     level = logging.WARNING if sum(sizes) >= LARGE else logging.INFO
     size = f"{sum(sizes) / 2**20:.1f} MiB on {len(sizes)} model(s)"
-    logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_rows, max_length)
+    logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_slots, max_length)
 
 
 def logits_head(model: Any, vocab_size: int) -> Head:

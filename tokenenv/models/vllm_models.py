@@ -102,7 +102,7 @@ class VLLMReference:
         """(K,): of the tokens that follow the states in their texts, and of no others."""
         return states
 
-    def slots(self, num_rows: int, max_length: int) -> "WholeTextsOnly":
+    def slots(self, num_slots: int, max_length: int) -> "WholeTextsOnly":
         """Rows that are for `states` alone."""
         return WholeTextsOnly(self)
 
