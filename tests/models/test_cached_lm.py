@@ -93,7 +93,7 @@ class Schedule:
 @pytest.mark.parametrize("name", fakes.ARCHITECTURES)
 def test_any_schedule_equals_each_row_alone(name):
     lm = cached(fakes.causal_lm(name), max_batch_tokens=50)
-    assert isinstance(lm._rows, KVSlots if name in fakes.CACHED else TextSlots)
+    assert isinstance(lm._slots, KVSlots if name in fakes.CACHED else TextSlots)
     for seed in range(2):
         Schedule(lm, seed).run(40)
 
@@ -111,7 +111,7 @@ def test_a_kernel_without_4d_masks_is_left_for_sdpa_when_acting():
 
     AttentionInterface.register("maskless", kernel)
     lm = CachedLM(fakes.causal_lm("llama", attn_implementation="maskless"), 4, L)
-    assert isinstance(lm._rows, KVSlots)
+    assert isinstance(lm._slots, KVSlots)
     Schedule(lm, 0).run(10)  # compared with the kernel's own forward
     assert lm.trunk.config._attn_implementation == "maskless"
 
@@ -122,7 +122,7 @@ def test_rows_fill_to_the_last_place_and_no_further(name):
     text = [3, 4, 5, 6, 7, 8]
     lm.prefill([0, 1], torch.tensor([text, text]), [6, 3])
     before = lm.positions.copy()
-    with pytest.raises(InvalidArgument, match=r"rows \[0\] already hold max_length=6"):
+    with pytest.raises(InvalidArgument, match=r"slots \[0\] already hold max_length=6"):
         lm.append(torch.tensor([9, 9]))
     assert (lm.positions == before).all()
     for token in (9, 10, 11):
@@ -168,9 +168,9 @@ def test_prefill_keeps_the_order_of_slots_across_micro_batches():
 def test_micro_batches_bound_the_size_of_each_forward(monkeypatch):
     lm = cached(fakes.causal_lm("llama"), max_batch_tokens=12)
     sizes = []
-    inner = lm._rows.prefill
+    inner = lm._slots.prefill
     monkeypatch.setattr(
-        lm._rows,
+        lm._slots,
         "prefill",
         lambda slots, tokens: sizes.append(tokens.shape) or inner(slots, tokens),
     )
@@ -191,12 +191,12 @@ def test_keys_are_read_up_to_the_longest_active_row(monkeypatch):
     lm = cached(fakes.causal_lm("llama"), num_slots=2)
     lm.prefill([0, 1], torch.zeros(2, 30, dtype=torch.int64), [30, 3])
     lm.append(torch.tensor([3, 3]), [False, True])
-    assert lm._rows.write.bucket == 8
+    assert lm._slots.write.bucket == 8
     lm.append(torch.tensor([3, 3]))
-    assert lm._rows.write.bucket == 32
+    assert lm._slots.write.bucket == 32
     lm.prefill([0, 1], torch.zeros(2, 39, dtype=torch.int64), [39, 1])
     lm.append(torch.tensor([3, 3]))
-    assert lm._rows.write.bucket == L
+    assert lm._slots.write.bucket == L
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_be_cached_warns_once_and_works(name, error, monkeyp
         Schedule(lm, 0).run(20)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert message.startswith(f"{type(lm.trunk).__name__} cannot be cached per row (")
+    assert message.startswith(f"{type(lm.trunk).__name__} cannot be cached per slot (")
     assert error in message
     assert "n*n/2 token forwards instead of n" in message
     assert caught[0].filename == __file__
@@ -250,7 +250,7 @@ def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_len
     lm = cached(
         fakes.causal_lm("gpt_neo", window_size=256, max_position_embeddings=512), 2, max_length
     )
-    assert isinstance(lm._rows, rows)
+    assert isinstance(lm._slots, rows)
     texts = np.random.default_rng(0).integers(0, fakes.VOCAB_SIZE, (2, max_length)).tolist()
     lm.prefill([0, 1], torch.tensor(texts), [max_length - 1, 5])
     states = lm.append(torch.tensor([7, 8]))
@@ -260,7 +260,7 @@ def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_len
 @pytest.mark.parametrize("architecture", ["llava", "gemma3"])
 def test_models_that_see_are_cached_by_their_language_model(architecture):
     lm = CachedLM(fakes.seeing_lm(architecture), 4, L)
-    assert isinstance(lm._rows, KVSlots)
+    assert isinstance(lm._slots, KVSlots)
     Schedule(lm, 0).run(20)
 
 
@@ -274,7 +274,7 @@ def test_what_was_tried_out_is_tried_once_for_a_model_and_its_copies(monkeypatch
     )
     model = fakes.causal_lm("bloom")
     for length in (20, 20, 30):
-        assert isinstance(cached(model, 2, length)._rows, TextSlots)
+        assert isinstance(cached(model, 2, length)._slots, TextSlots)
         model = copy.deepcopy(model)
     assert tried == [20, 30]
 
@@ -369,7 +369,7 @@ def test_memory_is_known_before_it_is_taken(name):
 
 def test_half_precision_is_cached():
     lm = cached(fakes.causal_lm("llama").to(torch.bfloat16))
-    assert isinstance(lm._rows, KVSlots)
+    assert isinstance(lm._slots, KVSlots)
     assert lm.dtype == torch.bfloat16
     assert lm.prefill([0], torch.tensor([[3, 4]]), [2]).dtype == torch.bfloat16
     assert lm.cache_bytes == 2 * 2 * 4 * L * 2 * 8 * 2
@@ -394,7 +394,7 @@ def test_a_head_or_a_peft_model_gives_its_trunk():
         (lambda m: CachedLM(m, 2, L, max_batch_tokens=0), "max_batch_tokens=0"),
         (
             lambda m: CachedLM(m, 2, L).prefill([2], torch.tensor([[1]]), [1]),
-            r"slots=\[2\]; allowed: rows 0..1",
+            r"slots=\[2\]; allowed: slots 0..1",
         ),
         (
             lambda m: CachedLM(m, 2, L).prefill([0, 0], torch.tensor([[1], [1]]), [1, 1]),
@@ -432,7 +432,7 @@ def test_bad_calls_say_what_is_allowed(call, message):
 @pytest.mark.parametrize(("name", "trunk"), [("gpt2", "GPT2Model"), ("opt", "OPTModel")])
 def test_learned_positions_bound_the_length(name, trunk):
     """OPT's table begins with two rows that no position uses."""
-    assert isinstance(cached(fakes.causal_lm(name), 1, 64)._rows, KVSlots)
+    assert isinstance(cached(fakes.causal_lm(name), 1, 64)._slots, KVSlots)
     with pytest.raises(ModelError, match=f"max_length=65: {trunk} has 64 positions"):
         CachedLM(fakes.causal_lm(name), 1, 65)
 
@@ -440,7 +440,7 @@ def test_learned_positions_bound_the_length(name, trunk):
 def test_very_short_capacities_are_cached():
     for max_length in (1, 2, 3):
         lm = cached(fakes.causal_lm("llama"), num_slots=1, max_length=max_length)
-        assert isinstance(lm._rows, KVSlots)
+        assert isinstance(lm._slots, KVSlots)
         states = lm.prefill([0], torch.tensor([[3]]), [1])
         for _ in range(max_length - 1):
             states = lm.append(torch.tensor([3]))
