@@ -152,8 +152,8 @@ def token_logprobs(
 
 
 def in_chunks(function: Callable[..., Tensor], *columns: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Return `function(*columns)`, computed `chunk` rows at a time. What a chunk computes on its way
-    is freed, and computed again in the backward."""
+    """Return `function(*columns)`, computed `chunk` rows at a time. What a chunk computes on the
+    way is freed, and computed again in the backward."""
     parts = zip(*(column.split(chunk) for column in columns), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([function(*part) for part in parts])
