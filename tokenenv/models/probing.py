@@ -37,7 +37,7 @@ def why_uncached(trunk: Any, max_length: int) -> str | None:
         except Exception as error:
             return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
     tolerance = TOLERANCE.get(trunk.dtype, 1e-1)
-    # Below "highest", float32 products are computed in TF32, which has the mantissa of float16.
+    # Below "highest", float32 products are computed with fewer digits: TF32 has those of float16.
     if torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, TOLERANCE[torch.float16])
     if difference <= tolerance:
@@ -54,13 +54,10 @@ def _probe(trunk: Any, max_length: int) -> float:
     """
     if max_length >= LONG:
         mask = max_length**2 * trunk.dtype.itemsize / 2**20
-        logger.warning(
-            "trying out the cache of %s reads a text of %d tokens twice, once with a mask of %.0f "
-            "MiB",
-            type(trunk).__name__,
-            max_length,
-            mask,
+        message = (
+            "trying out a cache reads a text of %d tokens twice, once with a mask of %.0f MiB: %s"
         )
+        logger.warning(message, max_length, mask, type(trunk).__name__)
     full, short = max(1, max_length - 2), max(1, min(3, max_length - 2))
     ids = random_ids(trunk, 2, full + 2)
     slots = KVSlots(trunk, 2, full + 2)

@@ -1,5 +1,5 @@
-"""Rotary position embeddings (RoPE) whose frequencies depend on the longest text of a batch, made to
-depend on the model's capacity alone."""
+"""Rotary position embeddings (RoPE) whose frequencies depend on the longest text of a batch, made
+to depend on the model's capacity alone."""
 
 from typing import Any
 
