@@ -119,8 +119,8 @@ def token_difference(policy_tokenizer: Any, other_tokenizer: Any) -> str | None:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return how many tokens a model was made for, from its (text) config; None where it has no such
-    limit, or the config does not name it."""
+    """Return how many tokens a model was made for, from its (text) config; None where it has no
+    such limit, or the config does not name it."""
     # A model may have one kind of RoPE, or one for each type of layer.
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
