@@ -151,7 +151,8 @@ def without_limit(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Other prompts may be longer than those of the run, and only they are asked for. Truncated
     prompts keep the run's number, by which they are cut.
     """
-    task = load_task(str(options.get("task", task_source(env_id_of(env_id)))))
+    source = options.get("task", task_source(env_id_of(env_id)))
+    task = load_task(source) if isinstance(source, str) else source
     limit = inspect.signature(task).parameters.get("max_prompt_tokens")
     if limit is None or limit.default is not None or options.get("long_prompts") == "truncate":
         return dict(options)
