@@ -13,6 +13,7 @@ from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
 from tasks import MODES, TOYS, assert_equal, make_vec, some_modes
 
 from tokenenv.check import check_vector_env
+from tokenenv.check.driver import close
 from tokenenv.env.single_env import TokenEnv
 from tokenenv.errors import ContractError
 from tokenenv.rewards import PositionScaled, Scaled, Segment
@@ -257,8 +258,18 @@ WATCHED = {
 }
 
 
-def test_what_is_watched_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_vector_env(Watched(make_vec(3), monkeypatch, nothing), steps=9)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_watched_is_checked_too(
+    mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_vector_env(Watched(make_vec(3, mode), monkeypatch, nothing), steps=9)
+
+
+def test_numbers_are_compared_relative_to_their_size_and_nan_is_nan() -> None:
+    assert close([1e6, np.nan], [1e6 + 1, np.nan], 1e-5)
+    assert not close([1.0], [1.0 + 1e-4], 1e-5)
+    assert not close([np.nan], [1.0], 1e-5)
+    assert not close([1.0], [np.nan], 1e-5)
 
 
 @pytest.mark.parametrize(("change", "message"), WATCHED.values(), ids=WATCHED)
