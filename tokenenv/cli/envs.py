@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Column, Table
 from rich.text import Text
 
 from tokenenv.cli.console import console, say, say_text
+from tokenenv.cli.help import shown_as
 from tokenenv.cli.names import env_id_of
 from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
@@ -27,7 +28,7 @@ class Envs:
     """List the environments that can be trained on: bundled ones, those of installed plugins, and
     your own. With an id, say what it is and which options it has."""
 
-    env: tyro.conf.Positional[str | None] = None
+    env: Annotated[str | None, tyro.conf.Positional, shown_as("[ID]")] = None
     """An id of the list, or module:id for one of your own."""
 
     def run(self) -> None:

@@ -13,6 +13,7 @@ from tokenenv.agents.config import check_seed
 from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
+from tokenenv.cli.help import OPTIONS, shown_as
 from tokenenv.cli.names import env_id_of
 from tokenenv.cli.train import check_count, load_config
 from tokenenv.env.vector_env import TokenVectorEnv
@@ -27,24 +28,25 @@ class Evaluate:
     """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs
     of collapse."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """A run folder that `tokenenv train` made."""
     num_texts: int = 256
-    """Texts to sample from each."""
+    """Texts that are sampled from each of the two."""
     seed: int = 0
-    """Of the prompts and of the sampling."""
+    """Seed of the prompts and of the sampling."""
     examples: int = 3
-    """Texts to print beside each other."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What
-    runs code or opens a connection is not taken from the run's config: it has to be said again
-    here, --options trust_remote_code true"""
-    env: Annotated[str | None, tyro.conf.arg(metavar="MODULE:ID")] = None
-    """The run's own --env, to be said again where it is module:id."""
-    reward: Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")] = None
-    """The run's own --reward, to be said again where it is module:Name."""
-    algo: Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")] = None
-    """The run's own --algo, to be said again where it is module:Name."""
+    """Texts that are printed beside each other."""
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
+    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl.
+    Options that run code or open a connection are not taken from the run folder. Say them again
+    here: --options trust_remote_code true."""
+    env: Annotated[str | None, shown_as("MODULE:ID")] = None
+    """The run's own --env. It has to be said again where it is module:id, because a run folder
+    imports nothing."""
+    reward: Annotated[str | None, shown_as("MODULE:NAME")] = None
+    """The run's own --reward, to be said again where it names a module."""
+    algo: Annotated[str | None, shown_as("MODULE:NAME")] = None
+    """The run's own --algo, to be said again where it names a module."""
 
     def run(self) -> None:
         """Prints the table and the examples."""

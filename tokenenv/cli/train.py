@@ -32,6 +32,7 @@ from tokenenv.cli.config_file import (
     write_values,
 )
 from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.help import OPTIONS, PATH, shown_as
 from tokenenv.cli.names import algorithm_of, env_id_of, make_importable, reward_of
 from tokenenv.cli.signals import stopping
 from tokenenv.env.build import load_task
@@ -50,10 +51,10 @@ ENV = tyro.conf.arg(
     help="What is to be learned: an id that `tokenenv envs` lists, or module:id, where importing "
     f"your module registers the id.{ENV_NAMES.added()}",
 )
-REWARD = tyro.conf.arg(
-    metavar="NAME|MODULE:NAME|{MAPPING}",
-    help="A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function "
-    "of (prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
+REWARD = shown_as(
+    "NAME|MODULE:NAME|{MAPPING}",
+    "A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function of "
+    "(prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
     f"terminal}}'. By default the env's own.{DESIGN_NAMES.added()}",
 )
 ALGO = tyro.conf.arg(
@@ -85,19 +86,19 @@ class Train(Generic[Config]):
     """Texts that are written side by side."""
     total_tokens: int = 200_000
     """Length of the run, in tokens that the policy writes."""
-    options: dict[str, str] = field(default_factory=dict)
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
     """Options of the env, as names and values: --options max_new_tokens 64 model path/to/model
     prompts prompts.jsonl. `tokenenv envs ID` lists those of an id."""
     checkpoint_every: int = 10
     """Updates from one checkpoint to the next; the last update always writes one."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, PATH] = None
     """The run folder, a new or an empty one; by default runs/ENV-ALGO-SEED-TIME."""
-    config: Path | None = None
+    config: Annotated[Path | None, PATH] = None
     """A run's config.yaml to begin a new run with; other flags override it."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, PATH] = None
     """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
     the run longer."""
-    track: Literal["wandb"] | None = None
+    track: Annotated[Literal["wandb"] | None, shown_as("wandb")] = None
     """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Settings of the algorithm that --algo names."""
