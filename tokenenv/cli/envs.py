@@ -39,7 +39,7 @@ class Envs:
             say("train on one: tokenenv train --env ID --options NAME VALUE")
             say("your own: docs/plugins.md")
         else:
-            describe(env_id_of(self.env))
+            describe(self.env)
 
 
 def listing() -> Table:
@@ -79,9 +79,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return made
 
 
-def describe(env_id: str) -> None:
-    """Print what an id is and its options, with their defaults."""
-    source = task_source(env_id)
+def describe(name: str) -> None:
+    """Print what an id, or module:id, is and which options it has, with their defaults."""
+    source = task_source(env_id_of(name))
     task = _function(source)
     module = inspect.getmodule(task)
     texts = [inspect.getdoc(module), inspect.getdoc(task)]
@@ -94,7 +94,7 @@ def describe(env_id: str) -> None:
     console.print(table(("its options", "default"), rows))
     names = ", ".join(field.name for field in fields(EnvConfig))
     say(f"options of every env (tokenenv.env.config.EnvConfig): {names}")
-    say(f"train on it: tokenenv train --env {env_id} --options NAME VALUE")
+    say(f"train on it: tokenenv train --env {name} --options NAME VALUE")
 
 
 def _shown(value: Any) -> str:

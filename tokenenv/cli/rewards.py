@@ -101,7 +101,8 @@ def docstring(reward: str) -> str:
 
 def describe(reward: str) -> None:
     """Print what a design is and what it needs."""
-    say_text(docstring(reward))
+    if text := docstring(reward):
+        say_text(text)
     for name, term in make_terms(reward_of(reward)).items():
         say(f"{name}: a {term.kind} term, paid {PAID[term.kind]}")
         for need in sorted(term.needs):
