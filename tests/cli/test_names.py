@@ -137,8 +137,8 @@ def test_the_rewards_are_those_of_the_named_design(here):
         yaml.safe_load((here / name / "episodes.jsonl").read_text().splitlines()[0])
         for name in "xy"
     ]
-    assert "constant" not in rows[0]["token_reward_terms"]
-    assert rows[1]["token_reward_terms"]["constant"] == [0.25] * rows[1]["length"]
+    assert "constant" not in rows[0]["token_terms"]
+    assert rows[1]["token_terms"]["constant"] == [0.25] * rows[1]["length"]
 
 
 def test_options_of_a_task_of_ones_own(here):
@@ -247,7 +247,7 @@ def test_a_mixture_trains_and_goes_on_from_its_run_folder(here):
     main(["train", "--resume", "x", "--total-tokens", "80"])
     main(["evaluate", "x", "--num-texts", "4"])
     first = yaml.safe_load((here / "x" / "episodes.jsonl").read_text().splitlines()[0])
-    assert set(first["token_reward_terms"]) == {"dense", "end", "kl"}
+    assert set(first["token_terms"]) == {"dense", "end", "kl"}
 
 
 # ---------------------------------------------------------------- run folders are data

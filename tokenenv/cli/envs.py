@@ -88,9 +88,9 @@ def describe(name: str) -> None:
     for text in dict.fromkeys(text for text in texts if text):
         say_text(text)
     rows = []
-    for name, parameter in inspect.signature(task).parameters.items():
+    for option, parameter in inspect.signature(task).parameters.items():
         needed = parameter.default is parameter.empty
-        rows.append((name, "(needed)" if needed else _shown(parameter.default)))
+        rows.append((option, "(needed)" if needed else _shown(parameter.default)))
     console.print(table(("its options", "default"), rows))
     names = ", ".join(field.name for field in fields(EnvConfig))
     say(f"options of every env (tokenenv.env.config.EnvConfig): {names}")
