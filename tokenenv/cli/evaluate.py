@@ -1,5 +1,6 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from tokenenv.cli.envs import task_options
 from tokenenv.cli.help import OPTIONS, shown_as
 from tokenenv.cli.names import env_id_of
 from tokenenv.cli.train import check_count, load_config
+from tokenenv.env.build import load_task
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.registration import task_source
 
-ASKED = ("split", "prompts")
+ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts")
 """Options that say which texts are asked for. The checkpoint belongs to those of its run."""
 
 
@@ -70,9 +72,10 @@ class Evaluate:
             name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
         }
         made.options |= {name: self.options[name] for name in own}
-        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(
-            group_size=1
-        )
+        options = made.options | held_out(made.env) | asked
+        if "prompts" in asked and "max_prompt_tokens" not in asked:
+            options = without_limit(made.env, options)
+        envs = replace(made, options=options).make_envs(group_size=1)
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
             "after": made.algorithm.load(
@@ -142,3 +145,17 @@ def text_of(tokens: Any, tokenizer: Any) -> str:
 def held_out(env_id: str) -> dict[str, str]:
     """The option that gives a task's held-out prompts, where it has them."""
     return {"split": "test"} if "split" in task_options(task_source(env_id_of(env_id))) else {}
+
+
+def without_limit(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without the run's `max_prompt_tokens`, where the prompts can set it themselves.
+
+    Other prompts may be longer than those of the run, and only they are asked for. Truncated
+    prompts keep the run's number, by which they are cut.
+    """
+    source = options.get("task", task_source(env_id_of(env_id)))
+    task = load_task(source) if isinstance(source, str) else source
+    limit = inspect.signature(task).parameters.get("max_prompt_tokens")
+    if limit is None or limit.default is not None or options.get("long_prompts") == "truncate":
+        return dict(options)
+    return {key: value for key, value in options.items() if key != "max_prompt_tokens"}

@@ -266,6 +266,9 @@ class Train(Generic[Config]):
         }
         if known["kl"] == "none":
             del known["kl_coef"]
+        # The prompts' file may change before the run goes on: its spaces must not.
+        if envs.token_spec.max_prompt_tokens_from != "task":
+            known["max_prompt_tokens"] = envs.token_spec.max_prompt_tokens
         return dataclasses.replace(self, options=self.options | known)
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ from tokenenv.rewards.kl import PolicyKL, ReferenceKL
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
+
+NO_REWARD = (
+    "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
+    "reward_model=, or a rule as reward= (tokenenv.rewards.Rule), or reward={} if that is meant."
+)
 
 TaskSource = str | Task | Callable[..., Task]
 
@@ -70,6 +76,7 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
         pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
+        max_prompt_tokens_from=task.max_prompt_tokens_from,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
         chats=task.chats,
@@ -78,6 +85,8 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
 
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
     """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    if config.reward is None and not task.reward:
+        warnings.warn(NO_REWARD, UserWarning, stacklevel=2)
     terms = make_terms(task.reward if config.reward is None else config.reward)
     if config.missing_eos_penalty:
         terms["missing_eos"] = MissingEOS()
@@ -163,17 +172,22 @@ def check_device(device: Any) -> None:
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
-    known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
+    parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
+    known = set(parameters)
     for key in options:
         check_choice("option", key, known | env_options)
-    if not isinstance(task, Task):
-        for key, parameter in inspect.signature(task).parameters.items():
-            if (
-                parameter.default is parameter.empty
-                and key not in options
-                and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-            ):
-                raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
+    missing = [
+        f"{key}="
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and key not in options
+    ]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise InvalidArgument(
+            f"{' and '.join(missing)} {verb} missing: this id cannot be made without {them}."
+        )
     if options.get("device") is None:  # the task's own
         known -= {"device"}
     else:

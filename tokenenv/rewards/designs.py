@@ -1,4 +1,4 @@
-"""Named designs: what `reward="..."` may be, and how a `reward=` argument becomes terms."""
+"""The named designs, and how a `reward=` argument becomes terms."""
 
 import copy
 import inspect
@@ -25,7 +25,8 @@ from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
 
-Design = str | RewardTerm
+Design = str | RewardTerm | Callable[[str, str], Any]
+"""A design's name, a term, or a function of prompt and response that is taken as a `Rule`."""
 RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 
 DESIGNS: dict[str, Callable[[], RewardSpec]] = {
@@ -103,12 +104,13 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
-    """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight)
-    pairs, as named terms.
+    """Return the terms of a `reward=` argument by name.
 
-    A mapping within a mapping is a term of several parts, "name.part", whose weights are
-    multiplied; a weight given beside a term replaces the term's own. The terms are shallow copies,
-    so that one object may be given to several envs.
+    `reward` is a design: a name of `DESIGNS`, a `RewardTerm`, or a function of (prompt, response)
+    that returns a number and is taken as a `Rule`. Or it is a mapping of names to designs, or to
+    (design, weight) pairs. A mapping within a mapping is a term of several parts, "name.part",
+    whose weights are multiplied. A weight given beside a term replaces the term's own. The terms
+    are shallow copies, so that one object may be given to several envs.
     """
     terms: dict[str, RewardTerm] = {}
     for term in _expand(reward, None, None):
@@ -123,6 +125,12 @@ def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
 def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator[RewardTerm]:
     if isinstance(reward, str):
         reward = named_design(reward)
+    elif isinstance(reward, type):
+        raise InvalidArgument(
+            f"reward={reward.__name__} is a class; give an object of it, {reward.__name__}(...)."
+        )
+    elif callable(reward) and not isinstance(reward, RewardTerm):
+        reward = Rule(reward)
     if isinstance(reward, RewardTerm):
         yield _named(copy.copy(reward), name, weight)
     elif isinstance(reward, Mapping):
@@ -131,8 +139,8 @@ def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator
             yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
     else:
         raise InvalidArgument(
-            f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to "
-            f"them."
+            f"reward={reward!r} must be a design's name, a RewardTerm, a function of prompt and "
+            f"response, or a mapping of names to them."
         )
 
 
