@@ -114,9 +114,9 @@ class Plugin:
 
 
 @functools.cache
-def _entry_points() -> importlib.metadata.EntryPoints:
-    """All entry points of this Python: reading them takes milliseconds, so they are read once."""
-    return importlib.metadata.entry_points()
+def _entry_points(group: str) -> importlib.metadata.EntryPoints:
+    """The entry points of a group. Reading them takes milliseconds, so they are read once."""
+    return importlib.metadata.entry_points(group=group)
 
 
 class Names:
@@ -144,7 +144,7 @@ class Names:
         """Every plugin of the group, in the order of names, refused ones included."""
         entries = [
             (entry.name, entry.value, f"{entry.dist.name} {entry.dist.version}")
-            for entry in _entry_points().select(group=self.group)
+            for entry in _entry_points(self.group)
             if entry.dist is not None
         ]
         owners = Counter(name for name, _, _ in entries)

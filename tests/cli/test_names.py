@@ -203,7 +203,10 @@ def test_one_of_ones_own_is_described(here, capsys):
         (["--algo", "mine:brief"], "algo='mine:brief' is of type function; an algorithm is"),
         (["--algo", "gppo"], "algo='gppo' is not known"),
         (["--options", "task", "mine:Mine"], "task='mine:Mine' is Mine; it must be a function"),
-        (["--options", "task", "mine:brief"], "is missing: this id cannot be made without it"),
+        (
+            ["--options", "task", "mine:brief"],
+            "prompt= and response= are missing: this id cannot be made",
+        ),
         (["--options", "task", "mine:no_task"], "returned int; it must return a tokenenv.Task"),
         (
             ["--algo", "broken:Mine"],
@@ -355,7 +358,7 @@ def entry(group, name, value, dist):
 def installed(monkeypatch):
     def install(*entries):
         found = EntryPoints(entry(*one) for one in entries)
-        monkeypatch.setattr(plugins, "_entry_points", lambda: found)
+        monkeypatch.setattr(plugins, "_entry_points", lambda group: found.select(group=group))
 
     ids = set(gym.registry)
     yield install

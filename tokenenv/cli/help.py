@@ -39,7 +39,7 @@ def docstrings(cls: type) -> dict[str, str]:
     except (OSError, TypeError):  # a class without a file, typed into an interpreter
         return {}
     body = ast.parse(textwrap.dedent(source)).body[0].body  # type: ignore[attr-defined]
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    names = {field.name for field in fields(cls)}
     return {
         field.target.id: text.value.value
         for field, text in itertools.pairwise(body)
