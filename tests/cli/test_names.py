@@ -13,6 +13,7 @@ import tokenenv
 from tokenenv import plugins
 from tokenenv.cli import Train, load_config, main, save_config
 from tokenenv.cli.names import algorithm_of, env_id_of, reward_of
+from tokenenv.cli.train import default_run_dir
 from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
@@ -128,6 +129,14 @@ def test_a_run_with_names_of_ones_own(here, capsys):
     main(["train", "--config", "x/config.yaml", *NAMES, "--run-dir", "y"])
     assert load_config(here / "y" / "config.yaml", env=NAMES[1], reward=NAMES[3], algo=NAMES[5])
     main(["show", "x"])
+
+
+def test_the_default_run_folder_is_named_without_modules(here):
+    made = Train(
+        env="mine:mine/Short-v0", algo="mine:Mine", agent=algorithm_of("mine:Mine").config_class()
+    )
+    name = default_run_dir(made).as_posix()
+    assert name.startswith("runs/short-v0-Mine-0-")
 
 
 def test_the_rewards_are_those_of_the_named_design(here):

@@ -51,11 +51,12 @@ class Evaluate:
     """The run's own --algo, to be said again where it names a module."""
 
     def run(self) -> None:
-        """Prints the table and the examples."""
+        """Print the table and the examples."""
         check_seed(self.seed)
         for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
-        # What wrote the run's texts is not asked again: evaluating steps.
+        # Evaluating steps, so it does not matter what wrote the run's texts, and nobody has to say
+        # it again.
         said = {
             "agent.rollout",
             "agent.rollout_options.*",
@@ -65,9 +66,9 @@ class Evaluate:
             self.run_dir / "config.yaml", said, env=self.env, reward=self.reward, algo=self.algo
         )
         asked = {name: self.options[name] for name in ASKED if name in self.options}
-        elsewhere = not Path(
-            str(made.options.get("prompts"))
-        ).is_file()  # the run's own file, by now
+        # The agent is loaded into an env with the run's own prompts, and asked in one with the
+        # prompts that were typed. Where the run's file has moved, what was typed stands for both.
+        elsewhere = not Path(str(made.options.get("prompts"))).is_file()
         own = {
             name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
         }
@@ -93,7 +94,7 @@ class Evaluate:
 
 
 def comparison(found: Mapping[str, Evaluation]) -> Table:
-    """Evaluations side by side, with standard errors."""
+    """A table of evaluations side by side, with standard errors."""
     table = Table("", *found)
     rows: dict[str, Callable[[Evaluation], str]] = {
         "texts": lambda e: f"{e.num_texts}",
@@ -109,7 +110,8 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
 
 
 def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
-    """Where a policy stands between the reference and the exact optimum of J = score - beta KL."""
+    """A sentence on where a policy stands between the reference and the exact optimum of J = score
+    - beta KL."""
     oracle, beta = envs.oracle, 0.0 if envs.config.kl == "none" else envs.kl_coef
     found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
     floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
@@ -122,7 +124,7 @@ def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
 
 
 def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
-    """Prints the first prompts with each evaluation's continuation."""
+    """Print the first prompts, each with the continuation of every evaluation."""
     for episodes in list(
         zip(*(evaluation.episodes for evaluation in found.values()), strict=False)
     )[:count]:

@@ -127,7 +127,7 @@ class Train(Generic[Config]):
             self._go_on(self.resume)
 
     def _check_tracking(self) -> None:
-        """Weights & Biases records the command line too: no key may stand there."""
+        """Raise where W&B is missing, or would record a key: it records the command line."""
         import_wandb()
         values = dataclasses.asdict(self)
         if without_secrets(values) != values:
@@ -162,8 +162,11 @@ class Train(Generic[Config]):
         return self.algorithm(self.make_envs(), self.agent)
 
     def _resumed_agent(self, folder: Path) -> Agent:
-        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those
-        of the agent, in `load` those of the env."""
+        """Return the agent of the folder's checkpoint.
+
+        A flag that contradicts the checkpoint is an error. Those of the agent are compared here,
+        and those of the env in `load`.
+        """
         checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
         begun = (
             checkpoint.exists()
@@ -189,7 +192,8 @@ class Train(Generic[Config]):
         return agent
 
     def _check_end(self, agent: Agent, planned: int) -> None:
-        """A run ends where its config says, or later."""
+        """Raise where the run would end earlier than its config says, and say what a later end
+        changes."""
         total, seen = self.total_tokens, agent.tokens_seen
         if total < planned:
             raise InvalidArgument(
@@ -260,7 +264,8 @@ class Train(Generic[Config]):
         return f" {flags}" if flags else ""
 
     def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """This, with every option of the env as it is, defaults included."""
+        """Return this config with the value of every option of the env, defaults included, so that
+        the run can be made again after a default has changed."""
         known = {
             name: value for name, value in envs.identity["options"].items() if value is not None
         }
@@ -272,7 +277,7 @@ class Train(Generic[Config]):
         return dataclasses.replace(self, options=self.options | known)
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
-        """The run's envs; `changes` override its options."""
+        """Make the run's envs; `changes` override its options."""
         env_id = env_id_of(self.env)
         given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
         if self.algorithm.grouped:
@@ -288,8 +293,11 @@ class Train(Generic[Config]):
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out.
-    With `envs` it says what they are too: `made_with` is a record, from which nothing is read."""
+    """Write the file that makes a run again: `tokenenv train --config PATH`.
+
+    Keys and passwords are left out. With `envs` the file also says what they are, under
+    `made_with`, which is a record: nothing is read from it.
+    """
     values = {
         key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED
     }
@@ -297,7 +305,8 @@ def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -
 
 
 def about(envs: TokenVectorEnv) -> dict[str, Any]:
-    """What a run was made with: the versions of what computes, and the env's `identity`."""
+    """A record of what a run was made with: the versions of the packages that compute, and the
+    env's `identity`."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("gymnasium", "numpy", "torch", "transformers")
@@ -343,8 +352,8 @@ def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> 
 
 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number,
-    `model` "1e-3" a folder."""
+    """Return options that were typed, each as the type that the env or its task wants: `kl_coef`
+    "1e-3" is a number, `model` "1e-3" a folder."""
     if "task" in options:
         make_importable()
     source = options.get("task", task_source(env_id))
@@ -371,14 +380,14 @@ def parameter_types(task: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises `InvalidArgument` for a number that counts nothing."""
+    """Raise `InvalidArgument` for a number below `least`."""
     if value < least:
         raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
 
 
 def default_run_dir(config: Train) -> Path:
-    """runs/ENV-ALGO-SEED-TIME."""
-    name = config.env.split("/")[-1].lower()
-    return (
-        Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    """The folder runs/ENV-ALGO-SEED-TIME. A name with a module is shown without its module."""
+    # A folder's name holds no colon, which Windows refuses, and no slash.
+    env = config.env.rpartition(":")[2].rpartition("/")[2].lower()
+    algo = config.algo.rpartition(":")[2].replace("/", "-")
+    return Path("runs") / f"{env}-{algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
