@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 import traceback
 from collections import Counter
@@ -23,7 +24,8 @@ from tokenenv.errors import InvalidArgument, check_choice
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 """The form "module:Name", dots on both sides allowed."""
-OWN_FOLDER = str(Path(__file__).parent)
+OWN_FOLDER = f"{Path(__file__).parent}{os.sep}"
+"""The folder of this package. It ends in a separator: a plugin's may begin with the same name."""
 
 
 def load_name(name: str, label: str) -> Any:
@@ -82,10 +84,11 @@ def said(error: BaseException) -> str:
 def _attribute(owner: Any, name: str, label: str) -> Any:
     if hasattr(owner, name):
         return getattr(owner, name)
-    public = [known for known in vars(owner) if not known.startswith("_")]
+    public = [known for known in dir(owner) if not known.startswith("_")]
     near = difflib.get_close_matches(name, public, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise InvalidArgument(f"{label}: {owner.__name__!r} has no {name!r}.{hint}")
+    what = getattr(owner, "__name__", type(owner).__name__)
+    raise InvalidArgument(f"{label}: {what!r} has no {name!r}.{hint}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,7 @@ def test_one_of_ones_own_is_described(here, capsys):
             "reward='nowhere:Constant': there is no module 'nowhere'",
         ),
         (["--reward", "mine:Constnt"], "'mine' has no 'Constnt'. Did you mean 'Constant'?"),
+        (["--reward", "mine:mixture.x"], "reward='mine:mixture.x': 'dict' has no 'x'"),
         (["--reward", "mine:Needy"], "Needy() raised TypeError: "),
         (["--reward", "mine:Mine"], "reward='mine:Mine' is Mine; a reward is a RewardTerm class"),
         (["--reward", "mine:number"], "is of type int; a reward is"),
@@ -235,11 +236,15 @@ def test_what_cannot_be_named_is_one_sentence(flags, message, here, capsys):
     assert not (here / "x").exists()
 
 
-def test_an_error_of_an_import_names_the_line(here):
+def test_an_error_of_an_import_names_the_line(here, monkeypatch):
+    """Also of a module whose path begins as this package's does: tokenenv_reverse."""
+    monkeypatch.syspath_prepend(str(here))
+    beside = plugins.OWN_FOLDER.rstrip("/")
+    monkeypatch.setattr(plugins, "OWN_FOLDER", plugins.OWN_FOLDER.replace(beside, f"{here}/lack"))
     with pytest.raises(
         InvalidArgument, match=r"^x: importing 'lacking' .*lacking\.py, line 1\)\.$"
     ):
-        load_name("lacking:f", "x") if sys.path.insert(0, str(here)) is None else None
+        load_name("lacking:f", "x")
 
 
 def test_a_reward_is_read_as_it_is_typed(here):
