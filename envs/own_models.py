@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, ModelError
+from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.chats import Chats, same_frames
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import (
@@ -20,7 +21,6 @@ from tokenenv.models.loading import (
     token_difference,
 )
 from tokenenv.models.probing import looks_ahead
-from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.types import Scorer, TextScorer
@@ -144,7 +144,7 @@ def load_scorer(
             f"the reward model ({type(classifier).__name__}) looks ahead, so it has to be given "
             f"finished texts; give a tokenizer= to decode them"
         )
-    return make_text_scorer(
+    return make_aligned_scorer(
         classifier.eval().requires_grad_(False),
         policy.tokenizer if own is None else own,
         policy.tokenizer,

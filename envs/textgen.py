@@ -115,7 +115,7 @@ def task(
             too.
         reward_model: a sequence- or token-classification model with one label, as a hub id, a
             directory or an object. A causal one that reads the policy's tokens scores every prefix;
-            any other scores finished texts (see `make_text_scorer`). Also a `TextScorer` of the
+            any other scores finished texts (see `make_aligned_scorer`). Also a `TextScorer` of the
             user's own, or the URL of a vLLM server (a `VLLMRewardModel`, which scores tokens by the
             policy's ids); both score finished texts.
         reward_tokenizer: the reward model's tokenizer, as a hub id, a directory or an object; by

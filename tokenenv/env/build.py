@@ -1,7 +1,6 @@
 """Building an env's parts from its task and its options."""
 
 import dataclasses
-import importlib
 import inspect
 import math
 import warnings
@@ -17,6 +16,7 @@ from tokenenv.env.engine import RewardEngine
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
+from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
 from tokenenv.rewards.term import Context, RewardTerm
@@ -192,20 +192,21 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
         known -= {"device"}
     else:
         check_device(options["device"])
-    return (
-        task
-        if isinstance(task, Task)
-        else task(**{key: value for key, value in options.items() if key in known})
-    )
+    if isinstance(task, Task):
+        return task
+    built = task(**{key: value for key, value in options.items() if key in known})
+    if not isinstance(built, Task):
+        raise InvalidArgument(
+            f"the task's function returned {type(built).__name__}; it must return a tokenenv.Task."
+        )
+    return built
 
 
 def load_task(name: str) -> Callable[..., Task]:
     """The task function that "module:function" names: code, which no file may name
     (`tokenenv.safety.trust`)."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidArgument(
-            f"task={name!r} is not there ({error}); give a function as module:function."
-        ) from error
+    label = f"task={name!r}"
+    found = load_name(name, label)
+    if not callable(found):
+        raise InvalidArgument(f"{label} is of type {type(found).__name__}; it must be a function.")
+    return found
