@@ -306,7 +306,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             ) from None
 
     def set_training_mode(self, mode: bool) -> None:
-        """Do nothing: with dropout, learning would not see the distribution that acting drew from."""
+        """Do nothing: with dropout, learning would not see the distribution that acting saw."""
 
     def _require_tokens(self) -> None:
         space: Any = self.action_space
@@ -413,7 +413,7 @@ class _Tokens(CategoricalDistribution):
 
 
 class _NoFeatures(BaseFeaturesExtractor):
-    """A features extractor that SB3 asks for and nobody calls: the language model reads the
+    """A features extractor, which SB3 asks for and does not use here: the language model reads the
     observation itself."""
 
     def __init__(self, observation_space: spaces.Space) -> None:
@@ -487,14 +487,14 @@ def _joined_options(
 
 
 def _host(values: Any) -> Any:
-    """Return arrays of the caller's own, on the host."""
+    """Return the arrays on the host, also those in a mapping."""
     if isinstance(values, Mapping):
         return {key: _host(value) for key, value in values.items()}
     return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """Return one row of Gymnasium's vector info on the host, without the keys that the row lacks."""
+    """Return one row of Gymnasium's vector info, without the keys that the row lacks."""
     present = [key for key in infos if not key.startswith("_") and infos[f"_{key}"][row]]
     return {
         key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row]
