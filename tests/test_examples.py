@@ -20,6 +20,10 @@ EXAMPLES = {
         "cleanrl_ppo.py",
         ["--env-id", "tokenenv/Negation-v0", *FEW],
     ),
+    "cleanrl_ppo-options": (
+        "cleanrl_ppo.py",
+        ["--env-id", "tokenenv/Negation-v0", "--env-options", "max_new_tokens", "8", *FEW],
+    ),
     "cleanrl_ppo-reviews": ("cleanrl_ppo.py", ["--env-id", "tokenenv/Reviews-v0", *FEW]),
     "torchrl_ppo": (
         "torchrl_ppo.py",

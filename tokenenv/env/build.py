@@ -25,7 +25,7 @@ from tokenenv.types import Task, TokenSpec
 
 NO_REWARD = (
     "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
-    "reward_model=, or a rule as reward= (tokenenv.rewards.Rule), or reward={} if that is meant."
+    "reward_model=, or a function of prompt and response as reward=, or reward={} if that is meant."
 )
 
 TaskSource = str | Task | Callable[..., Task]
