@@ -21,6 +21,7 @@ from tokenenv.rewards.term import (
     FinishedTexts,
     RewardSum,
     RewardTerm,
+    RunningTexts,
     States,
     Transitions,
     weight_now,
@@ -190,7 +191,7 @@ class RewardEngine:
         assert self.states is not None
         before, weights = self.states, self._device_weights
         ref_logprob = self.ref_logprob(before.of(self.context.reference), tokens)
-        self.states = after = self._advance(tokens, active, before)
+        self.states = after = self._advance(tokens, active, before, texts)
         rows = np.flatnonzero(ends.ended)
         finished = self._finished(rows, texts, after) if len(rows) else None
         batch = Transitions(
@@ -260,6 +261,7 @@ class RewardEngine:
         source, target = texts.upload(np.asarray(sources)), texts.upload(np.asarray(targets))
         for tensor in [self.token_terms, *self.states.tensors()]:
             tensor[target] = tensor[source]
+        self.states.texts = self._running(texts)
         self._refresh_weights(texts)
 
     def save(self, slots: Slots, texts: TextBuffer) -> dict[str, Any]:
@@ -284,13 +286,13 @@ class RewardEngine:
 
     def snapshot(self) -> dict[str, Tensor | np.ndarray]:
         """The same where it is, on the device or on the host, so that nothing waits for it."""
-        learned = {name: term.save_statistics() for name, term in self.rewards.terms.items()}
+        learned = {name: term.save_statistics() for name, term in self.rewards.every.items()}
         return {name: _copied(values) for name, values in learned.items() if values is not None}
 
     def load_statistics(self, saved: Mapping[str, Tensor | np.ndarray]) -> None:
         """Goes on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
-            self.rewards.terms[name].load_statistics(_copied(values))
+            self.rewards.every[name].load_statistics(_copied(values))
 
     def forget(self) -> None:
         """Holds no text any more, as before the first `start`, which must now be of every row."""
@@ -356,6 +358,7 @@ class RewardEngine:
         tokens, lengths = texts.rows(slots)
         hidden = self.trunks.prefill(slots, tokens, lengths)
         states = States(hidden, texts.upload(texts.response_length[slots]))
+        states.texts = texts.running(slots, self.context.spec.tokenizer)
         if saved is None:
             states.score = self._first_score(slots, texts, states)
             states.statistics = {
@@ -383,6 +386,7 @@ class RewardEngine:
             self.states = states
         else:
             self.states.put(texts.upload(np.asarray(slots)), states)
+            self.states.texts = self._running(texts)
         self._refresh_weights(texts)
 
     def _first_score(self, slots: Slots, texts: TextBuffer, states: States) -> Tensor | None:
@@ -421,13 +425,19 @@ class RewardEngine:
         dtype = sum_dtype(self.context.device) if scorer.per_token else torch.float32
         return texts.upload(saved.astype(np.float32) if dtype == torch.float32 else saved)
 
-    def _advance(self, tokens: Tensor, active: np.ndarray, before: States) -> States:
+    def _advance(
+        self, tokens: Tensor, active: np.ndarray, before: States, texts: TextBuffer
+    ) -> States:
         hidden = self.trunks.append(tokens, active)
-        after = States(hidden, before.step + 1, None, {}, before.statistics)
+        after = States(hidden, before.step + 1, None, {}, before.statistics, self._running(texts))
         after.score = self._next_score(after, tokens, before.score)
         for name, term in self.rewards.with_memory.items():
             after.memory[name] = term.remember(before.memory[name], tokens, after).float()
         return after
+
+    def _running(self, texts: TextBuffer) -> RunningTexts:
+        """All N texts as they stand, for terms that read them on the host."""
+        return texts.running(np.arange(len(texts.tokens)), self.context.spec.tokenizer)
 
     def _finished(self, rows: np.ndarray, texts: TextBuffer, after: States) -> FinishedTexts:
         index = texts.upload(rows)

@@ -16,7 +16,7 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import micro_batches
 from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.prompts import read_continuation, read_prompt
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, RunningTexts, States, Transitions
 from tokenenv.types import EpisodeScores, Scorer, TokenSpec
 
 
@@ -349,6 +349,7 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     after = States(
         {key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics
     )
+    before.texts, after.texts = _running_texts(texts, row, t), _running_texts(texts, row, t + 1)
     before.score, after.score = _running_scores(
         engine.context.causal_scorer, texts, before, after, row, t
     )
@@ -361,6 +362,14 @@ def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Ten
     ref_logprob = engine.ref_logprob(before.of(engine.context.reference), tokens)
     none = torch.zeros_like(tokens, dtype=torch.bool)
     return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
+
+
+def _running_texts(texts: FinishedTexts, row: Tensor, count: Tensor) -> RunningTexts:
+    """The texts `row` (K,) up to `count` (K,) response tokens."""
+    rows = row.cpu().numpy()
+    prompt_length = texts.prompt_length[rows]
+    length = prompt_length + count.cpu().numpy()
+    return RunningTexts(texts.ids, rows, prompt_length, length, texts.tokenizer)
 
 
 @torch.no_grad()

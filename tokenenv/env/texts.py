@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.rewards.term import FinishedTexts, RunningTexts
 from tokenenv.types import Slots
 
 
@@ -93,6 +93,13 @@ class TextBuffer:
             ids=ids,
             tokenizer=tokenizer,
         )
+
+    def running(self, slots: Slots, tokenizer: object) -> RunningTexts:
+        """The texts of `slots` as they stand. Lengths are copied, tokens are not: later ones are
+        written behind these."""
+        rows = np.asarray(slots)
+        lengths = self.prompt_length[rows], self.length[rows]
+        return RunningTexts(self.tokens, rows, *lengths, tokenizer)
 
     def device_tokens(self) -> Tensor:
         """A fresh copy of the tokens (N, L) on the device."""

@@ -23,6 +23,44 @@ Weight = float | Callable[[int], float]
 """A number, or a schedule over the tokens the env has seen; read when an episode begins."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningTexts:
+    """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
+
+    ids: Sequence[np.ndarray]
+    """Token ids of R texts; each may go on beyond what has been written so far."""
+    row: np.ndarray
+    """(K,) int64: which of the R each of the K texts is."""
+    prompt_length: np.ndarray
+    """(K,) int64."""
+    length: np.ndarray
+    """(K,) int64: tokens of prompt and response together, so far."""
+    tokenizer: Any = None
+
+    def prompt_and_response_ids(self) -> list[TextIds]:
+        """K pairs of token id lists: the prompt, and the response so far."""
+        return _split([self.ids[row] for row in self.row], self.prompt_length, self.length)
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """K pairs of texts, without special tokens, which joined are the whole text as the
+        tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
+    def at(self, index: Tensor) -> "RunningTexts":
+        """The texts of `index`, (n,) numbers or (K,) bool. Waits for the index's device."""
+        chosen = index.cpu().numpy()
+        lengths = self.prompt_length[chosen], self.length[chosen]
+        return RunningTexts(self.ids, self.row[chosen], *lengths, self.tokenizer)
+
+
+def _split(
+    ids: Sequence[np.ndarray], prompt_length: np.ndarray, length: np.ndarray
+) -> list[TextIds]:
+    """Pairs of token id lists, prompt and response."""
+    spans = zip(ids, prompt_length, length, strict=True)
+    return [(row[:start].tolist(), row[start:end].tolist()) for row, start, end in spans]
+
+
 @dataclass(slots=True)
 class States:
     """K texts as the models see them after their last token."""
@@ -39,6 +77,8 @@ class States:
     """(K,) what each term with `has_memory` carries along the text, by its name."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """(K, p) each term's `statistics` when the text began, by its name."""
+    texts: RunningTexts | None = None
+    """The texts themselves. No tensor: `tensors` and `put` leave them aside."""
 
     def of(self, model: Any) -> Tensor:
         """The states (K, H) of `model`'s trunk; the term lists the model in `models`."""
@@ -63,6 +103,7 @@ class States:
             None if self.score is None else self.score[index],
             {name: memory[index] for name, memory in self.memory.items()},
             {name: statistics[index] for name, statistics in self.statistics.items()},
+            None if self.texts is None else self.texts.at(index),
         )
 
     def put(self, rows: Tensor, other: "States") -> None:
@@ -101,11 +142,7 @@ class FinishedTexts:
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """B pairs of token id lists."""
-        lengths = zip(self.prompt_length, self.length, strict=True)
-        return [
-            (row[:p].tolist(), row[p:n].tolist())
-            for row, (p, n) in zip(self.ids, lengths, strict=True)
-        ]
+        return _split(self.ids, self.prompt_length, self.length)
 
     def prompt_and_response_texts(self) -> list[tuple[str, str]]:
         """B pairs of texts, without special tokens, which joined are the whole text as the
@@ -281,6 +318,11 @@ class RewardTerm:
                     "reward= also takes a rule or a term of your own."
                 )
 
+    def wrapped(self) -> Sequence["RewardTerm"]:
+        """Return the terms that this one wraps, and those that they wrap. Their memory and their
+        statistics stand under their own names, so each name must be an own one once bound."""
+        return ()
+
     def reward(self, batch: Transitions) -> Tensor:
         """Causal and policy-dependent terms: rewards (K,) of K transitions, unweighted."""
         raise TypeError(f"{type(self).__name__} defines neither reward() nor place()")
@@ -324,10 +366,13 @@ class RewardSum:
 
     terms: dict[str, RewardTerm]
     max_new_tokens: int
+    every: dict[str, RewardTerm] = field(init=False)
+    """The terms and those that they wrap, by name: whatever has a memory or learns."""
     causal: list[str] = field(init=False)
     hindsight: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.every = _with_wrapped(self.terms)
         self.hindsight = [name for name, term in self.terms.items() if term.kind == "hindsight"]
         self.causal = [name for name in self.terms if name not in self.hindsight]
 
@@ -361,12 +406,12 @@ class RewardSum:
 
     @property
     def with_memory(self) -> dict[str, RewardTerm]:
-        """The terms that carry a number along each text."""
-        return {name: term for name, term in self.terms.items() if term.has_memory}
+        """The terms that carry a number along each text, wrapped ones included."""
+        return {name: term for name, term in self.every.items() if term.has_memory}
 
     def statistics(self) -> dict[str, Tensor]:
-        """The present statistics (p,) of the terms that have any."""
-        every = ((name, term.statistics()) for name, term in self.terms.items())
+        """The present statistics (p,) of the terms that have any, wrapped ones included."""
+        every = ((name, term.statistics()) for name, term in self.every.items())
         return {name: statistics for name, statistics in every if statistics is not None}
 
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -374,6 +419,20 @@ class RewardSum:
         shaped = {name: term for name, term in self.terms.items() if term.has_potential}
         parts = [weighted(weights[name], term.potential(states)) for name, term in shaped.items()]
         return torch.stack(parts).sum(0) if parts else None
+
+
+def _with_wrapped(terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """The terms and all that they wrap, by name; raises where two of them have one name."""
+    every = dict(terms)
+    for term in terms.values():
+        for inner in term.wrapped():
+            if inner.name in every:
+                raise InvalidArgument(
+                    f"reward= has a term called {inner.name!r}, which is the name of a wrapped "
+                    "term; give one of them another name."
+                )
+            every[inner.name] = inner
+    return every
 
 
 def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
