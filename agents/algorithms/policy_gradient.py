@@ -117,8 +117,8 @@ class PolicyGradient(Agent):
         `batch.learned["old_logprob"]`, the log-probs that ratios are taken to, gives (K,). Metrics
         of its own go into `out.logged`.
         """
-        advantages_K = out.pick(batch.learned["advantage"])
         if self.config.clip_range is None:
+            advantages_K = out.pick(batch.learned["advantage"])
             return losses.policy_gradient_loss(out.logprob, advantages_K, weights_K)
         log_ratio_K = out.logprob - out.pick(batch.learned["old_logprob"])
         return self.clipped_loss(log_ratio_K, out, batch, weights_K)
