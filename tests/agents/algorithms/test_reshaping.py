@@ -20,6 +20,7 @@ from tokenenv.agents.algorithms.policy_gradient import PolicyGradient
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning import learner
 from tokenenv.agents.learning.advantages import RunningStd
+from tokenenv.agents.rollout import text_collector
 from tokenenv.errors import InvalidArgument
 
 reshaping = load_example("reshaping")
@@ -350,3 +351,36 @@ def test_their_settings_are_checked(algorithm, settings, message):
     with pytest.raises(InvalidArgument, match=message):
         toy(algorithm, **settings)
     assert dataclasses.is_dataclass(algorithm.config_class)
+
+
+def test_reshape_and_a_sequence_ratio_where_an_engine_writes_the_texts(monkeypatch):
+    """An engine's log-probs are not the learner's: `reshape` sees the learner's, and the ratio is
+    taken to them where importance weights correct."""
+    monkeypatch.setitem(text_collector.ENGINES, "vllm", "local_engine:LocalEngine")
+    gspo = load_example("gspo").GSPO
+    envs = gym.make_vec(
+        "tokenenv/Reviews-v0", num_envs=8, max_new_tokens=6, autoreset_mode="SameStep", group_size=4
+    )
+    options = {"rollout": "vllm", "batch_tokens": 60, "importance_cap": 2.0, "minibatches": 2}
+    agent = weighted(gspo)(envs, **options)
+    collect = agent.collector.collect
+
+    def shifted(tokens):
+        episodes = collect(tokens)
+        for episode in episodes:
+            episode.logprob[:] -= 0.25  # what other kernels might make of them
+        return episodes
+
+    monkeypatch.setattr(agent.collector, "collect", shifted)
+    seen = []
+    agent.learn(60, on_update=lambda metrics, episodes: seen.append(metrics))
+    for metrics, (_, _, batch) in zip(seen, agent.seen, strict=True):
+        found, mask_BT = agent.token_outputs(batch), batch.mask_BT
+        assert found.logprob_BT is batch.learned["learner_logprob"]
+        assert batch.learned["old_logprob"] is batch.learned["learner_logprob"]
+        difference_K = (found.logprob_BT - batch.logprob_BT)[mask_BT]
+        torch.testing.assert_close(
+            difference_K, torch.full_like(difference_K, 0.25), atol=1e-3, rtol=0
+        )
+        assert metrics["rollout/importance"] == pytest.approx(float(np.exp(0.25)), rel=1e-3)
+        assert (batch.learned["advantage"] != 0)[mask_BT].any()
