@@ -93,6 +93,7 @@ def compared(
     """Return (B, T): the values minus `group_mean`, exactly zero where the rest is no more than
     rounding of the group's largest value."""
     rest_BT = values_BT - group_mean(values_BT, lengths_B, group_size, leave_one_out=leave_one_out)
+    # Of equal returns nothing may be left: a deviation or whitening would blow rounding up to 1.
     rounding_G = group_rounding(values_BT, lengths_B, group_size)
     rounding_B1 = rounding_G.repeat_interleave(group_size)[:, None]
     return rest_BT.masked_fill(rest_BT.abs() <= rounding_B1, 0.0)

@@ -90,6 +90,7 @@ class GRPO(GroupMethod):
         if not self.config.skip_flat_groups:
             return super().collect()
         kept: Replay = self.statistics["kept"]
+        # What was kept in an earlier call that was interrupted counts as well.
         drawn: list[Episode] = []
         for _ in range(1 + MAX_TRIES):
             missing = self.config.batch_tokens - kept.tokens
@@ -97,6 +98,7 @@ class GRPO(GroupMethod):
                 break
             drawn = self.collector.collect(missing)
             kept.add(self.without_flat_groups(drawn))
+        # Where all groups were flat, the last ones: an update that teaches little still moves on.
         return kept.take() or drawn
 
     def without_flat_groups(self, episodes: list[Episode]) -> list[Episode]:
@@ -111,6 +113,7 @@ class GRPO(GroupMethod):
         """Return the advantages (B, T) that the top of this file defines."""
         returns, scale, lengths_B = self.returns(batch), self.config.scale, batch.response_length_B
         terms = paid(returns) if scale == "source" else [total(paid(returns))]
+        # The KL penalty is compared and never divided.
         advantages_BT = self._compared(returns["kl"], batch)
         for returns_BT in terms:
             rest_BT = self._compared(returns_BT, batch)

@@ -53,6 +53,7 @@ def gae(
     `lambda_` is a number, or one per row (B,). The value of the last state counts only where
     `bootstrap_B` (bool) is True; a terminated episode never has it True.
     """
+    # The value after a text's last token counts where the text might have gone on, and only there.
     steps = torch.arange(rewards_BT.shape[1], device=rewards_BT.device)
     ends_BT = (steps == lengths_B[:, None] - 1) & ~bootstrap_B[:, None]
     next_values_BT = values_BT1[:, 1:].masked_fill(ends_BT, 0.0)
@@ -83,6 +84,7 @@ def length_adaptive_lambda(lengths_B: Tensor, alpha: float) -> Tensor:
 def whiten(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the values (B, T) shifted and scaled to mean 0 and deviation 1 over the tokens in
     `mask_BT`; zero outside. All are zero where the values are the same up to rounding."""
+    # Over the tokens alone: zeros right of short texts would pull the mean and shrink the spread.
     valid = values_BT[mask_BT]
     std, mean = torch.std_mean(valid, correction=0)
     if std <= ROUNDING * valid.abs().max():
