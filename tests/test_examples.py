@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
+    "gspo": ("gspo.py", ["--total-tokens", "300", "--num-envs", "8"]),
+    "reshaping": ("reshaping.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "cleanrl_ppo-cartpole": ("cleanrl_ppo.py", FEW),
     "cleanrl_ppo-negation": (
         "cleanrl_ppo.py",

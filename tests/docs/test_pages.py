@@ -10,6 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
     "your-model.md",
+    "your-algorithm.md",
     "your-reward.md",
     "your-task.md",
 ]
