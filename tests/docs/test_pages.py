@@ -9,6 +9,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
+    "rewards.md",
     "your-reward.md",
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)

@@ -26,3 +26,7 @@ class Rewards:
             answers = ("yes" if each else "no" for each in kept)
             table.add_row(name, terms[-1].kind, ", ".join(needs), *answers)
         console.print(table)
+        console.print(
+            "A function of your own is a reward too: reward=f, with f(prompt, response) a number; "
+            "Rule(f, delta=True) pays it token by token (docs/your-reward.md)."
+        )
