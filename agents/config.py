@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.safety.shown import without_user
@@ -140,6 +140,20 @@ class AgentConfig:
                 raise InvalidArgument(
                     f"{name}={value} is not allowed; it must lie between 0 and 1."
                 )
+
+
+Config = TypeVar("Config", bound=AgentConfig)
+
+
+def build_config(kind: type[Config], config: Any, overrides: Mapping[str, Any]) -> Config:
+    """Return `config`, by default a new one of this kind, with single fields changed."""
+    if not isinstance(config, kind | None):
+        raise InvalidArgument(
+            f"config= is of type {type(config).__name__}; allowed: {kind.__name__}."
+        )
+    for name in overrides:
+        check_choice(f"{kind.__name__} field", name, [known.name for known in fields(kind)])
+    return replace(config or kind(), **overrides)
 
 
 def run_progress(before: int, seen: int, updates: int, total: int) -> float:

@@ -23,6 +23,7 @@ from tokenenv.agents.rollout.env_rows import (
     method,
     read_ends,
     take,
+    take_by_name,
     take_info,
     take_obs,
 )
@@ -340,10 +341,8 @@ class Collector:
         }
         cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, rows)
         ends = {"truncated": cut, "bootstraps": bootstraps, **take_obs(obs, rows), **known}
-        placed = infos.get("token_reward_terms", {})
-        terms = {
-            name: take(values, rows) for name, values in placed.items() if not name.startswith("_")
-        }
+        terms = take_by_name(infos, "token_reward_terms", rows)
+        watched = take_by_name(infos, "token_watched", rows)
         records = take(self._ring.movedim(2, 0), rows)
         # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
         records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
@@ -352,7 +351,8 @@ class Collector:
                 int(slot),
                 {key: values[n] for key, values in ends.items()},
                 records[n],
-                {name: values[n] for name, values in terms.items()},
+                terms[n],
+                watched[n],
             )
             for n, slot in enumerate(rows)
         }
@@ -363,10 +363,15 @@ class Collector:
         return episodes
 
     def _episode(
-        self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]
+        self,
+        slot: int,
+        end: dict[str, Any],
+        record: np.ndarray,
+        terms: dict[str, np.ndarray],
+        watched: dict[str, np.ndarray],
     ) -> Episode:
-        """One finished text from its last observation and infos, its row of the ring, and its terms
-        (T,)."""
+        """One finished text from its last observation and infos, its row of the ring, its terms and
+        its watched numbers (T,)."""
         age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
         start = length - age
         own = slice(start - end["prompt_length"], length - end["prompt_length"])
@@ -392,6 +397,7 @@ class Collector:
             version=int(self._version[slot]),
             bootstraps=bool(end["bootstraps"]),
             terms={name: values[own] for name, values in terms.items()},
+            watched={name: values[own] for name, values in watched.items()},
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )
 

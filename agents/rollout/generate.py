@@ -12,6 +12,7 @@ from tokenenv.agents.rollout.actor import Policy, device_of, sample
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chats import Chats, is_chat
 from tokenenv.models.encoding import encode_prompt
+from tokenenv.types import TokenSpec
 
 Prompts = str | Sequence[Any]
 """Texts, token ids or lists of messages, or a single text."""
@@ -105,6 +106,12 @@ def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
         surplus_NV = sorted_NV.cumsum(-1) - sorted_NV >= top_p
         logits_NV = logits_NV.masked_fill(surplus_NV.scatter(-1, order_NV, surplus_NV), -torch.inf)
     return logits_NV
+
+
+def options_of(spec: TokenSpec | None) -> dict[str, Any]:
+    """Return the options of `generate` that an env's `token_spec` gives."""
+    names = ("max_new_tokens", "stop_token_ids", "tokenizer", "chats")
+    return {} if spec is None else {name: getattr(spec, name) for name in names}
 
 
 def as_list(prompts: Prompts) -> Sequence[Any]:

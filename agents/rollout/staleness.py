@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.learner import token_logprobs
+from tokenenv.agents.learning.policy import LMPolicy
 
 Metrics = dict[str, float]
 
@@ -34,6 +37,24 @@ def waiting(texts: Sequence[Any]) -> Metrics:
         "rollout/waiting_texts": float(len(texts)),
         "rollout/waiting_tokens": float(sum(len(text.response) for text in texts)),
     }
+
+
+def rollout_metrics(
+    batch: EpisodeBatch,
+    policy: LMPolicy,
+    config: AgentConfig,
+    updates: int,
+    waiting_texts: Sequence[Any],
+) -> Metrics:
+    """Return how old the texts are and, where an engine wrote them, how far its log-probs are from
+    the learner's. The latter are left in `learned["learner_logprob"]`."""
+    metrics = staleness(batch, updates) | waiting(waiting_texts)
+    if config.rollout == "step":
+        return metrics
+    batch.learned["learner_logprob"] = token_logprobs(
+        policy, batch, config.max_batch_tokens, config.temperature
+    )
+    return metrics | mismatch(batch, updates)
 
 
 def mismatch(batch: EpisodeBatch, updates: int) -> Metrics:

@@ -309,6 +309,10 @@ class TextCollector:
         start, end = len(text.prefix), len(text.prefix) + len(text.response)
         terminated = text.response[-1] in self.spec.stop_token_ids
         nothing = np.zeros(end + 1, np.float32)
+
+        def own_tokens(by_name: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: values[row, start:end] for name, values in by_name.items()}
+
         return Episode(
             prompt=np.asarray([*text.prompt, *text.prefix], np.int64),
             response=np.asarray(text.response, np.int64),
@@ -328,9 +332,8 @@ class TextCollector:
             index=text.number // self.num_texts,
             version=text.version,
             bootstraps=not terminated and not self.spec.score_truncated,
-            terms={
-                name: values[row, start:end] for name, values in scores.token_reward_terms.items()
-            },
+            terms=own_tokens(scores.token_reward_terms),
+            watched=own_tokens(getattr(scores, "watched", {})),
         )
 
 

@@ -9,9 +9,9 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.rollout.env_rows import method
 from tokenenv.agents.run.files import previous_of, replace_file, reporting
 from tokenenv.errors import CheckpointError, TokenEnvError
 from tokenenv.safety.shown import without_secrets
+from tokenenv.safety.trust import check_from_file
 
 if TYPE_CHECKING:
     from tokenenv.agents.agent import Agent
@@ -97,6 +99,37 @@ def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> 
                 f"{path} does not fit this version of the package: of its {name}, {wrong} is "
                 f"missing or unknown."
             )
+
+
+def read_agent(
+    path: str | os.PathLike[str],
+    kind: "type[Agent]",
+    overrides: Mapping[str, Any],
+    *,
+    set_aside: bool,
+) -> tuple[dict[str, Any], AgentConfig]:
+    """Return the newest state at `path` that an agent of this kind saved, and its config.
+
+    Raises:
+        CheckpointError: the file is not one of this agent, or is damaged (`read_newest`).
+        InvalidArgument: its config names an engine that a file may not name (`check_rollout`).
+    """
+    state = read_newest(path, set_aside=set_aside)
+    with reading(path):
+        known = [field.name for field in fields(kind.config_class)]
+        check_state(state, kind.__name__, known, path)
+        check_rollout(state["config"], path, overrides)
+        return state, kind.config_class(**state["config"])
+
+
+def check_rollout(config: Mapping[str, Any], path: object, said: Collection[str]) -> None:
+    """Raise where a checkpoint's config asks for what a file may not, and is not said again."""
+    entries = {"agent.rollout": config["rollout"]}
+    if "rollout" in said or config["rollout"] != "step":
+        options = config["rollout_options"].items()
+        entries |= {f"agent.rollout_options.{key}": value for key, value in options}
+    again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
+    check_from_file(entries, path, {again[name] for name in said if name in again})
 
 
 def restore(agent: "Agent", state: dict[str, Any]) -> None:
@@ -219,7 +252,7 @@ def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dic
             state = read_checkpoint(previous_of(path))
         except CheckpointError:
             raise error from None
-        warnings.warn(f"{error} The one before it is taken: {previous_of(path)}.", stacklevel=3)
+        warnings.warn(f"{error} The one before it is taken: {previous_of(path)}.", stacklevel=4)
         if set_aside and path.exists():
             with reporting(path, "be renamed"):
                 os.replace(path, path.with_name(path.name + ".damaged"))

@@ -12,8 +12,8 @@ from gymnasium.vector import VectorEnv
 from tokenenv.agents.episodes import Episode, mean_of
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import check_env
 from tokenenv.agents.rollout.generate import check_temperature
+from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
 

@@ -26,6 +26,7 @@ COLUMNS = {
     "logprobs": "list<float32>",
     "ref_logprobs": "list<float32>",
     "terms": "map<string, list<float32>>",
+    "watched": "map<string, list<float32>>",
     "kl_coef": "float32",
     "score": "float32",
     "gold": "float32",
@@ -36,6 +37,9 @@ COLUMNS = {
     "response": "string",
 }
 """The columns of a file and their Arrow types; docs/export.md explains each."""
+MAPS = [name for name, kind in COLUMNS.items() if kind.startswith("map")]
+NEWER = {"watched"}
+"""Mappings that files of version 0.1.0 do not have; they are read as empty."""
 SUFFIXES = (".jsonl", ".arrow")
 
 Row = dict[str, Any]
@@ -70,24 +74,30 @@ def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
     if not path.is_file():
         raise InvalidArgument(f"path={str(path)!r} is not a file; write_episodes makes one.")
     try:
-        return _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
+        rows = _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
+        return [_complete(row) for row in rows]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InvalidArgument(
             f"path={str(path)!r} does not hold what write_episodes writes: {str(error)[:200]}."
         ) from error
 
 
+def _complete(row: Row) -> Row:
+    row = {name: {} for name in NEWER} | row
+    return {name: row[name] for name in COLUMNS} | row
+
+
 def _read_arrow(path: Path) -> list[Row]:
     with _pyarrow().memory_map(str(path)) as source:
         rows = _pyarrow().ipc.open_file(source).read_all().to_pylist()
-    return [{**row, "terms": dict(row["terms"])} for row in rows]
+    return [row | {name: dict(row[name]) for name in MAPS if name in row} for row in rows]
 
 
 def _read_lines(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         rows += [json.loads(line)] if line else []
-        if line and not (isinstance(rows[-1], dict) and set(COLUMNS) <= set(rows[-1])):
+        if line and not (isinstance(rows[-1], dict) and set(COLUMNS) - NEWER <= set(rows[-1])):
             raise ValueError(f"line {number} is no episode")
     return rows
 
@@ -106,6 +116,10 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
         "logprobs": episode.logprob.tolist(),
         "ref_logprobs": episode.ref_logprob.tolist(),
         "terms": {name: values.tolist() for name, values in terms.items()},
+        "watched": {
+            name: [value if np.isfinite(value) else None for value in values.tolist()]
+            for name, values in episode.watched.items()
+        },
         "kl_coef": episode.kl_coef,
         "score": _known(episode.score),
         "gold": _known(episode.gold),
@@ -178,7 +192,7 @@ def _write_arrow(path: Path, rows: list[Row]) -> None:
     }
     schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
     table = pa.Table.from_pylist(
-        [{**row, "terms": list(row["terms"].items())} for row in rows], schema
+        [row | {name: list(row[name].items()) for name in MAPS} for row in rows], schema
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)

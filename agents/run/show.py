@@ -7,13 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents.episodes import TOKEN_COLUMNS
 from tokenenv.errors import InvalidArgument
 from tokenenv.safety.shown import javascript_class
 from tokenenv.safety.trust import refuse_link
 from tokenenv.safety.values import from_yaml
 
 RUN_KEYS = ("env", "algo", "reward")
-COLUMNS = ("token_rewards", "token_kl", "token_values", "token_advantages")
 MOST = 1e300
 """A number beyond it, or none, is not one that a run writes."""
 
@@ -40,6 +40,7 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
         "total": len(episodes),
         "skipped": skipped,
         "curve": score_curve(episodes),
+        "columns": {key: column.label for key, column in TOKEN_COLUMNS.items()},
         "episodes": evenly(detailed, max_episodes),
     }
     path = output or run_dir / "episodes.html"
@@ -98,14 +99,15 @@ def _is_episode(found: dict[str, Any]) -> bool:
 
 
 def _are_columns(found: dict[str, Any]) -> bool:
-    tokens, terms = found["tokens"], found.get("token_terms", {})
-    if (
-        not isinstance(tokens, list)
-        or not all(isinstance(token, str) for token in tokens)
-        or not isinstance(terms, dict)
-    ):
+    tokens = found["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
-    columns = [*terms.values(), *(found[name] for name in COLUMNS if found.get(name) is not None)]
+    known = [found[key] for key in TOKEN_COLUMNS if found.get(key) is not None]
+    columns = [
+        column
+        for values in known
+        for column in (values.values() if isinstance(values, dict) else [values])
+    ]
     return all(
         isinstance(column, list) and len(column) == len(tokens) and _are_numbers(column)
         for column in columns

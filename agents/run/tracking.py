@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.agents.episodes import Episode
+from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
 from tokenenv.agents.run.files import locked, refuse_run, reporting
 from tokenenv.errors import MissingDependency
 from tokenenv.models.encoding import decode_pairs
@@ -197,7 +197,11 @@ def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
             out |= {f"tokens/{name}": values_K} | {
                 key: part for key, part in parts.items() if len(part)
             }
-    return {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
+    finite = {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
+    watched = {name: watched_tokens(episodes, name) for name in watched_names(episodes)}
+    return finite | {
+        f"tokens/watch_{name}": values_K for name, values_K in watched.items() if len(values_K)
+    }
 
 
 def by_position(episodes: Sequence[Episode]) -> Any:
@@ -248,22 +252,18 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
 
 
 def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
-    """One entry for each response token, numbers to four digits: its text, reward, terms, log pi -
-    log pi_ref, and the value and advantage that the learner found."""
-    columns = {
-        "token_rewards": episode.reward,
-        "token_kl": episode.logprob - episode.ref_logprob if episode.ref_logprob.any() else None,
-        "token_values": episode.value,
-        "token_advantages": episode.advantage,
-    }
+    """Return one entry for each response token, numbers to four digits: its text under "tokens",
+    and `TOKEN_COLUMNS`. A number that is not finite is None."""
+    found = {key: column.of(episode) for key, column in TOKEN_COLUMNS.items()}
     return {
         "tokens": pieces(episode.response),
-        **{name: _rounded(column) for name, column in columns.items() if column is not None},
-        "token_terms": {name: _rounded(column) for name, column in episode.terms.items()},
+        **{key: _rounded(values) for key, values in found.items() if values is not None},
     }
 
 
-def _rounded(values: np.ndarray) -> list[float | None]:
+def _rounded(values: np.ndarray | Mapping[str, np.ndarray]) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _rounded(column) for name, column in values.items()}
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
 
 

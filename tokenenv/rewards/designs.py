@@ -1,13 +1,15 @@
 """The named designs, and how a `reward=` argument becomes terms."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument
+from tokenenv.plugins import Names, said
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
@@ -44,7 +46,61 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "uniform": Uniform,
 }
 
+DESIGN_NAMES = Names("reward", "tokenenv.rewards", DESIGNS)
+"""The bundled names and those of installed plugins."""
+
 RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
+
+
+def named_design(name: str) -> RewardSpec:
+    """Return what a bundled name or an installed plugin's stands for; the plugin is imported.
+
+    Raises:
+        InvalidArgument: the name is unknown, or the plugin cannot be used.
+    """
+    plugin = DESIGN_NAMES.find(name)
+    return DESIGNS[name]() if plugin is None else reward_from(plugin.load(), plugin.label)
+
+
+def reward_from(found: object, label: str) -> RewardSpec:
+    """Return what `reward=` takes, from an object that a module holds under a name.
+
+    Args:
+        found: a `RewardTerm` class, which is made without arguments; a `RewardTerm`; a function of
+            (prompt, response), which becomes a `Rule`; or a mapping as `reward=` takes it.
+        label: the beginning of an error's sentence.
+
+    Raises:
+        InvalidArgument: `found` is something else, or the class cannot be made.
+    """
+    if isinstance(found, type) and issubclass(found, RewardTerm):
+        try:
+            return found()
+        except Exception as error:
+            raise InvalidArgument(
+                f"{label}: {found.__name__}() raised {said(error)}; a design that is named is made "
+                f"without arguments."
+            ) from error
+    if isinstance(found, RewardTerm | Mapping):
+        return found
+    if callable(found) and not isinstance(found, type) and _takes_two(found):
+        return Rule(found)
+    what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+    raise InvalidArgument(
+        f"{label} is {what}; a reward is a RewardTerm class or object, a function of (prompt, "
+        f"response), or a mapping of names to them."
+    )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function may be called with (prompt, response); True where that cannot be told."""
+    try:
+        inspect.signature(function).bind("", "")
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
 
 
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
@@ -68,8 +124,7 @@ def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
 
 def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator[RewardTerm]:
     if isinstance(reward, str):
-        check_choice("reward", reward, DESIGNS)
-        reward = DESIGNS[reward]()
+        reward = named_design(reward)
     elif isinstance(reward, type):
         raise InvalidArgument(
             f"reward={reward.__name__} is a class; give an object of it, {reward.__name__}(...)."
