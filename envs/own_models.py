@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, ModelError
+from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.chats import Chats, same_frames
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import (
@@ -20,7 +21,6 @@ from tokenenv.models.loading import (
     token_difference,
 )
 from tokenenv.models.probing import looks_ahead
-from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.types import Scorer, TextScorer
