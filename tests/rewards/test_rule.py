@@ -53,12 +53,12 @@ class Judge:
 def one_text(length=3):
     ids = [np.array([7, *range(5, 5 + length)])]
     return FinishedTexts(
-        torch.tensor(np.stack(ids)),
-        np.array([1 + length]),
-        np.array([1]),
-        np.array([0]),
-        None,
-        ids,
+        tokens=torch.tensor(np.stack(ids)),
+        length=np.array([1 + length]),
+        prompt_length=np.array([1]),
+        prefix_length=np.array([0]),
+        score=None,
+        ids=ids,
     )
 
 
