@@ -11,6 +11,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
     "your-model.md",
     "your-algorithm.md",
+    "rewards.md",
     "your-reward.md",
     "your-task.md",
 ]

@@ -64,6 +64,8 @@ class Rewards:
         say("mix them: tokenenv train --reward '{dense: [token, 0.3], end: terminal}'")
         say("your own, a RewardTerm or a function of (prompt, response) (docs/plugins.md):")
         say("    tokenenv train --reward module:Name")
+        say("in Python: reward=f pays a function of (prompt, response) at the end of each text,")
+        say("    reward=Rule(f, delta=True) as it is written (docs/your-reward.md)")
 
 
 def row(name: str, brought: str = "") -> tuple[str, str, str, str]:

@@ -27,7 +27,7 @@ Weight = float | Callable[[int], float]
 class RunningTexts:
     """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
 
-    ids: Sequence[np.ndarray]
+    ids: Sequence[np.ndarray] | np.ndarray
     """Token ids of R texts; each may go on beyond what has been written so far."""
     row: np.ndarray
     """(K,) int64: which of the R each of the K texts is."""
@@ -54,7 +54,7 @@ class RunningTexts:
 
 
 def _split(
-    ids: Sequence[np.ndarray], prompt_length: np.ndarray, length: np.ndarray
+    ids: Sequence[np.ndarray] | np.ndarray, prompt_length: np.ndarray, length: np.ndarray
 ) -> list[TextIds]:
     """Pairs of token id lists, prompt and response."""
     spans = zip(ids, prompt_length, length, strict=True)
