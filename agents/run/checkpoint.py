@@ -31,7 +31,7 @@ from tokenenv.safety.trust import check_from_file
 if TYPE_CHECKING:
     from tokenenv.agents.agent import Agent
 
-FORMAT, VERSION = "tokenenv-checkpoint", "4"
+FORMAT, VERSION = "tokenenv-checkpoint", "5"
 PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
 PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", "env"}
 """Of a checkpoint's state."""
