@@ -5,7 +5,7 @@ V vocabulary, H hidden size, B episodes in a batch, K transitions (any mix of ro
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -76,6 +76,9 @@ class EpisodeScores:
     potentials: np.ndarray | None
     """(B, T + 1) float32: Phi before each token, then of the last state; None where no term is
     potential-based."""
+    watched: dict[str, np.ndarray] = field(default_factory=dict)
+    """(B, T) float32 for every term of `watch=`: its number for each token, unweighted; never a part
+    of the rewards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,21 +53,18 @@ def token_codes(tokens: Tensor, logprob: Tensor | None, vocab_size: int) -> Tens
     return codes
 
 
-def require_valid(
+def invalid_action(
     codes: np.ndarray, tokens: Tensor, logprob: Tensor | None, spec: TokenSpec
-) -> None:
-    """Raises `InvalidAction` for the first row whose code (N,) is negative."""
-    bad = np.flatnonzero(codes < 0)
-    if not len(bad):
-        return
-    row = int(bad[0])
+) -> InvalidAction:
+    """Return the error that names the first row whose code (N,) is negative."""
+    row = int(np.flatnonzero(codes < 0)[0])
     if codes[row] == BAD_TOKEN or logprob is None:
         name = "actions" if logprob is None else "actions['token']"
-        raise InvalidAction(
+        return InvalidAction(
             f"{name}[{row}]={int(tokens[row])} is no token id; allowed: 0 to {spec.vocab_size - 1}."
         )
     value = float(logprob[row])
-    raise InvalidAction(
+    return InvalidAction(
         f"actions['logprob'][{row}]={value}; kl='policy' needs a finite log-prob, 0 or less (nats)."
     )
 

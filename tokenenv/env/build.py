@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,26 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
     )
 
 
+def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """Return the terms of `watch=` by name; none may be called like one of the reward's `terms`."""
+    if config.watch is None:
+        return {}
+    given = config.watch if isinstance(config.watch, Mapping) else {}
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            raise InvalidArgument(
+                f"watch= gives a weight at {name!r}; what is watched has none: give the term alone."
+            )
+    watched = make_terms(config.watch)
+    for name in watched:
+        if name in terms:
+            raise InvalidArgument(
+                f"watch= has a term called {name!r}, as reward= has; give a mapping with another "
+                "name."
+            )
+    return watched
+
+
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
     """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
     terms = make_terms(task.reward if config.reward is None else config.reward)
@@ -121,14 +141,16 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)
-    for name, term in terms.items():
+    watched = watched_terms(config, terms)
+    for name, term in (terms | watched).items():
         if term.kind == "policy" and config.kl != "policy":
+            kind = "watched" if name in watched else "reward"
             raise InvalidArgument(
-                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', "
+                f"{kind} term {name!r} reads log pi, which actions carry only with kl='policy', "
                 f"not {config.kl!r}."
             )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
-    return RewardEngine(context, terms, num_envs, **options)
+    return RewardEngine(context, terms, num_envs, watched, **options)
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:

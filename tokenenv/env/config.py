@@ -18,6 +18,9 @@ class EnvConfig:
     reward: Any = None
     """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None
     is the task's own."""
+    watch: Any = None
+    """Terms whose numbers per token are recorded and never paid: a design's name, a `RewardTerm`,
+    or a mapping of names to them. None watches nothing."""
     kl: str = "reference"
     """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the
     whole penalty from the log-prob that the action carries; "none" pays nothing."""

@@ -23,7 +23,7 @@ IMPOSSIBLE = (
 )
 
 
-class RewardWatch:
+class FiniteCheck:
     """Looks at what each step paid: on the CPU at once, elsewhere with the next step's one copy to
     the host.
 
@@ -34,7 +34,7 @@ class RewardWatch:
     def __init__(self, device: torch.device) -> None:
         self.waits = device.type == "cpu"
         """Whether a step's numbers are known when it returns."""
-        self._suspects: Tensor | None = None
+        self.suspects: Tensor | None = None
         """(N,) bool, on a device that is not waited for: rows whose last reward was not finite."""
         self._last: tuple[dict[str, Tensor], Tensor, Tensor, Tensor]
         """What the last step paid (N,) by term, the reference's log-prob, the tokens, and the
@@ -55,21 +55,19 @@ class RewardWatch:
         else:
             # x - x is 0 for finite numbers alone.
             suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)
-            self._suspects = suspects if self._suspects is None else self._suspects | suspects
+            self.suspects = suspects if self.suspects is None else self.suspects | suspects
 
     def mark(self, codes: Tensor) -> Tensor:
-        """The codes (N,) of the next step's actions, with `BAD_REWARD` in rows that `check` is to
-        name."""
-        return codes if self._suspects is None else torch.where(self._suspects, BAD_REWARD, codes)
+        """Return the codes (N,) of the next step's actions, with `BAD_REWARD` where `suspects`."""
+        return torch.where(self.suspects, BAD_REWARD, codes)
 
     def check(self, codes: np.ndarray) -> None:
-        """Raises `NotFinite` for what `mark` has marked."""
-        if self._suspects is not None:
-            self._require_none(codes == BAD_REWARD)
+        """Raise `NotFinite` for what `mark` has marked."""
+        self._require_none(codes == BAD_REWARD)
 
     def clear(self) -> None:
         """All texts begin anew."""
-        self._suspects = None
+        self.suspects = None
 
     def _require_none(self, bad: np.ndarray) -> None:
         if not bad.any():

@@ -19,7 +19,7 @@ from tokenenv.env.config import EnvConfig
 from tokenenv.rewards.term import RewardTerm
 from tokenenv.types import Scorer, Task, TokenSpec
 
-CHANGES_NOTHING = ("array", "max_batch_tokens", "compile")
+CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile")
 """Options that may differ between a run and its continuation."""
 SAMPLES = 4096
 """Numbers of each array, and prompts, that are looked at: a large model is told from another in

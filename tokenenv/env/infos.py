@@ -14,18 +14,19 @@ Export = Callable[[Any], Any]
 """Makes the caller's kind of array of a tensor or of a host array."""
 
 
+Entries = dict[str, tuple[Values, np.ndarray]]
+"""Info values by key, each with the rows that have it, (N,) bool on the host. A dict of values
+becomes a nested info with masks of its own."""
+
+
 class Infos:
-    """Info values, each with the rows that have it (N,) bool on the host."""
+    """The info values of all slots."""
 
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[Values, np.ndarray]] = {}
-
-    def add(self, key: str, values: Values, rows: np.ndarray) -> None:
-        """Sets `key` for `rows`; a dict of values becomes a nested info with masks of its own."""
-        self._entries[key] = (values, rows)
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
 
     def overlay(self, other: "Infos") -> None:
-        """Takes `other`'s values in the rows that it has; they win over those already here."""
+        """Take `other`'s values in the rows that it has; they win over those already here."""
         for key, (values, rows) in other._entries.items():
             if key in self._entries:
                 old, old_rows = self._entries[key]
@@ -33,27 +34,32 @@ class Infos:
             self._entries[key] = (values, rows)
 
     def only(self, rows: np.ndarray) -> "Infos":
-        """Copies of the values in `rows` alone."""
-        part = Infos()
-        for key, (values, has) in self._entries.items():
-            if (has & rows).any():
-                part._entries[key] = (_copy(values), has & rows)
-        return part
+        """Return copies of the values in `rows` alone."""
+        return Infos(
+            {
+                key: (_copy(values), has & rows)
+                for key, (values, has) in self._entries.items()
+                if (has & rows).any()
+            }
+        )
 
     def to_dict(self, export: Export) -> dict[str, Any]:
-        """The layout that Gymnasium's own vectorisation builds. As there, a key that no row has is
-        absent."""
+        """Return the layout that Gymnasium's own vectorisation builds. As there, a key that no row
+        has is absent."""
         out: dict[str, Any] = {}
         for key, (values, rows) in self._entries.items():
-            if not rows.any():
+            everywhere = rows.all()
+            if not everywhere and not rows.any():
                 continue
+            named = values if isinstance(values, dict) else {key: values}
+            found: dict[str, Any] = {}
+            for name, value in named.items():
+                shown = value if everywhere else _where(rows, value, _zeros(value))
+                found[name], found[f"_{name}"] = export(shown), export(rows.copy())
             if isinstance(values, dict):
-                part = Infos()
-                part._entries = {name: (value, rows) for name, value in values.items()}
-                out[key] = part.to_dict(export)
+                out[key], out[f"_{key}"] = found, export(rows.copy())
             else:
-                out[key] = export(values if rows.all() else _where(rows, values, _zeros(values)))
-            out[f"_{key}"] = export(rows.copy())
+                out |= found
         return out
 
 

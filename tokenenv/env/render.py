@@ -154,8 +154,8 @@ def running_texts(
 ) -> list[RunningText]:
     """The N texts of an env as they stand."""
     assert engine.states is not None
-    rewards_NT = engine.token_terms.sum(1).cpu().numpy()
-    names = engine.term_names
+    rewards_NT = engine.token_rewards().cpu().numpy()
+    names = engine.rewards.names
     kl_N = (
         engine.token_terms[:, names.index("kl")].sum(1).tolist()
         if "kl" in names

@@ -46,6 +46,23 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     return chosen.astype(np.int64)
 
 
+def check_fork(
+    sources: Sequence[int], targets: Sequence[int], ended: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the slots to copy from and those to copy to, (n,) int64; `ended` (N,) are those that
+    hold finished episodes."""
+    source, target = check_slots(sources, len(ended)), check_slots(targets, len(ended))
+    if len(source) != len(target) or len(set(target)) != len(target):
+        raise InvalidArgument(
+            f"fork needs one distinct target a source; got {list(sources)} and {list(targets)}."
+        )
+    if ended[source].any():
+        raise InvalidArgument(
+            f"sources={list(sources)} holds finished episodes; only running ones can be copied."
+        )
+    return source, target
+
+
 def check_state(
     saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]
 ) -> np.ndarray:
@@ -120,15 +137,15 @@ def _check_arrays(saved: Any, layout: Any, where: str) -> None:
         ):
             has = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise CheckpointError(
-                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task "
-                f"and reward=."
+                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same "
+                f"task, reward= and watch=."
             )
         for key, part in layout.items():
             _check_arrays(saved[key], part, key)
     elif layout is None:
         if saved is not None:
             raise CheckpointError(
-                f"the state's {where} comes from a reward model, which this env has not."
+                f"the state's {where} comes from a reward model, which this env does not have."
             )
     elif not _is_array(saved, *layout):
         has = f"{saved.shape} {saved.dtype}" if isinstance(saved, np.ndarray) else repr(saved)

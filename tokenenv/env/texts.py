@@ -1,13 +1,15 @@
 """N running texts: prompt and response tokens, on the host and on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.term import WholeTexts
 from tokenenv.types import Slots
 
 
@@ -76,22 +78,16 @@ class TextBuffer:
             getattr(self, name)[slots] = values
         self._refresh(slots)
 
-    def rows(self, slots: Slots) -> tuple[Tensor, list[int]]:
-        """The tokens of `slots` (n, longest) on the device, and their lengths."""
-        lengths = self.length[slots]
-        return self.upload(self.tokens[slots, : lengths.max()]), lengths.tolist()
-
-    def finished(self, slots: np.ndarray, score: Tensor | None, tokenizer: object) -> FinishedTexts:
-        """The texts of `slots` as reward terms see them."""
-        ids = self.tokens[slots]
-        return FinishedTexts(
+    def whole(self, slots: Slots) -> WholeTexts:
+        """Return the texts of `slots` (n,) as they stand, as copies."""
+        rows = np.asarray(slots)
+        ids = self.tokens[rows]
+        return WholeTexts(
             tokens=self.upload(ids),
-            length=self.length[slots],
-            prompt_length=self.prompt_length[slots],
-            prefix_length=self.prefix_length[slots],
-            score=score,
+            length=self.length[rows],
+            prompt_length=self.prompt_length[rows],
+            prefix_length=self.prefix_length[rows],
             ids=ids,
-            tokenizer=tokenizer,
         )
 
     def device_tokens(self) -> Tensor:
@@ -100,11 +96,36 @@ class TextBuffer:
 
     def upload(self, array: np.ndarray) -> Tensor:
         """A copy of a host array on the device, which is not waited for."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(array.copy())
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
     def _refresh(self, slots: Slots) -> None:
         if self._mirror is not None:
             rows = np.asarray(slots)
             self._mirror[self.upload(rows)] = self.upload(self.tokens[rows])
+
+
+def decode(observation: Any, tokenizer: Any) -> list[str]:
+    """Return the texts, prompt and response, of a token observation, batched or of one text."""
+    if tokenizer is None or not isinstance(observation, Mapping):
+        raise InvalidArgument(
+            "decode needs a token observation, and a task whose tokens have text."
+        )
+    tokens, lengths = (
+        value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for value in (observation.get("tokens"), observation.get("length"))
+    )
+    whole = tokens.dtype.kind in "iu" and lengths.dtype.kind in "iu"
+    if not whole or tokens.shape[:-1] != lengths.shape:
+        raise InvalidArgument(
+            "decode needs the tokens and length of an observation; these are no such arrays."
+        )
+    texts = zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)
+    rows = [row[:length].tolist() for row, length in texts]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of a host array on the device, without waiting for the device."""
+    if device.type == "cpu":
+        return torch.from_numpy(array.copy())
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -20,6 +20,8 @@ TAKEN_OVER = (
     "models",
     "pays_score",
     "has_memory",
+    "memory_shape",
+    "memory_dtype",
     "has_potential",
     "preserves_return",
     "preserves_gradient",
