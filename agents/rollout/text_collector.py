@@ -333,7 +333,7 @@ class TextCollector:
             version=text.version,
             bootstraps=not terminated and not self.spec.score_truncated,
             terms=own_tokens(scores.token_reward_terms),
-            watched=own_tokens(getattr(scores, "watched", {})),
+            watched=own_tokens(scores.watched),
         )
 
 
