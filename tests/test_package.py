@@ -18,9 +18,12 @@ DIST_INFO = f"tokenenv_rl-{tokenenv.__version__}.dist-info"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy, because a build leaves its own folders, and stale ones end up in the next
-    wheel."""
+def build(tmp_path_factory):
+    """The wheel's path, and what its build printed.
+
+    Built from a copy, because a build leaves its own folders, and stale ones end up in the next
+    wheel.
+    """
     folder = tmp_path_factory.mktemp("build")
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
     command = [
@@ -34,7 +37,13 @@ def wheel(tmp_path_factory):
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / f"tokenenv_rl-{tokenenv.__version__}-py3-none-any.whl"
+    wheel = folder / f"tokenenv_rl-{tokenenv.__version__}-py3-none-any.whl"
+    return wheel, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(build):
+    return build[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +60,11 @@ def sources(pattern):
         for path in (ROOT / folder).glob(pattern)
         if path.is_file() and "__pycache__" not in path.parts
     }
+
+
+def test_the_build_has_nothing_to_warn_of(build):
+    """setuptools frames its warnings with "!!"; of `assets/` it said that a package was missing."""
+    assert "!!" not in build[1]
 
 
 def test_the_wheel_holds_the_package_and_nothing_beside_it(names):

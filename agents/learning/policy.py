@@ -71,10 +71,10 @@ class LMPolicy(nn.Module):
         """Where the weights are."""
         return next(self.model.parameters()).device
 
-    def slots(self, num_rows: int, max_length: int) -> SlotModel:
+    def slots(self, num_slots: int, max_length: int) -> SlotModel:
         """N running texts of at most `max_length` tokens, cached."""
         return slot_model(
-            trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens
+            trunk_of(self.model), num_slots, max_length, max_batch_tokens=self.max_batch_tokens
         )
 
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:

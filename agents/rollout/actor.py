@@ -21,7 +21,7 @@ class Policy(Protocol):
 
     vocab_size: int
 
-    def slots(self, num_rows: int, max_length: int) -> SlotModel:
+    def slots(self, num_slots: int, max_length: int) -> SlotModel:
         """Return caches for N running texts of at most `max_length` tokens."""
         ...
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import check_choice
-from tokenenv.models.automaton import StateRows
+from tokenenv.models.automaton import StateSlots
 from tokenenv.models.batching import upload
 
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
@@ -46,9 +46,9 @@ class Adder:
         self.device = torch.device(device)
         self._powers = 10 ** torch.arange(12, device=self.device)
 
-    def slots(self, num_rows: int, max_length: int) -> StateRows:
+    def slots(self, num_slots: int, max_length: int) -> StateSlots:
         """N running texts of any length."""
-        return StateRows(self, num_rows)
+        return StateSlots(self, num_slots)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
         """Right-padded `tokens` (B, L) to states (B, L, 4), in which state t has read token t."""

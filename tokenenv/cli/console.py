@@ -16,6 +16,12 @@ def say(*lines: str, style: str | None = None, end: str = "\n") -> None:
     )
 
 
+def say_text(text: str) -> None:
+    """Print a text of several lines, and an empty line after it."""
+    for line in [*text.split("\n"), ""]:
+        say(line)
+
+
 def say_error(message: str) -> None:
     """Prints an error on one line of stderr."""
     Console(stderr=True).print("error: ", style="red", end="")

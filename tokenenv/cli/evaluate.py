@@ -1,23 +1,26 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
 
-from tokenenv.agents import ALGORITHMS, Agent, Reference
+from tokenenv.agents import Agent, Reference
 from tokenenv.agents.config import check_seed
 from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
+from tokenenv.cli.names import env_id_of
 from tokenenv.cli.train import check_count, load_config
+from tokenenv.env.build import load_task
 from tokenenv.env.vector_env import TokenVectorEnv
-from tokenenv.registration import TASKS
+from tokenenv.registration import task_source
 
-ASKED = ("split", "prompts")
+ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts")
 """Options that say which texts are asked for. The checkpoint belongs to those of its run."""
 
 
@@ -38,6 +41,12 @@ class Evaluate:
     """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What
     runs code or opens a connection is not taken from the run's config: it has to be said again
     here, --options trust_remote_code true"""
+    env: Annotated[str | None, tyro.conf.arg(metavar="MODULE:ID")] = None
+    """The run's own --env, to be said again where it is module:id."""
+    reward: Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")] = None
+    """The run's own --reward, to be said again where it is module:Name."""
+    algo: Annotated[str | None, tyro.conf.arg(metavar="MODULE:NAME")] = None
+    """The run's own --algo, to be said again where it is module:Name."""
 
     def run(self) -> None:
         """Prints the table and the examples."""
@@ -50,7 +59,9 @@ class Evaluate:
             "agent.rollout_options.*",
             *(f"options.{key}" for key in self.options if key not in ASKED),
         }
-        made = load_config(self.run_dir / "config.yaml", said)
+        made = load_config(
+            self.run_dir / "config.yaml", said, env=self.env, reward=self.reward, algo=self.algo
+        )
         asked = {name: self.options[name] for name in ASKED if name in self.options}
         elsewhere = not Path(
             str(made.options.get("prompts"))
@@ -59,12 +70,13 @@ class Evaluate:
             name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
         }
         made.options |= {name: self.options[name] for name in own}
-        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(
-            group_size=1
-        )
+        options = made.options | held_out(made.env) | asked
+        if "prompts" in asked and "max_prompt_tokens" not in asked:
+            options = without_limit(made.env, options)
+        envs = replace(made, options=options).make_envs(group_size=1)
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
-            "after": ALGORITHMS[made.algo].load(
+            "after": made.algorithm.load(
                 self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
             ),
         }
@@ -130,4 +142,18 @@ def text_of(tokens: Any, tokenizer: Any) -> str:
 
 def held_out(env_id: str) -> dict[str, str]:
     """The option that gives a task's held-out prompts, where it has them."""
-    return {"split": "test"} if "split" in task_options(TASKS[env_id]) else {}
+    return {"split": "test"} if "split" in task_options(task_source(env_id_of(env_id))) else {}
+
+
+def without_limit(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without the run's `max_prompt_tokens`, where the prompts can set it themselves.
+
+    Other prompts may be longer than those of the run, and only they are asked for. Truncated
+    prompts keep the run's number, by which they are cut.
+    """
+    source = options.get("task", task_source(env_id_of(env_id)))
+    task = load_task(source) if isinstance(source, str) else source
+    limit = inspect.signature(task).parameters.get("max_prompt_tokens")
+    if limit is None or limit.default is not None or options.get("long_prompts") == "truncate":
+        return dict(options)
+    return {key: value for key, value in options.items() if key != "max_prompt_tokens"}

@@ -1,9 +1,9 @@
 """Building an env's parts from its task and its options."""
 
 import dataclasses
-import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +16,17 @@ from tokenenv.env.engine import RewardEngine
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
+from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
+
+NO_REWARD = (
+    "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
+    "reward_model=, or a rule as reward= (tokenenv.rewards.Rule), or reward={} if that is meant."
+)
 
 TaskSource = str | Task | Callable[..., Task]
 
@@ -70,6 +76,7 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
         pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
+        max_prompt_tokens_from=task.max_prompt_tokens_from,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
         chats=task.chats,
@@ -86,7 +93,11 @@ def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[st
             raise InvalidArgument(
                 f"watch= gives a weight at {name!r}; what is watched has none: give the term alone."
             )
-    watched = make_terms(config.watch)
+    try:
+        watched = make_terms(config.watch)
+    except InvalidArgument as error:
+        # What is checked is as of reward=; the message names the option that was given.
+        raise InvalidArgument(str(error).replace("reward=", "watch=")) from error
     for name in watched:
         if name in terms:
             raise InvalidArgument(
@@ -98,6 +109,8 @@ def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[st
 
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
     """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    if config.reward is None and not task.reward:
+        warnings.warn(NO_REWARD, UserWarning, stacklevel=2)
     terms = make_terms(task.reward if config.reward is None else config.reward)
     if config.missing_eos_penalty:
         terms["missing_eos"] = MissingEOS()
@@ -185,35 +198,41 @@ def check_device(device: Any) -> None:
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
-    known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
+    parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
+    known = set(parameters)
     for key in options:
         check_choice("option", key, known | env_options)
-    if not isinstance(task, Task):
-        for key, parameter in inspect.signature(task).parameters.items():
-            if (
-                parameter.default is parameter.empty
-                and key not in options
-                and parameter.kind is parameter.KEYWORD_ONLY
-            ):
-                raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
+    missing = [
+        f"{key}="
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.KEYWORD_ONLY
+        and key not in options
+    ]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise InvalidArgument(
+            f"{' and '.join(missing)} {verb} missing: this id cannot be made without {them}."
+        )
     if options.get("device") is None:  # the task's own
         known -= {"device"}
     else:
         check_device(options["device"])
-    return (
-        task
-        if isinstance(task, Task)
-        else task(**{key: value for key, value in options.items() if key in known})
-    )
+    if isinstance(task, Task):
+        return task
+    built = task(**{key: value for key, value in options.items() if key in known})
+    if not isinstance(built, Task):
+        raise InvalidArgument(
+            f"the task's function returned {type(built).__name__}; it must return a tokenenv.Task."
+        )
+    return built
 
 
 def load_task(name: str) -> Callable[..., Task]:
     """The task function that "module:function" names: code, which no file may name
     (`tokenenv.safety.trust`)."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidArgument(
-            f"task={name!r} is not there ({error}); give a function as module:function."
-        ) from error
+    label = f"task={name!r}"
+    found = load_name(name, label)
+    if not callable(found):
+        raise InvalidArgument(f"{label} is of type {type(found).__name__}; it must be a function.")
+    return found

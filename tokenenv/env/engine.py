@@ -187,6 +187,7 @@ class RewardEngine:
             self.states = states
         else:
             self.states.put(texts.upload(np.asarray(slots)), states)
+        self.states.texts = texts.running(self.context.spec.tokenizer)
         self._upload_weights(texts)
 
     def _upload_weights(self, texts: TextBuffer) -> None:
@@ -212,7 +213,8 @@ class RewardEngine:
         assert self.states is not None
         before, dynamics = self.states, self.dynamics
         hidden = self.trunks.append(tokens, active)
-        self.states = after = dynamics.advance(before, hidden, tokens)
+        running = texts.running(self.context.spec.tokenizer)
+        self.states = after = dynamics.advance(before, hidden, tokens, running)
         slots = np.flatnonzero(ends.ended)
         ended = texts.whole(slots) if len(slots) else None
         batch = dynamics.transitions(
@@ -315,6 +317,7 @@ class RewardEngine:
         source, target = texts.upload(np.asarray(sources)), texts.upload(np.asarray(targets))
         for tensor in [self.token_terms, *self.states.tensors()]:
             tensor[target] = tensor[source]
+        self.states.texts = texts.running(self.context.spec.tokenizer)
         self._upload_weights(texts)
 
     def save(self, slots: Slots, texts: TextBuffer) -> dict[str, Any]:
@@ -341,7 +344,7 @@ class RewardEngine:
             "memory": {
                 name: (
                     (count, *term.memory_shape),
-                    _host(torch.empty(0, dtype=term.memory_dtype)).dtype,
+                    numpy_dtype(term.memory_dtype),
                 )
                 for name, term in with_memory
             },
@@ -371,6 +374,11 @@ class RewardEngine:
         """Go on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
             self.rewards.every[name].load_statistics(_copied(values))
+
+
+def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
+    """Return NumPy's name of a dtype."""
+    return torch.empty(0, dtype=dtype).numpy().dtype.type
 
 
 def _host(values: Tensor | np.ndarray) -> np.ndarray:

@@ -151,7 +151,7 @@ def _check_arrays(saved: Any, layout: Any, where: str) -> None:
         has = f"{saved.shape} {saved.dtype}" if isinstance(saved, np.ndarray) else repr(saved)
         raise CheckpointError(
             f"the state's {where} is {has} and this env's {layout[0]} {layout[1].__name__}; "
-            "it is corrupt, or comes from another task or other task options."
+            "it is corrupt, or comes from another task, other task options or another watch=."
         )
 
 

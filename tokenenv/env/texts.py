@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.term import WholeTexts
+from tokenenv.rewards.term import RunningTexts, WholeTexts
 from tokenenv.types import Slots
 
 
@@ -88,6 +88,14 @@ class TextBuffer:
             prompt_length=self.prompt_length[rows],
             prefix_length=self.prefix_length[rows],
             ids=ids,
+        )
+
+    def running(self, tokenizer: object) -> RunningTexts:
+        """Return all N texts as they stand, for terms that read them on the host. Lengths are
+        copied, tokens are not: later ones are written behind these."""
+        slots = np.arange(len(self.tokens))
+        return RunningTexts(
+            self.tokens, slots, self.prompt_length.copy(), self.length.copy(), tokenizer
         )
 
     def device_tokens(self) -> Tensor:

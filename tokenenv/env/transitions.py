@@ -24,6 +24,7 @@ from tokenenv.rewards.term import (
     Context,
     FinishedTexts,
     RewardSum,
+    RunningTexts,
     States,
     Transitions,
     WholeTexts,
@@ -124,6 +125,7 @@ class Dynamics:
     ) -> States:
         """The states (B,) of texts whose first `length` (B,) tokens are what they begin with."""
         states = States(hidden, self._upload(length - texts.prompt_length), statistics=statistics)
+        states.texts = self._running(texts, np.arange(len(length)), length)
         states.score = self._first_score(texts, length, states)
         last = texts.tokens[
             torch.arange(len(length), device=self.context.device), self._upload(length - 1)
@@ -152,10 +154,12 @@ class Dynamics:
 
     # -------------------------------------------------------------- advancing
 
-    def advance(self, before: States, hidden: dict[object, Tensor], tokens: Tensor) -> States:
-        """Return the states (K,) of K texts after one more token (K,) each; `hidden` holds a state
-        (K, H) after it for every trunk."""
-        after = States(hidden, before.step + 1, statistics=before.statistics)
+    def advance(
+        self, before: States, hidden: dict[object, Tensor], tokens: Tensor, texts: RunningTexts
+    ) -> States:
+        """Return the states (K,) of K texts after one more token (K,) each, which `texts` already
+        holds; `hidden` is a state (K, H) after it for every trunk."""
+        after = States(hidden, before.step + 1, statistics=before.statistics, texts=texts)
         if self.scorer is not None and before.score is not None:
             scores = self.scorer.head(after.of(self.scorer.model))
             after.score = running_scores(
@@ -179,6 +183,8 @@ class Dynamics:
         known = {name: s[row] for name, s in statistics.items()}
         before = States({key: h[row, at - 1] for key, h in hidden.items()}, t, statistics=known)
         after = States({key: h[row, at] for key, h in hidden.items()}, t + 1, statistics=known)
+        before.texts = self._running(texts, rows, prompt[rows] + steps)
+        after.texts = self._running(texts, rows, prompt[rows] + steps + 1)
         tokens = texts.tokens[row, at]
         if self.scorer is not None and begun.score is not None:
             # The head reads all K states at once, so that only the recurrence goes along the texts.
@@ -211,9 +217,11 @@ class Dynamics:
         bare = States(after.hidden, after.step, after.score, {}, after.statistics)
         # What is remembered follows from what was, so the texts go on side by side, a token at a
         # time; `at` are the transitions with t response tokens before them, known to the host.
-        order = self._upload(np.argsort(steps, kind="stable"))
-        for at in order.split(np.bincount(steps).tolist()):
+        order = np.argsort(steps, kind="stable")
+        for on_host in np.split(order, np.cumsum(np.bincount(steps))[:-1]):
+            at = self._upload(on_host)
             texts, states = row[at], bare.at(at)
+            states.texts = None if after.texts is None else after.texts.at(on_host)
             now = {name: memory[texts] for name, memory in carried.items()}
             self._remember(now, tokens[at], states)
             for name, memory in states.memory.items():
@@ -296,6 +304,11 @@ class Dynamics:
             learning=learning,
             scored=scored,
         )
+
+    def _running(self, texts: WholeTexts, rows: np.ndarray, length: np.ndarray) -> RunningTexts:
+        """The texts `rows` (K,) up to `length` (K,) tokens."""
+        tokenizer = self.context.spec.tokenizer
+        return RunningTexts(texts.ids, rows, texts.prompt_length[rows], length, tokenizer)
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.context.device)

@@ -1,9 +1,8 @@
-"""stable-baselines3 on token environments: the vector env it takes, and a policy that is a language
-model.
+"""stable-baselines3 on token environments: the vector env that it takes, and a policy that is a
+language model.
 
-    envs = SB3VecEnv(gym.make_vec("tokenenv/Reviews-v0", num_envs=64, autoreset_mode="SameStep",
-    kl="policy")) model = PPO(LMActorCriticPolicy, envs, policy_kwargs={"model":
-    envs.unwrapped.model})
+    envs = SB3VecEnv(gym.make_vec("tokenenv/Reviews-v0", num_envs=64, kl="policy"))
+    model = PPO(LMActorCriticPolicy, envs, policy_kwargs={"model": envs.unwrapped.model})
 
 docs/stable-baselines3.md says what each combination optimises. Suffixes: N envs, K transitions, L
 context, V vocabulary.
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokenenv.agents import LMPolicy
 from tokenenv.agents.learning.masks import allowed_of, rule_out
 from tokenenv.agents.rollout.env_rows import read_ends, wants_logprob
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency, check_choice
 from tokenenv.models.batching import last_states
 
@@ -55,36 +55,35 @@ class SB3VecEnv(VecEnv):
 
     SB3's learners add no `-beta log pi`: under `kl="reference"` they would optimise score + beta
     E[log pi_ref], whose optimum is the single likeliest good text, and this class warns.
-    `kl="policy"` (with `LMActorCriticPolicy`) is the bundled agents' objective, score - beta KL;
-    with any other policy, on `observation="features"` say, take `kl="none"`.
+    `kl="policy"` (with `LMActorCriticPolicy`) is the bundled agents' objective, score - beta KL.
+    With any other policy, on `observation="features"` say, take `kl="none"`.
 
     Args:
-        envs: with `autoreset_mode="SameStep"`, as SB3 takes the first observation of the next text
-            at once.
+        envs: in any autoreset mode. SB3 takes the first observation of the next text at once. Under
+            "SameStep" the env gives it; otherwise this class resets the rows that have ended,
+            through `reset(options={"reset_mask": ...})`, so that no step is lost in any mode.
+
+    Raises:
+        InvalidArgument: `envs` is no vector env, or is one in "NextStep" mode that does not reset
+            single rows.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
         if not isinstance(envs, VectorEnv):
             raise InvalidArgument(
-                f"envs={type(envs).__name__} is no vector env; build one with gym.make_vec."
-            )
-        mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        if mode != AutoresetMode.SAME_STEP:
-            raise InvalidArgument(
-                f"autoreset_mode={mode.value!r} is not SB3's; make the env with "
-                f"autoreset_mode='SameStep'."
+                f"envs={_shown(envs)} is no vector env; give "
+                f'SB3VecEnv(gym.make_vec("tokenenv/Reviews-v0", num_envs=8)), say.'
             )
         self.envs = envs
+        self._same_step = _autoreset_mode(envs) == AutoresetMode.SAME_STEP
         self.with_logprob = wants_logprob(envs)
         actions = (
             _flat_space(envs.single_action_space) if self.with_logprob else envs.single_action_space
         )
         super().__init__(envs.num_envs, envs.single_observation_space, actions)
-        self._returns, self._lengths, self._start = (
-            np.zeros(self.num_envs),
-            np.zeros(self.num_envs, np.int64),
-            time.time(),
-        )
+        self._returns = np.zeros(self.num_envs)
+        self._lengths = np.zeros(self.num_envs, np.int64)
+        self._start = time.time()
         _warn_of_kl(envs)
 
     @property
@@ -113,36 +112,39 @@ class SB3VecEnv(VecEnv):
     def step_wait(self) -> Any:
         """Observations, rewards (N,) float32, dones (N,) bool, and one info a row: empty unless its
         text ended."""
-        obs, rewards, terminations, truncations, infos = self.envs.step(
-            self._env_actions(self._actions)
-        )
-        obs, rewards, terminations, truncations = map(
-            _host, (obs, rewards, terminations, truncations)
-        )
+        *stepped, infos = self.envs.step(self._env_actions(self._actions))
+        obs, rewards, terminations, truncations = map(_host, stepped)
         dones = terminations | truncations
         self._returns += rewards
         self._lengths += 1
         rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if dones.any():
-            ends, ended = (
-                _host({key: infos[key] for key in ("final_obs", "final_info")}),
-                np.flatnonzero(dones),
-            )
-            begun = _host(
-                {
-                    key: value
-                    for key, value in infos.items()
-                    if key.removeprefix("_") in self.reset_infos[0]
-                }
-            )
-            _, bootstraps = read_ends(
-                self.envs, terminations, truncations, ends["final_info"], ended
-            )
+            ended = np.flatnonzero(dones)
+            last_obs, last_infos, obs, first_infos = self._next_texts(obs, infos, dones)
+            _, bootstraps = read_ends(self.envs, terminations, truncations, last_infos, ended)
             for i, bootstrap in zip(map(int, ended), bootstraps, strict=True):
-                rows[i] = self._end(i, ends) | {"TimeLimit.truncated": bool(bootstrap)}
-                self.reset_infos[i] = _row(begun, i)
+                end = self._end(i, last_obs, last_infos)
+                rows[i] = end | {"TimeLimit.truncated": bool(bootstrap)}
+                self.reset_infos[i] = _row(first_infos, i)
         self._returns[dones], self._lengths[dones] = 0.0, 0
         return obs, rewards.astype(np.float32), dones, rows
+
+    def _next_texts(
+        self, obs: Any, infos: Mapping[str, Any], ended: np.ndarray
+    ) -> tuple[Any, Any, Any, Any]:
+        """Begin new texts in the rows that have `ended` (N,), where the env has not yet.
+
+        Returns:
+            the last observations and infos of the texts that ended, and the observations and infos
+            with which the next ones begin.
+        """
+        if not self._same_step:
+            # A copy of the mask: a wrapper of Gymnasium's takes it out of the options and keeps it.
+            next_obs, first_infos = self.envs.reset(options={"reset_mask": ended.copy()})
+            return obs, _host(infos), _host(next_obs), _host(first_infos)
+        begun = self.reset_infos[0]
+        first_infos = {key: infos[key] for key in infos if key.removeprefix("_") in begun}
+        return _host(infos["final_obs"]), _host(infos["final_info"]), obs, _host(first_infos)
 
     def _env_actions(self, actions: np.ndarray) -> Any:
         if not self.with_logprob:
@@ -151,21 +153,22 @@ class SB3VecEnv(VecEnv):
         if actions.shape != (self.num_envs, 2) or (actions[:, 0] != actions[:, 0].round()).any():
             raise InvalidAction(
                 "under kl='policy' actions are (token, logprob), which LMActorCriticPolicy gives; "
-                "for another policy make the "
-                "env with kl='none'."
+                "for another policy make the env with kl='none'."
             )
         return {"token": actions[:, 0].astype(np.int64), "logprob": actions[:, 1]}
 
-    def _end(self, row: int, ends: Mapping[str, Any]) -> dict[str, Any]:
-        final = ends["final_obs"]
-        last = (
-            {key: value[row] for key, value in final.items()}
-            if isinstance(final, Mapping)
-            else final[row]
-        )
-        seconds = round(time.time() - self._start, 6)
-        episode = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": seconds}
-        return _row(ends["final_info"], row) | {"terminal_observation": last, "episode": episode}
+    def _end(self, row: int, obs: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
+        """The info of the text that ended in `row`, from the last observations and infos."""
+        if isinstance(obs, Mapping):
+            last = {key: value[row] for key, value in obs.items()}
+        else:
+            last = obs[row]
+        episode = {
+            "r": float(self._returns[row]),
+            "l": int(self._lengths[row]),
+            "t": round(time.time() - self._start, 6),
+        }
+        return _row(infos, row) | {"terminal_observation": last, "episode": episode}
 
     def close(self) -> None:
         """Closes the env."""
@@ -213,7 +216,7 @@ class SB3VecEnv(VecEnv):
         if self.render_mode != "rgb_array":
             raise InvalidArgument(
                 f"render_mode={self.render_mode!r} gives no pictures; make the env with "
-                f"'rgb_array'."
+                f"render_mode='rgb_array'."
             )
         return list(self.envs.render() or [])
 
@@ -230,9 +233,10 @@ class SB3VecEnv(VecEnv):
 
 LEARNERS = (
     "LMActorCriticPolicy is for on-policy actor-critic learners (PPO, A2C, TRPO); for others (DQN, "
-    "ARS, RecurrentPPO) take a "
-    "policy of theirs, on an env with observation='features' and kl='none'."
+    "ARS, RecurrentPPO) take a policy of theirs, on an env with observation='features' and "
+    "kl='none'."
 )
+"""The advice to whoever gives the policy to a learner that it is not for."""
 
 
 class LMActorCriticPolicy(ActorCriticPolicy):
@@ -425,17 +429,40 @@ def _flat_space(space: Any) -> spaces.Box:
     return spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
 
 
+def _autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+    """The env's autoreset mode; raises `InvalidArgument` where no text could begin at once."""
+    mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+    # An env in DISABLED mode takes a mask by definition. In NEXT_STEP mode these three are known
+    # to, and another one might ignore the mask and reset every row.
+    resets_rows = isinstance(envs.unwrapped, TokenVectorEnv | SyncVectorEnv | AsyncVectorEnv)
+    if mode == AutoresetMode.NEXT_STEP and not resets_rows:
+        raise InvalidArgument(
+            f"envs={type(envs.unwrapped).__name__} begins the next episode one step late "
+            f"(autoreset_mode='NextStep') and does not reset single rows; make it with "
+            f"autoreset_mode='SameStep'."
+        )
+    return mode
+
+
 def _warn_of_kl(envs: VectorEnv) -> None:
+    """Warns where the env leaves half of the KL penalty to a learner that does not know it."""
     core: Any = envs.unwrapped
     if getattr(getattr(core, "config", None), "kl", None) == "reference" and core.kl_coef > 0:
+        env_id = repr(getattr(core.spec, "id", "..."))
         warnings.warn(
             "kl='reference' pays beta log pi_ref, and SB3 does not add -beta log pi: it optimises "
-            "another objective, short, "
-            "mode-seeking texts. Make the env with kl='policy' for LMActorCriticPolicy, with "
-            "kl='none' for other policies.",
+            "another objective, short, mode-seeking texts. Make the env with "
+            f"gym.make_vec({env_id}, num_envs={core.num_envs}, kl='policy') for "
+            "LMActorCriticPolicy, or with observation='features', kl='none' for 'MlpPolicy' and "
+            "other policies of SB3.",
             UserWarning,
             stacklevel=3,
         )
+
+
+def _shown(value: Any) -> str:
+    """A string as it was typed, or the type of anything else."""
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 def _joined_options(
@@ -466,7 +493,7 @@ def _host(values: Any) -> Any:
 
 
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One row of Gymnasium's vector info on the host, without the keys that it has not."""
+    """One row of Gymnasium's vector info on the host, without the keys that the row lacks."""
     present = [key for key in infos if not key.startswith("_") and infos[f"_{key}"][row]]
     return {
         key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row]

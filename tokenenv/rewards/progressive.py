@@ -1,9 +1,15 @@
 """One reward design that fades into another."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import RewardTerm
+
+Part = str | RewardTerm | Callable[[str, str], Any]
+"""What may fade: a design's name, a term, or a function that is taken as a `Rule`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +29,12 @@ class Ramp:
 
 
 def progressive(
-    first: str | RewardTerm = "terminal",
-    second: str | RewardTerm = "delta",
+    first: Part = "terminal",
+    second: Part = "delta",
     *,
     tokens: int = 100_000,
     start: int = 0,
-) -> dict[str, tuple[str | RewardTerm, Ramp]]:
+) -> dict[str, tuple[Part, Ramp]]:
     """A mapping for `reward=`: `first` with a weight that falls from 1 to 0, `second` with one that
     rises from 0 to 1.
 
@@ -41,8 +47,8 @@ def progressive(
     direction.
 
     Args:
-        first: a design's name or a term, paid alone up to `start`.
-        second: a design's name or a term, paid alone from `start + tokens` on.
+        first: a design's name, a term or a function, paid alone up to `start`.
+        second: likewise, paid alone from `start + tokens` on.
         tokens: the length of the passage, in tokens that the env has seen; 1 or more.
         start: tokens seen before the passage begins; 0 or more.
     """
@@ -60,5 +66,8 @@ def progressive(
     }
 
 
-def _name(design: str | RewardTerm) -> str:
-    return design if isinstance(design, str) else design.name or type(design).__name__.lower()
+def _name(design: Part) -> str:
+    if isinstance(design, str):
+        return design
+    name = design.name if isinstance(design, RewardTerm) else Rule.name
+    return name or type(design).__name__.lower()

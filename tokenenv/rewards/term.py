@@ -26,6 +26,46 @@ Weight = float | Callable[[int], float]
 """A number, or a schedule over the tokens the env has seen; read when an episode begins."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningTexts:
+    """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
+
+    ids: Sequence[np.ndarray]
+    """Token ids of R texts; each may go on beyond what has been written so far."""
+    row: np.ndarray
+    """(K,) int64: which of the R each of the K texts is."""
+    prompt_length: np.ndarray
+    """(K,) int64."""
+    length: np.ndarray
+    """(K,) int64: tokens of prompt and response together, so far."""
+    tokenizer: Any = None
+    """The task's tokenizer, or None where tokens have no text."""
+
+    def prompt_and_response_ids(self) -> list[TextIds]:
+        """Return K pairs of token id lists: the prompt, and the response so far."""
+        return _split([self.ids[row] for row in self.row], self.prompt_length, self.length)
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """Return K pairs of texts, without special tokens. A pair joined is the whole text so far
+        as the tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
+    def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
+        """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
+        for."""
+        chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
+        lengths = self.prompt_length[chosen], self.length[chosen]
+        return RunningTexts(self.ids, self.row[chosen], *lengths, self.tokenizer)
+
+
+def _split(
+    ids: Sequence[np.ndarray], prompt_length: np.ndarray, length: np.ndarray
+) -> list[TextIds]:
+    """Pairs of token id lists, prompt and response."""
+    spans = zip(ids, prompt_length, length, strict=True)
+    return [(row[:start].tolist(), row[start:end].tolist()) for row, start, end in spans]
+
+
 @dataclass(slots=True)
 class States:
     """K texts as the models see them after their last token."""
@@ -43,6 +83,9 @@ class States:
     text, by the term's name."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """(K, p) float32: each term's `statistics` when the text began, by the term's name."""
+    texts: RunningTexts | None = None
+    """The texts themselves, on the host. They are no tensor, so `tensors` and `put` leave them
+    aside."""
 
     def of(self, model: Any) -> Tensor:
         """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
@@ -67,6 +110,7 @@ class States:
             None if self.score is None else self.score[index],
             {name: memory[index] for name, memory in self.memory.items()},
             {name: statistics[index] for name, statistics in self.statistics.items()},
+            None if self.texts is None else self.texts.at(index),
         )
 
     def put(self, slots: Tensor, other: "States") -> None:
@@ -93,11 +137,7 @@ class WholeTexts:
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """Return B pairs of token id lists."""
-        lengths = zip(self.prompt_length, self.length, strict=True)
-        return [
-            (row[:p].tolist(), row[p:n].tolist())
-            for row, (p, n) in zip(self.ids, lengths, strict=True)
-        ]
+        return _split(self.ids, self.prompt_length, self.length)
 
     def own_mask(self, max_new_tokens: int) -> Tensor:
         """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed."""
