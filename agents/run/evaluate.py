@@ -2,14 +2,14 @@
 signs of collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenenv.agents.episodes import Episode, mean_of
+from tokenenv.agents.episodes import Episode, mean_of, watched_names, watched_tokens
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.generate import check_temperature
@@ -42,6 +42,8 @@ class Evaluation:
     themselves or one another."""
     episodes: tuple[Episode, ...]
     """The texts themselves, in the order of their prompts."""
+    watched: Mapping[str, float] = field(default_factory=dict)
+    """Means per response token of the numbers that the env watches (`watch=`), by name."""
 
 
 def evaluate(
@@ -156,6 +158,7 @@ def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
         terminated=mean_of([e.terminated for e in episodes]),
         distinct_bigrams=distinct_bigrams([e.response for e in episodes]),
         episodes=tuple(episodes),
+        watched={name: mean_of(watched_tokens(episodes, name)) for name in watched_names(episodes)},
     )
 
 

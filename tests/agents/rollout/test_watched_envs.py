@@ -15,6 +15,8 @@ from tokenenv.agents import GRPO, KLQ, PPO, LMPolicy, VinePPO
 from tokenenv.agents.rollout import text_collector
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.cli.evaluate import comparison
 from tokenenv.rewards.rule import TokenRule
 
 
@@ -130,6 +132,16 @@ def test_texts_of_an_engine_have_them(monkeypatch):
     agent.learn(80, on_update=lambda metrics, episodes: check(episodes))
     prompt, prefix = np.array([20, 21]), np.array([22, 23, 24])
     check(agent.collector.play_on([(prompt, prefix)], 3), prefix=3)
+
+
+def test_an_evaluation_has_their_means():
+    found = evaluate(LMPolicy(tasks.reference()), make(3, AutoresetMode.SAME_STEP), num_texts=9)
+    check(found.episodes)
+    known = np.concatenate([e.watched["coded"] for e in found.episodes])
+    assert found.watched["coded"] == pytest.approx(known.mean())
+    table = comparison({"before": found, "after": found})
+    assert "watch: coded, per token" in list(table.columns[0].cells)
+    assert list(table.columns[2].cells)[-3:] == [f"{mean:.3f}" for mean in found.watched.values()]
 
 
 def test_a_run_folder_has_them(tmp_path):
