@@ -1,4 +1,4 @@
-"""Building an env's parts from its task and its options."""
+"""How an env is built from its task and its options."""
 
 import dataclasses
 import inspect
@@ -32,8 +32,8 @@ TaskSource = str | Task | Callable[..., Task]
 
 
 def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
-    """An env's config and its task from the keywords given to the env; an unknown keyword is an
-    error."""
+    """Return an env's config and its task from the keywords given to the env; an unknown keyword is
+    an error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
     # NumPy's numbers are as good as Python's, and are taken out here for all options at once.
     options = {
@@ -49,7 +49,7 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
 
 
 def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
-    """The task with texts of at most so many tokens; None leaves it as it is. Raises
+    """Return the task with texts of at most so many tokens; None leaves it as it is. Raises
     `InvalidArgument` where the task has an oracle, which was made for its own number."""
     if max_new_tokens in (None, task.max_new_tokens):
         return task
@@ -63,8 +63,8 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id, or with one that the model
-    has not (an added [PAD]), gets a stop id as pad."""
+    """Return what agents may know of the task. Where the tokenizer has no pad id, or one that the
+    model lacks (an added [PAD]), a stop id is the pad."""
     pad, vocab_size = (
         getattr(task.tokenizer, "pad_token_id", None),
         vocab_size_of(task.model or task.reference),
@@ -108,7 +108,7 @@ def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[st
 
 
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
-    """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    """Return the terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
     if config.reward is None and not task.reward:
         warnings.warn(NO_REWARD, UserWarning, stacklevel=2)
     terms = make_terms(task.reward if config.reward is None else config.reward)
@@ -125,7 +125,7 @@ def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
 def single_spaces(
     task: Task, spec: TokenSpec, config: EnvConfig
 ) -> tuple[spaces.Space, spaces.Space]:
-    """The observation and action space of one text."""
+    """Return the observation and the action space of one text."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     observation: spaces.Space
     if config.observation == "features":
@@ -144,7 +144,7 @@ def single_spaces(
 
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
-    """The models and reward terms of `num_envs` texts."""
+    """Return the engine: the models and reward terms of `num_envs` texts."""
     beta = task.kl_coef if config.kl_coef is None else config.kl_coef
     context = Context(
         spec=spec,
@@ -167,7 +167,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:
-    """Raises on constructor arguments of Gymnasium's that this env does not take."""
+    """Raise on constructor arguments of Gymnasium's that this env does not take."""
     if max_episode_steps is not None:
         raise InvalidArgument(
             f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a "
@@ -179,7 +179,7 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
 
 
 def check_num_envs(num_envs: int, config: EnvConfig) -> int:
-    """N; raises unless there is at least one env and the groups fit."""
+    """Return N as an int; raise unless there is at least one env and the groups fit."""
     if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
         raise InvalidArgument(f"num_envs={num_envs!r} must be a whole number, 1 or more.")
     if num_envs % config.group_size:
@@ -188,7 +188,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 
 
 def check_device(device: Any) -> None:
-    """Raises `InvalidArgument` unless tensors can be put there."""
+    """Raise `InvalidArgument` unless tensors can be put there."""
     try:
         torch.empty(0, device=device).tolist()  # which the device "meta" cannot
     except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
@@ -229,7 +229,7 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names: code, which no file may name
+    """Return the task function that "module:function" names. That is code, which no file may name
     (`tokenenv.safety.trust`)."""
     label = f"task={name!r}"
     found = load_name(name, label)

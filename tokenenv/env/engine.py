@@ -211,6 +211,8 @@ class RewardEngine:
     ) -> Paid:
         """Advance each active slot by one token (N,), which `texts` already holds."""
         assert self.states is not None
+        # Models first, since terms read the states before and after the token; then the texts that
+        # end, which must be whole before a term sees the transitions.
         before, dynamics = self.states, self.dynamics
         hidden = self.trunks.append(tokens, active)
         running = texts.running(self.context.spec.tokenizer)
@@ -235,21 +237,26 @@ class RewardEngine:
         return Paid(reward, terms, watched, batch.ref_logprob, score, potential, batch.finished)
 
     def _pay(self, batch: Transitions, active: np.ndarray, texts: TextBuffer) -> dict[str, Tensor]:
-        """The number (N,) of each term for this step, which is written on its token: of a hindsight
-        term of the reward the sum of what it places on a text that ends, and of a watched one
-        nothing. Slots that took no token have none."""
+        """The number (N,) of each term for this step, zero in slots that took no token.
+
+        A causal term's number is written on the step's token. A hindsight term is placed on all
+        tokens of the texts that end; its sum is paid now, unless it is watched.
+        """
         terms = self.rewards.paid(batch, self._device_weights)
         if terms:
             if not active.all():
                 mask = texts.upload(active)
                 terms = {name: torch.where(mask, values, 0.0) for name, values in terms.items()}
-            # Slots that took no token have ended: they begin anew, and with them their line here.
+            # A slot that took no token has ended, and its step may be beyond the last token. What
+            # is written there does not matter: the slot begins anew, and its numbers with it.
             at = batch.before.step.clamp(max=self.token_terms.shape[2] - 1)
             causal_NC1 = torch.stack(list(terms.values()), 1)[:, :, None]
             self.token_terms.scatter_(2, at[:, None, None].expand_as(causal_NC1), causal_NC1)
-        paid_later = [name for name in self.rewards.hindsight if name in self.rewards.terms]
-        for name in paid_later:
-            terms[name] = torch.zeros_like(batch.ref_logprob)
+        for name in self.rewards.hindsight:
+            if name in self.rewards.terms:
+                terms[name] = torch.zeros(
+                    len(active), dtype=torch.float32, device=self.context.device
+                )
         if batch.finished is not None and self.rewards.hindsight:
             slots = batch.finished_at
             weights = {name: weight[slots] for name, weight in self._device_weights.items()}

@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.env.engine import Paid, RewardEngine
+from tokenenv.env.transitions import Ends
+from tokenenv.rewards.term import FinishedTexts
+
 Values = Tensor | np.ndarray | dict[str, Tensor]
 """Of all rows; an array is on the host, and not the env's own."""
 Export = Callable[[Any], Any]
@@ -63,6 +67,57 @@ class Infos:
         return out
 
 
+def step_infos(
+    engine: RewardEngine,
+    paid: Paid,
+    ends: Ends,
+    active: np.ndarray,
+    prompt_id: np.ndarray,
+    kl_coef: np.ndarray,
+) -> Infos:
+    """Return the infos of a step, which `docs/contract.md` lists; `prompt_id` and `kl_coef` (N,)
+    are those of the texts, as copies."""
+    entries: Entries = {
+        "reward_terms": (paid.terms, active),
+        "ref_logprob": (paid.ref_logprob, active),
+        "kl_coef": (kl_coef, active),
+        "prompt_id": (prompt_id, active),
+    }
+    if paid.watched:
+        entries["watched"] = paid.watched, active
+    if paid.potential is not None:
+        entries["potential"] = paid.potential, active
+    if paid.finished is None:
+        return Infos(entries)
+    ended, watched = ends.ended, engine.rewards.watched
+    if paid.score is not None:
+        entries["score"] = paid.score, ended
+    gold = _gold(engine.context.task.gold, paid.finished, paid.score, ended)
+    if gold is not None:
+        entries["gold"] = gold, ended
+    # The engine gives copies: the slots that end may begin anew before these are read.
+    entries["token_rewards"] = engine.token_rewards(), ended
+    entries["token_reward_terms"] = engine.placed(engine.rewards.terms), ended
+    if watched:
+        entries["token_watched"] = engine.placed(watched), ended
+    entries["cut"] = ends.truncated, ended
+    return Infos(entries)
+
+
+def _gold(
+    metric: Any, texts: FinishedTexts, score: Tensor | None, ended: np.ndarray
+) -> Tensor | np.ndarray | None:
+    """The task's true metric (N,) of the texts that ended, or None where it has none."""
+    if metric == "score":
+        return None if score is None else score.clone()
+    if metric is None:
+        return None
+    gold = np.zeros(len(ended), dtype=np.float32)
+    pairs = texts.prompt_and_response_texts()
+    gold[ended] = [metric(prompt, response) for prompt, response in pairs]
+    return gold
+
+
 def _copy(values: Values) -> Values:
     if isinstance(values, dict):
         return {name: value.clone() for name, value in values.items()}
@@ -70,7 +125,7 @@ def _copy(values: Values) -> Values:
 
 
 def _where(rows: np.ndarray, chosen: Any, other: Any) -> Any:
-    """`chosen` in `rows`, elsewhere `other`."""
+    """Return `chosen` in the slots of `rows` (N,) bool and `other` elsewhere."""
     rows = rows.reshape(-1, *[1] * (chosen.ndim - 1))
     if isinstance(chosen, Tensor):
         return torch.where(

@@ -10,10 +10,10 @@ from tokenenv.types import TokenSpec
 
 FORMAT = 4
 Layout = dict[str, Any]
-"""Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any
-size."""
+"""What a state must hold, by name: a (shape, dtype), None for what must be absent, or a further
+layout. A size of -1 in a shape is any size."""
 EXACT = ("weights", "memory", "statistics", "learned")
-"""Context with an entry for each term that has one, and no others."""
+"""Parts that have an entry for each term that has one, and no others."""
 KEYS = (
     "slots",
     "texts",
@@ -28,7 +28,7 @@ KEYS = (
 
 
 def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
-    """Slot numbers as an array (n,) int64, each 0 to num_envs - 1."""
+    """Return slot numbers as an array (n,) int64, each 0 to num_envs - 1."""
     try:
         chosen = np.asarray(slots)
     except ValueError:  # lists of different lengths
@@ -66,10 +66,10 @@ def check_fork(
 def check_state(
     saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]
 ) -> np.ndarray:
-    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is
-    changed.
+    """Return the slots (n,) of a saved state that fits this env; raise `CheckpointError` before
+    anything is changed.
 
-    `engine` says what the engine saves for a number of slots.
+    `engine` returns the layout of what the engine saves for a number of slots.
     """
     if (
         not isinstance(saved, dict)
@@ -105,13 +105,13 @@ def check_statistics(saved: Any, layout: Layout) -> None:
 
 
 def _is(value: Any, expected: int | str) -> bool:
-    """Whether they are the same plain value: what a state holds in its place may be an array, which
-    compares by entry."""
+    """Return whether they are the same plain value. A corrupt state may hold an array in its place,
+    which `==` alone would compare entry by entry."""
     return isinstance(value, type(expected)) and value == expected
 
 
 def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
-    """The state's arrays as (shape, dtype)."""
+    """Return the layout of a state of `count` slots."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     integers, floats = ((count,), np.int64), ((count,), np.float32)
     return {
@@ -178,7 +178,7 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
 
 
 def _check_streams(streams: Any, count: int, group_size: int) -> None:
-    """A seed and a number of texts for each slot, those of its group."""
+    """Check that there are a seed and a number of texts for each slot, those of its group."""
     given = streams if isinstance(streams, dict) else {}
     if not _is(given.get("group_size"), group_size):
         raise CheckpointError(

@@ -14,11 +14,11 @@ from tokenenv.types import Slots
 
 
 class TextBuffer:
-    """Right-padded tokens (N, L) with each row's lengths.
+    """The tokens (N, L) of the texts in N slots, right-padded, with their lengths.
 
-    The host's arrays are the truth: the host sees every token once, when it is checked, so no later
-    step has to copy texts back. On a CPU the device's tensor is the same memory; elsewhere it is
-    kept up beside it.
+    The host's arrays are the original. The host sees every token once, when it is checked, so no
+    later step has to copy texts back from the device. On a GPU a copy of the tokens is kept there,
+    and every change is made in both.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TextBuffer:
         return self.length - self.prompt_length
 
     def append(self, tokens: np.ndarray, active: np.ndarray) -> None:
-        """Adds tokens (N,) to the rows where `active` (N,)."""
+        """Add tokens (N,) to the texts of the slots where `active` (N,)."""
         rows = np.flatnonzero(active)
         position = self.length[rows]
         self.tokens[rows, position] = tokens[rows]
@@ -49,8 +49,7 @@ class TextBuffer:
     def restart(
         self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]
     ) -> None:
-        """Begins new texts in `slots`; a prefix is the beginning of the response and earns
-        nothing."""
+        """Begin new texts in `slots`; a prefix is the beginning of the response and is not own."""
         rows = np.asarray(slots)
         self.prompt_length[rows] = list(map(len, prompts))
         self.prefix_length[rows] = list(map(len, prefixes))
@@ -62,18 +61,18 @@ class TextBuffer:
         self._refresh(slots)
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies rows."""
+        """Copy the texts of `sources` onto the slots `targets`."""
         for array in (self.tokens, self.length, self.prompt_length, self.prefix_length):
             array[targets] = array[sources]
         self._refresh(targets)
 
     def save(self, slots: Slots) -> dict[str, np.ndarray]:
-        """Copies of `slots`' rows, by name."""
+        """Return copies of the arrays of `slots`, by name."""
         names = ("tokens", "length", "prompt_length", "prefix_length")
         return {name: getattr(self, name)[slots].copy() for name in names}
 
     def load(self, slots: Slots, rows: dict[str, np.ndarray]) -> None:
-        """Puts saved rows into `slots`."""
+        """Put saved texts into `slots`."""
         for name, values in rows.items():
             getattr(self, name)[slots] = values
         self._refresh(slots)
@@ -99,11 +98,11 @@ class TextBuffer:
         )
 
     def device_tokens(self) -> Tensor:
-        """A fresh copy of the tokens (N, L) on the device."""
+        """Return a fresh copy of the tokens (N, L) on the device."""
         return self.upload(self.tokens) if self._mirror is None else self._mirror.clone()
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A copy of a host array on the device, which is not waited for."""
+        """Return a copy of a host array on the device, without waiting for the device."""
         return to_device(array, self.device)
 
     def _refresh(self, slots: Slots) -> None:

@@ -13,8 +13,7 @@ from tokenenv.env import build, render, saved_state
 from tokenenv.env.actions import invalid_action, read_actions, token_codes
 from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.base import EnvBase
-from tokenenv.env.engine import Paid
-from tokenenv.env.infos import Infos
+from tokenenv.env.infos import Infos, step_infos
 from tokenenv.env.reset_options import Seed, read_options, read_seed
 from tokenenv.env.streams import PromptStreams
 from tokenenv.env.texts import TextBuffer, decode
@@ -70,7 +69,7 @@ class TokenVectorEnv(EnvBase):
     def reset(
         self, *, seed: Seed = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begins new texts in every slot, or in those of `options["reset_mask"]`.
+        """Begin new texts in every slot, or in those of `options["reset_mask"]`.
 
         Args:
             seed: slot i draws its prompts from seed + i, or from seed[i] (a group from its first
@@ -143,11 +142,11 @@ class TokenVectorEnv(EnvBase):
         )
         # The only device-to-host copy of a step. What was wrong with the last step's rewards comes
         # with it, since the device is not waited for in the step that pays them.
-        codes = token_codes(tokens, logprob, spec.vocab_size)
+        on_device = token_codes(tokens, logprob, spec.vocab_size)
         if finite.suspects is None:
-            codes = self._to_host(codes)
+            codes = self._to_host(on_device)
         else:
-            codes = self._to_host(finite.mark(codes))
+            codes = self._to_host(finite.mark(on_device))
             finite.check(codes)
         codes[~active] = spec.pad_token_id
         if (codes < 0).any():
@@ -170,7 +169,9 @@ class TokenVectorEnv(EnvBase):
         self.tokens_seen += int(active.sum())
         paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts)
         self._ended = ended.copy()
-        infos = self._step_infos(paid, ends, active)
+        infos = step_infos(
+            self._engine, paid, ends, active, self._prompt_id.copy(), self._episode_kl_coef.copy()
+        )
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
             infos.overlay(self._begin(~active))
@@ -186,8 +187,8 @@ class TokenVectorEnv(EnvBase):
         return self._observation(), export(paid.reward), *flags, info
 
     def render(self) -> tuple[Any, ...] | None:
-        """One string or picture (H, W, 3) uint8 for each text, by `render_mode`; the rewards in it
-        are those paid so far."""
+        """Return one string or picture (H, W, 3) uint8 for each text, by `render_mode`. It shows
+        the rewards so far, each where it is placed."""
         if self.render_mode is None:
             return None
         self._require_reset()
@@ -195,7 +196,7 @@ class TokenVectorEnv(EnvBase):
 
     @ordinary_tensors
     def fork(self, sources: Sequence[int], targets: Sequence[int]) -> tuple[Any, dict[str, Any]]:
-        """Copies the running episodes `sources` onto the slots `targets`, caches included; returns
+        """Copy the running episodes `sources` onto the slots `targets`, caches included; return
         (obs, info).
 
         Prompt streams stay with their slots. The info is a reset's, for the targets.
@@ -211,8 +212,8 @@ class TokenVectorEnv(EnvBase):
 
     @ordinary_tensors
     def save_state(self, slots: Sequence[int] | None = None) -> dict[str, Any]:
-        """The episodes of `slots` (all by default) and their prompt streams, without caches: arrays
-        and numbers only."""
+        """Return the episodes of `slots` (all by default) and their prompt streams, without caches,
+        as nested dicts of arrays and numbers."""
         self._require_reset()
         chosen = np.unique(
             saved_state.check_slots(range(self.num_envs) if slots is None else slots, self.num_envs)
@@ -232,7 +233,7 @@ class TokenVectorEnv(EnvBase):
 
     @ordinary_tensors
     def load_state(self, saved: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Takes up saved episodes in the slots they were saved from, here or in another env of the
+        """Take up saved episodes in the slots they were saved from, here or in another env of the
         same id.
 
         Caches are filled from the texts. What belongs to the env as a whole (`tokens_seen`,
@@ -264,12 +265,13 @@ class TokenVectorEnv(EnvBase):
 
     @ordinary_tensors
     def ref_logprobs(self) -> Any:
-        """log pi_ref of every next token of the texts as they stand, (N, V) float32, in nats."""
+        """Return log pi_ref of every next token of the texts as they stand, (N, V) float32, in
+        nats."""
         self._require_reset()
         return self._export(self._engine.ref_logprobs())
 
     def responses(self) -> list[list[int]]:
-        """The response tokens of the texts as they stand."""
+        """Return the response tokens of the N texts as they stand."""
         self._require_reset()
         texts = self._texts
         spans = zip(texts.tokens, texts.prompt_length, texts.length, strict=True)
@@ -281,7 +283,7 @@ class TokenVectorEnv(EnvBase):
         return decode(observation, self.token_spec.tokenizer)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Lets go of the models and their caches."""
+        """Let go of the models and their caches."""
         del self._engine, self._texts
 
     def _show(self) -> tuple[Any, ...] | None:
@@ -297,8 +299,8 @@ class TokenVectorEnv(EnvBase):
         prompts: Mapping[int, Sequence[int]] | None = None,
         prefixes: Mapping[int, Sequence[int]] | None = None,
     ) -> Infos:
-        """Starts an episode in the rows of `mask`, each with the given prompt or one from its
-        stream."""
+        """Start an episode in the slots of `mask` (N,), each with the given prompt or the next one
+        of its stream; return their infos."""
         slots, given = np.flatnonzero(mask), prompts or {}
         started = []
         for slot in map(int, slots):
@@ -327,43 +329,6 @@ class TokenVectorEnv(EnvBase):
             entries["potential"] = self._engine.potential(self._texts.upload(scored)), rows
         return Infos(entries)
 
-    def _step_infos(self, paid: Paid, ends: Ends, active: np.ndarray) -> Infos:
-        """The infos of a step; `docs/contract.md` lists them."""
-        entries: dict[str, Any] = {
-            "reward_terms": (paid.terms, active),
-            "ref_logprob": (paid.ref_logprob, active),
-            "kl_coef": (self._episode_kl_coef.copy(), active),
-            "prompt_id": (self._prompt_id.copy(), active),
-        }
-        if paid.watched:
-            entries["watched"] = paid.watched, active
-        if paid.potential is not None:
-            entries["potential"] = paid.potential, active
-        if paid.finished is not None:
-            engine, ended = self._engine, ends.ended
-            if paid.score is not None:
-                entries["score"] = paid.score, ended
-            if self._task.gold is not None:
-                entries["gold"] = self._gold(paid, ended), ended
-            # Copies: the slots that end may begin anew before these are read.
-            terms = engine.placed(engine.rewards.terms)
-            entries["token_rewards"] = engine.token_rewards(), ended
-            entries["token_reward_terms"] = terms, ended
-            if engine.rewards.watched:
-                entries["token_watched"] = engine.placed(engine.rewards.watched), ended
-            entries["cut"] = ends.truncated, ended
-        return Infos(entries)
-
-    def _gold(self, paid: Paid, ended: np.ndarray) -> Tensor | np.ndarray:
-        if not callable(self._task.gold):
-            assert paid.score is not None
-            return paid.score.clone()
-        assert paid.finished is not None
-        gold = np.zeros(self.num_envs, dtype=np.float32)
-        pairs = paid.finished.prompt_and_response_texts()
-        gold[ended] = [self._task.gold(prompt, response) for prompt, response in pairs]
-        return gold
-
     def _final(self, infos: Infos, ended: np.ndarray) -> dict[str, Any]:
         """SAME_STEP's account of the episodes that ended: their last observation and infos."""
         info = infos.only(ended).to_dict(self._export)
@@ -371,7 +336,7 @@ class TokenVectorEnv(EnvBase):
         return {"final_obs": self._observation(), "final_info": info, **masks}
 
     def _observation(self) -> Any:
-        """Fresh arrays, never the env's own."""
+        """Return fresh arrays, never the env's own."""
         texts, export = self._texts, self._export
         if self.config.observation == "features":
             return export(self._engine.features().clone())
@@ -383,7 +348,7 @@ class TokenVectorEnv(EnvBase):
         }
 
     def _export(self, values: Tensor | np.ndarray) -> Any:
-        """The caller's kind of array."""
+        """Return the values as the caller's kind of array."""
         if self.config.array == "torch":
             return self._texts.upload(values) if isinstance(values, np.ndarray) else values
         return values if isinstance(values, np.ndarray) else values.cpu().numpy()

@@ -30,7 +30,7 @@ Weight = float | Callable[[int], float]
 class RunningTexts:
     """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
 
-    ids: Sequence[np.ndarray]
+    ids: Sequence[np.ndarray] | np.ndarray
     """Token ids of R texts; each may go on beyond what has been written so far."""
     row: np.ndarray
     """(K,) int64: which of the R each of the K texts is."""
@@ -59,7 +59,7 @@ class RunningTexts:
 
 
 def _split(
-    ids: Sequence[np.ndarray], prompt_length: np.ndarray, length: np.ndarray
+    ids: Sequence[np.ndarray] | np.ndarray, prompt_length: np.ndarray, length: np.ndarray
 ) -> list[TextIds]:
     """Pairs of token id lists, prompt and response."""
     spans = zip(ids, prompt_length, length, strict=True)
@@ -132,7 +132,7 @@ class WholeTexts:
     prefix_length: np.ndarray
     """(B,) int64: leading response tokens that are not own, because `reset` was given them as a
     prefix."""
-    ids: Sequence[np.ndarray]
+    ids: Sequence[np.ndarray] | np.ndarray
     """The same tokens on the host, one array of at least `length` tokens a text."""
 
     def prompt_and_response_ids(self) -> list[TextIds]:
