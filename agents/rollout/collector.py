@@ -280,7 +280,7 @@ class Collector:
         wanted, slots = len(states) * rollouts, np.arange(self.envs.num_envs)
         copies = np.flatnonzero(np.arange(wanted) % rollouts)
         # Slots that are left over play on from the last state, and what they write is not used.
-        given = [states[min(slot // rollouts, len(states) - 1)] for slot in slots]
+        given = [states[min(slot // rollouts, len(states) - 1)] for slot in slots.tolist()]
         # A collector of its own, so that this one's record of the running texts stays.
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
