@@ -101,7 +101,7 @@ def test_a_new_algorithm_is_short_and_touches_nothing():
     assert len(text.splitlines()) < 150
 
 
-@pytest.mark.parametrize("page", ["stable-baselines3.md", "seeing.md"])
+@pytest.mark.parametrize("page", ["stable-baselines3.md", "reading-a-run.md"])
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """One after the other, in one process, as a reader would paste them."""
     snippets = re.findall(

@@ -1,6 +1,7 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,6 +107,9 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
     }
     for label, cell in rows.items():
         table.add_row(label, *map(cell, found.values()))
+    for name in dict.fromkeys(name for evaluation in found.values() for name in evaluation.watched):
+        means = (f"{evaluation.watched.get(name, math.nan):.3f}" for evaluation in found.values())
+        table.add_row(f"watch: {name}, per token", *means)
     return table
 
 
