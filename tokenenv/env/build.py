@@ -25,7 +25,7 @@ from tokenenv.types import Task, TokenSpec
 
 NO_REWARD = (
     "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
-    "reward_model=, or a rule as reward= (tokenenv.rewards.Rule), or reward={} if that is meant."
+    "reward_model=, or a function of prompt and response as reward=, or reward={} if that is meant."
 )
 
 TaskSource = str | Task | Callable[..., Task]
@@ -206,7 +206,7 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
         f"{key}="
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
-        and parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and key not in options
     ]
     if missing:
@@ -233,6 +233,7 @@ def load_task(name: str) -> Callable[..., Task]:
     (`tokenenv.safety.trust`)."""
     label = f"task={name!r}"
     found = load_name(name, label)
-    if not callable(found):
-        raise InvalidArgument(f"{label} is of type {type(found).__name__}; it must be a function.")
+    if not callable(found) or isinstance(found, type):
+        what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+        raise InvalidArgument(f"{label} is {what}; it must be a function that returns a Task.")
     return found
