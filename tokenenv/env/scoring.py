@@ -47,6 +47,8 @@ def score_episodes(
     out = _zeros(engine, response_ids, gold is not None)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    # Statistics are read once: with `learning` they change from one micro-batch to the next, and all
+    # texts are scored with those that were there before.
     for group in micro_batches(lengths, engine.context.max_batch_tokens):
         texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
@@ -95,6 +97,7 @@ def _transitions(
     learning: bool,
 ) -> Transitions:
     """What terms see of whole texts, of which those of `cut` (b,) were cut."""
+    # On the host, where cuts are known: which token ends a text needs no copy from the device.
     cut_K = cut[walk.row]
     scored = walk.last if engine.context.spec.score_truncated else walk.last & ~cut_K
     ends = Ends(walk.last & ~cut_K, walk.last & cut_K, scored, walk.last)
@@ -147,6 +150,7 @@ def _fill(
             out.watched[name][group] = placed[name]
             continue
         out.terms[name][group], out.token_reward_terms[name][group] = paid[name], placed[name]
+        # Terms are added in the order in which a step adds them, so that rounding is the same.
         out.step_rewards[group] += paid[name]
         out.token_rewards[group] += placed[name]
     out.ref_logprobs[group] = at_tokens(batch.ref_logprob)

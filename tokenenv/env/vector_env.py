@@ -160,6 +160,7 @@ class TokenVectorEnv(EnvBase):
         self, tokens: np.ndarray, logprob: Tensor | None, active: np.ndarray
     ) -> tuple[Any, Any, Any, Any, Any]:
         texts, spec, export = self._texts, self.token_spec, self._export
+        # Texts first: ends are found, and rules and gold metrics read, from the host's own copy.
         texts.append(tokens, active)
         terminated = active & self._is_stop[tokens]
         full = texts.length - texts.prompt_length >= spec.max_new_tokens
