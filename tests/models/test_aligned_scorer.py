@@ -377,8 +377,7 @@ def test_long_texts_lose_their_beginning_with_one_warning(limit):
         scorer.token_scores([long], 90)
     assert [str(warning.message) for warning in caught] == [
         "a text is longer than the 12 tokens that the reward model can read; its beginning is left "
-        "out, and response tokens "
-        "there score 0"
+        "out, and response tokens there score 0"
     ]
     text = POLICY.decode(long[0] + long[1], skip_special_tokens=True)
     ids, offsets = (

@@ -285,8 +285,7 @@ def test_a_long_trial_is_announced(monkeypatch, caplog):
     assert caplog.messages == []
     cached(fakes.causal_lm("llama"), 2, 32)
     assert caplog.messages == [
-        "trying out the cache of LlamaModel reads a text of 32 tokens twice, once with a mask of 0 "
-        "MiB"
+        "trying out a cache reads a text of 32 tokens twice, once with a mask of 0 MiB: LlamaModel"
     ]
 
 

@@ -1,10 +1,10 @@
-"""What a file may say. A run folder may come from a stranger: it is data, and nothing in it
-imports, runs or connects.
+"""Trust in files: what a config or a checkpoint may ask for. A run folder may come from a stranger,
+so it is data, and nothing in it imports, runs or connects.
 
 Registered names, numbers, words, hub ids and paths are taken from a file: a model is loaded from
-safetensors, and prompts are read, which runs no code. What does run code, opens a connection or
-writes elsewhere, the command line has to say again: a name with a module (`--env module:id`), a
-URL, code that comes with a model.
+safetensors, and prompts are read, which runs no code. The command line has to repeat what runs
+code, opens a connection or writes elsewhere: a name with a module (`--env module:id`), a URL, code
+that comes with a model.
 """
 
 import os
@@ -33,8 +33,7 @@ ROLLOUT_OPTIONS = {
     "enforce_eager",
     "seed",
 }
-"""Of the engine's options, which hold names of classes and modules too, those that a file may
-set."""
+"""The engine's options that a file may set. Others hold names of classes and modules."""
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
@@ -42,15 +41,15 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
     """Raise unless a file may say all of this.
 
     Args:
-        values: by dotted name: "env", "reward", "algo", "options.NAME", "agent.rollout",
-            "agent.rollout_options.NAME".
+        values: the file's entries by dotted name: "env", "reward", "algo", "options.NAME",
+            "agent.rollout", "agent.rollout_options.NAME".
         source: the file, for the error.
-        said: names that the command line gives too ("agent.rollout_options.*" for all of a kind);
-            its values are taken, so that the file's do not matter.
+        said: the names that the command line gives too ("agent.rollout_options.*" for all of a
+            kind). Its values are taken, so the file's do not matter.
 
     Raises:
-        InvalidArgument: naming the file, every entry that is refused, and the flags with which the
-            command line may say them again.
+        InvalidArgument: an entry is refused. The message names the file, every such entry, and the
+            flags with which the command line may say them again.
     """
     values = {name: value for name, value in values.items() if not _given(name, said)}
     reasons = {name: _refused(name, value) for name, value in values.items()}
@@ -60,21 +59,24 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
             f"{visible(name)}={visible(without_user(str(values[name])))[:80]!r} {reason}"
             for name, reason in refused.items()
         ]
+        several = len(shown) > 1
+        listed = f"{', '.join(shown[:-1])} and {shown[-1]}" if several else shown[0]
         again = flags({name: values[name] for name in refused})
         raise InvalidArgument(
-            f"{visible(str(source))}: {' and '.join(shown)}, which no file can ask for; if you "
-            f"trust {'it' if len(shown) == 1 else 'them'}, say it again: {again}"
+            f"{visible(str(source))}: {listed}, which no file can ask for; if you trust "
+            f"{'them' if several else 'it'}, say {'them' if several else 'it'} again: {again}"
         )
 
 
 def repeated(values: Mapping[str, Any]) -> str:
-    """The flags that the command line has to say again when it goes on with a file that holds
-    these entries; "" where it has to say nothing."""
+    """Return the flags that the command line has to say again when it goes on with a file that
+    holds these entries; "" where it has to say nothing."""
     return flags({name: value for name, value in values.items() if _refused(name, value)})
 
 
 def flags(values: Mapping[str, Any]) -> str:
-    """How the command line gives entries: each by its dotted name, the options in one list."""
+    """Return how the command line gives entries: each by its dotted name, the options in one
+    list."""
     lists: dict[str, list[str]] = {}
     for name, value in values.items():
         prefix, _, key = name.rpartition(".")
@@ -85,7 +87,7 @@ def flags(values: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value as it is typed."""
+    """Return a value as it is typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -94,7 +96,7 @@ def _given(name: str, said: Collection[str]) -> bool:
 
 
 def _refused(name: str, value: Any) -> str | None:
-    """What the entry would do, if a file may not ask for it."""
+    """Return what an entry would do that no file may ask for; None where a file may ask for it."""
     part, _, key = name.rpartition(".")
     if key == "task":
         return "imports code"
@@ -130,10 +132,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def refuse_link(path: Path) -> None:
-    """Raises `RunFolderError` where `path` is a link: in a stranger's run folder it could have any
-    file written to."""
+    """Raise `RunFolderError` where `path` is a link. In a stranger's run folder a link could have
+    any file of the user's overwritten."""
     if path.is_symlink():
         raise RunFolderError(
             f"{path} is a link to {os.readlink(path)!r}; what is written into a run folder stays "
-            f"in it."
+            "in it."
         )
