@@ -19,11 +19,11 @@ envs = gym.make_vec(
 
 ## Observation Space
 
-`Dict(tokens=Box(0, V - 1, (P + T,), int64), length=Discrete(P + T + 1),
-prompt_length=Discrete(P + T + 1))`: the prompt and the response so far, padded on the right. P is
-the length of the longest prompt in tokens, after the chat template and with special tokens, or
-`max_prompt_tokens`. T is `max_new_tokens`, 128 by default. With `observation="features"` it is the
-reference's last hidden state, `Box(-inf, inf, (H,), float32)`.
+`Dict(tokens=Box(0, V - 1, (P + T,), int64), length=Discrete(P + T + 1), prompt_length=Discrete(P +
+T + 1))`: the prompt and the response so far, padded on the right. P is the length of the longest
+prompt in tokens, after the chat template and with special tokens, or `max_prompt_tokens`. T is
+`max_new_tokens`, 128 by default. With `observation="features"` it is the reference's last hidden
+state, `Box(-inf, inf, (H,), float32)`.
 
 ## Action Space
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 import traceback
 from collections import Counter
@@ -23,7 +24,8 @@ from tokenenv.errors import InvalidArgument, check_choice
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 """The form "module:Name", dots on both sides allowed."""
-OWN_FOLDER = str(Path(__file__).parent)
+OWN_FOLDER = f"{Path(__file__).parent}{os.sep}"
+"""The folder of this package. It ends in a separator: a plugin's may begin with the same name."""
 
 
 def load_name(name: str, label: str) -> Any:
@@ -82,10 +84,11 @@ def said(error: BaseException) -> str:
 def _attribute(owner: Any, name: str, label: str) -> Any:
     if hasattr(owner, name):
         return getattr(owner, name)
-    public = [known for known in vars(owner) if not known.startswith("_")]
+    public = [known for known in dir(owner) if not known.startswith("_")]
     near = difflib.get_close_matches(name, public, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise InvalidArgument(f"{label}: {owner.__name__!r} has no {name!r}.{hint}")
+    what = getattr(owner, "__name__", type(owner).__name__)
+    raise InvalidArgument(f"{label}: {what!r} has no {name!r}.{hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +117,9 @@ class Plugin:
 
 
 @functools.cache
-def _entry_points() -> importlib.metadata.EntryPoints:
-    """All entry points of this Python: reading them takes milliseconds, so they are read once."""
-    return importlib.metadata.entry_points()
+def _entry_points(group: str) -> importlib.metadata.EntryPoints:
+    """The entry points of a group. Reading them takes milliseconds, so they are read once."""
+    return importlib.metadata.entry_points(group=group)
 
 
 class Names:
@@ -144,7 +147,7 @@ class Names:
         """Every plugin of the group, in the order of names, refused ones included."""
         entries = [
             (entry.name, entry.value, f"{entry.dist.name} {entry.dist.version}")
-            for entry in _entry_points().select(group=self.group)
+            for entry in _entry_points(self.group)
             if entry.dist is not None
         ]
         owners = Counter(name for name, _, _ in entries)

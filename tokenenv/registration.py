@@ -57,9 +57,9 @@ def register_envs() -> None:
             continue
         # A broken plugin must not stop `import tokenenv`: its id says why when it is made, and an
         # id that Gymnasium does not take is left out here and listed by `tokenenv envs`.
-        task = plugin.value if plugin.refused is None else functools.partial(_fail, plugin.refused)
+        fails = None if plugin.refused is None else functools.partial(_fail, plugin.refused)
         try:
-            _register(plugin.name, task)
+            _register(plugin.name, fails or plugin.value)
         except InvalidArgument:
             continue
 

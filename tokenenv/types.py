@@ -6,7 +6,7 @@ and places in them). "(K, H) float32" after a field is its shape and dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -94,6 +94,9 @@ class EpisodeScores:
     potentials: np.ndarray | None
     """(B, T + 1) float32: the potential Phi of the state before each token, and of the last state;
     None where no term is potential-based."""
+    watched: dict[str, np.ndarray] = field(default_factory=dict)
+    """(B, T) float32 for each term of `watch=` by name: its number for each token, unweighted and
+    never a part of the rewards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,8 +117,8 @@ class PolicyGradient(Agent):
         `batch.learned["old_logprob"]`, the log-probs that ratios are taken to, gives (K,). Metrics
         of its own go into `out.logged`.
         """
-        advantages_K = out.pick(batch.learned["advantage"])
         if self.config.clip_range is None:
+            advantages_K = out.pick(batch.learned["advantage"])
             return losses.policy_gradient_loss(out.logprob, advantages_K, weights_K)
         log_ratio_K = out.logprob - out.pick(batch.learned["old_logprob"])
         return self.clipped_loss(log_ratio_K, out, batch, weights_K)
@@ -164,6 +164,7 @@ class PolicyGradient(Agent):
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learn from finished episodes; return the field's scalars."""
         metrics, mask_BT = self._policy_before(batch), batch.mask_BT
+        # Before any step: what these three leave is of the policy that the update begins with.
         advantages_BT = self._of_tokens(self.advantages(batch), mask_BT, "advantages")
         if self.config.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT)
@@ -214,6 +215,7 @@ class PolicyGradient(Agent):
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
         """Return the loss of one minibatch, in which a token of episode b counts `weights_B[b]`."""
         cfg, learned = self.config, batch.learned
+        # Where nothing asked for the policy before the update, the sampler stands in for it.
         before_BT = learned.get("learner_logprob", batch.logprob_BT)
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,7 +239,7 @@ class PolicyGradient(Agent):
                 before = out.pick(before_BT)
                 metrics["policy/approx_kl"] = losses.approx_kl(out.logprob, before, weights)
                 for name, values in out.logged.items():
-                    metrics[name] = (weights * values.detach()).sum()
+                    metrics[name] = (weights * values.detach().to(weights)).sum()
             return total, metrics
 
         return loss

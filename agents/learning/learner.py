@@ -57,6 +57,7 @@ class Outputs:
         The mean is exact however the minibatch is cut, because a micro-batch holds whole texts.
         Differentiable in `values_K`.
         """
+        # `rows` are places in the whole batch; here the texts are numbered 0, 1, ... to add up.
         index_K, counts = self.rows.unique(return_inverse=True, return_counts=True)[1:]
         index_K, counts = index_K.to(values_K.device), counts.to(values_K.device)
         sums = values_K.new_zeros(len(counts)).index_add(0, index_K, values_K)
@@ -118,6 +119,7 @@ def outputs(
     """Run one forward over the whole texts `rows` and read it where response tokens were chosen."""
     texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
     tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
+    # The masks stay on the host with the batch; only those of this micro-batch are uploaded.
     mask_KM = None
     if masks_BTM is not None:
         mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
@@ -145,6 +147,7 @@ def outputs(
 def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -> Tensor:
     """Return the critic's values (B, T + 1) on the CPU: before each response token, then of the
     last state; zero to the right."""
+    # One column more than tokens: a text cut without a score bootstraps from its last state.
     values_BT1 = torch.zeros(len(batch), batch.reward_BT.shape[1] + 1)
     for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
         texts = _Texts(batch, rows, values_BT1.shape[1], policy.device, extra=1)

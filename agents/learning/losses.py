@@ -74,7 +74,10 @@ def clipped_ratio_loss(
     if clip_range is not None:
         high = clip_range if clip_high is None else clip_high
         clipped_K = ratio_K.clamp(1.0 - clip_range, 1.0 + high)
+        # The smaller gain: a ratio that has gone far enough the way its advantage points has no
+        # gradient, and one that went the wrong way keeps it.
         gains_K = torch.minimum(gains_K, clipped_K * advantages_K)
+    # At a negative advantage the smaller gain has no bound: it grows with the ratio.
     if dual_clip is not None:
         bounded_K = torch.maximum(gains_K, dual_clip * advantages_K)
         gains_K = torch.where(advantages_K < 0, bounded_K, gains_K)
@@ -93,6 +96,7 @@ def clipped_value_loss(
     errors_K = (values_K - targets_K) ** 2
     if clip_range is not None:
         clipped_K = old_values_K + (values_K - old_values_K).clamp(-clip_range, clip_range)
+        # The larger error: a clip may slow the critic down, and never hides how wrong it is.
         errors_K = torch.maximum(errors_K, (clipped_K - targets_K) ** 2)
     return 0.5 * (weights_K * errors_K).sum()
 
@@ -105,6 +109,7 @@ def approx_kl(logprobs_K: Tensor, old_logprobs_K: Tensor, weights_K: Tensor) -> 
     does).
     """
     log_ratio_K = (logprobs_K - old_logprobs_K).clamp(-20.0, 20.0)
+    # expm1 keeps the digits near ratio 1, where the two terms nearly cancel.
     return (weights_K * (torch.expm1(log_ratio_K) - log_ratio_K).clamp(max=10.0)).sum()
 
 

@@ -1,8 +1,8 @@
-"""Episodes as files, for those who stay with their trainer: a line of JSON or an Arrow row each,
-and as padded tensors.
+"""Episodes as files for another trainer, a line of JSON or an Arrow row each, and as padded
+tensors.
 
-The KL term is left out of the rewards: every trainer has a KL penalty of its own, and log pi_ref
-and beta are beside them.
+The KL term is left out of the rewards, because every trainer has a KL penalty of its own; log
+pi_ref and beta are in columns beside them.
 """
 
 import json
@@ -48,7 +48,7 @@ Row = dict[str, Any]
 def write_episodes(
     path: str | os.PathLike[str], episodes: Iterable[Episode], tokenizer: Any = None
 ) -> None:
-    """Writes `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
+    """Write `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
 
     With a `tokenizer` the texts are there too. Raises `InvalidArgument` for another suffix,
     `MissingDependency` for Arrow without pyarrow.
@@ -68,7 +68,7 @@ def write_episodes(
 
 
 def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows that `write_episodes` wrote, as dicts of `COLUMNS`."""
+    """Return the rows that `write_episodes` wrote, as dicts of `COLUMNS`."""
     path = Path(path)
     _check_suffix(path)
     if not path.is_file():
@@ -103,7 +103,7 @@ def _read_lines(path: Path) -> list[Row]:
 
 
 def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
-    """One episode as plain values; what is not known is None."""
+    """Return one episode as plain values; what is not known is None."""
     terms = {name: values for name, values in episode.terms.items() if name != "kl"}
     rewards = np.sum(list(terms.values()), axis=0) if terms else episode.reward
     texts: tuple[str | None, str | None] = (None, None)
@@ -132,8 +132,8 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
 
 
 def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """B rows as tensors, prompts (B, P) padded on the left and responses (B, T) on the right, as
-    trainers hold them.
+    """Return B rows as tensors, as trainers hold them: prompts (B, P) padded on the left, and
+    responses (B, T) on the right.
 
     Returns:
         `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`,

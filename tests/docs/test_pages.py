@@ -9,7 +9,11 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
+    "your-model.md",
+    "your-algorithm.md",
+    "rewards.md",
     "your-reward.md",
+    "your-task.md",
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 

@@ -41,7 +41,12 @@ def finished(
     prompt_length = np.asarray([len(prompt) for prompt, _ in pairs])
     length = np.asarray([len(text) for text in ids])
     return FinishedTexts(
-        torch.from_numpy(tokens), length, prompt_length, np.asarray(prefix_length), score, ids
+        tokens=torch.from_numpy(tokens),
+        length=length,
+        prompt_length=prompt_length,
+        prefix_length=np.asarray(prefix_length),
+        score=score,
+        ids=ids,
     )
 
 

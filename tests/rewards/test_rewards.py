@@ -1,6 +1,7 @@
 """Reward terms on hand-made transitions: each number can be checked by eye."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,7 +87,12 @@ def finished():
     ids = [np.array([7, 5, 1]), np.array([7, 7, 5, 6, 5, 6])]
     tokens = torch.tensor([[7, 5, 1, 0, 0, 0], [7, 7, 5, 6, 5, 6]])
     return FinishedTexts(
-        tokens, np.array([3, 6]), np.array([1, 2]), np.array([0, 1]), torch.tensor([3.0, -1.0]), ids
+        tokens=tokens,
+        length=np.array([3, 6]),
+        prompt_length=np.array([1, 2]),
+        prefix_length=np.array([0, 1]),
+        score=torch.tensor([3.0, -1.0]),
+        ids=ids,
     )
 
 
@@ -181,13 +187,10 @@ def test_placed_rewards_spare_the_prefix_and_the_unscored():
             return torch.ones(2, max_new_tokens)
 
     rewards = RewardSum({"everywhere": Everywhere()}, T)
-    placed = rewards.placed(
-        finished(), torch.tensor([True, True]), {"everywhere": torch.tensor([1.0, 2.0])}
-    )
+    weights = {"everywhere": torch.tensor([1.0, 2.0])}
+    placed = rewards.placed(replace(finished(), scored=torch.tensor([True, True])), weights)
     assert placed["everywhere"].tolist() == [[1, 1, 0, 0], [0, 2, 2, 2]]
-    placed = rewards.placed(
-        finished(), torch.tensor([False, True]), {"everywhere": torch.tensor([1.0, 2.0])}
-    )
+    placed = rewards.placed(replace(finished(), scored=torch.tensor([False, True])), weights)
     assert placed["everywhere"].tolist() == [[0, 0, 0, 0], [0, 2, 2, 2]]
 
 

@@ -53,12 +53,12 @@ class Judge:
 def one_text(length=3):
     ids = [np.array([7, *range(5, 5 + length)])]
     return FinishedTexts(
-        torch.tensor(np.stack(ids)),
-        np.array([1 + length]),
-        np.array([1]),
-        np.array([0]),
-        None,
-        ids,
+        tokens=torch.tensor(np.stack(ids)),
+        length=np.array([1 + length]),
+        prompt_length=np.array([1]),
+        prefix_length=np.array([0]),
+        score=None,
+        ids=ids,
     )
 
 
@@ -304,6 +304,7 @@ def test_forked_and_loaded_texts_go_on_with_the_number_they_had():
 
 
 def test_an_unscored_truncation_keeps_the_potential_and_a_scored_end_does_not():
+    assert not dense().pays_score
     for score_truncated in (False, True):
         options = {"score_truncated": score_truncated, "stops": (7,)}
         envs = make_vec(2, "Disabled", reward=dense(), kl="none", **options)
@@ -327,6 +328,14 @@ def test_at_an_unscored_truncation_the_rule_itself_pays_nothing():
     options = {"score_truncated": False, "stops": (), "kl": "none"}
     envs = make_vec(2, "SameStep", reward=Rule(worth, on="tokens"), **options)
     assert not any(np.any(episode.rewards) for episode in play(envs, steps=2 * T))
+
+
+def test_the_critic_takes_the_dense_forms_potential():
+    from tokenenv.agents import PPO
+
+    envs = make_vec(2, "SameStep", reward=dense())
+    agent = PPO(envs, batch_tokens=8, critic_offset="potential").learn(16)
+    assert agent.updates >= 1
 
 
 WRAPPED = {

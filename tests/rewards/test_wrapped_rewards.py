@@ -3,6 +3,7 @@ pays with them."""
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,7 +324,7 @@ def test_placed_rewards_are_normalised_by_position_as_others_are():
     flat, steps = rows.flatten(), np.tile(np.arange(LONGEST), 5)
     paying.reward(batch_of(paying, flat, steps))
     torch.testing.assert_close(placing.statistics(), paying.statistics())
-    texts.statistics = {placing.name: placing.statistics().expand(5, -1)}
+    texts = replace(texts, statistics={placing.name: placing.statistics().expand(5, -1)})
     torch.testing.assert_close(
         placing.place(texts, LONGEST).flatten(), paying.reward(batch_of(paying, flat, steps))
     )

@@ -14,6 +14,7 @@ import tyro
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
+        if {"-h", "--help"} & set(args):
+            for shown in (Train, made.algorithm.config_class, Evaluate, Show, Envs, Rewards):
+                join_lines(shown)
         with NUMBERS:
             command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=ABOUT)
         if isinstance(command, Train):

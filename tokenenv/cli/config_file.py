@@ -1,5 +1,7 @@
-"""Reading and writing a run's config.yaml: plain values, checked, and nothing that a file may not
-say."""
+"""Reading and writing a run's config.yaml.
+
+It holds plain values. Each is checked when it is read, and what a file may not say is refused.
+"""
 
 import dataclasses
 import typing
@@ -18,15 +20,15 @@ from tokenenv.safety.values import fit, from_yaml, to_yaml, typed
 
 
 def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Writes the values without keys and passwords, and then a `record`; the file appears whole or
+    """Write the values without keys and passwords, and then a `record`. The file appears whole or
     not at all."""
     text = to_yaml({**without_secrets(values), **record})
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The mapping that a config holds. Raises `InvalidArgument` naming the file where there is
-    none."""
+    """Return the mapping that a config holds. Raise `InvalidArgument` naming the file where there
+    is none."""
     if not path.is_file():
         raise InvalidArgument(
             f"config={str(path)!r} is not a file; a run folder holds a config.yaml."
@@ -44,8 +46,8 @@ def read_values(path: Path) -> dict[str, Any]:
 def fields_from(
     cls: type, values: Mapping[str, Any], path: Path, left_out: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The arguments of a dataclass from a file's values: every field but those `left_out`, each of
-    its type.
+    """Return the arguments of a dataclass from a file's values: every field but those `left_out`,
+    each of its type.
 
     Raises:
         InvalidArgument: a field is unknown, missing or of another type; names the file and the
@@ -66,7 +68,7 @@ def fields_from(
 
 
 def mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
-    """`value`, if it is a mapping of names; else `InvalidArgument`."""
+    """Return `value` if it is a mapping whose keys are texts, else raise `InvalidArgument`."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InvalidArgument(f"{path}: {name}={value!r:.80} is no mapping of names to values.")
     return value

@@ -3,13 +3,14 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Column, Table
 from rich.text import Text
 
 from tokenenv.cli.console import console, say, say_text
+from tokenenv.cli.help import shown_as
 from tokenenv.cli.names import env_id_of
 from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
@@ -27,7 +28,7 @@ class Envs:
     """List the environments that can be trained on: bundled ones, those of installed plugins, and
     your own. With an id, say what it is and which options it has."""
 
-    env: tyro.conf.Positional[str | None] = None
+    env: Annotated[str | None, tyro.conf.Positional, shown_as("[ID]")] = None
     """An id of the list, or module:id for one of your own."""
 
     def run(self) -> None:
@@ -38,7 +39,7 @@ class Envs:
             say("train on one: tokenenv train --env ID --options NAME VALUE")
             say("your own: docs/plugins.md")
         else:
-            describe(env_id_of(self.env))
+            describe(self.env)
 
 
 def listing() -> Table:
@@ -78,22 +79,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return made
 
 
-def describe(env_id: str) -> None:
-    """Print what an id is and its options, with their defaults."""
-    source = task_source(env_id)
+def describe(name: str) -> None:
+    """Print what an id, or module:id, is and which options it has, with their defaults."""
+    source = task_source(env_id_of(name))
     task = _function(source)
     module = inspect.getmodule(task)
     texts = [inspect.getdoc(module), inspect.getdoc(task)]
     for text in dict.fromkeys(text for text in texts if text):
         say_text(text)
     rows = []
-    for name, parameter in inspect.signature(task).parameters.items():
+    for option, parameter in inspect.signature(task).parameters.items():
         needed = parameter.default is parameter.empty
-        rows.append((name, "(needed)" if needed else _shown(parameter.default)))
+        rows.append((option, "(needed)" if needed else _shown(parameter.default)))
     console.print(table(("its options", "default"), rows))
     names = ", ".join(field.name for field in fields(EnvConfig))
     say(f"options of every env (tokenenv.env.config.EnvConfig): {names}")
-    say(f"train on it: tokenenv train --env {env_id} --options NAME VALUE")
+    say(f"train on it: tokenenv train --env {name} --options NAME VALUE")
 
 
 def _shown(value: Any) -> str:

@@ -4,11 +4,13 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
 from tokenenv.cli.console import console, say, say_text
 from tokenenv.cli.envs import from_plugin, table
+from tokenenv.cli.help import shown_as
 from tokenenv.cli.names import reward_of
 from tokenenv.errors import TokenEnvError
 from tokenenv.rewards.designs import DESIGN_NAMES, DESIGNS, make_terms
@@ -40,7 +42,7 @@ class Rewards:
     """List the reward designs: what they are, what they need and what they preserve. With a name,
     say all about one. docs/rewards.md explains them."""
 
-    reward: tyro.conf.Positional[str | None] = None
+    reward: Annotated[str | None, tyro.conf.Positional, shown_as("[NAME]")] = None
     """A design of the list, or module:Name for one of your own."""
 
     def run(self) -> None:
@@ -62,6 +64,8 @@ class Rewards:
         say("mix them: tokenenv train --reward '{dense: [token, 0.3], end: terminal}'")
         say("your own, a RewardTerm or a function of (prompt, response) (docs/plugins.md):")
         say("    tokenenv train --reward module:Name")
+        say("in Python: reward=f pays a function of (prompt, response) at the end of each text,")
+        say("    reward=Rule(f, delta=True) as it is written (docs/your-reward.md)")
 
 
 def row(name: str, brought: str = "") -> tuple[str, str, str, str]:
@@ -99,7 +103,8 @@ def docstring(reward: str) -> str:
 
 def describe(reward: str) -> None:
     """Print what a design is and what it needs."""
-    say_text(docstring(reward))
+    if text := docstring(reward):
+        say_text(text)
     for name, term in make_terms(reward_of(reward)).items():
         say(f"{name}: a {term.kind} term, paid {PAID[term.kind]}")
         for need in sorted(term.needs):

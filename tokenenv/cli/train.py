@@ -32,6 +32,7 @@ from tokenenv.cli.config_file import (
     write_values,
 )
 from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.help import OPTIONS, PATH, shown_as
 from tokenenv.cli.names import algorithm_of, env_id_of, make_importable, reward_of
 from tokenenv.cli.signals import stopping
 from tokenenv.env.build import load_task
@@ -50,10 +51,10 @@ ENV = tyro.conf.arg(
     help="What is to be learned: an id that `tokenenv envs` lists, or module:id, where importing "
     f"your module registers the id.{ENV_NAMES.added()}",
 )
-REWARD = tyro.conf.arg(
-    metavar="NAME|MODULE:NAME|{MAPPING}",
-    help="A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function "
-    "of (prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
+REWARD = shown_as(
+    "NAME|MODULE:NAME|{MAPPING}",
+    "A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function of "
+    "(prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
     f"terminal}}'. By default the env's own.{DESIGN_NAMES.added()}",
 )
 ALGO = tyro.conf.arg(
@@ -85,19 +86,19 @@ class Train(Generic[Config]):
     """Texts that are written side by side."""
     total_tokens: int = 200_000
     """Length of the run, in tokens that the policy writes."""
-    options: dict[str, str] = field(default_factory=dict)
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
     """Options of the env, as names and values: --options max_new_tokens 64 model path/to/model
     prompts prompts.jsonl. `tokenenv envs ID` lists those of an id."""
     checkpoint_every: int = 10
     """Updates from one checkpoint to the next; the last update always writes one."""
-    run_dir: Path | None = None
+    run_dir: Annotated[Path | None, PATH] = None
     """The run folder, a new or an empty one; by default runs/ENV-ALGO-SEED-TIME."""
-    config: Path | None = None
+    config: Annotated[Path | None, PATH] = None
     """A run's config.yaml to begin a new run with; other flags override it."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, PATH] = None
     """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
     the run longer."""
-    track: Literal["wandb"] | None = None
+    track: Annotated[Literal["wandb"] | None, shown_as("wandb")] = None
     """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Settings of the algorithm that --algo names."""
@@ -126,7 +127,7 @@ class Train(Generic[Config]):
             self._go_on(self.resume)
 
     def _check_tracking(self) -> None:
-        """Weights & Biases records the command line too: no key may stand there."""
+        """Raise where W&B is missing, or would record a key: it records the command line."""
         import_wandb()
         values = dataclasses.asdict(self)
         if without_secrets(values) != values:
@@ -161,8 +162,11 @@ class Train(Generic[Config]):
         return self.algorithm(self.make_envs(), self.agent)
 
     def _resumed_agent(self, folder: Path) -> Agent:
-        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those
-        of the agent, in `load` those of the env."""
+        """Return the agent of the folder's checkpoint.
+
+        A flag that contradicts the checkpoint is an error. Those of the agent are compared here,
+        and those of the env in `load`.
+        """
         checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
         begun = (
             checkpoint.exists()
@@ -188,7 +192,8 @@ class Train(Generic[Config]):
         return agent
 
     def _check_end(self, agent: Agent, planned: int) -> None:
-        """A run ends where its config says, or later."""
+        """Raise where the run would end earlier than its config says, and say what a later end
+        changes."""
         total, seen = self.total_tokens, agent.tokens_seen
         if total < planned:
             raise InvalidArgument(
@@ -259,7 +264,8 @@ class Train(Generic[Config]):
         return f" {flags}" if flags else ""
 
     def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """This, with every option of the env as it is, defaults included."""
+        """Return this config with the value of every option of the env, defaults included, so that
+        the run can be made again after a default has changed."""
         known = {
             name: value for name, value in envs.identity["options"].items() if value is not None
         }
@@ -271,7 +277,7 @@ class Train(Generic[Config]):
         return dataclasses.replace(self, options=self.options | known)
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
-        """The run's envs; `changes` override its options."""
+        """Make the run's envs; `changes` override its options."""
         env_id = env_id_of(self.env)
         given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
         if self.algorithm.grouped:
@@ -287,8 +293,11 @@ class Train(Generic[Config]):
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out.
-    With `envs` it says what they are too: `made_with` is a record, from which nothing is read."""
+    """Write the file that makes a run again: `tokenenv train --config PATH`.
+
+    Keys and passwords are left out. With `envs` the file also says what they are, under
+    `made_with`, which is a record: nothing is read from it.
+    """
     values = {
         key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED
     }
@@ -296,7 +305,8 @@ def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -
 
 
 def about(envs: TokenVectorEnv) -> dict[str, Any]:
-    """What a run was made with: the versions of what computes, and the env's `identity`."""
+    """A record of what a run was made with: the versions of the packages that compute, and the
+    env's `identity`."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("gymnasium", "numpy", "torch", "transformers")
@@ -342,8 +352,8 @@ def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> 
 
 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number,
-    `model` "1e-3" a folder."""
+    """Return options that were typed, each as the type that the env or its task wants: `kl_coef`
+    "1e-3" is a number, `model` "1e-3" a folder."""
     if "task" in options:
         make_importable()
     source = options.get("task", task_source(env_id))
@@ -370,14 +380,14 @@ def parameter_types(task: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises `InvalidArgument` for a number that counts nothing."""
+    """Raise `InvalidArgument` for a number below `least`."""
     if value < least:
         raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
 
 
 def default_run_dir(config: Train) -> Path:
-    """runs/ENV-ALGO-SEED-TIME."""
-    name = config.env.split("/")[-1].lower()
-    return (
-        Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    """The folder runs/ENV-ALGO-SEED-TIME. A name with a module is shown without its module."""
+    # A folder's name holds no colon, which Windows refuses, and no slash.
+    env = config.env.rpartition(":")[2].rpartition("/")[2].lower()
+    algo = config.algo.rpartition(":")[2].replace("/", "-")
+    return Path("runs") / f"{env}-{algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

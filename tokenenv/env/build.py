@@ -1,10 +1,10 @@
-"""Building an env's parts from its task and its options."""
+"""How an env is built from its task and its options."""
 
 import dataclasses
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,15 @@ from tokenenv.types import Task, TokenSpec
 
 NO_REWARD = (
     "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
-    "reward_model=, or a rule as reward= (tokenenv.rewards.Rule), or reward={} if that is meant."
+    "reward_model=, or a function of prompt and response as reward=, or reward={} if that is meant."
 )
 
 TaskSource = str | Task | Callable[..., Task]
 
 
 def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
-    """An env's config and its task from the keywords given to the env; an unknown keyword is an
-    error."""
+    """Return an env's config and its task from the keywords given to the env; an unknown keyword is
+    an error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
     # NumPy's numbers are as good as Python's, and are taken out here for all options at once.
     options = {
@@ -49,7 +49,7 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
 
 
 def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
-    """The task with texts of at most so many tokens; None leaves it as it is. Raises
+    """Return the task with texts of at most so many tokens; None leaves it as it is. Raises
     `InvalidArgument` where the task has an oracle, which was made for its own number."""
     if max_new_tokens in (None, task.max_new_tokens):
         return task
@@ -63,8 +63,8 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id, or with one that the model
-    has not (an added [PAD]), gets a stop id as pad."""
+    """Return what agents may know of the task. Where the tokenizer has no pad id, or one that the
+    model lacks (an added [PAD]), a stop id is the pad."""
     pad, vocab_size = (
         getattr(task.tokenizer, "pad_token_id", None),
         vocab_size_of(task.model or task.reference),
@@ -83,8 +83,32 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
     )
 
 
+def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """Return the terms of `watch=` by name; none may be called like one of the reward's `terms`."""
+    if config.watch is None:
+        return {}
+    given = config.watch if isinstance(config.watch, Mapping) else {}
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            raise InvalidArgument(
+                f"watch= gives a weight at {name!r}; what is watched has none: give the term alone."
+            )
+    try:
+        watched = make_terms(config.watch)
+    except InvalidArgument as error:
+        # What is checked is as of reward=; the message names the option that was given.
+        raise InvalidArgument(str(error).replace("reward=", "watch=")) from error
+    for name in watched:
+        if name in terms:
+            raise InvalidArgument(
+                f"watch= has a term called {name!r}, as reward= has; give a mapping with another "
+                "name."
+            )
+    return watched
+
+
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
-    """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    """Return the terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
     if config.reward is None and not task.reward:
         warnings.warn(NO_REWARD, UserWarning, stacklevel=2)
     terms = make_terms(task.reward if config.reward is None else config.reward)
@@ -101,7 +125,7 @@ def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
 def single_spaces(
     task: Task, spec: TokenSpec, config: EnvConfig
 ) -> tuple[spaces.Space, spaces.Space]:
-    """The observation and action space of one text."""
+    """Return the observation and the action space of one text."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     observation: spaces.Space
     if config.observation == "features":
@@ -120,7 +144,7 @@ def single_spaces(
 
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
-    """The models and reward terms of `num_envs` texts."""
+    """Return the engine: the models and reward terms of `num_envs` texts."""
     beta = task.kl_coef if config.kl_coef is None else config.kl_coef
     context = Context(
         spec=spec,
@@ -130,18 +154,20 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)
-    for name, term in terms.items():
+    watched = watched_terms(config, terms)
+    for name, term in (terms | watched).items():
         if term.kind == "policy" and config.kl != "policy":
+            kind = "watched" if name in watched else "reward"
             raise InvalidArgument(
-                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', "
+                f"{kind} term {name!r} reads log pi, which actions carry only with kl='policy', "
                 f"not {config.kl!r}."
             )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
-    return RewardEngine(context, terms, num_envs, **options)
+    return RewardEngine(context, terms, num_envs, watched, **options)
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:
-    """Raises on constructor arguments of Gymnasium's that this env does not take."""
+    """Raise on constructor arguments of Gymnasium's that this env does not take."""
     if max_episode_steps is not None:
         raise InvalidArgument(
             f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a "
@@ -153,7 +179,7 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
 
 
 def check_num_envs(num_envs: int, config: EnvConfig) -> int:
-    """N; raises unless there is at least one env and the groups fit."""
+    """Return N as an int; raise unless there is at least one env and the groups fit."""
     if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
         raise InvalidArgument(f"num_envs={num_envs!r} must be a whole number, 1 or more.")
     if num_envs % config.group_size:
@@ -162,7 +188,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 
 
 def check_device(device: Any) -> None:
-    """Raises `InvalidArgument` unless tensors can be put there."""
+    """Raise `InvalidArgument` unless tensors can be put there."""
     try:
         torch.empty(0, device=device).tolist()  # which the device "meta" cannot
     except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
@@ -180,7 +206,7 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
         f"{key}="
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
-        and parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and key not in options
     ]
     if missing:
@@ -203,10 +229,11 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names: code, which no file may name
+    """Return the task function that "module:function" names. That is code, which no file may name
     (`tokenenv.safety.trust`)."""
     label = f"task={name!r}"
     found = load_name(name, label)
-    if not callable(found):
-        raise InvalidArgument(f"{label} is of type {type(found).__name__}; it must be a function.")
+    if not callable(found) or isinstance(found, type):
+        what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+        raise InvalidArgument(f"{label} is {what}; it must be a function that returns a Task.")
     return found

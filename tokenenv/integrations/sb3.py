@@ -92,13 +92,14 @@ class SB3VecEnv(VecEnv):
         return self.envs.unwrapped
 
     def reset(self) -> Any:
-        """The first observations. What `seed` and `set_options` gave counts once; the options of a
-        row are those of one text alone: `prompts` and `prefixes`, a list of one each."""
+        """Begin new texts in all rows, and return the first observations.
+
+        What `seed` and `set_options` gave counts for one reset. The options of a row are those of
+        one text alone: `prompts` and `prefixes`, a list of one each.
+        """
         seeds: Any = None if all(seed is None for seed in self._seeds) else list(self._seeds)
-        obs, infos = map(
-            _host,
-            self.envs.reset(seed=seeds, options=_joined_options(self._options, self.num_envs)),
-        )
+        options = _joined_options(self._options, self.num_envs)
+        obs, infos = map(_host, self.envs.reset(seed=seeds, options=options))
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         self._reset_seeds()
         self._reset_options()
@@ -106,12 +107,12 @@ class SB3VecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Takes the actions (N,), or (N, 2) with log-probs."""
+        """Keep the actions (N,), or (N, 2) with log-probs, for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> Any:
-        """Observations, rewards (N,) float32, dones (N,) bool, and one info a row: empty unless its
-        text ended."""
+        """Step, and return observations, rewards (N,) float32, dones (N,) bool, and one info a row,
+        which is empty unless the row's text ended."""
         *stepped, infos = self.envs.step(self._env_actions(self._actions))
         obs, rewards, terminations, truncations = map(_host, stepped)
         dones = terminations | truncations
@@ -158,7 +159,7 @@ class SB3VecEnv(VecEnv):
         return {"token": actions[:, 0].astype(np.int64), "logprob": actions[:, 1]}
 
     def _end(self, row: int, obs: Any, infos: Mapping[str, Any]) -> dict[str, Any]:
-        """The info of the text that ended in `row`, from the last observations and infos."""
+        """Return the info of the text that ended in `row`, from the last observations and infos."""
         if isinstance(obs, Mapping):
             last = {key: value[row] for key, value in obs.items()}
         else:
@@ -171,48 +172,45 @@ class SB3VecEnv(VecEnv):
         return _row(infos, row) | {"terminal_observation": last, "episode": episode}
 
     def close(self) -> None:
-        """Closes the env."""
+        """Close the env."""
         self.envs.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute of the outermost wrapper that has it, once for each row."""
+        """Return the attribute of the outermost wrapper that has it, once for each row."""
         layers = [layer for layer in self._layers() if hasattr(layer, attr_name)]
         if not layers:
             raise AttributeError(f"{type(self.unwrapped).__name__} has no attribute {attr_name!r}.")
         return [getattr(layers[0], attr_name)] * len(self._rows(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Sets the attribute that `get_attr` gives, a new one on the outermost wrapper; all rows
+        """Set the attribute that `get_attr` gives, a new one on the outermost wrapper; all rows
         share it."""
         if indices is not None and self._rows(indices) != list(range(self.num_envs)):
             raise InvalidArgument(
                 f"indices={indices!r} is not allowed; {attr_name!r} belongs to all rows together."
             )
-        setattr(
-            next((layer for layer in self._layers() if hasattr(layer, attr_name)), self.envs),
-            attr_name,
-            value,
-        )
+        owners = (layer for layer in self._layers() if hasattr(layer, attr_name))
+        setattr(next(owners, self.envs), attr_name, value)
 
     def env_method(
         self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """Calls a method once; a result with a row for each env is handed out by rows
-        (`action_masks`)."""
+        """Call a method once. A result with one entry for each env, such as that of `action_masks`,
+        is handed out by rows; any other is repeated."""
         result = self.get_attr(method_name)[0](*args, **kwargs)
         by_row = isinstance(result, np.ndarray | Tensor | Sequence) and len(result) == self.num_envs
         return [result[i] if by_row else result for i in self._rows(indices)]
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """True of the wrappers of the vector env, and of Monitor, whose `info["episode"]` this env
-        gives."""
+        """Return True for the wrappers of the vector env, and for Monitor, whose `info["episode"]`
+        this env gives."""
         wrapped = issubclass(wrapper_class, Monitor) or any(
             isinstance(layer, wrapper_class) for layer in self._layers()
         )
         return [wrapped] * len(self._rows(indices))
 
     def get_images(self) -> Sequence[Any]:
-        """What the env renders, one picture a row."""
+        """Return what the env renders, one picture a row."""
         if self.render_mode != "rgb_array":
             raise InvalidArgument(
                 f"render_mode={self.render_mode!r} gives no pictures; make the env with "
@@ -221,7 +219,7 @@ class SB3VecEnv(VecEnv):
         return list(self.envs.render() or [])
 
     def _layers(self) -> Iterator[Any]:
-        """The env with its wrappers, outermost first."""
+        """Yield the env with its wrappers, outermost first."""
         layer: Any = self.envs
         while layer is not None:
             yield layer
@@ -240,12 +238,12 @@ LEARNERS = (
 
 
 class LMActorCriticPolicy(ActorCriticPolicy):
-    """A causal language model with a value head, as an SB3 policy: PPO, A2C and sb3-contrib's TRPO
-    train the model that the bundled agents train. Action masks are read from the observation, so no
-    MaskablePPO is needed.
+    """A causal language model with a value head, as an SB3 policy. PPO, A2C and sb3-contrib's TRPO
+    train with it the model that the bundled agents train. Action masks are read from the
+    observation, so no MaskablePPO is needed.
 
-    SB3 draws its minibatches from single steps, so each step's whole text is read again, when
-    acting and when learning.
+    SB3 draws its minibatches from single steps. So the whole text of each step is read again, both
+    when acting and when learning.
 
     Args:
         model: what to train, through `policy_kwargs={"model": envs.unwrapped.model}`; a copy is
@@ -299,7 +297,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         self.optimizer = self.optimizer_class(weights, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What is missing is a Q-network, say, that some learner of another kind asks for."""
+        """Explain a missing attribute: a learner of another kind asks for a Q-network, say."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -308,7 +306,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             ) from None
 
     def set_training_mode(self, mode: bool) -> None:
-        """Nothing: with dropout, learning would not see the distribution that acting drew from."""
+        """Do nothing: with dropout, learning would not see the distribution that acting saw."""
 
     def _require_tokens(self) -> None:
         space: Any = self.action_space
@@ -320,8 +318,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             )
 
     def read(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (K, V) of the next token, tokens that an `action_mask` rules out at -inf, and
-        values (K, 1)."""
+        """Return the logits (K, V) of the next token, -inf where an `action_mask` rules it out, and
+        the values (K, 1)."""
         lengths = obs["length"].reshape(-1).long().cpu().numpy()
         tokens_KL = obs["tokens"][:, : lengths.max()].long()
         with self.lm.autocast():
@@ -332,19 +330,21 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         return logits_KV, self.lm.value(value_states)[:, None]
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions, values (N, 1) and log-probs (N,)."""
+        """Return actions, (N,) or (N, 2) with log-probs, values (N, 1) and log-probs (N,)."""
         logits_NV, values = self.read(obs)
         actions, logprobs = self._act(self._distribution(logits_NV), deterministic)
         return actions, values, logprobs
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (K, 1), log-probs (K,) and entropies (K,) of the present policy."""
+        """Return values (K, 1), log-probs (K,) and entropies (K,) of the present policy."""
         logits_KV, values = self.read(obs)
         distribution = self._distribution(logits_KV)
         return values, distribution.log_prob(actions), distribution.entropy()
 
     def get_distribution(self, obs: Any) -> CategoricalDistribution:
-        """Of the next token. It can be differentiated twice, as TRPO does."""
+        """Return the distribution of the next token. It can be differentiated twice, as TRPO
+        does."""
+        # Among the attention kernels, only the plain one has a second derivative.
         twice = torch.is_grad_enabled()
         if twice:
             self._require_plain_weights()
@@ -352,8 +352,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             return self._distribution(self.read(obs)[0])
 
     def _require_plain_weights(self) -> None:
-        """TRPO goes by names: weights called "value" are left to the critic, whatever they are; and
-        it takes no frozen ones."""
+        """Raise `InvalidArgument` for a model that TRPO cannot train: it leaves every weight with
+        "value" in its name to the critic, and takes no frozen weights."""
         for name, weight in self.lm.model.named_parameters():
             if "value" in name or not weight.requires_grad:
                 why = (
@@ -367,7 +367,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
                 )
 
     def predict_values(self, obs: Any) -> Tensor:
-        """(K, 1)."""
+        """Return the values (K, 1)."""
         return self.read(obs)[1]
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
@@ -399,8 +399,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
 
 class _Tokens(CategoricalDistribution):
-    """Over the next token; an action is a token, or a token and the log-probability that it was
-    drawn with."""
+    """The distribution of the next token. An action is a token, or a token and the log-probability
+    with which it was drawn."""
 
     def proba_distribution(self, action_logits: Tensor) -> "_Tokens":
         # Finite, so that the KL of two such distributions is: at tokens that both rule out it would
@@ -413,17 +413,18 @@ class _Tokens(CategoricalDistribution):
 
 
 class _NoFeatures(BaseFeaturesExtractor):
-    """The language model reads the observation itself."""
+    """A features extractor, which SB3 asks for and does not use here: the language model reads the
+    observation itself."""
 
     def __init__(self, observation_space: spaces.Space) -> None:
         super().__init__(observation_space, features_dim=1)
 
 
 def _flat_space(space: Any) -> spaces.Box:
-    """The Box of (token, logprob).
+    """Return the Box of (token, logprob).
 
-    SB3 wants finite bounds, and clips actions to them. One beyond what is allowed: clipped nonsense
-    stays nonsense.
+    SB3 wants finite bounds, and clips actions to them. The bounds are one beyond what is allowed,
+    so that an invalid action stays invalid when it is clipped, and the env refuses it.
     """
     low, high = [-1.0, np.finfo(np.float32).min], [space["token"].n, 1.0]
     return spaces.Box(np.array(low, np.float32), np.array(high, np.float32))
@@ -468,7 +469,7 @@ def _shown(value: Any) -> str:
 def _joined_options(
     options: Sequence[Mapping[str, Any]], num_envs: int
 ) -> dict[str, list[Any]] | None:
-    """Options of single envs, one a row, as those of the vector env."""
+    """Join the options of single texts, one a row, to those of the vector env."""
     if len(options) != num_envs:
         raise InvalidArgument(
             f"options has {len(options)} entries; allowed: a mapping, or one entry an env "
@@ -486,14 +487,14 @@ def _joined_options(
 
 
 def _host(values: Any) -> Any:
-    """Arrays of the caller's own, on the host."""
+    """Return the arrays on the host, also those in a mapping."""
     if isinstance(values, Mapping):
         return {key: _host(value) for key, value in values.items()}
     return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _row(infos: Mapping[str, Any], row: int) -> dict[str, Any]:
-    """One row of Gymnasium's vector info on the host, without the keys that the row lacks."""
+    """Return one row of Gymnasium's vector info, without the keys that the row lacks."""
     present = [key for key in infos if not key.startswith("_") and infos[f"_{key}"][row]]
     return {
         key: _row(infos[key], row) if isinstance(infos[key], Mapping) else infos[key][row]

@@ -14,8 +14,8 @@ Part = str | RewardTerm | Callable[[str, str], Any]
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """A weight that goes from `first` to `last` in a straight line, while the env sees `tokens`
-    tokens from `start` on."""
+    """A schedule whose weight goes from `first` to `last` in a straight line. The line begins when
+    the env has seen `start` tokens and takes `tokens` more."""
 
     first: float
     last: float
@@ -35,16 +35,17 @@ def progressive(
     tokens: int = 100_000,
     start: int = 0,
 ) -> dict[str, tuple[Part, Ramp]]:
-    """A mapping for `reward=`: `first` with a weight that falls from 1 to 0, `second` with one that
-    rises from 0 to 1.
+    """One design that fades into another: a mapping for `reward=` with `first` at a weight that
+    falls from 1 to 0, and `second` at one that rises from 0 to 1.
 
     An episode's weights are read when it begins, so each is paid one mixture throughout. If both
-    designs preserve the return, as terminal and delta do, the mixture does too and the optimum
-    never moves: what changes is how early the signal arrives. Any other pair passes from one
-    optimum to the other. Published evidence points both ways: fading dense rewards out leaves the
-    outcome alone in charge at the end (Atom-Searcher 2025), and paying more of the score densely
-    did better throughout (Chan et al. 2024, arXiv 2402.00782); swap the arguments for the other
-    direction.
+    designs preserve the return, as terminal and delta do, the mixture does too. The optimum then
+    never moves; what changes is how early the signal arrives. Any other pair passes from one
+    optimum to the other.
+
+    Published evidence points both ways. Fading dense rewards out leaves the outcome alone in charge
+    at the end (Atom-Searcher 2025); paying more of the score densely did better throughout (Chan et
+    al. 2024, arXiv 2402.00782). Swap the arguments for the other direction.
 
     Args:
         first: a design's name, a term or a function, paid alone up to `start`.

@@ -79,7 +79,7 @@ class Wrapper(RewardTerm):
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the term's rewards, changed."""
         rewards, step = self.term.reward(batch), batch.before.step
-        # The statistics of the texts' beginnings, in the batch already: learning cannot alter them.
+        # The batch holds the statistics that its texts began with: learning first changes nothing.
         if batch.learning is not None:
             self.learn(rewards, step, batch.learning)
         return self.change(rewards, step, self._own(batch.statistics, rewards))
@@ -99,8 +99,10 @@ class Wrapper(RewardTerm):
 
 
 class Clipped(Wrapper):
-    """Each token's reward, clipped to [low, high]. Preserves neither the return nor the gradient,
-    whatever it wraps, and is no longer potential-based."""
+    """Each token's reward, clipped to [low, high].
+
+    It preserves neither the return nor the gradient, whatever it wraps, and is not potential-based.
+    """
 
     def __init__(self, term: Design, low: float, high: float) -> None:
         if not low < high:
@@ -116,10 +118,11 @@ class Clipped(Wrapper):
 
 
 class _Learned(Wrapper):
-    """A wrapper that learns from its term's unchanged rewards while stepping. Rewards that are not
-    finite teach nothing."""
+    """A wrapper that learns from its term's rewards, before they are changed, while stepping. It
+    learns nothing from rewards that are not finite."""
 
     per_position = False
+    """Whether it keeps the moments of each position in the text apart."""
 
     def bind(self, context: Context) -> None:
         """Starts with nothing seen."""
@@ -145,14 +148,14 @@ class _Learned(Wrapper):
 
 
 class Scaled(_Learned):
-    """r_t / s, with s the running standard deviation of the term's rewards per token, as it was
-    when the text began.
+    """The term's rewards divided by their running deviation: r_t / s, with s the standard deviation
+    of the rewards per token as it was when the text began.
 
-    Never shifts: subtracting a mean m would change each return by -m length, a hidden price on
-    length. s is 1 while fewer than two different rewards were seen. Within a text s is a positive
-    constant that none of its tokens had a part in, so what the term does for the gradient is kept
-    up to a positive factor (and its potential is divided by s too); the return is the score no
-    longer.
+    Nothing is subtracted: a mean m taken from every token would change each return by -m times the
+    length, a hidden penalty for length (or a bonus, if m < 0). s is 1 while fewer than two
+    different rewards were seen. Within a text s is a positive constant that none of its tokens had
+    a part in. So what the term does for the gradient is kept up to a positive factor, and its
+    potential is divided by s too. The return is no longer the score.
     """
 
     breaks = ("preserves_return",)
@@ -172,19 +175,19 @@ class Scaled(_Learned):
 
 
 class PositionScaled(_Learned):
-    """(r_t - a (log p - m)) / (c log p + d), with p = (t + 1) / max_new_tokens the place of the
-    token in the longest text.
+    """The term's rewards, normalised by position: (r_t - a (log p - m)) / (c log p + d), with p =
+    (t + 1) / max_new_tokens the place of the token in the longest text.
 
-    The location-aware normaliser of Yin et al. 2025 (arXiv 2501.02790): a causal reward model's
-    scores drift along the text, and so do their deviations. Both lines are fitted by least squares
-    to the mean and the standard deviation of the rewards seen at each position, weighted by how
-    many those are; the divisor is at least a tenth of the deviation within positions. The paper's p
-    needs the text's final length; with the largest one this is causal.
+    This is the location-aware normaliser of Yin et al. 2025 (arXiv 2501.02790). A causal reward
+    model's scores drift along the text, and so do their deviations. Both lines are fitted by least
+    squares to the mean and the standard deviation of the rewards seen at each position, weighted by
+    how many those are. The divisor is at least a tenth of the deviation within positions. The
+    paper's p needs the text's final length; with the largest length instead this is causal.
 
-    Only the drift is taken out, and m is such that all that is subtracted, in units of what is
-    paid, adds up to zero over a text of the largest length. A shorter text still keeps part of it,
-    so this preserves neither return nor gradient; where texts differ in length, `Scaled` is the
-    safe choice. Every token is paid its shift, also by a term that pays at the end alone.
+    Only the drift is taken out. m is chosen so that everything that is subtracted, in units of what
+    is paid, adds up to zero over a text of the largest length. A shorter text keeps part of it, so
+    this preserves neither return nor gradient; where texts differ in length, `Scaled` is the safe
+    choice. Every token is paid its shift, also where the term pays at the end alone.
     """
 
     per_position = True
@@ -200,6 +203,7 @@ class PositionScaled(_Learned):
         within = deviation(
             count.sum(), (count * mean).sum() / count.sum().clamp(min=1), squares.sum()
         )
+        # Without any spread within positions nothing is divided: c = 0 and d = 1.
         c, d, within = (
             torch.where(within > 0, x, x0) for x, x0 in ((c, 0.0), (d, 1.0), (within, 1.0))
         )
@@ -217,9 +221,15 @@ class PositionScaled(_Learned):
 
 
 def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations (3, bins) float64 after `values` (K,) have been
-    added to the bins they name, (K,) int64, where `mask` (K,) and they are finite (Chan et al.
-    1979). Nothing waits for the device."""
+    """Return `moments` after more values were taken in (Chan et al. 1979), without waiting for the
+    device.
+
+    Args:
+        moments: (3, bins) float64: count, mean and sum of squared deviations of each bin.
+        values: (K,); those that are not finite are left out.
+        bins: (K,) int64, the bin of each value.
+        mask: (K,) bool; values where it is False are left out.
+    """
 
     def sums(weighted: Tensor) -> Tensor:
         return torch.zeros_like(moments[0]).index_add(0, bins, weighted)
@@ -242,17 +252,17 @@ def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor)
 
 
 def deviation(count: Tensor, mean: Tensor, squares: Tensor) -> Tensor:
-    """The standard deviation, 0 where it is no more than rounding."""
+    """Return the standard deviation from the moments, 0 where it is no more than rounding."""
     spread = (squares / count.clamp(min=1)).sqrt()
-    # What float32 cannot hold is no spread to divide by.
+    # A spread below what float32 holds would be 0, or a division by almost nothing.
     return torch.where(
         spread > (1e-6 * mean.abs()).clamp(min=torch.finfo(torch.float32).tiny), spread, 0.0
     )
 
 
 def line(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the weighted least squares of y on x, all (n,); level where only one x
-    has weight."""
+    """Return slope and intercept of the weighted least squares of y on x, all (n,). The line is
+    level where only one x has weight."""
     total = weight.sum().clamp(min=1)
     mean_x, mean_y = (weight * x).sum() / total, (weight * y).sum() / total
     spread = (weight * (x - mean_x).square()).sum()

@@ -59,10 +59,12 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
             f"{visible(name)}={visible(without_user(str(values[name])))[:80]!r} {reason}"
             for name, reason in refused.items()
         ]
+        several = len(shown) > 1
+        listed = f"{', '.join(shown[:-1])} and {shown[-1]}" if several else shown[0]
         again = flags({name: values[name] for name in refused})
         raise InvalidArgument(
-            f"{visible(str(source))}: {' and '.join(shown)}, which no file can ask for; if you "
-            f"trust {'it' if len(shown) == 1 else 'them'}, say it again: {again}"
+            f"{visible(str(source))}: {listed}, which no file can ask for; if you trust "
+            f"{'them' if several else 'it'}, say {'them' if several else 'it'} again: {again}"
         )
 
 

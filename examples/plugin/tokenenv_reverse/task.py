@@ -78,7 +78,8 @@ class Backwards:
         """(B, width): 1 / SIZE for each letter that stands in the right place, else 0."""
         scores = torch.zeros(len(texts), width)
         for row, (prompt, response) in enumerate(texts):
-            right = prompt[SIZE - 1 :: -1]
-            for place, token in enumerate(response):
-                scores[row, place] = float(token == right[place]) / SIZE
+            # Prompts given to `reset` may be shorter than the task's own, so this asks for no more
+            # letters than there are.
+            for place, (token, right) in enumerate(zip(response, prompt[-2::-1], strict=False)):
+                scores[row, place] = float(token == right) / SIZE
         return scores
