@@ -47,8 +47,8 @@ def score_episodes(
     out = _zeros(engine, response_ids, gold is not None)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    # Statistics are read once: with `learning` they change from one micro-batch to the next, and all
-    # texts are scored with those that were there before.
+    # Statistics were read once, above: with `learning` they change from one micro-batch to the
+    # next, and all texts are scored with those that were there before.
     for group in micro_batches(lengths, engine.context.max_batch_tokens):
         texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
