@@ -215,11 +215,16 @@ def _designs(env_id: str, envs: TokenVectorEnv) -> str:
             make(env_id, 1, reward=design).close()
             taken.append(f"`{design}`")
         except TokenEnvError as error:
-            refused.append(f"| `{design}` | {_text(str(error))} |")
+            refused.append(f"| `{design}` | {_reason(design, str(error))} |")
     lines = [f"`reward=` takes {', '.join(taken)}, and [your own](../your-reward.md)."]
     if refused:
         lines.append("| refused | why |\n|---|---|\n" + "\n".join(refused))
     return "\n\n".join(lines) + "\n\nWhat each pays is in [Reward designs](../rewards.md)."
+
+
+def _reason(design: str, message: str) -> str:
+    """What a design needs, of the sentence that refuses it."""
+    return _text(message.removeprefix(f"reward={design!r} ").split(", which ")[0])
 
 
 def _options(task: Callable[..., Any]) -> str:

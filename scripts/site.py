@@ -1,10 +1,11 @@
 """Hooks of mkdocs (mkdocs.yml): pages that the site has and `docs/` does not.
 
-README.md is the home page; SECURITY.md, CONTRIBUTING.md and CHANGELOG.md are pages; every
-registered id has one; and a file of the repository that a page links to, such as an example, becomes
-a page with its text.
+README.md is the home page. SECURITY.md, CONTRIBUTING.md and CHANGELOG.md are pages, and every
+registered id has one. A file of the repository that a page links to, such as an example, becomes a
+page with its text.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from env_pages import env_pages
 from linked import link
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {page: (ROOT / source).read_text("utf-8") for source, page in FROM_ROOT.items()}
     pages |= {f"environments/{name}": text for name, text in env_pages().items()}
     for source in _shown(files):
-        pages[_page_of(source)] = _listing(source)
+        page = File.generated(config, _page_of(source), content=_listing(source))
+        page.inclusion = InclusionLevel.NOT_IN_NAV
+        files.append(page)
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -53,6 +56,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at files beside `docs/` to the pages that these files have become."""
     path = page.file.src_uri
+    if path == "index.md":
+        page.meta["hide"] = ["navigation"]  # it has nothing beside it
     source = {page: source for source, page in FROM_ROOT.items()}.get(path, f"docs/{path}")
     return LINK.sub(lambda match: _relinked(match, source, path), markdown)
 
@@ -87,7 +92,16 @@ def _listing(source: str) -> str:
     path = ROOT / source
     if not path.resolve().is_relative_to(ROOT) or not path.is_file():
         raise PluginError(f"A page links to {source}, which is no file of the repository.")
+    if path.suffix == ".ipynb":
+        return f"# {source}\n\n{_notebook(path)}"
     language = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash"}.get(
         path.suffix, ""
     )
     return f"# {source}\n\n````{language}\n{path.read_text('utf-8')}````\n"
+
+
+def _notebook(path: Path) -> str:
+    """A notebook's cells as Markdown, with the outputs left out."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    texts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in texts)

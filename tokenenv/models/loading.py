@@ -27,7 +27,8 @@ def load_causal_lm(
     Args:
         source: hub id, local directory (safetensors only), or a model object, which is returned
             itself.
-        device, dtype: default "cpu" and float32; a model object is moved only if they are given.
+        device: default "cpu"; a model object is moved only if this is given.
+        dtype: default float32; a model object is cast only if this is given.
         attn_implementation: transformers' name of it; None lets transformers choose.
         trust_remote_code: run code that comes with the model.
 
