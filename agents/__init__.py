@@ -19,6 +19,8 @@ from tokenenv.agents.algorithms.rloo import RLOO
 from tokenenv.agents.algorithms.vine_ppo import VinePPO, VinePPOConfig
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.errors import InvalidArgument
+from tokenenv.plugins import Names
 
 ALGORITHMS: dict[str, type[Agent]] = {
     "ppo": PPO,
@@ -33,9 +35,35 @@ ALGORITHMS: dict[str, type[Agent]] = {
 }
 """The bundled algorithms by their names on the command line."""
 
+ALGORITHM_NAMES = Names("algo", "tokenenv.agents", ALGORITHMS)
+"""The bundled names and those of installed plugins."""
+
+
+def algorithm(name: str) -> type[Agent]:
+    """Return the agent's class of a bundled name or of an installed plugin's, which is imported.
+
+    Raises:
+        InvalidArgument: the name is unknown, or the plugin cannot be used.
+    """
+    plugin = ALGORITHM_NAMES.find(name)
+    return ALGORITHMS[name] if plugin is None else agent_class(plugin.load(), plugin.label)
+
+
+def agent_class(found: object, label: str) -> type[Agent]:
+    """Return `found` if it is a subclass of `Agent`, else raise `InvalidArgument`; `label` begins
+    the error's sentence."""
+    if isinstance(found, type) and issubclass(found, Agent):
+        return found
+    what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+    raise InvalidArgument(
+        f"{label} is {what}; an algorithm is a subclass of tokenenv.agents.Agent."
+    )
+
+
 __all__ = [
     "A2C",
     "ALGORITHMS",
+    "ALGORITHM_NAMES",
     "GRPO",
     "KLQ",
     "PPO",
@@ -55,4 +83,6 @@ __all__ = [
     "ReinforcePlusPlus",
     "VinePPO",
     "VinePPOConfig",
+    "agent_class",
+    "algorithm",
 ]

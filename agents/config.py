@@ -1,11 +1,11 @@
-"""What all learners have in common to set."""
+"""The settings that all agents share, and the schedules that follow from them."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.safety.shown import without_user
@@ -22,20 +22,20 @@ KINDS: dict[Any, tuple[type, str]] = {
     dict: (Mapping, "a mapping"),
     type(None): (type(None), "None"),
 }
-"""What a field of each type may hold, and the words for it."""
+"""For each type of a field, what values are taken, and the words for that in an error."""
 
 
 @dataclass(kw_only=True, slots=True)
 class AgentConfig:
-    """Settings shared by the bundled agents; each adds its own. Ranges are checked when one is
-    built."""
+    """Settings shared by the bundled agents; each adds its own. Types and ranges are checked when a
+    config is made."""
 
     seed: int = 0
-    """Of everything random in the agent, and of the env's first reset."""
+    """Seed of everything random in the agent, and of the env's first reset; 0 or more."""
     batch_tokens: int = 2048
-    """Response tokens of finished episodes that one update learns from, at least; 1 or more."""
+    """Response tokens of finished episodes that one update learns from, at the least; 1 or more."""
     max_batch_tokens: int = 16384
-    """Tokens, padding included, of one learning forward; 1 or more. Bounds memory and changes no
+    """Tokens of one learning forward, padding included; 1 or more. It bounds memory and changes no
     result."""
     epochs: int = 2
     """Passes over each batch; 1 or more."""
@@ -44,50 +44,51 @@ class AgentConfig:
     lr: float = 3e-4
     """Learning rate of AdamW (no weight decay), above 0."""
     lr_schedule: str = "linear"
-    """Over the tokens of a run (`run_progress`): "constant", or "linear" or "cosine" towards 0."""
+    """How the learning rate goes over the tokens of a run (`run_progress`): "constant", or "linear"
+    or "cosine" towards 0."""
     lr_warmup: float = 0.0
     """Share of a run over which the learning rate first rises from 0; 0 to 1."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     temperature: float = 1.0
-    """Logits are divided by it when tokens are drawn and again when their log-probabilities are
-    recomputed; above 0."""
+    """Logits are divided by it when tokens are drawn, and again when their log-probabilities are
+    computed anew; above 0."""
     aggregation: str = "token-mean"
-    """"token-mean": every token counts alike; "sequence-mean": every episode does, whatever its
-    length; "fixed-length": as the first, but the sum is divided by the longest length that texts
-    can have."""
+    """"token-mean": every token counts alike; "sequence-mean": every episode counts alike, whatever
+    its length; "fixed-length": every token counts alike, and the sum is divided by the longest
+    length that texts can have."""
     kl_coef: float | None = None
-    """beta, reward per nat, 0 or more; None leaves the env's."""
+    """Beta, in reward per nat, 0 or more; None leaves the env's."""
     kl_target: float | None = None
-    """KL to the reference to steer to by adapting beta, in nats per response token, above 0; None
-    keeps beta fixed. Beta has to start above 0."""
+    """KL to the reference that beta is adapted to reach, in nats per response token, above 0; None
+    keeps beta fixed. Beta must start above 0."""
     kl_horizon: int = 50_000
     """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch
-    changes it by a fifth."""
+    changes it by a fifth at most, too."""
     full_kl_coef: float = 0.0
     """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
     """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0;
-    None never stops. "Before" is the learner's policy at the start of the update, computed anew for
-    texts that an older one began (one more forward over those): how old texts are does not
-    count."""
+    None never ends one early. "Before" is the learner's policy at the start of the update. Its
+    log-probs are computed anew for texts that an older policy began (one more forward over those),
+    so the age of texts does not count."""
     precision: str = "auto"
-    """Of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto": bfloat16 on
-    GPUs that have it."""
+    """Precision of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto",
+    which is bfloat16 on GPUs that have it."""
     lora_rank: int = 0
-    """Trains low-rank adapters of this rank instead of all weights; 0 trains all."""
+    """Rank of low-rank adapters that are trained in place of all weights; 0 trains all weights."""
     rollout: str = "step"
     """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
-    the URL of a vLLM server. Rewards are the same: those are whole texts, which the env scores
+    the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same
     (docs/vllm.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Of the engine that `rollout` names, such as gpu_memory_utilization 0.4; num_texts, texts side
-    by side, is the env's num_envs if it is not given."""
+    """Options of the engine that `rollout` names, such as gpu_memory_utilization 0.4. num_texts is
+    the number of texts side by side, by default the env's num_envs."""
     max_staleness: int | None = None
     """Updates that may lie between a text's first token and the update that learns from it, 0 or
-    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes,
-    and no limit where the env steps: texts are then as old as their own length, and the wait for
-    their group, make them. At 0 every text of a batch is drawn from the policy that learns from it,
+    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes.
+    Where the env steps, None sets no limit: the age of texts follows from their length and from the
+    wait for their group. At 0 every text of a batch is drawn from the policy that learns from it,
     and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
 
     def __post_init__(self) -> None:
@@ -108,13 +109,14 @@ class AgentConfig:
         check_seed(self.seed)
 
     def check_kinds(self) -> None:
-        """Raises `InvalidArgument` for a field whose value is not of its type: a number as text, a
-        fraction where tokens are counted. Fields of a type that is not in `KINDS` pass."""
+        """Raise `InvalidArgument` for a field whose value is not of its type, such as a number as
+        text, or a fraction where tokens are counted. Types that are not in `KINDS` are not checked.
+        """
         for known in fields(self):
             parts = get_args(known.type) if isinstance(known.type, UnionType) else (known.type,)
             kinds = [KINDS.get(get_origin(part) or part, (object, "")) for part in parts]
             value = getattr(self, known.name)
-            is_flag = isinstance(value, bool)  # which Python takes for a number
+            is_flag = isinstance(value, bool)  # Python takes True for a number
             if not any(
                 isinstance(value, kind) and is_flag <= (kind in (bool, object)) for kind, _ in kinds
             ):
@@ -122,8 +124,8 @@ class AgentConfig:
                 raise InvalidArgument(f"{known.name}={value!r} is not allowed; it must be {words}.")
 
     def check(self, how: str, bound: float, *names: str) -> None:
-        """Raises `InvalidArgument` for a field that is not finite and `how` ("at least" or "above")
-        `bound`; None passes."""
+        """Raise `InvalidArgument` unless each field is finite, and "at least" or "above" the
+        `bound`, as `how` says; None passes."""
         for name in names:
             value = getattr(self, name)
             if value is None or (
@@ -133,7 +135,7 @@ class AgentConfig:
             raise InvalidArgument(f"{name}={value} is not allowed; it must be {how} {bound}.")
 
     def check_share(self, *names: str) -> None:
-        """Raises `InvalidArgument` for a field outside 0..1; None passes."""
+        """Raise `InvalidArgument` for a field outside 0..1; None passes."""
         for name in names:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0):
@@ -142,27 +144,44 @@ class AgentConfig:
                 )
 
 
-def run_progress(before: int, seen: int, updates: int, total: int) -> float:
-    """The share of a run of `total` tokens that is over in the middle of its next update, above 0
-    and below 1.
+Config = TypeVar("Config", bound=AgentConfig)
 
-    `before` tokens had been seen after the last of `updates` updates, and `seen` now, with those
-    that the next one learns from. A run ends with the first update at or beyond `total`, on average
-    half an update later, so it is taken to be one mean update longer, and an update to be no longer
-    than the mean: it never falls, and leaves every update a learning rate.
+
+def build_config(kind: type[Config], config: Any, overrides: Mapping[str, Any]) -> Config:
+    """Return `config`, by default a new one of this kind, with single fields changed."""
+    if not isinstance(config, kind | None):
+        raise InvalidArgument(
+            f"config= is of type {type(config).__name__}; allowed: {kind.__name__}."
+        )
+    for name in overrides:
+        check_choice(f"{kind.__name__} field", name, [known.name for known in fields(kind)])
+    return replace(config or kind(), **overrides)
+
+
+def run_progress(before: int, seen: int, updates: int, total: int) -> float:
+    """Return the share of a run of `total` tokens that is over in the middle of its next update,
+    above 0 and below 1.
+
+    `before` tokens had been seen after the last of `updates` updates, and `seen` tokens now, with
+    those that the next update learns from.
+
+    A run ends with the first update at or beyond `total`, half an update later on average. So the
+    run is taken to be one mean update longer, and no update longer than the mean. The share then
+    never falls, and the last update still has a learning rate above 0.
     """
     mean = before / updates if updates else seen - before
     return (before + min(seen - before, mean) / 2) / (total + mean)
 
 
 def check_seed(seed: int) -> None:
-    """Raises `InvalidArgument` for a seed that torch or NumPy, with a few added, would not take."""
+    """Raise `InvalidArgument` for a seed that torch or NumPy would not take, with a little added:
+    slots and streams have seeds near it."""
     if not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
         raise InvalidArgument(f"seed={seed} is not allowed; it must be a whole number, 0 to 2**62.")
 
 
 def learning_rate(config: AgentConfig, progress: float) -> float:
-    """The scheduled learning rate when this share (0 to 1) of a run is over."""
+    """Return the scheduled learning rate when this share (0 to 1) of a run is over."""
     if progress < config.lr_warmup:
         return config.lr * progress / config.lr_warmup
     left = (1.0 - progress) / (1.0 - config.lr_warmup) if config.lr_warmup < 1.0 else 1.0

@@ -1,13 +1,14 @@
 """Finished episodes, one by one and as a padded batch.
 
-Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response. A
-text is a prompt and a response; the response is what the policy emitted, so a prefix given at reset
-belongs to the prompt here.
+Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response.
+
+A text is a prompt and a response. The response holds the tokens that the policy emitted. A prefix
+given at reset was not emitted, so it belongs to the prompt here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from tokenenv.errors import NotFinite
 
+# The fields of an `Episode` by what they have a number for. `stack` and `unstack` go through these
+# lists, and so does everything that keeps episodes (checkpoints, replay, groups that wait): a field
+# that is added here, and declared in `Episode` and `EpisodeBatch`, is carried everywhere.
+PER_TOKEN = ("logprob", "ref_logprob", "reward")
+"""One number for each response token: `name` (T,) of an episode is `name_BT` of a batch."""
+PER_TOKEN_BY_NAME = ("terms", "watched")
+"""Mappings of names to one number for each response token; they are called the same in a batch."""
 LEARNED = ("value", "advantage")
+"""One number for each response token that a learner adds: `batch.learned[name]`."""
 PER_EPISODE = (
     "kl_coef",
     "terminated",
@@ -28,17 +37,21 @@ PER_EPISODE = (
     "version",
     "bootstraps",
 )
+"""One number for each episode: `name` of an episode is `name_B` of a batch."""
+REFERENCE = "the reference's log-prob"
 
 
 def token_mask(lengths_B: Tensor, width: int) -> Tensor:
-    """(B, width) bool: True on the first `lengths_B` columns of each row."""
+    """Return (B, width) bool: True on the first `lengths_B` columns of each row."""
     return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One finished text with all that was seen of it. T here is its own number of response
-    tokens."""
+    """One finished text with all that was seen of it.
+
+    T is its own number of response tokens here.
+    """
 
     prompt: np.ndarray
     """(P,) int64: everything before the first emitted token."""
@@ -63,21 +76,24 @@ class Episode:
     prompt_id: int
     """The env's number for the prompt; -1 where it has none."""
     slot: int
-    """The row of the vector env it ran in."""
+    """The slot of the vector env that it ran in."""
     potential: np.ndarray
     """(T + 1,) float32: the env's Phi before each response token and of the last state; zeros where
     it has none."""
     index: int
-    """How many episodes that row had finished before."""
+    """How many episodes that slot had finished before."""
     version: int = 0
-    """How many updates the policy had had when the first token was drawn: the later ones may have
-    had more."""
+    """How many updates the policy had had when the first token was drawn. Later tokens may be drawn
+    from a later policy."""
     bootstraps: bool = False
     """Whether the value of the last state counts: the text was cut, and nothing was paid for it as
     a whole."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
     """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where
     the env names none."""
+    watched: dict[str, np.ndarray] = field(default_factory=dict)
+    """(T,) float32 of each number that the env watches (`watch=`): recorded, unweighted, and never
+    part of `reward`. NaN where a number is not known."""
     value: np.ndarray | None = None
     """(T,) float32: the critic's value before each token, in reward; None before learning, or
     without a critic."""
@@ -88,19 +104,25 @@ class Episode:
     were."""
 
     @property
+    def token_kl(self) -> np.ndarray | None:
+        """log pi - log pi_ref of each token (T,), in nats; None where the env has no log pi_ref."""
+        return self.logprob - self.ref_logprob if self.ref_logprob.any() else None
+
+    @property
     def kl(self) -> float:
-        """log pi - log pi_ref summed over the text: the one-sample estimate of its KL, in nats."""
-        return (
-            float((self.logprob - self.ref_logprob).sum())
-            if self.ref_logprob.any()
-            else float("nan")
-        )
+        """log pi - log pi_ref summed over the text: the one-sample estimate of its KL, in nats.
+
+        NaN where the env gives no log pi_ref.
+        """
+        return float("nan") if self.token_kl is None else float(self.token_kl.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeBatch:
-    """B episodes as right-padded tensors on the CPU; response tokens start at column 0 of the (B,
-    T) ones."""
+    """B episodes as right-padded tensors on the CPU.
+
+    In the (B, T) tensors the first response token of each text is in column 0.
+    """
 
     tokens_BL: Tensor
     """int64 whole texts."""
@@ -126,6 +148,8 @@ class EpisodeBatch:
     terms: dict[str, Tensor]
     """(B, T) of each reward term by name; they add up to `reward_BT`. Empty where the env names
     none."""
+    watched: dict[str, Tensor] = field(default_factory=dict)
+    """(B, T) of each watched number by name, which no reward holds."""
     action_mask_BTM: Tensor | None = None
     """uint8: the allowed tokens, eight to a byte; None where all were."""
     learned: dict[str, Tensor] = field(default_factory=dict)
@@ -142,27 +166,27 @@ class EpisodeBatch:
 
     @classmethod
     def stack(cls, episodes: Sequence[Episode]) -> "EpisodeBatch":
-        """Pads and stacks at least one episode."""
+        """Pad and stack at least one episode."""
         texts = [np.concatenate([e.prompt, e.response]) for e in episodes]
         masks = [e.action_mask for e in episodes if e.action_mask is not None]
-        ends: dict[str, Any] = {
+        numbers: dict[str, Any] = {
+            f"{name}_BT": _pad([getattr(e, name) for e in episodes]) for name in PER_TOKEN
+        }
+        numbers |= {name: _stack_by_name(episodes, name) for name in PER_TOKEN_BY_NAME}
+        numbers |= {
             f"{name}_B": torch.tensor([getattr(e, name) for e in episodes]) for name in PER_EPISODE
         }
         return cls(
             tokens_BL=_pad(texts),
             length_B=torch.tensor([len(text) for text in texts]),
             response_length_B=torch.tensor([len(e.response) for e in episodes]),
-            logprob_BT=_pad([e.logprob for e in episodes]),
-            ref_logprob_BT=_pad([e.ref_logprob for e in episodes]),
-            reward_BT=_pad([e.reward for e in episodes]),
             potential_BT1=_pad([e.potential for e in episodes]),
-            terms={name: _pad([e.terms[name] for e in episodes]) for name in episodes[0].terms},
             action_mask_BTM=_pad(masks) if masks else None,
-            **ends,
+            **numbers,
         )
 
     def unstack(self) -> list[Episode]:
-        """The episodes that `stack` was given, with what has been learned of them."""
+        """Return the episodes that `stack` was given, with what has been learned of them."""
         return [self._episode(row) for row in range(len(self))]
 
     def _episode(self, row: int) -> Episode:
@@ -172,23 +196,17 @@ class EpisodeBatch:
             return values_BT[row, : length + extra].numpy()
 
         text = self.tokens_BL[row, :end].numpy()
-        ends: dict[str, Any] = {
-            name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE
-        }
-        learned: dict[str, Any] = {
-            name: tokens(self.learned[name]) for name in LEARNED if name in self.learned
-        }
+        numbers: dict[str, Any] = {name: tokens(getattr(self, f"{name}_BT")) for name in PER_TOKEN}
+        for name in PER_TOKEN_BY_NAME:
+            numbers[name] = {key: tokens(values) for key, values in getattr(self, name).items()}
+        numbers |= {name: tokens(self.learned[name]) for name in LEARNED if name in self.learned}
+        numbers |= {name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE}
         return Episode(
             prompt=text[: end - length],
             response=text[end - length :],
-            logprob=tokens(self.logprob_BT),
-            ref_logprob=tokens(self.ref_logprob_BT),
-            reward=tokens(self.reward_BT),
             potential=tokens(self.potential_BT1, 1),
-            terms={name: tokens(values) for name, values in self.terms.items()},
             action_mask=None if self.action_mask_BTM is None else tokens(self.action_mask_BTM),
-            **ends,
-            **learned,
+            **numbers,
         )
 
 
@@ -196,53 +214,105 @@ def _pad(rows: Sequence[np.ndarray]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
 
 
-def check_finite(episodes: Sequence[Episode], update: int) -> None:
-    """Raises `NotFinite`, naming the first reward or log-prob that is not finite; its `rows` are
-    places in `episodes`.
+def _stack_by_name(episodes: Sequence[Episode], field_name: str) -> dict[str, Tensor]:
+    """Return the padded mapping of a field in `PER_TOKEN_BY_NAME`.
 
-    The reference's log-prob may be -inf where it is not paid: it may lack tokens that the policy
-    has.
+    Episodes of a replay may come from a run that watched other numbers. The names of all of them
+    are kept, and a number that an episode does not have is NaN.
     """
-    bad = [row for row, episode in enumerate(episodes) if not _finite(episode)]
+    columns: list[Mapping[str, np.ndarray]] = [getattr(e, field_name) for e in episodes]
+    unknown = [np.full(len(e.response), np.nan, np.float32) for e in episodes]
+    return {
+        name: _pad([own.get(name, nan) for own, nan in zip(columns, unknown, strict=True)])
+        for name in dict.fromkeys(name for own in columns for name in own)
+    }
+
+
+# ---------------------------------------------------------------- for readers
+
+
+class TokenColumn(NamedTuple):
+    """What a reader of a run sees of each token: on disk, on the page of `tokenenv show`."""
+
+    label: str
+    """What it is called on the page."""
+    of: Callable[[Episode], np.ndarray | Mapping[str, np.ndarray] | None]
+    """Its numbers (T,), or a mapping of names to such numbers; None where an episode has none."""
+
+
+TOKEN_COLUMNS = {
+    "token_rewards": TokenColumn("reward", lambda e: e.reward),
+    "token_kl": TokenColumn("KL", lambda e: e.token_kl),
+    "token_values": TokenColumn("value", lambda e: e.value),
+    "token_advantages": TokenColumn("advantage", lambda e: e.advantage),
+    "token_terms": TokenColumn("term", lambda e: e.terms),
+    "token_watched": TokenColumn("watch", lambda e: e.watched),
+}
+"""The columns of a line of `episodes.jsonl` that hold one entry for each response token."""
+
+
+# ---------------------------------------------------------------- checks and means
+
+
+def check_finite(episodes: Sequence[Episode], update: int) -> None:
+    """Raise `NotFinite`, naming the first reward or log-prob that is not finite.
+
+    The error's `rows` are places in `episodes`. The reference's log-prob may be -inf where it is
+    not paid, because the reference may lack tokens that the policy has. Watched numbers are not
+    checked: nothing is learnt from them.
+    """
+    bad = [row for row, episode in enumerate(episodes) if not all(_finite(episode).values())]
     if not bad:
         return
     episode = episodes[bad[0]]
-    columns = {f"the reward term {name!r}": values for name, values in episode.terms.items()}
-    columns |= {
-        "the reward": episode.reward,
-        "log pi": episode.logprob,
-        "the reference's log-prob": episode.ref_logprob,
-    }
-    name, values = next(
-        (name, values) for name, values in columns.items() if not np.isfinite(values).all()
-    )
-    token = int(np.isfinite(values).argmin())
+    name = next(name for name, finite in _finite(episode).items() if not finite)
+    values = _learnt_from(episode)[name]
+    token = int(_fine(name, values).argmin())
     raise NotFinite(
         f"{name} is {values[token]} at token {token} of text {episode.index} of slot "
-        f"{episode.slot}, in the batch of update "
-        f"{update}; nothing has been learnt from that batch, and it is dropped.",
+        f"{episode.slot}, in the batch of update {update}; nothing has been learnt from that "
+        f"batch, and it is dropped.",
         bad,
         [episodes[row] for row in bad],
     )
 
 
-def _finite(episode: Episode) -> bool:
-    known = [episode.reward, episode.logprob, *episode.terms.values()]
-    return (
-        all(np.isfinite(values).all() for values in known)
-        and not np.isnan(episode.ref_logprob).any()
-    )
+def _learnt_from(episode: Episode) -> dict[str, np.ndarray]:
+    """Return all numbers per token that a learner reads, by their names in an error."""
+    return {f"the reward term {name!r}": values for name, values in episode.terms.items()} | {
+        "the reward": episode.reward,
+        "log pi": episode.logprob,
+        REFERENCE: episode.ref_logprob,
+    }
 
 
-def mean_of(values: Sequence[float]) -> float:
-    """The mean of the values that are numbers; NaN where none is."""
+def _finite(episode: Episode) -> dict[str, bool]:
+    return {name: bool(_fine(name, row).all()) for name, row in _learnt_from(episode).items()}
+
+
+def _fine(name: str, values: np.ndarray) -> np.ndarray:
+    return ~np.isnan(values) if name == REFERENCE else np.isfinite(values)
+
+
+def mean_of(values: Sequence[float] | np.ndarray) -> float:
+    """Return the mean of the values that are numbers; NaN where none is."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
 
+def finite_tokens(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the finite ones (K,) of the numbers of all tokens of some texts."""
+    values_K = np.concatenate(rows)
+    return values_K[np.isfinite(values_K)]
+
+
 def summary(episodes: Sequence[Episode]) -> dict[str, float]:
-    """The field's scalars about what was generated: means per text, KL in nats, length in
-    tokens."""
+    """Return the field's scalars about what was generated.
+
+    They are means per text, the KL in nats and the length in tokens. `watch/<name>` is a mean per
+    response token, over the tokens where the watched number is finite.
+    """
+    watched = {name: watched_tokens(episodes, name) for name in watched_names(episodes)}
     return {
         "objective/score": mean_of([e.score for e in episodes]),
         "objective/gold": mean_of([e.gold for e in episodes]),
@@ -250,4 +320,14 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
         "objective/reward": mean_of([float(e.reward.sum()) for e in episodes]),
         "episode/length": mean_of([len(e.response) for e in episodes]),
         "episode/terminated": mean_of([float(e.terminated) for e in episodes]),
-    }
+    } | {f"watch/{name}": mean_of(values_K) for name, values_K in watched.items()}
+
+
+def watched_names(episodes: Sequence[Episode]) -> list[str]:
+    """Return the names of all numbers that some of the episodes watch."""
+    return list(dict.fromkeys(name for e in episodes for name in e.watched))
+
+
+def watched_tokens(episodes: Sequence[Episode], name: str) -> np.ndarray:
+    """Return a watched number at all tokens (K,) where it is finite."""
+    return finite_tokens([e.watched[name] for e in episodes if name in e.watched])

@@ -1,18 +1,19 @@
-"""Every bundled algorithm and stable-baselines3's PPO, A2C and DQN on the same ids, with the same
+"""Every bundled algorithm, and stable-baselines3's PPO, A2C and DQN, on the same ids with the same
 budget of tokens.
 
-Reviews-v0 and Negation-v0, three seeds: gold score, KL to the reference (nats per text) and J =
-score - beta KL of 256 texts (held-out prompts on Reviews-v0), mean and standard deviation over
-seeds, and tokens per second of learning. Rollouts count as tokens (VinePPO, best of n). Settings
-are those below, the same on both ids, chosen on seed 0 of Reviews-v0.
+The ids are Reviews-v0 and Negation-v0, with three seeds each. The table shows gold score, KL to the
+reference (nats per text) and J = score - beta KL of 256 texts (held-out prompts on Reviews-v0), as
+mean and standard deviation over seeds, and tokens per second of learning. The rollouts of VinePPO
+and best of n count as tokens. The settings are those below. They are the same on both ids, and were
+chosen on seed 0 of Reviews-v0.
 
-SB3's PPO and A2C train the same language model on `kl="policy"`, the same objective. DQN sees
-frozen features and chooses among the reference's 8 likeliest tokens on `kl="none"`: it does not
-know the KL, and its greedy policy is deterministic, so its KL is -log pi_ref of its texts. Best of
-n reports the bound log n - (n - 1)/n.
+SB3's PPO and A2C train the same language model on `kl="policy"`, which is the same objective. DQN
+sees frozen features and chooses among the reference's 8 likeliest tokens on `kl="none"`. It does
+not know the KL, and its greedy policy is deterministic, so its KL is -log pi_ref of its texts. Best
+of n reports the bound log n - (n - 1)/n.
 
-Then the speed of the bundled PPO against SB3's on the same model, in turns: the same 2,048 tokens
-an update, two epochs in minibatches of about 512 tokens.
+At the end the speed of the bundled PPO is compared with that of SB3's on the same model, in turns:
+the same 2,048 tokens an update, two epochs in minibatches of about 512 tokens.
 """
 
 import argparse
@@ -50,9 +51,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vineppo": {"lr": 5e-4, "segments": 2, "rollouts": 2},
     "klq": {},
 }
-"""Of the bundled algorithms, where not the default."""
+"""Settings of the bundled algorithms that are not the defaults."""
 SLOTS = {"vineppo": 16}
-"""Where not N: VinePPO learns from few texts and plays on from them."""
+"""Slots of the env where they are not N. VinePPO learns from few texts and plays on from them."""
 PPO_SETTINGS: dict[str, Any] = {
     "n_steps": 32,
     "batch_size": 512,
@@ -60,7 +61,7 @@ PPO_SETTINGS: dict[str, Any] = {
     "gamma": 1.0,
     "learning_rate": lambda left: 1e-3 * left,
 }
-"""As the bundled PPO's: the same learning rate, falling to zero."""
+"""The settings of the bundled PPO: the same learning rate, falling to zero."""
 A2C_SETTINGS: dict[str, Any] = {
     "n_steps": 8,
     "gamma": 1.0,
@@ -83,7 +84,7 @@ console = Console(width=100)
 
 @dataclass(frozen=True)
 class Result:
-    """One run: what its final policy scores, and how fast it learned."""
+    """What the final policy of one run scores, and how fast it learned."""
 
     gold: float
     score: float
@@ -93,27 +94,26 @@ class Result:
 
 
 def make(env: str, *, test: bool = False, num_envs: int = N, **options: Any) -> Any:
-    """The vector env; held-out prompts for tests where there are any."""
-    split = {"split": "test"} if test and env == "Reviews-v0" else {}
-    return gym.make_vec(
-        f"tokenenv/{env}", num_envs=num_envs, autoreset_mode="SameStep", **split, **options
-    )
+    """Make the vector env; for tests with held-out prompts where there are any."""
+    if test and env == "Reviews-v0":
+        options["split"] = "test"
+    return gym.make_vec(f"tokenenv/{env}", num_envs, autoreset_mode="SameStep", **options)
 
 
 def result(env: str, gold: float, score: float, kl: float, speed: float) -> Result:
-    """With J at the env's own beta."""
-    return Result(gold, score, kl, score - make(env, num_envs=1).unwrapped.kl_coef * kl, speed)
+    """Make the result of a run, with J at the env's own beta."""
+    return Result(gold, score, kl, score - beta(env) * kl, speed)
 
 
 def timed(learn: Callable[[], Any], tokens: int) -> float:
-    """Tokens per second."""
+    """Return the tokens per second of a call that learns from `tokens` tokens."""
     start = time.perf_counter()
     learn()
     return tokens / (time.perf_counter() - start)
 
 
 def bundled(name: str, env: str, seed: int, tokens: int) -> Result:
-    """One of `ALGORITHMS`."""
+    """Run one of `ALGORITHMS`."""
     algorithm = ALGORITHMS[name]
     group = {"group_size": 4} if algorithm.grouped else {}
     agent = algorithm(make(env, num_envs=SLOTS.get(name, N), **group), seed=seed, **SETTINGS[name])
@@ -123,26 +123,25 @@ def bundled(name: str, env: str, seed: int, tokens: int) -> Result:
 
 
 def sb3_lm(algorithm: type, settings: dict[str, Any], env: str, seed: int, tokens: int) -> Result:
-    """SB3's on the language model."""
-    envs = SB3VecEnv(make(env, kl="policy"))
-    model = algorithm(
-        LMActorCriticPolicy,
-        envs,
-        policy_kwargs={"model": envs.unwrapped.model},
-        seed=seed,
-        **settings,
-    )
+    """Run an algorithm of SB3's on the language model."""
+    model = sb3_model(algorithm, settings, env, seed)
     speed = timed(lambda: model.learn(tokens), tokens)
     found = evaluate(model.policy.lm, make(env, test=True), num_texts=TEXTS, seed=1_000 + seed)
     return result(env, found.gold, found.score, found.kl, speed)
 
 
+def sb3_model(algorithm: type, settings: dict[str, Any], env: str, seed: int) -> Any:
+    """Make an agent of SB3's whose policy is the env's language model."""
+    envs = SB3VecEnv(make(env, kl="policy"))
+    policy = {"model": envs.unwrapped.model}
+    return algorithm(LMActorCriticPolicy, envs, policy_kwargs=policy, seed=seed, **settings)
+
+
 def sb3_dqn(env: str, seed: int, tokens: int) -> Result:
-    """SB3's DQN on frozen features and top-k actions, measured on its greedy texts."""
+    """Run SB3's DQN on frozen features and top-k actions, and measure its greedy texts."""
     options = {"observation": "features", "kl": "none"}
-    model = DQN(
-        "MlpPolicy", SB3VecEnv(TopKActions(make(env, **options), TOP_K)), seed=seed, **DQN_SETTINGS
-    )
+    learned = SB3VecEnv(TopKActions(make(env, **options), TOP_K))
+    model = DQN("MlpPolicy", learned, seed=seed, **DQN_SETTINGS)
     speed = timed(lambda: model.learn(tokens), tokens)
     envs = TopKActions(make(env, test=True, **options), TOP_K)
     texts = greedy_texts(model, envs, 1_000 + seed)
@@ -151,20 +150,19 @@ def sb3_dqn(env: str, seed: int, tokens: int) -> Result:
 
 
 def greedy_texts(model: Any, envs: Any, seed: int) -> list[tuple[float, float, float]]:
-    """(gold, score, -log pi_ref) of the first texts of each slot."""
+    """Return (gold, score, -log pi_ref) of the first texts of each slot."""
     obs, _ = envs.reset(seed=seed)
     kl, seen, texts = np.zeros(N), np.zeros(N, int), []
     while len(texts) < TEXTS:
-        obs, _, terminations, truncations, infos = envs.step(
-            model.predict(obs, deterministic=True)[0]
-        )
+        actions = model.predict(obs, deterministic=True)[0]
+        obs, _, terminations, truncations, infos = envs.step(actions)
         kl -= infos["ref_logprob"]
-        for row in np.flatnonzero(terminations | truncations):
-            if seen[row] < TEXTS // N:
-                texts.append(
-                    (float(infos["gold"][row]), float(infos["score"][row]), float(kl[row]))
-                )
-            kl[row], seen[row] = 0.0, seen[row] + 1
+        for slot in np.flatnonzero(terminations | truncations):
+            # The same number from each slot: the first texts to end would be the short ones.
+            if seen[slot] < TEXTS // N:
+                numbers = (infos["gold"][slot], infos["score"][slot], kl[slot])
+                texts.append(tuple(map(float, numbers)))
+            kl[slot], seen[slot] = 0.0, seen[slot] + 1
     return texts
 
 
@@ -177,28 +175,21 @@ LEARNERS: dict[str, Callable[[str, int, int], Result]] = {
 
 
 def run(learner: str, env: str, seed: int, tokens: int) -> Result:
-    """One run on one core."""
+    """Run one learner once, on one core."""
     torch.set_num_threads(1)
     return LEARNERS[learner](env, seed, tokens)
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Return the mean and standard deviation over seeds, as a table's cell."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
 
 def table(env: str, found: dict[str, list[Result]], tokens: int) -> Table:
-    """One env's rows."""
-    made = Table(
-        "",
-        "gold",
-        "score",
-        "KL",
-        "J",
-        "tokens/s",
-        title=f"{env}, {tokens:,} tokens, beta {beta(env)}",
-    )
+    """Return the table of one env."""
+    title = f"{env}, {tokens:,} tokens, beta {beta(env)}"
+    made = Table("", "gold", "score", "KL", "J", "tokens/s", title=title)
     for learner, results in found.items():
         columns = [
             [getattr(r, name) for r in results] for name in ("gold", "score", "kl", "objective")
@@ -209,26 +200,19 @@ def table(env: str, found: dict[str, list[Result]], tokens: int) -> Table:
 
 
 def beta(env: str) -> float:
-    """The id's own KL coefficient."""
+    """Return the id's own KL coefficient."""
     return make(env, num_envs=1).unwrapped.kl_coef
 
 
 def speeds(env: str, repeats: int) -> str:
-    """The bundled PPO's tokens/s and SB3's, the same model and updates, one core, in turns: medians
-    and their ratio."""
+    """Return a line with the tokens/s of the bundled PPO and of SB3's, for the same model and
+    updates on one core, in turns: medians and their ratio."""
     torch.set_num_threads(1)
     ours, theirs = [], []
     for seed in range(repeats):
         agent = ALGORITHMS["ppo"](make(env), seed=seed, **SETTINGS["ppo"])
         ours.append(timed(lambda agent=agent: agent.learn(4_096), 4_096))
-        envs = SB3VecEnv(make(env, kl="policy"))
-        model = PPO(
-            LMActorCriticPolicy,
-            envs,
-            policy_kwargs={"model": envs.unwrapped.model},
-            seed=seed,
-            **PPO_SETTINGS,
-        )
+        model = sb3_model(PPO, PPO_SETTINGS, env, seed)
         theirs.append(timed(lambda model=model: model.learn(4_096), 4_096))
     fast, slow = statistics.median(ours), statistics.median(theirs)
     return (
@@ -238,7 +222,7 @@ def speeds(env: str, repeats: int) -> str:
 
 
 def main() -> None:
-    """Runs what is asked for and prints one table an env."""
+    """Run what is asked for, and print a table for each env."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -249,9 +233,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--total-tokens", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of the speed comparison; 0 leaves it out"
-    )
+    help = "of the speed comparison; 0 leaves it out"
+    parser.add_argument("--repeats", type=int, default=3, help=help)
     args = parser.parse_args()
     plan = [
         (learner, env, seed)
@@ -261,9 +244,8 @@ def main() -> None:
     ]
     columns = [*zip(*plan, strict=True), [args.total_tokens] * len(plan)]
     with ProcessPoolExecutor(args.workers) as pool:
-        found = list(
-            track(pool.map(run, *columns), "runs", total=len(plan), console=console, transient=True)
-        )
+        runs = pool.map(run, *columns)
+        found = list(track(runs, "runs", total=len(plan), console=console, transient=True))
     results = dict(zip(plan, found, strict=True))
     for env in args.envs if plan else ():
         rows = {

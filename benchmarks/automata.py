@@ -1,7 +1,7 @@
 """Tokens per second of the automaton environments, observation included, N = 256 texts on one core.
 
-Every figure is the median of interleaved repetitions over whole texts of 64 tokens, actions given,
-texts begun anew within the step (SAME_STEP). Wanted: 500,000 tokens/s or more with the
+Every figure is the median of interleaved repetitions over whole texts of 64 tokens. The actions are
+given, and texts begin anew within the step (SAME_STEP). Wanted: 500,000 tokens/s or more with the
 environment's own defaults (`terminal` and the KL to the reference).
 """
 
@@ -28,7 +28,7 @@ console = Console()
 
 
 def runner(name: str, **options: str) -> Callable[[], None]:
-    """A call that steps N texts `TEXTS` times from beginning to end."""
+    """Return a call that steps N texts `TEXTS` times from beginning to end."""
     envs = gym.make_vec(
         f"tokenenv/{name}-v0", num_envs=N, max_new_tokens=T, autoreset_mode="SameStep", **options
     )
@@ -44,7 +44,7 @@ def runner(name: str, **options: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Prints one row an id, one column a variant."""
+    """Print a row for each id, with a column for each variant."""
     torch.set_num_threads(1)
     table = Table("id", *VARIANTS, title=f"tokens/s, N = {N}, T = {T}, one core")
     found = {
@@ -54,9 +54,8 @@ def main() -> None:
     }
     seconds = medians({f"{name} {variant}": run for (name, variant), run in found.items()}, 7)
     for name in IDS:
-        table.add_row(
-            name, *(f"{N * T * TEXTS / seconds[f'{name} {variant}']:,.0f}" for variant in VARIANTS)
-        )
+        rates = (N * T * TEXTS / seconds[f"{name} {variant}"] for variant in VARIANTS)
+        table.add_row(name, *(f"{rate:,.0f}" for rate in rates))
     console.print(table)
 
 

@@ -1,9 +1,9 @@
-"""What one `CachedLM.append` costs, by position, against a bare one-token forward of the same trunk
-without a cache.
+"""The cost of one `CachedLM.append`, by position, beside a bare forward of one token of the same
+trunk without a cache.
 
-    python benchmarks/cached_lm.py [--rows 64] [--length 256] [--repetitions 60]
+    python benchmarks/cached_lm.py [--slots 64] [--length 256] [--repetitions 60]
 
-Prints milliseconds (medians of interleaved repetitions) and where they go, for a model of the
+It prints milliseconds (medians of interleaved repetitions) and where they go, for a model of the
 bundled size (4 layers, hidden 128, 4 heads of 32 with one key/value head, 1024 ids).
 """
 
@@ -20,14 +20,17 @@ from transformers import LlamaConfig, LlamaModel
 from tokenenv.models.cached_lm import CachedLM
 
 POSITIONS = (16, 64, 128, 240)
+"""Places of the cache at which a step is timed."""
 OPERATIONS = {
     "attention": "scaled_dot_product",
     "matrix products": "aten::mm",
     "cache writes": "index_put",
 }
+"""Kinds of operations, by a part of their names in torch's profiler."""
 
 
 def bundled_size(length: int) -> Any:
+    """Make a Llama trunk of the bundled models' size, with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -43,11 +46,12 @@ def bundled_size(length: int) -> Any:
     return LlamaModel(config).to(device).eval().requires_grad_(False)
 
 
-def contenders(trunk: Any, rows: int, length: int) -> dict[str, Callable[[], Any]]:
-    cached = CachedLM(trunk, rows, length)
-    tokens = torch.randint(0, 1024, (rows,), device=trunk.device)
-    texts = torch.randint(0, 1024, (rows, length), device=trunk.device)
-    cached.prefill(range(rows), texts, [length] * rows)
+def contenders(trunk: Any, slots: int, length: int) -> dict[str, Callable[[], Any]]:
+    """Return the forwards to time, by name."""
+    cached = CachedLM(trunk, slots, length)
+    tokens = torch.randint(0, 1024, (slots,), device=trunk.device)
+    texts = torch.randint(0, 1024, (slots, length), device=trunk.device)
+    cached.prefill(range(slots), texts, [length] * slots)
 
     def bare() -> Any:
         with torch.no_grad():
@@ -55,6 +59,7 @@ def contenders(trunk: Any, rows: int, length: int) -> dict[str, Callable[[], Any
 
     def append_at(position: int) -> Callable[[], Any]:
         def append() -> Any:
+            # All slots go back to the position, so that every repetition is the same step.
             cached.positions[:] = position
             return cached.append(tokens)
 
@@ -66,6 +71,7 @@ def contenders(trunk: Any, rows: int, length: int) -> dict[str, Callable[[], Any
 
 
 def milliseconds(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    """Return the median milliseconds of each function, run in turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name, function in functions.items():
@@ -78,7 +84,7 @@ def milliseconds(functions: dict[str, Callable[[], Any]], repetitions: int) -> d
 
 
 def breakdown(function: Callable[[], Any], repetitions: int = 20) -> dict[str, float]:
-    """Milliseconds of CPU time inside each kind of operation, per call."""
+    """Return the milliseconds of CPU time inside each kind of operation, for one call."""
     with profile(use_kineto=False) as record:
         for _ in range(repetitions):
             function()
@@ -93,27 +99,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=60)
     options = parser.parse_args()
     trunk = bundled_size(options.length)
-    functions = contenders(trunk, options.rows, options.length)
+    functions = contenders(trunk, options.slots, options.length)
     milliseconds(functions, 5)
     times = milliseconds(functions, options.repetitions)
     print(
-        f"{options.rows} rows, {options.length} places, {torch.get_num_threads()} threads, "
+        f"{options.slots} slots, {options.length} places, {torch.get_num_threads()} threads, "
         f"{trunk.device}"
     )
     for name, value in times.items():
-        parts = ", ".join(
-            f"{part} {spent:.2f}" for part, spent in breakdown(functions[name]).items()
-        )
-        print(
-            f"{name:14s} {value:6.2f} ms   {value / times['bare']:5.2f} x bare   (CPU ms, "
-            f"profiled: {parts})"
-        )
-    first, last = (times[name] for name in list(times)[1 :: len(times) - 2])
+        spent = breakdown(functions[name])
+        parts = ", ".join(f"{part} {cpu:.2f}" for part, cpu in spent.items())
+        ratio = value / times["bare"]
+        print(f"{name:14s} {value:6.2f} ms   {ratio:5.2f} x bare   (CPU ms, profiled: {parts})")
+    _, first, *_, last = times.values()
     print(f"last position over first: {last / first:.2f}")
 
 

@@ -1,16 +1,17 @@
-"""How many tokens PPO needs on DelayedKey-v0 by reward design: the share of J* - J(pi_ref) that it
-closes.
+"""The tokens that PPO needs on DelayedKey-v0, by reward design.
 
-The score is decided by the first token and paid T - 1 tokens later. Everything but the reward (and
-lambda) is the same: the default small transformer policy, five seeds of environment, initialisation
-and sampling, budgets in tokens that the policy emitted. J is exact in every state that sampled
-texts reach (`oracle.evaluate`), so its error is small; the share closed is (J - J_ref) / (J* -
-J_ref). "tokens to 80%" is where the share first is 0.8 or more, measured about every `EVERY`
-tokens.
+The score is decided by the first token and paid T - 1 tokens later. Everything except the reward
+(and lambda) is the same: the default small transformer policy, five seeds of environment,
+initialisation and sampling, and budgets in tokens that the policy emitted.
 
-Wanted: at T = 16 `oracle` within 100,000 tokens and `terminal` (lambda 0.95) below half at 150,000;
-at T = 32 `oracle` within 250,000 and `terminal` below 0.1 at 300,000. `terminal` with lambda 1 is
-reported beside. The settings were chosen on seeds 0 to 4; `--seeds 5 6 7 8 9` shows others.
+What is measured is the share of J* - J(pi_ref) that a policy closes, (J - J_ref) / (J* - J_ref). J
+is exact in every state that sampled texts reach (`oracle.evaluate`), so its error is small. "tokens
+to 80%" is where the share first is 0.8 or more, measured about every `EVERY` tokens.
+
+Wanted at T = 16: `oracle` gets there within 100,000 tokens, and `terminal` (lambda 0.95) is below
+half at 150,000. Wanted at T = 32: `oracle` within 250,000, and `terminal` below 0.1 at 300,000.
+`terminal` with lambda 1 is shown beside. The settings were chosen on seeds 0 to 4; `--seeds 5 6 7 8
+9` shows others.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "batch_tokens": 2048,
     "vf_coef": 0.1,
 }
-"""Of PPO, the same for all."""
+"""Settings of PPO, the same for all designs."""
 BUDGETS = {"oracle": {16: 100_000, 32: 250_000}, "terminal": {16: 150_000, 32: 300_000}}
 DESIGNS: dict[str, dict[str, Any]] = {
     "oracle": {"lambda_": 0.95},
@@ -49,15 +50,15 @@ console = Console()
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: the share closed after so many tokens."""
+    """One run: the share closed after so many tokens, measured several times."""
 
     tokens: list[int]
     share: list[float]
     budget: int
 
     def reached(self) -> int | None:
-        """The tokens to the goal, or None if that took more than the budget, which the last update
-        may exceed."""
+        """Return the tokens to the goal; None if it was not reached within the budget, which the
+        last update may exceed."""
         points = zip(self.tokens, self.share, strict=True)
         return next(
             (tokens for tokens, share in points if share >= GOAL and tokens <= self.budget), None
@@ -65,7 +66,7 @@ class Curve:
 
 
 def run(design: str, length: int, seed: int) -> Curve:
-    """Trains one policy, measuring as it goes."""
+    """Train one policy, and measure it as it learns."""
     torch.set_num_threads(1)
     reward, lambda_ = design.split(",")[0], DESIGNS[design]["lambda_"]
     options = {"max_new_tokens": length, "task_seed": seed, "kl_coef": BETA, "reward": reward}
@@ -79,11 +80,8 @@ def run(design: str, length: int, seed: int) -> Curve:
     curve = Curve([], [], BUDGETS[reward][length])
 
     def measure(metrics: Any, episodes: Any) -> None:
-        if (
-            curve.tokens
-            and agent.tokens_seen < curve.tokens[-1] + EVERY
-            and agent.tokens_seen < curve.budget
-        ):
+        due = not curve.tokens or agent.tokens_seen >= curve.tokens[-1] + EVERY
+        if not due and agent.tokens_seen < curve.budget:
             return
         found = oracle.evaluate(next_token_probs(policy), BETA, num_texts=256, seed=seed)
         curve.tokens.append(agent.tokens_seen)
@@ -94,22 +92,17 @@ def run(design: str, length: int, seed: int) -> Curve:
 
 
 def row(design: str, curves: list[Curve]) -> tuple[str, ...]:
-    """A table row of one design's seeds, runs that did not get there shown as such."""
+    """Return a table row of one design's seeds. Runs that did not get there are shown as such."""
     reached = [curve.reached() for curve in curves]
     ends = [curve.share[-1] for curve in curves]
     tokens = " ".join("never" if t is None else f"{t / 1000:.0f}k" for t in reached)
     ok = sum(t is not None for t in reached)
-    return (
-        design,
-        f"{ok} of {len(curves)}",
-        tokens,
-        " ".join(f"{x:.2f}" for x in ends),
-        f"{statistics.median(ends):.2f}",
-    )
+    shares = " ".join(f"{share:.2f}" for share in ends)
+    return design, f"{ok} of {len(curves)}", tokens, shares, f"{statistics.median(ends):.2f}"
 
 
 def main() -> None:
-    """Runs what is asked for and prints one table a length."""
+    """Run what is asked for, and print a table for each length."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -125,23 +118,14 @@ def main() -> None:
         for seed in args.seeds
     ]
     with ProcessPoolExecutor(args.workers) as pool:
-        found = list(
-            track(
-                pool.map(run, *zip(*plan, strict=True)),
-                "runs",
-                total=len(plan),
-                console=console,
-                transient=True,
-            )
-        )
+        runs = pool.map(run, *zip(*plan, strict=True))
+        found = list(track(runs, "runs", total=len(plan), console=console, transient=True))
     curves = dict(zip(plan, found, strict=True))
     for length in args.lengths:
-        table = Table(
-            "design", "reached 80%", "tokens to 80%, by seed", "share at the end, by seed", "median"
-        )
-        table.title = f"DelayedKey-v0, T = {length}, budgets " + ", ".join(
-            f"{k} {v[length]:,}" for k, v in BUDGETS.items()
-        )
+        columns = ("reached 80%", "tokens to 80%, by seed", "share at the end, by seed", "median")
+        budgets = ", ".join(f"{reward} {tokens[length]:,}" for reward, tokens in BUDGETS.items())
+        table = Table("design", *columns)
+        table.title = f"DelayedKey-v0, T = {length}, budgets {budgets}"
         for design in args.designs:
             table.add_row(*row(design, [curves[design, length, seed] for seed in args.seeds]))
         console.print(table)

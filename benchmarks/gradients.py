@@ -1,13 +1,17 @@
-"""Every algorithm's expected gradient beside the exact gradient of J = E[score - beta KL], as the
-cosine of their angle.
+"""The cosine of the angle between each algorithm's expected gradient and the exact gradient of J =
+E[score - beta KL].
 
-In a world small enough to enumerate (3 tokens, texts of at most 4, a policy away from its
-reference), for rewards that preserve the gradient: where every text has another score and texts end
-at several lengths ("dense", beta 0.7); where one text in thirty earns 1, so that nearly all groups
-are flat ("flat", beta 0.05, texts of one length); and with texts of an earlier policy ("stale":
-dense, the mean over the designs; KL(earlier || now) in nats per token). One update on a batch that
-holds every text as often as the policy writes it. `tests/test_gradient_table.py` keeps what must be
-1.
+The world is small enough to enumerate: 3 tokens, texts of at most 4, a policy away from its
+reference. Each figure is of one update on a batch that holds every text as often as the policy
+writes it, with rewards that preserve the gradient. There are three cases:
+
+- "dense": every text has another score, and texts end at several lengths (beta 0.7).
+- "flat": one text in thirty earns 1, so that nearly all groups are flat (beta 0.05, texts of one
+  length).
+- "stale": as "dense", with texts of an earlier policy, as the mean over the designs. The columns
+  name KL(earlier || now) in nats per token.
+
+A test, `test_gradient_table.py`, keeps what must be 1.
 """
 
 import sys
@@ -17,9 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "tests" / "helpers")
-)  # the world and its exact results are the tests'
+# The world and its exact results are the tests'.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from gradients import (
     CASES,
@@ -42,9 +45,10 @@ ROWS = {
     "grpo, sequence-mean": Case("grpo", {"scale": "none"}, texts=60_000),
     "ppo, importance_cap 2": Case("ppo", {"lambda_actor": 1.0, "importance_cap": 2.0}),
 }
-"""Those that are exact, and some that are not. GRPO's default is beside J here, and beside its own
-objective in a last row."""
+"""The cases that are exact, and some that are not. GRPO's default is compared with the gradient of
+J here, and with that of its own objective in the last row."""
 DISTANCES = (0.02, 0.1)
+"""How far the earlier policies are, as `earlier_policy` takes it."""
 
 
 def main() -> None:

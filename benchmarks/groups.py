@@ -1,8 +1,9 @@
-"""How old the texts of a group get, and what GRPO learns where nearly all of its groups are flat.
+"""The age of texts in groups, and what GRPO learns where nearly all of its groups are flat.
 
-Staleness: texts of geometric length (mean T / 4, cut at T) in groups of four, as a run collects
-them; the last 40 updates. GRPO: the default on PlantedPhrase-v0 (vocabulary 16, 8 tokens, no
-decoys, beta 0.01), as the share of J* - J(pi_ref) it closes.
+Staleness is measured on texts of geometric length (mean T / 4, cut at T) in groups of four, as a
+run collects them, over its last 40 updates. GRPO runs with its defaults on PlantedPhrase-v0
+(vocabulary 16, 8 tokens, no decoys, beta 0.01), and the share of J* - J(pi_ref) that it closes is
+printed.
 """
 
 import argparse
@@ -16,9 +17,8 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "tests" / "helpers")
-)  # the env whose lengths are known is the tests'
+# The env whose lengths are known is the tests'.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from line_env import LineActor, LineEnv
 
@@ -27,7 +27,7 @@ from tokenenv.agents import GRPO
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.run.evaluate import next_token_probs
 
-SETTINGS = [  # T, slots, batch_tokens, max_staleness, updates
+SETTINGS = [
     (64, 64, 2048, None, 401),
     (64, 64, 2048, 1, 121),
     (64, 64, 2048, 0, 121),
@@ -36,10 +36,12 @@ SETTINGS = [  # T, slots, batch_tokens, max_staleness, updates
     (64, 64, 8192, None, 121),
     (256, 64, 2048, None, 121),
 ]
+"""T, slots, batch_tokens, max_staleness and updates of each row."""
 BETA = 0.01
 
 
 def staleness(length: int, slots: int, tokens: int, limit: int | None, updates: int) -> list[str]:
+    """Return a row of the table: the ages of texts, in updates, and what they cost."""
     env = LineEnv(slots, AutoresetMode.SAME_STEP, 4, T=length)
     collector = Collector(env, LineActor(4 / length), group_size=4, max_staleness=limit)
     ages, learned, sizes, first = [], 0, [], 0.0
@@ -62,16 +64,10 @@ def staleness(length: int, slots: int, tokens: int, limit: int | None, updates: 
 
 
 def closed(seed: int, total_tokens: int) -> float:
-    envs = gym.make_vec(
-        "tokenenv/PlantedPhrase-v0",
-        num_envs=256,
-        autoreset_mode="SameStep",
-        group_size=4,
-        kl_coef=BETA,
-        vocab_size=16,
-        max_new_tokens=8,
-        num_decoys=0,
-    )
+    """Return the share of J* - J(pi_ref) that one run of GRPO closes."""
+    options = {"autoreset_mode": "SameStep", "group_size": 4, "kl_coef": BETA}
+    task = {"vocab_size": 16, "max_new_tokens": 8, "num_decoys": 0}
+    envs = gym.make_vec("tokenenv/PlantedPhrase-v0", num_envs=256, **options, **task)
     oracle = envs.unwrapped.oracle
     agent = GRPO(envs, seed=seed, lr=2e-3, batch_tokens=4096).learn(total_tokens)
     found = oracle.evaluate(next_token_probs(agent.policy), BETA, num_texts=256, seed=1).objective
@@ -83,28 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--total-tokens", type=int, default=100_000, help="that GRPO emits for each seed"
-    )
+    help = "that GRPO emits for each seed"
+    parser.add_argument("--total-tokens", type=int, default=100_000, help=help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(
-        "T, slots, batch_tokens",
-        "max_staleness",
-        "mean, largest",
-        "batch",
-        "emitted per learned",
-        "first (true) length",
-    )
+    ages = ("max_staleness", "mean, largest", "batch", "emitted per learned")
+    table = Table("T, slots, batch_tokens", *ages, "first (true) length")
     for setting in SETTINGS:
         table.add_row(*staleness(*setting))
     console = Console(width=120)
     console.print(table)
     for seed in options.seeds:
-        console.print(
-            f"GRPO, seed {seed}: {closed(seed, options.total_tokens):.3f} of J* - J(pi_ref) closed"
-        )
+        share = closed(seed, options.total_tokens)
+        console.print(f"GRPO, seed {seed}: {share:.3f} of J* - J(pi_ref) closed")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the bundled PPO learns, three seeds each, on held-out prompts: gold, KL, length, distinct
-bigrams.
+"""What the bundled PPO learns, with three seeds each, on held-out prompts: gold, KL, length,
+distinct bigrams.
 
-Reviews-v0: the share of positive reviews, wanted at 0.9 or more within 150,000 tokens. PyDocs-v0:
-Flesch reading ease, wanted up by one standard deviation of the reference's texts at 20 nats of KL
-per text or less.
+Wanted on Reviews-v0: 0.9 or more of the reviews positive within 150,000 tokens. Wanted on
+PyDocs-v0: Flesch reading ease up by one standard deviation of the reference's texts, at 20 nats of
+KL per text or less.
 """
 
 import argparse
@@ -20,7 +20,7 @@ console = Console()
 
 
 def run(env: str, seed: int, total_tokens: int, texts: int = 256) -> tuple[Evaluation, Evaluation]:
-    """The held-out evaluations before and after one run with the command line's defaults."""
+    """Return the held-out evaluations before and after one run with the command line's defaults."""
     train = Train(env=env)
     held_out = train.make_envs(split="test")
     agent = PPO(train.make_envs(), train.agent, seed=seed)
@@ -30,7 +30,7 @@ def run(env: str, seed: int, total_tokens: int, texts: int = 256) -> tuple[Evalu
 
 
 def main() -> None:
-    """Runs what is asked for and prints one table a seed and the verdict."""
+    """Run what is asked for, and print a table and a verdict for each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--total-tokens", type=int, default=150_000)
@@ -42,10 +42,8 @@ def main() -> None:
             spread = float(np.std([episode.gold for episode in before.episodes], ddof=1))
             console.print(f"[bold]{env}, seed {seed}, {args.total_tokens:,} tokens[/bold]")
             console.print(comparison({"before": before, "after": after}))
-            console.print(
-                f"gold up by {(after.gold - before.gold) / spread:.2f} standard deviations of the "
-                f"reference's texts"
-            )
+            up = (after.gold - before.gold) / spread
+            console.print(f"gold up by {up:.2f} standard deviations of the reference's texts")
 
 
 if __name__ == "__main__":

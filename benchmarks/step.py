@@ -1,8 +1,8 @@
-"""What a step costs: by position, against recomputing every prefix, and against the bare cached
+"""The cost of a step: by position, beside recomputing every prefix, and beside the bare cached
 forwards.
 
-Prints the three ratios that the README quotes, with the bundled models of PyDocs-v0, N = 64 texts,
-all from this one run.
+It prints three ratios, all from this one run, with the bundled models of PyDocs-v0 and N = 64
+texts.
 """
 
 import time
@@ -28,27 +28,28 @@ console = Console()
 
 
 def make_envs(max_new_tokens: int) -> gym.vector.VectorEnv:
-    """N texts on the id's own prompts (16 to 24 tokens), long enough for every measurement."""
+    """Make an env of N texts on the id's own prompts (16 to 24 tokens), long enough for every
+    measurement."""
     envs = gym.make_vec(ENV, num_envs=N, max_new_tokens=max_new_tokens, autoreset_mode="SameStep")
     start(envs)
     return envs
 
 
 def start(envs: gym.vector.VectorEnv) -> dict:
-    """The observation of a reset, always to the same prompts."""
+    """Reset an env, always to the same prompts, and return the observation."""
     return envs.reset(seed=0)[0]
 
 
 def running_tokens(envs: gym.vector.VectorEnv, steps: int) -> np.ndarray:
-    """Random actions (steps, N), none of which ends a text."""
+    """Return random actions (steps, N), none of which ends a text."""
     tokens = np.random.default_rng(0).integers(10, envs.single_action_space.n, (steps, N))
     assert not np.isin(tokens, envs.unwrapped.token_spec.stop_token_ids).any()
     return tokens
 
 
 def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
-    """The bundled agents' default policy, kept from ending texts so that no step pays for a
-    reset."""
+    """Make the bundled agents' default policy, kept from ending texts, so that no step also begins
+    one."""
     policy = default_policy(envs, AgentConfig())
     head, stops = policy.head, list(envs.unwrapped.token_spec.stop_token_ids)
     policy.head = lambda states: head(states).index_fill(-1, torch.tensor(stops), -torch.inf)
@@ -56,14 +57,14 @@ def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def by_position(rounds: int = 5, steps: int = 250) -> None:
-    """Step time around positions 16 and 240; whole texts are stepped `rounds` times."""
+    """Print the step time around positions 16 and 240, of `rounds` times whole texts."""
     envs = make_envs(steps + 6)
     tokens, times = running_tokens(envs, steps), np.zeros((rounds, steps))
     for round_times in times:
@@ -71,14 +72,14 @@ def by_position(rounds: int = 5, steps: int = 250) -> None:
         round_times[:] = [seconds(lambda action=action: envs.step(action)) for action in tokens]
     early, late = (1e3 * float(np.median(times[:, p - 8 : p + 9])) for p in (16, 240))
     console.print(
-        f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, ratio {late / early:.2f} (at "
-        f"most 1.5)"
+        f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, "
+        f"ratio {late / early:.2f} (at most 1.5)"
     )
 
 
 def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
-    """Tokens/s of act + step against a batched loop that recomputes the prefix in the same three
-    models."""
+    """Print the tokens/s of act + step, and of a batched loop that recomputes the prefix in the
+    same three models."""
     envs = make_envs(steps + 1)
     env, policy = envs.unwrapped, make_policy(envs)
     reference_head, scorer = logits_head(env.reference, policy.vocab_size), env._task.scorer
@@ -94,9 +95,8 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
         texts, lengths = torch.from_numpy(obs["tokens"]), obs["length"]
 
         def last_states(model: object) -> torch.Tensor:
-            return hidden_states(trunk_of(model), texts[:, : lengths.max()], lengths)[
-                rows, lengths - 1
-            ]
+            states = hidden_states(trunk_of(model), texts[:, : lengths.max()], lengths)
+            return states[rows, lengths - 1]
 
         for _ in range(steps):
             token = torch.multinomial(policy.head(last_states(policy.model)).softmax(-1), 1)
@@ -115,15 +115,15 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
 
 
 def overhead(repetitions: int = 200) -> None:
-    """act + step against `CachedLM.append` on the same three trunks, in steps where no row ends;
-    and what a reset costs."""
+    """Print the time of act + step where no text ends, of `CachedLM.append` on the same three
+    trunks, and of a reset."""
     envs = make_envs(repetitions + 2)
     env, policy = envs.unwrapped, make_policy(envs)
     trunks = [trunk_of(policy.model), trunk_of(env.reference), env._task.scorer.model]
     obs, actor = start(envs), Actor(policy, seed=0)
     bare = [CachedLM(trunk, N, obs["tokens"].shape[1]) for trunk in trunks]
-    for rows in bare:
-        rows.prefill(range(N), torch.from_numpy(obs["tokens"]), obs["length"])
+    for cached in bare:
+        cached.prefill(range(N), torch.from_numpy(obs["tokens"]), obs["length"])
     fixed = torch.full((N,), 10)
 
     def whole() -> None:
@@ -131,17 +131,16 @@ def overhead(repetitions: int = 200) -> None:
         obs = envs.step(actor.act(obs)[0].numpy())[0]
 
     def forwards() -> None:
-        for rows in bare:
-            rows.append(fixed)
+        for cached in bare:
+            cached.append(fixed)
 
     found = medians({"whole": whole, "forwards": forwards}, repetitions)
     ratio = found["whole"] / found["forwards"]
-    reset = medians({"reset": lambda: envs.reset(options={"reset_mask": np.arange(N) == 0})}, 20)[
-        "reset"
-    ]
+    first_slot = {"reset_mask": np.arange(N) == 0}
+    [reset] = medians({"reset": lambda: envs.reset(options=first_slot)}, 20).values()
     console.print(
-        f"act + step {1e3 * found['whole']:.2f} ms, three bare forwards "
-        f"{1e3 * found['forwards']:.2f} ms, "
+        f"act + step {1e3 * found['whole']:.2f} ms, "
+        f"three bare forwards {1e3 * found['forwards']:.2f} ms, "
         f"ratio {ratio:.2f} (at most 1.25); beginning one new text {1e3 * reset:.2f} ms"
     )
 

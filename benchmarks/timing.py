@@ -1,5 +1,5 @@
-"""Medians of interleaved repetitions: whatever else the machine does falls on all candidates
-alike."""
+"""Medians of interleaved repetitions, so that whatever else the machine does falls on all
+candidates alike."""
 
 import statistics
 import time
@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each candidate, run in turn `repetitions` times after one warm-up."""
+    """Return the median seconds of each candidate. The candidates run in turn, `repetitions` times
+    after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, run in candidates.items():

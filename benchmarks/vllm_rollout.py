@@ -1,10 +1,11 @@
-"""What vLLM's texts cost and teach, on Reviews-v0 (in vLLM's environment: `.venv-vllm/bin/python
-benchmarks/vllm_rollout.py`).
+"""What texts written by vLLM cost, and what a policy learns from them, on Reviews-v0.
 
-1. PPO with rollout="vllm" against rollout="step": the gold score on held-out prompts, several seeds
-  each.
-2. Tokens per second of whole episodes with rewards, against vLLM's `generate` alone and against
-  stepping.
+    .venv-vllm/bin/python benchmarks/vllm_rollout.py
+
+1. The gold score on held-out prompts after PPO with rollout="vllm" and with rollout="step", several
+   seeds each.
+2. The tokens per second of whole episodes with rewards, beside vLLM's `generate` alone and
+   stepping.
 """
 
 import argparse
@@ -32,85 +33,67 @@ WHAT = {
 
 
 def make(num_envs: int, **options: Any) -> Any:
+    """Make the vector env."""
     return gym.make_vec(ENV, num_envs=num_envs, autoreset_mode="SameStep", **options)
 
 
 def learn(rollout: str, seed: int, args: argparse.Namespace) -> tuple[Evaluation, dict[str, float]]:
-    """One run: its evaluation on held-out prompts, and means over its updates of what the agent
-    says of its rollouts."""
+    """Run PPO once. Return its evaluation on held-out prompts, and means over its updates of what
+    the agent logs of its rollouts, with the seconds of the run."""
     agent, seen, started = PPO(make(64), rollout=rollout, seed=seed), [], time.perf_counter()
     agent.learn(args.total_tokens, on_update=lambda metrics, episodes: seen.append(metrics))
     seconds = time.perf_counter() - started
     names = ("rollout/staleness", "rollout/mismatch", "rollout/mismatch_max")
     means = {name: float(np.nanmean([m[name] for m in seen])) for name in names if name in seen[0]}
-    return evaluate(agent, make(64, split="test"), num_texts=args.texts), means | {
-        "seconds": seconds
-    }
+    found = evaluate(agent, make(64, split="test"), num_texts=args.texts)
+    return found, means | {"seconds": seconds}
 
 
 def compare_learning(args: argparse.Namespace) -> None:
-    """Prints a line a run, and the difference of the means beside its standard error over seeds."""
-    table = Table(
-        "rollout",
-        "seed",
-        "gold",
-        "score",
-        "KL, nats",
-        "staleness",
-        "mismatch, nats: mean",
-        "largest",
-        "s",
-    )
+    """Print a line for each run, and the difference of the means with its standard error over
+    seeds."""
+    results = ("gold", "score", "KL, nats", "staleness", "mismatch, nats: mean", "largest")
+    table = Table("rollout", "seed", *results, "s")
     golds: dict[str, list[float]] = {"step": [], "vllm": []}
     for seed in range(args.seeds):
         for rollout in golds:
             found, seen = learn(rollout, seed, args)
             golds[rollout].append(found.gold)
-            numbers = [
-                f"{found.gold:.3f}",
-                f"{found.score:.2f}",
-                f"{found.kl:.2f}",
-                f"{seen['rollout/staleness']:.2f}",
-            ]
-            numbers += [
-                f"{seen[name]:.1e}" if name in seen else ""
-                for name in ("rollout/mismatch", "rollout/mismatch_max")
-            ]
+            numbers = [f"{found.gold:.3f}", f"{found.score:.2f}", f"{found.kl:.2f}"]
+            numbers.append(f"{seen['rollout/staleness']:.2f}")
+            for name in ("rollout/mismatch", "rollout/mismatch_max"):
+                numbers.append(f"{seen[name]:.1e}" if name in seen else "")
             table.add_row(rollout, str(seed), *numbers, f"{seen['seconds']:.0f}")
     console.print(table)
     step, vllm = np.array(golds["step"]), np.array(golds["vllm"])
-    over_seeds = (
-        np.sqrt((step.var(ddof=1) + vllm.var(ddof=1)) / args.seeds) if args.seeds > 1 else np.nan
-    )
+    over_seeds = np.nan
+    if args.seeds > 1:
+        over_seeds = np.sqrt((step.var(ddof=1) + vllm.var(ddof=1)) / args.seeds)
     of_texts = np.sqrt(sum(gold * (1 - gold) for gold in [*step, *vllm]) / args.texts) / args.seeds
     console.print(
-        f"{args.total_tokens:,} tokens, {args.seeds} seeds: gold {step.mean():.3f} by step, "
-        f"{vllm.mean():.3f} by vllm;\n"
-        f"difference {vllm.mean() - step.mean():+.3f}, its standard error {over_seeds:.3f} from "
-        f"the spread of the seeds, and\n"
+        f"{args.total_tokens:,} tokens, {args.seeds} seeds: "
+        f"gold {step.mean():.3f} by step, {vllm.mean():.3f} by vllm;\n"
+        f"difference {vllm.mean() - step.mean():+.3f}, its standard error "
+        f"{over_seeds:.3f} from the spread of the seeds, and\n"
         f"{of_texts:.3f} from the number of texts alone ({args.texts:,} each)"
     )
 
 
 def compare_speed(args: argparse.Namespace) -> None:
-    """Prints tokens per second: `generate` alone, whole episodes with rewards from the same vLLM,
-    and stepping."""
+    """Print tokens per second of `generate` alone, of whole episodes with rewards from the same
+    vLLM, and of stepping."""
     from vllm import SamplingParams
 
     tokens_of: dict[str, int] = {}
     envs = make(args.num_envs)
     agents = {rollout: PPO(make(args.num_envs), rollout=rollout) for rollout in ("vllm", "step")}
-    alone = VLLMEngine(
-        envs.unwrapped.reference, envs.unwrapped.token_spec, num_texts=args.num_envs
-    ).llm
     spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
+    alone = VLLMEngine(envs.unwrapped.reference, spec, num_texts=args.num_envs).llm
     rng = np.random.default_rng(0)
 
     def generate() -> None:
-        texts = [
-            {"prompt_token_ids": list(prompts[i])}
-            for i in rng.integers(len(prompts), size=4 * args.num_envs)
-        ]
+        chosen = rng.integers(len(prompts), size=4 * args.num_envs)
+        texts = [{"prompt_token_ids": list(prompts[i])} for i in chosen]
         params = SamplingParams(
             temperature=1.0,
             max_tokens=spec.max_new_tokens,
@@ -132,15 +115,15 @@ def compare_speed(args: argparse.Namespace) -> None:
     found = medians(candidates, args.repetitions)
     rates = {name: tokens_of[name] / found[name] for name in candidates}
     console.print(
-        f"tokens/s, {args.num_envs} texts side by side, medians of {args.repetitions} interleaved "
-        f"repetitions:"
+        f"tokens/s, {args.num_envs} texts side by side, "
+        f"medians of {args.repetitions} interleaved repetitions:"
     )
     for name, what in WHAT.items():
         console.print(f"  {what:45} {rates[name]:8,.0f}   {rates[name] / rates['generate']:.2f}")
 
 
 def main() -> None:
-    """Runs both comparisons."""
+    """Run both comparisons."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,17 @@
 """An algorithm of one's own: ReMax (Li et al. 2023, arXiv 2310.10505), end to end.
 
-REINFORCE whose baseline is the likeliest text: for each prompt the policy also writes greedily, and
-a token's return is compared with that text's return at the same place. A baseline that does not
-depend on the sampled token does not bias the gradient. An algorithm is a class with `advantages`;
-sampling, the KL penalty, minibatches, clipping, logging, checkpoints and evaluation are those of
-the bundled ones. (For another loss than the policy gradient's, override `update`:
-agents/algorithms/klq.py.)
+ReMax is REINFORCE whose baseline is the likeliest text:
+
+    A_t = R_t - R_t(greedy text of the same prompt)
+
+For each prompt the policy also writes greedily, and a token's return R_t is compared with that
+text's return at the same place. The baseline does not depend on the sampled token, so it does not
+bias the gradient.
+
+An algorithm is a class with `advantages`. Sampling, the KL penalty, minibatches, clipping, logging,
+checkpoints and evaluation are those of the bundled ones. docs/your-algorithm.md says what else may
+be replaced: the policy loss (examples/gspo.py), the weights of tokens (examples/reshaping.py), the
+whole update.
 """
 
 import argparse
@@ -26,23 +32,23 @@ class ReMax(PolicyGradient):
     """REINFORCE with the return of the greedy text as baseline."""
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T): each token's return-to-go, minus the greedy text's at the same place."""
+        """Return (B, T): each token's return-to-go minus the greedy text's at the same place."""
         returns_BT = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)
         return returns_BT - self.greedy_returns(batch)[:, : returns_BT.shape[1]]
 
     def greedy_returns(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T): what the greedy text of each prompt still earns, the KL penalty aside."""
+        """Return (B, T): what the greedy text of each prompt still earns, without the KL penalty,
+        from each place on."""
         prompts = [episode.prompt.tolist() for episode in batch.unstack()]
         greedy = self.generate(prompts, greedy=True)
-        paid = torch.from_numpy(
-            self.core.score_episodes(prompts, greedy, kl_coef=0.0).token_rewards
-        )
+        scores = self.core.score_episodes(prompts, greedy, kl_coef=0.0)
+        paid = torch.from_numpy(scores.token_rewards)
         lengths_B = torch.tensor([len(response) for response in greedy])
         return hold_last(returns_to_go(paid, lengths_B, self.config.gamma), lengths_B)
 
 
 def main() -> None:
-    """Trains it and prints what it has learned on held-out prompts."""
+    """Train it and print what it has learned on held-out prompts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

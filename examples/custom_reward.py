@@ -1,7 +1,10 @@
 """A reward design of your own, from the class to a trained policy.
 
-It pays a token for what it changes in the reward model's score, but only when that has moved by a
-margin since it last paid.
+The design pays a token for what it changes in the reward model's score, but only once the score has
+moved by a margin since the last payment: a milestone. docs/your-reward.md explains each part of the
+class, and what simpler rewards look like.
+
+    python examples/custom_reward.py
 """
 
 import gymnasium as gym
@@ -11,44 +14,45 @@ from torch import Tensor
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.run.evaluate import evaluate
-from tokenenv.rewards.term import RewardTerm, States, Transitions
+from tokenenv.rewards import RewardTerm, States, Transitions
 
 
 class Milestones(RewardTerm):
-    """r_t = Phi(s_{t+1}) - Phi(s_t), with Phi the score at the last milestone: a change of at least
-    `margin`.
+    """Potential-based shaping, with Phi the score at the last milestone: r_t = Phi(s_{t+1}) -
+    Phi(s_t).
 
-    The end of a scored text is a milestone, so the rewards add up to score - f(prompt).
+    A milestone is a token at which the score is at least `margin` away from the last milestone's.
+    The end of a scored text is a milestone too, so the rewards add up to score - f(prompt).
     """
 
     name = "milestones"
-    needs = frozenset({"causal scorer"})
-    preserves_return = True
-    preserves_gradient = True
+    needs = frozenset({"causal scorer"})  # a reward model that scores every prefix
     has_memory = True
     has_potential = True
+    preserves_return = True
+    preserves_gradient = True
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
-        """(K,): the score at the last milestone."""
-        if memory is None:
+        """(K,): the score at the last milestone, carried along each text."""
+        if memory is None:  # the text begins
             return states.score
         return torch.where((states.score - memory).abs() >= self.margin, states.score, memory)
 
     def potential(self, states: States) -> Tensor:
-        """(K,): the same number; the env reports it, for `PPO(critic_offset="potential")`."""
+        """(K,): Phi, which the env reports for `PPO(critic_offset="potential")`."""
         return states.memory[self.name]
 
     def reward(self, batch: Transitions) -> Tensor:
-        """(K,): the change since the last milestone, where there is a new one."""
-        paid = batch.after.memory[self.name]
-        return torch.where(batch.scored, batch.after.score, paid) - batch.before.memory[self.name]
+        """(K,): the change of Phi, which becomes the score where a text is scored."""
+        after = torch.where(batch.scored, batch.after.score, self.potential(batch.after))
+        return after - self.potential(batch.before)
 
 
 def main(total_tokens: int = 20_000, num_texts: int = 256) -> None:
-    """Trains on the design and on the score at the end, and measures both on held-out prompts."""
+    """Train on the design and on the score at the end; measure both on held-out prompts."""
     make = {"id": "tokenenv/Reviews-v0", "num_envs": 64, "autoreset_mode": "SameStep"}
     held_out = gym.make_vec(**make, split="test")
     for name, reward in {"milestones": Milestones(margin=0.5), "terminal": "terminal"}.items():

@@ -1,8 +1,8 @@
 """PPO on real prose, in three minutes on two cores: plainer words for the Python reference.
 
-The env continues paragraphs of the Python reference (from the standard library's `pydoc_data`);
-each token is paid by the bundled reward model; gold is the Flesch reading ease of the continuation,
-which the learner never sees.
+The env continues paragraphs of the Python reference, from the standard library's `pydoc_data`. The
+bundled reward model pays each token. Gold is the Flesch reading ease of the continuation, which the
+learner never sees.
 """
 
 import time
@@ -21,7 +21,7 @@ console = Console()
 
 
 def main() -> None:
-    """Evaluate, learn, evaluate, and show both."""
+    """Evaluate, learn, evaluate again, and show both."""
     started, run_dir = time.monotonic(), Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     run = Train(env=ENV, total_tokens=TOTAL_TOKENS)
     held_out = run.make_envs(split="test")

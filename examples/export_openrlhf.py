@@ -22,34 +22,31 @@ from tokenenv.agents.run.export import padded, read_episodes
 
 
 class TokenReward:
-    """In place of OpenRLHF's `compute_reward`; `rows()` gives the exported episodes of the present
-    batch."""
+    """A function in the place of OpenRLHF's `compute_reward`. `rows()` has to return the exported
+    episodes of the present batch."""
 
     def __init__(self, rows):
         self.rows = rows
 
     def __call__(self, r, kl_coef, kl, action_mask=None, reward_clip_range=None):
-        """Rewards (B, A): -beta KL everywhere, the token rewards where the action mask says that a
-        response token is."""
+        """Return rewards (B, A): -beta KL everywhere, and the token rewards where the action mask
+        says that there is a response token."""
         batch = padded(self.rows())
         mask, rewards = action_mask.bool(), batch["token_rewards"][batch["response_mask"]]
         if reward_clip_range:
             rewards = rewards.clamp(*reward_clip_range)
-        return -max(kl_coef, 0.0) * kl + torch.zeros_like(kl).masked_scatter(
-            mask, rewards.to(kl.dtype)
-        )
+        placed = torch.zeros_like(kl).masked_scatter(mask, rewards.to(kl.dtype))
+        return placed - max(kl_coef, 0.0) * kl
 
 
 def main(path):
-    """Shows what the trainer would be given."""
+    """Show what the trainer would be given."""
     rows = read_episodes(path)
     batch = padded(rows)
     kl = (batch["logprobs"] - batch["ref_logprobs"]) * batch["response_mask"]
     rewards = TokenReward(lambda: rows)(None, 0.05, kl, batch["response_mask"])
-    print(
-        f"rewards {tuple(rewards.shape)}, {rewards.sum(1).mean():.3f} a text, of which KL "
-        f"{-0.05 * kl.sum(1).mean():.3f}"
-    )
+    paid, penalty = rewards.sum(1).mean(), -0.05 * kl.sum(1).mean()
+    print(f"rewards {tuple(rewards.shape)}, {paid:.3f} a text, of which KL {penalty:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tokenenv.agents.run.export import padded, read_episodes
 
 
 def inputs_of(rows, pad_token_id=0):
-    """What `GRPOTrainer._prepare_inputs` returns."""
+    """Return what `GRPOTrainer._prepare_inputs` returns."""
     t = padded(rows, pad_token_id)
     returns = t["token_rewards"].flip(1).cumsum(1).flip(1)
     advantages = (returns - returns[t["response_mask"]].mean()) * t["response_mask"]
@@ -33,7 +33,7 @@ def inputs_of(rows, pad_token_id=0):
 
 
 def main(path, model):
-    """Shows what a step takes and, where TRL is installed, takes four."""
+    """Show what a step takes and, where TRL is installed, take four."""
     rows = read_episodes(path)
     print({name: tuple(tensor.shape) for name, tensor in inputs_of(rows).items()})
     try:
@@ -48,20 +48,12 @@ def main(path, model):
             batch = inputs_of(rows[start : start + 8], self.processing_class.pad_token_id or 0)
             return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    config = GRPOConfig(
-        "runs/trl",
-        max_steps=4,
-        per_device_train_batch_size=8,
-        beta=0.0,
-        bf16=False,
-        report_to="none",
-    )
-    nothing = Dataset.from_dict({"prompt": ["-"] * 8})  # neither prompts nor rewards are asked for
-    return print(
-        Exported(model, lambda completions, **_: [0.0] * len(completions), config, nothing)
-        .train()
-        .metrics
-    )
+    options = {"per_device_train_batch_size": 8, "beta": 0.0, "bf16": False, "report_to": "none"}
+    config = GRPOConfig("runs/trl", max_steps=4, **options)
+    # The trainer wants prompts and a reward function, and uses neither.
+    prompts = Dataset.from_dict({"prompt": ["-"] * 8})
+    trainer = Exported(model, lambda completions, **_: [0.0] * len(completions), config, prompts)
+    return print(trainer.train().metrics)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tokenenv.agents.run.export import padded, read_episodes
 
 
 def tensors_of(rows, pad_token_id=0):
-    """The columns of a verl batch."""
+    """Return the columns of a verl batch."""
     t = padded(rows, pad_token_id)
     attention_mask = torch.cat([t["prompt_mask"], t["response_mask"]], 1).long()
     return {
@@ -36,7 +36,7 @@ def tensors_of(rows, pad_token_id=0):
 
 
 def main(path):
-    """Makes the batch, and verl's own object of it where verl is installed."""
+    """Make the batch and, where verl is installed, verl's own object of it."""
     tensors = tensors_of(read_episodes(path))
     print({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:

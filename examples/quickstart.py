@@ -4,7 +4,6 @@ import gymnasium as gym
 
 import tokenenv  # registers the ids
 from tokenenv.agents import PPO
-from tokenenv.rewards import Rule
 
 # 64 texts; a reward model pays each token, minus 0.2 per nat of KL to the reference.
 envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward="token", kl_coef=0.2)
@@ -19,7 +18,7 @@ def praise(prompt: str, response: str) -> float:
     return response.count("good") + response.count("great")
 
 
-envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward=Rule(praise), kl_coef=0.2)
+envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=64, reward=praise, kl_coef=0.2)
 agent = PPO(envs, seed=0, lr=1e-3)
 agent.learn(total_tokens=20_000, progress=True)
 for text in agent.generate(["this bar is near the castle"] * 3):

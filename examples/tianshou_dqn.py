@@ -1,9 +1,13 @@
 """Tianshou's DQN on a token environment, unmodified: single texts side by side in Tianshou's own
 vector env.
 
-The policy is a small network on the reference's frozen features and `kl="none"`, as DQN knows no KL
-to a reference. Every env of Tianshou's holds models of its own; the bundled n-gram ids are small
-enough for that.
+    make test-tianshou     # makes an environment of its own, .venv-tianshou, and runs this file
+    .venv-tianshou/bin/python examples/tianshou_dqn.py --env-id tokenenv/Negation-v0
+
+Tianshou needs an environment of its own, because its pins and those of this repository do not meet
+(docs/other-libraries.md). The policy is a small network on the reference's frozen features, and
+`kl="none"`, as DQN knows no KL to a reference. Every env of Tianshou's holds models of its own; the
+bundled n-gram ids are small enough for that.
 """
 
 import argparse
@@ -23,13 +27,12 @@ import tokenenv  # noqa: F401  (registers the ids)
 
 
 def train(env_id: str, total_steps: int, num_envs: int, **env_options: Any) -> float:
-    """Prints the mean return of greedy texts before and after; returns the value of a fresh text,
-    that of its best token."""
+    """Train, and print the mean return of greedy texts before and after; return the value of a new
+    text, which is that of its best token."""
     torch.manual_seed(0)
     options = {"observation": "features", "kl": "none", **env_options}
-    envs, test_envs = (
-        DummyVectorEnv([lambda: gym.make(env_id, **options)] * num_envs) for _ in range(2)
-    )
+    makers = [lambda: gym.make(env_id, **options)] * num_envs
+    envs, test_envs = DummyVectorEnv(makers), DummyVectorEnv(makers)
     single = gym.make(env_id, **options)
     model = Net(
         state_shape=single.observation_space.shape,
@@ -59,23 +62,20 @@ def train(env_id: str, total_steps: int, num_envs: int, **env_options: Any) -> f
             verbose=False,
         )
     )
-    print(
-        f"{env_id}: mean return {before:.2f} before, {mean_return(test_collector, num_envs):.2f} "
-        f"after"
-    )
+    after = mean_return(test_collector, num_envs)
+    print(f"{env_id}: mean return {before:.2f} before, {after:.2f} after")
     with torch.no_grad():
         return float(model(single.reset(seed=0)[0][None])[0].max())
 
 
 def mean_return(collector: Collector, num_envs: int) -> float:
-    """Of greedy texts."""
-    return float(
-        collector.collect(n_episode=2 * num_envs, reset_before_collect=True).returns_stat.mean
-    )
+    """Return the mean return of greedy texts, two in each env."""
+    collected = collector.collect(n_episode=2 * num_envs, reset_before_collect=True)
+    return float(collected.returns_stat.mean)
 
 
 def main() -> None:
-    """Trains with the settings of the command line."""
+    """Train with the settings of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--total-steps", type=int, default=20_000)
     parser.add_argument("--num-envs", type=int, default=8)
     value = train(**vars(parser.parse_args()))
-    print(f"the value of a fresh text: {value:.2f}")
+    print(f"the value of a new text: {value:.2f}")
 
 
 if __name__ == "__main__":

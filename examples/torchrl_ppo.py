@@ -1,6 +1,9 @@
 """TorchRL's PPO on a token environment, through TorchRL's own Gymnasium wrapper.
 
-The env is made with `autoreset_mode="Disabled"`, as TorchRL resets rows itself. Its policy is a
+    pip install torchrl
+    python examples/torchrl_ppo.py --env-id tokenenv/Negation-v0
+
+TorchRL resets rows itself, so the env is made with `autoreset_mode="Disabled"`. The policy is a
 small network on the reference's frozen features, and `kl="none"`, because TorchRL's losses know no
 KL to a reference.
 """
@@ -26,7 +29,7 @@ import tokenenv  # noqa: F401  (registers the ids)
 
 
 def network(num_inputs: int, num_outputs: int) -> nn.Module:
-    """Two hidden layers."""
+    """Make a network with two hidden layers."""
     return nn.Sequential(
         nn.Linear(num_inputs, 64),
         nn.Tanh(),
@@ -39,19 +42,15 @@ def network(num_inputs: int, num_outputs: int) -> nn.Module:
 def train(
     env_id: str, total_steps: int, num_envs: int, batch_steps: int, **env_options: Any
 ) -> float:
-    """Prints the mean reward of a step as it goes; returns the critic's mean value of a fresh
-    text."""
+    """Train, and print the mean reward of a step; return the critic's mean value of a new text."""
     torch.manual_seed(0)
     options = {"observation": "features", "kl": "none", "autoreset_mode": "Disabled", **env_options}
     env = GymWrapper(gym.make_vec(env_id, num_envs=num_envs, **options))
-    num_inputs, num_actions = (
-        env.observation_spec["observation"].shape[-1],
-        env.action_spec.shape[-1],
-    )
+    num_inputs = env.observation_spec["observation"].shape[-1]
+    num_actions = env.action_spec.shape[-1]
+    logits = network(num_inputs, num_actions)
     actor = ProbabilisticTensorDictSequential(
-        TensorDictModule(
-            network(num_inputs, num_actions), in_keys=["observation"], out_keys=["logits"]
-        ),
+        TensorDictModule(logits, in_keys=["observation"], out_keys=["logits"]),
         ProbabilisticTensorDictModule(
             in_keys=["logits"],
             out_keys=["action"],
@@ -70,16 +69,15 @@ def train(
             advantages(batch)
             flat = batch.reshape(-1)
             for rows in torch.randperm(len(flat)).chunk(4):
+                # TorchRL returns the parts of the loss, whose names begin so, beside diagnostics.
                 losses = loss(flat[rows])
                 sum(value for name, value in losses.items() if name.startswith("loss_")).backward()
                 nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
         if number % 10 == 0:
-            print(
-                f"{(number + 1) * batch_steps:>8,} steps | mean reward of a step "
-                f"{mean_reward(batch):.3f}"
-            )
+            steps = (number + 1) * batch_steps
+            print(f"{steps:>8,} steps | mean reward of a step {mean_reward(batch):.3f}")
     print(f"{env_id}: mean reward of a step {mean_reward(batch):.3f} at the end")
     collector.shutdown()
     with torch.no_grad():
@@ -87,12 +85,12 @@ def train(
 
 
 def mean_reward(batch: object) -> float:
-    """Of all steps of a batch."""
+    """Return the mean reward of all steps of a batch."""
     return float(batch["next", "reward"].mean())
 
 
 def main() -> None:
-    """Trains with the settings of the command line."""
+    """Train with the settings of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +99,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, default=32)
     parser.add_argument("--batch-steps", type=int, default=2048)
     value = train(**vars(parser.parse_args()))
-    print(f"the critic's value of a fresh text: {value:.2f}")
+    print(f"the critic's value of a new text: {value:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Makes the language model of Arithmetic-v0 (envs/assets/arithmetic-lm). Run: python
-scripts/make_arithmetic.py."""
+"""Make the language model of Arithmetic-v0, envs/assets/arithmetic-lm.
+
+python scripts/make_arithmetic.py
+"""
 
 import random
 import time
@@ -18,7 +20,7 @@ from tokenenv.envs.language.bundled import ASSETS
 
 FOLDER = ASSETS / "arithmetic-lm"
 MISTAKES = 0.15
-"""How often a pupil writes any digit in place of the right one."""
+"""The share of digits in whose place a pupil writes any digit."""
 NUM_TEXTS, EPOCHS = 40_000, 6
 MAX_NEW_TOKENS = 4
 CARD = """# arithmetic-lm
@@ -37,12 +39,11 @@ The reference of `tokenenv/Arithmetic-v0`: a Llama of {parameters:,} parameters 
 
 
 def make_tokenizer() -> Any:
-    """A token for each character."""
+    """Make the tokenizer: a token for each character."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(
-        WordLevel({token: i for i, token in enumerate(TOKENS)}, unk_token="<pad>")
-    )
+    ids = {token: i for i, token in enumerate(TOKENS)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -51,45 +52,42 @@ def make_tokenizer() -> Any:
 
 
 def pupils_answer(a: int, b: int, rng: random.Random) -> str:
-    """The sum as a pupil writes it."""
-    return "".join(
-        rng.choice("0123456789") if rng.random() < MISTAKES else digit for digit in str(a + b)
-    )
+    """Return the sum of two numbers as a pupil writes it."""
+
+    def written(digit: str) -> str:
+        return rng.choice("0123456789") if rng.random() < MISTAKES else digit
+
+    return "".join(map(written, str(a + b)))
 
 
 def make_texts(split: str, count: int, rng: random.Random, tokenizer: Any) -> list[list[int]]:
-    """Ids of finished sums, with the stop."""
+    """Return the token ids of finished sums, the stop token included."""
     pairs = [rng.choice(sums(split)) for _ in range(count)]
     return [[*tokenizer.encode(f"{a}+{b}={pupils_answer(a, b, rng)}"), EOS] for a, b in pairs]
 
 
 def answer_loss(model: Any, texts: list[list[int]]) -> Tensor:
-    """Cross-entropy in nats per token of the answers; nobody has to guess the questions."""
+    """Return the cross-entropy of the answers, in nats per token. The questions do not count."""
     logits = model(input_ids=training.pad(texts, PAD), use_cache=False).logits[:, :-1]
     answers = [text.index(EQUALS) + 1 for text in texts]
-    targets = training.pad(
-        [[-100] * start + text[start:] for start, text in zip(answers, texts, strict=True)], -100
-    )[:, 1:]
+    pairs = zip(answers, texts, strict=True)
+    targets = training.pad([[-100] * start + text[start:] for start, text in pairs], -100)[:, 1:]
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 @torch.no_grad()
 def held_out_loss(model: Any, tokenizer: Any) -> float:
-    """`answer_loss` of sums that were held out."""
+    """Return the `answer_loss` of sums that were held out."""
     return float(answer_loss(model, make_texts("test", 1_000, random.Random(4), tokenizer)))
 
 
 def train(tokenizer: Any) -> Any:
-    """A Llama of about 0.2M parameters fitted to what pupils write."""
+    """Train a Llama of about 0.2M parameters on what pupils write."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": None,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**training.SMALL_SHAPE, num_hidden_layers=2, **ids))
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    more = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, **special}
+    model = LlamaForCausalLM(LlamaConfig(**training.SMALL_SHAPE, **more))
     texts = make_texts("train", NUM_TEXTS, random.Random(1), tokenizer)
     training.fit(
         model,
@@ -104,36 +102,31 @@ def train(tokenizer: Any) -> Any:
 
 
 def measure(model: Any, tokenizer: Any) -> dict[str, float]:
-    """What the saved model answers."""
+    """Measure what the saved model answers."""
     pairs = {split: random.Random(5).sample(sums(split), 2_000) for split in ("train", "test")}
     found = {}
     for split, asked in pairs.items():
         prompts = [tokenizer.encode(f"{a}+{b}=") for a, b in asked]
         answers = training.sample(model, prompts, MAX_NEW_TOKENS, EOS)
-        right = [
-            tokenizer.decode(answer) == f"{a + b}<eos>"
-            for answer, (a, b) in zip(answers, asked, strict=True)
-        ]
+        pairs = zip(answers, asked, strict=True)
+        right = [tokenizer.decode(answer) == f"{a + b}<eos>" for answer, (a, b) in pairs]
         found[f"{split}_share"] = sum(right) / len(right)
         found["finished_share"] = sum(answer[-1] == EOS for answer in answers) / len(answers)
     return found
 
 
 def main() -> None:
-    """Trains, saves, measures what was saved, and writes the card."""
+    """Train and save the model, measure what was saved, and write the card."""
     begin = time.process_time()
     training.set_up()
     training.save(train(make_tokenizer()), make_tokenizer(), FOLDER)
     model, tokenizer = training.load(FOLDER), training.load_tokenizer(FOLDER)
     numbers = {"loss": held_out_loss(model, tokenizer), **measure(model, tokenizer)}
-    numbers |= {
-        "minutes": (time.process_time() - begin) / 60,
-        "layers": model.config.num_hidden_layers,
-    }
+    numbers["minutes"] = (time.process_time() - begin) / 60
     print(numbers)
-    training.write_card(
-        FOLDER, CARD, model, num_texts=NUM_TEXTS, epochs=EPOCHS, mistakes=MISTAKES, **numbers
-    )
+    settings = {"num_texts": NUM_TEXTS, "epochs": EPOCHS, "mistakes": MISTAKES}
+    settings["layers"] = model.config.num_hidden_layers
+    training.write_card(FOLDER, CARD, model, **settings, **numbers)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Makes the models of PyDocs-v0 (envs/assets/pydocs-lm and pydocs-reward). Run: python
-scripts/make_pydocs.py.
+"""Make the models of PyDocs-v0, envs/assets/pydocs-lm and pydocs-reward.
+
+    python scripts/make_pydocs.py
 
 All text is prose of this Python's own standard library: the language reference (`pydoc_data`) and
 docstrings.
@@ -33,20 +34,13 @@ VOCABULARY = 1024
 MAX_NEW_TOKENS = 80
 MAX_TOKENS = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
 TILTS = ((1.0, 0.0), (1.2, 0.0), (1.0, 1.0), (1.0, 2.0), (1.0, -1.0))
-"""Temperatures of the samples the reward model learns from, and how far each is tilted towards easy
-words."""
+"""The temperature of each set of samples that the reward model learns from, and how far the set is
+tilted towards easy words."""
 Text = tuple[list[int], int]
-"""Token ids of prompt and response, and where the response begins."""
-_SKIPPED = {
-    "test",
-    "tests",
-    "site-packages",
-    "idlelib",
-    "lib2to3",
-    "ensurepip",
-    "turtledemo",
-    "pydoc_data",
-}
+"""The token ids of prompt and response, and where the response begins."""
+_SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "ensurepip"}
+_SKIPPED |= {"turtledemo", "pydoc_data"}
+"""Folders of the standard library whose docstrings are not read."""
 
 
 LM_CARD = """# pydocs-lm
@@ -85,15 +79,14 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
 
 
 def docstring_prose() -> list[str]:
-    """Paragraphs of prose in the docstrings of the standard library, which the language model also
-    learns from."""
+    """Return the paragraphs of prose in the docstrings of the standard library, which the language
+    model also learns from, each once."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
     for file in sorted(root.rglob("*.py")):
         if not _SKIPPED & set(file.relative_to(root).parts):
-            found |= dict.fromkeys(
-                text for docstring in _docstrings(file) for text in paragraphs(docstring)
-            )
+            texts = (text for docstring in _docstrings(file) for text in paragraphs(docstring))
+            found |= dict.fromkeys(texts)
     return list(found)
 
 
@@ -105,7 +98,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
-    """Byte-level BPE: any text becomes ids and back exactly."""
+    """Train a byte-level BPE tokenizer, which turns any text into ids and back exactly."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(BPE())
@@ -128,14 +121,15 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of every passage of `texts` that fits an episode, with the stop."""
+    """Return the token ids of every passage of `texts` that fits an episode, the stop token
+    included."""
     runs = [passage for text in texts for passage in passages(text)]
     encoded = [[*ids, END] for ids in tokenizer(runs)["input_ids"]]
     return [ids for ids in encoded if len(ids) <= MAX_TOKENS]
 
 
 def config(shape: dict[str, Any], layers: int, **more: Any) -> Any:
-    """The Llama configuration of a model over the byte-level vocabulary."""
+    """Return the Llama configuration of a model over the byte-level vocabulary."""
     from transformers import LlamaConfig
 
     special = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": END}
@@ -143,8 +137,8 @@ def config(shape: dict[str, Any], layers: int, **more: Any) -> Any:
 
 
 def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
-    """The reference: a Llama of about 0.8M parameters; the epoch with the least held-out loss is
-    kept."""
+    """Train the reference, a Llama of about 0.8M parameters. The epoch with the least held-out loss
+    is kept."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(config(training.SHAPE, 4))
@@ -165,8 +159,8 @@ def train_lm(texts: list[list[int]], held_out: list[list[int]]) -> Any:
 
 
 def easy_bias(tokenizer: Any, strength: float) -> Tensor:
-    """Logits (V,) added when sampling: for `strength` > 0 short words and ends of sentences become
-    likelier."""
+    """Return logits (V,) to add when sampling. With `strength` above 0 they make short words and
+    ends of sentences likelier, with `strength` below 0 less likely."""
     tokens = tokenizer.convert_ids_to_tokens(range(VOCABULARY))
     texts = [tokenizer.decode([i]) for i in range(VOCABULARY)]
     syllables = torch.tensor([float(sum(map(count_syllables, words(text)))) for text in texts])
@@ -176,28 +170,27 @@ def easy_bias(tokenizer: Any, strength: float) -> Tensor:
 
 
 def make_texts(lm: Any, real: list[list[int]], tokenizer: Any, rng: random.Random) -> list[Text]:
-    """What the reward model learns from: real passages, samples of the reference from hard to very
-    easy, word soup."""
+    """Return what the reward model learns from: real passages, samples of the reference from hard
+    to very easy ones, shuffled samples, and random words."""
     prompts = make_prompts("train", tokenizer)
-    sampled = [
-        text for tilt in TILTS for text in draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)
-    ]
+    sampled: list[Text] = []
+    for tilt in TILTS:
+        sampled += draw(lm, rng.choices(prompts, k=1500), tokenizer, *tilt)
     shuffled = [
         (ids[:start] + rng.sample(ids[start:], len(ids) - start), start)
         for ids, start in sampled[::6]
     ]
     vocabulary = sorted({word.strip(".,") for text in prose("train") for word in text.split()})
-    soups = tokenizer(
-        [word_soup(rng, tokenizer.decode(rng.choice(prompts)), vocabulary) for _ in range(5000)]
-    )["input_ids"]
+    openings = (tokenizer.decode(rng.choice(prompts)) for _ in range(5000))
+    soups = tokenizer([word_soup(rng, opening, vocabulary) for opening in openings])["input_ids"]
     whole = [*real, *([*ids[: MAX_TOKENS - 1], END] for ids in soups)]
     begun = [(ids, cut(ids, tokenizer)) for ids in whole]
     return [(ids, start) for ids, start in sampled + shuffled + begun if len(ids) > start]
 
 
 def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:
-    """Random words after an opening, short or long ones preferred, in sentences of random
-    length."""
+    """Return random words after an opening, in sentences of random length. Each text prefers short
+    words, or long ones, to a degree of its own."""
     preference, stop_rate = rng.uniform(-1.5, 2.5), rng.uniform(0.0, 0.3)
     soup = [opening]
     for _ in range(rng.randint(5, 45)):
@@ -206,16 +199,14 @@ def word_soup(rng: random.Random, opening: str, vocabulary: list[str]) -> str:
             for word in rng.sample(vocabulary, 3)
         }
         word = max(drawn, key=drawn.__getitem__)
-        soup.append(
-            (word.capitalize() if soup[-1].endswith(".") else word)
-            + "." * (rng.random() < stop_rate)
-        )
+        word = word.capitalize() if soup[-1].endswith(".") else word
+        soup.append(word + "." * (rng.random() < stop_rate))
     return " ".join(soup) + "." * rng.randint(0, 1)
 
 
 def ease_so_far(text: str, ended: bool, mean: float) -> float:
-    """Reading ease of a prefix; while too few words are there to tell, it moves from the mean
-    towards it word by word."""
+    """Return the reading ease of a prefix. While it has too few words to tell, the value moves from
+    the mean towards the reading ease, word by word."""
     count = len(words(text))
     if ended or count >= MIN_WORDS:
         return reading_ease(text)
@@ -223,31 +214,28 @@ def ease_so_far(text: str, ended: bool, mean: float) -> float:
 
 
 def running_target(text: Text, tokenizer: Any, mean: float, scale: float) -> list[float]:
-    """What the scores should sum to after each token of a text: its standardised reading ease so
-    far, 0 in the prompt."""
+    """Return what the scores should sum to after each token of a text: 0 in the prompt, then the
+    standardised reading ease so far."""
     ids, start = text
-    prefixes = tokenizer.batch_decode(
-        [ids[start : i + 1] for i in range(start, len(ids))], skip_special_tokens=True
-    )
-    ease = [ease_so_far(prefix, False, mean) for prefix in prefixes[:-1]] + [
-        ease_so_far(prefixes[-1], True, mean)
-    ]
+    beginnings = [ids[start : i + 1] for i in range(start, len(ids))]
+    *prefixes, whole = tokenizer.batch_decode(beginnings, skip_special_tokens=True)
+    ease = [ease_so_far(prefix, False, mean) for prefix in prefixes]
+    ease.append(ease_so_far(whole, True, mean))
     return [0.0] * start + [(value - mean) / scale for value in ease]
 
 
 def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]]) -> Tensor:
-    """Errors of the running sum after every token, of the whole text's, and of each token's own
-    share.
+    """Return the errors of the running sum after every token, of the sum of the whole text, and of
+    each token's own share, added.
 
-    The shares are small numbers, so their squared error weighs more: it teaches what each token is
-    worth on its own.
+    The shares are small numbers. Their squared errors weigh 20 times as much, so that the model
+    learns what each token is worth on its own.
     """
     target = training.pad(running, 0.0, torch.float)
     sums = running_sums(model, texts)
     position = torch.arange(sums.shape[1])
-    start, last = torch.tensor([(start, len(ids) - 1) for ids, start in texts])[:, :, None].unbind(
-        1
-    )
+    start = torch.tensor([[start] for _, start in texts])
+    last = torch.tensor([[len(ids) - 1] for ids, _ in texts])
     inside = (position >= start) & (position <= last)
     error = F.smooth_l1_loss(sums, target, reduction="none")
     share_error = (sums - target).diff(dim=1, prepend=torch.zeros(len(sums), 1)).square()
@@ -255,36 +243,33 @@ def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]
 
 
 def train_reward_model(texts: list[Text], tokenizer: Any, mean: float, scale: float) -> Any:
-    """A token classifier with one label whose scores, summed over a response, are its standardised
+    """Train a token classifier with one label, whose scores sum over a response to its standardised
     reading ease so far."""
     from transformers import LlamaForTokenClassification
 
-    model = LlamaForTokenClassification(
-        config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0)
-    )
+    shape = config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0)
+    model = LlamaForTokenClassification(shape)
     running = [running_target(text, tokenizer, mean, scale) for text in texts]
 
     def loss(group: list[int]) -> Tensor:
         return reward_loss(model, [texts[i] for i in group], [running[i] for i in group])
 
-    training.fit(
-        model, loss, [len(ids) for ids, _ in texts], epochs=8, lr=3e-3, label="reward model"
-    )
+    lengths = [len(ids) for ids, _ in texts]
+    training.fit(model, loss, lengths, epochs=8, lr=3e-3, label="reward model")
     return model
 
 
 def running_sums(model: Any, texts: Sequence[Text]) -> Tensor:
-    """The sum of the token scores from where the response begins to each position (B, L)."""
-    scores = model(input_ids=training.pad([ids for ids, _ in texts], END), use_cache=False).logits[
-        ..., 0
-    ]
+    """Return the sum of the token scores from where the response begins up to each place, (B, L)."""
+    tokens = training.pad([ids for ids, _ in texts], END)
+    scores = model(input_ids=tokens, use_cache=False).logits[..., 0]
     start = torch.tensor([start for _, start in texts])[:, None]
     return (scores * (torch.arange(scores.shape[1]) >= start)).cumsum(1)
 
 
 @torch.no_grad()
 def text_scores(model: Any, texts: Sequence[Text]) -> np.ndarray:
-    """The summed token scores of each response (B,)."""
+    """Return the sum of the token scores of each response, (B,)."""
     sums = [float(running_sums(model, [text])[0, -1]) for text in texts]
     return np.array(sums)
 
@@ -296,26 +281,21 @@ def draw(
     temperature: float = 1.0,
     strength: float = 0.0,
 ) -> list[Text]:
-    """One sample of the reference after each prompt, tilted towards easy words by `strength`."""
-    bias = easy_bias(tokenizer, strength)
-    responses = training.sample(
-        lm, prompts, MAX_NEW_TOKENS, END, temperature=temperature, bias=bias
-    )
+    """Draw one sample of the reference after each prompt, tilted towards easy words by
+    `strength`."""
+    tilt = {"temperature": temperature, "bias": easy_bias(tokenizer, strength)}
+    responses = training.sample(lm, prompts, MAX_NEW_TOKENS, END, **tilt)
     return [(p + r, len(p)) for p, r in zip(prompts, responses, strict=True)]
 
 
 def golds(texts: Sequence[Text], tokenizer: Any) -> np.ndarray:
-    """Reading ease of each response (B,)."""
-    return np.array(
-        [
-            reading_ease(tokenizer.decode(ids[start:], skip_special_tokens=True))
-            for ids, start in texts
-        ]
-    )
+    """Return the reading ease of each response, (B,)."""
+    responses = (tokenizer.decode(ids[start:], skip_special_tokens=True) for ids, start in texts)
+    return np.array([reading_ease(response) for response in responses])
 
 
 def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
-    """What the saved models do on held-out prompts."""
+    """Measure the saved models on held-out prompts."""
     prompts = make_prompts("test", tokenizer)
     plain = draw(lm, (prompts * 4)[:1024], tokenizer)
     easy = draw(lm, prompts[:256], tokenizer, strength=1.0)
@@ -342,7 +322,7 @@ def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
 
 
 def make_lm() -> None:
-    """Trains and saves tokenizer and language model."""
+    """Train and save the tokenizer and the language model."""
     training.set_up()
     train, docstrings = prose("train"), docstring_prose()
     tokenizer = make_tokenizer([*train, *docstrings])
@@ -353,13 +333,11 @@ def make_lm() -> None:
 
 
 def make_reward_model() -> dict[str, float]:
-    """Trains and saves the reward model of the saved language model; returns the mean and scale of
-    its scores."""
+    """Train and save the reward model, which learns from samples of the saved language model too.
+    Return the mean and scale of the reading ease, and the number of texts."""
     training.set_up()
-    lm, tokenizer = (
-        training.load(ASSETS / "pydocs-lm"),
-        training.load_tokenizer(ASSETS / "pydocs-lm"),
-    )
+    lm = training.load(ASSETS / "pydocs-lm")
+    tokenizer = training.load_tokenizer(ASSETS / "pydocs-lm")
     reference = golds(draw(lm, make_prompts("train", tokenizer), tokenizer), tokenizer)
     mean, scale = float(reference.mean()), float(reference.std())
     real = encode([*prose("train"), *docstring_prose()], tokenizer)
@@ -370,27 +348,22 @@ def make_reward_model() -> dict[str, float]:
 
 
 def write_cards(minutes: float, **numbers: float) -> None:
-    """Measures what was saved and writes the model cards."""
+    """Measure what was saved, and write the model cards."""
     lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
     tokenizer = training.load_tokenizer(ASSETS / "pydocs-lm")
     real, held_out = encode(prose("train"), tokenizer), encode(prose("test"), tokenizer)
-    numbers |= {
-        "loss": training.mean_lm_loss(lm, held_out),
-        "passages": len(real),
-        "minutes": minutes,
-    }
+    numbers["loss"] = training.mean_lm_loss(lm, held_out)
+    numbers |= {"passages": len(real), "minutes": minutes}
     numbers |= measure(lm, reward_model, tokenizer)
     print(numbers)
-    more = {
-        "python": platform.python_version(),
-        "docstrings": len(encode(docstring_prose(), tokenizer)),
-    }
+    docstrings = len(encode(docstring_prose(), tokenizer))
+    more = {"python": platform.python_version(), "docstrings": docstrings}
     training.write_card(ASSETS / "pydocs-lm", LM_CARD, lm, **numbers, **more)
     training.write_card(ASSETS / "pydocs-reward", REWARD_CARD, reward_model, **numbers, **more)
 
 
 def main() -> None:
-    """Both models and their cards."""
+    """Make both models and their cards."""
     begin = time.process_time()
     make_lm()
     numbers = make_reward_model()

@@ -1,5 +1,7 @@
-"""Makes the models of Reviews-v0 (envs/assets/reviews-lm and reviews-reward). Run: python
-scripts/make_reviews.py."""
+"""Make the models of Reviews-v0, envs/assets/reviews-lm and reviews-reward.
+
+python scripts/make_reviews.py
+"""
 
 import math
 import random
@@ -33,7 +35,9 @@ PAD, EOS = 0, 1
 MAX_NEW_TOKENS = 40
 MAX_WORDS = MAX_OPENING + MAX_NEW_TOKENS
 LOADED = [*POLARITY, *NEGATORS, *INTENSIFIERS]
+"""The words on which the sentiment of a text depends."""
 LEXICON = [*vocabulary(), *LOADED]
+"""All words, those of `LOADED` twice, from which texts are changed at random."""
 BOUND = 4.0
 """The score of a text is trained towards values between -BOUND and BOUND."""
 LM_CARD = """# reviews-lm
@@ -66,14 +70,16 @@ and the sum over a response is right whatever the prompt. A balanced review scor
 
 
 def make_tokenizer() -> Any:
-    """Words and marks to ids; decoding puts spaces before words only."""
+    """Make the tokenizer: a token for each word and each mark. Decoding puts spaces before words
+    only."""
     from transformers import PreTrainedTokenizerFast
 
     marks = [mark for mark in CLAUSE_ENDS if not mark.isalpha()]
     words = ["▁" + word for word in vocabulary() if word not in marks]
     ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *marks, *words])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    no_space = pre_tokenizers.Split(Regex("▁(?=[.,!]|$)"), "removed")  # "good ." is "good."
+    # A space before a mark is dropped: "good ." is read as "good."
+    no_space = pre_tokenizers.Split(Regex("▁(?=[.,!]|$)"), "removed")
     words_and_marks = [pre_tokenizers.Metaspace(), no_space, pre_tokenizers.Punctuation()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words_and_marks)
     tokenizer.decoder = decoders.Metaspace()
@@ -87,13 +93,13 @@ def make_tokenizer() -> Any:
 
 
 def encode(words: list[str], tokenizer: Any) -> list[int]:
-    """Ids of a finished review, with the stop."""
+    """Return the token ids of a finished review, the stop token included."""
     return [*tokenizer.encode(" ".join(words)), EOS]
 
 
 def corrupt(words: list[str], rng: random.Random) -> list[str]:
-    """A text off the grammar, so that the reward model knows what a policy may try: a random change
-    or a soup."""
+    """Return a text that the grammar does not write, by a random change of one that it does. So the
+    reward model also learns what a policy may try."""
     kind = rng.randrange(6)
     if kind == 0:
         rate = rng.uniform(0.05, 0.5)
@@ -106,12 +112,14 @@ def corrupt(words: list[str], rng: random.Random) -> list[str]:
     if kind == 3:
         part = words[start : start + rng.randint(1, 8)]
         return (words[:start] + part * rng.randint(2, 20))[:MAX_WORDS]
-    few = rng.choices(LOADED, k=rng.randint(1, 6))  # a soup of a few opinion words over and over
+    # A few opinion words over and over.
+    few = rng.choices(LOADED, k=rng.randint(1, 6))
     return (words[:start] + rng.choices(few, k=rng.randint(1, 40)))[:MAX_WORDS]
 
 
 def make_texts(count: int, rng: random.Random) -> list[list[str]]:
-    """Labelled texts for the reward model: reviews, reviews of one mind, and corrupted ones."""
+    """Return texts for the reward model: reviews, reviews with one opinion throughout, and corrupted
+    ones."""
     texts = []
     for _ in range(count):
         words = review(rng, rng.choice((None, None, 0.0, 0.3, 0.7, 1.0)))
@@ -120,18 +128,18 @@ def make_texts(count: int, rng: random.Random) -> list[list[str]]:
 
 
 def running_score(words: list[str]) -> list[float]:
-    """What the scores should sum to after each word: the opinions so far, bounded (`BOUND` *
-    tanh(sum / 2))."""
+    """Return what the scores should sum to after each word: BOUND * tanh(s / 2), with s the sum of
+    the opinions so far."""
     sums = (sum(weight for _, weight in opinions(words[: i + 1])) for i in range(len(words)))
     return [BOUND * math.tanh(total / 2) for total in sums]
 
 
 def reward_loss(model: Any, tokens: list[list[int]], running: list[list[float]]) -> Tensor:
-    """Squared errors of the running sum after every token and of each token's own share of it."""
+    """Return the mean squared error of the running sum after every token, plus that of each token's
+    own share of the sum."""
     scores = model(input_ids=training.pad(tokens, PAD), use_cache=False).logits[..., 0]
-    target = training.pad(
-        [[*row, row[-1]] for row in running], 0.0, torch.float
-    )  # the stop adds nothing
+    # The stop token adds nothing to the sum.
+    target = training.pad([[*row, row[-1]] for row in running], 0.0, torch.float)
     inside = torch.arange(scores.shape[1]) < torch.tensor([len(row) for row in tokens])[:, None]
     error = scores.cumsum(1) - target
     share_error = scores - target.diff(dim=1, prepend=torch.zeros(len(target), 1))
@@ -140,7 +148,7 @@ def reward_loss(model: Any, tokens: list[list[int]], running: list[list[float]])
 
 @torch.no_grad()
 def text_scores(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-    """The summed token scores of each response (B,)."""
+    """Return the sum of the token scores of each response, (B,)."""
     sums = []
     for prompt, response in zip(prompts, responses, strict=True):
         scores = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, :, 0]
@@ -149,17 +157,16 @@ def text_scores(model: Any, prompts: list[list[int]], responses: list[list[int]]
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive text scores above a negative one."""
+    """Return the probability that a positive text scores above a negative one."""
     ranks = scores.argsort().argsort() + 1.0
     count = positive.sum()
-    return float(
-        (ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count))
-    )
+    above = ranks[positive].sum() - count * (count + 1) / 2
+    return float(above / (count * (len(scores) - count)))
 
 
 def train_lm(tokenizer: Any) -> tuple[Any, float]:
-    """The reference: a Llama of about 0.7M parameters fitted to reviews; its held-out loss in nats
-    per token."""
+    """Train the reference, a Llama of about 0.7M parameters, on reviews. Return it and its held-out
+    loss in nats per token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**training.SHAPE, num_hidden_layers=4, **ids(tokenizer))
@@ -180,14 +187,14 @@ def train_lm(tokenizer: Any) -> tuple[Any, float]:
 
 
 def held_out_texts(tokenizer: Any) -> list[list[int]]:
-    """Reviews that the language model is measured on."""
+    """Return the reviews that the language model is measured on."""
     rng = random.Random(4)
     return [encode(review(rng), tokenizer) for _ in range(1_000)]
 
 
 def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
-    """A token classifier with one label whose scores sum to the bounded sentiment of the text so
-    far."""
+    """Train a token classifier with one label, whose scores sum to the bounded sentiment of the text
+    so far."""
     from transformers import LlamaConfig, LlamaForTokenClassification
 
     config = LlamaConfig(
@@ -209,23 +216,16 @@ def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
 
 
 def ids(tokenizer: Any) -> dict[str, Any]:
-    """The config entries that depend on the tokenizer."""
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": None,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
+    """Return the config entries that depend on the tokenizer."""
+    special = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD}
+    return {"vocab_size": len(tokenizer), **special}
 
 
 def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
-    """What the saved models do on held-out prompts."""
+    """Measure the saved models on held-out prompts."""
     prompts = [tokenizer.encode(text) for text in openings("test")] * 2
     responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS)
-    texts = [
-        tokenizer.decode(p + r, skip_special_tokens=True)
-        for p, r in zip(prompts, responses, strict=True)
-    ]
+    texts = decode(prompts, responses, tokenizer)
     for text in texts[:5]:
         print(f"[dim]{text}")
     positive = np.array([is_positive(text) for text in texts])
@@ -241,21 +241,24 @@ def measure(lm: Any, reward_model: Any, tokenizer: Any) -> dict[str, float]:
     }
 
 
+def decode(prompts: list[list[int]], responses: list[list[int]], tokenizer: Any) -> list[str]:
+    """Return the texts of prompts with their responses."""
+    pairs = zip(prompts, responses, strict=True)
+    return [tokenizer.decode(p + r, skip_special_tokens=True) for p, r in pairs]
+
+
 def sampled_texts(lm: Any, tokenizer: Any) -> list[list[str]]:
-    """What the reference itself writes, also at higher temperatures."""
+    """Return texts, as words, that the reference itself writes, also at higher temperatures."""
     prompts = [tokenizer.encode(text) for text in openings("train")] * 2
     texts = []
     for temperature in (1.0, 1.3, 1.6):
         responses = training.sample(lm, prompts, MAX_NEW_TOKENS, EOS, temperature=temperature)
-        texts += [
-            tokenizer.decode(p + r, skip_special_tokens=True)
-            for p, r in zip(prompts, responses, strict=True)
-        ]
+        texts += decode(prompts, responses, tokenizer)
     return [split_words(text) for text in texts]
 
 
 def make_lm() -> None:
-    """Trains and saves tokenizer and language model."""
+    """Train and save the tokenizer and the language model."""
     training.set_up()
     tokenizer = make_tokenizer()
     lm, loss = train_lm(tokenizer)
@@ -264,22 +267,19 @@ def make_lm() -> None:
 
 
 def make_reward_model() -> None:
-    """Trains and saves the reward model of the saved language model."""
+    """Train and save the reward model, which learns from samples of the saved language model
+    too."""
     training.set_up()
-    lm, tokenizer = (
-        training.load(ASSETS / "reviews-lm"),
-        training.load_tokenizer(ASSETS / "reviews-lm"),
-    )
+    lm = training.load(ASSETS / "reviews-lm")
+    tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
     texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
     training.save(train_reward_model(texts, tokenizer), tokenizer, ASSETS / "reviews-reward")
 
 
 def write_cards(minutes: float) -> None:
-    """Measures what was saved and writes the model cards."""
-    lm, reward_model = (
-        training.load(ASSETS / "reviews-lm"),
-        training.load(ASSETS / "reviews-reward"),
-    )
+    """Measure what was saved, and write the model cards."""
+    lm = training.load(ASSETS / "reviews-lm")
+    reward_model = training.load(ASSETS / "reviews-reward")
     tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
     numbers = {"loss": training.mean_lm_loss(lm, held_out_texts(tokenizer)), "minutes": minutes}
     numbers |= measure(lm, reward_model, tokenizer)
@@ -289,7 +289,7 @@ def write_cards(minutes: float) -> None:
 
 
 def main() -> None:
-    """Both models and their cards."""
+    """Make both models and their cards."""
     begin = time.process_time()
     make_lm()
     make_reward_model()

@@ -1,4 +1,4 @@
-"""Makes docs/show.png and docs/frame.png again: a short run on Reviews-v0, its page in a headless
+"""Make docs/show.png and docs/frame.png again: a short run on Reviews-v0, its page in a headless
 Chromium, and a frame."""
 
 import argparse
@@ -13,6 +13,7 @@ from playwright.sync_api import sync_playwright
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.run.show import write_page
+from tokenenv.rewards import TokenRule
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLAGS = [
@@ -24,8 +25,13 @@ FLAGS = [
 ]
 
 
+def repeats(prompt: list[int], response: list[int]) -> list[float]:
+    """Return 1 for each token that the response has had before: a number to watch."""
+    return [float(token in response[:place]) for place, token in enumerate(response)]
+
+
 def frame(path: Path) -> None:
-    """A review as `render_mode="rgb_array"` shows it, written by the reference."""
+    """Draw a review as `render_mode="rgb_array"` shows it, written by the reference."""
     env = gym.make("tokenenv/Reviews-v0", render_mode="rgb_array", kl="none")
     env.reset(seed=3)
     agent = PPO(gym.make_vec("tokenenv/Reviews-v0", num_envs=1, autoreset_mode="SameStep"))
@@ -36,9 +42,14 @@ def frame(path: Path) -> None:
 
 
 def page(path: Path, browser: str) -> None:
-    """The page of a run's episodes, the longest of the last ones open, a token pointed at."""
+    """Draw the page of a run's episodes, one of the longest open, a token pointed at."""
     with tempfile.TemporaryDirectory() as folder:
-        envs = gym.make_vec("tokenenv/Reviews-v0", num_envs=32, autoreset_mode="SameStep")
+        envs = gym.make_vec(
+            "tokenenv/Reviews-v0",
+            num_envs=32,
+            autoreset_mode="SameStep",
+            watch={"repeats": TokenRule(repeats, on="tokens")},
+        )
         run_dir = Path(folder) / "reviews-ppo"
         PPO(envs, lr=1e-3, run_dir=run_dir).learn(30_000, progress=True)
         with sync_playwright() as driver:
@@ -55,7 +66,7 @@ def page(path: Path, browser: str) -> None:
 
 
 def main() -> None:
-    """Writes both pictures."""
+    """Write both pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--browser", default=shutil.which("chromium"), help="path of a Chromium")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
-"""What the scripts that make the bundled models share: batches, the two losses, the training loop,
-saving."""
+"""The parts that the scripts which make the bundled models share: batches, the loss of a language
+model, the training loop, sampling and saving."""
 
 import copy
 import json
@@ -26,19 +26,19 @@ SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_attention_heads": 4,
-    # A small cache, so that the time of a step does not grow with the text
+    # One key/value head makes a small cache, so that a step hardly takes longer in a longer text.
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-"""The Llama configuration of the bundled language models: heads of 32."""
+"""The Llama configuration of the bundled language models, with attention heads of 32 numbers."""
 SMALL_SHAPE = SHAPE | {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
-"""That of the reward models."""
+"""The Llama configuration of the bundled reward models."""
 
 
 def set_up(seed: int = 0) -> None:
-    """Fixes what the result depends on: the seeds and the number of threads (one: the two scripts
-    run well side by side)."""
+    """Fix what the result depends on: the seeds and the number of threads. With one thread, two
+    scripts run well side by side."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -47,13 +47,13 @@ def set_up(seed: int = 0) -> None:
 
 
 def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch.long) -> Tensor:
-    """Ragged rows to one right-padded tensor (B, L)."""
+    """Make one right-padded tensor (B, L) of ragged rows."""
     length = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype)
 
 
 def batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[int]]:
-    """Indices in batches of `size` texts of similar length, in random order."""
+    """Group indices into batches of `size` texts of similar length, in random order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.uniform(-4, 4))
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     rng.shuffle(groups)
@@ -61,8 +61,8 @@ def batches(lengths: Sequence[int], size: int, rng: random.Random) -> list[list[
 
 
 def lm_loss(model: nn.Module, texts: Sequence[Sequence[int]], reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats per token of the next token; right padding needs no mask under causal
-    attention."""
+    """Return the cross-entropy of the next token, in nats per token."""
+    # Right padding needs no mask under causal attention.
     logits = model(input_ids=pad(texts, 0), use_cache=False).logits[:, :-1]
     targets = pad(texts, -100)[:, 1:]
     return F.cross_entropy(
@@ -72,25 +72,22 @@ def lm_loss(model: nn.Module, texts: Sequence[Sequence[int]], reduction: str = "
 
 @torch.no_grad()
 def mean_lm_loss(model: nn.Module, texts: Sequence[Sequence[int]]) -> float:
-    """Nats per token over all `texts`."""
+    """Return the cross-entropy in nats per token over all `texts`."""
     model.eval()
     total = sum(float(lm_loss(model, texts[i : i + 64], "sum")) for i in range(0, len(texts), 64))
     return total / sum(len(text) - 1 for text in texts)
 
 
 def add_dropout(model: nn.Module, rate: float) -> list[Any]:
-    """Dropout on the embeddings and on what each block adds, in training only; `.remove()` the
-    handles before saving."""
+    """Add dropout to the embeddings and to what each block adds, in train mode only. Return
+    handles, to `.remove()` before saving."""
 
     def drop(module: nn.Module, _: Any, output: Tensor) -> Tensor:
         return F.dropout(output, rate, module.training)
 
-    places = [
-        m
-        for name, m in model.named_modules()
-        if name.endswith(("embed_tokens", "o_proj", "down_proj"))
-    ]
-    return [place.register_forward_hook(drop) for place in places]
+    places = ("embed_tokens", "o_proj", "down_proj")
+    modules = [module for name, module in model.named_modules() if name.endswith(places)]
+    return [module.register_forward_hook(drop) for module in modules]
 
 
 def fit(
@@ -105,8 +102,19 @@ def fit(
     measure: Callable[[], float] | None = None,
     label: str = "training",
 ) -> None:
-    """AdamW with warm-up and cosine decay on `loss(indices)`; keeps the weights of the epoch with
-    the least `measure()`."""
+    """Train a model by AdamW, with warm-up and cosine decay.
+
+    Args:
+        model: trained in place, and left in eval mode.
+        loss: maps the indices of a batch's texts to its loss.
+        lengths: the tokens of each text.
+        epochs: passes over the texts.
+        lr: the highest learning rate.
+        batch_size: texts of a batch.
+        weight_decay: of matrices.
+        measure: where given, the weights of the epoch in which it is least are kept.
+        label: of the progress bar.
+    """
     rng = random.Random(0)
     plan = [batches(lengths, batch_size, rng) for _ in range(epochs)]
     total = sum(map(len, plan))
@@ -115,14 +123,9 @@ def fit(
         optimizer, lambda step: min(1.0, (step + 1) / 50) * _cosine(step / total)
     )
     best, best_weights = math.inf, None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*shown, *times) as progress:
         bar = progress.add_task(label, total=total)
         for epoch, groups in enumerate(plan, 1):
             model.train()
@@ -173,9 +176,10 @@ def sample(
     bias: Tensor | float = 0.0,
     batch_size: int = 256,
 ) -> list[list[int]]:
-    """One response to each prompt, up to and with the stop token; `bias` (V,) is added to the
-    logits."""
+    """Draw one response to each prompt, which ends with the stop token or after `max_new_tokens`.
+    `bias` (V,) is added to the logits."""
     responses: list[list[int]] = [[] for _ in prompts]
+    # Prompts of one length make a batch without padding.
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups: dict[int, list[int]] = {}
     for i in by_length:
@@ -207,12 +211,12 @@ def _sample_equal(
 
 
 def parameters(model: nn.Module) -> int:
-    """The number of parameters, tied ones once."""
+    """Return the number of parameters, in which tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes the model in bfloat16 with its tokenizer."""
+    """Write the model, in bfloat16, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).eval().to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -220,7 +224,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The saved model, in float32."""
+    """Load a saved model, in float32."""
     import transformers
 
     [architecture] = json.loads((folder / "config.json").read_text())["architectures"]
@@ -228,17 +232,15 @@ def load(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The saved tokenizer."""
+    """Load a saved tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 def write_card(folder: Path, template: str, model: nn.Module, **numbers: Any) -> None:
-    """The model card: `template` filled with what was measured."""
-    size_kb = round(
-        sum(file.stat().st_size for file in folder.iterdir() if file.name != "README.md") / 1000
-    )
-    (folder / "README.md").write_text(
-        template.format(parameters=parameters(model), size_kb=size_kb, **numbers)
-    )
+    """Write the model card: `template`, filled with what was measured."""
+    files = [file for file in folder.iterdir() if file.name != "README.md"]
+    size_kb = round(sum(file.stat().st_size for file in files) / 1000)
+    card = template.format(parameters=parameters(model), size_kb=size_kb, **numbers)
+    (folder / "README.md").write_text(card)

@@ -18,10 +18,16 @@ ROOT = Path(__file__).parents[1]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
+    "gspo": ("gspo.py", ["--total-tokens", "300", "--num-envs", "8"]),
+    "reshaping": ("reshaping.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "cleanrl_ppo-cartpole": ("cleanrl_ppo.py", FEW),
     "cleanrl_ppo-negation": (
         "cleanrl_ppo.py",
         ["--env-id", "tokenenv/Negation-v0", *FEW],
+    ),
+    "cleanrl_ppo-options": (
+        "cleanrl_ppo.py",
+        ["--env-id", "tokenenv/Negation-v0", "--env-options", "max_new_tokens", "8", *FEW],
     ),
     "cleanrl_ppo-reviews": ("cleanrl_ppo.py", ["--env-id", "tokenenv/Reviews-v0", *FEW]),
     "torchrl_ppo": (
@@ -124,7 +130,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
     assert names["optimal"].regret == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "stable-baselines3.md", "seeing.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "stable-baselines3.md", "reading-a-run.md"])
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """One after the other, in one process, as a reader would paste them."""
     snippets = re.findall(

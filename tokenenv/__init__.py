@@ -3,7 +3,7 @@
 Importing the package registers its ids with Gymnasium.
 """
 
-from tokenenv.registration import register_envs
+from tokenenv.registration import register, register_envs
 from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.types import EpisodeScores, Scorer, Task, TokenSpec
 
@@ -18,6 +18,7 @@ __all__ = [
     "Task",
     "TokenSpec",
     "Transitions",
+    "register",
     "register_envs",
 ]
 

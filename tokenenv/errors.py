@@ -1,4 +1,5 @@
-"""Errors: one root, each child also the standard error a caller would expect."""
+"""The errors of this package: one root, and each child is also the standard error that a caller
+would expect."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -11,77 +12,84 @@ from tokenenv.safety.shown import visible
 
 
 class TokenEnvError(Exception):
-    """Root of every error this package raises on purpose. Its text may quote a stranger's file, and
-    steers nothing."""
+    """The root of every error that this package raises on purpose."""
 
     def __str__(self) -> str:
+        # A message may quote a stranger's file, whose characters must not steer a terminal.
         return visible(super().__str__())
 
 
 class InvalidArgument(TokenEnvError, ValueError):
-    """A constructor or method argument is not allowed."""
+    """Raised where an argument of a constructor or a method is not allowed."""
 
 
 class InvalidAction(TokenEnvError, ValueError):
-    """An action cannot be taken; nothing has changed in the env."""
+    """Raised by `step` where an action cannot be taken. Nothing has changed in the env."""
 
 
 class FinishedRow(InvalidAction, AssertionError):
-    """A finished row was stepped under DISABLED autoreset (Gymnasium raises AssertionError
-    there)."""
+    """Raised by `step` under DISABLED autoreset where a slot's text has ended and the slot was not
+    reset. Gymnasium raises AssertionError there."""
 
 
 class NotReset(TokenEnvError, ResetNeeded):
-    """`step` before the first `reset`."""
+    """Raised by `step` and others before the first `reset`."""
 
 
 class Interrupted(NotReset):
-    """A call after one that was interrupted half-way: `reset()` or `load_state()` comes next."""
+    """Raised by every call after one that was interrupted half-way, until `reset()` or
+    `load_state()` has made the env whole again."""
 
 
 class EnvClosed(TokenEnvError, ClosedEnvironmentError):
-    """A call after `close`."""
+    """Raised by every call after `close`."""
 
 
 class ModelError(TokenEnvError, ValueError):
-    """A model or tokenizer cannot play the part it was given."""
+    """Raised while an env, an agent or a scorer is made, where a model or tokenizer cannot be
+    loaded or cannot play the part that it was given."""
 
 
 class NotFinite(TokenEnvError, FloatingPointError):
-    """A reward, log-prob or gradient is NaN or infinite; nothing has been learnt from it."""
+    """Raised by `step`, `score_episodes` and agents where a reward, a log-prob or a gradient is NaN
+    or infinite. Nothing has been learnt from it."""
 
     def __init__(self, message: str, rows: Sequence[int] = (), texts: Sequence[Any] = ()) -> None:
         super().__init__(message)
         self.rows = list(rows)
-        """The env rows, or the texts that were scored, at fault."""
+        """The slots of the env that are at fault, or the texts that were scored, by number."""
         self.texts = list(texts)
-        """What was written in them, where a collector knows: objects with a `prompt` and a
+        """What was written there, where a collector knows it: objects with a `prompt` and a
         `response` of token ids."""
 
 
 class CheckpointError(TokenEnvError, ValueError):
-    """A checkpoint or saved state is corrupt, incomplete or belongs to something else."""
+    """Raised by `load` and `load_state` where a checkpoint or a saved state is corrupt, incomplete
+    or belongs to something else."""
 
 
 class RunFolderError(TokenEnvError, OSError):
-    """A run folder, or a file in it, cannot be read or written, or another process trains there."""
+    """Raised where a run folder, or a file in it, cannot be read or written, or where another
+    process trains in it."""
 
 
 class ServerError(TokenEnvError, ConnectionError):
-    """A server did not answer, or not as it should, after as many tries as were allowed."""
+    """Raised where a server did not answer as it should after as many tries as were allowed."""
 
 
 class ContractError(TokenEnvError, AssertionError):
-    """An env does not keep the contract of token envs; see `tokenenv.check`."""
+    """Raised by `tokenenv.check.check_vector_env` where an env does not keep the contract of token
+    envs; the message says what to change."""
 
 
 class MissingDependency(TokenEnvError, ImportError):
-    """An optional package is needed; the message holds the install line."""
+    """Raised where an optional package is needed and not installed; the message holds the line that
+    installs it."""
 
 
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises `InvalidArgument` naming the argument, the value and the allowed names, the nearest
-    first."""
+    """Raise `InvalidArgument` unless `value` is one of the `allowed` names. The message names the
+    argument, the value, the allowed names and the nearest ones."""
     names = sorted(allowed)
     if isinstance(value, str) and value in names:
         return
@@ -91,6 +99,6 @@ def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises `InvalidArgument` unless `value` is one real number."""
+    """Raise `InvalidArgument` unless `value` is one real number."""
     if not isinstance(value, Real):
         raise InvalidArgument(f"{name}={value!r} must be a number.")

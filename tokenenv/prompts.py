@@ -1,4 +1,4 @@
-"""Prompts: reading them from where users keep them, and turning them into token ids."""
+"""Prompts: read them from where users keep them, and turn them into token ids."""
 
 import json
 import operator
@@ -12,16 +12,26 @@ import numpy as np
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.chats import Chats, is_chat, keep_ends
 from tokenenv.models.encoding import encode_continuation, encode_prompt
-from tokenenv.types import TokenSpec
+from tokenenv.types import PromptLimit, TokenSpec
 
 LONG_PROMPTS = ("refuse", "truncate")
 MASK = 2**64 - 1
 
 Encode = Callable[[str, Any], list[int]]
-"""Token ids of a text by a tokenizer."""
+"""A function of a text and a tokenizer that returns token ids."""
 
 Labelled = tuple[str, Any]
-"""Where a prompt was found, for error messages, and the prompt."""
+"""The place where a prompt was found, for error messages, and the prompt."""
+
+LONGER_THAN: dict[PromptLimit, str] = {
+    "task": "which this task fixes; shorten the prompt.",
+    "option": "as the env was made; shorten the prompt, or make the env with "
+    "max_prompt_tokens={length}.",
+    "prompts": "the length of the longest prompt in prompts=; shorten this one, or make the env "
+    "with max_prompt_tokens={length}.",
+}
+"""What to do about a prompt of `length` tokens that is too long for an env, by where the env's
+`max_prompt_tokens` came from."""
 
 
 def load_prompts(
@@ -29,81 +39,123 @@ def load_prompts(
     tokenizer: Any,
     *,
     vocab_size: int,
-    max_prompt_tokens: int,
+    max_prompt_tokens: int | None = None,
     long_prompts: str = "refuse",
     chat_template: bool | Chats = False,
     column: str = "prompt",
 ) -> list[list[int]]:
     """Prompt token ids from a list, a JSONL or text file, or a `datasets` dataset.
 
-    A JSONL line, and a dataset's row, holds the prompt under `column` (a JSONL line may also be a
-    bare string); a text file holds one prompt a line; empty lines are skipped. A prompt is a
-    string, a list of token ids or, with `chat_template` (True, or the `Chats` that keep the
-    conversations), a list of chat messages; a string is then one user message. `long_prompts` says
-    what happens above `max_prompt_tokens`: "refuse" raises, "truncate" keeps special tokens at the
-    beginning and the last tokens; of a chat what the template writes around the longest message,
-    and that one's end.
+    The source is read to its end, a streamed dataset too. A JSONL line, and a dataset's row, holds
+    the prompt under `column` (a JSONL line may also be a bare string). A text file holds one prompt
+    a line. Empty lines are skipped. A prompt is a string or a list of token ids. With
+    `chat_template` (True, or the `Chats` that keep the conversations) it may also be a list of chat
+    messages, and a string is one user message.
+
+    Args:
+        max_prompt_tokens: the most tokens a prompt may have, special tokens and the chat template
+            included; None sets no limit.
+        long_prompts: what happens to a longer prompt. "refuse" raises. "truncate" keeps special
+            tokens at the beginning and the last tokens; of a chat it keeps what the template writes
+            around the longest message, and the end of that message.
 
     Raises:
         InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the
-            prompt or the file's line.
+            prompt or the file's line. "truncate" without `max_prompt_tokens` is refused too.
     """
-    check_choice("long_prompts", long_prompts, LONG_PROMPTS)
+    check_limit(max_prompt_tokens, long_prompts)
     if not isinstance(chat_template, bool | Chats):
         raise InvalidArgument(
             f"chat_template must be True, False or Chats, not of type "
             f"{type(chat_template).__name__}."
         )
     chats = Chats(tokenizer) if chat_template is True else chat_template or None
-    limit = max_prompt_tokens if long_prompts == "truncate" else None
+    # Chats cut their longest message before they are encoded; plain prompts are cut afterwards.
+    chat_limit = max_prompt_tokens if long_prompts == "truncate" else None
     labelled = list(_read(source, column))
     if not labelled:
         raise InvalidArgument(f"prompts={_name(source)} holds no prompts; at least one is needed.")
     prompts = []
     for label, prompt in labelled:
-        text = chats.encode(prompt, label, limit) if chats else prompt
+        text = chats.encode(prompt, label, chat_limit) if chats else prompt
         ids = to_ids(text, tokenizer, vocab_size, label)
         prompts.append(fit_prompt(ids, max_prompt_tokens, long_prompts, label, tokenizer))
     return prompts
 
 
+def check_limit(max_prompt_tokens: int | None, long_prompts: str) -> None:
+    """Raises `InvalidArgument` unless the two options of `load_prompts` go together."""
+    check_choice("long_prompts", long_prompts, LONG_PROMPTS)
+    if max_prompt_tokens is None:
+        if long_prompts == "truncate":
+            raise InvalidArgument(
+                "long_prompts='truncate' needs max_prompt_tokens=, the number of tokens to keep of "
+                "a longer prompt; without it every prompt is kept whole."
+            )
+    elif not isinstance(max_prompt_tokens, int | np.integer) or max_prompt_tokens < 1:
+        raise InvalidArgument(
+            f"max_prompt_tokens={max_prompt_tokens!r} must be a whole number, 1 or more, or None "
+            f"for the length of the longest prompt."
+        )
+
+
 def read_prompt(prompt: Any, spec: TokenSpec, label: str) -> list[int]:
-    """Token ids of a prompt that an env is given: ids are taken as they are; a text, or chat
-    messages, as the env's own."""
+    """Token ids of a prompt that an env is given after it was made: token ids are taken as they
+    are, and texts and chat messages are read as the env read its own.
+
+    Raises:
+        InvalidArgument: the prompt is empty, cannot be used, or is longer than the env's prompts
+            may be; `label` names it.
+    """
     if spec.chats is not None and (isinstance(prompt, str) or is_chat(prompt)):
         prompt = spec.chats.encode(_text(prompt, label), label)
     ids = to_ids(prompt, spec.tokenizer, spec.vocab_size, label)
-    return fit_prompt(ids, spec.max_prompt_tokens, "refuse", label)
+    _require_tokens(ids, label)
+    if len(ids) > spec.max_prompt_tokens:
+        what_to_do = LONGER_THAN[spec.max_prompt_tokens_from].format(length=len(ids))
+        raise InvalidArgument(
+            f"{label} has {len(ids)} tokens and max_prompt_tokens={spec.max_prompt_tokens}, "
+            f"{what_to_do}"
+        )
+    return ids
 
 
 def read_continuation(text: Any, spec: TokenSpec, label: str) -> list[int]:
-    """Token ids of what follows a prompt, without special tokens of the tokenizer's own."""
+    """Token ids of what follows a prompt, without the special tokens that the tokenizer adds."""
     return to_ids(text, spec.tokenizer, spec.vocab_size, label, encode_continuation)
 
 
 def fit_prompt(
-    ids: list[int], max_prompt_tokens: int, long_prompts: str, label: str, tokenizer: Any = None
+    ids: list[int],
+    max_prompt_tokens: int | None,
+    long_prompts: str,
+    label: str,
+    tokenizer: Any = None,
 ) -> list[int]:
-    """`ids` if it has 1 to `max_prompt_tokens` tokens, else an error or, under "truncate", its last
-    tokens behind the special tokens of `tokenizer` that it begins with."""
-    if not ids:
-        raise InvalidArgument(f"{label} is empty; a prompt needs at least one token.")
-    if len(ids) <= max_prompt_tokens:
+    """`ids` where it has 1 to `max_prompt_tokens` tokens. A longer prompt is an error or, under
+    "truncate", loses tokens after the special tokens of `tokenizer` that it begins with."""
+    _require_tokens(ids, label)
+    if max_prompt_tokens is None or len(ids) <= max_prompt_tokens:
         return ids
     if long_prompts == "refuse":
         raise InvalidArgument(
-            f"{label} has {len(ids)} tokens and max_prompt_tokens={max_prompt_tokens}; "
-            "shorten it, raise max_prompt_tokens, or pass long_prompts='truncate' to keep its last "
-            "tokens."
+            f"{label} has {len(ids)} tokens and max_prompt_tokens={max_prompt_tokens}; shorten "
+            f"it, raise max_prompt_tokens, leave max_prompt_tokens out (the longest prompt then "
+            f"sets it), or pass long_prompts='truncate' to keep its last tokens."
         )
     return keep_ends(ids, max_prompt_tokens, tokenizer)
+
+
+def _require_tokens(ids: list[int], label: str) -> None:
+    if not ids:
+        raise InvalidArgument(f"{label} is empty; a prompt needs at least one token.")
 
 
 def to_ids(
     text: Any, tokenizer: Any, vocab_size: int, label: str, encode: Encode = encode_prompt
 ) -> list[int]:
-    """Token ids of a string or of a sequence of ids (lists, NumPy arrays or tensors); checks that
-    ids are in range."""
+    """Token ids of a string, or of a sequence of ids (a list, a NumPy array or a tensor); raises
+    `InvalidArgument` for an id that is out of range."""
     if isinstance(text, str):
         if tokenizer is None:
             raise InvalidArgument(f"{label}: tokens of this env have no text; give token ids.")
@@ -119,11 +171,10 @@ def to_ids(
 
 
 def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int, Sequence[int]]:
-    """An index and its prompt, uniformly: draw `number` (from 0) of the stream of `seed`, 0 or
-    more.
+    """Draw a prompt uniformly; return its index and the prompt.
 
-    The generator is SplitMix64 (Steele, Lea and Flood 2014), which gives any of its numbers without
-    those before it.
+    It is draw `number` (0 or more) of the stream that belongs to `seed` (0 or more). The generator
+    is SplitMix64 (Steele, Lea and Flood 2014): it gives any draw of a stream without those before.
     """
     if len(prompts) == 1:
         return 0, prompts[0]
@@ -135,7 +186,7 @@ def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int,
 
 
 def _text(text: Any, label: str) -> Any:
-    """`text`, if it is a chat or has tokens."""
+    """Return `text` as it is; raise `InvalidArgument` for a string that cannot have tokens."""
     if not isinstance(text, str):
         return text
     if text.startswith("<generator object"):
@@ -152,7 +203,7 @@ def _text(text: Any, label: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _start(seed: int) -> int:
-    """64 bits of any seed, so that neighbouring seeds start far apart."""
+    """Mix any seed into 64 bits, so that the streams of neighbouring seeds start far apart."""
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 

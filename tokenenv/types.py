@@ -1,81 +1,102 @@
-"""The vocabulary shared by environments and agents.
+"""The vocabulary that environments and agents share.
 
-Shape suffixes, here and everywhere: N envs, P prompt tokens, T response tokens, L = P + T context,
-V vocabulary, H hidden size, B episodes in a batch, K transitions (any mix of rows and times).
+Shape suffixes, here and everywhere: N envs (slots), P prompt tokens, T response tokens, L = P + T
+context, V vocabulary, H hidden size, B texts or episodes of a batch, K transitions (a mix of texts
+and places in them). "(K, H) float32" after a field is its shape and dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 Slots = Sequence[int] | np.ndarray
-"""Row numbers (n,)."""
+"""Numbers (n,) of slots: the N places of an env or a cache, each of which holds one text after
+another."""
+
+PromptLimit = Literal["task", "option", "prompts"]
+"""Where `max_prompt_tokens` came from: the task fixes it, the user gave the option of that name, or
+it is the length of the longest prompt. Messages about longer prompts say which."""
 
 TextIds = tuple[list[int], list[int]]
 """The token ids of a prompt and of its response."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+"""Names of the estimators of KL(pi || pi_ref) from the log-probs of sampled tokens."""
 
 Head = Callable[[Tensor], Tensor]
 """Maps model states (K, H) to logits (K, V), or to scores (K,)."""
 
 TrunkStates = Mapping[Any, Tensor]
-"""A state (K, H) for every trunk, by the trunk itself: a key that copies and pickles take with
-them, as an id() is not."""
+"""The states (K, H) of several trunks, by the trunk itself. The key is the object, not its `id()`,
+because a copy or a pickle takes objects with it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSpec:
-    """What an agent may know of an env beyond its spaces."""
+    """What an agent may know of an env beyond its spaces. The env makes it from its task and its
+    own options, and gives it as `envs.unwrapped.token_spec`."""
 
     tokenizer: Any
-    """A transformers tokenizer, or None where tokens have no text."""
+    """A transformers tokenizer; None where tokens have no text. From the task."""
     vocab_size: int
-    """V: actions are 0..V-1."""
+    """V: actions are 0..V-1. From the policy's model."""
     pad_token_id: int
-    """Fills `tokens` to the right of `length`; may equal a stop id, so only `length` says what is
-    valid."""
+    """The id that fills `tokens` to the right of `length`. It may equal a stop id, so only `length`
+    says what belongs to the text."""
     stop_token_ids: tuple[int, ...]
-    """Emitting one of these ends the episode."""
+    """The ids that end an episode when they are emitted. From the task."""
     max_prompt_tokens: int
-    """P."""
+    """P, the most tokens of a prompt. From the task."""
     max_new_tokens: int
-    """T: the episode is cut after this many response tokens."""
+    """T: an episode is cut after this many response tokens. From the task."""
     score_truncated: bool = True
-    """True: a text that is cut is scored, so learners do not bootstrap there. False: they bootstrap
-    from its last state."""
+    """Whether a text that is cut gets its sequence score. True: it does, and learners do not
+    bootstrap there. False: it does not, and learners bootstrap from its last state. From the env
+    option of this name."""
+    max_prompt_tokens_from: PromptLimit = "task"
+    """Where P came from, for messages about longer prompts."""
     chats: Any = None
-    """The `Chats` that make prompts of messages, and of texts as messages, where the env uses a
-    chat template; else None."""
+    """The `tokenenv.models.chats.Chats` that turns messages, and texts as messages, into prompts,
+    where the env uses a chat template; else None. From the task."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeScores:
-    """What stepping would have paid for B finished texts; zero right of each response."""
+    """What stepping would have paid for B finished texts, as `score_episodes` returns it.
+
+    Arrays over tokens have a column for each of T response tokens, and are zero to the right of
+    each response. Rewards have the unit of the sequence score.
+    """
 
     token_rewards: np.ndarray
-    """(B, T) float32: the reward of each token, hindsight terms placed where they belong."""
+    """(B, T) float32: the reward of each token, where it belongs. A hindsight term is placed on the
+    tokens that it credits."""
     step_rewards: np.ndarray
-    """(B, T) float32: the same total as `step` pays it, hindsight terms on the last token."""
+    """(B, T) float32: what `step` returns for each token. A hindsight term is paid as a whole at
+    the last token. Each row has the sum that it has in `token_rewards`."""
     terms: dict[str, np.ndarray]
-    """(B, T) float32 for every term, weighted, as `step` pays it; they add up to `step_rewards`."""
+    """(B, T) float32 for each term by name, weighted, as `step` pays it. They add up to
+    `step_rewards`."""
     token_reward_terms: dict[str, np.ndarray]
-    """(B, T) float32 for every term, weighted, placed where it belongs; they add up to
+    """(B, T) float32 for each term by name, weighted, placed where it belongs. They add up to
     `token_rewards`."""
     score: np.ndarray | None
-    """(B,) float32: the unweighted sequence score, or None without a scorer."""
+    """(B,) float32: the sequence score, unweighted; None where the task has no scorer."""
     gold: np.ndarray | None
-    """(B,) float32: the task's true metric, or None where none is known."""
+    """(B,) float32: the task's true metric; None where none is known."""
     lengths: np.ndarray
-    """(B,) int64: response tokens of each text."""
+    """(B,) int64: the response tokens of each text."""
     ref_logprobs: np.ndarray
     """(B, T) float32: log pi_ref of each token, in nats."""
     potentials: np.ndarray | None
-    """(B, T + 1) float32: Phi before each token, then of the last state; None where no term is
-    potential-based."""
+    """(B, T + 1) float32: the potential Phi of the state before each token, and of the last state;
+    None where no term is potential-based."""
+    watched: dict[str, np.ndarray] = field(default_factory=dict)
+    """(B, T) float32 for each term of `watch=` by name: its number for each token, unweighted and
+    never a part of the rewards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +104,7 @@ class Written:
     """A text that a `RolloutEngine` has written."""
 
     key: int
-    """What it was begun under."""
+    """The key under which the text was begun."""
     tokens: list[int]
     """The response, with the stop token where there was one."""
     logprobs: list[float]
@@ -92,62 +113,86 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A sequence score read from a causal model's states."""
+    """A sequence score that is read from a causal model while a text is written.
+
+    The model looks only back and reads the policy's own tokens. So it gives every prefix of a text
+    a score, and each new token costs one token's forward. `tokenenv.models.heads.make_scorer` makes
+    one of a transformers classifier. Where this cannot be, see `TextScorer`.
+    """
 
     model: Any
-    """The trunk: a transformers base model, or any `TokenModel`."""
+    """The trunk that maps tokens to states: a transformers base model, or any `TokenModel`."""
     head: Head
-    """States (K, H) to scores (K,)."""
+    """Maps states (K, H) to scores (K,) float32."""
     per_token: bool
-    """True: the score of a text is the sum of its response tokens' scores. False: the score at its
-    last token."""
+    """True: the score of a text is the sum of the scores of its response tokens. False: it is the
+    score at its last token."""
     pad_token_id: int | None = None
-    """Where `per_token` is False, the last token of a text is its last one that is not this: so do
-    transformers' sequence classifiers read, also where their pad id is the stop id. None: whatever
-    the last token is."""
+    """Where `per_token` is False: the score of a text is read at its last token that is not this
+    id. transformers' sequence classifiers read so, also where their pad id is the stop id. None:
+    the score is read at the last token, whatever that is."""
 
 
 class TextScorer(Protocol):
-    """A sequence score that only finished texts have: another tokenizer's reward model, or one that
-    looks ahead."""
+    """A sequence score that only finished texts have.
+
+    The scorer is given whole texts as token ids and does the rest itself. It is for reward models
+    that cannot follow a text token by token: those with another tokenizer, that look ahead, or that
+    run elsewhere (`tokenenv.models.aligned_scorer` and `vllm_models` have such). Terms that read
+    the score of a prefix need a `Scorer` instead.
+    """
 
     @property
     def per_token(self) -> bool:
-        """Whether the model scores tokens (the score is their sum), or the text as a whole."""
+        """True: the model scores tokens, and the score of a text is their sum. False: it scores the
+        text as a whole."""
         ...
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether what it gives a token may depend on later ones."""
+        """Whether the score that a token is given may depend on later tokens."""
         ...
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """(B, width) float32 on any device: the score of each of the policy's response tokens, zero
-        to the right. Each row's sum is the text's score; a model that scores whole texts puts it on
-        the last token."""
+        """Return the score of each of the policy's response tokens.
+
+        Args:
+            texts: B pairs of the token ids, the policy's, of a prompt and a response.
+            width: the number of columns, at least the longest response and at least 1.
+
+        Returns:
+            (B, width) float32 on any device, zero to the right of each response. Each row's sum is
+            the score of its text: a model that scores whole texts puts it on the last token.
+        """
         ...
 
 
 class RolloutEngine(Protocol):
-    """Writes whole texts with a policy's weights, many side by side: an inference engine such as
-    vLLM."""
+    """An inference engine, such as vLLM, that writes many whole texts side by side with a policy's
+    weights."""
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
-        """Begins a text under a key that no running text has; it ends with a stop token or after
-        `max_tokens`."""
+        """Begin a text.
+
+        Args:
+            key: a number that no running text has.
+            prompt: token ids, which may end with the beginning of a response.
+            max_tokens: the text ends after so many new tokens, or with a stop token.
+            seed: of the text's own random numbers.
+        """
         ...
 
     def ended(self) -> list[Written]:
-        """Waits until at least one of the running texts has ended, and returns those that have."""
+        """Wait until at least one of the running texts has ended, and return those that have."""
         ...
 
     def sync(self) -> None:
-        """Takes the policy's present weights: the next token of every text, running ones included,
+        """Take the policy's present weights. The next token of every text, running ones included,
         is drawn with them."""
         ...
 
     def abort(self) -> None:
-        """Drops the running texts."""
+        """Drop the running texts."""
         ...
 
 
@@ -155,102 +200,114 @@ class Oracle(Protocol):
     """The exact optimum of score - beta KL(pi || pi_ref), where a task knows it."""
 
     def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
-        """V* (K,) float32 from the states of the task's models after `step` (K,) response tokens;
-        after the last one it is the score."""
+        """Return the optimal value V* of K states, (K,) float32 in the unit of the score.
+
+        Args:
+            states: of the task's models.
+            step: (K,) int64, the response tokens so far. After the last one the value is the score.
+            beta: reward per nat.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a registered id is made of. A task file is a function that returns one of these."""
+    """What an environment id is made of. A task file is a function that returns one of these; its
+    arguments are the task's options."""
 
     tokenizer: Any
-    """A transformers tokenizer shared by all models, or None where tokens have no text."""
+    """A transformers tokenizer, which all models share; None where tokens have no text."""
     chats: Any = None
-    """The `tokenenv.models.chats.Chats` behind the prompts, where prompts that are given as texts
-    or messages are chats."""
+    """The `tokenenv.models.chats.Chats` behind the prompts, where they are conversations; None:
+    prompts that are given as texts are plain texts."""
     reference: Any
-    """pi_ref: a transformers causal LM, or any `TokenModel`; frozen, in eval mode."""
+    """pi_ref, frozen and in eval mode: a transformers causal LM, or any `TokenModel`."""
     prompts: Sequence[Sequence[int]]
-    """Prompt token ids, at most `max_prompt_tokens` each."""
+    """The token ids of each prompt, 1 to `max_prompt_tokens` of them. An env draws from this
+    sequence."""
     max_prompt_tokens: int
-    """P."""
+    """P, the most tokens of a prompt."""
+    max_prompt_tokens_from: PromptLimit = "task"
+    """Where P came from, for messages about longer prompts."""
     max_new_tokens: int
-    """T."""
+    """T, the most tokens of a response."""
     stop_token_ids: tuple[int, ...]
-    """Ids that end a text; they belong to the response."""
+    """The ids that end a text. The stop token belongs to the response and is paid for."""
     model: Any = None
-    """The policy's default initial weights where they are not the reference's."""
+    """The policy's default initial weights, as a model; None: the reference's."""
     scorer: Scorer | TextScorer | None = None
-    """Where `infos["score"]` and the designs built on a score come from."""
+    """What gives the sequence score: `infos["score"]`, and the designs that build on it. None: the
+    task has no score."""
     gold: Callable[[str, str], float] | Literal["score"] | None = None
-    """gold(prompt_text, response_text): the true metric, for evaluation only. "score": the score
-    itself is the truth."""
+    """The true metric, for evaluation only: gold(prompt_text, response_text), or "score" where the
+    score itself is the truth. None: unknown."""
     implicit_model: Any = None
     """A preference-tuned (DPO) language model with the reference's tokens, which
     `reward="implicit"` reads."""
     step_scorer: Scorer | None = None
-    """Scores the steps of a text, where `reward="process"` should not read the scorer."""
+    """What scores the steps of a text for `reward="process"`; None: the `scorer`."""
     step_end_token_ids: tuple[int, ...] = ()
-    """Tokens that end a step of the text; the end of the text ends one too."""
+    """The ids that end a step of a text, such as a line break. The end of the text ends one too."""
     oracle: Oracle | None = None
     """The exact optimum, where it is known."""
     features: Callable[[TrunkStates, Tensor], Tensor] | None = None
-    """observation="features": maps the states of all models and the response tokens so far (N,) to
-    features (N, F) float32. None: the reference's last hidden state."""
+    """What `observation="features"` shows: maps the states of all models and the response tokens so
+    far (N,) int64 to features (N, F) float32. None: the reference's last hidden state."""
     num_features: int = 0
     """F, where `features` is given."""
-    reward: str = "token"
-    """The design used when `reward=` is not given."""
+    reward: str | Mapping[str, Any] = "token"
+    """The design that is used where `reward=` is not given. An empty mapping pays nothing but the
+    KL term, and the env warns of that."""
     kl_coef: float = 0.05
-    """beta used when `kl_coef=` is not given, reward per nat."""
+    """The beta that is used where `kl_coef=` is not given, in reward per nat."""
 
 
 class TokenModel(Protocol):
     """What a language model, or a scorer's trunk, that is no transformers model has to bring.
 
-    "States" may be any tensor with K rows, (K,) or (K, H), that `head` understands: an automaton's
-    state, say.
+    "States" may be any tensor with K rows, (K,) or (K, H), that `head` understands: the number of
+    an automaton's state, for example.
     """
 
     device: Any
-    """Where tokens are taken and states returned."""
+    """The device where tokens are taken and states returned."""
     vocab_size: int
-    """V. Language models only, as is `head`."""
+    """V. Of language models only, as is `head`."""
     hidden_size: int
-    """How many numbers of a state, the first ones, a value head may read. Policies only."""
+    """How many numbers of a state a value head may read, the first ones. Of policies only."""
 
-    def slots(self, num_rows: int, max_length: int) -> "SlotModel":
-        """N running texts of at most `max_length` tokens."""
+    def slots(self, num_slots: int, max_length: int) -> "SlotModel":
+        """Make N slots for running texts of at most `max_length` tokens each."""
         ...
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Right-padded `tokens` (B, L) to states (B, L, ...), in which state t has read token t."""
+        """Read whole texts: right-padded `tokens` (B, L) to states (B, L, ...), in which state t
+        has read tokens 0..t."""
         ...
 
     def head(self, states: Tensor) -> Tensor:
-        """States of K texts to logits (K, V) float32."""
+        """Return the logits (K, V) float32 of the next token after `states`."""
         ...
 
 
 class SlotModel(Protocol):
-    """N texts running through one causal model, each row at its own position."""
+    """N texts that run through one causal model, each in a slot and at a position of its own."""
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the state after each
-        row's last token (n, H)."""
+        """Restart `slots` (n,) with right-padded `tokens` (n, <=L), and return the state (n, H)
+        after the last token of each text."""
         ...
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only to rows where `active` (N,) bool; returns states
-        (N, H)."""
+        """Add one token (N,) to each slot that is `active` (N,) bool (None: to all), and return the
+        states (N, H). The states of slots that are not active mean nothing."""
         ...
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies row sources[i] onto row targets[i]."""
+        """Copy slot sources[i] onto slot targets[i]."""
         ...
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The uncached forward: right-padded `tokens` (B, L) to states (B, L, H), in which state t
-        has read token t."""
+        """Read whole texts, without a cache: right-padded `tokens` (B, L) to states (B, L, H), in
+        which state t has read tokens 0..t."""
         ...

@@ -1,11 +1,15 @@
-"""A2C: advantage actor-critic (Mnih et al. 2016), which is PPO with one step a batch and no clip.
+"""A2C: advantage actor-critic (Mnih et al. 2016, arXiv 1602.01783), which is PPO with one step a
+batch and no clip.
 
-What it does: everything PPO does before its loss (dense rewards with the whole KL penalty,
-per-token advantages, a critic); then a single gradient step on -A log pi, with returns to the end
-of the text and advantages that are not whitened.
+What it does: everything that PPO does before its loss (dense rewards with the whole KL penalty,
+advantages per token, a critic), then a single gradient step on
+
+    L = -mean A_t log pi(y_t | s_t),      A_t = sum_{k >= t} gamma^(k-t) r_k - V(s_t)
+
+with returns to the end of the text (lambda 1) and advantages that are not whitened.
 
 What it leaves out: the ratio to the policy that sampled the text. Episodes that began before an
-update are a few tokens stale, which PPO's ratio corrects and A2C does not.
+update are a few tokens stale; PPO's ratio corrects that, and A2C does not (`importance_cap` does).
 """
 
 from dataclasses import dataclass

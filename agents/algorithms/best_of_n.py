@@ -1,9 +1,10 @@
-"""Best of n: of the texts of a group, the one with the highest score. Nothing is learned; it costs
-n texts for one.
+"""Best of n: of the texts of a group, the one with the highest score.
 
-What it does: n is the env's `group_size`; `learn` logs the chosen texts, `generate` and `evaluate`
-draw n for each prompt. Its KL to the policy it draws from is at most log n - (n - 1) / n nats, and
-that is what is reported.
+What it does: n is the env's `group_size`. `learn` logs the chosen texts; `generate` and `evaluate`
+draw n texts for each prompt and return the best one. Its KL to the policy that it draws from is at
+most log n - (n - 1) / n nats (Beirami et al. 2024, arXiv 2401.01879), and that is what is reported.
+
+What it leaves out: learning. Each text costs n texts.
 """
 
 from typing import Any
@@ -30,35 +31,33 @@ class BestOfN(Agent):
         return self.group_size
 
     def collect(self) -> list[Episode]:
-        """The best text of each finished group."""
+        """Return the best text of each finished group."""
         episodes = super().collect()
         return [episodes[i] for i in self.best([e.score for e in episodes])]
 
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Nothing is learned; the KL is the bound."""
+        """Learn nothing; return the bound as the KL."""
         return {"objective/kl": best_of_n_kl(self.best_of)}
 
     def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
-        """The best of n continuations of each prompt, by the env's score."""
+        """Return the best of n continuations of each prompt, by the env's score."""
         repeated = [prompt for prompt in as_list(prompts) for _ in range(self.best_of)]
         responses = super().generate(repeated, **options)
         if not responses:
             return []
-        # The score knows of no KL: where the env asks for log-probabilities, any will do.
-        logprobs = (
-            [[0.0] * len(response) for response in responses] if wants_logprob(self.envs) else None
-        )
+        # The score does not depend on the KL. Where the env asks for log-probs, any will do.
+        logprobs = None
+        if wants_logprob(self.envs):
+            logprobs = [[0.0] * len(response) for response in responses]
         scores = self.core.score_episodes(repeated, responses, logprobs=logprobs).score
         return [responses[i] for i in self.best(scores)]
 
     def best(self, scores: Any) -> list[int]:
-        """The place of the highest score of every n."""
+        """Return the place of the highest score of every n."""
         if scores is None or np.isnan(scores).any():
+            name = type(self.core).__name__
             raise InvalidArgument(
-                f"BestOfN needs a score of every text, which {type(self.core).__name__} does not "
-                f"give."
+                f"BestOfN needs a score of every text, which {name} does not give."
             )
-        scores_GN = np.reshape(scores, (-1, self.best_of))
-        return [
-            self.best_of * group + int(best) for group, best in enumerate(scores_GN.argmax(axis=1))
-        ]
+        best_G = np.reshape(scores, (-1, self.best_of)).argmax(axis=1)
+        return [self.best_of * group + int(best) for group, best in enumerate(best_G)]

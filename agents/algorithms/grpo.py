@@ -6,14 +6,12 @@ terms pay is divided by the deviation of the group's returns; PPO's clip; every 
 With R the returns of the terms, K those of the KL penalty, G texts in a group, and R_j0 the whole
 return of text j:
 
-    A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt,      s^2 = sum_j (R_j0 - mean R_j0)^2 / (G
-    - 1)
+    A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt
+    s^2 = sum_j (R_j0 - mean R_j0)^2 / (G - 1),   s = 1 where the R_j0 are the same up to rounding
 
-and s = 1 where the R_j0 are the same up to rounding. The KL penalty has no part in s, and is not
-divided by it: its noise would be a flat group's whole deviation, and a weight that depends on the
-text itself would bias it. So the gradient of -beta KL is (G - 1) / G of the exact one whatever the
-scores are, and beta counts in deviations of the score, as where the KL is a loss (DeepSeek, TRL,
-verl). Switches turn it into its variants:
+The KL penalty has no part in s and is not divided by it (docs/algorithms.md says why). So beta
+counts in deviations of the score, as where the KL is a loss (DeepSeek, TRL, verl). Switches turn
+GRPO into its variants:
 
 - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `scale="none"`, `aggregation="fixed-length"`.
 - DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `aggregation="token-mean"`,
@@ -21,7 +19,7 @@ verl). Switches turn it into its variants:
   term: `missing_eos_penalty`).
 - GDPO (Liu et al. 2026, arXiv 2601.05242): `scale="source"`, `whiten=True`.
 
-The KL penalty is a reward here, so that it is credited like one; DeepSeek's KL as a loss is
+The KL penalty is a reward here, so that it is credited like one. DeepSeek's KL as a loss is
 `full_kl_coef` (exact over the vocabulary) in an env with `kl_coef=0`.
 
 What it leaves out: a critic. Dividing by a group's deviation weighs prompts by how much their texts
@@ -82,16 +80,17 @@ class GRPO(GroupMethod):
     config: GRPOConfig
 
     def running_statistics(self) -> dict[str, Any]:
-        """The groups that are kept while more are drawn; where that is interrupted, the next
+        """Return the groups that are kept while more are drawn. Where that is interrupted, the next
         `collect` goes on with them."""
         return {"kept": Replay(sys.maxsize)}
 
     def collect(self) -> list[Episode]:
-        """Whole groups; with `skip_flat_groups` those alone that can teach something, where there
-        are any."""
+        """Return whole groups; with `skip_flat_groups` only those that can teach something, where
+        there are any."""
         if not self.config.skip_flat_groups:
             return super().collect()
         kept: Replay = self.statistics["kept"]
+        # What was kept in an earlier call that was interrupted counts as well.
         drawn: list[Episode] = []
         for _ in range(1 + MAX_TRIES):
             missing = self.config.batch_tokens - kept.tokens
@@ -99,29 +98,28 @@ class GRPO(GroupMethod):
                 break
             drawn = self.collector.collect(missing)
             kept.add(self.without_flat_groups(drawn))
+        # Where all groups were flat, the last ones: an update that teaches little still moves on.
         return kept.take() or drawn
 
     def without_flat_groups(self, episodes: list[Episode]) -> list[Episode]:
-        """The groups whose texts the reward terms pay differently."""
+        """Return the groups whose texts the reward terms pay differently."""
         batch = EpisodeBatch.stack(episodes)
-        flat_G = flat_groups(
-            total(paid(self.returns(batch))), batch.response_length_B, self.group_size
-        )
+        returns_BT = total(paid(self.returns(batch)))
+        flat_G = flat_groups(returns_BT, batch.response_length_B, self.group_size)
         keep = ~flat_G.repeat_interleave(self.group_size)
         return [episode for episode, kept in zip(episodes, keep.tolist(), strict=True) if kept]
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T): see the top of this file."""
-        returns, scale = self.returns(batch), self.config.scale
+        """Return the advantages (B, T) that the top of this file defines."""
+        returns, scale, lengths_B = self.returns(batch), self.config.scale, batch.response_length_B
         terms = paid(returns) if scale == "source" else [total(paid(returns))]
+        # The KL penalty is compared and never divided.
         advantages_BT = self._compared(returns["kl"], batch)
         for returns_BT in terms:
-            std_B1 = (
-                1.0
-                if scale == "none"
-                else group_std(returns_BT, batch.response_length_B, self.group_size)
-            )
-            advantages_BT = advantages_BT + self._compared(returns_BT, batch) / std_B1
+            rest_BT = self._compared(returns_BT, batch)
+            if scale != "none":
+                rest_BT = rest_BT / group_std(returns_BT, lengths_B, self.group_size)
+            advantages_BT = advantages_BT + rest_BT
         return advantages_BT
 
     def _compared(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
@@ -129,10 +127,10 @@ class GRPO(GroupMethod):
 
 
 def paid(returns: dict[str, Tensor]) -> list[Tensor]:
-    """The returns of all sources but the KL penalty; there is at least one."""
+    """Return the returns of all sources but the KL penalty; there is at least one."""
     return [returns_BT for name, returns_BT in returns.items() if name != "kl"]
 
 
 def total(returns: list[Tensor]) -> Tensor:
-    """Their sum (B, T)."""
+    """Return the sum (B, T) of some returns."""
     return torch.stack(returns).sum(0)

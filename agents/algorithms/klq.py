@@ -1,17 +1,15 @@
 """KLQ: soft Q-learning with a language model as its own Q-function (after KLQ, arXiv 2508.17000,
 and path consistency, Nachum et al. 2017), off-policy, with replay.
 
-At the optimum of score - beta KL, beta log pi*(a|s)/pi_ref(a|s) = Q*(s, a) - V*(s). So Q(s, a) is
-read off the policy and its value head, V(s) + beta log pi(a|s)/pi_ref(a|s), and regressed on
+What it does: at the optimum of score - beta KL, beta log pi*(a|s)/pi_ref(a|s) = Q*(s, a) - V*(s).
+So Q is read off the policy and its value head, Q(s, a) = V(s) + beta log pi(a|s)/pi_ref(a|s), and
+regressed on
 
-    Q(s_t, y_t) + sum_k lambda^k (r_{t+k} + V(s_{t+k+1}) - Q(s_{t+k}, y_{t+k})),
+    Q(s_t, y_t) + sum_k lambda^k (r_{t+k} + V(s_{t+k+1}) - Q(s_{t+k}, y_{t+k}))
 
-whose errors vanish at the optimum along every text, whoever wrote it, since the next state is the
-text with the token added. Old texts are therefore as good as new ones, for every lambda, and no
-ratios are needed.
-
-What it does: replay of whole episodes, targets made with the present policy, one loss for policy
-and critic.
+The errors in this sum are zero at the optimum along every text, whoever wrote it. Old texts are
+therefore as good as new ones, and no ratios are needed: whole episodes are replayed, targets are
+made with the present policy, and one loss trains policy and critic.
 
 What it leaves out: beta = 0 (Q would say nothing about the policy), a target network, and an env
 that pays the policy's part of the penalty itself (`kl="policy"`: it was paid for another policy).
@@ -54,7 +52,7 @@ class KLQConfig(AgentConfig):
     replay_tokens: int = 20_000
     """Response tokens that are kept, the latest; 1 or more."""
     replay_ratio: float = 2.0
-    """Response tokens learnt from per new one, above 0."""
+    """Response tokens learned from per new one, above 0."""
     separate_value: bool = False
     """Whether the critic has a trunk of its own, or shares the policy's."""
 
@@ -81,11 +79,11 @@ class KLQ(Agent):
             )
 
     def running_statistics(self) -> dict[str, Any]:
-        """The replayed episodes."""
+        """Return the replayed episodes."""
         return {"replay": Replay(self.config.replay_tokens)}
 
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Takes new episodes in and learns from a sample of all."""
+        """Take new episodes in and learn from a sample of all."""
         if not (batch.kl_coef_B > 0).all():
             raise InvalidArgument(
                 "KLQ needs kl_coef above 0: its Q-function is beta log pi / pi_ref."
@@ -93,7 +91,8 @@ class KLQ(Agent):
         replay: Replay = self.statistics["replay"]
         if self.updates == 0:
             self.centre_critic(batch)
-        self.estimate(batch)  # for people to look at: what is learnt from is drawn below
+        # Of the new episodes for people to look at; what is learned from is drawn below.
+        self.estimate(batch)
         replay.add(batch.unstack())
         tokens = math.ceil(self.config.replay_ratio * int(batch.response_length_B.sum()))
         sampled = EpisodeBatch.stack(replay.sample(tokens, self.rng))
@@ -105,14 +104,14 @@ class KLQ(Agent):
         }
 
     def centre_critic(self, batch: EpisodeBatch) -> None:
-        """Starts the critic at the mean return: an error that all states share would push every
-        token up, or down."""
+        """Start the critic at the mean return. An error that all states share would push every
+        token up, or every token down."""
         totals_B = self.rewards(batch).sum(1)
         torch.nn.init.constant_(self.policy.value_head.bias, float(totals_B.mean()))
 
     def estimate(self, batch: EpisodeBatch) -> None:
-        """Leaves the errors of Q under the present policy, (B, T), and the values and
-        log-probabilities that they rest on."""
+        """Leave in `batch.learned` the errors of Q under the present policy (B, T), as
+        "advantage", and the "value" and "old_logprob" that they rest on."""
         cfg, lengths_B = self.config, batch.response_length_B
         logprob_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
         values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
@@ -121,29 +120,23 @@ class KLQ(Agent):
         batch.learned.update(advantage=errors_BT, value=values_BT1[:, :-1], old_logprob=logprob_BT)
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
-        """Half the squared error of Q, each part of Q with the other held; the policy's divided by
-        beta."""
+        """Return half the squared error of Q: once for the policy's part of Q (divided by beta)
+        and once for the critic's, each with the other part held."""
         learned, cfg = batch.learned, self.config
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             weights, beta = out.pick(weights_B), out.pick(batch.kl_coef_B)
-            log_ratio, moved = (
-                out.logprob - out.pick(learned["old_logprob"]),
-                out.value - out.pick(learned["value"]),
-            )
-            error = out.pick(learned["advantage"])
+            old, error = out.pick(learned["old_logprob"]), out.pick(learned["advantage"])
+            # The error was found before the update; since then Q has moved by both its parts.
+            log_ratio, moved = out.logprob - old, out.value - out.pick(learned["value"])
             policy = 0.5 * (weights * (beta * log_ratio + moved.detach() - error) ** 2 / beta).sum()
             value = 0.5 * (weights * (beta * log_ratio.detach() + moved - error) ** 2).sum()
             metrics = {
-                "loss/policy": policy,
-                "loss/value": value,
-                "policy/entropy": (weights * out.entropy).sum(),
-                "policy/approx_kl": losses.approx_kl(
-                    out.logprob, out.pick(learned["old_logprob"]), weights
-                ),
+                "loss/policy": policy.detach(),
+                "loss/value": value.detach(),
+                "policy/entropy": (weights * out.entropy).sum().detach(),
+                "policy/approx_kl": losses.approx_kl(out.logprob, old, weights).detach(),
             }
-            return policy + cfg.vf_coef * value, {
-                name: metric.detach() for name, metric in metrics.items()
-            }
+            return policy + cfg.vf_coef * value, metrics
 
         return loss

@@ -1,8 +1,23 @@
 """What the policy-gradient algorithms share: an advantage for each token, and a loss that follows
 it.
 
-An algorithm says what its `advantages` are; see `reinforce_plus_plus.py` for the shortest.
-Suffixes: B episodes, T response tokens.
+One update does this, and a subclass may replace any of the three steps that are named:
+
+    A = advantages(batch)                          the algorithm
+    A = whiten(A)                                  where `whiten` is set
+    A = reshape(A, batch)                          a reweighting of one's own; by default none
+    for each epoch and minibatch, down the gradient of
+
+        L = policy_loss(out, batch, weights)       by default PPO's clip on the ratio of each token
+            - entropy_coef H + full_kl_coef KL(pi || pi_ref) + k3_coef k3
+
+`target_kl`, the entropy bonus, both KL losses and the importance weights of stale texts do not
+depend on what `policy_loss` takes for its ratio. See `reinforce_plus_plus.py` for the shortest
+algorithm, and docs/your-algorithm.md for writing one.
+
+What it leaves out: a critic (`ppo.py`) and groups of texts (`groups.py`).
+
+Suffixes: B episodes, T response tokens, K response tokens of one micro-batch, flat.
 """
 
 from dataclasses import dataclass
@@ -15,7 +30,14 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import whiten
-from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, token_logprobs
+from tokenenv.agents.learning.learner import (
+    LossFunction,
+    Metrics,
+    Outputs,
+    TokenOutputs,
+    token_logprobs,
+    token_outputs,
+)
 from tokenenv.agents.rollout.staleness import importance
 from tokenenv.errors import InvalidArgument
 
@@ -25,7 +47,7 @@ class PolicyGradientConfig(AgentConfig):
     """Settings shared by the policy-gradient agents."""
 
     clip_range: float | None = 0.2
-    """The policy ratio is clipped to 1 +- this, above 0; None takes no ratio: plain -A log pi."""
+    """The policy ratio is clipped to 1 +- this, above 0. None takes no ratio: plain -A log pi."""
     clip_high: float | None = None
     """The upper side of the clip, where it differs (DAPO: 0.28 with 0.2 below), above 0; None is
     `clip_range`."""
@@ -44,8 +66,8 @@ class PolicyGradientConfig(AgentConfig):
     """Discount per token, 0 to 1."""
     importance_cap: float | None = None
     """Above 0: each token's policy loss is weighted by pi_old / pi_sampler, at most this, and
-    ratios are taken to pi_old, the learner's policy before the update. It makes what stale texts
-    and an engine's log-probs distort smaller (2 is usual); in texts of several tokens not zero.
+    ratios are taken to pi_old, the learner's policy before the update. It reduces what stale texts
+    and an engine's log-probs distort (2 is usual); in texts of several tokens something is left.
     None takes pi_sampler for pi_old."""
     whiten: bool = True
     """Whether advantages are brought to mean 0 and deviation 1 over the batch's tokens."""
@@ -57,10 +79,10 @@ class PolicyGradientConfig(AgentConfig):
         self.check("at least", 0, "entropy_coef", "k3_coef")
         self.check_share("gamma")
         for name in ("clip_high", "dual_clip"):
-            if self.clip_range is None and getattr(self, name) is not None:
+            value = getattr(self, name)
+            if self.clip_range is None and value is not None:
                 raise InvalidArgument(
-                    f"{name}={getattr(self, name)} bounds a ratio that clip_range=None does not "
-                    f"take."
+                    f"{name}={value} bounds a ratio that clip_range=None does not take."
                 )
 
 
@@ -71,90 +93,153 @@ class PolicyGradient(Agent):
     config: PolicyGradientConfig
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T), whatever right of each text; may leave more in `batch.learned`."""
+        """Return (B, T) float32: the advantage of each response token; anything to the right of
+        each text. May leave more in `batch.learned`."""
         raise NotImplementedError
 
+    def reshape(self, advantages_BT: Tensor, batch: EpisodeBatch) -> Tensor:
+        """Return the advantages (B, T) to learn from, made of those that the algorithm found; here
+        they are returned as they are.
+
+        Called once an update, after whitening and before the first loss. `advantages_BT` is zero to
+        the right of each text. What a reweighting may read: `self.token_outputs(batch)` (entropies
+        and log-probs of the policy before the update), `batch.mask_BT`, the rewards and terms in
+        `batch`, and `self.group_size` (that many consecutive rows share a prompt).
+        """
+        return advantages_BT
+
+    def policy_loss(self, out: Outputs, batch: EpisodeBatch, weights_K: Tensor) -> Tensor:
+        """Return the loss () of a micro-batch's K tokens: PPO's clip on the ratio of each token, or
+        plain `-A log pi` where `clip_range` is None.
+
+        `out` holds whole texts; `weights_K` sums to 1 over the minibatch (importance weights, where
+        there are any, are multiplied in). `out.pick(...)` of `batch.learned["advantage"]` and of
+        `batch.learned["old_logprob"]`, the log-probs that ratios are taken to, gives (K,). Metrics
+        of its own go into `out.logged`.
+        """
+        if self.config.clip_range is None:
+            advantages_K = out.pick(batch.learned["advantage"])
+            return losses.policy_gradient_loss(out.logprob, advantages_K, weights_K)
+        log_ratio_K = out.logprob - out.pick(batch.learned["old_logprob"])
+        return self.clipped_loss(log_ratio_K, out, batch, weights_K)
+
+    def clipped_loss(
+        self, log_ratio_K: Tensor, out: Outputs, batch: EpisodeBatch, weights_K: Tensor
+    ) -> Tensor:
+        """Return the loss () of any policy ratio, given as its logarithm (K,), clipped as the
+        config says (`losses.clipped_ratio_loss`; where `clip_range` is None the ratio is not
+        clipped). Logs the share of tokens whose ratio lies outside as "policy/clip_fraction"."""
+        cfg = self.config
+        if cfg.clip_range is not None:
+            outside_K = losses.outside_clip(log_ratio_K.detach(), cfg.clip_range, cfg.clip_high)
+            out.logged["policy/clip_fraction"] = outside_K
+        bounds = cfg.clip_range, cfg.clip_high, cfg.dual_clip
+        advantages_K = out.pick(batch.learned["advantage"])
+        return losses.clipped_ratio_loss(log_ratio_K, advantages_K, weights_K, *bounds)
+
+    def token_outputs(self, batch: EpisodeBatch) -> TokenOutputs:
+        """Return log pi and entropy of every response token under the policy before the update,
+        `(logprob_BT, entropy_BT)`, in nats; zero to the right of each text.
+
+        For `advantages` and `reshape`. The first call of an update costs one forward over the
+        batch; later calls return what it found (`batch.learned["learner_entropy"]`).
+
+        Raises:
+            InvalidArgument: first called while minibatches are learned from, when the policy is no
+                longer the one before the update.
+        """
+        if "learner_entropy" not in batch.learned:
+            if "advantage" in batch.learned:
+                raise InvalidArgument(
+                    "token_outputs(batch) describes the policy before the update; call it first in "
+                    "advantages() or reshape(), not in a loss."
+                )
+            cfg = self.config
+            found = token_outputs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
+            batch.learned["learner_entropy"] = found.entropy_BT
+            # Where another setting has asked for them, the log-probs are known already.
+            batch.learned.setdefault("learner_logprob", found.logprob_BT)
+        return TokenOutputs(batch.learned["learner_logprob"], batch.learned["learner_entropy"])
+
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Learns from finished episodes; returns the field's scalars."""
-        mask_BT, known = batch.mask_BT, self._policy_before(batch)
-        advantages_BT = self.advantages(batch).masked_fill(~mask_BT, 0.0)
-        batch.learned["advantage"] = (
-            whiten(advantages_BT, mask_BT) if self.config.whiten else advantages_BT
-        )
-        return known | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
+        """Learn from finished episodes; return the field's scalars."""
+        metrics, mask_BT = self._policy_before(batch), batch.mask_BT
+        # Before any step: what these three leave is of the policy that the update begins with.
+        advantages_BT = self._of_tokens(self.advantages(batch), mask_BT, "advantages")
+        if self.config.whiten:
+            advantages_BT = whiten(advantages_BT, mask_BT)
+        advantages_BT = self._of_tokens(self.reshape(advantages_BT, batch), mask_BT, "reshape")
+        batch.learned["advantage"] = advantages_BT
+        return metrics | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
+
+    def _of_tokens(self, values_BT: Tensor, mask_BT: Tensor, method: str) -> Tensor:
+        """Return what a method found for each token, with zeros to the right of each text.
+
+        Another shape would broadcast and then be learned from, so it is refused.
+        """
+        if values_BT.shape != mask_BT.shape:
+            raise InvalidArgument(
+                f"{type(self).__name__}.{method} returned the shape {tuple(values_BT.shape)}; it "
+                f"must be (B, T) = {tuple(mask_BT.shape)}, one number a response token."
+            )
+        return values_BT.detach().masked_fill(~mask_BT, 0.0)
 
     def _policy_before(self, batch: EpisodeBatch) -> Metrics:
-        """Leaves log pi of the policy that the update begins with, where it is asked for and not
-        known yet, and the importance weights; says how far the sampler of stale texts was from
-        it."""
+        """Leave in `batch.learned` what an update compares the policy with: "old_logprob", which
+        ratios are taken to, and, where a setting asks for them, "learner_logprob" (log pi of the
+        policy that the update begins with) and "importance". Return how far the sampler of stale
+        texts was from that policy."""
         cfg, stale_B = self.config, batch.version_B < self.updates
+        batch.learned["old_logprob"] = batch.logprob_BT
         if cfg.importance_cap is None and cfg.target_kl is None:
             return {}
         if "learner_logprob" not in batch.learned:
-            # Where only the KL is asked for, fresh texts have it: they were drawn from this policy.
+            # Where only the KL is asked for, texts that are not stale have it: they were drawn from
+            # this policy.
             which_B = stale_B if cfg.importance_cap is None else None
-            own_BT = token_logprobs(
+            batch.learned["learner_logprob"] = token_logprobs(
                 self.policy, batch, cfg.max_batch_tokens, cfg.temperature, which_B
             )
-            batch.learned["learner_logprob"] = own_BT
+        own_BT = batch.learned["learner_logprob"]
         metrics, stale_BT = {}, batch.mask_BT & stale_B[:, None]
         if stale_B.any():
-            own_K, drawn_K = (
-                values[stale_BT] for values in (batch.learned["learner_logprob"], batch.logprob_BT)
-            )
-            metrics["rollout/stale_kl"] = float(
-                losses.approx_kl(own_K, drawn_K, torch.full_like(own_K, 1 / len(own_K)))
-            )
+            own_K, drawn_K = own_BT[stale_BT], batch.logprob_BT[stale_BT]
+            weights_K = torch.full_like(own_K, 1 / len(own_K))
+            metrics["rollout/stale_kl"] = float(losses.approx_kl(own_K, drawn_K, weights_K))
         if cfg.importance_cap is not None:
+            batch.learned["old_logprob"] = own_BT
             batch.learned["importance"] = weights_BT = importance(batch, cfg.importance_cap)
             metrics["rollout/importance"] = float(weights_BT[batch.mask_BT].mean())
         return metrics
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
-        """The loss of one minibatch, in which a token of episode b counts `weights_B[b]`."""
-        cfg = self.config
-        before_BT = batch.learned.get("learner_logprob", batch.logprob_BT)
-        old_BT = batch.logprob_BT if cfg.importance_cap is None else before_BT
+        """Return the loss of one minibatch, in which a token of episode b counts `weights_B[b]`."""
+        cfg, learned = self.config, batch.learned
+        # Where nothing asked for the policy before the update, the sampler stands in for it.
+        before_BT = learned.get("learner_logprob", batch.logprob_BT)
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-            weights, old = out.pick(weights_B), out.pick(old_BT)
-            corrected = (
-                weights
-                if cfg.importance_cap is None
-                else weights * out.pick(batch.learned["importance"])
-            )
-            policy = self.policy_loss(
-                out.logprob, old, out.pick(batch.learned["advantage"]), corrected
-            )
+            weights = corrected = out.pick(weights_B)
+            # Only the policy's loss is an average over the sampler's tokens that a ratio corrects:
+            # entropy and full KL are exact at each state.
+            if cfg.importance_cap is not None:
+                corrected = weights * out.pick(learned["importance"])
+            policy = self.policy_loss(out, batch, corrected)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
             total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
             metrics = {"loss/policy": policy, "policy/entropy": entropy}
+            if cfg.full_kl_coef:
+                metrics["loss/full_kl"] = ref_kl
             if cfg.k3_coef:
-                metrics["loss/k3"] = k3 = losses.approx_kl(
-                    out.pick(batch.ref_logprob_BT), out.logprob, weights
-                )
+                ref_logprob = out.pick(batch.ref_logprob_BT)
+                metrics["loss/k3"] = k3 = losses.approx_kl(ref_logprob, out.logprob, weights)
                 total = total + cfg.k3_coef * k3
             with torch.no_grad():
-                metrics["policy/approx_kl"] = losses.approx_kl(
-                    out.logprob, out.pick(before_BT), weights
-                )
-                if cfg.clip_range is not None:
-                    outside = losses.clip_fraction(
-                        out.logprob, old, weights, cfg.clip_range, cfg.clip_high
-                    )
-                    metrics["policy/clip_fraction"] = outside
-            return total, metrics | ({"loss/full_kl": ref_kl} if cfg.full_kl_coef else {})
+                # Of every token, whatever ratio the loss takes: `target_kl` stops on it.
+                before = out.pick(before_BT)
+                metrics["policy/approx_kl"] = losses.approx_kl(out.logprob, before, weights)
+                for name, values in out.logged.items():
+                    metrics[name] = (weights * values.detach().to(weights)).sum()
+            return total, metrics
 
         return loss
-
-    def policy_loss(
-        self, logprobs_K: Tensor, old_logprobs_K: Tensor, advantages_K: Tensor, weights_K: Tensor
-    ) -> Tensor:
-        """Clipped, or plain where `clip_range` is None."""
-        cfg = self.config
-        if cfg.clip_range is None:
-            return losses.policy_gradient_loss(logprobs_K, advantages_K, weights_K)
-        bounds = cfg.clip_range, cfg.clip_high, cfg.dual_clip
-        return losses.clipped_policy_loss(
-            logprobs_K, old_logprobs_K, advantages_K, weights_K, *bounds
-        )

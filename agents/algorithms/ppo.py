@@ -1,13 +1,17 @@
-"""PPO on single tokens.
+"""PPO: proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347), one token an action.
 
-What it does: any dense reward the env pays, with the learner's half of the KL penalty added;
-per-token generalised advantage estimates with a lambda for the policy and one for the critic, or
-one that adapts to each text's length; advantages whitened over the batch; rewards divided by a
-running deviation, never shifted; clipped policy and value losses; minibatches of whole texts; an
-early stop on KL; entropy and full-vocabulary KL as optional losses.
+What it does: it learns from any dense reward that the env pays, with the whole KL penalty inside. A
+critic V estimates what a text still earns, and with r_t the reward of token t
 
-What it leaves out: replay, learning from unfinished texts (they wait, keeping the log-probabilities
-they were sampled with), and more than one process.
+    d_t = r_t + gamma V(s_{t+1}) - V(s_t),      A_t = sum_k (gamma lambda)^k d_{t+k}        (GAE)
+    L = -mean min(ratio A, clip(ratio) A) + vf_coef 1/2 mean max((V - target)^2, clipped)
+
+ratio = pi / pi_old of the token, and target = V_old + A by a lambda of the critic's own. GAE is
+Schulman et al. 2016, arXiv 1506.02438. Advantages are whitened; rewards are divided by a running
+deviation of returns, and never shifted.
+
+What it leaves out: replay, and learning from unfinished texts. They wait and keep the log-probs
+that they were sampled with. It does not know which texts share a prompt.
 
 Suffixes: B episodes, T response tokens.
 """
@@ -51,9 +55,9 @@ class PPOConfig(PolicyGradientConfig):
     scale_rewards: bool = True
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
     critic_offset: str | None = None
-    """"potential": shaping is taken out of the rewards, and the potential that the env reports
-    added to the critic: the same advantages from unshaped rewards (up to the scale that
-    `scale_rewards` finds); None leaves rewards as they are."""
+    """"potential": shaping is taken out of the rewards, and the potential that the env reports is
+    added to the critic. Advantages stay the same (up to the scale that `scale_rewards` finds).
+    None leaves rewards as they are."""
     separate_value: bool = False
     """Whether the critic has a trunk of its own, or shares the policy's."""
 
@@ -67,41 +71,43 @@ class PPOConfig(PolicyGradientConfig):
 
 
 class PPO(PolicyGradient):
-    """Proximal policy optimisation (Schulman et al. 2017) with one token as one action."""
+    """Proximal policy optimisation with one token as one action."""
 
     config_class = PPOConfig
     config: PPOConfig
 
     def running_statistics(self) -> dict[str, Any]:
-        """The deviation that rewards are divided by."""
+        """Return the deviation that rewards are divided by."""
         return {"reward_std": RunningStd()}
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """Generalised advantage estimates; leaves the critic's values and what they are to
-        become."""
-        cfg, lengths_B = self.config, batch.response_length_B
+        """Return generalised advantage estimates (B, T). Leave in `batch.learned` the critic's
+        "value", for people to look at, and its "old_value" and "target", for the loss."""
+        cfg, lengths_B, mask_BT = self.config, batch.response_length_B, batch.mask_BT
         rewards_BT, offset_BT1 = self.offset_rewards(batch)
-        scale = self.reward_scale(rewards_BT, batch)
+        scale = 1.0
+        if cfg.scale_rewards:
+            # Divided by a deviation that holds these returns too, so that the first batch has one.
+            running: RunningStd = self.statistics["reward_std"]
+            running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
+            scale = running.std
         rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
         own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
-        values_BT1, bootstrap_B = own_BT1 + offset_BT1, batch.bootstraps_B
-        lambda_B = (
-            cfg.lambda_actor
-            if cfg.lambda_alpha is None
-            else length_adaptive_lambda(lengths_B, cfg.lambda_alpha)
-        )
-        errors_BT = gae(
-            rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, cfg.lambda_critic
-        )
+        values_BT1 = own_BT1 + offset_BT1
+        known = rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, cfg.gamma
+        # The offset is the potential's part: the critic itself learns only what is left of it.
         batch.learned.update(
-            value=scale * values_BT1[:, :-1].masked_fill(~batch.mask_BT, 0.0),
+            value=scale * values_BT1[:, :-1].masked_fill(~mask_BT, 0.0),
             old_value=own_BT1[:, :-1],
-            target=own_BT1[:, :-1] + errors_BT,
+            target=own_BT1[:, :-1] + gae(*known, cfg.lambda_critic),
         )
-        return gae(rewards_BT, values_BT1, lengths_B, bootstrap_B, cfg.gamma, lambda_B)
+        if cfg.lambda_alpha is None:
+            return gae(*known, cfg.lambda_actor)
+        return gae(*known, length_adaptive_lambda(lengths_B, cfg.lambda_alpha))
 
     def offset_rewards(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
-        """The rewards (B, T) to learn from, and what is added to the critic's values (B, T + 1)."""
+        """Return the rewards (B, T) to learn from, and what is added to the critic's values
+        (B, T + 1)."""
         rewards_BT, potential_BT1 = self.rewards(batch), batch.potential_BT1
         if self.config.critic_offset is None:
             return rewards_BT, torch.zeros_like(potential_BT1)
@@ -110,22 +116,11 @@ class PPO(PolicyGradient):
                 "critic_offset='potential' needs an env that reports a potential: a "
                 "potential-based design, such as 'delta'."
             )
-        return unshaped(
-            rewards_BT, potential_BT1, batch.response_length_B, self.config.gamma
-        ), potential_BT1
-
-    def reward_scale(self, rewards_BT: Tensor, batch: EpisodeBatch) -> float:
-        """The running deviation of returns, these included; 1 where rewards are not scaled."""
-        if not self.config.scale_rewards:
-            return 1.0
-        running: RunningStd = self.statistics["reward_std"]
-        running.update(
-            returns_to_go(rewards_BT, batch.response_length_B, self.config.gamma)[batch.mask_BT]
-        )
-        return running.std
+        lengths_B, gamma = batch.response_length_B, self.config.gamma
+        return unshaped(rewards_BT, potential_BT1, lengths_B, gamma), potential_BT1
 
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Learns from finished episodes; returns the field's scalars."""
+        """Learn from finished episodes; return the field's scalars."""
         metrics, mask_BT = super().update(batch), batch.mask_BT
         values_K, targets_K = batch.learned["old_value"][mask_BT], batch.learned["target"][mask_BT]
         return metrics | {
@@ -135,15 +130,15 @@ class PPO(PolicyGradient):
         }
 
     def loss(self, batch: EpisodeBatch, weights_B: Tensor) -> LossFunction:
-        """The policy's loss and the critic's, with `weights_B[b]` for each token of episode b."""
-        cfg, policy_loss = self.config, super().loss(batch, weights_B)
+        """Return the policy's loss plus the critic's, with `weights_B[b]` for each token of episode
+        b."""
+        cfg, learned, policy_loss = self.config, batch.learned, super().loss(batch, weights_B)
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             total, metrics = policy_loss(out)
-            old, target = out.pick(batch.learned["old_value"]), out.pick(batch.learned["target"])
-            value = losses.clipped_value_loss(
-                out.value, old, target, out.pick(weights_B), cfg.value_clip
-            )
+            old, target = out.pick(learned["old_value"]), out.pick(learned["target"])
+            weights = out.pick(weights_B)
+            value = losses.clipped_value_loss(out.value, old, target, weights, cfg.value_clip)
             return total + cfg.vf_coef * value, metrics | {"loss/value": value}
 
         return loss

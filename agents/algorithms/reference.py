@@ -1,5 +1,9 @@
-"""The reference policy: what any learner must beat. It samples, logs what that earns, and learns
-nothing."""
+"""The reference policy: what any learner must beat.
+
+What it does: it samples from the policy that training starts from, and logs what that earns.
+
+What it leaves out: learning.
+"""
 
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.episodes import EpisodeBatch
@@ -10,5 +14,5 @@ class Reference(Agent):
     """The policy that training starts from, as it is."""
 
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Nothing."""
+        """Learn nothing; return no metrics."""
         return {}

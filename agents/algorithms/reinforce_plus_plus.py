@@ -1,11 +1,15 @@
 """REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): each token's return-to-go, whitened over the
 batch, and no critic.
 
-What it does: the rewards of a token and of those after it, with the whole KL penalty inside; the
-batch's mean is the baseline; PPO's clip.
+What it does: a token is credited with its own reward and those after it, the whole KL penalty
+included,
+
+    A_t = whiten( sum_{k >= t} gamma^(k-t) r_k )        over the tokens of the batch
+
+so the batch's mean is the baseline. The loss is PPO's clip.
 
 What it leaves out: a critic, and groups. The baseline knows neither the prompt nor the place in the
-text, so advantages vary more than with either; dense rewards help it most.
+text, so advantages vary more than with either. Dense rewards help it most.
 """
 
 from torch import Tensor
@@ -23,5 +27,5 @@ class ReinforcePlusPlus(PolicyGradient):
     config: PolicyGradientConfig
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """Returns-to-go (B, T)."""
+        """Return the returns-to-go (B, T)."""
         return returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)

@@ -1,19 +1,22 @@
 """VinePPO (Kazemnejad et al. 2024, arXiv 2410.01679): values by playing on from the states
 themselves.
 
-What it does: texts are cut every `max_new_tokens / segments` tokens; from the start of each
-segment, `rollouts` continuations are drawn with the present policy, and the mean of what they earn
-is the value there. A segment's tokens share one advantage: what the segment earned, plus the value
-after it, minus the value before it. PPO's clip; no critic is trained. Where a text is cut must not
-depend on what is still to come, its length included: otherwise the gradient is biased.
+What it does: texts are cut every `max_new_tokens / segments` tokens. From the start of each segment
+K = `rollouts` continuations are drawn with the present policy, and the mean of what they earn is
+the value V there. With gamma 1 the tokens of a segment from place a to place b share the advantage
 
-The continuations run in the env of the texts: one slot reads a prefix, `fork` copies it (caches
-included) to its neighbours, all play to the end; then the running texts are taken up again where
-they were. With `rollout="vllm"` vLLM writes them, beside the running texts. Their tokens count as
+    A = sum_{a <= t < b} r_t + V(s_b) - V(s_a)
+
+The loss is PPO's clip. Where a text is cut must not depend on what is still to come, its length
+included; otherwise the gradient is biased.
+
+The continuations run in the env of the texts. One slot reads a prefix, `fork` copies it (caches
+included) to its neighbours, and all play to the end; then the running texts go on where they were.
+With `rollout="vllm"` vLLM writes the continuations, beside the running texts. Their tokens count as
 seen.
 
-What it leaves out: a value of the last state of a text that was cut without a score
-(`score_truncated=False`): no text can be played on from there, so it counts as 0.
+What it leaves out: a trained critic, and a value of the last state of a text that was cut without a
+score (`score_truncated=False`). No text can be played on from there, so it counts as 0.
 
 Suffixes: B episodes, T response tokens, S segments, K rollouts.
 """
@@ -72,23 +75,20 @@ class VinePPO(PolicyGradient):
             )
 
     def update(self, batch: EpisodeBatch) -> Metrics:
-        """Learns from finished episodes; reports the tokens that their values took."""
+        """Learn from finished episodes; return the field's scalars and the tokens that their
+        values took."""
         before = self.tokens_seen
         metrics = super().update(batch)
         return metrics | {"time/rollout_tokens": self.tokens_seen - before}
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T): the same for all tokens of a segment."""
-        starts = [
-            cuts(int(length), self.config.segments, self.max_new_tokens)
-            for length in batch.response_length_B
-        ]
-        episodes = batch.unstack()
-        states = [
-            (e.prompt, e.response[:t])
-            for e, places in zip(episodes, starts, strict=True)
-            for t in places
-        ]
+        """Return the advantages (B, T), the same for all tokens of a segment; leave the "value" of
+        each segment's start."""
+        episodes, segments = batch.unstack(), self.config.segments
+        starts = [cuts(len(e.response), segments, self.max_new_tokens) for e in episodes]
+        pairs = zip(episodes, starts, strict=True)
+        states = [(e.prompt, e.response[:t]) for e, places in pairs for t in places]
+        # The continuations of all states are drawn at once, and handed out in the same order.
         values = iter(self.values(states))
         rewards_BT, gamma = self.rewards(batch), self.config.gamma
         batch.learned["value"] = torch.zeros_like(rewards_BT)
@@ -102,19 +102,16 @@ class VinePPO(PolicyGradient):
         return advantages_BT
 
     def values(self, states: Sequence[Prefix]) -> list[float]:
-        """The mean return from each state under the present policy, by K continuations each."""
+        """Return the mean return from each state under the present policy, by K continuations
+        each."""
         batch = EpisodeBatch.stack(self.collector.play_on(states, self.config.rollouts))
-        returns_B = returns_to_go(self.rewards(batch), batch.response_length_B, self.config.gamma)[
-            :, 0
-        ]
+        rewards_BT, lengths_B = self.rewards(batch), batch.response_length_B
+        returns_B = returns_to_go(rewards_BT, lengths_B, self.config.gamma)[:, 0]
         return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()
 
 
 def cuts(length: int, segments: int, longest: int) -> list[int]:
-    """Where the segments of a text of so many tokens begin, the first at 0: at the same places
-    whatever its length."""
-    return [
-        start
-        for start in sorted({longest * s // segments for s in range(segments)})
-        if start < length
-    ]
+    """Return where the segments of a text of so many tokens begin, the first at 0: at the same
+    places whatever its length."""
+    starts = sorted({longest * s // segments for s in range(segments)})
+    return [start for start in starts if start < length]

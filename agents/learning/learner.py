@@ -1,12 +1,16 @@
 """Learning forwards and gradients in length-sorted micro-batches.
 
+One minibatch of an update is cut into micro-batches of at most `max_batch_tokens` tokens, padding
+included, so that memory is bounded. A micro-batch always holds whole texts. Losses are weighted
+sums over tokens, so the sum over micro-batches is exactly the loss of the minibatch.
+
 Suffixes: B episodes, L context, T response tokens, H hidden size, K response tokens of one
 micro-batch, flat.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,30 +27,45 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What the current policy says about the K response tokens of some episodes: (K,) tensors on
-    its device."""
+    """What the current policy says about the K response tokens of some whole episodes: float32 (K,)
+    tensors on the policy's device, one entry a token, text after text."""
 
     logprob: Tensor
-    """log pi of the tokens that were emitted."""
+    """log pi of the tokens that were emitted, in nats."""
     entropy: Tensor
-    """Of the distribution they were drawn from, in nats."""
+    """Entropy of the distribution that each token was drawn from, in nats."""
     ref_kl: Tensor
-    """Full-vocabulary KL to the reference, in nats; zero where none was given."""
+    """Full-vocabulary KL to the reference at each state, in nats; zero without `full_kl_coef`."""
     value: Tensor
-    """Of the states they were emitted in."""
+    """The critic's value of the state that each token was emitted in, in reward."""
     rows: Tensor
-    """The episode of each token, on the CPU."""
+    """int64 on the CPU: the row of the `EpisodeBatch` that each token belongs to."""
     steps: Tensor
-    """Its place in the response, on the CPU."""
+    """int64 on the CPU: the place of each token in its response, from 0."""
+    logged: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers (K,) that a policy loss leaves for the log, by the metric's name. The metric is their
+    mean over the minibatch's tokens, weighted as the loss is."""
 
     def pick(self, values: Tensor) -> Tensor:
-        """These tokens' entries (K,) of `values`, (B, T) or (B,), on the policy's device."""
+        """Return these tokens' entries (K,) of `values`, (B, T) or (B,), on the policy's device."""
         chosen = values[self.rows, self.steps] if values.ndim == 2 else values[self.rows]
         return chosen.to(self.logprob.device)
 
+    def text_means(self, values_K: Tensor) -> Tensor:
+        """Return (K,): for each token the mean of `values_K` over all response tokens of its text.
+
+        The mean is exact however the minibatch is cut, because a micro-batch holds whole texts.
+        Differentiable in `values_K`.
+        """
+        # `rows` are places in the whole batch; here the texts are numbered 0, 1, ... to add up.
+        index_K, counts = self.rows.unique(return_inverse=True, return_counts=True)[1:]
+        index_K, counts = index_K.to(values_K.device), counts.to(values_K.device)
+        sums = values_K.new_zeros(len(counts)).index_add(0, index_K, values_K)
+        return (sums / counts)[index_K]
+
 
 class FrozenLM:
-    """A frozen causal LM to measure full-vocabulary KL against."""
+    """A frozen causal LM that the full-vocabulary KL is measured against."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model = model
@@ -54,12 +73,15 @@ class FrozenLM:
 
     @torch.no_grad()
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
-        """(B, L, H)."""
+        """Return the hidden states (B, L, H) of right-padded texts."""
         return text_states(self._model, tokens_BL, lengths)
 
 
 class _Texts:
-    """Some texts on the policy's device, and where the states before their response tokens are."""
+    """Some texts on the policy's device, and where the states before their response tokens are.
+
+    With `extra=1` the state after the last response token counts as well.
+    """
 
     def __init__(
         self,
@@ -72,23 +94,18 @@ class _Texts:
         index = torch.as_tensor(rows)
         lengths, responses = batch.length_B[index], batch.response_length_B[index]
         self.lengths = lengths.numpy()
+        # The batch is padded to its longest text; this micro-batch needs its own longest only.
         self.tokens_BL = batch.tokens_BL[index, : int(lengths.max())].to(device)
         row_K, self.steps = token_mask(responses + extra, width).nonzero(as_tuple=True)
         self.rows = index[row_K]
-        # Response token 0 is chosen at the prompt's last token.
+        # A token is chosen at the state of the token before it: response token 0 at the prompt's
+        # last token. The place counts in the flattened (B * L,) texts.
         place_K = row_K * self.tokens_BL.shape[1] + (lengths - responses)[row_K] + self.steps - 1
-        self._place_K = place_K.to(device)
+        self.place_K = place_K.to(device)
 
     def at(self, states_BLH: Tensor) -> Tensor:
-        return states_BLH.flatten(0, 1).index_select(0, self._place_K)
-
-    def masks(self, batch: EpisodeBatch) -> Tensor | None:
-        if batch.action_mask_BTM is None:
-            return None
-        return batch.action_mask_BTM[self.rows, self.steps].to(self.tokens_BL.device)
-
-    def chosen(self) -> Tensor:
-        return self.tokens_BL.flatten()[self._place_K + 1]
+        """Return the states (K, H) that the response tokens were chosen at."""
+        return states_BLH.flatten(0, 1).index_select(0, self.place_K)
 
 
 def outputs(
@@ -99,21 +116,28 @@ def outputs(
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
 ) -> Outputs:
-    """One forward over the whole texts `rows`, read where response tokens were chosen."""
+    """Run one forward over the whole texts `rows` and read it where response tokens were chosen."""
     texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
+    tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
+    # The masks stay on the host with the batch; only those of this micro-batch are uploaded.
+    mask_KM = None
+    if masks_BTM is not None:
+        mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
     with policy.autocast():
-        states_BLH, value_states_BLH = policy.states(texts.tokens_BL, texts.lengths)
+        states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+        ref_states_KH = ref_head = None
+        if reference is not None:
+            ref_states_KH = texts.at(reference.states(tokens_BL, texts.lengths))
+            ref_head = reference.head
         stats = token_stats(
             texts.at(states_BLH),
-            texts.chosen(),
+            tokens_BL.flatten()[texts.place_K + 1],
             policy.head,
             policy.vocab_size,
             temperature=temperature,
-            mask_KM=texts.masks(batch),
-            ref_states_KH=texts.at(reference.states(texts.tokens_BL, texts.lengths))
-            if reference
-            else None,
-            ref_head=reference.head if reference else None,
+            mask_KM=mask_KM,
+            ref_states_KH=ref_states_KH,
+            ref_head=ref_head,
         )
         value_K = policy.value(texts.at(value_states_BLH))
     return Outputs(stats.logprob, stats.entropy, stats.kl, value_K, texts.rows, texts.steps)
@@ -121,8 +145,9 @@ def outputs(
 
 @torch.no_grad()
 def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -> Tensor:
-    """The critic's values (B, T + 1) on the CPU: before each response token, and of the last state;
-    zero to the right."""
+    """Return the critic's values (B, T + 1) on the CPU: before each response token, then of the
+    last state; zero to the right."""
+    # One column more than tokens: a text cut without a score bootstraps from its last state.
     values_BT1 = torch.zeros(len(batch), batch.reward_BT.shape[1] + 1)
     for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
         texts = _Texts(batch, rows, values_BT1.shape[1], policy.device, extra=1)
@@ -133,6 +158,29 @@ def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -
     return values_BT1
 
 
+class TokenOutputs(NamedTuple):
+    """What a policy says about every response token of a batch, on the CPU; zero to the right of
+    each text."""
+
+    logprob_BT: Tensor
+    """log pi of the tokens that were emitted, in nats."""
+    entropy_BT: Tensor
+    """Entropy of the distribution at each token, in nats."""
+
+
+@torch.no_grad()
+def token_outputs(
+    policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, temperature: float = 1.0
+) -> TokenOutputs:
+    """Return the present policy's log-probs and entropies (B, T): one forward over all texts."""
+    found = TokenOutputs(*torch.zeros(2, *batch.logprob_BT.shape))
+    for rows in micro_batches(batch.length_B.numpy(), max_batch_tokens):
+        out = outputs(policy, batch, rows, temperature=temperature)
+        found.logprob_BT[out.rows, out.steps] = out.logprob.cpu()
+        found.entropy_BT[out.rows, out.steps] = out.entropy.cpu()
+    return found
+
+
 @torch.no_grad()
 def token_logprobs(
     policy: LMPolicy,
@@ -141,10 +189,12 @@ def token_logprobs(
     temperature: float = 1.0,
     which_B: Tensor | None = None,
 ) -> Tensor:
-    """The present policy's log pi (B, T) of every response token, on the CPU; zero to the right.
-    With `which_B` (bool) of those texts, and what the others were drawn with."""
-    chosen = np.arange(len(batch)) if which_B is None else which_B.nonzero()[:, 0].numpy()
-    logprob_BT = torch.zeros_like(batch.logprob_BT) if which_B is None else batch.logprob_BT.clone()
+    """Return the present policy's log pi (B, T) of every response token, on the CPU; zero to the
+    right. With `which_B` (bool) only those texts are computed, and the others keep the log-probs
+    they were drawn with."""
+    if which_B is None:
+        return token_outputs(policy, batch, max_batch_tokens, temperature).logprob_BT
+    chosen, logprob_BT = which_B.nonzero()[:, 0].numpy(), batch.logprob_BT.clone()
     for rows in micro_batches(batch.length_B.numpy()[chosen], max_batch_tokens):
         out = outputs(policy, batch, chosen[rows], temperature=temperature)
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
@@ -152,8 +202,8 @@ def token_logprobs(
 
 
 LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
-"""A sum over tokens whose weights sum to 1 over the minibatch, and metrics that are such sums as
-well."""
+"""A loss of one micro-batch: a sum over tokens whose weights sum to 1 over the minibatch, and
+metrics that are such sums as well."""
 
 
 def accumulate_gradient(
@@ -167,13 +217,15 @@ def accumulate_gradient(
     reference: FrozenLM | None = None,
     scale: float = 1.0,
 ) -> Metrics:
-    """Adds the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
-    at a time; returns the summed metrics."""
+    """Add the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
+    at a time. Return the summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches(batch.length_B.numpy()[rows], max_batch_tokens):
         out = outputs(policy, batch, rows[micro], temperature=temperature, reference=reference)
         loss, metrics = loss_function(out)
+        # The graph of a micro-batch is freed here, before the next one is built.
         (scale * loss).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+    # Metrics stay on the device until the end: one wait a minibatch, not one a micro-batch.
     return {name: float(value) for name, value in totals.items()}

@@ -25,17 +25,17 @@ from tokenenv.types import SlotModel
 
 
 class LMPolicy(nn.Module):
-    """A causal LM (of transformers, or a `TokenModel`) that acts, and a value head that reads its
-    states, or those of a trunk of its own.
+    """A causal LM (of transformers, or a `TokenModel`) that acts, with a value head that reads the
+    LM's states or those of a trunk of its own.
 
-    Takes `model` over: its weights become float32 and trainable, or, with `lora_rank`, frozen
-    beneath trainable low-rank adapters (peft). Of a model that has adapters already, those that are
-    active are trained, and they alone. It stays in eval mode, so that acting and learning see the
-    same distribution (no dropout).
+    It takes `model` over: the weights become float32 and trainable. With `lora_rank` they are
+    frozen beneath trainable low-rank adapters (peft). If the model has adapters already, only the
+    active ones are trained. The model stays in eval mode, so that acting and learning see the same
+    distribution (no dropout).
 
     Raises:
-        InvalidArgument: `lora_rank` for a model that has adapters already; or they are switched
-            off, or merged.
+        InvalidArgument: `lora_rank` is given for a model that has adapters already, or those
+            adapters are switched off or merged.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LMPolicy(nn.Module):
         self.head = logits_head(model, self.vocab_size)
         self.value_trunk = copy.deepcopy(trunk_of(model)) if separate_value else None
         self.value_head = nn.Linear(hidden_size_of(model), 1, device=self.device)
-        # A critic that starts at zero starts unbiased by chance; its first targets are then the
+        # A random critic would bias the first advantages. At zero, the first targets are the
         # returns themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -68,62 +68,60 @@ class LMPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
-    def slots(self, num_rows: int, max_length: int) -> SlotModel:
-        """N running texts of at most `max_length` tokens, cached."""
+    def slots(self, num_slots: int, max_length: int) -> SlotModel:
+        """Return a model of N running texts of at most `max_length` tokens, with a cache."""
         return slot_model(
-            trunk_of(self.model), num_rows, max_length, max_batch_tokens=self.max_batch_tokens
+            trunk_of(self.model), num_slots, max_length, max_batch_tokens=self.max_batch_tokens
         )
 
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What the LM head and the value head read at each token of right-padded texts, (B, L, H)
-        each."""
+        """Return the states (B, L, H) that the LM head reads at each token of right-padded texts,
+        and those that the value head reads."""
         states_BLH = text_states(self.model, tokens_BL, lengths)
         if self.value_trunk is None:
             return states_BLH, states_BLH
         return states_BLH, text_states(self.value_trunk, tokens_BL, lengths)
 
     def value(self, states_KH: Tensor) -> Tensor:
-        """Values (K,) float32 of value states, in full precision whatever the trunk runs in."""
+        """Return the values (K,) float32 of value states, in reward."""
+        # In full precision whatever the trunk runs in: returns are not rounded to bfloat16.
         with torch.autocast(self.device.type, enabled=False):
             return self.value_head(states_KH[:, : self.value_head.in_features].float())[:, 0]
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that forwards run in."""
+        """Return the context in which forwards run, which sets their precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
 
 
 def wants_bfloat16(precision: str, device: torch.device) -> bool:
-    """ "auto" means bfloat16 autocast on a GPU that has it, float32 elsewhere."""
+    """Return whether forwards run in bfloat16 autocast; "auto" means on a GPU that has it."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
 
 
 def add_lora(model: Any, rank: int, seed: int) -> None:
-    """Freezes the model and puts trainable adapters of this rank (scale 2) beside all linear layers
+    """Freeze the model and put trainable adapters of this rank (scale 2) beside all linear layers
     but the output."""
+    name = type(model).__name__
     if hasattr(model, "slots"):
-        raise InvalidArgument(
-            f"lora_rank={rank} needs a transformers model, not {type(model).__name__}."
-        )
+        raise InvalidArgument(f"lora_rank={rank} needs a transformers model, not {name}.")
     if adapter_layers(model):
         raise InvalidArgument(
-            f"lora_rank={rank}: {type(model).__name__} has an adapter already. To train it leave "
-            f"lora_rank at 0; for a new one "
-            "give a model that it is merged into (model.merge_and_unload())."
+            f"lora_rank={rank}: {name} has an adapter already. To train it leave lora_rank at 0; "
+            "for a new one give a model that it is merged into (model.merge_and_unload())."
         )
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise MissingDependency("lora_rank needs peft: pip install 'tokenenv-rl[lora]'") from error
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    # The adapters' first weights come from the seed alone; torch's own stream goes on untouched.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(
-            LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-            model,
-        )
+        inject_adapter_in_model(config, model)

@@ -1,5 +1,5 @@
-"""What a policy says about K tokens, computed from its states in chunks so that (K, V) is never
-held whole."""
+"""Log-probs, entropies and KL of K tokens, computed from a policy's states in chunks, so that the
+logits (K, V) are never held whole."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,12 @@ CHUNK_ELEMENTS = 2**23
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """For K tokens, float32 (K,) each."""
+    """Numbers of K tokens, float32 (K,) each."""
 
     logprob: Tensor
-    """log pi(token | state)."""
+    """log pi(token | state), in nats."""
     entropy: Tensor
-    """Of pi(. | state), in nats."""
+    """Entropy of pi(. | state), in nats."""
     kl: Tensor
     """Full-vocabulary KL(pi || pi_ref) at each state, in nats; zero where no reference was
     given."""
@@ -39,12 +39,14 @@ def token_stats(
     ref_head: Head | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> TokenStats:
-    """Statistics of pi = `softmax(head(states) / temperature)` over the tokens that `mask_KM`
-    allows (packed, all by default); pi_ref is `softmax(ref_head(ref_states))`, without gradient.
+    """Return the statistics of pi = `softmax(head(states) / temperature)` over the tokens that
+    `mask_KM` allows (packed; all by default).
 
-    Differentiable in states and head. Where one chunk is not enough, its logits are computed again
-    in the backward pass.
+    pi_ref is `softmax(ref_head(ref_states))`, at temperature 1 and without gradient. Differentiable
+    in states and head. Where one chunk is not enough, a chunk's logits are computed again in the
+    backward pass.
     """
+    # A column that is not there has no entries: chunks are cut from all columns alike.
     nothing_K0 = states_KH.new_empty(len(states_KH), 0)
 
     def stats(states: Tensor, tokens: Tensor, mask: Tensor, ref_states: Tensor) -> Tensor:
@@ -59,16 +61,14 @@ def token_stats(
         if ref_head is None:
             return torch.stack([logprob, entropy, torch.zeros_like(entropy)], -1)
         with torch.no_grad():
-            ref_logprobs = torch.log_softmax(ref_head(ref_states).float(), dim=-1).masked_fill(
-                probs == 0, 0.0
-            )
-        return torch.stack([logprob, entropy, (probs * (logprobs - ref_logprobs)).sum(-1)], -1)
+            ref_logprobs = torch.log_softmax(ref_head(ref_states).float(), dim=-1)
+            ref_logprobs = ref_logprobs.masked_fill(probs == 0, 0.0)
+        kl = (probs * (logprobs - ref_logprobs)).sum(-1)
+        return torch.stack([logprob, entropy, kl], -1)
 
-    columns = [
-        states_KH,
-        tokens_K,
-        *(nothing_K0 if column is None else column for column in (mask_KM, ref_states_KH)),
-    ]
+    masks = nothing_K0 if mask_KM is None else mask_KM
+    ref_states = nothing_K0 if ref_states_KH is None else ref_states_KH
+    columns = states_KH, tokens_K, masks, ref_states
     chunk = max(1, chunk_elements // vocab_size)
     rows_K3 = stats(*columns) if len(tokens_K) <= chunk else in_chunks(stats, *columns, chunk=chunk)
     return TokenStats(*rows_K3.unbind(-1))

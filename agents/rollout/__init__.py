@@ -1,2 +1,2 @@
-"""From a policy to finished episodes: by stepping the env, or from whole texts that an engine
+"""How episodes are made with a policy: by stepping the env, or from whole texts that an engine
 writes."""

@@ -1,6 +1,6 @@
-"""Acting: one token for every row of a vector env from N running caches.
+"""Acting: one token for every slot of a vector env, from N running caches.
 
-Suffixes: N envs, L context, H hidden size, V vocabulary.
+Suffixes: N slots, L context, H hidden size, K states, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -17,45 +17,45 @@ from tokenenv.types import SlotModel
 
 
 class Policy(Protocol):
-    """What acting and learning ask of a policy; `LMPolicy` is the one for transformers."""
+    """What acting asks of a policy; `LMPolicy` is the one for transformers models."""
 
     vocab_size: int
 
-    def slots(self, num_rows: int, max_length: int) -> SlotModel:
-        """N running texts of at most `max_length` tokens."""
+    def slots(self, num_slots: int, max_length: int) -> SlotModel:
+        """Return caches for N running texts of at most `max_length` tokens."""
         ...
 
     def head(self, states_KH: Tensor) -> Tensor:
-        """States (K, H) to logits (K, V) at temperature 1."""
+        """Return logits (K, V) at temperature 1 for states (K, H)."""
         ...
 
     def autocast(self) -> AbstractContextManager:
-        """The precision that forwards run in."""
+        """Return the context that forwards run in, which sets their precision."""
         ...
 
     def parameters(self) -> Any:
-        """All weights; their device is where the policy lives."""
+        """Return all weights; their device is the policy's."""
         ...
 
 
 def to_host(values_N: Tensor) -> np.ndarray:
-    """The one copy from the device that acting makes."""
+    """Copy to the host: the one copy from the device that acting makes."""
     return values_N.cpu().numpy()
 
 
 def device_of(policy: Policy) -> torch.device:
-    """Where the policy's weights are."""
+    """Return the device of the policy's weights."""
     return next(iter(policy.parameters())).device
 
 
 def sample(
     logits_NV: Tensor, temperature: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draws one token per row from `softmax(logits / temperature)`: tokens (N,) int64 and their
-    log-probabilities (N,).
+    """Draw one token for each row from `softmax(logits / temperature)`.
 
-    By inversion of the cumulative distribution: N random numbers, not N V. At temperature 0 the
-    likeliest token, without a random number; its log-probability there is 0.
+    Returns tokens (N,) int64 and their log-probabilities (N,). The cumulative distribution is
+    inverted, which takes N random numbers and not N V. At temperature 0 it is the likeliest token,
+    without a random number; its log-probability is then 0.
     """
     if temperature == 0:
         tokens_N = logits_NV.argmax(-1)
@@ -63,8 +63,8 @@ def sample(
     logprobs_NV = torch.log_softmax(logits_NV.float() / temperature, dim=-1)
     cumulative_NV = logprobs_NV.exp().cumsum(-1)
     uniform_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)
-    # Scaled by the total, so that rounding in the sum can neither lose the last token nor pick an
-    # impossible one.
+    # The total differs from 1 by rounding. Scaling by it keeps the last token reachable, and a
+    # token of probability 0 impossible.
     tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
     tokens_N1 = tokens_N1.clamp_(max=logits_NV.shape[1] - 1)
     return tokens_N1[:, 0], logprobs_NV.gather(-1, tokens_N1)[:, 0]
@@ -73,9 +73,9 @@ def sample(
 class Actor:
     """Samples a policy's next token in each of N running texts, and keeps their caches.
 
-    It learns what happened from the observation alone: a row that is its own text plus the token it
-    emitted is continued, any other row (reset, forked, restored, or seen for the first time) is
-    read from its start.
+    It knows what happened from the observation alone. A slot whose text is the last one plus the
+    token that was emitted is continued by that token. In any other slot (reset, forked, restored,
+    or seen for the first time) the text is read from its start.
     """
 
     def __init__(self, policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> None:
@@ -86,11 +86,10 @@ class Actor:
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device, for NumPy or
-        torch observations.
+        """Return tokens (N,) int64 and log-probabilities (N,) float32 on the policy's device.
 
-        With an `action_mask` (N, V) in the observation, both are of the policy over the allowed
-        tokens.
+        The observation holds NumPy arrays or tensors. With an `action_mask` (N, V) in it, both are
+        of the policy over the allowed tokens.
         """
         device = self.generator.device
         texts_NL = torch.as_tensor(obs["tokens"], device=device)
@@ -105,29 +104,31 @@ class Actor:
         return tokens_N, logprobs_N
 
     def refresh(self) -> None:
-        """To be called when the weights have changed: every text is read again before the next
-        token."""
+        """Have every text read again before the next token; to be called when the weights have
+        changed."""
         if self._slots is not None:
             self._lengths.fill_(-1)
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
         slots = self.policy.slots(num_rows, max_length)
-        # What the next observation holds if a row runs on; one column more, for a token after a
-        # full text.
+        # The observation that is expected next if a slot's text runs on. One column more than
+        # observations have, for the token that is emitted after a full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)
         self._lengths = torch.full((num_rows,), -1, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._slots = slots
 
     def _read(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
-        """The states (N, H) after each text, by one appended token or, in rows that are new, from
-        the start."""
+        """Return the states (N, H) after each text: by one appended token or, where the text is not
+        the expected one, from its start."""
         assert self._slots is not None
         changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
-        # 0 where the row runs on, else the length to read.
+        # The length to read, and 0 where the text runs on: one small copy tells the host both
+        # which slots are new and how long their texts are.
         fresh = to_host(changed_N * lengths_N)
-        # Until `_expect`: what interrupts this leaves caches that nothing is known of
+        # From here to `_expect` the caches change. If anything interrupts that, no text is expected
+        # to run on, and all are read again.
         self.refresh()
         slots = np.flatnonzero(fresh)
         if not len(slots):
@@ -138,6 +139,7 @@ class Actor:
         )
         if len(slots) == len(fresh):
             return fresh_states
+        # The slots that were just filled take no part in the append.
         return self._slots.append(self._tokens, fresh == 0).index_copy(0, rows, fresh_states)
 
     def _expect(self, texts_NL: Tensor, lengths_N: Tensor, tokens_N: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Driving a vector env with an `Actor`, and cutting what happens into episodes.
+"""Driving a vector env with an `Actor`, one token at a time, and taking out the episodes that end.
 
 Any Gymnasium vector env with the observation `{tokens, length, prompt_length}` will do, NumPy or
-torch, in any autoreset mode. Suffixes: N envs, L context, T response tokens.
+torch, in any autoreset mode. Suffixes: N slots.
 """
 
 import copy
@@ -10,59 +10,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from torch import Tensor
 
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
-from tokenenv.agents.rollout.env_rows import (
-    action,
-    flags,
-    method,
-    read_ends,
-    take,
-    take_info,
-    take_obs,
-)
+from tokenenv.agents.rollout.env_rows import action, flags, method, read_ends
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
+from tokenenv.agents.rollout.recorder import Recorder
 from tokenenv.errors import InvalidAction, NotFinite
 
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
 
-# One line per step: what must be remembered of a running text; the text itself is in the
-# observation.
-LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
-
-# What an env may say about a finished text, and what stands for silence.
-INFO_DEFAULTS: dict[str, float] = {
-    "score": np.nan,
-    "gold": np.nan,
-    "token_rewards": np.nan,
-    "kl_coef": 0.0,
-    "ref_logprob": 0.0,
-    "potential": 0.0,
-    "prompt_id": -1,
-}
-
 
 class Stopped(Exception):
-    """`collect` was asked to stop; the next one goes on with what had ended by then, or at
-    `max_staleness` 0 begins anew."""
+    """`collect` was asked to stop. The next one goes on with the texts that had ended by then; at
+    `max_staleness` 0 it begins anew."""
 
 
 class Collector:
-    """Steps an env one token at a time; slots never idle, and only finished episodes come out.
+    """Steps an env one token at a time. Slots never idle, and only finished episodes come out.
 
-    An episode may straddle updates: each token keeps the log-probability it was sampled with. What
-    interrupts a step or a reset, whatever it is, costs the texts of the present batch: the next
-    step begins anew, by a full reset. (To keep those that had ended and to lose those that ran
-    would favour short texts.)
+    An episode may straddle updates: each token keeps the log-probability it was sampled with. With
+    a `group_size` above 1, episodes come out in whole groups (`Pairing`).
 
-    With a `group_size` above 1, groups come out whole (`Pairing`).
+    Whatever interrupts a step or a reset costs the texts of the present batch: the next step begins
+    anew, by a full reset. To keep the texts that had ended, and to lose those that were running,
+    would favour short texts.
     """
 
     def __init__(
@@ -78,87 +54,93 @@ class Collector:
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.tokens_seen = 0
         """Tokens emitted so far, those of running episodes included."""
+        self.version = 0
+        """Updates that the policy has had."""
+        self.finished = np.zeros(envs.num_envs, np.int64)
+        """(N,) episodes that have ended in each slot."""
+        self.stopping = False
+        """Set from outside, by a signal's handler, say: `collect` ends after the step that is under
+        way."""
+        self.recorder = Recorder(envs.num_envs)
+        self.pairing = Pairing(envs.num_envs, group_size)
         self.running = False
         """Whether texts run that can be gone on with: not before the first reset, nor after an
         interrupted step."""
         self._obs: Mapping[str, Any] = {}
         self._seeded = False
-        self._ring = torch.zeros(0)
-        self._masks = np.zeros((0, 0, 0), np.uint8)
-        """(L, N, M): the action masks of each step, beside the ring; empty where the env allows
-        everything."""
-        self._potential = torch.zeros(envs.num_envs)
-        """(N,) the env's Phi of the texts as they stand."""
-        self.has_potential = False
-        """Whether the env has reported one."""
-        self._clock = 0
-        self._age = np.zeros(envs.num_envs, np.int64)
-        self.finished = np.zeros(envs.num_envs, np.int64)
-        """(N,) episodes that have ended in each row."""
         self._resetting = np.zeros(envs.num_envs, bool)
-        self.pairing = Pairing(envs.num_envs, group_size)
-        self.stopping = False
-        """Set by a signal's handler, say: `collect` ends after the step that is under way."""
-        self.version = 0
-        """Updates that the policy has had."""
-        self._version = np.zeros(envs.num_envs, np.int64)
-        """(N,) the version that each row's text began with."""
+        """(N,) the slots that the next step only resets (NEXT_STEP), whatever the action."""
 
-    def collect(self, num_tokens: int) -> list[Episode]:
-        """Steps until the episodes that ended hold at least `num_tokens` response tokens, and
-        returns them: whole groups, one after the other.
-
-        Does not return before every text that would be more than `max_staleness` updates old in the
-        next batch has ended; nothing is thrown away for its age, which would favour short texts. At
-        0 all begin anew, and a batch is every text that is begun until there are tokens enough;
-        what free slots begin while the last of them are waited for is thrown away, whatever becomes
-        of it. Raises `Stopped` where `stopping` is set meanwhile.
-        """
-        fresh = self.max_staleness == 0
-        if fresh:
-            self.reset()
-        while num_tokens > sum(len(e.response) for e in self.pairing.ready):
-            self._advance()
-        due = self._due()
-        while due:
-            due -= self._advance(due if fresh else None)
-        episodes, self.pairing.ready = self.pairing.ready, []
-        return episodes
-
-    def _due(self) -> set[int]:
-        """The groups with a text, running or waiting, that would be too old for the next batch."""
-        if self.max_staleness is None:
-            return set()
-        oldest, drawn = self.version + 1 - self.max_staleness, self._age > 0
-        running = self.pairing.number[drawn & (self._version < oldest)].tolist()
-        waiting = [
-            number for number, episode in self.pairing.waiting.items() if episode.version < oldest
-        ]
-        return {number // self.pairing.group_size for number in [*running, *waiting]}
-
-    def _advance(self, wanted: set[int] | None = None) -> set[int]:
-        """One step; takes in what it ended, of the `wanted` groups alone if any are named. Returns
-        the groups it completed."""
-        if self.stopping:
-            raise Stopped
-        with self._whole():
-            ended = self._step()
-            if wanted is not None:
-                ended = {
-                    n: episode
-                    for n, episode in ended.items()
-                    if n // self.pairing.group_size in wanted
-                }
-            return self.pairing.take(ended)
+    @property
+    def has_potential(self) -> bool:
+        """Whether the env has reported a potential."""
+        return self.recorder.has_potential
 
     @property
     def waiting(self) -> list[Episode]:
         """Texts that have ended and wait for the rest of their group."""
         return list(self.pairing.waiting.values())
 
+    # ---------------------------------------------------------------- collecting
+
+    def collect(self, num_tokens: int) -> list[Episode]:
+        """Step until the episodes that ended hold at least `num_tokens` response tokens, and return
+        them: whole groups, one after the other.
+
+        It does not return before every text has ended that would be more than `max_staleness`
+        updates old in the next batch. No text is thrown away for its age, which would favour short
+        texts.
+
+        At `max_staleness` 0 all slots begin anew, and the batch is every text that was begun until
+        there were tokens enough. Slots that are free while the last of these are waited for begin
+        texts too, and those are thrown away whatever becomes of them, which favours none.
+
+        Raises `Stopped` where `stopping` is set meanwhile.
+        """
+        fresh = self.max_staleness == 0
+        if fresh:
+            self.reset()
+        while num_tokens > sum(len(e.response) for e in self.pairing.ready):
+            self._advance()
+        # Which groups are waited for is fixed here. Texts that begin from now on are young enough
+        # for the next batch, or at 0 belong to no batch.
+        awaited = self._too_old_next_time()
+        while awaited:
+            awaited -= self._advance(awaited if fresh else None)
+        episodes, self.pairing.ready = self.pairing.ready, []
+        return episodes
+
+    def _too_old_next_time(self) -> set[int]:
+        """Return the groups with a text, running or waiting, that the next batch could not take."""
+        if self.max_staleness is None:
+            return set()
+        oldest, size = self.version + 1 - self.max_staleness, self.pairing.group_size
+        # A text without a token has no version yet: its first token may come after the update.
+        running = (self.recorder.age > 0) & (self.recorder.version < oldest)
+        numbers = self.pairing.number[running].tolist()
+        numbers += [n for n, episode in self.pairing.waiting.items() if episode.version < oldest]
+        return {number // size for number in numbers}
+
+    def _advance(self, wanted: set[int] | None = None) -> set[int]:
+        """Take one step and keep what it ended, of the `wanted` groups alone if any are named;
+        return the groups that this completed."""
+        if self.stopping:
+            raise Stopped
+        with self._whole():
+            ended, size = self._step(), self.pairing.group_size
+            if wanted is not None:
+                ended = {n: episode for n, episode in ended.items() if n // size in wanted}
+            return self.pairing.take(ended)
+
+    def step(self) -> list[Episode]:
+        """Emit one token in every slot and return the episodes that this ended."""
+        with self._whole():
+            return list(self._step().values())
+
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Around what must not be gone on from half-way."""
+        """Around what must not be gone on from half-way: until it is through, no text is running,
+        so whatever interrupts it makes the next step begin anew."""
         if not self.running:
             self.reset()
         self.running = False
@@ -169,23 +151,23 @@ class Collector:
             raise
         self.running = True
 
-    def step(self) -> list[Episode]:
-        """Emits one token in every row and returns the episodes that this ended."""
-        with self._whole():
-            return list(self._step().values())
-
     def _step(self) -> dict[int, Episode]:
-        """The episodes that one more token ended, by number."""
+        """Emit one token in every slot; return the episodes that ended, by their text's number."""
         tokens, logprobs = self.actor.act(self._obs)
         allowed = pack(self._obs)
         try:
             obs, rewards, terminations, truncations, infos = self.envs.step(
                 action(self.envs, self._obs, tokens, logprobs)
             )
-        except InvalidAction:  # kl="policy" takes the log-probs
+        except InvalidAction:
+            # Under kl="policy" the env refuses a log-prob that is not finite. The fault is the
+            # policy's, and is named as such.
             require_finite_policy(~logprobs.isfinite().cpu().numpy(), self.version)
             raise
-        self._record(logprobs, rewards, infos, allowed)
+        acted = ~self._resetting
+        self.recorder.record(logprobs, rewards, infos, allowed, acted, self.version)
+        self.tokens_seen += int(np.count_nonzero(acted))
+        # The step's only wait for the device, where the env gives tensors.
         terminated, truncated, invalid = flags(terminations, truncations, logprobs)
         require_finite_policy(invalid, self.version)
         ended = terminated | truncated
@@ -195,65 +177,92 @@ class Collector:
             self._resetting = ended
         elif self.mode == AutoresetMode.DISABLED and ended.any():
             self._obs, infos = self.envs.reset(options={"reset_mask": ended})
-            self._note_potential(infos)
+            self.recorder.note_potential(infos)
         return episodes
 
+    def _finish(
+        self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]
+    ) -> dict[int, Episode]:
+        """Return the episodes that ended, by their text's number, and begin new ones."""
+        slots = np.flatnonzero(terminated | truncated)
+        if self.mode == AutoresetMode.SAME_STEP:
+            # The observation and the infos at top level are those of the next texts by now.
+            obs, infos = infos["final_obs"], infos["final_info"]
+        cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, slots)
+        episodes = self.recorder.episodes(slots, obs, infos, cut, bootstraps, self.finished)
+        check_finite(episodes, self.version)
+        numbers = self.pairing.number[slots].tolist()
+        self.finished[slots] += 1
+        self.recorder.age[slots] = 0
+        self.pairing.begin(slots)
+        return dict(zip(numbers, episodes, strict=True))
+
+    # ---------------------------------------------------------------- beginning, going on
+
     def reset(self, options: dict[str, Any] | None = None) -> None:
-        """Begins anew in every row; running episodes are dropped. The first time is seeded."""
+        """Begin anew in every slot; running episodes are dropped. The first time is seeded."""
         self.running = False
-        self._obs, infos = self.envs.reset(
-            seed=None if self._seeded else self.seed, options=options
-        )
+        seed = None if self._seeded else self.seed
+        self._obs, infos = self.envs.reset(seed=seed, options=options)
         self._seeded = True
-        num_envs, length = self._obs["tokens"].shape
-        self._ring = torch.zeros(length, 4, num_envs, device=_device(self._obs))
-        self._potential = torch.zeros(num_envs, device=self._ring.device)
-        self._note_potential(infos)
-        self._age[:], self._resetting[:] = 0, False
+        self.recorder.restart(self._obs, infos)
+        self._resetting[:] = False
         self.pairing.restart()
         self.running = True
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the env's own state and the observation that comes with it."""
-        names = ["tokens_seen", "finished", "version", "_version", "_age", "_resetting", "_clock"]
-        names += ["_ring", "_masks", "_potential"] if self.running else []
-        return copy.deepcopy({name: getattr(self, name) for name in names}) | {
-            "pairing": self.pairing.state_dict()
-        }
-
-    def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
-        """Continues from `state_dict()`; without `running`, episodes that had begun are
-        forgotten."""
-        names = (
-            [name for name in state if name != "pairing"]
-            if running
-            else ["tokens_seen", "finished", "version"]
-        )
-        vars(self).update(copy.deepcopy({name: state[name] for name in names}))
-        if running:
-            self.pairing.load_state_dict(state["pairing"])
-
     def refresh(self) -> None:
-        """To be called when the weights have changed."""
+        """To be called when the weights have changed: the policy has had one update more."""
         self.version += 1
         self.actor.refresh()
 
+    def resume(self, obs: Mapping[str, Any]) -> None:
+        """Go on from the observation of an env that has been restored to where it was."""
+        self.running = False
+        self._obs, self._seeded = obs, True
+        self.recorder.move_to(obs)
+        self.running = True
+
     def save_env(self) -> Any:
-        """The env's state; None where no text runs, or the env cannot save it."""
+        """Return the env's state; None where no text runs, or the env cannot save it."""
         save_state = method(self.envs, "save_state")
         return save_state() if self.running and save_state else None
 
     def load_env(self, saved: Any) -> None:
-        """Goes on from what `save_env` returned, with caches filled anew: how they were filled
-        shows in the last bits of what they give."""
+        """Go on from what `save_env` returned.
+
+        The actor's caches are filled anew even if they hold the same texts. A cache that grew token
+        by token differs in its last bits from one that was filled at once, and a run that goes on
+        from a checkpoint has the second kind.
+        """
         if saved is not None:
             self.resume(method(self.envs, "load_state")(saved)[0])
         self.actor.refresh()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the env's own state and the observation that comes with it."""
+        names = ("tokens_seen", "version", "finished", "_resetting")
+        return copy.deepcopy({name: getattr(self, name) for name in names}) | {
+            "pairing": self.pairing.state_dict(),
+            "recorder": self.recorder.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, running: bool) -> None:
+        """Continue from `state_dict()`; without `running`, episodes that had begun are
+        forgotten."""
+        names = ("tokens_seen", "version", "finished", *(["_resetting"] if running else []))
+        vars(self).update(copy.deepcopy({name: state[name] for name in names}))
+        if running:
+            self.pairing.load_state_dict(state["pairing"])
+            self.recorder.load_state_dict(state["recorder"])
+
+    # ---------------------------------------------------------------- continuations
+
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """`rollouts` continuations of each state to the end, one after the other; the running texts
-        wait meanwhile. Where they cannot be taken up again (this is interrupted, or the env saves
-        no state), the next step begins anew."""
+        """Return `rollouts` continuations of each state to the end, one after the other.
+
+        The running texts wait meanwhile. Where they cannot be taken up again (this is interrupted,
+        or the env saves no state), the next step begins anew.
+        """
         running, found = self.save_env(), []
         self.running = False
         at_once = self.envs.num_envs // rollouts
@@ -263,138 +272,27 @@ class Collector:
         return found
 
     def _play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """Each state is read once, then copied."""
-        wanted = len(states) * rollouts
-        followers = np.flatnonzero(np.arange(wanted) % rollouts)
-        mask = ~np.isin(np.arange(self.envs.num_envs), followers)
-        # Slots that are left over play on from the last state, and what they write is not looked
-        # at.
-        given = [
-            states[min(slot // rollouts, len(states) - 1)] for slot in range(self.envs.num_envs)
-        ]
+        """Play on from as many states as fit: slots `rollouts * k` and those after it from state k.
+
+        Each state is read by one slot and copied to the others, caches included, so that its prompt
+        and prefix cost one forward.
+        """
+        wanted, slots = len(states) * rollouts, np.arange(self.envs.num_envs)
+        copies = np.flatnonzero(np.arange(wanted) % rollouts)
+        # Slots that are left over play on from the last state, and what they write is not used.
+        given = [states[min(slot // rollouts, len(states) - 1)] for slot in slots.tolist()]
+        # A collector of its own, so that this one's record of the running texts stays.
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
-        collector.reset(
-            {
-                "reset_mask": mask,
-                "prompts": [p for p, _ in given],
-                "prefixes": [r for _, r in given],
-            }
-        )
-        if len(followers):
-            collector.resume(
-                method(self.envs, "fork")(followers // rollouts * rollouts, followers)[0]
-            )
+        prompts, prefixes = [prompt for prompt, _ in given], [prefix for _, prefix in given]
+        mask = ~np.isin(slots, copies)
+        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes})
+        if len(copies):
+            fork = method(self.envs, "fork")
+            collector.resume(fork(copies // rollouts * rollouts, copies)[0])
         found: dict[int, Episode] = {}
         while len(found) < wanted:
+            # The first text of a slot counts: what it writes after that is from another prompt.
             found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
         self.tokens_seen += collector.tokens_seen
         return [found[slot] for slot in range(wanted)]
-
-    def resume(self, obs: Mapping[str, Any]) -> None:
-        """Goes on from the observation of an env that has been restored to where it was."""
-        self.running = False
-        self._obs, self._seeded = obs, True
-        self._ring, self._potential = self._ring.to(_device(obs)), self._potential.to(_device(obs))
-        self.running = True
-
-    def _record(
-        self, logprobs: Tensor, rewards: Any, infos: Mapping[str, Any], allowed: np.ndarray | None
-    ) -> None:
-        """Writes one line of the ring; the row that only reset (NEXT_STEP) did not act, and its age
-        stays 0."""
-        self._clock = (self._clock + 1) % len(self._ring)
-        line = self._ring[self._clock]
-        line[LOGPROB] = logprobs
-        line[REWARD] = torch.as_tensor(rewards)
-        line[REF_LOGPROB] = torch.as_tensor(infos.get("ref_logprob", 0.0))
-        line[POTENTIAL] = self._potential
-        if allowed is not None:
-            if not self._masks.size:
-                self._masks = np.zeros((len(self._ring), *allowed.shape), np.uint8)
-            self._masks[self._clock] = allowed
-        self._note_potential(infos)
-        self._version[self._age == 0] = self.version
-        self._age += ~self._resetting
-        self.tokens_seen += int(np.count_nonzero(~self._resetting))
-
-    def _note_potential(self, infos: Mapping[str, Any]) -> None:
-        """Rows that the info leaves out keep theirs."""
-        if "potential" in infos:
-            self.has_potential = True
-            known, potential = (
-                torch.as_tensor(infos[key], device=self._ring.device)
-                for key in ("_potential", "potential")
-            )
-            self._potential = torch.where(known, potential.float(), self._potential)
-
-    def _finish(
-        self, terminated: np.ndarray, truncated: np.ndarray, obs: Any, infos: Mapping[str, Any]
-    ) -> dict[int, Episode]:
-        """The episodes that ended, by number; their rows begin new ones."""
-        rows = np.flatnonzero(terminated | truncated)
-        if self.mode == AutoresetMode.SAME_STEP:
-            obs, infos = infos["final_obs"], infos["final_info"]
-        known = {
-            key: take_info(infos, key, rows, default) for key, default in INFO_DEFAULTS.items()
-        }
-        cut, bootstraps = read_ends(self.envs, terminated, truncated, infos, rows)
-        ends = {"truncated": cut, "bootstraps": bootstraps, **take_obs(obs, rows), **known}
-        placed = infos.get("token_reward_terms", {})
-        terms = {
-            name: take(values, rows) for name, values in placed.items() if not name.startswith("_")
-        }
-        records = take(self._ring.movedim(2, 0), rows)
-        # Gymnasium's own SAME_STEP gives the numbers of the last step in final_info only.
-        records[:, self._clock, REF_LOGPROB] = known["ref_logprob"]
-        episodes = {
-            int(self.pairing.number[slot]): self._episode(
-                int(slot),
-                {key: values[n] for key, values in ends.items()},
-                records[n],
-                {name: values[n] for name, values in terms.items()},
-            )
-            for n, slot in enumerate(rows)
-        }
-        check_finite(list(episodes.values()), self.version)
-        self.finished[rows] += 1
-        self._age[rows] = 0
-        self.pairing.begin(rows)
-        return episodes
-
-    def _episode(
-        self, slot: int, end: dict[str, Any], record: np.ndarray, terms: dict[str, np.ndarray]
-    ) -> Episode:
-        """One finished text from its last observation and infos, its row of the ring, and its terms
-        (T,)."""
-        age, length, placed = int(self._age[slot]), int(end["length"]), end["token_rewards"]
-        start = length - age
-        own = slice(start - end["prompt_length"], length - end["prompt_length"])
-        lines = (self._clock - np.arange(age)[::-1]) % len(record)
-        record = record[lines]
-        if not np.isnan(placed).all():
-            record[:, REWARD] = placed[own]
-        return Episode(
-            prompt=end["tokens"][:start],
-            response=end["tokens"][start:length],
-            logprob=record[:, LOGPROB],
-            ref_logprob=record[:, REF_LOGPROB],
-            reward=record[:, REWARD],
-            potential=np.append(record[:, POTENTIAL], np.float32(end["potential"])),
-            kl_coef=float(end["kl_coef"]),
-            terminated=not end["truncated"],
-            truncated=bool(end["truncated"]),
-            score=float(end["score"]),
-            gold=float(end["gold"]),
-            prompt_id=int(end["prompt_id"]),
-            slot=slot,
-            index=int(self.finished[slot]),
-            version=int(self._version[slot]),
-            bootstraps=bool(end["bootstraps"]),
-            terms={name: values[own] for name, values in terms.items()},
-            action_mask=self._masks[lines, slot] if self._masks.size else None,
-        )
-
-
-def _device(obs: Mapping[str, Any]) -> torch.device:
-    return obs["tokens"].device if isinstance(obs["tokens"], Tensor) else torch.device("cpu")

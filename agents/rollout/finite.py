@@ -1,4 +1,4 @@
-"""A policy whose numbers are not finite is found in the step that draws from it."""
+"""Checks that find a policy whose numbers are not finite in the step that draws from it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,15 +18,15 @@ class RunningText(NamedTuple):
 
 
 def running_texts(obs: Mapping[str, Any], rows: Sequence[int]) -> list[RunningText]:
-    """The texts of these env rows as an observation shows them."""
+    """Return the texts of these slots as an observation shows them."""
     seen = take_obs(obs, np.asarray(rows, np.int64))
     ends = zip(rows, seen["tokens"], seen["prompt_length"], seen["length"], strict=True)
     return [RunningText(row, text[:start], text[start:end]) for row, text, start, end in ends]
 
 
 def require_finite_policy(invalid: np.ndarray, updates: int) -> None:
-    """Raises `NotFinite` for the env rows whose token was drawn with a log-prob that is none,
-    `invalid` (N,) bool."""
+    """Raise `NotFinite` for the slots whose token has a log-prob that is not finite: `invalid` (N,)
+    bool."""
     rows = np.flatnonzero(invalid).tolist()
     if rows:
         raise NotFinite(

@@ -12,6 +12,7 @@ from tokenenv.agents.rollout.actor import Policy, device_of, sample
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chats import Chats, is_chat
 from tokenenv.models.encoding import encode_prompt
+from tokenenv.types import TokenSpec
 
 Prompts = str | Sequence[Any]
 """Texts, token ids or lists of messages, or a single text."""
@@ -33,8 +34,9 @@ def generate(
     seed: int = 0,
     num_rows: int = 64,
 ) -> list[list[int]]:
-    """The response tokens of each prompt, the stop token included; at most `num_rows` texts run at
-    a time.
+    """Return the response tokens of each prompt, the stop token included.
+
+    At most `num_rows` texts run at a time.
 
     Args:
         prompts: token ids, or texts if there is a `tokenizer`; none of them empty. A single text
@@ -70,7 +72,7 @@ def generate(
 def _run(
     policy: Policy, prompts: list[list[int]], max_new_tokens: int, choose: Any, stops: Sequence[int]
 ) -> list[list[int]]:
-    """One batch of texts side by side until all have stopped."""
+    """Continue one batch of texts side by side until all have stopped."""
     lengths = [len(prompt) for prompt in prompts]
     slots = policy.slots(len(prompts), max(lengths) + max_new_tokens)
     padded = torch.nn.utils.rnn.pad_sequence(
@@ -86,6 +88,7 @@ def _run(
             for i in np.flatnonzero(running):
                 responses[i].append(chosen[i])
                 running[i] = chosen[i] not in stops
+            # The last token needs no state after it.
             if not running.any() or step == max_new_tokens - 1:
                 break
             states_NH = slots.append(tokens_N, running)
@@ -93,7 +96,7 @@ def _run(
 
 
 def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Rules out (-inf) all but the `top_k` likeliest tokens, then all but the fewest that hold
+    """Rule out (-inf) all but the `top_k` likeliest tokens, then all but the fewest that hold
     probability `top_p`."""
     if 0 < top_k < logits_NV.shape[-1]:
         logits_NV = logits_NV.masked_fill(
@@ -101,20 +104,30 @@ def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
         )
     if top_p < 1.0:
         sorted_NV, order_NV = logits_NV.softmax(-1).sort(-1, descending=True)
-        # The mass before a token: the likeliest always stays.
+        # A token goes if those before it hold enough already, so the likeliest always stays.
         surplus_NV = sorted_NV.cumsum(-1) - sorted_NV >= top_p
         logits_NV = logits_NV.masked_fill(surplus_NV.scatter(-1, order_NV, surplus_NV), -torch.inf)
     return logits_NV
 
 
+def options_of(spec: TokenSpec | None) -> dict[str, Any]:
+    """Return the options of `generate` that an env's `token_spec` gives."""
+    names = ("max_new_tokens", "stop_token_ids", "tokenizer", "chats")
+    return {} if spec is None else {name: getattr(spec, name) for name in names}
+
+
 def as_list(prompts: Prompts) -> Sequence[Any]:
-    """Several prompts, where one may have been given alone: a text, or the messages of a chat."""
+    """Return a list of prompts where a single one, a text or the messages of a chat, may have been
+    given."""
     return [prompts] if isinstance(prompts, str) or is_chat(prompts) else prompts
 
 
 def tokenize(prompt: Any, tokenizer: Any, chats: Chats | None = None) -> list[int]:
-    """Token ids of a prompt; raises `InvalidArgument` for an empty one, a text without a tokenizer,
-    or messages without `chats`."""
+    """Return the token ids of a prompt.
+
+    Raises `InvalidArgument` for an empty one, a text without a tokenizer, or messages without
+    `chats`.
+    """
     if chats is not None and (isinstance(prompt, str) or is_chat(prompt)):
         prompt = chats.encode(prompt, "a prompt")
     elif is_chat(prompt):
@@ -133,7 +146,7 @@ def tokenize(prompt: Any, tokenizer: Any, chats: Chats | None = None) -> list[in
 
 
 def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    """Raises `InvalidArgument` for an option out of range."""
+    """Raise `InvalidArgument` for an option out of range."""
     check_temperature(temperature)
     allowed = {
         f"max_new_tokens={max_new_tokens} must be at least 1": max_new_tokens >= 1,
@@ -146,7 +159,7 @@ def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: fl
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises `InvalidArgument` unless it is 0 or more; 0 takes the likeliest token."""
+    """Raise `InvalidArgument` unless it is 0 or more; 0 takes the likeliest token."""
     if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
         raise InvalidArgument(
             f"temperature={temperature} must be finite and 0 or more (0 takes the likeliest token)."

@@ -11,7 +11,7 @@ from tokenenv.agents.episodes import Episode, EpisodeBatch
 
 
 class Replay:
-    """The latest episodes, as many as hold `capacity` response tokens."""
+    """Keeps the latest episodes, as many as hold `capacity` response tokens."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -20,16 +20,16 @@ class Replay:
         """Response tokens that are kept."""
 
     def add(self, episodes: Sequence[Episode]) -> None:
-        """Takes episodes in; the oldest leave."""
-        self.episodes = deque(
-            [*self.episodes, *episodes]
-        )  # a new one: copies of this object keep theirs
+        """Take episodes in; the oldest leave."""
+        # A new deque: a `copy.copy` of this object, which an agent goes back to when an update
+        # fails, keeps the old one.
+        self.episodes = deque([*self.episodes, *episodes])
         self.tokens += sum(len(e.response) for e in episodes)
         while self.tokens > self.capacity and len(self.episodes) > 1:
             self.tokens -= len(self.episodes.popleft().response)
 
     def sample(self, num_tokens: int, rng: np.random.Generator) -> list[Episode]:
-        """Different episodes that hold at least `num_tokens` response tokens, or all there are."""
+        """Draw episodes, none twice, that hold at least `num_tokens` response tokens, or all."""
         chosen: list[Episode] = []
         for i in rng.permutation(len(self.episodes)):
             if num_tokens <= 0:
@@ -39,16 +39,16 @@ class Replay:
         return chosen
 
     def take(self) -> list[Episode]:
-        """All of them; none is kept on."""
+        """Return all episodes and keep none."""
         taken, self.episodes, self.tokens = list(self.episodes), deque(), 0
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a checkpoint needs."""
+        """Return everything that a checkpoint needs."""
         return {"episodes": asdict(EpisodeBatch.stack(self.episodes)) if self.episodes else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict()`."""
+        """Continue from `state_dict()`."""
         self.take()
         if state["episodes"]:
             self.add(EpisodeBatch(**state["episodes"]).unstack())

@@ -1,8 +1,9 @@
-"""Texts that were not drawn from the policy that learns from them: how old they are, how far off,
-and what corrects it.
+"""Texts that were not drawn from the policy that learns from them: how old they are, how far the
+two policies are apart, and the weights that correct for it.
 
-An engine's log-probs differ a little from the learner's (other kernels, other precision), and a
-text may be older than the last update. Suffixes: B episodes, T response tokens.
+There are two causes. A text may have been begun before the last update. And an engine's log-probs
+differ a little from the learner's, because its kernels and its precision are others. Suffixes: B
+episodes, T response tokens, K tokens of any texts.
 """
 
 from collections.abc import Sequence
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.learner import token_logprobs
+from tokenenv.agents.learning.policy import LMPolicy
 
 Metrics = dict[str, float]
 
 
 def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
-    """Updates between the first token of each text and the one that learns from it: the mean, the
-    largest, and how many texts are stale at all."""
+    """Return how many updates lie between the first token of each text and the update that learns
+    from it: the mean, the largest, and the number of texts where there is any (stale texts)."""
     age_B = (updates - batch.version_B).float()
     return {
         "rollout/staleness": float(age_B.mean()),
@@ -28,34 +32,57 @@ def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
 
 
 def waiting(texts: Sequence[Any]) -> Metrics:
-    """The ended texts that wait for the rest of their group, and the response tokens that they
-    hold."""
+    """Return the number of ended texts that wait for the rest of their group, and of the response
+    tokens that they hold."""
     return {
         "rollout/waiting_texts": float(len(texts)),
         "rollout/waiting_tokens": float(sum(len(text.response) for text in texts)),
     }
 
 
+def rollout_metrics(
+    batch: EpisodeBatch,
+    policy: LMPolicy,
+    config: AgentConfig,
+    updates: int,
+    waiting_texts: Sequence[Any],
+) -> Metrics:
+    """Return how old the texts are and, where an engine wrote them, how far its log-probs are from
+    the learner's. The latter are left in `learned["learner_logprob"]`."""
+    metrics = staleness(batch, updates) | waiting(waiting_texts)
+    if config.rollout == "step":
+        return metrics
+    batch.learned["learner_logprob"] = token_logprobs(
+        policy, batch, config.max_batch_tokens, config.temperature
+    )
+    return metrics | mismatch(batch, updates)
+
+
 def mismatch(batch: EpisodeBatch, updates: int) -> Metrics:
-    """How far the sampler's log-probs are from the learner's `learned["learner_logprob"]`, in nats,
-    on the tokens of the texts that are not stale (NaN where all are): the mean and the largest
-    difference, and KL(sampler || learner) per token (k3)."""
+    """Return how far the sampler's log-probs are from the learner's, in nats.
+
+    The learner's are `learned["learner_logprob"]`. The metrics are the mean and the largest
+    difference, and KL(sampler || learner) per token (k3); NaN where all texts are stale.
+    """
+    # In a stale text the two differ for another reason: the policy has been updated since.
     fresh_BT = batch.mask_BT & (batch.version_B == updates)[:, None]
     log_ratio_K = (batch.learned["learner_logprob"] - batch.logprob_BT)[fresh_BT]
+    names = ("rollout/mismatch", "rollout/mismatch_max", "rollout/mismatch_kl")
     if not len(log_ratio_K):
-        return dict.fromkeys(
-            ("rollout/mismatch", "rollout/mismatch_max", "rollout/mismatch_kl"), float("nan")
-        )
-    return {
-        "rollout/mismatch": float(log_ratio_K.abs().mean()),
-        "rollout/mismatch_max": float(log_ratio_K.abs().max()),
-        "rollout/mismatch_kl": float((torch.expm1(log_ratio_K) - log_ratio_K).mean()),
-    }
+        return dict.fromkeys(names, float("nan"))
+    size_K = log_ratio_K.abs()
+    k3_K = torch.expm1(log_ratio_K) - log_ratio_K
+    found = size_K.mean(), size_K.max(), k3_K.mean()
+    return {name: float(value) for name, value in zip(names, found, strict=True)}
 
 
 def importance(batch: EpisodeBatch, cap: float) -> Tensor:
-    """The weight (B, T) of each token's policy loss, `min(pi_old / pi_sampler, cap)`: truncated
-    importance sampling (Ionides 2008; for engines, Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training"). pi_old is the learner's policy before the update,
-    and what ratios are then taken to."""
+    """Return the weight (B, T) of each token's policy loss, `min(pi_old / pi_sampler, cap)`.
+
+    This is truncated importance sampling (Ionides 2008; for engines, Yao et al. 2025, "Your
+    efficient RL framework secretly brings you off-policy RL training"). pi_old is the learner's
+    policy before the update, and policy ratios are then taken to it.
+    """
+    # A token's own ratio corrects its own draw, and not that of the tokens before it. The product
+    # over the text would correct all, with a variance that grows with the length.
     return torch.exp(batch.learned["learner_logprob"] - batch.logprob_BT).clamp(max=cap)

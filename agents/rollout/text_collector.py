@@ -1,8 +1,8 @@
-"""Whole texts from an engine such as vLLM, scored by the env: what `Collector` does, for those who
-generate elsewhere.
+"""Collecting whole texts from an engine such as vLLM; the env scores them when they have ended.
 
-The engine is kept busy: a text may be begun under one version of the weights and ended under a
-later one, whose log-probs its later tokens then have. Suffixes: B episodes, T response tokens.
+It does what `Collector` does, for texts that are generated outside the env. The engine is kept
+busy: a text may be begun under one version of the weights and ended under a later one, and its
+later tokens then have log-probs of the later one. Suffixes: B episodes, T response tokens.
 """
 
 import importlib
@@ -26,8 +26,8 @@ ENGINES = {
     "vllm": "tokenenv.rollout.vllm:VLLMEngine",
     "http": "tokenenv.rollout.server:VLLMServerEngine",
 }
-"""What `rollout=` may name, besides "step": "vllm", or the URL of a vLLM server. Imported where
-they are used."""
+"""The engines that `rollout=` may name, besides "step": "vllm", or a vLLM server's URL ("http").
+An engine is imported when it is made, because vLLM need not be installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,18 @@ class Text:
     """A text, running or finished."""
 
     number: int
-    """How many texts of the run were begun before; continuations (`play_on`) count down from -1."""
+    """How many texts of the run were begun before it. Continuations (`play_on`) have numbers of
+    their own, -1, -2 and so on."""
     version: int
     """Updates that the policy had had when it was begun."""
     prompt: list[int]
     prompt_id: int
     weights: dict[str, float]
-    """Of the reward terms, when it was begun."""
+    """Those of the reward terms when it was begun."""
     prefix: list[int] = field(default_factory=list)
-    """The beginning of the response, where it was given."""
+    """The beginning of the response, where it was given and not written."""
     response: list[int] = field(default_factory=list)
-    """What was written, without the prefix."""
+    """The tokens that were written, without the prefix."""
     logprob: list[float] = field(default_factory=list)
 
 
@@ -53,9 +54,9 @@ class TextCollector:
     """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished
     ones scored.
 
-    A text's prompt and its sampling seed depend on the run's seed and the text's number alone.
-    Where anything interrupts the engine, what was running is begun again by the next `collect`;
-    what had ended is kept.
+    A text's prompt and its sampling seed depend on the run's seed and on the text's number alone,
+    so a text that is begun again has the same prompt. Where anything interrupts the engine, the
+    next `collect` begins the running texts again; those that had ended are kept.
     """
 
     def __init__(
@@ -70,12 +71,8 @@ class TextCollector:
     ) -> None:
         self.core = check_text_env(envs)
         self.pays_logprob = wants_logprob(envs)
-        self.engine, self.seed, self.group_size, self.max_staleness = (
-            engine,
-            seed,
-            group_size,
-            max_staleness,
-        )
+        self.engine, self.seed = engine, seed
+        self.group_size, self.max_staleness = group_size, max_staleness
         self.num_texts = max(num_texts, group_size)
         self.spec: TokenSpec = self.core.token_spec
         self.tokens_seen = 0
@@ -91,26 +88,27 @@ class TextCollector:
         self._waiting: dict[int, Text] = {}
         """Finished texts of groups that are not complete, by number."""
         self._ready: list[Text] = []
-        """Texts of complete groups that are not scored yet: an error while they are leaves them
-        here."""
+        """Texts of complete groups that are not scored yet. They stay here until scoring has
+        succeeded, so an error in it loses none."""
         self._continuations: dict[int, Text] = {}
         """Finished continuations, by number."""
         self._cut: dict[int, Text] = {}
-        """Texts that were running when the engine was stopped, or are not begun yet, by number:
-        they are begun first."""
+        """Texts that are to be begun before new ones, by number: they were running when the engine
+        was stopped, or were interrupted as they began."""
         self._synced = True
         """Whether the engine has the present weights."""
         self.stopping = False
-        """Set by a signal's handler, say: `collect` ends with the text that ends next."""
+        """Set from outside, by a signal's handler, say: `collect` ends with the text that ends
+        next."""
 
     # ---------------------------------------------------------------- what agents call
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Episodes that hold at least `num_tokens` response tokens, in whole groups.
+        """Return episodes that hold at least `num_tokens` response tokens, in whole groups.
 
-        Does not return before every text that would be more than `max_staleness` updates old in the
-        next batch has ended: nothing is thrown away for its age, which would favour short texts.
-        Raises `Stopped` where `stopping` is set meanwhile.
+        It does not return before every text has ended that would be more than `max_staleness`
+        updates old in the next batch. No text is thrown away for its age, which would favour short
+        texts. Raises `Stopped` where `stopping` is set meanwhile.
         """
         if not self._synced:
             self._sync()
@@ -119,12 +117,15 @@ class TextCollector:
                 if self.stopping:
                     raise Stopped
                 self._begin_cut()
+                # At 0 a text that begins while the last ones are waited for would be too old for
+                # the next batch, so slots of the engine idle instead.
                 if self._missing(num_tokens) > 0 or self.max_staleness > 0:
                     self._begin_groups()
                 self._wait()
         try:
             episodes = self._score(self._ready)
         except NotFinite as error:
+            # Scored again they would fail again: the groups at fault go, the others stay.
             failed = {self._ready[row].number // self.group_size for row in error.rows}
             self._ready = [
                 text for text in self._ready if text.number // self.group_size not in failed
@@ -139,13 +140,15 @@ class TextCollector:
         return list(self._waiting.values())
 
     def refresh(self) -> None:
-        """To be called when the weights have changed."""
+        """To be called when the weights have changed: the policy has had one update more."""
         self.version += 1
         self._sync()
 
     def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """`rollouts` continuations of each state to the end, one after the other, beside the
-        running texts."""
+        """Return `rollouts` continuations of each state to the end, one after the other.
+
+        The engine writes them beside the running texts.
+        """
         numbers = []
         with self._stopping():
             for prompt, prefix in states:
@@ -166,11 +169,11 @@ class TextCollector:
         return self._score([self._continuations.pop(number) for number in numbers])
 
     def save_env(self) -> dict[str, Any]:
-        """What the env keeps beside the texts."""
+        """Return what the env keeps beside the texts."""
         return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
 
     def load_env(self, saved: dict[str, Any] | None) -> None:
-        """Goes on from what `save_env` returned; running texts are begun again with the present
+        """Go on from what `save_env` returned; running texts are begun again with the present
         weights."""
         if saved is not None:
             self.core.tokens_seen = int(saved["tokens_seen"])
@@ -179,7 +182,7 @@ class TextCollector:
         self._sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but what the env and the engine keep."""
+        """Return everything but what the env and the engine keep."""
         texts = {
             "waiting": list(self._waiting.values()),
             "ready": self._ready,
@@ -190,7 +193,7 @@ class TextCollector:
         return kept | {name: [asdict(text) for text in some] for name, some in texts.items()}
 
     def load_state_dict(self, state: dict[str, Any], *, running: bool) -> None:
-        """Continues from `state_dict()`."""
+        """Continue from `state_dict()`."""
         texts = {
             name: [Text(**text) for text in state[name]] for name in ("waiting", "ready", "cut")
         }
@@ -206,14 +209,9 @@ class TextCollector:
         return num_tokens - sum(len(text.response) for text in self._ready)
 
     def _overdue(self) -> bool:
-        """Whether a text that is not ready yet would be too old for the next batch."""
-        oldest = min(
-            (text.version for text in [*self._unfinished(), *self._waiting.values()]),
-            default=self.version,
-        )
-        return self.version + 1 - oldest > self.max_staleness and bool(
-            self._unfinished() or self._waiting
-        )
+        """Return whether a text that is not ready yet would be too old for the next batch."""
+        versions = [text.version for text in [*self._unfinished(), *self._waiting.values()]]
+        return bool(versions) and self.version + 1 - min(versions) > self.max_staleness
 
     def _unfinished(self) -> list[Text]:
         texts = self._cut | self._running
@@ -223,7 +221,8 @@ class TextCollector:
         while self._cut:
             text = next(iter(self._cut.values()))
             self._begin(replace(text, version=self.version, weights=self.core.weights))
-            del self._cut[text.number]  # last: between the two it is in both, and never in neither
+            # Last: an interruption finds the text in both places, and never in neither.
+            del self._cut[text.number]
 
     def _begin_groups(self) -> None:
         while len(self._running) + self.group_size <= self.num_texts:
@@ -234,6 +233,8 @@ class TextCollector:
                 number: Text(number, self.version, prompt, prompt_id, self.core.weights)
                 for number in numbers
             }
+            # A group is written down before its first text is begun: an interruption leaves no
+            # group with some of its texts only.
             self._begun, self._cut = numbers.stop, cut
             self._begin_cut()
 
@@ -241,6 +242,8 @@ class TextCollector:
         return int(np.random.default_rng([self.seed, group]).integers(len(self.core.prompts)))
 
     def _begin(self, text: Text) -> None:
+        # A stream of random numbers for each text, so that what it becomes does not depend on what
+        # runs beside it.
         stream = [self.seed, int(text.number < 0), abs(text.number)]
         seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
         max_tokens = self.spec.max_new_tokens - len(text.prefix)
@@ -248,7 +251,7 @@ class TextCollector:
         self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
 
     def _wait(self) -> None:
-        """Takes in the texts that end next."""
+        """Wait for the texts that end next, and take them in."""
         written = {one.key: one for one in self.engine.ended()}
         ended = {
             n: replace(self._running[n], response=one.tokens, logprob=one.logprobs)
@@ -259,20 +262,21 @@ class TextCollector:
         continuations = self._continuations | {n: text for n, text in ended.items() if n < 0}
         ready = self._ready + [waiting.pop(n) for n in whole_groups(waiting, self.group_size)]
         seen = self.tokens_seen + sum(len(text.response) for text in ended.values())
-        # All at once, so that no interruption finds a text in none of them.
+        # All at once, from values made before: no interruption finds a text in none of them.
         self._running, self._waiting, self._ready = running, waiting, ready
         self._continuations, self.tokens_seen = continuations, seen
 
     def _sync(self) -> None:
-        """Where the engine fails, the next `collect` tries again before it draws anything."""
+        """Hand the engine the present weights. Where that fails, the next `collect` tries again
+        before it draws anything."""
         self._synced = False
         self.engine.sync()
         self._synced = True
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Where anything interrupts the engine, what was running is begun again by the next
-        `collect`."""
+        """Within it, whatever interrupts the engine stops it: the next `collect` begins the running
+        texts again."""
         try:
             yield
         except BaseException:
@@ -287,13 +291,15 @@ class TextCollector:
     # ---------------------------------------------------------------- scores
 
     def _score(self, texts: list[Text]) -> list[Episode]:
+        logprobs = None
+        if self.pays_logprob:
+            # A prefix was not drawn. Its penalty is dropped below, so any number will do.
+            logprobs = [[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
         try:
             scores = self.core.score_episodes(
                 [text.prompt for text in texts],
                 [[*text.prefix, *text.response] for text in texts],
-                logprobs=[[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
-                if self.pays_logprob
-                else None,
+                logprobs=logprobs,
                 weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
                 played=True,
             )
@@ -306,18 +312,23 @@ class TextCollector:
         return episodes
 
     def _episode(self, text: Text, scores: EpisodeScores, row: int) -> Episode:
+        # Rewards and the like of a prefix are dropped: it belongs to the prompt of an episode.
         start, end = len(text.prefix), len(text.prefix) + len(text.response)
         terminated = text.response[-1] in self.spec.stop_token_ids
-        nothing = np.zeros(end + 1, np.float32)
+        potential = np.zeros(end - start + 1, np.float32)
+        if scores.potentials is not None:
+            potential = scores.potentials[row, start : end + 1]
+
+        def own_tokens(by_name: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: values[row, start:end] for name, values in by_name.items()}
+
         return Episode(
             prompt=np.asarray([*text.prompt, *text.prefix], np.int64),
             response=np.asarray(text.response, np.int64),
             logprob=np.asarray(text.logprob, np.float32),
             ref_logprob=scores.ref_logprobs[row, start:end],
             reward=scores.token_rewards[row, start:end],
-            potential=nothing[start:]
-            if scores.potentials is None
-            else scores.potentials[row, start : end + 1],
+            potential=potential,
             kl_coef=text.weights.get("kl", 0.0),
             terminated=terminated,
             truncated=not terminated,
@@ -328,15 +339,17 @@ class TextCollector:
             index=text.number // self.num_texts,
             version=text.version,
             bootstraps=not terminated and not self.spec.score_truncated,
-            terms={
-                name: values[row, start:end] for name, values in scores.token_reward_terms.items()
-            },
+            terms=own_tokens(scores.token_reward_terms),
+            watched=own_tokens(scores.watched),
         )
 
 
 def check_text_env(envs: VectorEnv) -> Any:
-    """The env, if it scores whole texts and nothing around it would be left out; else
-    `InvalidArgument`."""
+    """Return the env beneath `envs`.
+
+    Raises `InvalidArgument` unless it scores whole texts, and unless nothing is around it: a
+    wrapper would see none of the texts.
+    """
     core: Any = envs.unwrapped
     if not hasattr(core, "score_episodes"):
         raise InvalidArgument(
@@ -352,7 +365,7 @@ def check_text_env(envs: VectorEnv) -> Any:
 
 
 def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine:
-    """The engine that `rollout` names, for the policy's model; a URL is a vLLM server's."""
+    """Return the engine that `rollout` names, for the policy's model; a URL is a vLLM server's."""
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)

@@ -1,17 +1,16 @@
-"""Checkpoints: what one holds of an agent, and the file it is: safetensors, written atomically, no
-pickle.
+"""Checkpoints: what one holds of an agent, and the file that it is.
 
-Tensors and NumPy arrays are the file's tensors; everything else is JSON in its header, beside a
-format version and a checksum.
+The file is safetensors, not pickle: reading it runs no code. Tensors and NumPy arrays are its
+tensors; everything else is JSON in its header, beside a format version and a checksum.
 """
 
 import json
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +20,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.rollout.env_rows import method
 from tokenenv.agents.run.files import previous_of, replace_file, reporting
 from tokenenv.errors import CheckpointError, TokenEnvError
 from tokenenv.safety.shown import without_secrets
+from tokenenv.safety.trust import check_from_file
 
 if TYPE_CHECKING:
     from tokenenv.agents.agent import Agent
 
-FORMAT, VERSION = "tokenenv-checkpoint", "4"
+FORMAT, VERSION = "tokenenv-checkpoint", "5"
 PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
 PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", "env"}
-"""Of a checkpoint's state."""
+"""The entries of a checkpoint's state."""
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
-    """Everything that the next update depends on; frozen weights come from the env's model
-    again."""
+    """Return everything that the next update depends on, but frozen weights: those come from the
+    env's model again."""
     return {
         "agent": type(agent).__name__,
         "config": without_secrets(asdict(agent.config)),
@@ -57,9 +58,11 @@ def agent_state(agent: "Agent") -> dict[str, Any]:
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Within it, a checkpoint that holds something else than `agent_state` writes is a
-    `CheckpointError`: whole, with the right checksum, it may still have been written by another
-    program, or by hand."""
+    """Turn errors about the contents of a checkpoint into `CheckpointError`.
+
+    A file that is whole, with the right checksum, may still have been written by another program or
+    by hand, and then holds something else than `agent_state` writes.
+    """
     try:
         yield
     except TokenEnvError:
@@ -80,7 +83,7 @@ def reading(path: object) -> Iterator[None]:
 
 
 def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> None:
-    """Raises `CheckpointError` unless this is an `agent_state` of an agent of this class, whose
+    """Raise `CheckpointError` unless this is an `agent_state` of an agent of this class, whose
     config has these fields."""
     if not isinstance(state, dict) or state.get("agent") != agent:
         by = state.get("agent") if isinstance(state, dict) else None
@@ -99,8 +102,39 @@ def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> 
             )
 
 
+def read_agent(
+    path: str | os.PathLike[str],
+    kind: "type[Agent]",
+    overrides: Mapping[str, Any],
+    *,
+    set_aside: bool,
+) -> tuple[dict[str, Any], AgentConfig]:
+    """Return the newest state at `path` that an agent of this kind saved, and its config.
+
+    Raises:
+        CheckpointError: the file is not one of this agent, or is damaged (`read_newest`).
+        InvalidArgument: its config names an engine that a file may not name (`check_rollout`).
+    """
+    state = read_newest(path, set_aside=set_aside)
+    with reading(path):
+        known = [field.name for field in fields(kind.config_class)]
+        check_state(state, kind.__name__, known, path)
+        check_rollout(state["config"], path, overrides)
+        return state, kind.config_class(**state["config"])
+
+
+def check_rollout(config: Mapping[str, Any], path: object, said: Collection[str]) -> None:
+    """Raise where a checkpoint's config asks for what a file may not, and is not said again."""
+    entries = {"agent.rollout": config["rollout"]}
+    if "rollout" in said or config["rollout"] != "step":
+        options = config["rollout_options"].items()
+        entries |= {f"agent.rollout_options.{key}": value for key, value in options}
+    again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
+    check_from_file(entries, path, {again[name] for name in said if name in again})
+
+
 def restore(agent: "Agent", state: dict[str, Any]) -> None:
-    """Puts `agent_state` into a new agent; the env is touched last."""
+    """Put an `agent_state` into a new agent; the env is touched last."""
     check_identity(env_identity(agent), state["identity"])
     check_weights(trained_weights(agent.policy), state["weights"])
     agent.policy.load_state_dict(state["weights"], strict=False)
@@ -115,17 +149,20 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     if (agent.config.rollout == "step") == (state["config"]["rollout"] == "step"):
         agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
         agent.collector.load_env(state["env"])
-    else:  # texts that were running are of the other kind: they are left, and the env begins anew
-        agent.collector.tokens_seen, agent.collector.version = (
-            state["collector"]["tokens_seen"],
-            state["collector"]["version"],
-        )
+    else:
+        # Stepped texts cannot be gone on with by an engine, nor the other way round: the texts that
+        # were running are left, and the env begins anew.
+        agent.collector.tokens_seen = state["collector"]["tokens_seen"]
+        agent.collector.version = state["collector"]["version"]
         agent.collector.load_env(None)
 
 
 def env_identity(agent: "Agent") -> dict[str, Any]:
-    """What makes the env this one, in plain values: its own `identity`, or the class and spaces of
-    an env without one; and its size, where the texts are stepped."""
+    """Return what makes the env this one, in plain values.
+
+    It is the env's own `identity`, or the class and the actions of an env without one, and the
+    number of slots where the texts are stepped.
+    """
     envs = agent.envs
     own = method(envs, "identity")
     if own is None:
@@ -134,13 +171,12 @@ def env_identity(agent: "Agent") -> dict[str, Any]:
 
 
 def check_identity(env: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` that names what differs between the env and the one of the
+    """Raise `CheckpointError` that names what differs between the env and the one of the
     checkpoint."""
     here, there = dict(flat(env)), dict(flat(saved))
-    # One of both may write whole texts, and knows no slots.
-    names = [
-        name for name in {**there, **here} if name != "num_envs" or (name in here and name in there)
-    ]
+    # Whole texts from an engine know of no slots, so num_envs may be on one side only.
+    both = "num_envs" in here and "num_envs" in there
+    names = [name for name in {**there, **here} if name != "num_envs" or both]
     pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]
     differing = [
         f"{name} is {saved!r} there and {own!r} here" for name, saved, own in pairs if saved != own
@@ -150,7 +186,7 @@ def check_identity(env: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values of nested mappings under dotted names."""
+    """Yield the plain values of nested mappings under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -159,12 +195,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def trained_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """The weights that learning changes, by name."""
+    """Return the weights that learning changes, by name."""
     return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
 def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless the saved weights are those of this policy, by name and
+    """Raise `CheckpointError` unless the saved weights are those of this policy, by name and
     shape."""
     shapes = [
         {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -180,11 +216,11 @@ def check_weights(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> None
 
 
 def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes nested dicts, lists and tuples of plain values, NumPy arrays and tensors.
+    """Write nested dicts, lists and tuples of plain values, NumPy arrays and tensors.
 
     The file appears whole or not at all: a crash at any moment leaves the previous checkpoint at
-    `path`. The one that was there is kept as `path`.previous, which `read_newest` takes where the
-    newer one is damaged.
+    `path`. That one is then kept as `path`.previous, which `read_newest` takes where the newer one
+    is damaged.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(state, tensors, "state"))
@@ -205,11 +241,11 @@ def write_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Non
 
 
 def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dict[str, Any]:
-    """`read_checkpoint`; where that file is missing or damaged and the one before it is not, this
-    one, with a warning.
+    """Return what the checkpoint at `path` holds or, where that file is missing or damaged, what
+    the one before it holds, with a warning.
 
-    `set_aside` renames the damaged one to `path`.damaged, so that the next `write_checkpoint` does
-    not keep it in place of the good one.
+    `set_aside` renames the damaged file to `path`.damaged, so that the next `write_checkpoint` does
+    not keep it as the previous one, in place of the good one.
     """
     path = Path(path)
     try:
@@ -219,7 +255,7 @@ def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dic
             state = read_checkpoint(previous_of(path))
         except CheckpointError:
             raise error from None
-        warnings.warn(f"{error} The one before it is taken: {previous_of(path)}.", stacklevel=3)
+        warnings.warn(f"{error} The one before it is taken: {previous_of(path)}.", stacklevel=4)
         if set_aside and path.exists():
             with reporting(path, "be renamed"):
                 os.replace(path, path.with_name(path.name + ".damaged"))
@@ -227,8 +263,8 @@ def read_newest(path: str | os.PathLike[str], *, set_aside: bool = False) -> dic
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_checkpoint` was given, tensors on the CPU; `CheckpointError` if it is missing,
-    corrupt or foreign."""
+    """Return what `write_checkpoint` was given, tensors on the CPU; raise `CheckpointError` where
+    the file is missing, corrupt or foreign."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -269,8 +305,8 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> int:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
-    """JSON for `value`; what JSON lacks becomes {"kind": [...]}, so a dict becomes a list of
-    pairs."""
+    """Return JSON for `value`. What JSON does not have becomes `{kind: contents}`, and so does a
+    dict, as a list of pairs: its keys need not be text."""
     if isinstance(value, Tensor | np.ndarray):
         kind = "tensor" if isinstance(value, Tensor) else "array"
         # A copy: tied weights share memory, which safetensors refuses.

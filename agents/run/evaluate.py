@@ -1,26 +1,26 @@
-"""Measuring a policy on an env: the true metric with its standard error, the KL spent, and signs of
-collapse."""
+"""Measuring a policy on an env: the true metric with its standard error, the KL that it cost, and
+signs of collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenenv.agents.episodes import Episode, mean_of
+from tokenenv.agents.episodes import Episode, mean_of, watched_names, watched_tokens
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import check_env
 from tokenenv.agents.rollout.generate import check_temperature
+from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over the texts; NaN where the env gives no such number."""
+    """What `evaluate` found: means over the texts, NaN where the env gives no such number."""
 
     num_texts: int
     gold: float
@@ -38,10 +38,12 @@ class Evaluation:
     terminated: float
     """Share of texts that ended by themselves."""
     distinct_bigrams: float
-    """Share of all response bigrams that are different from each other; low when texts repeat
+    """Share of different bigrams among all bigrams of the responses; low when texts repeat
     themselves or one another."""
     episodes: tuple[Episode, ...]
     """The texts themselves, in the order of their prompts."""
+    watched: Mapping[str, float] = field(default_factory=dict)
+    """Means per response token of the numbers that the env watches (`watch=`), by name."""
 
 
 def evaluate(
@@ -53,14 +55,17 @@ def evaluate(
     temperature: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Samples texts from an agent, or from a policy, with caches and random numbers of their own:
-    nothing else moves.
+    """Sample texts from an agent, or from a policy, and return their figures.
 
-    With `prompts` one text each; otherwise `num_texts` from the env's own prompts, the same for the
-    same `seed`. `envs` is reset, so it should not be the one in which an agent is learning.
-    `temperature` is by default the agent's (a policy's is 1); 0 takes the likeliest token each
-    time, and the KL is then that of this deterministic policy. `BestOfN` draws n texts for each of
-    these, and its KL is the bound that it reports.
+    The sampling has caches and random numbers of its own, so the agent is as it was afterwards. A
+    `BestOfN` agent draws n texts for each text, and its KL is the bound that it reports.
+
+    Args:
+        envs: is reset, so it should not be the env in which an agent is learning.
+        num_texts: texts from the env's own prompts, the same prompts for the same `seed`.
+        prompts: one text each, in place of `num_texts`.
+        temperature: by default the agent's (a policy's is 1). 0 takes the likeliest token each
+            time, and the KL is then that of this deterministic policy.
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
@@ -81,7 +86,7 @@ def evaluate(
             first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
         )
 
-    # One draw from each prompt at a time: the same seed of the env gives the same prompts again.
+    # Each draw goes through all prompts: the same seed of the env gives the same prompts again.
     draws = zip(*(texts(seed * best_of + draw) for draw in range(best_of)), strict=True)
     return summarise(
         [max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of)
@@ -89,7 +94,7 @@ def evaluate(
 
 
 def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
-    """One text of each prompt."""
+    """Return one text of each prompt."""
     episodes, num_envs = [], collector.envs.num_envs
     for start in range(0, len(prompts), num_envs):
         group = list(prompts[start : start + num_envs])
@@ -99,14 +104,14 @@ def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
 
 
 def best_of_n_kl(n: int) -> float:
-    """The bound on KL(best of n || one), in nats: log n - (n - 1) / n (Beirami et al. 2024, arXiv
-    2401.01879)."""
+    """Return the bound on KL(best of n || one), in nats: log n - (n - 1) / n (Beirami et al. 2024,
+    arXiv 2401.01879)."""
     return float(np.log(n)) - (n - 1) / n
 
 
 def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
-    """The first texts of each slot, as many from each: taking whatever ends first would favour
-    short ones."""
+    """Return the first texts of each slot, as many from each: taking whatever ends first would
+    favour short ones."""
     num_envs = collector.envs.num_envs
     rounds = -(-num_texts // num_envs)
     found: dict[tuple[int, int], Episode] = {}
@@ -122,9 +127,11 @@ def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
 def next_token_probs(
     policy: Any, temperature: float = 1.0
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """pi(. | text) of an `LMPolicy` as a function of a NumPy observation of K texts, (K, V)
-    float64: what an env's exact `oracle.evaluate` asks for. Every call reads the texts from their
-    start."""
+    """Return pi(. | text) of an `LMPolicy` as a function of a NumPy observation of K texts.
+
+    The function returns (K, V) float64, as an env's exact `oracle.evaluate` asks for. It reads the
+    texts from their start in every call.
+    """
 
     @torch.no_grad()
     def probs(obs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -137,8 +144,8 @@ def next_token_probs(
 
 
 def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
-    """The figures of an evaluation from its episodes; `extra_kl` nats are what choosing among texts
-    adds."""
+    """Return the figures of an evaluation from its episodes; `extra_kl` nats are what choosing
+    among texts adds."""
     gold, score = [e.gold for e in episodes], [e.score for e in episodes]
     return Evaluation(
         num_texts=len(episodes),
@@ -151,17 +158,18 @@ def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
         terminated=mean_of([e.terminated for e in episodes]),
         distinct_bigrams=distinct_bigrams([e.response for e in episodes]),
         episodes=tuple(episodes),
+        watched={name: mean_of(watched_tokens(episodes, name)) for name in watched_names(episodes)},
     )
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for fewer than two values, or if any is unknown."""
+    """Return the standard error of the mean; NaN for fewer than two values, or if any is NaN."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def distinct_bigrams(responses: Sequence[np.ndarray]) -> float:
-    """The number of different pairs of neighbouring tokens divided by the number of pairs (Li et
-    al. 2016, distinct-2)."""
+    """Return the number of different pairs of neighbouring tokens divided by the number of pairs
+    (Li et al. 2016, distinct-2)."""
     pairs = [
         pair
         for response in responses

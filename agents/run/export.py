@@ -1,8 +1,8 @@
-"""Episodes as files, for those who stay with their trainer: a line of JSON or an Arrow row each,
-and as padded tensors.
+"""Episodes as files for another trainer, a line of JSON or an Arrow row each, and as padded
+tensors.
 
-The KL term is left out of the rewards: every trainer has a KL penalty of its own, and log pi_ref
-and beta are beside them.
+The KL term is left out of the rewards, because every trainer has a KL penalty of its own; log
+pi_ref and beta are in columns beside them.
 """
 
 import json
@@ -26,6 +26,7 @@ COLUMNS = {
     "logprobs": "list<float32>",
     "ref_logprobs": "list<float32>",
     "terms": "map<string, list<float32>>",
+    "watched": "map<string, list<float32>>",
     "kl_coef": "float32",
     "score": "float32",
     "gold": "float32",
@@ -36,6 +37,9 @@ COLUMNS = {
     "response": "string",
 }
 """The columns of a file and their Arrow types; docs/export.md explains each."""
+MAPS = [name for name, kind in COLUMNS.items() if kind.startswith("map")]
+NEWER = {"watched"}
+"""Mappings that files of version 0.1.0 do not have; they are read as empty."""
 SUFFIXES = (".jsonl", ".arrow")
 
 Row = dict[str, Any]
@@ -44,7 +48,7 @@ Row = dict[str, Any]
 def write_episodes(
     path: str | os.PathLike[str], episodes: Iterable[Episode], tokenizer: Any = None
 ) -> None:
-    """Writes `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
+    """Write `.jsonl` or `.arrow`, by the name; the file appears whole or not at all.
 
     With a `tokenizer` the texts are there too. Raises `InvalidArgument` for another suffix,
     `MissingDependency` for Arrow without pyarrow.
@@ -64,36 +68,42 @@ def write_episodes(
 
 
 def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows that `write_episodes` wrote, as dicts of `COLUMNS`."""
+    """Return the rows that `write_episodes` wrote, as dicts of `COLUMNS`."""
     path = Path(path)
     _check_suffix(path)
     if not path.is_file():
         raise InvalidArgument(f"path={str(path)!r} is not a file; write_episodes makes one.")
     try:
-        return _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
+        rows = _read_arrow(path) if path.suffix == ".arrow" else _read_lines(path)
+        return [_complete(row) for row in rows]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InvalidArgument(
             f"path={str(path)!r} does not hold what write_episodes writes: {str(error)[:200]}."
         ) from error
 
 
+def _complete(row: Row) -> Row:
+    row = {name: {} for name in NEWER} | row
+    return {name: row[name] for name in COLUMNS} | row
+
+
 def _read_arrow(path: Path) -> list[Row]:
     with _pyarrow().memory_map(str(path)) as source:
         rows = _pyarrow().ipc.open_file(source).read_all().to_pylist()
-    return [{**row, "terms": dict(row["terms"])} for row in rows]
+    return [row | {name: dict(row[name]) for name in MAPS if name in row} for row in rows]
 
 
 def _read_lines(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         rows += [json.loads(line)] if line else []
-        if line and not (isinstance(rows[-1], dict) and set(COLUMNS) <= set(rows[-1])):
+        if line and not (isinstance(rows[-1], dict) and set(COLUMNS) - NEWER <= set(rows[-1])):
             raise ValueError(f"line {number} is no episode")
     return rows
 
 
 def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
-    """One episode as plain values; what is not known is None."""
+    """Return one episode as plain values; what is not known is None."""
     terms = {name: values for name, values in episode.terms.items() if name != "kl"}
     rewards = np.sum(list(terms.values()), axis=0) if terms else episode.reward
     texts: tuple[str | None, str | None] = (None, None)
@@ -106,6 +116,10 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
         "logprobs": episode.logprob.tolist(),
         "ref_logprobs": episode.ref_logprob.tolist(),
         "terms": {name: values.tolist() for name, values in terms.items()},
+        "watched": {
+            name: [value if np.isfinite(value) else None for value in values.tolist()]
+            for name, values in episode.watched.items()
+        },
         "kl_coef": episode.kl_coef,
         "score": _known(episode.score),
         "gold": _known(episode.gold),
@@ -118,8 +132,8 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
 
 
 def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """B rows as tensors, prompts (B, P) padded on the left and responses (B, T) on the right, as
-    trainers hold them.
+    """Return B rows as tensors, as trainers hold them: prompts (B, P) padded on the left, and
+    responses (B, T) on the right.
 
     Returns:
         `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`,
@@ -178,7 +192,7 @@ def _write_arrow(path: Path, rows: list[Row]) -> None:
     }
     schema = pa.schema([(name, types[kind]) for name, kind in COLUMNS.items()])
     table = pa.Table.from_pylist(
-        [{**row, "terms": list(row["terms"].items())} for row in rows], schema
+        [row | {name: list(row[name].items()) for name in MAPS} for row in rows], schema
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)

@@ -1,4 +1,4 @@
-"""The texts at fault when a number is not finite, on disk."""
+"""Writing down the texts at fault when a number is not finite."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,11 @@ FILE = "failed_episodes.jsonl"
 def write_failures(
     directory: Path, error: NotFinite, spec: TokenSpec | None, update: int, tokens_seen: int
 ) -> None:
-    """Adds a line of JSON to `failed_episodes.jsonl` for each text of the error: what is wrong,
-    token ids, the text where there is a tokenizer and, of texts that have ended, what each token
-    earned (None where it is not finite)."""
+    """Add a line of JSON to `failed_episodes.jsonl` for each text of the error.
+
+    It says what is wrong, and holds the token ids, the text where there is a tokenizer and, of a
+    text that has ended, its numbers per token (None where one is not finite).
+    """
     tokenizer = spec.tokenizer if spec else None
     about = {"error": str(error), "update": update, "tokens_seen": tokens_seen}
     directory.mkdir(parents=True, exist_ok=True)
@@ -31,11 +33,9 @@ def write_failures(
 
 def _record(text: Any, tokenizer: Any) -> dict[str, Any]:
     ids = {name: [int(token) for token in getattr(text, name)] for name in ("prompt", "response")}
-    known = {f"{name}_tokens": tokens for name, tokens in ids.items()} | {
-        "slot": getattr(text, "slot", None)
-    }
+    known: dict[str, Any] = {f"{name}_tokens": tokens for name, tokens in ids.items()}
+    known["slot"] = getattr(text, "slot", None)
     if tokenizer is not None:
         known |= {name: tokenizer.decode(tokens) for name, tokens in ids.items()}
-    return known | (
-        token_columns(text, TokenPieces(tokenizer)) if isinstance(text, Episode) else {}
-    )
+    ended = isinstance(text, Episode)
+    return known | (token_columns(text, TokenPieces(tokenizer)) if ended else {})

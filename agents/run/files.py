@@ -1,4 +1,5 @@
-"""Files of a run: written whole or not at all; one run a folder, one process at a time."""
+"""Files of a run: each is written whole or not at all, and a folder holds one run, on which one
+process works at a time."""
 
 import os
 import shutil
@@ -14,7 +15,7 @@ from tokenenv.safety.trust import refuse_link
 
 LOCK = "lock"
 RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", "episodes.jsonl")
-"""A folder with one of these holds a run."""
+"""The files that say that a folder holds a run: one of them is enough."""
 _held: set[tuple[Path, int]] = set()
 """Folders that this process has locked, and the threads that did."""
 
@@ -22,9 +23,10 @@ _held: set[tuple[Path, int]] = set()
 def replace_file(
     path: Path, write: Callable[[Path], object], *, keep_previous: bool = False
 ) -> None:
-    """Has `write` make a file beside `path`, which then takes the name: a crash at any moment
-    leaves the old file or the new one, whole. With `keep_previous` the old one stays, under
-    `previous_of(path)`.
+    """Have `write` make a file beside `path`, which then takes its name.
+
+    A crash at any moment leaves the old file or the new one, whole. With `keep_previous` the old
+    one stays, under `previous_of(path)`.
 
     Raises `RunFolderError` where the disk is full or the folder cannot be written; `path` is then
     as it was.
@@ -33,11 +35,13 @@ def replace_file(
     with reporting(path, "be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.unlink(missing_ok=True)  # which may be a link to elsewhere
+            # What is there may be a link to elsewhere: it must not be written through.
+            temporary.unlink(missing_ok=True)
             write(temporary)
             _sync(temporary)
         except OSError:
-            temporary.unlink(missing_ok=True)  # half a file takes the room that other files need
+            # On a full disk half a file takes the room that other files need.
+            temporary.unlink(missing_ok=True)
             raise
         if keep_previous:
             _keep(path)
@@ -46,13 +50,13 @@ def replace_file(
 
 
 def previous_of(path: Path) -> Path:
-    """Where `replace_file` keeps the file that was at `path` before."""
+    """Return where `replace_file` keeps the file that was at `path` before."""
     return path.with_name(path.name + ".previous")
 
 
 @contextmanager
 def reporting(path: Path, what: str) -> Iterator[None]:
-    """Turns an `OSError` into a `RunFolderError`: `path` cannot `what`, and why."""
+    """Turn an `OSError` into a `RunFolderError`: `path` cannot `what`, and why."""
     try:
         yield
     except RunFolderError:
@@ -62,24 +66,22 @@ def reporting(path: Path, what: str) -> Iterator[None]:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises `InvalidArgument` where `folder` holds a run, or is no folder."""
+    """Raise `InvalidArgument` where `folder` holds a run, or is no folder."""
     if folder.exists() and not folder.is_dir():
         raise InvalidArgument(
-            f"run_dir={str(folder)!r} is a file; it must be a folder, which is made if there is "
-            f"none."
+            f"run_dir={str(folder)!r} is a file; it must be a folder, and is made if there is none."
         )
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found:
         raise InvalidArgument(
             f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv "
-            f"train --resume {folder}` "
-            "(or by the agent's load), or give another folder."
+            f"train --resume {folder}` (or by the agent's load), or give another folder."
         )
 
 
 def new_folder(path: Path) -> Path:
-    """Makes a folder that did not exist: `path`, or the first of `path`-2, `path`-3, ... that is
-    free."""
+    """Make a folder that did not exist, and return it: `path`, or the first of `path`-2, `path`-3,
+    ... that is free."""
     with reporting(path, "be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
         number, folder = 1, path
@@ -95,11 +97,10 @@ def new_folder(path: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes, and other threads, from training in `folder`; the system lets go when
-    this process ends.
+    """Keep other processes, and other threads, from training in `folder`.
 
-    The thread that holds the lock may take it again. Raises `RunFolderError` where another one has
-    it.
+    The system takes the lock away when this process ends, however it ends. The thread that holds
+    the lock may take it again. Raises `RunFolderError` where another one has it.
     """
     key = (folder.resolve(), threading.get_ident())
     if key in _held:
@@ -119,7 +120,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    import fcntl  # here: only Unix has it
+    import fcntl  # imported here, because only Unix has it
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +132,7 @@ def _lock(file: TextIO, folder: Path) -> None:
         ) from error
     except OSError as error:
         warnings.warn(
-            f"{folder} cannot be locked ({error.strerror}): see to it that one process trains "
+            f"{folder} cannot be locked ({error.strerror}): see to it that only one process trains "
             f"there.",
             stacklevel=4,
         )
@@ -142,7 +143,7 @@ def _lock(file: TextIO, folder: Path) -> None:
 
 
 def _keep(path: Path) -> None:
-    """Gives the file at `path` a second name, so that there is no moment without one at `path`."""
+    """Give the file at `path` a second name, so that there is no moment without one at `path`."""
     spare = path.with_name(path.name + ".spare")
     spare.unlink(missing_ok=True)
     if not path.exists():
@@ -152,11 +153,12 @@ def _keep(path: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, spare)
     os.replace(spare, previous_of(path))
-    spare.unlink(missing_ok=True)  # where both are one file, which replace leaves alone
+    # Where spare and previous are links to one file, `replace` does nothing and leaves spare.
+    spare.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
-    """Asks the system to have the file or directory on disk before going on."""
+    """Wait until the system has the file or directory on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

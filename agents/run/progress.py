@@ -1,4 +1,4 @@
-"""A live line while learning: tokens seen, tokens per second, score, KL, time left."""
+"""A live line while an agent learns: tokens seen, tokens per second, score, KL, time left."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from tokenenv.agents.episodes import Episode
 
 
 class ProgressLine:
-    """One line, redrawn after each update on a terminal; elsewhere a plain line every few
+    """Redraws one line after each update on a terminal, and elsewhere prints one every few
     seconds."""
 
     def __init__(
@@ -35,7 +35,7 @@ class ProgressLine:
         self._bar.start()
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
-        """Shows one update."""
+        """Show one update."""
         tokens, now = int(metrics["time/tokens"]), time.monotonic()
         line = describe(metrics, self._total)
         self._bar.update(self._task, completed=tokens, description=line, refresh=True)
@@ -48,12 +48,12 @@ class ProgressLine:
             self._printed = now
 
     def close(self) -> None:
-        """Leaves the last line on the screen."""
+        """Leave the last line on the screen."""
         self._bar.stop()
 
 
 def describe(metrics: dict[str, float], total_tokens: int) -> str:
-    """The figures of one update in words."""
+    """Return the figures of one update in words."""
     parts = [
         f"{metrics['time/tokens']:,.0f}/{total_tokens:,} tokens",
         f"{metrics['time/tokens_per_second']:,.0f} tokens/s",

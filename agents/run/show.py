@@ -1,4 +1,4 @@
-"""`tokenenv show`: one self-contained page of a run's episodes, every token coloured by what it
+"""The page of `tokenenv show`: a run's episodes in one file, every token coloured by what it
 earned."""
 
 import json
@@ -7,24 +7,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents.episodes import TOKEN_COLUMNS
 from tokenenv.errors import InvalidArgument
 from tokenenv.safety.shown import javascript_class
 from tokenenv.safety.trust import refuse_link
 from tokenenv.safety.values import from_yaml
 
 RUN_KEYS = ("env", "algo", "reward")
-COLUMNS = ("token_rewards", "token_kl", "token_values", "token_advantages")
 MOST = 1e300
-"""A number beyond it, or none, is not one that a run writes."""
+"""A run writes no number that is larger."""
 
 
 def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 200) -> Path:
-    """Writes the page (default: `episodes.html` in the run folder) and returns where it is.
+    """Write the page (by default `episodes.html` in the run folder) and return where it is.
 
-    The run folder is data, whoever made it: lines that are no episodes are left out, and their
-    number stands on the page. It shows at most `max_episodes` episodes, evenly over the run, of
-    those whose tokens were written one by one. Raises `InvalidArgument` where there is nothing to
-    show.
+    It shows at most `max_episodes` episodes, evenly over the run, of those whose tokens were
+    written one by one. The run folder is data, whoever made it: lines that hold no episode are left
+    out, and the page says how many. Raises `InvalidArgument` where there is nothing to show.
     """
     if max_episodes < 1:
         raise InvalidArgument(f"max_episodes={max_episodes} must be at least 1.")
@@ -40,6 +39,7 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
         "total": len(episodes),
         "skipped": skipped,
         "curve": score_curve(episodes),
+        "columns": {key: column.label for key, column in TOKEN_COLUMNS.items()},
         "episodes": evenly(detailed, max_episodes),
     }
     path = output or run_dir / "episodes.html"
@@ -51,15 +51,19 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
 
 
 def page(data: dict[str, Any]) -> str:
-    """The page's HTML; nothing in `data` can end the script that holds it."""
+    """Return the page's HTML."""
     template = files("tokenenv.agents.run").joinpath("show.html").read_text(encoding="utf-8")
     template = template.replace("__HIDDEN__", javascript_class())
+    # Without "<" no text of an episode can end the script element that holds the data.
     return template.replace("__DATA__", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
 def read_episodes(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
-    """The episodes of a run's `episodes.jsonl`, and how many lines hold none. The last line may be
-    half written while the run goes on: it is no episode yet, and not counted."""
+    """Return the episodes of a run's `episodes.jsonl`, and how many lines hold none.
+
+    The last line may be half written while the run goes on. It is then no episode, and is not
+    counted.
+    """
     path = run_dir / "episodes.jsonl"
     if not path.is_file():
         raise InvalidArgument(
@@ -76,8 +80,8 @@ def read_episodes(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _episode(line: str) -> dict[str, Any] | None:
-    """The episode of a line, or None where there is none with numbers and texts where they
-    belong."""
+    """Return the episode of a line, or None where the line holds none: a page shows what it is
+    given, so numbers must be numbers and texts texts."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):  # also of a number with too many digits
@@ -88,24 +92,25 @@ def _episode(line: str) -> dict[str, Any] | None:
 def _is_episode(found: dict[str, Any]) -> bool:
     numbers = [found.get(name) for name in ("score", "gold", "reward", "kl")]
     counts = [found.get(name) for name in ("tokens_seen", "length")]
-    whole = all(isinstance(count, int) and 0 <= count <= MOST for count in counts)
-    texts = all(isinstance(found.get(name), str | list) for name in ("prompt", "response"))
-    if not (
-        whole and texts and isinstance(found.get("terminated"), bool) and _are_numbers(numbers)
-    ):
-        return False
-    return "tokens" not in found or _are_columns(found)
+    return (
+        all(isinstance(count, int) and 0 <= count <= MOST for count in counts)
+        and all(isinstance(found.get(name), str | list) for name in ("prompt", "response"))
+        and isinstance(found.get("terminated"), bool)
+        and _are_numbers(numbers)
+        and ("tokens" not in found or _are_columns(found))
+    )
 
 
 def _are_columns(found: dict[str, Any]) -> bool:
-    tokens, terms = found["tokens"], found.get("token_terms", {})
-    if (
-        not isinstance(tokens, list)
-        or not all(isinstance(token, str) for token in tokens)
-        or not isinstance(terms, dict)
-    ):
+    tokens = found["tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         return False
-    columns = [*terms.values(), *(found[name] for name in COLUMNS if found.get(name) is not None)]
+    known = [found[key] for key in TOKEN_COLUMNS if found.get(key) is not None]
+    columns = [
+        column
+        for values in known
+        for column in (values.values() if isinstance(values, dict) else [values])
+    ]
     return all(
         isinstance(column, list) and len(column) == len(tokens) and _are_numbers(column)
         for column in columns
@@ -119,14 +124,14 @@ def _are_numbers(values: list[Any]) -> bool:
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly spread, the last one among them."""
+    """Return at most `count` of the items, evenly spread, the last one among them."""
     if len(items) <= count:
         return list(items)
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
 def score_curve(episodes: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(tokens seen, mean score) of each update whose scores are known."""
+    """Return (tokens seen, mean score) of each update whose scores are known."""
     scores: dict[int, list[float]] = {}
     for episode in episodes:
         if episode["score"] is not None:
@@ -136,11 +141,9 @@ def score_curve(episodes: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 def _run(run_dir: Path) -> dict[str, str]:
     path = run_dir / "config.yaml"
-    config = (
-        from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
-        if path.is_file()
-        else {}
-    )
+    if not path.is_file():
+        return {}
+    config = from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if not isinstance(config, dict):
         raise InvalidArgument(f"{path} holds no mapping of options.")
     return {key: str(config[key]) for key in RUN_KEYS if config.get(key) is not None}

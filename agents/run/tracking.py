@@ -1,5 +1,5 @@
-"""The run folder: TensorBoard events, finished episodes as lines of JSON; and Weights & Biases
-where it is asked for.
+"""Writing a run: TensorBoard events and finished episodes as lines of JSON, and Weights & Biases
+where it is asked for. docs/reading-a-run.md says what each number means.
 
 Suffixes: K tokens of any texts.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.agents.episodes import Episode
+from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
 from tokenenv.agents.run.files import locked, refuse_run, reporting
 from tokenenv.errors import MissingDependency
 from tokenenv.models.encoding import decode_pairs
@@ -26,27 +26,28 @@ from tokenenv.types import TokenSpec
 
 EPISODES = "episodes.jsonl"
 DETAILED = 32
-"""Episodes of each update whose tokens are written one by one: a line of each is enough of the
-others."""
+"""Episodes of each update whose tokens are written one by one; the others have a line without
+them."""
 EVERY = 10
 """Updates between sample texts and pictures."""
 QUARTERS = 4
 
 
 class RunFolder:
-    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory, after each update, and
-    keeps it locked.
+    """Writes `events.out.tfevents.*` and `episodes.jsonl` into a directory after each update, and
+    keeps the directory locked.
 
-    A directory holds one run. What was written of it after `tokens_seen` tokens is taken out first:
-    a run that goes on from a checkpoint writes that again. `tokens_seen` is None for a new run,
-    which is refused where there are episodes.
+    A directory holds one run. Where a run goes on, all that it wrote after `tokens_seen` tokens is
+    taken out first, because it will be written again. `tokens_seen` is None for a new run, which is
+    refused where there are episodes.
     """
 
     def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int | None) -> None:
-        # Imported here: it takes a second, and most uses write nothing.
+        # Imported here: the import takes a second, and most uses write nothing.
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = path = directory / EPISODES
+        # The lock first: only who has it may cut the files back.
         with ExitStack() as opened, reporting(path, "be written"):
             opened.enter_context(locked(directory))
             refuse_link(path)
@@ -63,14 +64,15 @@ class RunFolder:
         self._pieces = TokenPieces(self._tokenizer)
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
-        """Logs one update at the tokens seen so far."""
+        """Log one update at the tokens seen so far."""
         with reporting(self._path.parent, "take this update"):
             self._write_episodes(int(metrics["time/tokens"]), episodes)
             self._write_events(metrics, episodes)
             self._writer.flush()
 
     def _write_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
-        """On disk at once: a checkpoint that follows is never newer than they are."""
+        """Write one line for each episode, on disk at once: a checkpoint that follows is never
+        newer than the episodes."""
         lines = []
         for number, episode in enumerate(episodes):
             record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
@@ -92,7 +94,7 @@ class RunFolder:
             self._writer.add_figure("tokens/by_position", by_position(episodes), step)
 
     def _samples(self, episodes: Sequence[Episode], count: int = 4) -> str:
-        """The texts with the highest and the lowest scores, as Markdown."""
+        """Return the texts with the highest and the lowest scores, as Markdown."""
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
         texts = [
@@ -105,14 +107,14 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        """Flushes and closes both files, and lets go of the directory."""
+        """Flush and close both files, and unlock the directory."""
         with reporting(self._path.parent, "take this update"):
             self._opened.close()
 
 
 class WandbRun:
-    """The same figures in Weights & Biases: a listener for `learn(on_update=...)`; `close` ends the
-    run."""
+    """Sends the same figures to Weights & Biases: a listener for `learn(on_update=...)`, whose
+    `close` ends the run."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         wandb = import_wandb()
@@ -126,23 +128,23 @@ class WandbRun:
         )
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
-        """Logs one update at the tokens seen so far."""
+        """Log one update at the tokens seen so far."""
         drawn = {name: self._histogram(values_K) for name, values_K in histograms(episodes).items()}
         known = {name: value for name, value in metrics.items() if np.isfinite(value)}
         self._run.log(known | drawn, step=int(metrics["time/tokens"]))
 
     def close(self) -> None:
-        """Ends the run."""
+        """End the run."""
         self._run.finish()
 
 
 def markdown(text: str) -> str:
-    """Any text as Markdown that shows it: neither HTML nor links, pictures or headings."""
+    """Return Markdown that shows a text as it is: no HTML, link, picture or heading comes of it."""
     return re.sub(r"([\\`*_{}\[\]()#+.!|~-])", r"\\\1", html.escape(visible(text)))
 
 
 def import_wandb() -> Any:
-    """The package, or `MissingDependency`."""
+    """Return the package, or raise `MissingDependency`."""
     try:
         import wandb
     except ImportError as error:
@@ -153,7 +155,7 @@ def import_wandb() -> Any:
 
 
 def cut_episodes(path: Path, tokens_seen: int) -> None:
-    """Ends an `episodes.jsonl`, if there is one, after the last line that was written at or before
+    """Cut an `episodes.jsonl`, if there is one, after the last line that was written at or before
     so many tokens."""
     if not path.exists():
         return
@@ -164,13 +166,14 @@ def cut_episodes(path: Path, tokens_seen: int) -> None:
             seen = _tokens_seen(line)
             if seen is not None and seen > tokens_seen:
                 break
-            end = place if seen is not None else end  # a damaged line counts to what follows it
+            # A damaged line stays where a whole one follows, and goes at the end of the file.
+            end = place if seen is not None else end
         file.truncate(end)
         os.fsync(file.fileno())
 
 
 def _tokens_seen(line: bytes) -> int | None:
-    """Of a whole line; None where it is damaged or, after a kill, half written."""
+    """Return the tokens seen of a line; None where it is damaged or, after a kill, half written."""
     try:
         return int(json.loads(line)["tokens_seen"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
@@ -178,40 +181,42 @@ def _tokens_seen(line: bytes) -> int | None:
 
 
 def histograms(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
-    """Reward and advantage of single tokens (K,): of all, and of each quarter of the texts, which
-    shows where they sit."""
+    """Return reward, advantage and watched numbers of single tokens (K,).
+
+    Reward and advantage are given of all tokens and of each quarter of the texts, which shows where
+    in a text they sit. They are left out where one of them is not finite; of watched numbers the
+    finite ones are given.
+    """
     columns = {
         "reward": [e.reward for e in episodes],
         "advantage": [e.advantage for e in episodes if e.advantage is not None],
     }
     out: dict[str, np.ndarray] = {}
     for name, rows in columns.items():
-        if rows:
-            values_K, quarter_K = (
-                np.concatenate(rows),
-                np.concatenate([_quarters(len(row)) for row in rows]),
-            )
-            parts = {
-                f"tokens/{name}_quarter_{q + 1}": values_K[quarter_K == q] for q in range(QUARTERS)
-            }
-            out |= {f"tokens/{name}": values_K} | {
-                key: part for key, part in parts.items() if len(part)
-            }
-    return {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
+        if not rows:
+            continue
+        out[f"tokens/{name}"] = values_K = np.concatenate(rows)
+        quarter_K = np.concatenate([_quarters(len(row)) for row in rows])
+        for quarter in range(QUARTERS):
+            part_K = values_K[quarter_K == quarter]
+            if len(part_K):  # a text of one token has a first quarter only
+                out[f"tokens/{name}_quarter_{quarter + 1}"] = part_K
+    finite = {name: values_K for name, values_K in out.items() if np.isfinite(values_K).all()}
+    watched = {name: watched_tokens(episodes, name) for name in watched_names(episodes)}
+    return finite | {
+        f"tokens/watch_{name}": values_K for name, values_K in watched.items() if len(values_K)
+    }
 
 
 def by_position(episodes: Sequence[Episode]) -> Any:
-    """A matplotlib figure of mean reward and advantage by place in the text, with the middle half
-    of the texts shaded."""
+    """Return a matplotlib figure of mean reward and advantage by place in the text, with the middle
+    half of the texts shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     for axes, name in zip(figure.subplots(2, 1, sharex=True), ("reward", "advantage"), strict=True):
-        rows = [
-            row
-            for e in episodes
-            if (row := getattr(e, name)) is not None and np.isfinite(row).all()
-        ]
+        known = [getattr(e, name) for e in episodes if getattr(e, name) is not None]
+        rows = [row for row in known if np.isfinite(row).all()]
         if rows:
             table = np.full((len(rows), max(map(len, rows))), np.nan)
             for line, row in zip(table, rows, strict=True):
@@ -226,8 +231,11 @@ def by_position(episodes: Sequence[Episode]) -> Any:
 
 
 def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
-    """What a reader wants of an episode, as JSON: texts if there is a tokenizer, else token ids;
-    None for unknown numbers."""
+    """Return what a reader wants to know of an episode, as JSON values.
+
+    Prompt and response are texts where there is a tokenizer, else token ids. A number that is not
+    known is None.
+    """
     texts: tuple[Any, Any] = (episode.prompt.tolist(), episode.response.tolist())
     if tokenizer is not None:
         texts = decode_pairs([texts], tokenizer, skip_special_tokens=False)[0]
@@ -248,25 +256,21 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
 
 
 def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
-    """One entry for each response token, numbers to four digits: its text, reward, terms, log pi -
-    log pi_ref, and the value and advantage that the learner found."""
-    columns = {
-        "token_rewards": episode.reward,
-        "token_kl": episode.logprob - episode.ref_logprob if episode.ref_logprob.any() else None,
-        "token_values": episode.value,
-        "token_advantages": episode.advantage,
-    }
+    """Return one entry for each response token, numbers to four digits: its text under "tokens",
+    and `TOKEN_COLUMNS`. A number that is not finite is None."""
+    found = {key: column.of(episode) for key, column in TOKEN_COLUMNS.items()}
     return {
         "tokens": pieces(episode.response),
-        **{name: _rounded(column) for name, column in columns.items() if column is not None},
-        "token_terms": {name: _rounded(column) for name, column in episode.terms.items()},
+        **{key: _rounded(values) for key, values in found.items() if values is not None},
     }
 
 
-def _rounded(values: np.ndarray) -> list[float | None]:
+def _rounded(values: np.ndarray | Mapping[str, np.ndarray]) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _rounded(column) for name, column in values.items()}
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
 
 
 def _quarters(length: int) -> np.ndarray:
-    """(length,) the quarter, 0 to 3, of each place."""
+    """Return the quarter, 0 to 3, of each place (length,)."""
     return np.arange(length) * QUARTERS // length

@@ -1,8 +1,8 @@
-"""What the automaton tasks share: a random bigram as the reference, and a score that an automaton
-reads off the text.
+"""The parts that automaton tasks share: a random bigram as the reference, and a score that a finite
+automaton computes from the text.
 
 Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text is scored where it is
-cut. The prompt is "<s>".
+cut. The prompt is always "<s>". docs/your-task.md shows how to make such a task.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,13 @@ from tokenenv.types import Scorer, Task, TrunkStates
 START = "<s>"
 MAX_VOCAB, MAX_TOKENS = 512, 128
 CONCENTRATION, UNIFORM_SHARE = 0.3, 0.25
+"""Of the random reference: the Dirichlet parameter, and the share of the uniform distribution that
+keeps every word possible."""
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raises `InvalidArgument` unless `low` <= `value` <= `high`; whole bounds ask for a whole
-    number."""
+    """Raise `InvalidArgument` unless `low` <= `value` <= `high`; where the bounds are whole numbers
+    the value must be one too."""
     if isinstance(low, int) and not isinstance(value, int):
         raise InvalidArgument(f"{name}={value!r} must be a whole number, {low} to {high}.")
     if not isinstance(value, Real) or not low <= value <= high:
@@ -38,20 +40,23 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def vocabulary(special: Sequence[str], vocab_size: int) -> list[str]:
-    """V words: id 0 is "<s>", then `special`, then "w1", "w2", ..."""
+    """Return V words: id 0 is "<s>", then come the `special` words, then "w1", "w2", ..."""
     check_range("vocab_size", vocab_size, len(special) + 2, MAX_VOCAB)
     return [START, *special, *(f"w{i}" for i in range(1, vocab_size - len(special)))]
 
 
 def random_table(vocab_size: int, rng: np.random.Generator) -> np.ndarray:
-    """p(next | last), (V + 1, V): three quarters Dirichlet(0.3), one quarter uniform; the last row
-    is the start."""
+    """Draw the reference p(next | last), (V + 1, V) float64. The last row is for the first word.
+
+    Each row is three quarters a draw from Dirichlet(0.3), and one quarter uniform.
+    """
     rows = rng.dirichlet(np.full(vocab_size, CONCENTRATION), size=vocab_size + 1)
     return (1 - UNIFORM_SHARE) * rows + UNIFORM_SHARE / vocab_size
 
 
 def seeded(task_seed: int, *stream: int) -> np.random.Generator:
-    """The generator that a task draws its reference from, or, with `stream`, something else."""
+    """Return the random generator of a task's reference, or with `stream` that of something else,
+    so that the reference stays the same when other things are drawn."""
     check_range("task_seed", task_seed, 0, 2**63 - 1)
     return np.random.default_rng([task_seed, *stream])
 
@@ -59,7 +64,14 @@ def seeded(task_seed: int, *stream: int) -> np.random.Generator:
 def automaton_task(
     words: Sequence[str], probs: np.ndarray, automaton: Automaton, max_new_tokens: int
 ) -> Task:
-    """The task of these V words with reference `probs` (V + 1, V), on the automaton's device."""
+    """Make the task in which an automaton scores texts and a bigram is the reference.
+
+    Args:
+        words: V of them; word i has the token id i.
+        probs: p(next | last), (V + 1, V), positive; the last row is for the first word.
+        automaton: reads V tokens; its payoff in the last state is the score of a text.
+        max_new_tokens: T, the tokens of every text.
+    """
     reference = Bigram(probs, automaton.device)
     return Task(
         tokenizer=word_tokenizer(tuple(words)),
@@ -80,8 +92,8 @@ def automaton_task(
 
 
 class OneHot:
-    """One-hot automaton state (Q), last token (V + 1) and step (T + 1): all that the optimum
-    depends on."""
+    """The features of an automaton task, all that the optimum depends on: one-hot automaton state
+    (Q), last token (V + 1, the last one for no token yet) and step (T + 1)."""
 
     def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
         self.automaton, self.reference = automaton, reference
@@ -90,25 +102,19 @@ class OneHot:
         )
 
     def __call__(self, states: TrunkStates, step: Tensor) -> Tensor:
-        """Features (K, Q + V + T + 2) float32."""
+        """Return the features of K texts, (K, Q + V + T + 2) float32."""
         columns = (states[self.automaton], states[self.reference], step)
-        hot = torch.stack(
-            [
-                column + int(offset)
-                for column, offset in zip(columns, self.offsets[:-1], strict=True)
-            ],
-            dim=1,
-        )
-        zeros = torch.zeros(
-            len(step), int(self.offsets[-1]), dtype=torch.float32, device=step.device
-        )
-        return zeros.scatter_(1, hot, 1.0)
+        starts = map(int, self.offsets[:-1])
+        hot = [column + start for column, start in zip(columns, starts, strict=True)]
+        size = (len(step), int(self.offsets[-1]))
+        zeros = torch.zeros(size, dtype=torch.float32, device=step.device)
+        return zeros.scatter_(1, torch.stack(hot, dim=1), 1.0)
 
 
 @cache
 def word_tokenizer(words: tuple[str, ...]) -> Any:
-    """A transformers tokenizer that splits at spaces; id i is `words[i]`, and unknown words are
-    read as `words[0]`."""
+    """Make a transformers tokenizer that splits at spaces; id i is `words[i]`, and unknown words
+    are read as `words[0]`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

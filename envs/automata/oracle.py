@@ -1,4 +1,4 @@
-"""The exact optimum of score - beta KL(pi || pi_ref) where an automaton scores texts and a bigram
+"""The exact optimum of score - beta KL(pi || pi_ref), where an automaton scores texts and a bigram
 is the reference."""
 
 import math
@@ -17,16 +17,16 @@ from tokenenv.types import TrunkStates
 
 Table = TypeVar("Table")
 PolicyFunction = Callable[[dict[str, np.ndarray]], Any]
-"""Maps an observation of K running texts (NumPy `tokens` (K, T + 1), `length`, `prompt_length`) to
-pi(. | text), (K, V)."""
+"""A policy as a function: it maps an observation of K running texts (NumPy `tokens` (K, T + 1),
+`length` and `prompt_length` (K,)) to the probabilities of the next token, (K, V)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How good a policy is."""
+    """The quality of a policy, in the unit of the score."""
 
     objective: float
-    """J = E[score] - beta KL, with KL summed over a text's tokens."""
+    """J = E[score] - beta KL, where the KL is summed over a text's tokens."""
     error: float
     """The standard error of `objective` and of `regret`; 0.0 where they are exact."""
     score: float
@@ -38,17 +38,21 @@ class Evaluation:
 
 
 class AutomatonOracle:
-    """Backward induction over (step t, automaton state q, last token u), in float64.
+    """The optimal values, by backward induction over (step t, automaton state q, last token u), in
+    float64.
 
-    With V*_T(q, u) = payoff(q) and s' the state after token a in state s,
+    With V*_T(q, u) = payoff(q), and s' for the state after token a in state s,
 
-        V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (the largest V*(s') at beta = 0)
-        Q*(s, a) = V*(s')                                          (no reward before the end; the KL
-        term is not in it) pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
+        V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (at beta = 0 the largest V*(s'))
+        Q*(s, a) = V*(s')
+        pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
 
     (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r
-    + V*(s'). An `obs` holds N texts as the env observes them, NumPy or torch, with a prompt of one
-    token; beta is in reward per nat, 0 or more. The tables of the last two betas are kept.
+    + V*(s'); here no reward comes before the end, and the KL term is not part of Q*.
+
+    In all methods, `obs` holds N texts as the env observes them, as NumPy arrays or tensors, with a
+    prompt of one token, and beta is in reward per nat, 0 or more. The tables of the last two betas
+    are kept.
 
     Raises:
         InvalidArgument: an observation is not of this task, or a next token is asked for after a
@@ -67,33 +71,35 @@ class AutomatonOracle:
         self._device_tables: dict[float, Tensor] = {}
 
     def value(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
-        """V* (N,) float64; of a finished text, its score."""
+        """Return V* (N,) float64; that of a finished text is its score."""
         return self._values(beta)[self._read(obs)]
 
     def q(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
-        """Q* (N, V) float64 of running texts."""
+        """Return Q* (N, V) float64 of running texts."""
         step, state, _ = self._read_running(obs)
         return self._next(step, state, beta)
 
     def policy(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
-        """pi* (N, V) float64 of running texts; at beta = 0 the reference among the best tokens."""
+        """Return pi* (N, V) float64 of running texts; at beta = 0 the reference restricted to the
+        best tokens."""
         step, state, last = self._read_running(obs)
         return tilted(self.reference.probs[last], self._next(step, state, beta), beta)
 
     def optimal_objective(self, beta: float) -> float:
-        """J*: V* at the start of a text."""
+        """Return J*, which is V* at the start of a text."""
         return float(self._values(beta)[0, 0, -1])
 
     def reference_objective(self) -> float:
-        """J(pi_ref): its expected score."""
+        """Return J(pi_ref), which is the reference's expected score."""
         values = self._end()
         for _ in range(self.max_new_tokens):
             values = self._successors(values) @ self.reference.probs.T
         return float(values[0, -1])
 
     def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
-        """V* (K,) float32 on the device from the states of the automaton and of the reference."""
-        # Rows that take no token have ended: their step runs on beyond the last.
+        """Return V* (K,) float32 on the device, from the states of the automaton and of the
+        reference, and `step` (K,) tokens so far."""
+        # The step of rows that have ended, and take no token, runs on beyond the last one.
         step = step.clamp(max=self.max_new_tokens)
         return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
 
@@ -106,17 +112,20 @@ class AutomatonOracle:
         num_texts: int = 1024,
         seed: int = 0,
     ) -> Evaluation:
-        """J of any policy, by what its tokens lose: J* - J = E_pi sum_t [V*(s) - E_pi Q*(s, a) +
-        beta KL(pi || pi_ref)(s)].
+        """Evaluate any policy by what its tokens lose:
 
-        The bracket is beta KL(pi || pi*)(s), 0 or more, and is computed exactly in every state:
-        sampled texts only say how often a state occurs, so that the error vanishes as pi nears pi*.
+            J* - J = E_pi sum_t [V*(s) - E_pi Q*(s, a) + beta KL(pi || pi_ref)(s)].
+
+        The bracket is beta KL(pi || pi*)(s), 0 or more, and is computed exactly in every state.
+        Sampled texts only say how often a state occurs, so the error vanishes as pi nears pi*.
 
         Args:
-            policy_fn: asked once a step.
-            markov: pi depends on nothing but the step, the automaton's state and the last token: it
-                is then asked about one text for each of those that occur, and the result is exact.
-            num_texts: sampled from pi otherwise, at least 2.
+            policy_fn: the policy; it is asked once a step.
+            beta: reward per nat, 0 or more.
+            markov: whether pi depends on nothing but the step, the automaton's state and the last
+                token. It is then asked about one text for each combination that occurs, and the
+                result is exact.
+            num_texts: the number of texts sampled from pi where `markov` is False, at least 2.
             seed: of the sampling.
         """
         if not markov and num_texts < 2:
@@ -139,11 +148,11 @@ class AutomatonOracle:
     # ------------------------------------------------------------------- tables
 
     def _values(self, beta: float) -> np.ndarray:
-        """V* (T + 1, Q, V + 1)."""
+        """Return V* of all states, (T + 1, Q, V + 1)."""
         return _kept(self._tables, 2, beta, self._solve)
 
     def _device_values(self, beta: float) -> Tensor:
-        """The same on the device."""
+        """Return V* of all states on the device, (T + 1, Q, V + 1) float32."""
         return _kept(self._device_tables, 1, beta, self._upload)
 
     def _solve(self, beta: float) -> np.ndarray:
@@ -155,15 +164,15 @@ class AutomatonOracle:
         return np.stack(values[::-1])
 
     def _end(self) -> np.ndarray:
-        """Scores (Q, V + 1) of texts that end in a state."""
+        """Return the scores (Q, V + 1) of texts that end in a state."""
         return np.repeat(self.automaton.payoff[:, None], self.vocab_size + 1, axis=1)
 
     def _successors(self, values: np.ndarray) -> np.ndarray:
-        """The values (Q, V) of where each token leads from each state."""
+        """Return the values (Q, V) of the states that each token leads to from each state."""
         return values[self.automaton.transitions, np.arange(self.vocab_size)]
 
     def _next(self, step: np.ndarray, state: np.ndarray, beta: float) -> np.ndarray:
-        """V* (K, V) of where each token leads from K states."""
+        """Return V* (K, V) of the states that each token leads to from K states."""
         return self._values(beta)[
             step[:, None] + 1, self.automaton.transitions[state], np.arange(self.vocab_size)
         ]
@@ -174,7 +183,7 @@ class AutomatonOracle:
     # ------------------------------------------------------------- observations
 
     def _read(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step, automaton state and last token (N,) of N texts."""
+        """Return step, automaton state and last token of N texts, (N,) each."""
         if not isinstance(obs, Mapping) or not {"tokens", "length", "prompt_length"} <= set(obs):
             raise InvalidArgument(
                 "obs must be a token observation: tokens, length and prompt_length."
@@ -190,8 +199,7 @@ class AutomatonOracle:
         ):
             raise InvalidArgument(
                 f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} "
-                f"tokens; allowed: 1, and 1 to "
-                f"{self.max_new_tokens + 1}."
+                f"tokens; allowed: 1, and 1 to {self.max_new_tokens + 1}."
             )
         valid = np.arange(tokens.shape[1]) < length[:, None]
         if (valid & ((tokens < 0) | (tokens >= self.vocab_size))).any():
@@ -215,7 +223,7 @@ class AutomatonOracle:
         return _Texts(tokens, state, np.full(count, self.vocab_size), np.full(count, 1 / count))
 
     def _ask(self, policy_fn: PolicyFunction, texts: "_Texts") -> np.ndarray:
-        """pi (K, V) float64, its rounding taken out."""
+        """Ask for pi (K, V) float64, and normalise it again to take out its rounding."""
         count, length = texts.tokens.shape
         tokens = np.pad(texts.tokens, ((0, 0), (0, self.max_new_tokens + 1 - length)))
         counts = {"length": np.full(count, length), "prompt_length": np.ones(count, dtype=np.int64)}
@@ -234,17 +242,21 @@ class AutomatonOracle:
     def _costs(
         self, probs: np.ndarray, texts: "_Texts", beta: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """KL(pi || pi_ref) and what pi loses against pi*, (K,) each, by the next token of each
-        text."""
+        """Return KL(pi || pi_ref) of the next token, and what pi loses there against pi*, (K,)
+        each."""
         step = np.full(len(probs), texts.tokens.shape[1] - 1)
+        # Where pi is 0 the summand is 0 whatever the ratio is; 1 keeps its log finite.
         ratio = np.where(probs > 0, probs, 1.0) / self.reference.probs[texts.last]
         kl = (probs * np.log(ratio)).sum(1)
         gain = (probs * self._next(step, texts.state, beta)).sum(1) - beta * kl
         return kl, np.maximum(self._values(beta)[step, texts.state, texts.last] - gain, 0.0)
 
     def _all_next(self, texts: "_Texts", probs: np.ndarray) -> "_Texts":
-        """One text for every (automaton state, last token) that comes next, with its
-        probability."""
+        """Return one text for every (automaton state, last token) that comes next, with its
+        probability.
+
+        Texts that meet in the same combination have the same future, so one of them stands for all.
+        """
         flow = texts.mass[:, None] * probs
         place = self.automaton.transitions[texts.state] * self.vocab_size + np.arange(
             self.vocab_size
@@ -259,7 +271,8 @@ class AutomatonOracle:
         )
 
     def _drawn_next(self, texts: "_Texts", probs: np.ndarray, rng: np.random.Generator) -> "_Texts":
-        """Every text with a token drawn from pi."""
+        """Return every text with one more token, drawn from pi."""
+        # Scaled by the sum, so that rounding cannot lead beyond the last token.
         cumulative = probs.cumsum(1)
         drawn = rng.random((len(probs), 1)) * cumulative[:, -1:]
         token = (cumulative <= drawn).sum(1)
@@ -274,19 +287,19 @@ class _Texts:
     tokens: np.ndarray
     """(K, t + 1) int64."""
     state: np.ndarray
-    """(K,) of the automaton."""
+    """(K,) the automaton's states."""
     last: np.ndarray
     """(K,) the last token; V at the beginning."""
     mass: np.ndarray
-    """(K,) how often they occur."""
+    """(K,) the probability of each."""
 
 
 def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:
-    """beta log sum_a probs[u, a] exp(values[q, a] / beta), (Q, U), of `values` (Q, V) and positive
-    `probs` (U, V).
+    """Return beta log sum_a probs[u, a] exp(values[q, a] / beta), (Q, U), of `values` (Q, V) and
+    positive `probs` (U, V).
 
-    The best value is taken out first: its share of the sum is then its probability, so that nothing
-    is lost.
+    The best value is subtracted first. Its summand is then its probability, so the sum is positive
+    and cannot overflow, however small beta is.
     """
     best = values.max(1, keepdims=True)
     if beta == 0:
@@ -295,7 +308,8 @@ def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:
 
 
 def tilted(probs: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
-    """probs exp(values / beta), normalised, (K, V) each; at beta = 0 the best values alone."""
+    """Return probs exp(values / beta), normalised, (K, V) each. At beta = 0 only the tokens with
+    the best value have a probability."""
     gap = values - values.max(1, keepdims=True)
     weights = probs * (gap == 0 if beta == 0 else np.exp(gap / beta))
     return weights / weights.sum(1, keepdims=True)
@@ -304,7 +318,8 @@ def tilted(probs: np.ndarray, values: np.ndarray, beta: float) -> np.ndarray:
 def _kept(
     tables: dict[float, Table], size: int, beta: float, make: Callable[[float], Table]
 ) -> Table:
-    """`make(beta)`, made once while it is among the `size` betas that were asked for last."""
+    """Return `make(beta)`, which is kept as long as it is among the `size` betas that were asked
+    for last."""
     table = tables.pop(beta) if beta in tables else make(beta)
     tables[beta] = table
     if len(tables) > size:

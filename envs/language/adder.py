@@ -1,5 +1,5 @@
-"""Sums as tokens, a character each, and an `Adder` that reads them: right or wrong, as a text and
-up to each digit."""
+"""Sums as tokens, one for each character, and an `Adder` that says whether they are right: as a
+text, and up to each digit."""
 
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -10,34 +10,36 @@ from torch import Tensor
 
 from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import check_choice
-from tokenenv.models.automaton import StateRows
+from tokenenv.models.automaton import StateSlots
 from tokenenv.models.batching import upload
 
 PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
-"""Ids are places in this list."""
+"""The token with id i is the i-th of this list."""
 MAX_OPERAND = 99
 LARGEST = 10**9
-"""Operands of prompts that nobody meant to be sums are kept below this."""
+"""The bound of operands, for prompts that are no sums from 0 to 99: an endless number would
+overflow."""
 
 
 @cache
 def sums(split: str) -> tuple[tuple[int, int], ...]:
-    """The pairs of operands of one split ('train' or 'test'), both 0 to 99, in order; a + b and b +
-    a are in one split."""
+    """Return the pairs of operands of one split, "train" or "test", both 0 to 99, in order. a + b
+    and b + a are in the same split."""
     check_choice("split", split, SPLITS)
     pairs = ((a, b) for a in range(MAX_OPERAND + 1) for b in range(MAX_OPERAND + 1))
     return tuple((a, b) for a, b in pairs if split_of(f"{min(a, b)}+{max(a, b)}=") == split)
 
 
 class Adder:
-    """Reads a question such as "27+85=" and then the answer, token by token (a `TokenModel`: a
-    scorer's trunk).
+    """A machine that reads a question such as "27+85=" and then the answer, token by token. It is
+    a `TokenModel`, the trunk of a scorer.
 
     States are (K, 4) int64: the sum so far, the operand being read, the place in the answer (-1
-    within the question), and whether the answer is right up to there: the digits of the sum from
-    the first on, and <eos> behind the last. Any tokens can be read: the question ends at the first
-    "=", what is no digit or sign in it is nothing, an operand without digits is 0.
+    within the question), and whether the answer is right up to there (1 or 0). A right answer is
+    the digits of the sum from the first on, and then <eos>. Any tokens can be read: the question
+    ends at the first "=", tokens in it that are no digit or sign are skipped, and an operand
+    without digits is 0.
     """
 
     vocab_size = len(TOKENS)
@@ -46,18 +48,21 @@ class Adder:
         self.device = torch.device(device)
         self._powers = 10 ** torch.arange(12, device=self.device)
 
-    def slots(self, num_rows: int, max_length: int) -> StateRows:
-        """N running texts of any length."""
-        return StateRows(self, num_rows)
+    def slots(self, num_slots: int, max_length: int) -> StateSlots:
+        """Make N slots for running texts of any length."""
+        return StateSlots(self, num_slots)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Right-padded `tokens` (B, L) to states (B, L, 4), in which state t has read token t."""
+        """Read whole texts: right-padded `tokens` (B, L) to states (B, L, 4), in which state t has
+        read tokens 0..t."""
         return torch.stack(list(self._walk(tokens)), dim=1)
 
     def after(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """The states (K, 4) after one more token (K,)."""
+        """Return the states (K, 4) after one more token (K,) each."""
         tokens = tokens.to(self.device, non_blocking=True)
         total, operand, place, right = states.unbind(-1)
+        # Both continuations are computed for all rows, and `asking` chooses: no row may decide what
+        # the device runs.
         asking = place < 0
         digit, closes = tokens - ZERO, (tokens == PLUS) | (tokens == EQUALS)
         longer = torch.where((digit >= 0) & (digit < 10), operand * 10 + digit, operand) % LARGEST
@@ -72,13 +77,13 @@ class Adder:
         return torch.stack([torch.where(asking, one, other) for one, other in columns], dim=-1)
 
     def score(self, states: Tensor) -> Tensor:
-        """(K,) float32: 1 where the text is a question with its whole right answer, <eos> included,
-        else 0."""
+        """Return 1 where the text is a question with its whole right answer, <eos> included, else
+        0; (K,) float32."""
         total, _, place, right = states.unbind(-1)
         return ((place == self._num_digits(total) + 1) & (right == 1)).float()
 
     def step_score(self, states: Tensor) -> Tensor:
-        """(K,) float32: 1 where the answer is right up to here, else 0."""
+        """Return 1 where the answer is right up to here, else 0; (K,) float32."""
         return states[:, 3].float()
 
     def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -88,7 +93,7 @@ class Adder:
             yield state
 
     def _expected(self, total: Tensor, place: Tensor) -> Tensor:
-        """The right token (K,) at a place of the answer; none, -1, beyond its end."""
+        """Return the right token (K,) at a place of the answer, or -1 beyond its end."""
         left = self._num_digits(total) - 1 - place
         digit = total // self._powers[left.clamp(0, len(self._powers) - 1)] % 10
         return torch.where(left >= 0, ZERO + digit, torch.where(left == -1, EOS, -1))

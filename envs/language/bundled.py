@@ -17,27 +17,27 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 @cache
 def bundled_lm(name: str, device: str, dtype: torch.dtype) -> Any:
-    """The frozen causal LM in `assets/<name>`."""
+    """Load the causal LM in `assets/<name>`, frozen."""
     with _no_bar():
         return load_causal_lm(str(ASSETS / name), device=device, dtype=dtype)
 
 
 @cache
 def bundled_scorer(name: str, device: str, dtype: torch.dtype) -> Scorer:
-    """The scorer of the frozen reward model in `assets/<name>`."""
+    """Load the reward model in `assets/<name>`, frozen, as a scorer."""
     with _no_bar():
         return make_scorer(load_reward_model(str(ASSETS / name), device=device, dtype=dtype))
 
 
 @cache
 def bundled_tokenizer(name: str) -> Any:
-    """The tokenizer in `assets/<name>`."""
+    """Load the tokenizer in `assets/<name>`."""
     return load_tokenizer(str(ASSETS / name))
 
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """Without transformers' progress bar: a bundled model loads in a blink."""
+    """Hide transformers' progress bar: a bundled model loads in an instant."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,9 +1,9 @@
-"""Short reviews from a small grammar, and the rule that says whether one is positive.
+"""Short reviews from a small grammar, and the rule that says whether a review is positive.
 
-A review is a list of words and punctuation marks. Each opinion word counts +1 or -1, and twice
-after an intensifier; a negator up to three words before it in the same clause turns the sign round
-("not very good" is -1). Some pairs only look like opinions ("good morning"). A review is positive
-if its sum is above zero.
+A review is a list of words and punctuation marks. Each opinion word counts +1 or -1, and double
+after an intensifier. A negator up to three words before it in the same clause turns the sign round,
+and an intensifier then counts for nothing ("not very good" is -1). Some pairs of words only look
+like opinions ("good morning"). A review is positive if its sum is above zero.
 """
 
 import random
@@ -16,13 +16,11 @@ from tokenenv.errors import check_choice
 
 POSITIVE_ADJECTIVES = str.split(
     "good great excellent lovely friendly fresh tasty clean warm helpful wonderful perfect fine "
-    "nice charming delicious "
-    "superb pleasant kind amazing cosy bright"
+    "nice charming delicious superb pleasant kind amazing cosy bright"
 )
 NEGATIVE_ADJECTIVES = str.split(
     "bad awful terrible poor rude stale dirty cold slow dull horrible noisy bland boring broken "
-    "unpleasant nasty "
-    "disappointing greasy cramped weak careless"
+    "unpleasant nasty disappointing greasy cramped weak careless"
 )
 POSITIVE_VERBS = {
     "enjoy": "enjoyed",
@@ -66,7 +64,7 @@ TIMES = str.split("yesterday today again once twice recently")
 DAYS = str.split("monday tuesday friday saturday sunday")
 SIGHTS = str.split("station river market park castle harbour bridge church lake square")
 OPENINGS = {"train": 2000, "test": 512}
-"""How many prompts each split has."""
+"""The number of prompts of each split."""
 MIN_OPENING, MAX_OPENING = 4, 10
 """The length of a prompt in words and marks."""
 CLAUSE_ENDS = (".", ",", "!", "and", "but")
@@ -79,10 +77,11 @@ _TOKEN = re.compile(r"[a-z]+|[.,!]")
 
 
 def opinions(words: list[str]) -> Iterator[tuple[int, int]]:
-    """(index, signed weight) of each word that gives an opinion."""
+    """Yield the index and the signed weight of each word that gives an opinion."""
     for i, word in enumerate(words):
         if word not in POLARITY or (word, "".join(words[i + 1 : i + 2])) in _PAIRS:
             continue
+        # The last three words before it, from the last end of a clause among them on.
         clause = words[:i][-3:]
         while any(mark in clause for mark in CLAUSE_ENDS):
             clause = clause[1:]
@@ -92,12 +91,12 @@ def opinions(words: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def split_words(text: str) -> list[str]:
-    """The words and marks of a text; anything else is dropped."""
+    """Return the words and marks of a text, in lower case; anything else is dropped."""
     return _TOKEN.findall(text.lower())
 
 
 def sentiment(text: str) -> int:
-    """The sum of the signed opinions of a text; 0 where there are none or they balance."""
+    """Return the sum of the signed opinions of a text; 0 where there are none or they balance."""
     return sum(weight for _, weight in opinions(split_words(text)))
 
 
@@ -107,8 +106,8 @@ def is_positive(text: str) -> bool:
 
 
 def review(rng: random.Random, leaning: float | None = None) -> list[str]:
-    """One random review; `leaning`, the share of opinions in favour, is drawn so that about half
-    are positive."""
+    """Draw one review. `leaning` is the share of opinions in favour; by default it is drawn so that
+    about half of all reviews are positive."""
     if leaning is None:
         leaning = rng.choice((0.15, 0.15, 0.65, 0.65, 0.9, 0.9))
     sentences = [_opening(rng)] if rng.random() < 0.75 else []
@@ -200,7 +199,7 @@ def _verb_phrase(rng: random.Random, sign: int) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that a review may hold, sorted."""
+    """Return every word and mark that a review may hold, sorted."""
     rng = random.Random(0)
     seen = {word for _ in range(20_000) for word in review(rng)}
     return sorted(seen | set(POLARITY) | set(NEGATORS) | set(INTENSIFIERS) | set(CLAUSE_ENDS))
@@ -208,8 +207,8 @@ def vocabulary() -> list[str]:
 
 @cache
 def openings(split: str) -> tuple[str, ...]:
-    """The prompts of a split: beginnings of reviews, all different, 4 to 10 words long and without
-    an opinion."""
+    """Return the prompts of a split: beginnings of reviews, all different, 4 to 10 words long, and
+    without an opinion."""
     check_choice("split", split, OPENINGS)
     rng = random.Random(0)
     found: dict[str, None] = {}

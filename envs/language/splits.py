@@ -1,4 +1,4 @@
-"""Which prompts are held out."""
+"""The rule that says which prompts are held out."""
 
 import hashlib
 
@@ -7,5 +7,5 @@ _TEST_SHARE = 0.25
 
 
 def split_of(text: str) -> str:
-    """'train' or 'test' (a quarter), by a stable hash of what a prompt is made from."""
+    """Return the split of a text, "train" or "test" (a quarter of all texts), by a stable hash."""
     return "test" if hashlib.sha256(text.encode()).digest()[0] < 256 * _TEST_SHARE else "train"

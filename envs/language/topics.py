@@ -1,4 +1,4 @@
-"""English prose of the Python reference, read at run time from the standard library's
+"""English prose of the Python reference. It is read at run time from the standard library's
 `pydoc_data.topics`."""
 
 import re
@@ -10,7 +10,7 @@ from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import ModelError, check_choice
 
 MIN_WORDS, MAX_WORDS = 25, 44
-"""Length of a passage in words."""
+"""The length of a passage in words."""
 SENTENCE_BREAK = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 _CODE = re.compile(r"::=|>>>|[|{}=<>\\]|\+--|\*\*|__ __")
 _VERSION_NOTE = re.compile(r"(Changed|New|Added|Removed) in version|Deprecated since|Availability:")
@@ -24,8 +24,8 @@ _PLAIN = str.maketrans(
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """The prose paragraphs of one page of plain-text documentation, each on one line and without
-    markup."""
+    """Yield the prose paragraphs of one page of plain-text documentation, each on one line and
+    without markup."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = _plain(_BULLET.sub("", block))
         if _is_prose(paragraph):
@@ -33,27 +33,23 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def _plain(block: str) -> str:
-    text = re.sub(r"(?<=\w-)\n\s*(?=\w)", "", block)  # a word broken at its hyphen
-    text = re.sub(r"\s*\[\d+\]", "", text)  # footnote references
-    text = re.sub(
-        r"\*\*(.+?)\*\*|\*(\w.*?)\*|`+(.+?)`+",
-        lambda m: next(filter(None, m.groups())),
-        text,
-        flags=re.S,
-    )
+    text = re.sub(r"(?<=\w-)\n\s*(?=\w)", "", block)  # joins a word that is broken at its hyphen
+    text = re.sub(r"\s*\[\d+\]", "", text)  # drops footnote references
+    markup = r"\*\*(.+?)\*\*|\*(\w.*?)\*|`+(.+?)`+"
+    text = re.sub(markup, lambda m: next(filter(None, m.groups())), text, flags=re.S)
     return " ".join(text.translate(_PLAIN).split())
 
 
 def _is_prose(text: str) -> bool:
-    """Whole English sentences: no code, grammar, table, heading, version note or list of
-    operators."""
+    """Whether a paragraph is whole English sentences, and no code, grammar, table, heading, version
+    note or list of operators."""
     whole = text[:1].isupper() and text.endswith((".", ".)")) and len(text.split()) >= 12
     return whole and text.isascii() and not _CODE.search(text) and not _VERSION_NOTE.match(text)
 
 
 def passages(text: str) -> Iterator[str]:
-    """The runs of whole sentences of a paragraph, one from each sentence on, of `MIN_WORDS` to
-    `MAX_WORDS` words."""
+    """Yield runs of whole sentences of a paragraph: from each sentence on the longest one that has
+    `MIN_WORDS` to `MAX_WORDS` words, if there is any."""
     sentences = SENTENCE_BREAK.split(text)
     for start in range(len(sentences)):
         runs = [" ".join(sentences[start:stop]) for stop in range(start + 1, len(sentences) + 1)]
@@ -64,10 +60,10 @@ def passages(text: str) -> Iterator[str]:
 
 @cache
 def prose(split: str) -> tuple[str, ...]:
-    """The paragraphs of one split ('train' or 'test').
+    """Return the paragraphs of one split, "train" or "test".
 
-    Topics repeat one another's paragraphs; a paragraph belongs to the shortest topic that holds it,
-    so that no paragraph is in both splits.
+    Topics repeat one another's paragraphs. A paragraph belongs to the shortest topic that holds it,
+    so that none is in both splits.
     """
     check_choice("split", split, SPLITS)
     topics = _topics()
@@ -86,6 +82,6 @@ def _topics() -> dict[str, str]:
         raise ModelError(
             "this Python lacks the module pydoc_data.topics, whose prose PyDocs-v0 continues; "
             f"Debian and Ubuntu have it in the package {package}, other systems in their full "
-            f"Python package"
+            "Python package"
         ) from error
     return topics

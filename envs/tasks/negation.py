@@ -1,8 +1,51 @@
 """Negation-v0: say good things, and mind the "not" before a word.
 
-A positive word counts 1 and a negative one -1; after "not" it counts the other way round, and "not
-not" is nothing. The sum stays within `limit` on both sides: what goes beyond is lost. Every text
-gets a score; a higher `limit` or a longer text makes the reward rarer or the credit harder to give.
+## Description
+
+A positive word counts 1 and a negative word -1. After "not" a word counts the other way round, and
+"not not" cancels out. The sum stays between -`limit` and `limit`: what goes beyond is lost. Every
+text gets a score. A higher `limit` makes the full score rarer, and a longer text makes it harder to
+tell which word earned what. There are 6 positive words, 12 negative ones and 2 that negate. The
+reference is a random bigram over the words (`task_seed`), and the policy starts from it.
+
+## Observation Space
+
+`Dict(tokens=Box(0, 63, (17,), int64), length=Discrete(18), prompt_length=Discrete(18))`: the prompt
+and the response so far, padded on the right. P = 1 and T = 16 by default (`max_new_tokens`), so
+that L = P + T = 17. With `observation="features"` it is `Box(-inf, inf, (100,), float32)`: one-hot
+automaton state (18), last token (65) and step (17), which is all that the optimum depends on.
+
+## Action Space
+
+`Discrete(64)`: the next word (`vocab_size`).
+
+## Rewards
+
+The score of a text is the sum / `limit`, -1 to 1; an automaton computes it. The default design is
+"terminal": the score at the last word, and the KL term at every word. `infos["gold"]` is the score.
+
+The optimum is known exactly (`envs.unwrapped.oracle`), so `reward="oracle"` exists and an agent's
+regret is a number. With the defaults and `kl_coef=0.05`, J = E[score] - 0.05 KL is 0.757 at the
+optimum (J*) and -0.300 for the reference.
+
+## Starting State
+
+The prompt is always "<s>", and the response is empty.
+
+## Episode End
+
+There is no stop token: a text ends when it has T words, and is scored there. That is a termination;
+with `score_truncated=False` it is a truncation without a score.
+
+## Arguments
+
+```python
+envs = gym.make_vec("tokenenv/Negation-v0", num_envs=64, max_new_tokens=32, limit=8)
+```
+
+## Version History
+
+* v0: initial version.
 """
 
 from tokenenv.envs.automata.automata import (
@@ -30,14 +73,14 @@ def task(
     task_seed: int = 0,
     device: str = "cpu",
 ) -> Task:
-    """Scores the sum / `limit`, -1 to 1: 6 positive and 12 negative words, 2 that negate.
+    """Make the task: a text scores the sum of its words / `limit`, -1 to 1.
 
     Args:
-        max_new_tokens: T, 1 to 128.
-        vocab_size: V, at least 22.
-        limit: where the sum stays, 1 to 16.
-        task_seed: of the reference.
-        device: where the models are.
+        max_new_tokens: T, the words of a text, 1 to 128.
+        vocab_size: V, the number of different words, 22 to 512.
+        limit: the largest absolute value of the sum, 1 to 16.
+        task_seed: the seed from which the reference is drawn, 0 or more.
+        device: where the models are put.
 
     Raises:
         InvalidArgument: an option is out of range.

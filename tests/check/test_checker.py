@@ -1,6 +1,7 @@
 """`check_vector_env`: passes on every env of the package, and names what a broken one breaks."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
 from tasks import MODES, TOYS, assert_equal, make_vec, some_modes
 
 from tokenenv.check import check_vector_env
+from tokenenv.check.driver import close
 from tokenenv.env.single_env import TokenEnv
 from tokenenv.errors import ContractError
 from tokenenv.rewards import PositionScaled, Scaled, Segment
@@ -152,7 +154,7 @@ RETURNED = {
         lambda now: now.update(truncated=now["info"]["_kl_coef"] & ~now["terminated"]),
         "before max_new_tokens",
     ),
-    "no cut": (NEXT, without("cut"), "infos['cut'] is not there exactly where rows end"),
+    "no cut": (NEXT, without("cut"), "infos['cut'] is not there exactly where texts end"),
     "cut": (
         NEXT,
         info_value("cut", np.zeros_like),
@@ -178,7 +180,7 @@ RETURNED = {
         info_value("token_rewards", lambda values: values * 1.001),
         "do not sum to what step() paid",
     ),
-    "no placed": (NEXT, without("token_rewards"), "not there exactly where rows end"),
+    "no placed": (NEXT, without("token_rewards"), "not there exactly where texts end"),
     "no mask": (
         NEXT,
         lambda now: now["info"].pop("_ref_logprob", None),
@@ -212,6 +214,77 @@ def test_names_what_is_wrong_in_what_step_returns(
     with pytest.raises(ContractError) as error:
         check_vector_env(Changed(make_vec(3, mode), change), steps=9)
     assert message in str(error.value)
+
+
+class Watched(Changed):
+    """An env that watches what each token was paid, and `score_episodes` with it."""
+
+    def __init__(self, envs: Any, patch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+        super().__init__(envs, lambda now: (self.watch(now["info"], now["reward"]), change(now)))
+        score = envs.unwrapped.score_episodes
+        patch.setattr(envs.unwrapped, "score_episodes", lambda *a, **k: self.said(score(*a, **k)))
+
+    def watch(self, info: Any, reward: np.ndarray) -> None:
+        active = info["_kl_coef"]
+        info |= {"watched": {"paid": reward.copy(), "_paid": active}, "_watched": active}
+        if "token_rewards" in info:
+            ended, placed = info["_token_rewards"], info["token_rewards"].copy()
+            info |= {"token_watched": {"paid": placed, "_paid": ended}, "_token_watched": ended}
+
+    def said(self, scores: Any) -> Any:
+        names = ("step_rewards", "score", "gold", "token_rewards")
+        fields = {name: getattr(scores, name) for name in names}
+        return SimpleNamespace(**fields, watched={"paid": scores.token_rewards})
+
+
+def watched_value(key: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda now: (
+        now["info"]
+        .get(key, {"paid": 0})
+        .update(paid=change(now["info"].get(key, {"paid": np.zeros(3)})["paid"]))
+    )
+
+
+WATCHED = {
+    "shifted": (
+        watched_value("token_watched", lambda values: np.roll(values, 1, axis=-1)),
+        "infos['token_watched']['paid'] is not what infos['watched'] was token by token",
+    ),
+    "mask": (
+        lambda now: now["info"]["watched"].pop("_paid"),
+        "infos['paid'] has no mask infos['_paid'] of 3 bools",
+    ),
+    "missing": (without("token_watched"), "infos['token_watched'] has no 'paid'"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_watched_is_checked_too(
+    mode: AutoresetMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_vector_env(Watched(make_vec(3, mode), monkeypatch, nothing), steps=9)
+
+
+def test_numbers_are_compared_relative_to_their_size_and_nan_is_nan() -> None:
+    assert close([1e6, np.nan], [1e6 + 1, np.nan], 1e-5)
+    assert not close([1.0], [1.0 + 1e-4], 1e-5)
+    assert not close([np.nan], [1.0], 1e-5)
+    assert not close([1.0], [np.nan], 1e-5)
+
+
+@pytest.mark.parametrize(("change", "message"), WATCHED.values(), ids=WATCHED)
+def test_names_what_is_wrong_in_what_is_watched(
+    change: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ContractError) as error:
+        check_vector_env(Watched(make_vec(3), monkeypatch, change), steps=9)
+    assert message in str(error.value)
+
+
+def test_what_is_watched_must_be_what_score_episodes_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watched, "said", lambda self, scores: scores)
+    with pytest.raises(ContractError, match=r"\['paid'\] is given by one of"):
+        check_vector_env(Watched(make_vec(3), monkeypatch, nothing), steps=9)
 
 
 def test_a_cut_without_a_score_that_terminates_is_named() -> None:
@@ -292,20 +365,20 @@ INSIDE = {
         attribute("_streams.reseed", nothing),
         "reset(seed=0) and the same actions do not give the same run",
     ),
-    "slots": (NEXT, shared_numbers, "depends on the other rows' actions"),
+    "slots": (NEXT, shared_numbers, "depends on the other slots' actions"),
     "scores": (NEXT, generous, "step() does not pay what score_episodes() says"),
     "state": (
         NEXT,
         attribute("_texts.load", nothing),
         "load_state() does not show the texts that were saved",
     ),
-    "fork": (SAME, attribute("_engine.fork", nothing), "after fork([0], [1]) the rows differ"),
+    "fork": (SAME, attribute("_engine.fork", nothing), "after fork([0], [1]) the slots differ"),
     "eager": (NEXT, eager, "an action that was refused has changed the env"),
     "closed": (NEXT, attribute("_require_open", nothing), "after close() does not raise"),
     "finished": (
         DISABLED,
         attribute("_active_rows", lambda: np.ones(3, bool)),
-        "a finished row can be stepped under DISABLED",
+        "a finished slot can be stepped under DISABLED",
     ),
 }
 

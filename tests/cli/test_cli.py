@@ -135,6 +135,31 @@ def test_evaluate_asks_for_other_prompts_and_finds_the_runs_own_where_they_have_
     )
 
 
+def test_a_run_writes_how_long_its_prompts_may_be_and_goes_on_with_that(tmp_path, capsys):
+    """The spaces of a run that goes on are those it began with, whatever its options left open."""
+    prompts, other, folder = tmp_path / "p.txt", tmp_path / "other.txt", tmp_path / "x"
+    prompts.write_text("the pizza\nthe waiter said\n")
+    other.write_text("the waiter said good morning to my sister\n")
+    models = ["model", str(ASSETS / "reviews-lm"), "reward_model", str(ASSETS / "reviews-reward")]
+    options = [*models, "prompts", str(prompts), "max_new_tokens", "6"]
+    env = ["--env", "tokenenv/TextGen-v0", "--options", *options]
+    main(["train", *SMALL, *env, "--run-dir", str(folder)])
+    saved = load_config(folder / "config.yaml")
+    assert saved.options["max_prompt_tokens"] == 3
+    assert load_config(folder / "config.yaml").make_envs().token_spec.max_prompt_tokens == 3
+    main(["train", "--resume", str(folder), "--total-tokens", "400"])
+    assert saved.options == load_config(folder / "config.yaml").options
+
+    # Prompts to evaluate may be longer than those of the run, unless a number says otherwise.
+    long = other.read_text().strip() + " …"
+    assert asked_first(folder, capsys, "prompts", str(other)) == long
+    with pytest.raises(SystemExit):
+        asked_first(folder, capsys, "prompts", str(other), "max_prompt_tokens", "3")
+    assert "max_prompt_tokens=3" in capsys.readouterr().err
+    cut = ["max_prompt_tokens", "3", "long_prompts", "truncate"]
+    assert asked_first(folder, capsys, "prompts", str(other), *cut) == "to my sister …"
+
+
 def test_evaluate_says_how_far_the_optimum_is_where_it_is_known(tmp_path, capsys):
     env = ["--env", "tokenenv/Negation-v0", "--options", "max_new_tokens", "5"]
     main(["train", *SMALL, *env, "--run-dir", str(tmp_path / "x")])
@@ -155,6 +180,7 @@ def test_envs_rewards_and_version(capsys):
     main(["rewards"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in DESIGNS)
+    assert "Rule(f, delta=True)" in printed
     main(["version"])
     assert __version__ in capsys.readouterr().out
 

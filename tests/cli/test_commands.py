@@ -52,7 +52,8 @@ def option(*words):
 
 
 def textgen(*words):
-    return ["train", "--env", "tokenenv/TextGen-v0", "--run-dir", "new", "--options", *words]
+    options = ["--options", *words] if words else []
+    return ["train", "--env", "tokenenv/TextGen-v0", "--run-dir", "new", *options]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,12 @@ def textgen(*words):
         (textgen("model", "./nowhere", "prompts", "nowhere"), "model './nowhere'"),
         (textgen("model", "nowhere", "prompts", "p", "dtype", "float99"), "dtype='float99'"),
         (textgen("prompts", "p"), "model= is missing"),
+        (textgen(), "model= and prompts= are missing"),
+        (textgen("model", "x", "prompts", "p", "max_prompt_tokens", "0"), "max_prompt_tokens=0"),
+        (
+            textgen("model", "x", "prompts", "p", "long_prompts", "truncate"),
+            "long_prompts='truncate' needs max_prompt_tokens=",
+        ),
         (["evaluate", "nowhere"], "is not a file"),
         (["evaluate", "nowhere", "--num-texts", "0"], "num_texts=0"),
         (["evaluate", "nowhere", "--num-texts", "-4"], "num_texts=-4"),

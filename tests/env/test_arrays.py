@@ -14,7 +14,7 @@ import pytest
 import tasks
 import torch
 from gymnasium.vector import AutoresetMode
-from tasks import MODES, assert_equal, copied, make_vec, random_actions, some_modes
+from tasks import MODES, TOYS, assert_equal, copied, make_vec, random_actions, some_modes
 
 from tokenenv.env import build as parts
 from tokenenv.env.vector_env import TokenVectorEnv
@@ -113,6 +113,8 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
     "features": {"observation": "features", "reward": "delta"},
     "none": {"kl": "none", "reward": {}},
     "segment": {"reward": Segment(1.0)},
+    "memories": TOYS["memories"],
+    "watched": {"reward": "token", "watch": {"a": Scaled(Segment(1.0)), "b": "uniform"}},
     "implicit": {"reward": Implicit(clip=0.5, mix=1.0)},
     "fading": {"reward": progressive("terminal", Shaping(gamma=0.9))},
     "wrapped": {

@@ -24,7 +24,7 @@ NEXT_AND_SAME, DISABLED = MODES[:2], MODES[2]
 IN_MODES = [
     *in_modes(id_cases()),
     *in_modes(toy_cases(), *NEXT_AND_SAME),
-    *in_modes(toy_cases("mixture", "k1", "features"), DISABLED),
+    *in_modes(toy_cases("mixture", "k1", "features", "memories", "watched"), DISABLED),
 ]
 
 

@@ -17,7 +17,7 @@ from tasks import TOY, assert_equal, copied, id_cases, make_vec, random_actions,
 
 from tokenenv.errors import ModelError
 from tokenenv.models.automaton import Automaton
-from tokenenv.models.slot_cache import KVRows
+from tokenenv.models.slot_cache import KVSlots
 from tokenenv.rewards import Implicit, PositionScaled, Scaled, Segment
 from tokenenv.types import Scorer
 
@@ -151,7 +151,7 @@ def test_models_that_compare_by_value_are_refused_in_a_sentence() -> None:
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_compiled_cache_compiles_anew(how: str) -> None:
-    rows = KVRows(fakes.causal_lm(num_hidden_layers=1).model, 2, 8, compile=True)
+    rows = KVSlots(fakes.causal_lm(num_hidden_layers=1).model, 2, 8, compile=True)
     rows.prefill(torch.tensor([0, 1]), torch.tensor([[5, 6], [7, 8]]))
     twin = COPIES[how](rows)
     assert twin.step_trunk._orig_mod is twin.trunk

@@ -88,7 +88,7 @@ def test_a_step_that_pays_it_names_term_row_and_token(mode, value):
 def test_a_device_that_is_not_waited_for_says_so_with_the_next_step(mode, monkeypatch):
     """There the flag comes with the one copy of the next step; it stays until all begins anew."""
     envs, rng = make_vec(4, mode, reward=Spoilt()), np.random.default_rng(0)
-    watch = envs.unwrapped._engine.watch
+    watch = envs.unwrapped._engine.finite
     monkeypatch.setattr(watch, "waits", False)
     envs.reset(seed=0)
     bound(envs, "spoilt").left = 1
@@ -125,15 +125,15 @@ def test_whole_texts_name_the_text():
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_broken_reference_is_named_and_a_token_it_lacks_is_not(kl_coef, monkeypatch):
     envs, rng = make_vec(4, reward="token", kl_coef=kl_coef), np.random.default_rng(0)
-    engine = envs.unwrapped._engine
-    real = engine.ref_logprob
+    dynamics = envs.unwrapped._engine.dynamics
+    real = dynamics.ref_logprob
     envs.reset(seed=0)
     for value, message in (
         (math.nan, "the reference's log-prob is nan in env row 1"),
         (-math.inf, "the reward term 'kl' is -inf"),
     ):
         monkeypatch.setattr(
-            engine,
+            dynamics,
             "ref_logprob",
             lambda h, t, v=value: torch.where(torch.arange(4) == 1, v, real(h, t)),
         )
@@ -143,7 +143,7 @@ def test_a_broken_reference_is_named_and_a_token_it_lacks_is_not(kl_coef, monkey
         with pytest.raises(NotFinite, match=message) as caught:
             envs.step(random_actions(rng, envs))
         assert ("ActionMask" in str(caught.value)) == (value == -math.inf)
-        monkeypatch.setattr(engine, "ref_logprob", real)
+        monkeypatch.setattr(dynamics, "ref_logprob", real)
         envs.reset()
 
 
@@ -214,7 +214,7 @@ def test_nothing_learns_from_a_spoilt_reward_and_learning_goes_on(mode, waits, a
         run_dir=tmp_path,
     )
     agent.learn(20)
-    agent.core._engine.watch.waits = waits
+    agent.core._engine.finite.waits = waits
     term = bound(agent.envs, "spoilt")
     for left in (3, 4, 5, 6):
         term.left = left

@@ -52,6 +52,9 @@ def test_stepping_equals_scoring(env_id: str, options: dict[str, Any]) -> None:
     close(whole.token_rewards, np.stack([e.infos[-1]["token_rewards"] for e in episodes]))
     for name, values in whole.token_reward_terms.items():
         close(values, np.stack([e.infos[-1]["token_reward_terms"][name] for e in episodes]))
+    assert set(whole.watched) == set(envs.unwrapped._engine.rewards.watched)
+    for name, values in whole.watched.items():
+        close(values, np.stack([e.infos[-1]["token_watched"][name] for e in episodes]))
     close(sum(whole.token_reward_terms.values()), whole.token_rewards)
     close(whole.token_rewards.sum(1), [sum(e.rewards) for e in episodes])
     for key in ("score", "gold"):

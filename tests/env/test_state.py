@@ -399,7 +399,7 @@ CORRUPT = {
     ),
     "fewer terms": (
         lambda saved: saved["engine"]["weights"].popitem() and saved,
-        "use the same task and reward=",
+        "use the same task, reward= and watch=",
     ),
     "scorer": (put("engine.score", None), "score is None"),
     "vocabulary": (put("texts.tokens", entry((0, 0), 61)), "its texts do not fit this env"),
@@ -461,11 +461,11 @@ def pair() -> Any:
 def test_states_of_other_rewards_and_tasks_are_refused() -> None:
     saved = running_state()
     for options, message in (
-        (TOYS["uniform"], "use the same task and reward="),
+        (TOYS["uniform"], "use the same task, reward= and watch="),
         ({"max_new_tokens": T + 1}, "other task options"),
         (
             {"scorer": None, "reward": {"token": TOYS["no scorer"]["reward"]["rule"]}},
-            "which this env has not",
+            "which this env does not have",
         ),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -656,7 +656,7 @@ def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
         ),
         (
             {"reward": "terminal", "scorer": None},
-            "reward='terminal' needs a reward model .*, which this env has not",
+            "reward='terminal' needs a reward model .*, which this env does not have",
         ),
         (
             {"kl": "policies"},

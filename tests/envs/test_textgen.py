@@ -3,7 +3,9 @@
 import copy
 import json
 import logging
+import re
 import sys
+import warnings
 
 import datasets
 import fakes
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokenenv.agents import PPO, LMPolicy
-from tokenenv.envs import textgen
+from tokenenv.envs import own_models, textgen
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import trunks
 from tokenenv.models.prefix_scores import score_texts
@@ -217,10 +219,14 @@ def test_an_unknown_dtype_is_named(saved):
 
 def test_other_models_go_where_the_model_object_is_and_options_are_passed_on(saved, monkeypatch):
     seen = []
-    for name in ("load_causal_lm", "load_classifier"):
-        load = getattr(textgen, name)
+    for module, name in (
+        (textgen, "load_causal_lm"),
+        (own_models, "load_causal_lm"),
+        (own_models, "load_classifier"),
+    ):
+        load = getattr(module, name)
         monkeypatch.setattr(
-            textgen,
+            module,
             name,
             lambda source, _load=load, **options: seen.append(options) or _load(source, **options),
         )
@@ -302,6 +308,225 @@ def test_prompts_do_not_need_the_datasets_package(saved, monkeypatch):
     assert prompts_seen(make(saved["policy"], reward={})) == set(TEXTS)
 
 
+# ---------------------------------------------------------- max_prompt_tokens
+
+
+def test_a_bundled_model_works_at_the_first_try():
+    """It has 256 positions, which the 256 prompt tokens of old and 128 new ones do not fit."""
+    with pytest.warns(UserWarning, match="no reward="):
+        envs = gym.make_vec(
+            "tokenenv/TextGen-v0",
+            num_envs=4,
+            model="envs/assets/reviews-lm",
+            prompts=["the food was"],
+        )
+    obs, _ = envs.reset(seed=0)
+    assert envs.unwrapped.token_spec.max_prompt_tokens == 3
+    assert obs["tokens"].shape == (4, 3 + 128)
+    assert obs["prompt_length"].tolist() == [3] * 4
+
+
+def opened(closed=False):
+    """The fakes' tokenizer with <s> before every text and, if `closed`, <pad> behind it."""
+    tokenizer = fakes.tokenizer()
+    end = " <pad>" if closed else ""
+    special = [("</s>", fakes.EOS), ("<pad>", fakes.PAD)]
+    names = {token: tokenizer.convert_ids_to_tokens(index) for token, index in special}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{names['</s>']} $A{end.replace('<pad>', names['<pad>'])}",
+        special_tokens=[(names[token], index) for token, index in special],
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["list", "ids", "text", "jsonl", "dataset", "streamed"])
+def test_the_longest_prompt_is_the_limit_of_every_source(kind, saved, tmp_path):
+    path = tmp_path / f"prompts.{'jsonl' if kind == 'jsonl' else 'txt'}"
+    lines = [json.dumps({"prompt": text}) for text in TEXTS] if kind == "jsonl" else TEXTS
+    path.write_text("\n".join(lines))
+    dataset = datasets.Dataset.from_dict({"prompt": TEXTS})
+    source = {
+        "list": TEXTS,
+        "ids": fakes.tokenizer()(TEXTS)["input_ids"],
+        "text": path,
+        "jsonl": path,
+        "dataset": dataset,
+        "streamed": dataset.to_iterable_dataset(),
+    }[kind]
+    envs = make(saved["policy"], prompts=source, reward={}, max_prompt_tokens=None)
+    assert envs.unwrapped.token_spec.max_prompt_tokens == 3
+    assert envs.reset(seed=0)[0]["tokens"].shape == (N, 3 + T)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "chat", "length"),
+    [
+        (None, False, 3),
+        (opened, False, 4),
+        (lambda: opened(closed=True), False, 5),
+        (None, True, 5),
+        (opened, True, 5),
+    ],
+)
+def test_special_tokens_and_the_chat_template_count(tokenizer, chat, length):
+    """The template's text is encoded as it stands: it brings its own special tokens."""
+    tokenizer = fakes.tokenizer() if tokenizer is None else tokenizer()
+    tokenizer.chat_template = CHAT
+    envs = make(
+        fakes.causal_lm(),
+        tokenizer=tokenizer,
+        chat_template=chat,
+        reward={},
+        max_prompt_tokens=None,
+    )
+    assert envs.unwrapped.token_spec.max_prompt_tokens == length
+    lengths = {int(n) for seed in range(20) for n in envs.reset(seed=seed)[0]["prompt_length"]}
+    assert max(lengths) == length
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        (
+            None,
+            "3, the length of the longest prompt in prompts=; shorten this one, or make the env ",
+        ),
+        (3, "3, as the env was made; shorten the prompt, or make the env "),
+    ],
+)
+def test_later_prompts_that_are_longer_are_refused_by_a_limit_that_says_where_it_is_from(
+    limit, why, saved
+):
+    envs = make(saved["policy"], reward={}, max_prompt_tokens=limit)
+    envs.reset(seed=0)
+    long, text = [3, 4, 5, 6], "the cat is a"
+    message = re.escape(f"has 4 tokens and max_prompt_tokens={why}with max_prompt_tokens=4.")
+    for prompt in (long, text):
+        with pytest.raises(InvalidArgument, match=rf"options\['prompts'\]\[0\] {message}"):
+            envs.reset(options={"prompts": [prompt] * N})
+        with pytest.raises(InvalidArgument, match=rf"prompts\[1\] {message}"):
+            envs.unwrapped.score_episodes([[3], prompt], [[4], [4]])
+    envs.reset(options={"prompts": [long[:3]] * N})
+    wider = make(saved["policy"], reward={}, max_prompt_tokens=4)
+    wider.reset(options={"prompts": [long] * N})
+
+
+def test_generate_takes_prompts_of_any_length(saved):
+    """It has caches of its own: the env's limit is not the policy's."""
+    agent = PPO(
+        gym.make_vec(
+            "tokenenv/TextGen-v0",
+            num_envs=N,
+            model=saved["policy"],
+            prompts=TEXTS,
+            reward=RULE,
+            max_new_tokens=T,
+        )
+    )
+    assert agent.core.token_spec.max_prompt_tokens == 3
+    (response,) = agent.generate([[3, 4, 5, 6, 7]], max_new_tokens=2)
+    assert 1 <= len(response) <= 2
+
+
+def test_truncating_needs_a_number(saved):
+    with pytest.raises(
+        InvalidArgument,
+        match="long_prompts='truncate' needs max_prompt_tokens=, the number of tokens to keep",
+    ):
+        make(saved["policy"], reward={}, max_prompt_tokens=None, long_prompts="truncate")
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 2.5, "8"])
+def test_a_limit_that_is_no_count_is_refused(wrong, saved):
+    with pytest.raises(
+        InvalidArgument, match=rf"max_prompt_tokens={wrong!r} must be a whole number, 1 or more, or"
+    ):
+        make(saved["policy"], reward={}, max_prompt_tokens=wrong)
+
+
+def advised(message):
+    """The options that a message about positions tells to give: each alternative as keywords."""
+    advice = message.split("give ", 1)[1].replace("with long_prompts='truncate'", "truncate=1")
+    return [
+        {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", way)}
+        for way in advice.split(", or ")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "new_tokens", "ways"),
+    [
+        # 12 positions, and a longest prompt of 3 tokens
+        (None, 20, [{"max_new_tokens": 9}]),
+        (None, 10, [{"max_new_tokens": 9}, {"max_prompt_tokens": 2, "truncate": 1}]),
+        (9, 4, [{"max_prompt_tokens": 8}, {}]),
+        (9, 12, [{"max_prompt_tokens": 3, "max_new_tokens": 9}]),
+        (
+            9,
+            11,
+            [
+                {"max_prompt_tokens": 3, "max_new_tokens": 9},
+                {"max_prompt_tokens": 1, "truncate": 1},
+            ],
+        ),
+    ],
+)
+def test_what_the_message_about_positions_advises_fits(limit, new_tokens, ways):
+    model = fakes.causal_lm(max_position_embeddings=12)
+    given = {"max_prompt_tokens": limit, "max_new_tokens": new_tokens}
+    prompt_tokens = limit or 3
+    with pytest.raises(
+        InvalidArgument,
+        match=rf"max_prompt_tokens \+ max_new_tokens = {prompt_tokens} \+ {new_tokens} = "
+        rf"{prompt_tokens + new_tokens} tokens, but the model has 12 positions; give ",
+    ) as refused:
+        make(model, reward={}, **given)
+    assert advised(str(refused.value)) == ways
+    for way in ways:
+        changed = given | {key: value for key, value in way.items() if key != "truncate"}
+        changed |= {"long_prompts": "truncate"} if "truncate" in way else {}
+        changed |= {} if way else {"max_prompt_tokens": None}
+        play_length = make(model, reward={}, **changed).reset(seed=0)[0]["tokens"].shape[1]
+        assert play_length <= 12
+
+
+def test_prompts_that_fill_the_positions_have_to_be_cut():
+    model = fakes.causal_lm(max_position_embeddings=3)
+    for new_tokens, advice in (
+        (1, "max_prompt_tokens=2 with"),
+        (4, "two numbers that add up to 3"),
+    ):
+        with pytest.raises(
+            InvalidArgument, match=f"positions; give {advice}.* 'truncate'|{advice}"
+        ):
+            make(model, reward={}, max_prompt_tokens=None, max_new_tokens=new_tokens)
+
+
+def test_groups_and_saved_states_have_the_length_of_the_longest_prompt(saved):
+    options = {"prompts": TEXTS, "reward": RULE, "max_new_tokens": T, "group_size": 3}
+    one, other = (
+        gym.make_vec(
+            "tokenenv/TextGen-v0",
+            num_envs=3,
+            model=saved["policy"],
+            max_prompt_tokens=limit,
+            **options,
+        ).unwrapped
+        for limit in (None, 3)
+    )
+    assert one.identity == other.identity
+    obs, _ = one.reset(seed=0)
+    loaded, _ = other.load_state(one.save_state())
+    np.testing.assert_array_equal(loaded["tokens"], obs["tokens"])
+
+
+def test_what_is_missing_is_said_in_one_sentence(saved):
+    with pytest.raises(InvalidArgument, match=r"^model= and prompts= are missing: .* without them"):
+        gym.make_vec("tokenenv/TextGen-v0", num_envs=2)
+    with pytest.raises(InvalidArgument, match=r"^prompts= is missing: this id .* without it\.$"):
+        gym.make_vec("tokenenv/TextGen-v0", num_envs=2, model=saved["policy"])
+
+
 # --------------------------------------------------------------- stop tokens
 
 
@@ -377,13 +602,29 @@ def test_a_model_without_a_tokenizer(architecture, saved, tmp_path, caplog):
 # ------------------------------------------------------------------- rewards
 
 
-def test_without_a_reward_model_a_reward_is_asked_for(saved):
-    message = (
-        r"needs a reward model \(reward_model=\), which this env has not; reward= also takes a rule"
+def test_without_a_reward_the_kl_alone_is_paid_and_a_warning_says_so(saved):
+    message = "no reward_model= and no reward=, so it pays nothing but the KL term; give reward_mod"
+    with pytest.warns(UserWarning, match=message) as caught:
+        steps = play(make(saved["policy"], kl_coef=0.5))[2]
+    assert len(caught) == 1
+    for _, rewards, _, _, infos in steps:
+        assert set(infos["reward_terms"]) == {"kl", "_kl"}
+        np.testing.assert_allclose(rewards, 0.5 * infos["ref_logprob"], atol=1e-6)
+    for given in ({}, RULE):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            play(make(saved["policy"], reward=given))
+
+
+def test_an_implicit_model_alone_is_the_reward(saved):
+    envs = make(saved["policy"], implicit_model=saved["reference"])
+    assert set(play(envs)[2][0][4]["reward_terms"]) >= {"implicit", "kl"}
+    with_both = make(
+        saved["policy"], implicit_model=saved["reference"], reward_model=saved["sequence"]
     )
-    with pytest.raises(InvalidArgument, match=message):
-        make(saved["policy"])
-    play(make(saved["policy"], reward=RULE))
+    paid = set(play(with_both)[2][0][4]["reward_terms"])
+    assert "terminal" in paid
+    assert "implicit" not in paid
 
 
 def test_a_sequence_head_has_no_token_rewards(saved):
@@ -812,7 +1053,7 @@ def test_texts_longer_than_a_models_positions_are_refused(role):
     make(**models)
     with pytest.raises(
         InvalidArgument,
-        match=rf"= 8 tokens; allowed: at most 7, the {role.replace('_', ' ')}'s positions",
+        match=rf"= 8 tokens, but the {role.replace('_', ' ')} has 7 positions; give max_new_tok",
     ):
         make(**models, max_new_tokens=T + 1)
 

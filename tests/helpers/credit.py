@@ -17,11 +17,11 @@ from tokenenv.types import Scorer, Task, TextIds, TokenSpec
 
 T = 9
 LENGTHS = ((2, 9, 0), (4, 1, 0), (1, 6, 3), (3, 5, 4), (5, 7, 0), (1, 2, 0), (2, 8, 1))
-"""Tokens of prompt, response, and the response's prefix that earns nothing."""
+"""How many tokens the prompt, the response, and the response's prefix, which earns nothing, have."""
 
 
 def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
-    """Random texts of these lengths, and their prefix_length tokens."""
+    """Return random texts with the lengths above, and the length of each one's prefix."""
     rng = np.random.default_rng(seed)
     pairs = [
         tuple(rng.integers(3, fakes.VOCAB_SIZE, size).tolist() for size in sizes[:2])
@@ -33,7 +33,7 @@ def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
 def finished(
     pairs: list[TextIds], prefix_length: list[int], score: Tensor, padding: int = 2
 ) -> FinishedTexts:
-    """The texts as reward terms see them, with some more padding than needed."""
+    """Return texts as reward terms see them, with some more padding than is needed."""
     ids = [np.asarray([*prompt, *response]) for prompt, response in pairs]
     tokens = np.zeros((len(ids), max(map(len, ids)) + padding), dtype=np.int64)
     for row, text in enumerate(ids):
@@ -41,12 +41,17 @@ def finished(
     prompt_length = np.asarray([len(prompt) for prompt, _ in pairs])
     length = np.asarray([len(text) for text in ids])
     return FinishedTexts(
-        torch.from_numpy(tokens), length, prompt_length, np.asarray(prefix_length), score, ids
+        tokens=torch.from_numpy(tokens),
+        length=length,
+        prompt_length=prompt_length,
+        prefix_length=np.asarray(prefix_length),
+        score=score,
+        ids=ids,
     )
 
 
 def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
-    """The term in an env with this scorer."""
+    """Bind a term to an env with this scorer, and return it."""
     spec = TokenSpec(None, fakes.VOCAB_SIZE, 0, (1,), 5, T)
     task = Task(
         tokenizer=None,
@@ -57,19 +62,17 @@ def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:
         stop_token_ids=(1,),
         scorer=scorer,
     )
-    term.bind(
-        Context(spec, task, torch.device("cpu"), kl_coef=0.1, max_batch_tokens=max_batch_tokens)
-    )
+    options = {"kl_coef": 0.1, "max_batch_tokens": max_batch_tokens}
+    term.bind(Context(spec, task, torch.device("cpu"), **options))
     return term
 
 
 def placed(
     term: Any, scorer: Any, pairs: list[TextIds], prefix_length: list[int], **options: Any
 ) -> Tensor:
-    """(B, T): what the term places on the texts."""
-    return bound(term, scorer, **options).place(
-        finished(pairs, prefix_length, score_texts(scorer, pairs)), T
-    )
+    """Return what a term places on texts, (B, T)."""
+    texts = finished(pairs, prefix_length, score_texts(scorer, pairs))
+    return bound(term, scorer, **options).place(texts, T)
 
 
 class Words:

@@ -1,5 +1,5 @@
-"""Tiny random models and a tokenizer that fits them; nothing is downloaded, the same seed gives the
-same weights.
+"""Tiny random models and a tokenizer that fits them. Nothing is downloaded, and the same seed gives
+the same weights.
 
 `causal_lm(architecture)`, `reward_model(kind)` and `bidirectional_reward_model()` share VOCAB_SIZE
 ids with `tokenizer()`; `saved(model, directory)` writes a folder that transformers loads.
@@ -14,11 +14,10 @@ import transformers
 VOCAB_SIZE = 61
 PAD, EOS, UNK = 0, 1, 2
 _TEXT = (
-    "a an the cat dog bird film book day night sun rain sea hill tree good bad warm cold old new "
-    "red blue slow fast "
-    "is was are were not very quite so and but or if when we you they it he she saw read liked "
-    "hated found lost in on "
-    "under over with for to of"
+    "a an the cat dog bird film book day night sun rain sea hill tree "
+    "good bad warm cold old new red blue slow fast "
+    "is was are were not very quite so and but or if when we you they it he she "
+    "saw read liked hated found lost in on under over with for to of"
 )
 WORDS = _TEXT.split()
 assert len(WORDS) == VOCAB_SIZE - 3
@@ -123,19 +122,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
 }
-"""Name to transformers config class and what it adds to SMALL."""
+"""The name of each architecture, with its transformers config class and what it adds to SMALL."""
 CACHED = tuple(name for name in ARCHITECTURES if name not in ("mamba", "bloom", "gpt_neo"))
-"""Those that `CachedLM` must cache; the others it must recompute."""
+"""The architectures that `CachedLM` must cache. It must recompute the others."""
 
 
 def config(architecture: str = "llama", **changes: Any) -> Any:
-    """The tiny transformers config of this name, with some fields changed."""
+    """Make the tiny transformers config of an architecture, with some fields changed."""
     class_name, extra = ARCHITECTURES[architecture]
-    base = (
-        NO_GROUPS
-        if architecture in ("gpt2", "gpt_neox", "gpt_neo", "bloom", "mamba", "opt")
-        else SMALL
-    )
+    without_groups = ("gpt2", "gpt_neox", "gpt_neo", "bloom", "mamba", "opt")
+    base = NO_GROUPS if architecture in without_groups else SMALL
     return getattr(transformers, class_name)(**{**base, **extra, **changes})
 
 
@@ -146,8 +142,8 @@ def causal_lm(
     attn_implementation: str | None = None,
     **changes: Any,
 ) -> Any:
-    """A frozen random causal language model in eval mode, with weights large enough for every error
-    to show."""
+    """Make a frozen random causal language model in eval mode, with weights so large that every
+    error shows."""
     made = config(architecture, **changes)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     return randomized(transformers.AutoModelForCausalLM.from_config(made, **kwargs), seed)
@@ -156,7 +152,7 @@ def causal_lm(
 def reward_model(
     kind: str = "token", architecture: str = "llama", *, seed: int = 1, **changes: Any
 ) -> Any:
-    """A frozen random reward model with one label; `kind` is "token" or "sequence"
+    """Make a frozen random reward model with one label; `kind` is "token" or "sequence"
     (classification)."""
     made = config(architecture, **{"num_labels": 1, "classifier_dropout": 0.1, **changes})
     auto = {
@@ -180,12 +176,10 @@ def seeing_lm(architecture: str = "llava") -> Any:
     """A model that takes images too; its vision tower has 4 or 5 positions, its language model
     64."""
     if architecture == "llava":
-        vision, text = (
-            {"model_type": "clip_vision_model", "projection_dim": 16},
-            {"model_type": "llama", **SMALL},
-        )
+        vision = {**VISION, "model_type": "clip_vision_model", "projection_dim": 16}
+        text = {"model_type": "llama", **SMALL}
         made = transformers.LlavaConfig(
-            vision_config={**VISION, **vision}, text_config=text, image_token_index=60
+            vision_config=vision, text_config=text, image_token_index=60
         )
         return randomized(transformers.LlavaForConditionalGeneration(made))
     text = {"model_type": "gemma3_text", **SMALL, **ARCHITECTURES["gemma3"][1]}
@@ -197,7 +191,7 @@ def seeing_lm(architecture: str = "llava") -> Any:
 
 
 def lm_that_looks_ahead(name: str) -> Any:
-    """What `AutoModelForCausalLM` takes for a causal language model, and what is none with its
+    """Make a model that `AutoModelForCausalLM` takes, but that is no causal language model with its
     default config."""
     small = {"dim_head": 8, "dim_ff": 48, "prompt_length": 4, "position_bias_num_buckets": 32}
     made = {
@@ -217,8 +211,8 @@ def bidirectional_reward_model(*, seed: int = 1) -> Any:
 
 
 def randomized(model: Any, seed: int = 0) -> Any:
-    """New weights: matrices keep the size of what passes through them, vectors (biases, norms) move
-    by a tenth."""
+    """Give a model new weights: matrices that keep the size of what passes through them, and
+    vectors (biases, norms) that moved by a tenth."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -226,9 +220,8 @@ def randomized(model: Any, seed: int = 0) -> Any:
             if parameter.ndim < 2 or "A_log" in name:
                 parameter.add_(0.1 * noise)
             else:
-                fan_in = (
-                    1 if "embed" in name or "wte" in name or "wpe" in name else parameter.shape[1]
-                )
+                is_table = "embed" in name or "wte" in name or "wpe" in name
+                fan_in = 1 if is_table else parameter.shape[1]
                 parameter.copy_(1.3 * noise / fan_in**0.5)
     return model.eval().requires_grad_(False)
 
@@ -239,9 +232,8 @@ def tokenizer(words: list[str] | None = None) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokens = ["<pad>", "<eos>", "<unk>", *(WORDS if words is None else words)]
-    core = Tokenizer(
-        models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>")
-    )
+    ids = {token: index for index, token in enumerate(tokens)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"

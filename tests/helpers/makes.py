@@ -35,17 +35,15 @@ def trained(core, **options):
 
 
 def bytes_():
-    """GPT-2's and Llama 3's kind."""
+    """Make a tokenizer of GPT-2's and Llama 3's kind."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     return wrapped(trained(core, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
 
 
 def legacy():
-    """Llama 2's: a space before every text."""
+    """Make a tokenizer of Llama 2's kind, which puts a space before every text."""
     core = Tokenizer(models.BPE(unk_token="</s>"))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -56,7 +54,7 @@ def legacy():
 
 
 def metaspace():
-    """Mistral's: a space before the first text."""
+    """Make a tokenizer of Mistral's kind, which puts a space before the first text."""
     core = Tokenizer(models.BPE(unk_token="</s>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.decoder = decoders.Metaspace(prepend_scheme="first")

@@ -24,12 +24,8 @@ SETTINGS = {
 
 def same(a, b):
     if isinstance(a, torch.Tensor | np.ndarray):
-        return (
-            type(a) is type(b)
-            and a.dtype == b.dtype
-            and a.shape == b.shape
-            and bool((a == b).all())
-        )
+        alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+        return alike and bool((a == b).all())
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):

@@ -14,22 +14,15 @@ from tokenenv.types import Scorer
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: int
 ) -> list[list[int]]:
-    """One response to each prompt at temperature 1, with its stop token."""
-    options = {
-        "do_sample": True,
-        "top_k": 0,
-        "max_new_tokens": max_new_tokens,
-        "eos_token_id": stop,
-        "pad_token_id": stop,
-    }
+    """Draw one response to each prompt at temperature 1, its stop token included."""
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": max_new_tokens}
+    options |= {"eos_token_id": stop, "pad_token_id": stop}
     responses: dict[int, list[int]] = {}
     for length in sorted(set(map(len, prompts))):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         tokens = torch.tensor([list(prompts[i]) for i in rows])
-        drawn = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
-            :, length:
-        ].tolist()
-        for i, ids in zip(rows, drawn, strict=True):
+        drawn = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        for i, ids in zip(rows, drawn[:, length:].tolist(), strict=True):
             responses[i] = ids[: ids.index(stop) + 1] if stop in ids else ids
     return [responses[i] for i in range(len(prompts))]
 
@@ -38,10 +31,9 @@ def sample(
 def summed_scores(
     scorer: Scorer, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """The sum of the token scores of each response (B,)."""
-    return np.array(
-        [_score(scorer, [*p, *r], len(p)) for p, r in zip(prompts, responses, strict=True)]
-    )
+    """Return the sum of the token scores of each response, (B,)."""
+    pairs = zip(prompts, responses, strict=True)
+    return np.array([_score(scorer, [*p, *r], len(p)) for p, r in pairs])
 
 
 def _score(scorer: Scorer, ids: list[int], start: int) -> float:

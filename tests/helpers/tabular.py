@@ -28,7 +28,7 @@ class Histories:
 
     device, vocab_size = torch.device("cpu"), V
 
-    def slots(self, num_rows: int, max_length: int) -> "Histories":
+    def slots(self, num_slots: int, max_length: int) -> "Histories":
         """Itself: only whole texts are read, so no rows are kept."""
         return self
 

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from memories import Drift, LastTokens
 
 from tokenenv.models.heads import make_scorer
 from tokenenv.registration import TASKS
 from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.scaling import Clipped
 from tokenenv.types import Scorer, Task
 
 MODES = tuple(AutoresetMode)
@@ -118,6 +120,20 @@ TOYS: dict[str, dict[str, Any]] = {
         "reward": {"rule": LENGTH_RULE, "each": TEXT_RULE},
         "scorer": None,
         "gold": False,
+    },
+    "memories": {
+        "reward": {"tokens": LastTokens(), "mean": Drift(), "cut": Clipped(Drift(), 0, 1)}
+    },
+    "watched": {
+        "reward": "uniform",
+        "watch": {
+            "dense": "token",
+            "end": "terminal",
+            "placed": TEXT_RULE,
+            "tokens": LastTokens(),
+            "moves": "delta",
+        },
+        "score_truncated": False,
     },
     "no stops": {"reward": "delta", "stops": ()},
     "no reward": {"reward": {}, "kl": "none", "scorer": None},

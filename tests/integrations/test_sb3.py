@@ -30,7 +30,13 @@ from stable_baselines3.common.vec_env import (
 )
 from tasks import STOPS, TOYS, T, assert_equal, copied, make_vec, random_actions, row_of
 
-from tokenenv.errors import EnvClosed, InvalidAction, InvalidArgument, MissingDependency
+from tokenenv.errors import (
+    EnvClosed,
+    Interrupted,
+    InvalidAction,
+    InvalidArgument,
+    MissingDependency,
+)
 from tokenenv.integrations import sb3
 from tokenenv.integrations.sb3 import LMActorCriticPolicy, SB3VecEnv
 from tokenenv.wrappers import ActionMask, TopKActions
@@ -113,11 +119,11 @@ def unfreeze_values(model: Any) -> None:
     ],
     ids=["numpy", "torch", "features", "wrapped"],
 )
-def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any) -> None:
-    envs, plain = (
-        SB3VecEnv(wrap(make(**TOYS["mixture"] | options))),
-        make(**TOYS["mixture"] | options),
-    )
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any, mode: Any) -> None:
+    """In every autoreset mode: what an env in SAME_STEP mode shows, and no step more."""
+    options = TOYS["mixture"] | {"kl": "none"} | options
+    envs, plain = SB3VecEnv(wrap(make_vec(N, mode, **options))), make(**options)
     rng, ended = np.random.default_rng(0), 0
     returns, lengths = np.zeros(N), np.zeros(N, int)
     envs.seed(5)
@@ -163,8 +169,13 @@ def test_it_shows_what_the_env_shows(options: dict[str, Any], wrap: Any) -> None
     assert ended >= N
 
 
-def test_what_it_returns_is_the_callers_own() -> None:
-    (a, b), rng = [SB3VecEnv(make(**TOYS["mixture"])) for _ in range(2)], np.random.default_rng(0)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_what_it_returns_is_the_callers_own(mode: Any) -> None:
+    options = TOYS["mixture"] | {"kl": "none"}
+    (a, b), rng = (
+        [SB3VecEnv(make_vec(N, mode, **options)) for _ in range(2)],
+        np.random.default_rng(0),
+    )
     for envs in (a, b):
         envs.seed(0)
         envs.reset()
@@ -263,10 +274,11 @@ def test_options_that_cannot_be(options: Any, message: str) -> None:
         envs.reset()
 
 
-def test_reset_infos_are_those_of_the_texts_that_run() -> None:
-    envs, plain = (
-        kind(make(reward="delta", scorer="sequence")) for kind in (SB3VecEnv, lambda same: same)
-    )
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_reset_infos_are_those_of_the_texts_that_run(mode: Any, group_size: int) -> None:
+    options = {"reward": "delta", "scorer": "sequence", "kl": "none", "group_size": group_size}
+    envs, plain = SB3VecEnv(make_vec(N, mode, **options)), make(**options)
     envs.seed(5)
     envs.reset()
     plain.reset(seed=5)
@@ -295,7 +307,8 @@ def test_rendering() -> None:
     assert texts.render() is None
     assert texts.metadata["render_modes"] == ["ansi"]
     with pytest.raises(
-        InvalidArgument, match="render_mode='ansi' gives no pictures; make the env with 'rgb_array'"
+        InvalidArgument,
+        match="render_mode='ansi' gives no pictures; make the env with render_mode='rgb_array'",
     ):
         texts.get_images()
     with pytest.warns(UserWarning, match="no `render_mode` was passed"):
@@ -636,13 +649,93 @@ def test_the_envs_own_model_is_not_trained() -> None:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_other_resets_and_envs_are_refused() -> None:
-    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
-        message = f"autoreset_mode='{mode.value}' is not SB3's; make the env with autoreset_mode='SameStep'"
-        with pytest.raises(InvalidArgument, match=message):
-            SB3VecEnv(make_vec(2, mode))
-    with pytest.raises(InvalidArgument, match="is no vector env; build one with gym"):
-        SB3VecEnv(gym.make("tests/Toy-v0"))  # type: ignore[arg-type]
+def test_envs_that_cannot_begin_a_text_at_once_are_refused() -> None:
+    """Gymnasium's own vector CartPole would ignore the mask, and reset every row."""
+    with pytest.raises(
+        InvalidArgument,
+        match=r"CartPoleVectorEnv begins the next episode one step late .*; make it with autoreset_",
+    ):
+        SB3VecEnv(gym.make_vec("CartPole-v1", 2, "vector_entry_point"))
+
+
+@pytest.mark.parametrize("given", [lambda: gym.make("tests/Toy-v0"), lambda: "tests/Toy-v0"])
+def test_what_is_no_vector_env_is_refused_with_the_call_to_make(given: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"is no vector env; give SB3VecEnv\(gym.make_vec\("):
+        SB3VecEnv(given())
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_gymnasiums_own_vector_env_in_every_mode(mode: Any) -> None:
+    """Its single envs, stepped by hand, say what has to be seen."""
+    singles = [gym.make("tests/Toy-v0", kl="none") for _ in range(2)]
+    makers = [lambda: gym.make("tests/Toy-v0", kl="none")] * 2
+    envs, rng = SB3VecEnv(SyncVectorEnv(makers, autoreset_mode=mode)), np.random.default_rng(0)
+    envs.seed(3)
+    first = envs.reset()
+    expected = [single.reset(seed=3 + row)[0] for row, single in enumerate(singles)]
+    assert_equal(first, {key: [obs[key] for obs in expected] for key in first})
+    for _ in range(3 * T):
+        actions = rng.integers(0, envs.action_space.n, 2)
+        obs, rewards, dones, infos = envs.step(actions)
+        for row, single in enumerate(singles):
+            last, reward, terminated, truncated, _ = single.step(actions[row])
+            assert rewards[row] == np.float32(reward)
+            assert dones[row] == (terminated or truncated)
+            if dones[row]:
+                assert_equal(infos[row]["terminal_observation"], last)
+                last, _ = single.reset()
+            assert_equal({key: value[row] for key, value in obs.items()}, last)
+
+
+@pytest.mark.parametrize("wrap", [lambda envs: TopKActions(envs, 4), RecordEpisodeStatistics])
+def test_learning_is_the_same_in_every_autoreset_mode(wrap: Any) -> None:
+    """Whatever mode `gym.make_vec` was left in, and whatever stands between."""
+    weights = []
+    for mode in AutoresetMode:
+        envs = SB3VecEnv(wrap(make_vec(N, mode, kl="none", observation="features")))
+        model = PPO("MlpPolicy", envs, n_steps=10, batch_size=20, seed=0, device="cpu").learn(80)
+        weights.append(torch.cat([w.flatten() for w in model.policy.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_the_language_model_with_masks_learns_the_same_in_every_mode(mode: Any) -> None:
+    def learned(mode: Any) -> torch.Tensor:
+        envs = make_vec(N, mode, kl="policy", stops=(STOPS[0],))
+        model = ppo(ActionMask(envs, top_p=0.9)).learn(80)
+        return torch.cat([w.detach().flatten() for w in model.policy.lm.model.parameters()])
+
+    assert torch.equal(learned(mode), learned(SAME_STEP))
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_an_interrupted_step_is_the_envs_to_refuse(mode: Any) -> None:
+    """Where a reset of single rows is stopped half-way, the env says so until it is reset."""
+    envs, plain = SB3VecEnv(make_vec(N, mode, kl="none")), SB3VecEnv(make())
+    envs.reset()
+    begin = envs.unwrapped._begin
+    envs.unwrapped._begin = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        envs.step(np.full(N, STOPS[0]))
+    envs.unwrapped._begin = begin
+    with pytest.raises(Interrupted):
+        envs.step(np.full(N, 20))
+    for one in (envs, plain):
+        one.seed(4)
+        one.reset()
+    assert_equal(envs.step(np.full(N, STOPS[0]))[0], plain.step(np.full(N, STOPS[0]))[0])
+
+
+def test_the_calls_as_people_type_them() -> None:
+    """The vector env with the default of everything, then the adapter, then SB3."""
+    with pytest.warns(UserWarning, match=r"gym.make_vec\('tokenenv/Negation-v0', num_envs=8, kl="):
+        envs = SB3VecEnv(gym.make_vec("tokenenv/Negation-v0", num_envs=8))
+    assert envs.reset()["tokens"].shape == (8, 17)
+    envs = SB3VecEnv(
+        gym.make_vec("tokenenv/Negation-v0", num_envs=8, kl="none", observation="features")
+    )
+    A2C("MlpPolicy", envs, device="cpu").learn(80)
 
 
 def test_the_kl_that_sb3_does_not_add_is_warned_of() -> None:

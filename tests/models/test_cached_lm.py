@@ -12,8 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models import probing, slot_cache
 from tokenenv.models.cached_lm import CachedLM, cache_bytes, trunk_of
-from tokenenv.models.recompute import TextRows
-from tokenenv.models.slot_cache import KVRows
+from tokenenv.models.recompute import TextSlots
+from tokenenv.models.slot_cache import KVSlots
 
 L = 40
 
@@ -23,10 +23,10 @@ def small_buckets(monkeypatch):
     monkeypatch.setattr(slot_cache, "BUCKET", 8)
 
 
-def cached(model, num_rows=4, max_length=L, **kwargs):
+def cached(model, num_slots=4, max_length=L, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return CachedLM(model, num_rows, max_length, **kwargs)
+        return CachedLM(model, num_slots, max_length, **kwargs)
 
 
 def alone(lm, text):
@@ -47,14 +47,14 @@ class Schedule:
     def __init__(self, lm, seed):
         self.lm = lm
         self.random = np.random.default_rng(seed)
-        self.texts = [[] for _ in range(lm.num_rows)]
+        self.texts = [[] for _ in range(lm.num_slots)]
 
     def ids(self, *shape):
         return self.random.integers(0, fakes.VOCAB_SIZE, shape)
 
     def prefill(self, everyone=False):
-        n = self.lm.num_rows if everyone else self.random.integers(1, self.lm.num_rows + 1)
-        slots = self.random.permutation(self.lm.num_rows)[:n]
+        n = self.lm.num_slots if everyone else self.random.integers(1, self.lm.num_slots + 1)
+        slots = self.random.permutation(self.lm.num_slots)[:n]
         lengths = self.random.integers(1, 24, len(slots))
         tokens = self.ids(len(slots), 24)
         states = self.lm.prefill(slots, torch.from_numpy(tokens), lengths)
@@ -63,20 +63,20 @@ class Schedule:
         assert_states(self.lm, states, self.texts, slots)
 
     def append(self):
-        active = self.random.random(self.lm.num_rows) < 0.7
+        active = self.random.random(self.lm.num_slots) < 0.7
         active &= [len(text) < self.lm.max_length for text in self.texts]
-        tokens = self.ids(self.lm.num_rows)
+        tokens = self.ids(self.lm.num_slots)
         states = self.lm.append(torch.from_numpy(tokens), active)
-        moved = [row for row in range(self.lm.num_rows) if active[row] and self.texts[row]]
+        moved = [row for row in range(self.lm.num_slots) if active[row] and self.texts[row]]
         for row in moved:
             self.texts[row].append(int(tokens[row]))
         assert_states(self.lm, states[moved], self.texts, moved)
 
     def fork(self):
-        n = self.random.integers(1, self.lm.num_rows + 1)
+        n = self.random.integers(1, self.lm.num_slots + 1)
         sources, targets = (
-            self.ids(n) % self.lm.num_rows,
-            self.random.permutation(self.lm.num_rows)[:n],
+            self.ids(n) % self.lm.num_slots,
+            self.random.permutation(self.lm.num_slots)[:n],
         )
         self.lm.fork(sources, targets)
         copies = [list(self.texts[source]) for source in sources]
@@ -93,7 +93,7 @@ class Schedule:
 @pytest.mark.parametrize("name", fakes.ARCHITECTURES)
 def test_any_schedule_equals_each_row_alone(name):
     lm = cached(fakes.causal_lm(name), max_batch_tokens=50)
-    assert isinstance(lm._rows, KVRows if name in fakes.CACHED else TextRows)
+    assert isinstance(lm._slots, KVSlots if name in fakes.CACHED else TextSlots)
     for seed in range(2):
         Schedule(lm, seed).run(40)
 
@@ -111,18 +111,18 @@ def test_a_kernel_without_4d_masks_is_left_for_sdpa_when_acting():
 
     AttentionInterface.register("maskless", kernel)
     lm = CachedLM(fakes.causal_lm("llama", attn_implementation="maskless"), 4, L)
-    assert isinstance(lm._rows, KVRows)
+    assert isinstance(lm._slots, KVSlots)
     Schedule(lm, 0).run(10)  # compared with the kernel's own forward
     assert lm.trunk.config._attn_implementation == "maskless"
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_rows_fill_to_the_last_place_and_no_further(name):
-    lm = cached(fakes.causal_lm(name), num_rows=2, max_length=6)
+    lm = cached(fakes.causal_lm(name), num_slots=2, max_length=6)
     text = [3, 4, 5, 6, 7, 8]
     lm.prefill([0, 1], torch.tensor([text, text]), [6, 3])
     before = lm.positions.copy()
-    with pytest.raises(InvalidArgument, match=r"rows \[0\] already hold max_length=6"):
+    with pytest.raises(InvalidArgument, match=r"slots \[0\] already hold max_length=6"):
         lm.append(torch.tensor([9, 9]))
     assert (lm.positions == before).all()
     for token in (9, 10, 11):
@@ -133,7 +133,7 @@ def test_rows_fill_to_the_last_place_and_no_further(name):
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_rows_never_prefilled_stay_empty_and_harmless(name):
-    lm = cached(fakes.causal_lm(name), num_rows=3, max_length=5)
+    lm = cached(fakes.causal_lm(name), num_slots=3, max_length=5)
     lm.append(torch.tensor([1, 2, 3]))
     lm.prefill([1], torch.tensor([[7, 8]]), [2])
     for token in (4, 5, 6):
@@ -145,7 +145,7 @@ def test_rows_never_prefilled_stay_empty_and_harmless(name):
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_fork_reads_every_source_before_it_writes(name):
-    lm = cached(fakes.causal_lm(name), num_rows=3)
+    lm = cached(fakes.causal_lm(name), num_slots=3)
     texts = [[3, 4, 5], [6, 7], [8]]
     lm.prefill([0, 1, 2], torch.tensor([[3, 4, 5], [6, 7, 0], [8, 0, 0]]), [3, 2, 1])
     lm.fork([0, 1, 2], [1, 2, 0])
@@ -168,9 +168,9 @@ def test_prefill_keeps_the_order_of_slots_across_micro_batches():
 def test_micro_batches_bound_the_size_of_each_forward(monkeypatch):
     lm = cached(fakes.causal_lm("llama"), max_batch_tokens=12)
     sizes = []
-    inner = lm._rows.prefill
+    inner = lm._slots.prefill
     monkeypatch.setattr(
-        lm._rows,
+        lm._slots,
         "prefill",
         lambda slots, tokens: sizes.append(tokens.shape) or inner(slots, tokens),
     )
@@ -179,7 +179,7 @@ def test_micro_batches_bound_the_size_of_each_forward(monkeypatch):
 
 
 def test_append_returns_a_tensor_of_its_own():
-    lm = cached(fakes.causal_lm("llama"), num_rows=2)
+    lm = cached(fakes.causal_lm("llama"), num_slots=2)
     lm.prefill([0, 1], torch.tensor([[3], [4]]), [1, 1])
     first = lm.append(torch.tensor([5, 6]))
     kept = first.clone()
@@ -188,15 +188,15 @@ def test_append_returns_a_tensor_of_its_own():
 
 
 def test_keys_are_read_up_to_the_longest_active_row(monkeypatch):
-    lm = cached(fakes.causal_lm("llama"), num_rows=2)
+    lm = cached(fakes.causal_lm("llama"), num_slots=2)
     lm.prefill([0, 1], torch.zeros(2, 30, dtype=torch.int64), [30, 3])
     lm.append(torch.tensor([3, 3]), [False, True])
-    assert lm._rows.write.bucket == 8
+    assert lm._slots.write.bucket == 8
     lm.append(torch.tensor([3, 3]))
-    assert lm._rows.write.bucket == 32
+    assert lm._slots.write.bucket == 32
     lm.prefill([0, 1], torch.zeros(2, 39, dtype=torch.int64), [39, 1])
     lm.append(torch.tensor([3, 3]))
-    assert lm._rows.write.bucket == L
+    assert lm._slots.write.bucket == L
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_be_cached_warns_once_and_works(name, error, monkeyp
         Schedule(lm, 0).run(20)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert message.startswith(f"{type(lm.trunk).__name__} cannot be cached per row (")
+    assert message.startswith(f"{type(lm.trunk).__name__} cannot be cached per slot (")
     assert error in message
     assert "n*n/2 token forwards instead of n" in message
     assert caught[0].filename == __file__
@@ -245,12 +245,12 @@ def test_a_wrong_sliding_window_is_noticed():
         slot_cache.attention_windows = original
 
 
-@pytest.mark.parametrize(("max_length", "rows"), [(256, KVRows), (300, TextRows)])
+@pytest.mark.parametrize(("max_length", "rows"), [(256, KVSlots), (300, TextSlots)])
 def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_length, rows):
     lm = cached(
         fakes.causal_lm("gpt_neo", window_size=256, max_position_embeddings=512), 2, max_length
     )
-    assert isinstance(lm._rows, rows)
+    assert isinstance(lm._slots, rows)
     texts = np.random.default_rng(0).integers(0, fakes.VOCAB_SIZE, (2, max_length)).tolist()
     lm.prefill([0, 1], torch.tensor(texts), [max_length - 1, 5])
     states = lm.append(torch.tensor([7, 8]))
@@ -260,7 +260,7 @@ def test_a_window_that_is_not_in_the_config_is_noticed_beside_a_full_row(max_len
 @pytest.mark.parametrize("architecture", ["llava", "gemma3"])
 def test_models_that_see_are_cached_by_their_language_model(architecture):
     lm = CachedLM(fakes.seeing_lm(architecture), 4, L)
-    assert isinstance(lm._rows, KVRows)
+    assert isinstance(lm._slots, KVSlots)
     Schedule(lm, 0).run(20)
 
 
@@ -274,7 +274,7 @@ def test_what_was_tried_out_is_tried_once_for_a_model_and_its_copies(monkeypatch
     )
     model = fakes.causal_lm("bloom")
     for length in (20, 20, 30):
-        assert isinstance(cached(model, 2, length)._rows, TextRows)
+        assert isinstance(cached(model, 2, length)._slots, TextSlots)
         model = copy.deepcopy(model)
     assert tried == [20, 30]
 
@@ -285,8 +285,7 @@ def test_a_long_trial_is_announced(monkeypatch, caplog):
     assert caplog.messages == []
     cached(fakes.causal_lm("llama"), 2, 32)
     assert caplog.messages == [
-        "trying out the cache of LlamaModel reads a text of 32 tokens twice, once with a mask of 0 "
-        "MiB"
+        "trying out a cache reads a text of 32 tokens twice, once with a mask of 0 MiB: LlamaModel"
     ]
 
 
@@ -369,7 +368,7 @@ def test_memory_is_known_before_it_is_taken(name):
 
 def test_half_precision_is_cached():
     lm = cached(fakes.causal_lm("llama").to(torch.bfloat16))
-    assert isinstance(lm._rows, KVRows)
+    assert isinstance(lm._slots, KVSlots)
     assert lm.dtype == torch.bfloat16
     assert lm.prefill([0], torch.tensor([[3, 4]]), [2]).dtype == torch.bfloat16
     assert lm.cache_bytes == 2 * 2 * 4 * L * 2 * 8 * 2
@@ -389,12 +388,12 @@ def test_a_head_or_a_peft_model_gives_its_trunk():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: CachedLM(m, 0, L), "num_rows=0 must be at least 1"),
+        (lambda m: CachedLM(m, 0, L), "num_slots=0 must be at least 1"),
         (lambda m: CachedLM(m, 2, 0), "max_length=0 must be at least 1"),
         (lambda m: CachedLM(m, 2, L, max_batch_tokens=0), "max_batch_tokens=0"),
         (
             lambda m: CachedLM(m, 2, L).prefill([2], torch.tensor([[1]]), [1]),
-            r"slots=\[2\]; allowed: rows 0..1",
+            r"slots=\[2\]; allowed: slots 0..1",
         ),
         (
             lambda m: CachedLM(m, 2, L).prefill([0, 0], torch.tensor([[1], [1]]), [1, 1]),
@@ -432,15 +431,15 @@ def test_bad_calls_say_what_is_allowed(call, message):
 @pytest.mark.parametrize(("name", "trunk"), [("gpt2", "GPT2Model"), ("opt", "OPTModel")])
 def test_learned_positions_bound_the_length(name, trunk):
     """OPT's table begins with two rows that no position uses."""
-    assert isinstance(cached(fakes.causal_lm(name), 1, 64)._rows, KVRows)
+    assert isinstance(cached(fakes.causal_lm(name), 1, 64)._slots, KVSlots)
     with pytest.raises(ModelError, match=f"max_length=65: {trunk} has 64 positions"):
         CachedLM(fakes.causal_lm(name), 1, 65)
 
 
 def test_very_short_capacities_are_cached():
     for max_length in (1, 2, 3):
-        lm = cached(fakes.causal_lm("llama"), num_rows=1, max_length=max_length)
-        assert isinstance(lm._rows, KVRows)
+        lm = cached(fakes.causal_lm("llama"), num_slots=1, max_length=max_length)
+        assert isinstance(lm._slots, KVSlots)
         states = lm.prefill([0], torch.tensor([[3]]), [1])
         for _ in range(max_length - 1):
             states = lm.append(torch.tensor([3]))

@@ -25,8 +25,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} "
-    "[/INST]"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST] {{ m.content | trim }} [/INST]"
     "{% elif m.role == 'system' %}{{ raise_exception('no system here') }}"
     "{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )

@@ -104,7 +104,7 @@ def test_parts_of_a_model_keep_their_own_attention():
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(ModelError, match="MambaModel has no attention weights"):
+    with pytest.raises(ModelError, match="MambaModel gives no attention weights"):
         bound(Attention(), summing(fakes.causal_lm("mamba").base_model))
 
 

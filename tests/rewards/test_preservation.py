@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
 from tokenenv.rewards.process import FORMS, Process
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Shaping
 from tokenenv.rewards.term import FinishedTexts, RewardTerm
@@ -173,3 +174,23 @@ def test_the_score_is_the_worlds_own_and_terminal_pays_it_last(scorer: str) -> N
             rtol=0,
             atol=1e-6,
         )
+
+
+def test_the_dense_form_of_a_rule_keeps_its_return_and_its_gradient() -> None:
+    """A rule has a return of its own, so that of its plain form is what must be kept."""
+
+    def rule(prompt: list[int], response: list[int]) -> float:
+        return len(prompt) + sum((t + 2) * (token + 1) % 5 for t, token in enumerate(response)) ** 2
+
+    for world in worlds():
+        dense, plain = (
+            torch.from_numpy(
+                world.paid(reward=Rule(rule, on="tokens", delta=delta)).token_rewards
+            ).double()
+            for delta in (True, False)
+        )
+        constant = dense.sum(1) - plain.sum(1)
+        assert float(constant.std()) < HOLDS
+        assert (dense != 0).sum() > (plain != 0).sum()
+        exact = world.policy_gradient(to_go(plain))
+        assert relative_error(world.policy_gradient(to_go(dense)), exact) < HOLDS

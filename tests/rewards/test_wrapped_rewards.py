@@ -3,6 +3,7 @@ pays with them."""
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tasks import T, assert_equal, copied, make_vec, play, random_actions
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
@@ -93,14 +95,25 @@ def bound(term):
     return term
 
 
+def every(term):
+    """The term and all that it wraps, the innermost last."""
+    return (term, *term.wrapped())
+
+
+def known_now(term, count):
+    """The present statistics (count, p) of the term and of what it wraps, by name."""
+    present = {one.name: one.statistics() for one in every(term)}
+    return {name: s.expand(count, -1) for name, s in present.items() if s is not None}
+
+
 def batch_of(term, rewards, steps=None, learning=None, statistics=None):
     """Transitions that `Score` pays `rewards` for, in texts that began with the term's present
-    statistics."""
+    statistics, or with those given for a wrapper of `Score`."""
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     count = len(rewards)
     steps = torch.zeros(count, dtype=torch.int64) if steps is None else torch.as_tensor(steps)
-    statistics = term.statistics() if statistics is None else statistics
-    known = {} if statistics is None else {term.name: statistics.expand(count, -1)}
+    given = {} if statistics is None else {term.name: statistics.expand(count, -1)}
+    known = known_now(term, count) | given
     before, after = States({}, steps, rewards, {}, known), States({}, steps + 1, rewards, {}, known)
     learning = (
         torch.ones(count, dtype=torch.bool) if learning is None else torch.as_tensor(learning)
@@ -119,7 +132,7 @@ def texts_of(term, lengths, prefix_length, learning=True):
         prefix_length=np.array(prefix_length),
         score=None,
         ids=ids,
-        statistics={term.name: term.statistics().expand(len(ids), -1)},
+        statistics=known_now(term, len(ids)),
         learning=learning,
     )
 
@@ -311,7 +324,7 @@ def test_placed_rewards_are_normalised_by_position_as_others_are():
     flat, steps = rows.flatten(), np.tile(np.arange(LONGEST), 5)
     paying.reward(batch_of(paying, flat, steps))
     torch.testing.assert_close(placing.statistics(), paying.statistics())
-    texts.statistics = {placing.name: placing.statistics().expand(5, -1)}
+    texts = replace(texts, statistics={placing.name: placing.statistics().expand(5, -1)})
     torch.testing.assert_close(
         placing.place(texts, LONGEST).flatten(), paying.reward(batch_of(paying, flat, steps))
     )
@@ -343,14 +356,19 @@ def test_clipped_bounds_each_token():
 
 def test_each_wrapper_sees_its_own_statistics_alone():
     term = bound(Clipped(Scaled(PositionScaled(Doubling())), -50, 50))
-    assert len(term.statistics()) == 2 + 5 + 1
+    clipped, scaled, position, doubling = every(term)
+    names = ["score", "score/inner", "score/inner/inner", "score/inner/inner/inner"]
+    assert [one.name for one in every(term)] == names
+    assert clipped.statistics() is None
+    assert [len(one.statistics()) for one in (scaled, position, doubling)] == [1, 5, 2]
     for _ in range(4):
         term.reward(batch_of(term, [0.0] * LONGEST, np.arange(LONGEST)))
-    assert term.statistics()[:2].tolist() == [1.0, 4.0]
-    scale = float(term.statistics()[-1])
+    assert doubling.statistics().tolist() == [1.0, 4.0]
+    scale = float(scaled.statistics())
     assert scale != 1
     plain = bound(PositionScaled(Doubling()))
-    plain.load_statistics(term.save_statistics()[:-3])
+    for one, other in zip(every(plain), (position, doubling), strict=True):
+        one.load_statistics(other.save_statistics())
     expected = plain.reward(batch_of(plain, [0.0] * LONGEST, np.arange(LONGEST))) / scale
     torch.testing.assert_close(
         term.reward(batch_of(term, [0.0] * LONGEST, np.arange(LONGEST))), expected
@@ -363,16 +381,18 @@ def test_each_wrapper_sees_its_own_statistics_alone():
 def test_saved_statistics_go_on_where_they_were(make):
     term, other, rng = bound(make()), bound(make()), np.random.default_rng(1)
     term.reward(batch_of(term, *drifting(rng, 20)))
-    saved = term.save_statistics()
-    assert saved.dtype == torch.float64
-    kept = saved.clone()
-    other.load_statistics(saved)
+    saved = [one.save_statistics() for one in every(term)]
+    kept = copy.deepcopy(saved)
+    for one, values in zip(every(other), saved, strict=True):
+        if values is not None:
+            one.load_statistics(values)
     more = drifting(rng, 20)
     torch.testing.assert_close(
         term.reward(batch_of(term, *more)), other.reward(batch_of(other, *more)), rtol=0, atol=0
     )
-    torch.testing.assert_close(term.statistics(), other.statistics(), rtol=0, atol=0)
-    np.testing.assert_array_equal(saved, kept)
+    assert_equal(known_now(term, 1), known_now(other, 1))
+    for values, before in zip(saved, kept, strict=True):
+        np.testing.assert_array_equal(values, before)
 
 
 def test_one_wrapped_term_serves_several_envs():
@@ -380,7 +400,7 @@ def test_one_wrapped_term_serves_several_envs():
     first, second = (bound(make_terms(term)["score"]) for _ in range(2))
     first.reward(batch_of(first, [1.0, 2.0]))
     assert (first.term.asked, second.term.asked, term.term.asked) == (1, 0, 0)
-    assert second.save_statistics().tolist() == [0.0] * 4
+    assert not second.save_statistics().any()
 
 
 def test_names_and_weights_are_the_wrapped_terms_unless_given():
@@ -408,7 +428,7 @@ def test_what_is_promised(term):
             False,
         )
     for wrapped in (scaled, broken):
-        for attribute in ("kind", "needs", "pays_score", "has_memory"):
+        for attribute in ("kind", "needs", "pays_score", "models"):
             assert getattr(wrapped, attribute) == getattr(term, attribute)
 
 
@@ -611,6 +631,69 @@ def test_an_unscored_text_that_is_paid_nothing_teaches_nothing():
     for _ in range(20):
         envs.step(random_actions(np.random.default_rng(0), envs))
     assert envs.unwrapped.save_state()["engine"]["learned"]["uniform"][0] == 0
+
+
+def test_what_a_wrapped_term_carries_and_learns_stands_under_its_own_name():
+    envs = make({"mine": Scaled(PositionScaled(Segment(3.4))), "plain": Segment(3.4)})
+    envs.reset(seed=0)
+    for _ in range(3):
+        envs.step(random_actions(np.random.default_rng(0), envs, stop=0.0))
+    saved = envs.unwrapped.save_state()["engine"]
+    assert set(saved["memory"]) == {"mine/inner/inner", "plain"}
+    assert_equal(saved["memory"]["mine/inner/inner"], saved["memory"]["plain"])
+    assert {name: array.shape for name, array in saved["statistics"].items()} == {
+        "mine": (4, 1),
+        "mine/inner": (4, 5),
+    }
+    learned = {name: array.shape for name, array in saved["learned"].items()}
+    assert learned == {"mine": (3, 1), "mine/inner": (3, T)}
+
+
+def test_a_wrapped_term_is_followed_and_not_copied():
+    """Binding may change a term's kind, and what it promises."""
+    term = Scaled("token")
+    term.term.kind, term.term.preserves_gradient = "hindsight", False
+    assert (term.kind, term.preserves_gradient) == ("hindsight", False)
+
+
+def test_two_terms_of_one_name_are_named_where_one_is_wrapped():
+    with pytest.raises(InvalidArgument, match="reward= has a term called 'a/inner', which is the"):
+        make({"a": Scaled("token"), "a/inner": "delta"})
+
+
+def test_what_a_wrapped_term_needs_is_asked_for_in_the_name_it_was_given():
+    with pytest.raises(InvalidArgument, match="reward='mine' needs a token-classification"):
+        make({"mine": Clipped(Scaled("token"), 0, 1)}, scorer="sequence")
+
+
+def test_an_interrupted_step_teaches_no_wrapped_term():
+    """The rule raises after the wrapped terms before it have learned from the step."""
+
+    def angry(prompt, response):
+        raise RuntimeError("no")
+
+    reward = {"mine": Scaled(PositionScaled("token")), "rule": Rule(angry, on="tokens")}
+    envs, rng = make(reward), np.random.default_rng(0)
+    envs.reset(seed=0)
+    envs.step(random_actions(rng, envs, stop=0.0))
+    before = envs.unwrapped.save_statistics()
+    assert set(before) == {"mine", "mine/inner"}
+    with pytest.raises(RuntimeError, match="no"):
+        envs.step(np.full(4, 1))
+    envs.reset(seed=0)
+    assert_equal(envs.unwrapped.save_statistics(), before)
+    with pytest.raises(RuntimeError, match="no"):
+        envs.unwrapped.score_episodes([[5]], [[6, 1]], played=True)
+    assert_equal(envs.unwrapped.save_statistics(), before)
+
+
+def test_a_wrapper_that_uses_the_old_name_is_told_the_new_one():
+    class Old(Wrapper):
+        def own_statistics(self):
+            return None
+
+    with pytest.raises(InvalidArgument, match="Old defines own_statistics, which is called stat"):
+        make(Old("token"))
 
 
 class Halved(Wrapper):

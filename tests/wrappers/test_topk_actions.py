@@ -224,8 +224,22 @@ def test_bad_arguments() -> None:
         lambda: ActionMask(TopKActions(envs, 4), top_p=0.9),
     ):
         with pytest.raises(
-            InvalidArgument, match="TopKActions goes around everything else, and once"
+            InvalidArgument, match="has a TopKActions already, which must be the outermost wrapper"
         ):
             wrap()
     with pytest.raises(InvalidArgument, match="envs=Foreign is no vector env of this package"):
         TopKActions(Foreign(), 2)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda envs: TopKActions(envs, 2), lambda e: ActionMask(e, top_p=0.9)]
+)
+@pytest.mark.parametrize("given", ["tests/Toy-v0", "a single env"])
+def test_what_is_no_vector_env_is_refused_with_the_call_to_make(wrap: Any, given: str) -> None:
+    envs: Any = given if given.startswith("tests/") else gym.make("tests/Toy-v0")
+    name = "'tests/Toy-v0'" if given.startswith("tests/") else "TokenEnv"
+    with pytest.raises(
+        InvalidArgument,
+        match=rf"envs={name} is no vector env of this package; give \w+\(gym\.make_vec\(",
+    ):
+        wrap(envs)

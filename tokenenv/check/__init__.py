@@ -1,4 +1,4 @@
-"""The contract as a check that users can run on an env of their own."""
+"""A check of the contract of token envs, which users can run on an env of their own."""
 
 from tokenenv.check.checker import check_vector_env
 

@@ -1,5 +1,5 @@
-"""Running a vector env of texts under planned actions, with everything that it returns copied to
-the host."""
+"""Runs of a vector env of texts under planned actions, with all that the env returns copied to the
+host; and what checks are made of (`require`, `close`, `difference`)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,74 +13,79 @@ from torch import Tensor
 from tokenenv.errors import ContractError
 
 Action = tuple[np.ndarray, np.ndarray]
-"""Tokens (N,) int64 and, for envs that take them, log-probs (N,) float32."""
+"""The tokens (N,) int64 and, for envs that take them, their log-probs (N,) float32."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One step on the host, arrays (N, ...)."""
+    """One step of all N slots, as NumPy arrays on the host."""
 
     action: Action
+    """What was given to the env."""
     active: np.ndarray
-    """Rows that took a token: all but those that NEXT_STEP only resets."""
+    """(N,) bool: the slots that took a token; all except those that NEXT_STEP only resets."""
     age: np.ndarray
-    """Response tokens at the end of the step, a prefix included."""
+    """(N,) int64: response tokens at the end of the step, a prefix included."""
     before: Any
+    """The observation before the step."""
     after: Any
+    """The observation that the step returned."""
     end: Any
-    """`after`, with the rows that ended as they were at their end."""
+    """The observation after the step, in which slots whose text ended show its end."""
     reward: np.ndarray
+    """(N,) float32."""
     terminated: np.ndarray
+    """(N,) bool."""
     truncated: np.ndarray
+    """(N,) bool."""
     info: Any
+    """The infos that the step returned."""
     returned: tuple[Any, ...]
-    """What `step` returned, as it returned it."""
+    """What the step returned: the very objects, not copies."""
 
     @property
     def ended(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool: the slots whose text ended."""
         return self.terminated | self.truncated
 
     @property
     def copied(self) -> tuple[Any, ...]:
-        """What `step` returned, as it was then."""
+        """What the step returned, as it was at that time."""
         return self.after, self.reward, self.terminated, self.truncated, self.info
 
 
 def mode_of(envs: Any) -> Any:
-    """The env's autoreset mode."""
+    """Return the env's autoreset mode."""
     return envs.metadata.get("autoreset_mode")
 
 
 def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
-    """Random tokens, about `stop` of them stop tokens, and log-probs."""
+    """Draw random tokens, of which about the share `stop` are stop tokens, and log-probs."""
     tokens = np.array(draw_ids(envs, rng, envs.num_envs))
     stops = envs.unwrapped.token_spec.stop_token_ids
     if stops:
-        tokens = np.where(
-            rng.random(envs.num_envs) < stop, rng.choice(stops, envs.num_envs), tokens
-        )
+        stopping = rng.random(envs.num_envs) < stop
+        tokens = np.where(stopping, rng.choice(stops, envs.num_envs), tokens)
     return tokens, -rng.exponential(2.0, envs.num_envs).astype(np.float32)
 
 
 def draw_ids(envs: Any, rng: np.random.Generator, count: int) -> list[int]:
-    """`count` random tokens, none of which ends a text."""
+    """Draw `count` random tokens, none of which ends a text."""
     spec = envs.unwrapped.token_spec
     return rng.choice(np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids), count).tolist()
 
 
 def as_action(envs: Any, action: Action) -> Any:
-    """The action as this env takes it."""
+    """Return an action in the form that the env takes, as a copy."""
     tokens, logprobs = action[0].copy(), action[1].copy()
-    return (
-        {"token": tokens, "logprob": logprobs}
-        if isinstance(envs.single_action_space, spaces.Dict)
-        else tokens
-    )
+    if isinstance(envs.single_action_space, spaces.Dict):
+        return {"token": tokens, "logprob": logprobs}
+    return tokens
 
 
 def bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, Any]]:
-    """What must be refused, by name: the given action with one thing wrong."""
+    """Return actions that an env must refuse, each with what is wrong with it: the given action
+    with one thing changed."""
 
     def at_0(array: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([np.array([value], array.dtype), array[1:]])
@@ -89,17 +94,14 @@ def bad_actions(envs: Any, tokens: np.ndarray, logprobs: np.ndarray) -> list[tup
     bad = [
         ("token -1", at_0(tokens, -1), logprobs),
         (f"token {vocab_size}", at_0(tokens, vocab_size), logprobs),
-    ]
-    bad += [
-        ("a row too many", np.append(tokens, 0), logprobs),
+        ("a token too many", np.append(tokens, 0), logprobs),
         ("float tokens", tokens.astype(np.float32), logprobs),
     ]
     if not isinstance(envs.single_action_space, spaces.Dict):
         return [(name, wrong) for name, wrong, _ in bad]
     bad += [(f"logprob {value}", tokens, at_0(logprobs, value)) for value in (np.nan, -np.inf, 1.0)]
-    return [(name, {"token": a, "logprob": b}) for name, a, b in bad] + [
-        ("no logprob", {"token": tokens})
-    ]
+    wrong = [(name, {"token": a, "logprob": b}) for name, a, b in bad]
+    return [*wrong, ("no logprob", {"token": tokens})]
 
 
 def run(
@@ -109,36 +111,39 @@ def run(
     age: int = 0,
     after_step: Callable[[Any], None] = lambda returned: None,
 ) -> list[Step]:
-    """Takes the planned steps from a state in which all rows run and hold `age` response tokens.
+    """Take planned steps from a state in which all slots run, and return what they showed.
 
-    Rows that end under DISABLED are reset at once.
+    Slots whose text ends under DISABLED are reset at once.
+
+    Args:
+        envs: the env.
+        obs: the observation of the state.
+        plan: an action for each step.
+        age: how many response tokens each slot holds.
+        after_step: called with what each step returned, after it was copied.
     """
     mode, steps = mode_of(envs), []
     ages, active = np.full(envs.num_envs, age), np.ones(envs.num_envs, bool)
     for action in plan:
         returned = envs.step(as_action(envs, action))
         new, reward, terminated, truncated, info = host(returned)
-        _check_arrays(
-            envs.num_envs,
-            returned,
-            info,
-            {"rewards": reward, "terminations": terminated, "truncations": truncated},
-        )
+        arrays = {"rewards": reward, "terminations": terminated, "truncations": truncated}
+        _check_arrays(envs.num_envs, returned, info, arrays)
         ages, ended = ages + active, terminated | truncated
         end = _choose(ended, info["final_obs"], new) if "final_obs" in info else new
-        steps.append(
-            Step(action, active, ages, obs, new, end, reward, terminated, truncated, info, returned)
-        )
+        shown = (reward, terminated, truncated, info, returned)
+        steps.append(Step(action, active, ages, obs, new, end, *shown))
         after_step(returned)
         if mode == AutoresetMode.DISABLED and ended.any():
             new = host(envs.reset(options={"reset_mask": ended.copy()})[0])
+        # Under NEXT_STEP the next step resets the slots that ended, and takes no token in them.
         obs, ages = new, np.where(ended, 0, ages)
         active = ~ended if mode == AutoresetMode.NEXT_STEP else np.ones_like(ended)
     return steps
 
 
 def host(value: Any) -> Any:
-    """A nest of arrays or tensors as NumPy copies."""
+    """Copy a nest of arrays and tensors to NumPy arrays."""
     if isinstance(value, Mapping):
         return {key: host(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -149,7 +154,7 @@ def host(value: Any) -> Any:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The arrays of a nest."""
+    """Yield the arrays of a nest."""
     if isinstance(value, (Mapping, tuple)):
         for entry in value.values() if isinstance(value, Mapping) else value:
             yield from leaves(entry)
@@ -158,14 +163,14 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def overwrite(returned: Any) -> None:
-    """Fills every array of a nest with ones, where it can be written to."""
+    """Fill every array of a nest that can be written to with ones."""
     for leaf in leaves(returned):
         if isinstance(leaf, Tensor) or leaf.flags.writeable:
             leaf[...] = 1
 
 
 def difference(a: Any, b: Any, tolerance: float, rows: Any = slice(None)) -> str | None:
-    """The name of what differs, in `rows`, between two nests of host arrays; None if nothing
+    """Return the name of what differs in `rows` between two nests of host arrays; None if nothing
     does."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if set(a) != set(b):
@@ -176,7 +181,7 @@ def difference(a: Any, b: Any, tolerance: float, rows: Any = slice(None)) -> str
 
 
 def rows_of(value: Any, rows: Any) -> Any:
-    """Some rows of a nest; an info that none of them has is left out, since it may be there for
+    """Return some rows of a nest. An info that none of them has is left out, since it is there for
     other rows only."""
     if not isinstance(value, Mapping):
         return value[rows]
@@ -189,8 +194,8 @@ def rows_of(value: Any, rows: Any) -> Any:
 
 
 def close(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether numbers are equal to `tolerance`, relative to the larger of 1 and the largest of
-    them; others exactly."""
+    """Whether two arrays are equal: floats up to `tolerance`, relative to the larger of 1 and the
+    largest of them, with NaN equal to NaN; anything else exactly."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         return False
@@ -198,11 +203,12 @@ def close(a: Any, b: Any, tolerance: float) -> bool:
         return bool((a == b).all())
     size = np.abs(b[np.isfinite(b)]).max(initial=1.0)
     with np.errstate(invalid="ignore"):
-        return bool(((a == b) | (np.abs(a - b) <= tolerance * size)).all())
+        same = (a == b) | (np.abs(a - b) <= tolerance * size) | (np.isnan(a) & np.isnan(b))
+    return bool(same.all())
 
 
 def require(kept: Any, sentence: str) -> None:
-    """Raises `ContractError` unless `kept`."""
+    """Raise `ContractError` with `sentence` unless `kept`."""
     if not kept:
         raise ContractError(sentence)
 
@@ -210,7 +216,7 @@ def require(kept: Any, sentence: str) -> None:
 def require_raises(
     error: type[Exception], sentence: str, call: Callable[..., Any], *args: Any
 ) -> None:
-    """Raises `ContractError` unless the call raises `error`."""
+    """Raise `ContractError` with `sentence` unless the call raises `error`."""
     try:
         call(*args)
     except error:
@@ -221,21 +227,25 @@ def require_raises(
 
 
 def _check_arrays(num_envs: int, returned: Any, info: Any, arrays: dict[str, Any]) -> None:
-    """Raises unless infos are a dict, all arrays are of one kind and those given by name are (N,)
-    of the right dtype."""
+    """Raise `ContractError` unless infos are a dict, all arrays are of one kind, and those given by
+    name are (N,) of the right dtype."""
     require(isinstance(info, dict), f"infos are of type {type(info).__name__}, not dict.")
     kinds = {type(leaf) for leaf in leaves(returned)}
+    names = sorted(kind.__name__ for kind in kinds)
     require(
         kinds in ({np.ndarray}, {Tensor}),
-        f"step() mixes kinds of arrays: {sorted(kind.__name__ for kind in kinds)}.",
+        f"step() mixes kinds of arrays: {names}; return NumPy arrays alone, or tensors alone.",
     )
     for name, array in arrays.items():
         dtype = np.dtype(np.float32 if name == "rewards" else np.bool_)
-        right = array.shape == (num_envs,) and array.dtype == dtype
-        require(right, f"{name} are {array.shape} {array.dtype}, not ({num_envs},) {dtype}.")
+        require(
+            array.shape == (num_envs,) and array.dtype == dtype,
+            f"{name} are {array.shape} {array.dtype}, not ({num_envs},) {dtype}; return these.",
+        )
 
 
 def _choose(rows: np.ndarray, yes: Any, no: Any) -> Any:
+    """Return the `rows` of one nest and the other rows of another."""
     if isinstance(yes, Mapping):
         return {key: _choose(rows, yes[key], no[key]) for key in yes}
     return np.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +11,43 @@ from typing import Annotated, Any
 
 import tyro
 
-from tokenenv.agents import ALGORITHMS
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.help import join_lines
+from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
 from tokenenv.cli.version import Version
-from tokenenv.errors import InvalidArgument, TokenEnvError
+from tokenenv.errors import TokenEnvError
+from tokenenv.safety.trust import NAMED
+
+ABOUT = """Train language models token by token, in Gymnasium environments that pay every token, and
+look at what they have learned.
+
+To begin: tokenenv envs, then tokenenv train, then the commands that it prints. What each command
+takes: tokenenv COMMAND --help."""
+"""What `tokenenv` alone and `tokenenv --help` say first."""
 
 __all__ = ["Train", "load_config", "main", "save_config"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; an error of ours is one line, without a traceback."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command. An error of ours is one line on stderr, without a traceback, and status 2."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack characters that texts have
     try:
-        made = _train_default(args)
-        # Empty dicts: for entries that a default has, flags would need other names.
+        made = _train_default(args[1:] if args[0] == "train" else [])
+        # Entries that a default dict has would turn into flags of their own, so tyro is given
+        # empty dicts, and the entries are added to what was typed afterwards.
         default = dataclasses.replace(
             made, options={}, agent=dataclasses.replace(made.agent, rollout_options={})
         )
-        train: Any = train_type(default.algo)
+        train: Any = Train[made.algorithm.config_class]  # type: ignore[name-defined]
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -45,14 +56,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
+        if {"-h", "--help"} & set(args):
+            for shown in (Train, made.algorithm.config_class, Evaluate, Show, Envs, Rewards):
+                join_lines(shown)
         with NUMBERS:
-            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=__doc__)
-        if isinstance(command, Train):  # what the config's dicts hold and the flags do not
+            command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=ABOUT)
+        if isinstance(command, Train):
             command.options = made.options | command.options
             command.agent.rollout_options = (
                 made.agent.rollout_options | command.agent.rollout_options
             )
         command.run()
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has seen enough. Python would complain again
+        # when it flushes what is left at exit, so that goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
         sys.exit(2)
@@ -61,25 +80,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def train_type(algo: str) -> Any:
-    """`Train` with the settings of one algorithm, which tyro shows."""
-    return Train[ALGORITHMS[algo].config_class]  # type: ignore[misc]
-
-
 def said_in(flags: Mapping[str, Sequence[str]]) -> set[str]:
-    """The dotted names of what flags say of what a file may not (`tokenenv.safety.trust`)."""
+    """Return the dotted names of what flags say of the entries that a file may not hold
+    (`tokenenv.safety.trust`)."""
     names = {f"options.{key}" for key in flags["options"][::2]}
     names |= {f"agent.rollout_options.{key}" for key in flags["rollout_options"][::2]}
     return names | ({"agent.rollout"} if flags["rollout"] else set())
 
 
 def _train_default(args: Sequence[str]) -> Train:
-    """`--config PATH` and `--resume PATH` set the defaults that the other flags override; `--algo
-    NAME` says which settings there are."""
+    """Return the values that the flags of `train` override.
+
+    Three flags have to be read before tyro reads them all: `--config` and `--resume` name the file
+    that holds the values, and `--algo` says which settings there are. The others are read here
+    because a file may hold what they name only where the command line says it too.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--algo")
+    for name in NAMED:
+        parser.add_argument(f"--{name}")
     parser.add_argument("--options", nargs="*", default=[])
     parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
     parser.add_argument(
@@ -91,9 +111,8 @@ def _train_default(args: Sequence[str]) -> Train:
     )
     given = parser.parse_known_args(args)[0]
     path = given.config if given.resume is None else given.resume / "config.yaml"
-    made = Train() if path is None else load_config(path, said_in(vars(given)))
-    if given.algo in (None, made.algo) or given.algo not in ALGORITHMS:
-        return made
     if path is not None:
-        raise InvalidArgument(f"--algo {given.algo} does not fit {path}, which is for {made.algo}.")
-    return Train(algo=given.algo, agent=ALGORITHMS[given.algo].config_class())
+        names = {name: getattr(given, name) for name in NAMED}
+        return load_config(path, said_in(vars(given)), **names)
+    algo = given.algo or Train.algo
+    return Train(algo=algo, agent=algorithm_of(algo).config_class())

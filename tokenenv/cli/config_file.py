@@ -1,5 +1,7 @@
-"""Reading and writing a run's config.yaml: plain values, checked, and nothing that a file may not
-say."""
+"""Reading and writing a run's config.yaml.
+
+It holds plain values. Each is checked when it is read, and what a file may not say is refused.
+"""
 
 import dataclasses
 import typing
@@ -7,24 +9,26 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents import ALGORITHM_NAMES
 from tokenenv.agents.run.files import replace_file
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.rewards.designs import DESIGNS
+from tokenenv.registration import token_ids
+from tokenenv.rewards.designs import DESIGN_NAMES
 from tokenenv.safety.shown import without_secrets
-from tokenenv.safety.trust import check_from_file
+from tokenenv.safety.trust import NAMED, check_from_file
 from tokenenv.safety.values import fit, from_yaml, to_yaml, typed
 
 
 def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Writes the values without keys and passwords, and then a `record`; the file appears whole or
+    """Write the values without keys and passwords, and then a `record`. The file appears whole or
     not at all."""
     text = to_yaml({**without_secrets(values), **record})
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The mapping that a config holds. Raises `InvalidArgument` naming the file where there is
-    none."""
+    """Return the mapping that a config holds. Raise `InvalidArgument` naming the file where there
+    is none."""
     if not path.is_file():
         raise InvalidArgument(
             f"config={str(path)!r} is not a file; a run folder holds a config.yaml."
@@ -42,8 +46,8 @@ def read_values(path: Path) -> dict[str, Any]:
 def fields_from(
     cls: type, values: Mapping[str, Any], path: Path, left_out: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The arguments of a dataclass from a file's values: every field but those `left_out`, each of
-    its type.
+    """Return the arguments of a dataclass from a file's values: every field but those `left_out`,
+    each of its type.
 
     Raises:
         InvalidArgument: a field is unknown, missing or of another type; names the file and the
@@ -64,34 +68,56 @@ def fields_from(
 
 
 def mapping(value: Any, path: Path, name: str) -> dict[str, Any]:
-    """`value`, if it is a mapping of names; else `InvalidArgument`."""
+    """Return `value` if it is a mapping whose keys are texts, else raise `InvalidArgument`."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise InvalidArgument(f"{path}: {name}={value!r:.80} is no mapping of names to values.")
     return value
 
 
-def check_run(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
-    """Raises where a config asks for more than a file may (`tokenenv.safety.trust`); `said` is what
-    the command line says too."""
-    agent, options = values["agent"], values["options"]
-    entries = {f"options.{key}": value for key, value in options.items()}
-    entries["agent.rollout"] = agent["rollout"]
+def check_names(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
+    """Raise where a config asks of the env for more than a file may (`tokenenv.safety.trust`), or
+    names what is neither bundled nor an installed plugin's.
+
+    `said` holds the dotted names of what the command line says too.
+    """
+    check_from_file(env_entries(values), path, said)
+    for name, known in (("env", token_ids()), ("algo", ALGORITHM_NAMES)):
+        if name not in said:
+            check_choice(f"{path}: {name}", values[name], known)
+    rewards = {"reward": values["reward"], "options.reward": values["options"].get("reward")}
+    for name, reward in rewards.items():
+        if name not in said:
+            for design in _designs(typed(reward) if isinstance(reward, str) else reward):
+                check_choice(f"{path}: {name}", design, DESIGN_NAMES)
+
+
+def check_rollout(values: Mapping[str, Any], path: Path, said: Collection[str] = ()) -> None:
+    """Raise where a config asks of what writes the texts for more than a file may."""
+    check_from_file(agent_entries(values, said), path, said)
+
+
+def env_entries(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's config says of the env and of names, by dotted name."""
+    options = {f"options.{key}": value for key, value in values["options"].items()}
+    return {name: values[name] for name in NAMED} | options
+
+
+def agent_entries(values: Mapping[str, Any], said: Collection[str] = ()) -> dict[str, Any]:
+    """What a run's config says of what writes the texts, by dotted name."""
+    agent = values["agent"]
+    found = {"agent.rollout": agent["rollout"]}
+    # The options of an engine do nothing where the env steps.
     if agent["rollout"] != "step" or "agent.rollout" in said:
-        entries |= {
-            f"agent.rollout_options.{key}": value for key, value in agent["rollout_options"].items()
-        }
-    check_from_file(entries, path, said)
-    for name, reward in (("reward", values["reward"]), ("options.reward", options.get("reward"))):
-        for design in (
-            [] if name in said else _designs(typed(reward) if isinstance(reward, str) else reward)
-        ):
-            check_choice(f"{path}: {name}", design, DESIGNS)
+        options = agent["rollout_options"]
+        found |= {f"agent.rollout_options.{key}": value for key, value in options.items()}
+    return found
 
 
 def _designs(reward: Any) -> Iterator[Any]:
-    """The names in a `reward=` of plain values: a name, or a mapping of names to names."""
+    """The names in a `reward=` of plain values: a name, or a mapping of names to names or to
+    [name, weight] pairs."""
     if isinstance(reward, Mapping):
         for part in reward.values():
-            yield from _designs(part)
+            yield from _designs(part[0] if isinstance(part, list) and len(part) == 2 else part)
     elif reward is not None:
         yield reward

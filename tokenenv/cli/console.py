@@ -1,5 +1,8 @@
-"""Where the commands print. What comes from texts, files and errors is printed as it is, not as
-markup, and steers nothing."""
+"""Where the commands print.
+
+Texts, names of files and errors may come from strangers. They are printed as they are: rich takes
+nothing in them for its markup, and no character steers the terminal.
+"""
 
 from rich.console import Console
 
@@ -9,20 +12,26 @@ console = Console()
 
 
 def say(*lines: str, style: str | None = None, end: str = "\n") -> None:
-    """Prints plain lines, the further ones indented."""
+    """Print plain lines, all but the first one indented."""
     text = visible("\n  ".join(lines))
     console.print(
         text, style=style, end=end, markup=False, highlight=False, emoji=False, soft_wrap=True
     )
 
 
+def say_text(text: str) -> None:
+    """Print a text of several lines, and an empty line after it."""
+    for line in [*text.split("\n"), ""]:
+        say(line)
+
+
 def say_error(message: str) -> None:
-    """Prints an error on one line of stderr."""
+    """Print an error on one line of stderr."""
     Console(stderr=True).print("error: ", style="red", end="")
     say_on_stderr(message)
 
 
 def say_on_stderr(message: str) -> None:
-    """Prints one line of stderr."""
+    """Print one line on stderr."""
     text = visible(" ".join(message.split()))
     Console(stderr=True).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -1,23 +1,28 @@
 """`tokenenv evaluate`: a run's policy beside the reference."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
 
-from tokenenv.agents import ALGORITHMS, Agent, Reference
+from tokenenv.agents import Agent, Reference
 from tokenenv.agents.config import check_seed
 from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
+from tokenenv.cli.help import OPTIONS, shown_as
+from tokenenv.cli.names import env_id_of
 from tokenenv.cli.train import check_count, load_config
+from tokenenv.env.build import load_task
 from tokenenv.env.vector_env import TokenVectorEnv
-from tokenenv.registration import TASKS
+from tokenenv.registration import task_source
 
-ASKED = ("split", "prompts")
+ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts")
 """Options that say which texts are asked for. The checkpoint belongs to those of its run."""
 
 
@@ -26,45 +31,56 @@ class Evaluate:
     """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs
     of collapse."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """A run folder that `tokenenv train` made."""
     num_texts: int = 256
-    """Texts to sample from each."""
+    """Texts that are sampled from each of the two."""
     seed: int = 0
-    """Of the prompts and of the sampling."""
+    """Seed of the prompts and of the sampling."""
     examples: int = 3
-    """Texts to print beside each other."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl. What
-    runs code or opens a connection is not taken from the run's config: it has to be said again
-    here, --options trust_remote_code true"""
+    """Texts that are printed beside each other."""
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
+    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl.
+    Options that run code or open a connection are not taken from the run folder. Say them again
+    here: --options trust_remote_code true."""
+    env: Annotated[str | None, shown_as("MODULE:ID")] = None
+    """The run's own --env. It has to be said again where it is module:id, because a run folder
+    imports nothing."""
+    reward: Annotated[str | None, shown_as("MODULE:NAME")] = None
+    """The run's own --reward, to be said again where it names a module."""
+    algo: Annotated[str | None, shown_as("MODULE:NAME")] = None
+    """The run's own --algo, to be said again where it names a module."""
 
     def run(self) -> None:
-        """Prints the table and the examples."""
+        """Print the table and the examples."""
         check_seed(self.seed)
         for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
-        # What wrote the run's texts is not asked again: evaluating steps.
+        # Evaluating steps, so it does not matter what wrote the run's texts, and nobody has to say
+        # it again.
         said = {
             "agent.rollout",
             "agent.rollout_options.*",
             *(f"options.{key}" for key in self.options if key not in ASKED),
         }
-        made = load_config(self.run_dir / "config.yaml", said)
+        made = load_config(
+            self.run_dir / "config.yaml", said, env=self.env, reward=self.reward, algo=self.algo
+        )
         asked = {name: self.options[name] for name in ASKED if name in self.options}
-        elsewhere = not Path(
-            str(made.options.get("prompts"))
-        ).is_file()  # the run's own file, by now
+        # The agent is loaded into an env with the run's own prompts, and asked in one with the
+        # prompts that were typed. Where the run's file has moved, what was typed stands for both.
+        elsewhere = not Path(str(made.options.get("prompts"))).is_file()
         own = {
             name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
         }
         made.options |= {name: self.options[name] for name in own}
-        envs = replace(made, options=made.options | held_out(made.env) | asked).make_envs(
-            group_size=1
-        )
+        options = made.options | held_out(made.env) | asked
+        if "prompts" in asked and "max_prompt_tokens" not in asked:
+            options = without_limit(made.env, options)
+        envs = replace(made, options=options).make_envs(group_size=1)
         agents = {
             "before": Reference(envs, temperature=made.agent.temperature),
-            "after": ALGORITHMS[made.algo].load(
+            "after": made.algorithm.load(
                 self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
             ),
         }
@@ -79,7 +95,7 @@ class Evaluate:
 
 
 def comparison(found: Mapping[str, Evaluation]) -> Table:
-    """Evaluations side by side, with standard errors."""
+    """A table of evaluations side by side, with standard errors."""
     table = Table("", *found)
     rows: dict[str, Callable[[Evaluation], str]] = {
         "texts": lambda e: f"{e.num_texts}",
@@ -91,11 +107,15 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
     }
     for label, cell in rows.items():
         table.add_row(label, *map(cell, found.values()))
+    for name in dict.fromkeys(name for evaluation in found.values() for name in evaluation.watched):
+        means = (f"{evaluation.watched.get(name, math.nan):.3f}" for evaluation in found.values())
+        table.add_row(f"watch: {name}, per token", *means)
     return table
 
 
 def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
-    """Where a policy stands between the reference and the exact optimum of J = score - beta KL."""
+    """A sentence on where a policy stands between the reference and the exact optimum of J = score
+    - beta KL."""
     oracle, beta = envs.oracle, 0.0 if envs.config.kl == "none" else envs.kl_coef
     found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
     floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
@@ -108,7 +128,7 @@ def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
 
 
 def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
-    """Prints the first prompts with each evaluation's continuation."""
+    """Print the first prompts, each with the continuation of every evaluation."""
     for episodes in list(
         zip(*(evaluation.episodes for evaluation in found.values()), strict=False)
     )[:count]:
@@ -130,4 +150,18 @@ def text_of(tokens: Any, tokenizer: Any) -> str:
 
 def held_out(env_id: str) -> dict[str, str]:
     """The option that gives a task's held-out prompts, where it has them."""
-    return {"split": "test"} if "split" in task_options(TASKS[env_id]) else {}
+    return {"split": "test"} if "split" in task_options(task_source(env_id_of(env_id))) else {}
+
+
+def without_limit(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without the run's `max_prompt_tokens`, where the prompts can set it themselves.
+
+    Other prompts may be longer than those of the run, and only they are asked for. Truncated
+    prompts keep the run's number, by which they are cut.
+    """
+    source = options.get("task", task_source(env_id_of(env_id)))
+    task = load_task(source) if isinstance(source, str) else source
+    limit = inspect.signature(task).parameters.get("max_prompt_tokens")
+    if limit is None or limit.default is not None or options.get("long_prompts") == "truncate":
+        return dict(options)
+    return {key: value for key, value in options.items() if key != "max_prompt_tokens"}

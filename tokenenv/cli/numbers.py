@@ -8,7 +8,7 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.safety.values import fit
 
 NUMBERS = ConstructorRegistry()
-"""To be entered around `tyro.cli`."""
+"""The rule for whole numbers. `with NUMBERS:` around `tyro.cli` makes tyro use it."""
 
 
 @NUMBERS.primitive_rule

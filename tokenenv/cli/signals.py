@@ -11,9 +11,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stopping(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
-    """Calls `stop` at the first of `SIGNALS`, which is then in the list that this gives; a second
-    one ends the process at once, as if nobody had looked. Signals that are ignored (`nohup`) stay
-    so; other threads than the main one get none."""
+    """Call `stop` at the first of `SIGNALS`, and add that signal to the list that this yields.
+
+    A second signal ends the process at once, as it would without this. Signals that are ignored
+    already (`nohup`) stay ignored. Outside the main thread nothing is handled, because Python
+    allows handlers only there.
+    """
     received: list[signal.Signals] = []
     main = threading.current_thread() is threading.main_thread()
     before = {

@@ -2,39 +2,67 @@
 
 import dataclasses
 import importlib.metadata
+import inspect
 import platform
 import sys
 import time
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import gymnasium as gym
+import tyro
 
 from tokenenv import __version__
-from tokenenv.agents import ALGORITHMS, Agent, AgentConfig, PPOConfig
+from tokenenv.agents import ALGORITHM_NAMES, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
 from tokenenv.agents.episodes import Episode
 from tokenenv.agents.run.files import locked, new_folder, previous_of, refuse_run
 from tokenenv.agents.run.tracking import WandbRun, import_wandb
-from tokenenv.cli.config_file import check_run, fields_from, mapping, read_values, write_values
+from tokenenv.cli.config_file import (
+    agent_entries,
+    check_names,
+    check_rollout,
+    env_entries,
+    fields_from,
+    mapping,
+    read_values,
+    write_values,
+)
 from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.help import OPTIONS, PATH, shown_as
+from tokenenv.cli.names import algorithm_of, env_id_of, make_importable, reward_of
 from tokenenv.cli.signals import stopping
 from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.registration import TASKS
+from tokenenv.registration import ENV_NAMES, task_source
+from tokenenv.rewards.designs import DESIGN_NAMES
 from tokenenv.safety.shown import without_secrets
+from tokenenv.safety.trust import repeated
 from tokenenv.safety.values import fit
 
-if TYPE_CHECKING:
-    Algorithm = str
-else:
-    Algorithm = Literal[tuple(ALGORITHMS)]
 Config = TypeVar("Config", bound=AgentConfig)
+ENV = tyro.conf.arg(
+    metavar="ID|MODULE:ID",
+    help="What is to be learned: an id that `tokenenv envs` lists, or module:id, where importing "
+    f"your module registers the id.{ENV_NAMES.added()}",
+)
+REWARD = shown_as(
+    "NAME|MODULE:NAME|{MAPPING}",
+    "A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function of "
+    "(prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
+    f"terminal}}'. By default the env's own.{DESIGN_NAMES.added()}",
+)
+ALGO = tyro.conf.arg(
+    metavar="NAME|MODULE:NAME",
+    help=f"The algorithm: {', '.join(ALGORITHM_NAMES.bundled)}; or module:Name, an Agent in your "
+    f"module. docs/algorithms.md compares them.{ALGORITHM_NAMES.added()}",
+)
+"""How `--help` shows the fields that are names: with those that installed plugins add."""
 GROUP_SIZE = 4
 """Of envs for group methods, where --options does not say."""
 MAY_CHANGE = ("rollout", "rollout_options", "max_batch_tokens")
@@ -45,41 +73,38 @@ NOT_SAVED = ("config", "resume", "run_dir", "track")
 
 @dataclass(kw_only=True)
 class Train(Generic[Config]):
-    """Train an agent. The run folder gets its config, TensorBoard events, checkpoints and every
-    episode as JSON.
+    """Train an agent. Everything about the run goes into its run folder: config, TensorBoard
+    events, checkpoints, and every text with its rewards.
 
-    The agent options shown are those of the algorithm: `tokenenv train --algo grpo --help`.
+    The agent options are those of the algorithm: `tokenenv train --algo grpo --help` shows GRPO's.
     """
 
-    config: Path | None = None
-    """A run's config.yaml to start from; other flags override it."""
-    resume: Path | None = None
-    """A run folder to go on with from its checkpoint, to the end of that run; --total-tokens makes
-    it longer."""
-    env: str = "tokenenv/Reviews-v0"
-    """A registered id; `tokenenv envs` lists them."""
+    env: Annotated[str, ENV] = "tokenenv/Reviews-v0"
+    reward: Annotated[str | None, REWARD] = None
+    algo: Annotated[str, ALGO] = "ppo"
     num_envs: int = 64
-    """Texts that run side by side."""
-    reward: str | None = None
-    """A reward design; `tokenenv rewards` lists them; by default the env's own."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Further options of the env and its task: --options max_new_tokens 64 model path/to/model
-    prompts prompts.jsonl"""
-    algo: Algorithm = "ppo"
-    """The algorithm; docs/algorithms.md compares them."""
-    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
-    """Its settings."""
+    """Texts that are written side by side."""
     total_tokens: int = 200_000
-    """Tokens to emit in all."""
+    """Length of the run, in tokens that the policy writes."""
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
+    """Options of the env, as names and values: --options max_new_tokens 64 model path/to/model
+    prompts prompts.jsonl. `tokenenv envs ID` lists those of an id."""
     checkpoint_every: int = 10
-    """Updates between checkpoints; the last update always writes one."""
-    run_dir: Path | None = None
-    """The run folder, which holds no run yet; by default runs/ENV-ALGO-SEED-TIME."""
-    track: Literal["wandb"] | None = None
+    """Updates from one checkpoint to the next; the last update always writes one."""
+    run_dir: Annotated[Path | None, PATH] = None
+    """The run folder, a new or an empty one; by default runs/ENV-ALGO-SEED-TIME."""
+    config: Annotated[Path | None, PATH] = None
+    """A run's config.yaml to begin a new run with; other flags override it."""
+    resume: Annotated[Path | None, PATH] = None
+    """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
+    the run longer."""
+    track: Annotated[Literal["wandb"] | None, shown_as("wandb")] = None
     """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
+    agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
+    """Settings of the algorithm that --algo names."""
 
     def __post_init__(self) -> None:
-        expected = ALGORITHMS[self.algo].config_class
+        expected = self.algorithm.config_class
         if type(self.agent) is not expected:
             raise InvalidArgument(
                 f"agent= is no {expected.__name__}, which algo={self.algo!r} takes."
@@ -87,8 +112,13 @@ class Train(Generic[Config]):
         for name in ("num_envs", "total_tokens", "checkpoint_every"):
             check_count(name, getattr(self, name))
 
+    @property
+    def algorithm(self) -> type[Agent]:
+        """The agent's class."""
+        return algorithm_of(self.algo)
+
     def run(self) -> None:
-        """Trains, and says where the run folder is."""
+        """Train, and say where the run folder is."""
         if self.track == "wandb":
             self._check_tracking()  # before anything is written
         if self.resume is None:
@@ -97,7 +127,7 @@ class Train(Generic[Config]):
             self._go_on(self.resume)
 
     def _check_tracking(self) -> None:
-        """Weights & Biases records the command line too: no key may stand there."""
+        """Raise where W&B is missing, or would record a key: it records the command line."""
         import_wandb()
         values = dataclasses.asdict(self)
         if without_secrets(values) != values:
@@ -129,11 +159,14 @@ class Train(Generic[Config]):
             self._learn(agent, folder)
 
     def _new_agent(self) -> Agent:
-        return ALGORITHMS[self.algo](self.make_envs(), self.agent)
+        return self.algorithm(self.make_envs(), self.agent)
 
     def _resumed_agent(self, folder: Path) -> Agent:
-        """The agent of the folder's checkpoint. A flag that contradicts it is an error: here those
-        of the agent, in `load` those of the env."""
+        """Return the agent of the folder's checkpoint.
+
+        A flag that contradicts the checkpoint is an error. Those of the agent are compared here,
+        and those of the env in `load`.
+        """
         checkpoint, episodes = folder / "checkpoint", folder / "episodes.jsonl"
         begun = (
             checkpoint.exists()
@@ -143,7 +176,7 @@ class Train(Generic[Config]):
         if not begun:  # stopped before its first checkpoint, so before its first update
             return self._new_agent()
         changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
-        agent = ALGORITHMS[self.algo].load(checkpoint, self.make_envs(), run_dir=folder, **changes)
+        agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
@@ -159,7 +192,8 @@ class Train(Generic[Config]):
         return agent
 
     def _check_end(self, agent: Agent, planned: int) -> None:
-        """A run ends where its config says, or later."""
+        """Raise where the run would end earlier than its config says, and say what a later end
+        changes."""
         total, seen = self.total_tokens, agent.tokens_seen
         if total < planned:
             raise InvalidArgument(
@@ -204,39 +238,66 @@ class Train(Generic[Config]):
         if received:
             say_on_stderr(
                 f"stopped by {received[0].name}; saved at {agent.tokens_seen:,} tokens; "
-                f"go on with: tokenenv train --resume {folder}"
+                f"go on with: tokenenv train --resume {folder}{self.again()}"
             )
             sys.exit(128 + received[0])
         looks = (
             f"tokenenv show {folder}",
-            f"tokenenv evaluate {folder}",
+            f"tokenenv evaluate {folder}{self.again('agent.rollout', 'agent.rollout_options')}",
             f"tensorboard --logdir {folder}",
         )
         say(f"run folder: {folder}; look at it:", *looks)
 
+    def again(self, *left_out: str) -> str:
+        """The flags, with a space before them, that a command on the run folder has to repeat,
+        because a file cannot ask for what they name; `left_out` are entries that the command does
+        not take."""
+        values = without_secrets(dataclasses.asdict(self))
+        entries = env_entries(values) | agent_entries(values)
+        flags = repeated(
+            {
+                name: value
+                for name, value in entries.items()
+                if not {name, name.rpartition(".")[0]} & set(left_out)
+            }
+        )
+        return f" {flags}" if flags else ""
+
     def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """This, with every option of the env as it is, defaults included."""
+        """Return this config with the value of every option of the env, defaults included, so that
+        the run can be made again after a default has changed."""
         known = {
             name: value for name, value in envs.identity["options"].items() if value is not None
         }
         if known["kl"] == "none":
             del known["kl_coef"]
+        # The prompts' file may change before the run goes on: its spaces must not.
+        if envs.token_spec.max_prompt_tokens_from != "task":
+            known["max_prompt_tokens"] = envs.token_spec.max_prompt_tokens
         return dataclasses.replace(self, options=self.options | known)
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
-        """The run's envs; `changes` override its options."""
-        check_choice("env", self.env, TASKS)
-        options = option_values(self.env, self.options)
+        """Make the run's envs; `changes` override its options."""
+        env_id = env_id_of(self.env)
         given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
-        if ALGORITHMS[self.algo].grouped:
+        if self.algorithm.grouped:
             given["group_size"] = GROUP_SIZE
-        envs = gym.make_vec(self.env, num_envs=self.num_envs, **{**given, **options, **changes})
+        given |= option_values(env_id, self.options) | changes
+        given["reward"] = reward_of(given["reward"])
+        envs = gym.make_vec(env_id, num_envs=self.num_envs, **given)
+        if not isinstance(envs.unwrapped, TokenVectorEnv):
+            raise InvalidArgument(
+                f"env={self.env!r} makes a {type(envs.unwrapped).__name__}, no TokenVectorEnv."
+            )
         return cast(TokenVectorEnv, envs)
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:
-    """Writes what reruns a run: `tokenenv train --config PATH`. Keys and passwords are left out.
-    With `envs` it says what they are too: `made_with` is a record, from which nothing is read."""
+    """Write the file that makes a run again: `tokenenv train --config PATH`.
+
+    Keys and passwords are left out. With `envs` the file also says what they are, under
+    `made_with`, which is a record: nothing is read from it.
+    """
     values = {
         key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED
     }
@@ -244,7 +305,8 @@ def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -
 
 
 def about(envs: TokenVectorEnv) -> dict[str, Any]:
-    """What a run was made with: the versions of what computes, and the env's `identity`."""
+    """A record of what a run was made with: the versions of the packages that compute, and the
+    env's `identity`."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("gymnasium", "numpy", "torch", "transformers")
@@ -255,21 +317,34 @@ def about(envs: TokenVectorEnv) -> dict[str, Any]:
     }
 
 
-def load_config(path: Path, said: Collection[str] = ()) -> Train:
-    """Reads a config that `save_config` wrote.
+def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> Train:
+    """Read a config that `save_config` wrote.
 
-    A file is data (`tokenenv.safety.trust`): `said` names what the command line says too, such as
-    "options.reward_model". Raises `InvalidArgument` naming the file, and the field that is unknown,
-    missing, of another type or not allowed.
+    A file is data (`tokenenv.safety.trust`).
+
+    Args:
+        path: the file.
+        said: dotted names of what the command line says too, such as "options.reward_model".
+        **names: the `env`, `reward` or `algo` that the command line gives. It stands in the place
+            of the file's, which then does not matter; only here may a name hold a module.
+
+    Raises:
+        InvalidArgument: naming the file, and the field that is unknown, missing, of another type
+            or not allowed.
     """
     read = read_values(path)
     read.pop("made_with", None)
-    values = fields_from(Train, read, path, NOT_SAVED)
-    check_choice(f"{path}: env", values["env"], TASKS)
-    check_choice(f"{path}: algo", values["algo"], ALGORITHMS)
-    config_class = ALGORITHMS[values["algo"]].config_class
+    given = {name: value for name, value in names.items() if value is not None}
+    if "algo" in given and given["algo"] != read.get("algo", given["algo"]):
+        raise InvalidArgument(
+            f"--algo {given['algo']} does not fit {path}, which is for {read['algo']}."
+        )
+    values = fields_from(Train, read | given, path, NOT_SAVED)
+    # The names come first: looking up an algorithm by a name with a module imports it.
+    check_names(values, path, {*said, *given})
+    config_class = algorithm_of(values["algo"]).config_class
     values["agent"] = fields_from(config_class, mapping(values["agent"], path, "agent"), path)
-    check_run(values, path, said)
+    check_rollout(values, path, said)
     try:
         return Train(**{**values, "agent": config_class(**values["agent"])})
     except InvalidArgument as error:
@@ -277,26 +352,42 @@ def load_config(path: Path, said: Collection[str] = ()) -> Train:
 
 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they were typed, as the env or its task wants them: `kl_coef` "1e-3" is a number,
-    `model` "1e-3" a folder."""
-    wanted = typing.get_type_hints(EnvConfig) | typing.get_type_hints(
-        load_task(str(options.get("task", TASKS[env_id])))
-    )
-    wanted = {key: hint for key, hint in wanted.items() if key != "return"} | {"task": str}
+    """Return options that were typed, each as the type that the env or its task wants: `kl_coef`
+    "1e-3" is a number, `model` "1e-3" a folder."""
+    if "task" in options:
+        make_importable()
+    source = options.get("task", task_source(env_id))
+    task = load_task(source) if isinstance(source, str) else source
+    wanted = typing.get_type_hints(EnvConfig) | parameter_types(task) | {"task": str}
     for key in options:
         check_choice("option", key, wanted)
     return {key: fit(key, value, wanted[key]) for key, value in options.items()}
 
 
+def parameter_types(task: Callable[..., Any]) -> dict[str, Any]:
+    """The type of each parameter of a task's function: its annotation, else that of its default,
+    else `Any`."""
+    try:
+        hints = typing.get_type_hints(task)
+    except (TypeError, NameError):  # no plain function, or names that only a type checker knows
+        hints = {}
+    found = {}
+    for name, parameter in inspect.signature(task).parameters.items():
+        default = parameter.default
+        guess = Any if default is None or default is parameter.empty else type(default)
+        found[name] = hints.get(name, guess)
+    return found
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises `InvalidArgument` for a number that counts nothing."""
+    """Raise `InvalidArgument` for a number below `least`."""
     if value < least:
         raise InvalidArgument(f"{name}={value} must be a whole number, {least} or more.")
 
 
 def default_run_dir(config: Train) -> Path:
-    """runs/ENV-ALGO-SEED-TIME."""
-    name = config.env.split("/")[-1].lower()
-    return (
-        Path("runs") / f"{name}-{config.algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    """The folder runs/ENV-ALGO-SEED-TIME. A name with a module is shown without its module."""
+    # A folder's name holds no colon, which Windows refuses, and no slash.
+    env = config.env.rpartition(":")[2].rpartition("/")[2].lower()
+    algo = config.algo.rpartition(":")[2].replace("/", "-")
+    return Path("runs") / f"{env}-{algo}-{config.agent.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

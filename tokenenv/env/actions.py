@@ -28,7 +28,8 @@ LOGPROB_SLACK = 1e-3
 def read_actions(
     actions: Any, with_logprob: bool, num_envs: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """The actions on the device: tokens (N,) int64 and, under kl="policy", logprob (N,) float32."""
+    """Return the actions on the device: tokens (N,) int64 and, under kl="policy", logprob (N,)
+    float32 in nats."""
     if not with_logprob:
         if isinstance(actions, Mapping):
             raise InvalidAction(
@@ -45,29 +46,26 @@ def read_actions(
 
 
 def token_codes(tokens: Tensor, logprob: Tensor | None, vocab_size: int) -> Tensor:
-    """The tokens (N,), with a negative code where a row's action is invalid: all that the host
-    needs of a step."""
+    """Return the tokens (N,) int64, with a negative code where a slot's action is invalid. It is
+    all that the host needs of a step."""
     codes = torch.where((tokens >= 0) & (tokens < vocab_size), tokens, BAD_TOKEN)
     if logprob is not None:
         codes = torch.where(logprob.isfinite() & (logprob <= LOGPROB_SLACK), codes, BAD_LOGPROB)
     return codes
 
 
-def require_valid(
+def invalid_action(
     codes: np.ndarray, tokens: Tensor, logprob: Tensor | None, spec: TokenSpec
-) -> None:
-    """Raises `InvalidAction` for the first row whose code (N,) is negative."""
-    bad = np.flatnonzero(codes < 0)
-    if not len(bad):
-        return
-    row = int(bad[0])
+) -> InvalidAction:
+    """Return the error that names the first slot whose code (N,) is negative."""
+    row = int(np.flatnonzero(codes < 0)[0])
     if codes[row] == BAD_TOKEN or logprob is None:
         name = "actions" if logprob is None else "actions['token']"
-        raise InvalidAction(
+        return InvalidAction(
             f"{name}[{row}]={int(tokens[row])} is no token id; allowed: 0 to {spec.vocab_size - 1}."
         )
     value = float(logprob[row])
-    raise InvalidAction(
+    return InvalidAction(
         f"actions['logprob'][{row}]={value}; kl='policy' needs a finite log-prob, 0 or less (nats)."
     )
 

@@ -1,10 +1,10 @@
-"""Building an env's parts from its task and its options."""
+"""How an env is built from its task and its options."""
 
 import dataclasses
-import importlib
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,24 @@ from tokenenv.env.engine import RewardEngine
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
+from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
 
+NO_REWARD = (
+    "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
+    "reward_model=, or a function of prompt and response as reward=, or reward={} if that is meant."
+)
+
 TaskSource = str | Task | Callable[..., Task]
 
 
 def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig, Task]:
-    """An env's config and its task from the keywords given to the env; an unknown keyword is an
-    error."""
+    """Return an env's config and its task from the keywords given to the env; an unknown keyword is
+    an error."""
     fields = {field.name for field in dataclasses.fields(EnvConfig)}
     # NumPy's numbers are as good as Python's, and are taken out here for all options at once.
     options = {
@@ -43,7 +49,7 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
 
 
 def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
-    """The task with texts of at most so many tokens; None leaves it as it is. Raises
+    """Return the task with texts of at most so many tokens; None leaves it as it is. Raises
     `InvalidArgument` where the task has an oracle, which was made for its own number."""
     if max_new_tokens in (None, task.max_new_tokens):
         return task
@@ -57,8 +63,8 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
-    """What agents may know of the task; a tokenizer without a pad id, or with one that the model
-    has not (an added [PAD]), gets a stop id as pad."""
+    """Return what agents may know of the task. Where the tokenizer has no pad id, or one that the
+    model lacks (an added [PAD]), a stop id is the pad."""
     pad, vocab_size = (
         getattr(task.tokenizer, "pad_token_id", None),
         vocab_size_of(task.model or task.reference),
@@ -70,14 +76,41 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
         pad_token_id=pad if pad is not None and 0 <= pad < vocab_size else stand_in,
         stop_token_ids=tuple(task.stop_token_ids),
         max_prompt_tokens=task.max_prompt_tokens,
+        max_prompt_tokens_from=task.max_prompt_tokens_from,
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
         chats=task.chats,
     )
 
 
+def watched_terms(config: EnvConfig, terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """Return the terms of `watch=` by name; none may be called like one of the reward's `terms`."""
+    if config.watch is None:
+        return {}
+    given = config.watch if isinstance(config.watch, Mapping) else {}
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            raise InvalidArgument(
+                f"watch= gives a weight at {name!r}; what is watched has none: give the term alone."
+            )
+    try:
+        watched = make_terms(config.watch)
+    except InvalidArgument as error:
+        # What is checked is as of reward=; the message names the option that was given.
+        raise InvalidArgument(str(error).replace("reward=", "watch=")) from error
+    for name in watched:
+        if name in terms:
+            raise InvalidArgument(
+                f"watch= has a term called {name!r}, as reward= has; give a mapping with another "
+                "name."
+            )
+    return watched
+
+
 def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
-    """The terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    """Return the terms of `reward=`, the KL term and the missing-EOS penalty, by name."""
+    if config.reward is None and not task.reward:
+        warnings.warn(NO_REWARD, UserWarning, stacklevel=2)
     terms = make_terms(task.reward if config.reward is None else config.reward)
     if config.missing_eos_penalty:
         terms["missing_eos"] = MissingEOS()
@@ -92,7 +125,7 @@ def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
 def single_spaces(
     task: Task, spec: TokenSpec, config: EnvConfig
 ) -> tuple[spaces.Space, spaces.Space]:
-    """The observation and action space of one text."""
+    """Return the observation and the action space of one text."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     observation: spaces.Space
     if config.observation == "features":
@@ -111,7 +144,7 @@ def single_spaces(
 
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
-    """The models and reward terms of `num_envs` texts."""
+    """Return the engine: the models and reward terms of `num_envs` texts."""
     beta = task.kl_coef if config.kl_coef is None else config.kl_coef
     context = Context(
         spec=spec,
@@ -121,18 +154,20 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)
-    for name, term in terms.items():
+    watched = watched_terms(config, terms)
+    for name, term in (terms | watched).items():
         if term.kind == "policy" and config.kl != "policy":
+            kind = "watched" if name in watched else "reward"
             raise InvalidArgument(
-                f"reward term {name!r} reads log pi, which actions carry only with kl='policy', "
+                f"{kind} term {name!r} reads log pi, which actions carry only with kl='policy', "
                 f"not {config.kl!r}."
             )
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
-    return RewardEngine(context, terms, num_envs, **options)
+    return RewardEngine(context, terms, num_envs, watched, **options)
 
 
 def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> None:
-    """Raises on constructor arguments of Gymnasium's that this env does not take."""
+    """Raise on constructor arguments of Gymnasium's that this env does not take."""
     if max_episode_steps is not None:
         raise InvalidArgument(
             f"max_episode_steps={max_episode_steps} is not taken: a time limit from outside cuts a "
@@ -144,7 +179,7 @@ def check_arguments(render_mode: str | None, max_episode_steps: int | None) -> N
 
 
 def check_num_envs(num_envs: int, config: EnvConfig) -> int:
-    """N; raises unless there is at least one env and the groups fit."""
+    """Return N as an int; raise unless there is at least one env and the groups fit."""
     if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
         raise InvalidArgument(f"num_envs={num_envs!r} must be a whole number, 1 or more.")
     if num_envs % config.group_size:
@@ -153,7 +188,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 
 
 def check_device(device: Any) -> None:
-    """Raises `InvalidArgument` unless tensors can be put there."""
+    """Raise `InvalidArgument` unless tensors can be put there."""
     try:
         torch.empty(0, device=device).tolist()  # which the device "meta" cannot
     except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
@@ -163,35 +198,42 @@ def check_device(device: Any) -> None:
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
-    known = set() if isinstance(task, Task) else set(inspect.signature(task).parameters)
+    parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
+    known = set(parameters)
     for key in options:
         check_choice("option", key, known | env_options)
-    if not isinstance(task, Task):
-        for key, parameter in inspect.signature(task).parameters.items():
-            if (
-                parameter.default is parameter.empty
-                and key not in options
-                and parameter.kind is parameter.KEYWORD_ONLY
-            ):
-                raise InvalidArgument(f"{key}= is missing: this id cannot be made without it.")
+    missing = [
+        f"{key}="
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and key not in options
+    ]
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise InvalidArgument(
+            f"{' and '.join(missing)} {verb} missing: this id cannot be made without {them}."
+        )
     if options.get("device") is None:  # the task's own
         known -= {"device"}
     else:
         check_device(options["device"])
-    return (
-        task
-        if isinstance(task, Task)
-        else task(**{key: value for key, value in options.items() if key in known})
-    )
+    if isinstance(task, Task):
+        return task
+    built = task(**{key: value for key, value in options.items() if key in known})
+    if not isinstance(built, Task):
+        raise InvalidArgument(
+            f"the task's function returned {type(built).__name__}; it must return a tokenenv.Task."
+        )
+    return built
 
 
 def load_task(name: str) -> Callable[..., Task]:
-    """The task function that "module:function" names: code, which no file may name
+    """Return the task function that "module:function" names. That is code, which no file may name
     (`tokenenv.safety.trust`)."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidArgument(
-            f"task={name!r} is not there ({error}); give a function as module:function."
-        ) from error
+    label = f"task={name!r}"
+    found = load_name(name, label)
+    if not callable(found) or isinstance(found, type):
+        what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+        raise InvalidArgument(f"{label} is {what}; it must be a function that returns a Task.")
+    return found

@@ -18,6 +18,9 @@ class EnvConfig:
     reward: Any = None
     """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None
     is the task's own."""
+    watch: Any = None
+    """Terms whose numbers per token are recorded and never paid: a design's name, a `RewardTerm`,
+    or a mapping of names to them. None watches nothing."""
     kl: str = "reference"
     """"reference" pays kl_coef * log pi_ref (the learner adds -kl_coef * log pi); "policy" pays the
     whole penalty from the log-prob that the action carries; "none" pays nothing."""
@@ -26,7 +29,8 @@ class EnvConfig:
     kl_estimator: str = "k1"
     """"k1", "k2" or "k3"; other than k1 only with kl="policy"."""
     kl_clamp: float | None = None
-    """Bounds each token's estimate to [-kl_clamp, kl_clamp] nats; only with kl="policy"."""
+    """A bound: each token's estimate is kept in [-kl_clamp, kl_clamp] nats; only with
+    kl="policy"."""
     autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP
     """Gymnasium's "NextStep", "SameStep" or "Disabled"."""
     array: str = "numpy"
@@ -38,18 +42,18 @@ class EnvConfig:
     max_new_tokens: int | None = None
     """T, 1 or more; None is the task's own."""
     score_truncated: bool = True
-    """Whether a text cut at T is scored. If not, the cut is a truncation, and learners bootstrap
-    from its last state."""
+    """Whether a text that is cut at T is scored. If it is not, the cut is a truncation, and
+    learners bootstrap from its last state."""
     cut: str = "terminated"
-    """Which flag says that a scored text was cut at T: "terminated", as nothing is paid after it
-    and learners that know Gymnasium alone must not bootstrap there, or "truncated". `infos["cut"]`
-    says it in both cases."""
+    """The flag that reports the cut of a scored text at T: "terminated", because nothing is paid
+    after it and learners that know Gymnasium alone must not bootstrap there, or "truncated".
+    `infos["cut"]` reports it in both cases."""
     missing_eos_penalty: float = 0.0
     """Subtracted from the reward where a scored text is cut at T; 0 or more."""
     max_batch_tokens: int = 16384
-    """The largest whole-text forward, in tokens with padding; 1 or more."""
+    """The size of the largest whole-text forward, in tokens with padding; 1 or more."""
     compile: bool = False
-    """Compiles the cached forward with torch.compile."""
+    """Whether the cached forward is compiled with torch.compile."""
 
     def __post_init__(self) -> None:
         check_choice("kl", self.kl, ("reference", "policy", "none"))
@@ -92,7 +96,7 @@ class EnvConfig:
 
 
 def check_kl_coef(value: float) -> float:
-    """`value` if it is finite and 0 or more, else `InvalidArgument`."""
+    """Return `value` if it is finite and 0 or more; raise `InvalidArgument` if not."""
     check_number("kl_coef", value)
     if not (math.isfinite(value) and value >= 0):
         raise InvalidArgument(f"kl_coef={value} must be finite and 0 or more (reward per nat).")

@@ -1,5 +1,5 @@
-"""Rewards that are not finite are found in the step that pays them, and named, without waiting for
-a GPU.
+"""Rewards that are not finite: they are found without waiting for a GPU, and the error names the
+term, the slot and the token.
 
 Suffixes: N envs, B texts, T response tokens.
 """
@@ -15,7 +15,8 @@ from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.types import EpisodeScores
 
 BAD_REWARD = -3
-"""The code of a row whose last reward was not finite, among the codes of `tokenenv.env.actions`."""
+"""The code of a slot whose last reward was not finite, among the codes of
+`tokenenv.env.actions`."""
 REFERENCE = "the reference's log-prob"
 IMPOSSIBLE = (
     "; the reference gives this token the probability 0: rule such tokens out (ActionMask, "
@@ -23,7 +24,7 @@ IMPOSSIBLE = (
 )
 
 
-class RewardWatch:
+class FiniteCheck:
     """Looks at what each step paid: on the CPU at once, elsewhere with the next step's one copy to
     the host.
 
@@ -34,7 +35,7 @@ class RewardWatch:
     def __init__(self, device: torch.device) -> None:
         self.waits = device.type == "cpu"
         """Whether a step's numbers are known when it returns."""
-        self._suspects: Tensor | None = None
+        self.suspects: Tensor | None = None
         """(N,) bool, on a device that is not waited for: rows whose last reward was not finite."""
         self._last: tuple[dict[str, Tensor], Tensor, Tensor, Tensor]
         """What the last step paid (N,) by term, the reference's log-prob, the tokens, and the
@@ -55,21 +56,20 @@ class RewardWatch:
         else:
             # x - x is 0 for finite numbers alone.
             suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)
-            self._suspects = suspects if self._suspects is None else self._suspects | suspects
+            self.suspects = suspects if self.suspects is None else self.suspects | suspects
 
     def mark(self, codes: Tensor) -> Tensor:
-        """The codes (N,) of the next step's actions, with `BAD_REWARD` in rows that `check` is to
-        name."""
-        return codes if self._suspects is None else torch.where(self._suspects, BAD_REWARD, codes)
+        """Return the codes (N,) of the next step's actions, with `BAD_REWARD` where `suspects`."""
+        assert self.suspects is not None
+        return torch.where(self.suspects, BAD_REWARD, codes)
 
     def check(self, codes: np.ndarray) -> None:
-        """Raises `NotFinite` for what `mark` has marked."""
-        if self._suspects is not None:
-            self._require_none(codes == BAD_REWARD)
+        """Raise `NotFinite` for what `mark` has marked."""
+        self._require_none(codes == BAD_REWARD)
 
     def clear(self) -> None:
-        """All texts begin anew."""
-        self._suspects = None
+        """Forget what was seen, since all texts begin anew."""
+        self.suspects = None
 
     def _require_none(self, bad: np.ndarray) -> None:
         if not bad.any():
@@ -86,8 +86,8 @@ class RewardWatch:
 
 
 def first_bad(values: Mapping[str, float], ref_logprob: float) -> tuple[str, float]:
-    """What to name: the reference where it is at fault, else the first of the values that is not
-    finite, else their sum."""
+    """Return the name and the value to tell: the reference where it is at fault, else the first of
+    the values that is not finite, else their sum."""
     if math.isnan(ref_logprob):
         return REFERENCE, ref_logprob
     bad = [(name, value) for name, value in values.items() if not math.isfinite(value)]
@@ -95,7 +95,7 @@ def first_bad(values: Mapping[str, float], ref_logprob: float) -> tuple[str, flo
 
 
 def hint(what: str, value: float) -> str:
-    """What to do about a KL term of -inf."""
+    """Return what to do about a KL term of -inf, or nothing for any other value."""
     return IMPOSSIBLE if what == "the reward term 'kl'" and value == -math.inf else ""
 
 

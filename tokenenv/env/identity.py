@@ -1,8 +1,9 @@
-"""What makes an env the one that a run was trained in, as plain values: checkpoints hold it, and
-refuse another env.
+"""What makes an env the one that a run was trained in, as plain values. Checkpoints hold it, and
+are refused by another env.
 
-Left out is what changes no result: device, kind of array, rendering, `max_batch_tokens`, `compile`.
-Models and prompts are told by their contents, never by where they were found.
+It leaves out what changes nothing that is learned: device, kind of array, rendering, what is
+watched, `max_batch_tokens`, `compile`. Models and prompts are told by their contents, not by where
+they were found.
 """
 
 import zlib
@@ -19,7 +20,7 @@ from tokenenv.env.config import EnvConfig
 from tokenenv.rewards.term import RewardTerm
 from tokenenv.types import Scorer, Task, TokenSpec
 
-CHANGES_NOTHING = ("array", "max_batch_tokens", "compile")
+CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile")
 """Options that may differ between a run and its continuation."""
 SAMPLES = 4096
 """Numbers of each array, and prompts, that are looked at: a large model is told from another in
@@ -34,7 +35,8 @@ def identity(
     terms: Mapping[str, RewardTerm],
     kl_coef: float,
 ) -> dict[str, Any]:
-    """Nested dicts, lists and plain values. `kl_coef` is what the env was made with."""
+    """Return the identity as nested dicts, lists and plain values. `kl_coef` is what the env was
+    made with."""
     options = {
         field.name: getattr(config, field.name)
         for field in fields(config)
@@ -60,8 +62,8 @@ def identity(
 
 
 def plain(value: Any) -> Any:
-    """A description that is equal for equal settings: plain values as they are, functions and
-    classes by name, terms and other objects by their class and public settings, models by
+    """Return a description that is equal for equal settings: plain values as they are, functions
+    and classes by name, terms and other objects by their class and public settings, models by
     `digest`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -93,7 +95,7 @@ def plain(value: Any) -> Any:
 
 
 def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """How many there are, and a checksum over (at most `SAMPLES` of) them."""
+    """Return how many prompts there are, and a checksum over (at most `SAMPLES` of) them."""
     value = 0
     for i in range(0, len(prompts), _stride(len(prompts))):
         value = zlib.crc32(np.asarray(prompts[i], np.int64).tobytes(), zlib.crc32(b"|", value))
@@ -101,8 +103,8 @@ def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def digest(model: Any) -> str:
-    """A model's class, and a checksum over the shapes, types and (at most `SAMPLES` each of) the
-    numbers that it holds."""
+    """Return a model's class, and a checksum over the shapes, types and (at most `SAMPLES` each of)
+    the numbers that it holds."""
     if isinstance(model, Scorer):
         kind = "per token" if model.per_token else "per text"
         return f"{digest(model.model)}, {digest(model.head)} {kind}"
@@ -117,7 +119,7 @@ def digest(model: Any) -> str:
 
 
 def _arrays(model: Any) -> dict[str, Any]:
-    """The tensors and arrays of a module, or of an object that is none, by name."""
+    """Return the tensors and arrays of a module, or of any other object, by name."""
     if isinstance(model, Tensor | np.ndarray):
         return {"": model}
     own = {
@@ -135,5 +137,5 @@ def _arrays(model: Any) -> dict[str, Any]:
 
 
 def _stride(count: int) -> int:
-    """The distance at which at most `SAMPLES` of `count` are looked at, evenly."""
+    """Return the stride at which at most `SAMPLES` of `count` are looked at."""
     return max(1, -(-count // SAMPLES))

@@ -8,24 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.env.engine import Paid, RewardEngine
+from tokenenv.env.transitions import Ends
+from tokenenv.rewards.term import FinishedTexts
+
 Values = Tensor | np.ndarray | dict[str, Tensor]
 """Of all rows; an array is on the host, and not the env's own."""
 Export = Callable[[Any], Any]
 """Makes the caller's kind of array of a tensor or of a host array."""
 
 
+Entries = dict[str, tuple[Values, np.ndarray]]
+"""Info values by key, each with the rows that have it, (N,) bool on the host. A dict of values
+becomes a nested info with masks of its own."""
+
+
 class Infos:
-    """Info values, each with the rows that have it (N,) bool on the host."""
+    """The info values of all slots."""
 
-    def __init__(self) -> None:
-        self._entries: dict[str, tuple[Values, np.ndarray]] = {}
-
-    def add(self, key: str, values: Values, rows: np.ndarray) -> None:
-        """Sets `key` for `rows`; a dict of values becomes a nested info with masks of its own."""
-        self._entries[key] = (values, rows)
+    def __init__(self, entries: Entries) -> None:
+        self._entries = entries
 
     def overlay(self, other: "Infos") -> None:
-        """Takes `other`'s values in the rows that it has; they win over those already here."""
+        """Take `other`'s values in the rows that it has; they win over those already here."""
         for key, (values, rows) in other._entries.items():
             if key in self._entries:
                 old, old_rows = self._entries[key]
@@ -33,28 +38,84 @@ class Infos:
             self._entries[key] = (values, rows)
 
     def only(self, rows: np.ndarray) -> "Infos":
-        """Copies of the values in `rows` alone."""
-        part = Infos()
-        for key, (values, has) in self._entries.items():
-            if (has & rows).any():
-                part._entries[key] = (_copy(values), has & rows)
-        return part
+        """Return copies of the values in `rows` alone."""
+        return Infos(
+            {
+                key: (_copy(values), has & rows)
+                for key, (values, has) in self._entries.items()
+                if (has & rows).any()
+            }
+        )
 
     def to_dict(self, export: Export) -> dict[str, Any]:
-        """The layout that Gymnasium's own vectorisation builds. As there, a key that no row has is
-        absent."""
+        """Return the layout that Gymnasium's own vectorisation builds. As there, a key that no row
+        has is absent."""
         out: dict[str, Any] = {}
         for key, (values, rows) in self._entries.items():
-            if not rows.any():
+            everywhere = rows.all()
+            if not everywhere and not rows.any():
                 continue
+            named = values if isinstance(values, dict) else {key: values}
+            found: dict[str, Any] = {}
+            for name, value in named.items():
+                shown = value if everywhere else _where(rows, value, _zeros(value))
+                found[name], found[f"_{name}"] = export(shown), export(rows.copy())
             if isinstance(values, dict):
-                part = Infos()
-                part._entries = {name: (value, rows) for name, value in values.items()}
-                out[key] = part.to_dict(export)
+                out[key], out[f"_{key}"] = found, export(rows.copy())
             else:
-                out[key] = export(values if rows.all() else _where(rows, values, _zeros(values)))
-            out[f"_{key}"] = export(rows.copy())
+                out |= found
         return out
+
+
+def step_infos(
+    engine: RewardEngine,
+    paid: Paid,
+    ends: Ends,
+    active: np.ndarray,
+    prompt_id: np.ndarray,
+    kl_coef: np.ndarray,
+) -> Infos:
+    """Return the infos of a step, which `docs/contract.md` lists; `prompt_id` and `kl_coef` (N,)
+    are those of the texts, as copies."""
+    entries: Entries = {
+        "reward_terms": (paid.terms, active),
+        "ref_logprob": (paid.ref_logprob, active),
+        "kl_coef": (kl_coef, active),
+        "prompt_id": (prompt_id, active),
+    }
+    if paid.watched:
+        entries["watched"] = paid.watched, active
+    if paid.potential is not None:
+        entries["potential"] = paid.potential, active
+    if paid.finished is None:
+        return Infos(entries)
+    ended, watched = ends.ended, engine.rewards.watched
+    if paid.score is not None:
+        entries["score"] = paid.score, ended
+    gold = _gold(engine.context.task.gold, paid.finished, paid.score, ended)
+    if gold is not None:
+        entries["gold"] = gold, ended
+    # The engine gives copies: the slots that end may begin anew before these are read.
+    entries["token_rewards"] = engine.token_rewards(), ended
+    entries["token_reward_terms"] = engine.placed(engine.rewards.terms), ended
+    if watched:
+        entries["token_watched"] = engine.placed(watched), ended
+    entries["cut"] = ends.truncated, ended
+    return Infos(entries)
+
+
+def _gold(
+    metric: Any, texts: FinishedTexts, score: Tensor | None, ended: np.ndarray
+) -> Tensor | np.ndarray | None:
+    """The task's true metric (N,) of the texts that ended, or None where it has none."""
+    if metric == "score":
+        return None if score is None else score.clone()
+    if metric is None:
+        return None
+    gold = np.zeros(len(ended), dtype=np.float32)
+    pairs = texts.prompt_and_response_texts()
+    gold[ended] = [metric(prompt, response) for prompt, response in pairs]
+    return gold
 
 
 def _copy(values: Values) -> Values:
@@ -64,7 +125,7 @@ def _copy(values: Values) -> Values:
 
 
 def _where(rows: np.ndarray, chosen: Any, other: Any) -> Any:
-    """`chosen` in `rows`, elsewhere `other`."""
+    """Return `chosen` in the slots of `rows` (N,) bool and `other` elsewhere."""
     rows = rows.reshape(-1, *[1] * (chosen.ndim - 1))
     if isinstance(chosen, Tensor):
         return torch.where(

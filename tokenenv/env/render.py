@@ -45,14 +45,15 @@ class RunningText:
 
     @property
     def header(self) -> str:
-        """The figures of the text in one line."""
+        """Return the figures of the text in one line."""
         score = "" if self.score is None else f"score {self.score:.2f}   "
         kl = "" if self.kl is None else f", of which kl {self.kl:.2f}"
         return f"{score}reward {sum(self.rewards):.2f}{kl}   {len(self.pieces)} tokens"
 
 
 def ansi(text: RunningText) -> str:
-    """The text with terminal colours: the prompt dim, each token on the colour of its reward."""
+    """Return the text with terminal colours: the prompt dim, each token on the colour of its
+    reward."""
     tokens = "".join(
         f"\033[48;2;{r};{g};{b}m\033[38;2;0;0;0m{_visible(piece)}\033[0m"
         for piece, (r, g, b) in zip(text.pieces, map(colour, text.rewards), strict=True)
@@ -61,7 +62,8 @@ def ansi(text: RunningText) -> str:
 
 
 def picture(text: RunningText) -> np.ndarray:
-    """(H, W, 3) uint8, the same size for every text: its end, if it is longer than the picture."""
+    """Return a picture (H, W, 3) uint8, of one size for every text. A text that is longer than the
+    picture is shown from its end."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH, HEADER + LINES * LINE_HEIGHT + MARGIN), "white")
@@ -79,7 +81,7 @@ def picture(text: RunningText) -> np.ndarray:
 
 
 def colour(reward: float) -> tuple[int, int, int]:
-    """White at zero, blue below, orange above."""
+    """Return the colour of a reward: white at zero, blue below, orange above."""
     if not np.isfinite(reward):
         return 128, 128, 128
     strength = min(1.0, abs(reward) / FULL)
@@ -152,10 +154,10 @@ def _char_width() -> float:
 def running_texts(
     buffer: TextBuffer, engine: RewardEngine, pieces: TokenPieces
 ) -> list[RunningText]:
-    """The N texts of an env as they stand."""
+    """Return the N texts of an env as they stand."""
     assert engine.states is not None
-    rewards_NT = engine.token_terms.sum(1).cpu().numpy()
-    names = engine.term_names
+    rewards_NT = engine.token_rewards().cpu().numpy()
+    names = engine.rewards.names
     kl_N = (
         engine.token_terms[:, names.index("kl")].sum(1).tolist()
         if "kl" in names
@@ -174,8 +176,8 @@ def running_texts(
 
 
 def show(render_mode: str, texts: Sequence[RunningText]) -> tuple[Any, ...] | None:
-    """What `render` returns for each text: a string, a picture, or, after printing them in place,
-    nothing."""
+    """Return what `render` gives for each text: a string, a picture, or, after printing them in
+    place, nothing."""
     if render_mode == "rgb_array":
         return tuple(map(picture, texts))
     strings = tuple(map(ansi, texts))

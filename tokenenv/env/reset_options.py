@@ -17,18 +17,19 @@ Read = Callable[[Any, TokenSpec, str], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class ResetOptions:
-    """Which rows a reset begins anew, and the prompts and prefixes it was given, by row."""
+    """The slots that a reset begins anew, and the prompts and prefixes that it was given, by
+    slot."""
 
     mask: np.ndarray
     masked: bool
-    """Whether the mask was given, as by those who reset what has ended; otherwise all rows begin
-    anew."""
+    """Whether the mask was given, as by callers that reset what has ended; otherwise all slots
+    begin anew."""
     prompts: dict[int, list[int]]
     prefixes: dict[int, list[int]]
 
 
 def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec) -> ResetOptions:
-    """Checks `options`; entries of rows that are not reset are ignored."""
+    """Check and return `options`; entries of slots that are not reset are ignored."""
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise InvalidArgument(
@@ -45,7 +46,7 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
 
 
 def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
-    """One seed a row, as Gymnasium's own vectorisation reads them."""
+    """Return one seed (or None) for each slot, as Gymnasium's own vectorisation reads them."""
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, (int, np.integer)):

@@ -10,10 +10,10 @@ from tokenenv.types import TokenSpec
 
 FORMAT = 4
 Layout = dict[str, Any]
-"""Names to (shape, dtype), to None for what must be absent, or to a further layout; -1 is any
-size."""
+"""What a state must hold, by name: a (shape, dtype), None for what must be absent, or a further
+layout. A size of -1 in a shape is any size."""
 EXACT = ("weights", "memory", "statistics", "learned")
-"""Context with an entry for each term that has one, and no others."""
+"""Parts that have an entry for each term that has one, and no others."""
 KEYS = (
     "slots",
     "texts",
@@ -28,7 +28,7 @@ KEYS = (
 
 
 def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
-    """Slot numbers as an array (n,) int64, each 0 to num_envs - 1."""
+    """Return slot numbers as an array (n,) int64, each 0 to num_envs - 1."""
     try:
         chosen = np.asarray(slots)
     except ValueError:  # lists of different lengths
@@ -46,13 +46,30 @@ def check_slots(slots: Sequence[int], num_envs: int) -> np.ndarray:
     return chosen.astype(np.int64)
 
 
+def check_fork(
+    sources: Sequence[int], targets: Sequence[int], ended: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the slots to copy from and those to copy to, (n,) int64; `ended` (N,) are those that
+    hold finished episodes."""
+    source, target = check_slots(sources, len(ended)), check_slots(targets, len(ended))
+    if len(source) != len(target) or len(set(target)) != len(target):
+        raise InvalidArgument(
+            f"fork needs one distinct target a source; got {list(sources)} and {list(targets)}."
+        )
+    if ended[source].any():
+        raise InvalidArgument(
+            f"sources={list(sources)} holds finished episodes; only running ones can be copied."
+        )
+    return source, target
+
+
 def check_state(
     saved: Any, num_envs: int, group_size: int, spec: TokenSpec, engine: Callable[[int], Layout]
 ) -> np.ndarray:
-    """The slots of a saved state that fits this env; raises `CheckpointError` before anything is
-    changed.
+    """Return the slots (n,) of a saved state that fits this env; raise `CheckpointError` before
+    anything is changed.
 
-    `engine` says what the engine saves for a number of slots.
+    `engine` returns the layout of what the engine saves for a number of slots.
     """
     if (
         not isinstance(saved, dict)
@@ -88,13 +105,13 @@ def check_statistics(saved: Any, layout: Layout) -> None:
 
 
 def _is(value: Any, expected: int | str) -> bool:
-    """Whether they are the same plain value: what a state holds in its place may be an array, which
-    compares by entry."""
+    """Return whether they are the same plain value. A corrupt state may hold an array in its place,
+    which `==` alone would compare entry by entry."""
     return isinstance(value, type(expected)) and value == expected
 
 
 def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
-    """The state's arrays as (shape, dtype)."""
+    """Return the layout of a state of `count` slots."""
     length = spec.max_prompt_tokens + spec.max_new_tokens
     integers, floats = ((count,), np.int64), ((count,), np.float32)
     return {
@@ -120,21 +137,21 @@ def _check_arrays(saved: Any, layout: Any, where: str) -> None:
         ):
             has = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
             raise CheckpointError(
-                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same task "
-                f"and reward=."
+                f"the state's {where} are {has} and this env's {sorted(layout)}; use the same "
+                f"task, reward= and watch=."
             )
         for key, part in layout.items():
             _check_arrays(saved[key], part, key)
     elif layout is None:
         if saved is not None:
             raise CheckpointError(
-                f"the state's {where} comes from a reward model, which this env has not."
+                f"the state's {where} comes from a reward model, which this env does not have."
             )
     elif not _is_array(saved, *layout):
         has = f"{saved.shape} {saved.dtype}" if isinstance(saved, np.ndarray) else repr(saved)
         raise CheckpointError(
             f"the state's {where} is {has} and this env's {layout[0]} {layout[1].__name__}; "
-            "it is corrupt, or comes from another task or other task options."
+            "it is corrupt, or comes from another task, other task options or another watch=."
         )
 
 
@@ -161,7 +178,7 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
 
 
 def _check_streams(streams: Any, count: int, group_size: int) -> None:
-    """A seed and a number of texts for each slot, those of its group."""
+    """Check that there are a seed and a number of texts for each slot, those of its group."""
     given = streams if isinstance(streams, dict) else {}
     if not _is(given.get("group_size"), group_size):
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Whole texts, scored as stepping would have paid them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,13 +11,13 @@ from torch import Tensor
 from tokenenv.env.actions import LOGPROB_SLACK
 from tokenenv.env.engine import RewardEngine, in_eval_mode
 from tokenenv.env.finite import require_finite_scores
-from tokenenv.env.texts import TextBuffer
-from tokenenv.errors import InvalidArgument
+from tokenenv.env.texts import to_device
+from tokenenv.env.transitions import Ends, Walk
+from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches
-from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.prompts import read_continuation, read_prompt
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
-from tokenenv.types import EpisodeScores, Scorer, TokenSpec
+from tokenenv.rewards.term import Transitions, WholeTexts
+from tokenenv.types import EpisodeScores, TokenSpec
 
 
 @torch.no_grad()
@@ -31,10 +31,9 @@ def score_episodes(
     truncated: Sequence[bool] | None,
     weights: Mapping[str, float | Sequence[float]],
     gold: Callable[[str, str], float] | Literal["score"] | None,
-    max_batch_tokens: int,
     learning: bool = False,
 ) -> EpisodeScores:
-    """Rewards (B, T) of B finished texts in length-sorted parallel forwards; see
+    """Return the rewards (B, T) of B finished texts, from length-sorted parallel forwards; see
     `TokenVectorEnv.score_episodes`.
 
     With `learning`, terms with statistics take the texts in, but score all of them with those they
@@ -45,45 +44,30 @@ def score_episodes(
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
     each = {name: _read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
-    out = _nothing_yet(engine, response_ids, gold is not None)
-    statistics, learned = engine.rewards.statistics(), engine.save_statistics()
+    out = _zeros(engine, response_ids, gold is not None)
+    statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
-    try:
-        for group in micro_batches(lengths, max_batch_tokens):
-            texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
-            texts.statistics, texts.learning = (
-                {name: s.expand(len(group), -1) for name, s in statistics.items()},
-                learning,
-            )
-            given = None if logprobs is None else [logprobs[i] for i in group]
-            group_weights = {
-                name: torch.from_numpy(weight[group]).to(engine.context.device)
-                for name, weight in each.items()
-            }
-            _fill(out, group, texts, _score_group(engine, texts, given, cut[group], group_weights))
-            if out.gold is not None and callable(gold):
-                out.gold[group] = [
-                    gold(prompt, response) for prompt, response in texts.prompt_and_response_texts()
-                ]
-        require_finite_scores(out)
-    except BaseException:
-        # A reward server that is down, or Ctrl-C: texts that are scored again must not teach twice.
-        engine.load_statistics(learned)
-        raise
-    return (
-        replace(out, gold=None if out.score is None else out.score.copy())
-        if gold == "score"
-        else out
-    )
+    for group in micro_batches(lengths, engine.context.max_batch_tokens):
+        texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
+        known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
+        walk = engine.dynamics.walk(texts, known, engine.trunks)
+        given = None if logprobs is None else [logprobs[i] for i in group]
+        batch = _transitions(engine, texts, walk, cut[group], given, learning)
+        now = {name: to_device(w[group], engine.context.device) for name, w in each.items()}
+        _fill(out, group, engine, walk, batch, now)
+        if out.gold is not None and callable(gold):
+            assert batch.finished is not None
+            pairs = batch.finished.prompt_and_response_texts()
+            out.gold[group] = [gold(prompt, response) for prompt, response in pairs]
+    require_finite_scores(out)
+    if gold == "score":
+        return replace(out, gold=None if out.score is None else out.score.copy())
+    return out
 
 
-def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
+def _zeros(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
     """Zeros for so many texts."""
-    count, width, names = (
-        len(responses),
-        engine.context.spec.max_new_tokens,
-        list(engine.rewards.terms),
-    )
+    count, width, rewards = len(responses), engine.context.spec.max_new_tokens, engine.rewards
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((count, *shape), np.float32)
@@ -91,42 +75,90 @@ def _nothing_yet(engine: RewardEngine, responses: list[list[int]], has_gold: boo
     return EpisodeScores(
         token_rewards=zeros(width),
         step_rewards=zeros(width),
-        terms={name: zeros(width) for name in names},
-        token_reward_terms={name: zeros(width) for name in names},
+        terms={name: zeros(width) for name in rewards.terms},
+        token_reward_terms={name: zeros(width) for name in rewards.terms},
         score=None if engine.context.scorer is None else zeros(),
         gold=zeros() if has_gold else None,
         lengths=np.asarray([len(response) for response in responses]),
         ref_logprobs=zeros(width),
-        potentials=zeros(width + 1) if engine.rewards.has_potential else None,
+        potentials=zeros(width + 1) if rewards.shaped else None,
+        watched={name: zeros(width) for name in rewards.watched},
     )
 
 
-def _fill(out: EpisodeScores, group: np.ndarray, texts: FinishedTexts, scored: "_Scored") -> None:
-    """Takes in a micro-batch: the rows `group`."""
-    for name in scored.placed:
-        out.terms[name][group] = scored.paid[name].cpu().numpy()
-        out.token_reward_terms[name][group] = scored.placed[name].cpu().numpy()
-        out.step_rewards[group] += out.terms[name][group]
-        out.token_rewards[group] += out.token_reward_terms[name][group]
-    out.ref_logprobs[group] = scored.ref_logprob.cpu().numpy()
-    if out.potentials is not None and scored.potential is not None:
-        out.potentials[group] = scored.potential.cpu().numpy()
+def _transitions(
+    engine: RewardEngine,
+    texts: WholeTexts,
+    walk: Walk,
+    cut: np.ndarray,
+    logprobs: list[Sequence[float]] | None,
+    learning: bool,
+) -> Transitions:
+    """What terms see of whole texts, of which those of `cut` (b,) were cut."""
+    cut_K = cut[walk.row]
+    scored = walk.last if engine.context.spec.score_truncated else walk.last & ~cut_K
+    ends = Ends(walk.last & ~cut_K, walk.last & cut_K, scored, walk.last)
+    given = None
+    if logprobs is not None:
+        flat = np.asarray([x for one in logprobs for x in one], dtype=np.float32)
+        given = to_device(flat, engine.context.device)
+    return engine.dynamics.transitions(
+        walk.tokens,
+        walk.before,
+        walk.after,
+        ends,
+        texts,
+        active=np.ones(len(walk.t), dtype=bool),
+        learning=learning,
+        logprob=given,
+    )
+
+
+def _fill(
+    out: EpisodeScores,
+    group: np.ndarray,
+    engine: RewardEngine,
+    walk: Walk,
+    batch: Transitions,
+    weights: dict[str, Tensor],
+) -> None:
+    """Take in what a micro-batch, the texts `group` (b,), has earned; `weights` are (b,)."""
+    rewards, texts = engine.rewards, batch.finished
+    assert texts is not None
+    assert batch.ref_logprob is not None
+    row, t = (to_device(index, engine.context.device) for index in (walk.row, walk.t))
+    last = to_device(texts.length - texts.prompt_length - 1, engine.context.device)
+    zeros = torch.zeros(
+        len(group), out.token_rewards.shape[1], dtype=torch.float32, device=row.device
+    )
+
+    def at_tokens(values: Tensor) -> np.ndarray:
+        return zeros.index_put((row, t), values).cpu().numpy()
+
+    each = {name: weight[row] for name, weight in weights.items()}
+    placed = {name: at_tokens(values) for name, values in rewards.paid(batch, each).items()}
+    paid = dict(placed)
+    for name, values in rewards.placed(texts, weights).items():
+        placed[name] = values.cpu().numpy()
+        # A hindsight term is placed on all tokens, and paid at the last one.
+        paid[name] = zeros.scatter(1, last[:, None], values.sum(1, keepdim=True)).cpu().numpy()
+    for name in rewards.names:
+        if name in rewards.watched:
+            out.watched[name][group] = placed[name]
+            continue
+        out.terms[name][group], out.token_reward_terms[name][group] = paid[name], placed[name]
+        out.step_rewards[group] += paid[name]
+        out.token_rewards[group] += placed[name]
+    out.ref_logprobs[group] = at_tokens(batch.ref_logprob)
     if out.score is not None and texts.score is not None:
         out.score[group] = texts.score.float().cpu().numpy()
-
-
-@dataclass(slots=True)
-class _Scored:
-    """What one micro-batch of b texts has earned, on the device."""
-
-    paid: dict[str, Tensor]
-    """(b, T) each term as stepping pays it."""
-    placed: dict[str, Tensor]
-    """(b, T) each term where it belongs."""
-    ref_logprob: Tensor
-    """(b, T)."""
-    potential: Tensor | None
-    """(b, T + 1)."""
+    before, after = (rewards.potential(states, each) for states in (batch.before, batch.after))
+    if out.potentials is not None and before is not None and after is not None:
+        assert batch.finished_at is not None
+        out.potentials[group, :-1] = at_tokens(before)
+        # Phi of the last state, which is zero where the text is scored.
+        end = torch.where(batch.scored, 0.0, after)[batch.finished_at]
+        out.potentials[group, texts.length - texts.prompt_length] = end.cpu().numpy()
 
 
 def _read_texts(
@@ -178,6 +210,29 @@ def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
         )
 
 
+def read_weights(
+    now: dict[str, float],
+    weights: Mapping[str, float | Sequence[float]] | None,
+    kl_coef: float | Sequence[float] | None,
+    kl: str,
+) -> dict[str, Any]:
+    """Return the weight of each term for texts to score: the given ones, or those of `now`. `kl` is
+    the env's option."""
+    if kl_coef is not None and kl == "none":
+        raise InvalidArgument(
+            f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'."
+        )
+    weights = {} if weights is None else weights
+    if not isinstance(weights, Mapping):
+        raise InvalidArgument(
+            f"weights={weights!r} is not allowed; it must map names of terms to weights."
+        )
+    for name in weights:
+        check_choice("weights key", name, now)
+    chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **weights}
+    return {name: chosen[name] for name in now}
+
+
 def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
     try:
         array = np.asarray(weight, np.float32)
@@ -219,7 +274,8 @@ def _read_truncated(
 
 
 def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[int]]) -> None:
-    policy_terms = [name for name, term in engine.rewards.terms.items() if term.kind == "policy"]
+    both = engine.rewards.terms | engine.rewards.watched
+    policy_terms = [name for name, term in both.items() if term.kind == "policy"]
     if logprobs is None:
         if policy_terms:
             raise InvalidArgument(
@@ -245,217 +301,17 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
             )
 
 
-def _pad(
-    engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]
-) -> FinishedTexts:
+def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]) -> WholeTexts:
     ids = [np.asarray([*p, *r], dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
     tokens = np.full(
         (len(ids), max(map(len, ids))), engine.context.spec.pad_token_id, dtype=np.int64
     )
     for row, text in enumerate(ids):
         tokens[row, : len(text)] = text
-    return FinishedTexts(
+    return WholeTexts(
         tokens=torch.from_numpy(tokens).to(engine.context.device),
         length=np.asarray([len(text) for text in ids]),
         prompt_length=np.asarray([len(p) for p in prompts]),
         prefix_length=np.zeros(len(ids), dtype=np.int64),
-        score=None,
         ids=ids,
-        tokenizer=engine.context.spec.tokenizer,
     )
-
-
-def _score_group(
-    engine: RewardEngine,
-    texts: FinishedTexts,
-    logprobs: list[Sequence[float]] | None,
-    truncated: np.ndarray,
-    weights: dict[str, Tensor],
-) -> _Scored:
-    """What the texts have earned; sets their score."""
-    device, spec = engine.context.device, engine.context.spec
-    valid = texts.own_mask(spec.max_new_tokens)
-    row, t = valid.nonzero(as_tuple=True)
-    batch = _transitions(engine, texts, row, t)
-    last = torch.from_numpy(texts.length - texts.prompt_length - 1).to(device)
-    cut = torch.from_numpy(truncated).to(device)
-    scored = torch.ones_like(cut) if spec.score_truncated else ~cut
-    ends = t == last[row]
-    batch.truncated, batch.terminated, batch.scored = (
-        ends & cut[row],
-        ends & ~cut[row],
-        ends & scored[row],
-    )
-    batch.finished, batch.finished_at = texts, ends.nonzero().squeeze(1)
-    texts.score = (
-        None if batch.after.score is None else batch.after.score[batch.finished_at].float()
-    )
-    batch.learning = torch.ones_like(ends) if texts.learning else None
-    engine.read_finished(texts)
-    if logprobs is not None:
-        batch.logprob = torch.tensor(
-            [x for one in logprobs for x in one], dtype=torch.float32, device=device
-        )
-    each = {name: weight[row] for name, weight in weights.items()}
-    paid = engine.rewards.paid(batch, each)
-    nothing = torch.zeros(valid.shape, dtype=torch.float32, device=device)
-    causal = {name: nothing.index_put((row, t), values) for name, values in paid.items()}
-    placed = engine.rewards.placed(texts, scored, weights)
-    at_end = {
-        name: nothing.scatter(1, last[:, None], values.sum(1, keepdim=True))
-        for name, values in placed.items()
-    }
-    assert batch.ref_logprob is not None
-    ref_logprob = nothing.index_put((row, t), batch.ref_logprob)
-    return _Scored(
-        causal | at_end,
-        causal | placed,
-        ref_logprob,
-        _potentials(engine, batch, each, valid.shape, row, t),
-    )
-
-
-def _potentials(
-    engine: RewardEngine,
-    batch: Transitions,
-    weights: dict[str, Tensor],
-    shape: Sequence[int],
-    row: Tensor,
-    t: Tensor,
-) -> Tensor | None:
-    """Phi (b, T + 1) before each token and of each last state, where it is zero if the text is
-    scored there."""
-    before, after = (
-        engine.rewards.potential(batch.before, weights),
-        engine.rewards.potential(batch.after, weights),
-    )
-    if before is None or after is None or batch.finished_at is None:
-        return None
-    last = batch.finished_at
-    potential = before.new_zeros(shape[0], shape[1] + 1).index_put((row, t), before)
-    return potential.index_put(
-        (row[last], t[last] + 1), torch.where(batch.scored, 0.0, after)[last]
-    )
-
-
-def _transitions(engine: RewardEngine, texts: FinishedTexts, row: Tensor, t: Tensor) -> Transitions:
-    """Every response token of the texts, with the states around it."""
-    states = engine.trunks.states(texts.tokens, texts.length.tolist())
-    at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
-    statistics = {name: s[row] for name, s in texts.statistics.items()}
-    before = States(
-        {key: hidden[row, at - 1] for key, hidden in states.items()}, t, statistics=statistics
-    )
-    after = States(
-        {key: hidden[row, at] for key, hidden in states.items()}, t + 1, statistics=statistics
-    )
-    before.score, after.score = _running_scores(
-        engine.context.causal_scorer, texts, before, after, row, t
-    )
-    tokens = texts.tokens[row, at]
-    for name, term in engine.rewards.with_memory.items():
-        first = texts.tokens[row, at - 1]
-        before.memory[name], after.memory[name] = _recall(
-            term, before, after, first, tokens, row, t
-        )
-    ref_logprob = engine.ref_logprob(before.of(engine.context.reference), tokens)
-    none = torch.zeros_like(tokens, dtype=torch.bool)
-    return Transitions(tokens, before, after, none, none, none, ref_logprob=ref_logprob)
-
-
-@torch.no_grad()
-def recall_prefixes(engine: RewardEngine, slots: np.ndarray, texts: TextBuffer) -> None:
-    """Gives the terms with memory what they would carry if the prefixes of the texts that begin in
-    `slots` had been written one token after the other, so that what follows is paid as in the same
-    text written from its start."""
-    prefixed = slots[texts.prefix_length[slots] > 0]
-    if not len(prefixed) or not engine.rewards.with_memory:
-        return
-    assert engine.states is not None
-    for group in micro_batches(texts.length[prefixed], engine.context.max_batch_tokens):
-        rows = prefixed[group]
-        ends = [
-            (texts.tokens[row].tolist(), texts.prompt_length[row], texts.length[row])
-            for row in rows
-        ]
-        begun = _pad(
-            engine,
-            [ids[:start] for ids, start, _ in ends],
-            [ids[start:end] for ids, start, end in ends],
-        )
-        begun.statistics = {
-            name: s.expand(len(rows), -1) for name, s in engine.rewards.statistics().items()
-        }
-        row, t = begun.own_mask(engine.context.spec.max_new_tokens).nonzero(as_tuple=True)
-        last = t == texts.upload(texts.prefix_length[rows] - 1)[row]
-        for name, memory in _transitions(engine, begun, row, t).after.memory.items():
-            engine.states.memory[name][texts.upload(rows)] = memory[last]
-
-
-def _recall(
-    term: RewardTerm,
-    before: States,
-    after: States,
-    first: Tensor,
-    tokens: Tensor,
-    row: Tensor,
-    t: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What the term carries before and after each token (K,), one token of all texts after the
-    other."""
-    memory = term.remember(None, first[t == 0], before.at(t == 0)).float()
-    both = memory.new_zeros(2, len(t))
-    for step in range(int(t.max()) + 1):
-        at = t == step
-        both[0, at] = memory[row[at]]
-        both[1, at] = term.remember(memory[row[at]], tokens[at], after.at(at)).float()
-        memory = memory.index_copy(0, row[at], both[1, at])
-    return both[0], both[1]
-
-
-def _running_scores(
-    scorer: Scorer | None,
-    texts: FinishedTexts,
-    before: States,
-    after: States,
-    row: Tensor,
-    t: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The score of each text before and after each of its tokens (K,); a per-token scorer's is a
-    sum from the prompt's end, any other's stays as it was at tokens that it passes over."""
-    if scorer is None:
-        return None, None
-    scores = scorer.head(after.of(scorer.model))
-    if not scorer.per_token:
-        scores = torch.cat([_prompt_scores(scorer, texts, before, t), scores])
-        read = _read_at(scorer, texts, row, t)
-        return scores[read[row, t]], scores[read[row, t + 1]]
-    scores = scores.to(sum_dtype(scores.device))
-    nothing = torch.zeros(
-        int(row.max()) + 1, int(t.max()) + 1, dtype=scores.dtype, device=scores.device
-    )
-    sums = nothing.index_put((row, t), scores).cumsum(1)
-    return torch.where(t > 0, sums[row, (t - 1).clamp(min=0)], 0.0), sums[row, t]
-
-
-def _prompt_scores(scorer: Scorer, texts: FinishedTexts, before: States, t: Tensor) -> Tensor:
-    """The scores (b,) of the prompts."""
-    scores = scorer.head(before.of(scorer.model)[t == 0]).clone()
-    for i, (ids, length) in enumerate(zip(texts.ids, texts.prompt_length, strict=True)):
-        if read_length(ids[:length], scorer.pad_token_id) < length:
-            scores[i] = score_texts(scorer, [(ids[:length].tolist(), [])])[0]
-    return scores
-
-
-def _read_at(scorer: Scorer, texts: FinishedTexts, row: Tensor, t: Tensor) -> Tensor:
-    """(b, T + 1): where the score after 0, 1, ..., T tokens of each text stands among the b of the
-    prompts and the K of the tokens: at the last token that is not passed over."""
-    count, width = len(texts.ids), int(t.max()) + 2
-    prompts = torch.arange(count, device=row.device)[:, None].expand(-1, width)
-    own = prompts.index_put((row, t + 1), count + torch.arange(len(row), device=row.device))
-    if scorer.pad_token_id is not None:
-        at = torch.from_numpy(texts.prompt_length).to(row.device)[row] + t
-        own[row, t + 1] = torch.where(
-            texts.tokens[row, at] == scorer.pad_token_id, row, own[row, t + 1]
-        )
-    return own.cummax(1).values

@@ -12,8 +12,8 @@ from tokenenv.errors import InvalidArgument
 
 
 class TokenEnv(gym.Env):
-    """A view of a `TokenVectorEnv` with one slot, without logic of its own; rewards are `float`,
-    flags `bool`.
+    """One text at a time: a `TokenVectorEnv` with one slot, without logic of its own. Rewards are
+    `float`, flags `bool`.
 
     Takes the same options, but for those of a batch (num_envs, autoreset_mode, group_size) and for
     array="torch": Gymnasium's spaces hold NumPy arrays, and its `NumpyToTorch` wrapper gives
@@ -41,13 +41,13 @@ class TokenEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begins a new text; see `TokenVectorEnv.reset`."""
+        """Begin a new text; see `TokenVectorEnv.reset`."""
         super().reset(seed=int(seed) if isinstance(seed, np.integer) else seed)
         observation, infos = self.vector.reset(seed=seed, options=options)
         return _first(observation), _first_info(infos)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Appends one token; see `TokenVectorEnv.step`."""
+        """Append one token; see `TokenVectorEnv.step`."""
         actions = (
             {key: [value] for key, value in action.items()}
             if isinstance(action, dict)
@@ -62,13 +62,13 @@ class TokenEnv(gym.Env):
         return _first(observation), float(rewards[0]), *ends, info
 
     def render(self) -> Any:
-        """A string or a picture (H, W, 3) uint8 of the text, by `render_mode`; see
+        """Return a string or a picture (H, W, 3) uint8 of the text, by `render_mode`; see
         `TokenVectorEnv.render`."""
         shown = self.vector.render()
         return None if shown is None else shown[0]
 
     def close(self) -> None:
-        """Lets go of the models."""
+        """Let go of the models."""
         self.vector.close()
 
     def __getattr__(self, name: str) -> Any:

@@ -1,5 +1,5 @@
-"""Which prompt a text begins with: a function of a seed and of how many texts began before, so
-nothing falls out of step."""
+"""The prompt that a text begins with. It is a function of a seed and of how many texts began
+before, so there is no generator that could fall out of step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,36 +21,37 @@ class PromptStreams:
     def __init__(self, prompts: Sequence[Sequence[int]], num_slots: int, group_size: int) -> None:
         self.prompts, self.group_size = prompts, group_size
         self.seeds = [0] * (num_slots // group_size)
-        """Of each group."""
+        """The seed of each group."""
         self.begun = [0] * (num_slots // group_size)
-        """How many texts have begun in each group."""
+        """The number of texts that have begun in each group."""
 
     def reseed(self, seeds: Sequence[int | None], mask: np.ndarray) -> None:
-        """Each group of `mask` (N,) starts anew with the seed of its first slot, unless that is
-        None; see `split_groups`."""
+        """Start each group of `mask` (N,) anew with the seed of its first slot, unless that seed is
+        None. The mask must split no group (see `split_groups`)."""
         for slot in range(0, len(mask), self.group_size):
             seed = seeds[slot]
             if mask[slot] and seed is not None:
                 self.seeds[slot // self.group_size], self.begun[slot // self.group_size] = seed, 0
 
     def split_groups(self, mask: np.ndarray) -> bool:
-        """Whether `mask` (N,) holds a part of a group."""
+        """Return whether `mask` (N,) holds a part of a group."""
         groups = mask.reshape(-1, self.group_size)
         return bool((groups.any(1) & ~groups.all(1)).any())
 
     def round_up(self) -> None:
-        """Every group goes on with a new prompt, whatever is missing of the last one."""
+        """Go on with a new prompt in every group, also where some of its slots have not had the
+        last one."""
         self.begun = [-(-begun // self.group_size) * self.group_size for begun in self.begun]
 
     def draw(self, slot: int) -> tuple[int, Sequence[int]]:
-        """The index and the prompt of the text that begins in `slot`."""
+        """Return the index and the prompt of the text that begins in `slot`."""
         group = slot // self.group_size
         drawn = draw(self.prompts, self.seeds[group], self.begun[group] // self.group_size)
         self.begun[group] += 1
         return drawn
 
     def save(self, slots: Slots) -> dict[str, Any]:
-        """What `load` needs, of the groups of `slots`."""
+        """Return what `load` needs of the groups of `slots`."""
         groups = [int(slot) // self.group_size for slot in slots]
         numbers = {
             "seeds": [self.seeds[group] for group in groups],
@@ -59,8 +60,8 @@ class PromptStreams:
         return {"group_size": self.group_size, **numbers}
 
     def load(self, slots: np.ndarray, saved: dict[str, Any]) -> None:
-        """Takes up the streams of the groups that are whole in `slots`; the others belong to slots
-        that stay too."""
+        """Take up the streams of the groups that are whole in `slots`. A group that is not whole
+        keeps its stream, since its other slots go on with it."""
         for slot, seed, begun in zip(slots, saved["seeds"], saved["begun"], strict=True):
             group = int(slot) // self.group_size
             if np.isin(

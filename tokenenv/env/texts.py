@@ -1,22 +1,24 @@
 """N running texts: prompt and response tokens, on the host and on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.term import RunningTexts, WholeTexts
 from tokenenv.types import Slots
 
 
 class TextBuffer:
-    """Right-padded tokens (N, L) with each row's lengths.
+    """The tokens (N, L) of the texts in N slots, right-padded, with their lengths.
 
-    The host's arrays are the truth: the host sees every token once, when it is checked, so no later
-    step has to copy texts back. On a CPU the device's tensor is the same memory; elsewhere it is
-    kept up beside it.
+    The host's arrays are the original. The host sees every token once, when it is checked, so no
+    later step has to copy texts back from the device. On a GPU a copy of the tokens is kept there,
+    and every change is made in both.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class TextBuffer:
         return self.length - self.prompt_length
 
     def append(self, tokens: np.ndarray, active: np.ndarray) -> None:
-        """Adds tokens (N,) to the rows where `active` (N,)."""
+        """Add tokens (N,) to the texts of the slots where `active` (N,)."""
         rows = np.flatnonzero(active)
         position = self.length[rows]
         self.tokens[rows, position] = tokens[rows]
@@ -47,8 +49,7 @@ class TextBuffer:
     def restart(
         self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]
     ) -> None:
-        """Begins new texts in `slots`; a prefix is the beginning of the response and earns
-        nothing."""
+        """Begin new texts in `slots`; a prefix is the beginning of the response and is not own."""
         rows = np.asarray(slots)
         self.prompt_length[rows] = list(map(len, prompts))
         self.prefix_length[rows] = list(map(len, prefixes))
@@ -60,51 +61,78 @@ class TextBuffer:
         self._refresh(slots)
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies rows."""
+        """Copy the texts of `sources` onto the slots `targets`."""
         for array in (self.tokens, self.length, self.prompt_length, self.prefix_length):
             array[targets] = array[sources]
         self._refresh(targets)
 
     def save(self, slots: Slots) -> dict[str, np.ndarray]:
-        """Copies of `slots`' rows, by name."""
+        """Return copies of the arrays of `slots`, by name."""
         names = ("tokens", "length", "prompt_length", "prefix_length")
         return {name: getattr(self, name)[slots].copy() for name in names}
 
     def load(self, slots: Slots, rows: dict[str, np.ndarray]) -> None:
-        """Puts saved rows into `slots`."""
+        """Put saved texts into `slots`."""
         for name, values in rows.items():
             getattr(self, name)[slots] = values
         self._refresh(slots)
 
-    def rows(self, slots: Slots) -> tuple[Tensor, list[int]]:
-        """The tokens of `slots` (n, longest) on the device, and their lengths."""
-        lengths = self.length[slots]
-        return self.upload(self.tokens[slots, : lengths.max()]), lengths.tolist()
-
-    def finished(self, slots: np.ndarray, score: Tensor | None, tokenizer: object) -> FinishedTexts:
-        """The texts of `slots` as reward terms see them."""
-        ids = self.tokens[slots]
-        return FinishedTexts(
+    def whole(self, slots: Slots) -> WholeTexts:
+        """Return the texts of `slots` (n,) as they stand, as copies."""
+        rows = np.asarray(slots)
+        ids = self.tokens[rows]
+        return WholeTexts(
             tokens=self.upload(ids),
-            length=self.length[slots],
-            prompt_length=self.prompt_length[slots],
-            prefix_length=self.prefix_length[slots],
-            score=score,
+            length=self.length[rows],
+            prompt_length=self.prompt_length[rows],
+            prefix_length=self.prefix_length[rows],
             ids=ids,
-            tokenizer=tokenizer,
+        )
+
+    def running(self, tokenizer: object) -> RunningTexts:
+        """Return all N texts as they stand, for terms that read them on the host. Lengths are
+        copied, tokens are not: later ones are written behind these."""
+        slots = np.arange(len(self.tokens))
+        return RunningTexts(
+            self.tokens, slots, self.prompt_length.copy(), self.length.copy(), tokenizer
         )
 
     def device_tokens(self) -> Tensor:
-        """A fresh copy of the tokens (N, L) on the device."""
+        """Return a fresh copy of the tokens (N, L) on the device."""
         return self.upload(self.tokens) if self._mirror is None else self._mirror.clone()
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A copy of a host array on the device, which is not waited for."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(array.copy())
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        """Return a copy of a host array on the device, without waiting for the device."""
+        return to_device(array, self.device)
 
     def _refresh(self, slots: Slots) -> None:
         if self._mirror is not None:
             rows = np.asarray(slots)
             self._mirror[self.upload(rows)] = self.upload(self.tokens[rows])
+
+
+def decode(observation: Any, tokenizer: Any) -> list[str]:
+    """Return the texts, prompt and response, of a token observation, batched or of one text."""
+    if tokenizer is None or not isinstance(observation, Mapping):
+        raise InvalidArgument(
+            "decode needs a token observation, and a task whose tokens have text."
+        )
+    tokens, lengths = (
+        value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        for value in (observation.get("tokens"), observation.get("length"))
+    )
+    whole = tokens.dtype.kind in "iu" and lengths.dtype.kind in "iu"
+    if not whole or tokens.shape[:-1] != lengths.shape:
+        raise InvalidArgument(
+            "decode needs the tokens and length of an observation; these are no such arrays."
+        )
+    texts = zip(np.atleast_2d(tokens), np.atleast_1d(lengths), strict=True)
+    rows = [row[:length].tolist() for row, length in texts]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of a host array on the device, without waiting for the device."""
+    if device.type == "cpu":
+        return torch.from_numpy(array.copy())
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

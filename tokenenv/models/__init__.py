@@ -1,1 +1,2 @@
-"""Language models as N slots with one cache, and the heads that read them."""
+"""Language and reward models: trunks that run N texts side by side in slots, each with a cache, and
+heads that read their states."""

@@ -1,4 +1,4 @@
-"""Whole-text forwards: length-sorted micro-batches, padded or packed."""
+"""Forwards of whole texts: length-sorted micro-batches, padded or packed."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -12,9 +12,20 @@ from torch.nn.functional import pad
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
-    """Groups the indices of `lengths`, longest first, so that each group padded to its longest text
-    is at most `max_batch_tokens` tokens. A single longer text is a group of its own."""
+    """Group the indices of texts by length, longest first.
+
+    Each group, padded to its longest text, has at most `max_batch_tokens` tokens. A single text
+    that is longer than that is a group of its own.
+
+    Args:
+        lengths: (B,) tokens of each text.
+        max_batch_tokens: tokens of one group, padding included.
+
+    Returns:
+        Index arrays, which together hold 0..B-1.
+    """
     lengths = np.asarray(lengths)
+    # The longest group comes first: if memory is too small, the first forward shows it.
     order = np.argsort(-lengths, kind="stable")
     groups: list[np.ndarray] = []
     start = 0
@@ -26,11 +37,16 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) ->
 
 
 def hidden_states(trunk: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """Last hidden states (B, L, H) of right-padded `tokens` (B, L), without a cache and with the
-    ambient grad mode.
+    """Return the last hidden states of whole texts, without a cache and with the ambient grad mode.
 
-    State t has read tokens 0..t. States at or beyond a row's length mean nothing. `lengths` (B,) is
-    host data.
+    Args:
+        trunk: a transformers base model.
+        tokens: (B, L) int64, right-padded, on the model's device.
+        lengths: (B,) host data, the tokens of each text.
+
+    Returns:
+        (B, L, H), in which state t has read tokens 0..t. States at or beyond a text's length mean
+        nothing.
     """
     lengths = np.asarray(lengths)
     forward = _packed_states if is_varlen(trunk) else _padded_states
@@ -38,7 +54,7 @@ def hidden_states(trunk: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarra
 
 
 def last_states(states: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """The state (B, H) after each row's last token, from `states` (B, L, H)."""
+    """Return the state (B, H) after each text's last token, out of `states` (B, L, H)."""
     rows = torch.arange(states.shape[0], device=states.device)
     return states[rows, upload(np.asarray(lengths) - 1, states.device)]
 
@@ -46,32 +62,37 @@ def last_states(states: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
 def in_micro_batches(
     forward: Callable[[np.ndarray, int], Tensor], lengths: np.ndarray, max_batch_tokens: int
 ) -> Tensor:
-    """Runs `forward(rows, width)` -> (b, width, H) over micro-batches; returns the last states (B,
-    H) in row order."""
+    """Run `forward(rows, width)`, which returns states (b, width, H), over micro-batches of the
+    rows 0..B-1. Return the last state of each row, (B, H), in the order of the rows."""
     groups = micro_batches(lengths, max_batch_tokens)
     states = torch.cat(
         [last_states(forward(rows, int(lengths[rows[0]])), lengths[rows]) for rows in groups]
     )
+    # The groups are sorted by length. The argsort of a permutation is its inverse, which puts the
+    # states back into the order of the rows.
     return states[upload(np.argsort(np.concatenate(groups)), states.device)]
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of a host array on the device, without making the host wait for the device."""
+    """Return a copy of a host array on the device, without making the host wait for the device."""
+    # On the CPU `from_numpy` alone would alias the caller's array.
     if device.type == "cpu":
         return torch.from_numpy(array.copy())
     tensor = torch.from_numpy(array)
+    # From pageable memory, a copy to CUDA may wait for the work that is queued there.
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # from pageable memory the copy may wait for the stream
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def is_varlen(trunk: Any) -> bool:
-    """Whether the model attends with a flash kernel, which takes packed texts as they are."""
+    """Whether the model attends with a flash kernel, which takes texts of many lengths packed into
+    one row, without padding."""
     return "flash" in (getattr(trunk.config, "_attn_implementation", None) or "")
 
 
 def _padded_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """Right padding needs no mask under causal attention: no token looks to its right."""
+    # Right padding needs no mask under causal attention: no token looks to its right.
     width = int(lengths.max())
     positions = torch.arange(width, device=tokens.device).expand(len(tokens), width)
     states = _forward(trunk, tokens[:, :width], positions)
@@ -79,10 +100,11 @@ def _padded_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
 
 
 def _packed_states(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """All texts in one row, positions starting again at 0 for each: transformers keeps attention
-    inside each text.
+    """Run all texts as one row, (1, sum of lengths).
 
-    Packed over sdpa or eager attention it is correct too, but costs the square of the total length.
+    Positions start again at 0 for each text, by which transformers knows where one ends, and keeps
+    attention inside it. Over sdpa or eager attention packing is right too, but it costs the square
+    of the total length.
     """
     valid = np.arange(tokens.shape[1]) < lengths[:, None]
     row, column = (upload(index, tokens.device) for index in np.nonzero(valid))

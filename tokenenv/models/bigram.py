@@ -1,4 +1,5 @@
-"""A bigram language model: next-token probabilities in a table, looked up by the last token."""
+"""A bigram language model: the probabilities of the next token in a table, looked up by the last
+token."""
 
 from collections.abc import Sequence
 
@@ -13,22 +14,23 @@ from .batching import last_states
 
 
 class Bigram(nn.Module):
-    """p(next token | last token) as a table (a `TokenModel`).
+    """A bigram language model (a `TokenModel`): p(next token | last token) as a table.
 
-    A state is a row of the table, (K,) int64: the token read last, or V after a text's first token,
-    whatever it is. So the first token is a prompt that says nothing, and V tells the beginning from
-    the same token later on.
+    A state is the number of a row of the table, (K,) int64: the token that was read last, or V
+    after the first token of a text, whatever it is. So the first token is a prompt that says
+    nothing, and the beginning of a text is told from the same token later on.
 
     Args:
-        probs: (V + 1, V) float64, positive, rows summing to 1; the last row is the beginning.
+        probs: (V + 1, V) float64, positive, each row summing to 1. The last row is the beginning.
         device: where tokens are taken and states returned.
 
     Raises:
-        InvalidArgument: `probs` is no such table. Zeros are refused: a token would be paid log 0.
+        InvalidArgument: `probs` is no such table. Zeros are refused, because the KL term would pay
+            the log of them, which is -inf.
     """
 
     logprobs: Tensor
-    """(V + 1, V) float32."""
+    """(V + 1, V) float32, in nats."""
 
     def __init__(self, probs: np.ndarray, device: str | torch.device = "cpu") -> None:
         super().__init__()
@@ -37,63 +39,64 @@ class Bigram(nn.Module):
             raise InvalidArgument(f"probs of shape {self.probs.shape}; allowed: (V + 1, V).")
         if not (self.probs > 0).all() or np.abs(self.probs.sum(1) - 1).max() > 1e-9:
             raise InvalidArgument("probs must be positive and each of its rows sum to 1.")
+        # The logarithm is taken in float64 and rounded once.
         logprobs = torch.from_numpy(np.log(self.probs)).float().to(device)
         self.register_buffer("logprobs", logprobs, persistent=False)
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return self.probs.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are taken and states returned."""
+        """The device where tokens are taken and states returned."""
         return self.logprobs.device
 
-    def slots(self, num_rows: int, max_length: int) -> "BigramRows":
-        """Running texts, of any number and length."""
-        return BigramRows(self)
+    def slots(self, num_slots: int, max_length: int) -> "BigramSlots":
+        """Make slots for running texts, of any number and length."""
+        return BigramSlots(self)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Right-padded `tokens` (B, L) to states (B, L) int64, in which state t has read token
-        t."""
+        """Read whole texts: right-padded `tokens` (B, L) to states (B, L) int64, in which state t
+        has read tokens 0..t."""
         states = self.ids(tokens)
         states[:, 0] = self.vocab_size
         return states
 
     def head(self, states: Tensor) -> Tensor:
-        """States (K,) to log-probabilities (K, V) float32."""
+        """Return the log-probs (K, V) float32 of the next token after `states` (K,)."""
         return self.logprobs[states]
 
     def logprob(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """log p(token | state), (K,) float32, without making (K, V) of them."""
+        """Return log p(token | state), (K,) float32 in nats, without making all (K, V) of them."""
         return self.logprobs[states, tokens]
 
     def ids(self, tokens: Tensor) -> Tensor:
-        """A copy on the device; ids beyond V are read as the last: out of range would end a CUDA
-        process."""
+        """Return a copy of token ids on the device. Ids beyond V are read as the last one: an index
+        out of range ends a CUDA process."""
         return tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)
 
 
-class BigramRows:
-    """Running texts (a `SlotModel`). Nothing has to be kept of them: a state is the token just
-    read."""
+class BigramSlots:
+    """Slots for running texts (a `SlotModel`). Nothing has to be kept of a text: its state is the
+    token that was just read."""
 
     def __init__(self, model: Bigram) -> None:
         self.model = model
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The states (n,) after right-padded `tokens` (n, <=L)."""
+        """Return the state (n,) after each of the right-padded `tokens` (n, <=L)."""
         return last_states(self.states(tokens, lengths), lengths)
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """The states (N,) after one more token (N,) each; those of rows that are not active mean
-        nothing."""
+        """Return the states (N,) after one more token (N,) in each slot. The states of slots that
+        are not active mean nothing."""
         return self.model.ids(tokens)
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Nothing to copy."""
+        """Do nothing: there is nothing to copy."""
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """As the model's."""
+        """Read whole texts; see `Bigram.states`."""
         return self.model.states(tokens, lengths)

@@ -1,4 +1,8 @@
-"""CachedLM: N texts running through one causal model, each row at its own position."""
+"""CachedLM: N texts that run through one causal transformer, each at its own position.
+
+A *slot* is one of the N places of the cache, as it is one of the N places of an env: it holds one
+text after another. A *row* is a line of any other batch of texts.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,26 +20,28 @@ from .batching import hidden_states, in_micro_batches, upload
 from .rope import fix_rope
 
 if TYPE_CHECKING:
-    from .recompute import TextRows
-    from .slot_cache import KVRows
+    from .recompute import TextSlots
+    from .slot_cache import KVSlots
 
 
 class CachedLM:
-    """A causal transformer with N rows of keys and values (a `SlotModel`): one token's forward per
-    step.
+    """A causal transformer with keys and values for N texts (a `SlotModel`): a step costs the
+    forward of one new token in each slot.
 
-    A row's states never depend on what other rows hold. Whether the model can be cached per row is
-    tried out when the object is built, at `max_length` tokens, which costs the forwards of two such
-    texts; a model that cannot is run by recomputing the text at every append, with one warning.
-    Everything but `states` runs without gradients and in eval mode. The device is never waited for.
+    The states of one slot never depend on what the other slots hold. Whether this model can be
+    cached per slot is tried out when the object is built, at `max_length` tokens, which costs the
+    forwards of two such texts. A model that cannot be cached is run by recomputing the whole text
+    at every append, and one warning says so. All methods but `states` run without gradients and in
+    eval mode. No method makes the host wait for the device.
 
     Args:
         trunk: a transformers base model, or a model with a head (its base model is taken).
-        num_rows: N.
-        max_length: tokens a row can hold, L. Fixes `dynamic` and `longrope` RoPE (see `fix_rope`).
-        max_batch_tokens: tokens, padding included, of one forward of `prefill`.
-        compile: compile the forward of `append` (CUDA graphs on CUDA): slow at first, one graph per
-            length bucket.
+        num_slots: N.
+        max_length: L, the most tokens a slot can hold. It also fixes `dynamic` and `longrope` RoPE
+            (see `fix_rope`).
+        max_batch_tokens: the most tokens, padding included, of one forward of `prefill`.
+        compile: compiles the forward of `append`, into CUDA graphs on CUDA. The first steps are
+            slow then: there is one graph for each length bucket.
 
     Raises:
         InvalidArgument: a size is not positive.
@@ -45,55 +51,73 @@ class CachedLM:
     def __init__(
         self,
         trunk: Any,
-        num_rows: int,
+        num_slots: int,
         max_length: int,
         *,
         max_batch_tokens: int = 16384,
         compile: bool = False,
     ):
-        for name, value in (
-            ("num_rows", num_rows),
-            ("max_length", max_length),
-            ("max_batch_tokens", max_batch_tokens),
-        ):
-            if value < 1:
-                raise InvalidArgument(f"{name}={value} must be at least 1")
+        sizes = {
+            "num_slots": num_slots,
+            "max_length": max_length,
+            "max_batch_tokens": max_batch_tokens,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise InvalidArgument(f"{name}={size} must be at least 1")
         self.trunk = trunk_of(trunk)
-        self.num_rows = num_rows
+        self.num_slots = num_slots
         self.max_length = max_length
         self.max_batch_tokens = max_batch_tokens
-        self.positions = np.zeros(num_rows, dtype=np.int64)
-        """(N,) tokens each row holds; 0: never prefilled. Read only."""
+        self.positions = np.zeros(num_slots, dtype=np.int64)
+        """(N,) how many tokens each slot holds; 0: never prefilled. Read only."""
+        # The RoPE is fixed before the cache is tried out: the trial compares cached with uncached
+        # states, and both must use the frequencies that all later forwards use.
         _check_positions(self.trunk, max_length)
         fix_rope(text_part(self.trunk), max_length)
         self._last_id = self.trunk.config.get_text_config().vocab_size - 1
-        self._rows = self._make_rows(compile)
-        with acting(self.trunk):  # allocates everything now rather than in the middle of a run
-            self._rows.prefill(self._upload([0]), self._upload([[0]]))
+        self._slots = self._make_slots(compile)
+        # The cache allocates its memory at the first prefill. Doing that here means that too little
+        # memory is an error now, not in the middle of a run.
+        with acting(self.trunk):
+            self._slots.prefill(self._upload([0]), self._upload([[0]]))
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are taken and states returned."""
+        """The device where tokens are taken and states returned."""
         return self.trunk.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states."""
+        """The dtype of the states."""
         return self.trunk.dtype
 
     @property
     def cache_bytes(self) -> int:
-        """Memory the rows take (see `cache_bytes` for the figure before they take it)."""
-        return self._rows.nbytes
+        """The memory that the slots take, in bytes. The function `cache_bytes` gives the same
+        figure before it is taken."""
+        return self._slots.nbytes
 
     def prefill(
         self, slots: Sequence[int] | np.ndarray, tokens: Tensor, lengths: Sequence[int] | np.ndarray
     ) -> Tensor:
-        """Restarts rows `slots` (n,) with right-padded `tokens` (n, <=L); returns the states after
-        each row's last token (n, H). Runs in length-sorted micro-batches. `slots` and `lengths`
-        (n,) are host data."""
+        """Restart some slots with new texts, and return the state after each text's last token.
+
+        The forwards run in length-sorted micro-batches.
+
+        Args:
+            slots: (n,) host data, each slot at most once.
+            tokens: (n, <=L) right-padded texts, on any device.
+            lengths: (n,) host data, the number of tokens of each text, 1 or more.
+
+        Returns:
+            (n, H) the states, in the order of `slots`.
+
+        Raises:
+            InvalidArgument: a slot, a shape or a length is wrong; nothing has changed.
+        """
         slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
-        self._check_rows("slots", slots, unique=True)
+        self._check_slots("slots", slots, unique=True)
         if lengths.shape != slots.shape or len(tokens) != len(slots):
             raise InvalidArgument(
                 f"prefill: {len(slots)} slots, {len(tokens)} texts and {lengths.shape} lengths"
@@ -106,129 +130,158 @@ class CachedLM:
         tokens = self._ids(tokens)
 
         def forward(group: np.ndarray, width: int) -> Tensor:
-            return self._rows.prefill(
-                self._upload(slots[group]), tokens[self._upload(group), :width]
-            )
+            rows = tokens[self._upload(group), :width]
+            return self._slots.prefill(self._upload(slots[group]), rows)
 
         with acting(self.trunk):
             states = in_micro_batches(forward, lengths, self.max_batch_tokens)
+        # Positions move only after the forwards: an error in between leaves them as they were.
         self.positions[slots] = lengths
         return states
 
     def append(self, tokens: Tensor, active: np.ndarray | Sequence[bool] | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only to rows where `active` (N,) bool host data;
-        returns states (N, H).
+        """Add one token to each active slot, and return the states after it.
 
-        Rows that are not active keep their text, rows never prefilled stay empty; their states mean
-        nothing.
+        A slot that is not active keeps its text, and a slot that was never prefilled stays empty.
+        The states of both mean nothing.
+
+        Args:
+            tokens: (N,) int64, on any device.
+            active: (N,) bool host data; None: all slots.
+
+        Returns:
+            (N, H) the states.
 
         Raises:
-            InvalidArgument: a shape is wrong or an active row is full; nothing has changed.
+            InvalidArgument: a shape is wrong or an active slot is full; nothing has changed.
         """
-        active = (
-            np.ones(self.num_rows, dtype=bool) if active is None else np.asarray(active, dtype=bool)
-        )
+        if active is None:
+            active = np.ones(self.num_slots, dtype=bool)
+        active = np.asarray(active, dtype=bool)
         for name, shape in (("tokens", tuple(tokens.shape)), ("active", active.shape)):
-            if shape != (self.num_rows,):
+            if shape != (self.num_slots,):
                 raise InvalidArgument(
-                    f"append: {name} of shape {shape}; allowed: ({self.num_rows},)"
+                    f"append: {name} of shape {shape}; allowed: ({self.num_slots},)"
                 )
         moving = active & (self.positions > 0)
         if full := np.flatnonzero(moving & (self.positions >= self.max_length)).tolist():
             raise InvalidArgument(
-                f"append: rows {full} already hold max_length={self.max_length} tokens"
+                f"append: slots {full} already hold max_length={self.max_length} tokens"
             )
+        # All N slots go through the forward, moving or not: its shape stays the same at every step,
+        # which compiling and CUDA graphs need. Only moving slots advance their position, so the
+        # next token of the others overwrites what was written for them here.
         with acting(self.trunk):
-            states = self._rows.append(self._ids(tokens), self.positions, moving)
+            states = self._slots.append(self._ids(tokens), self.positions, moving)
         self.positions += moving
         return states
 
     def fork(
         self, sources: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray
     ) -> None:
-        """Copies row sources[i] onto row targets[i]; all sources are read before any target is
-        written."""
+        """Copy slot sources[i] onto slot targets[i]. All sources are read before any target is
+        written, so that slots can be swapped.
+
+        Args:
+            sources: (n,) host data; a slot may be copied several times.
+            targets: (n,) host data, each slot at most once.
+        """
         sources, targets = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
-        self._check_rows("sources", sources)
-        self._check_rows("targets", targets, unique=True)
+        self._check_slots("sources", sources)
+        self._check_slots("targets", targets, unique=True)
         if len(sources) != len(targets):
             raise InvalidArgument(
                 f"fork: {len(sources)} sources and {len(targets)} targets; allowed: as many of each"
             )
+        # Only the places that the longest source fills are copied. What lies behind them is masked
+        # until new tokens overwrite it.
         width = int(self.positions[sources].max(initial=0))
         if width:
-            self._rows.fork(self._upload(sources), self._upload(targets), width)
+            self._slots.fork(self._upload(sources), self._upload(targets), width)
         self.positions[targets] = self.positions[sources]
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """The uncached forward, with the ambient grad mode: right-padded `tokens` (B, L) to states
-        (B, L, H), in which state t has read token t. Not split: pass one micro-batch."""
+        """Return the states of whole texts, without the cache and with the ambient grad mode.
+
+        The batch is not split: pass one micro-batch.
+
+        Args:
+            tokens: (B, L) right-padded.
+            lengths: (B,) host data.
+
+        Returns:
+            (B, L, H), in which state t has read tokens 0..t.
+        """
         return hidden_states(self.trunk, self._ids(tokens), lengths)
 
-    def _make_rows(self, compile: bool) -> "KVRows | TextRows":
+    def _make_slots(self, compile: bool) -> "KVSlots | TextSlots":
+        """Try out whether the model can be cached, and make the slots of the fitting kind."""
         from .probing import why_uncached
-        from .recompute import TextRows
-        from .slot_cache import KVRows
+        from .recompute import TextSlots
+        from .slot_cache import KVSlots
 
-        # A copy of the model keeps what was found out: the policy's caches need no trial after the
-        # env's.
+        # The verdict is kept on the model, so that a copy of it has it too: the caches of a policy,
+        # which is a copy of the env's reference, need no trial of their own. All that the verdict
+        # depends on is in the key.
         tried = vars(self.trunk).setdefault("tried_caches", {})
         key = (self.max_length, self.trunk.dtype, self.trunk.config._attn_implementation)
         if key not in tried:
             tried[key] = why_uncached(self.trunk, self.max_length)
         reason = tried[key]
         if reason is None:
-            return KVRows(self.trunk, self.num_rows, self.max_length, compile)
+            return KVSlots(self.trunk, self.num_slots, self.max_length, compile)
         warnings.warn(
-            f"{type(self.trunk).__name__} cannot be cached per row ({reason}): every append reads "
-            f"each row's whole "
-            f"text again, so a text of n tokens costs n*n/2 token forwards instead of n",
+            f"{type(self.trunk).__name__} cannot be cached per slot ({reason}): every append reads "
+            "each slot's whole text again, so a text of n tokens costs n*n/2 token forwards "
+            "instead of n",
             RuntimeWarning,
             stacklevel=3,
         )
-        return TextRows(self.trunk, self.num_rows, self.max_length, self.max_batch_tokens)
+        return TextSlots(self.trunk, self.num_slots, self.max_length, self.max_batch_tokens)
 
     def _upload(self, array: Any) -> Tensor:
         return upload(np.asarray(array, dtype=np.int64), self.device)
 
     def _ids(self, tokens: Tensor) -> Tensor:
-        """On the model's device; ids the model lacks are read as its last: out of range would end a
-        CUDA process."""
+        """Token ids on the model's device, with ids that the model lacks read as its last one."""
+        # An index out of range on CUDA ends the whole process, and checking would wait for the
+        # device.
         return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)
 
-    def _check_rows(self, name: str, rows: np.ndarray, unique: bool = False) -> None:
-        wrong = rows.ndim != 1 or bool(((rows < 0) | (rows >= self.num_rows)).any())
-        if wrong or (unique and len(np.unique(rows)) < len(rows)):
+    def _check_slots(self, name: str, slots: np.ndarray, unique: bool = False) -> None:
+        wrong = slots.ndim != 1 or bool(((slots < 0) | (slots >= self.num_slots)).any())
+        if wrong or (unique and len(np.unique(slots)) < len(slots)):
             how = "each once" if unique else "in any number"
             raise InvalidArgument(
-                f"{name}={rows.tolist()}; allowed: rows 0..{self.num_rows - 1}, {how}"
+                f"{name}={slots.tolist()}; allowed: slots 0..{self.num_slots - 1}, {how}"
             )
 
 
 def trunk_of(model: Any) -> Any:
-    """The transformers base model inside a model with a head or a peft model; a base model is
-    returned as it is."""
-    return unwrapped(model).base_model  # a peft model's own `base_model` is something else
+    """Return the transformers base model inside a model with a head or a peft model. A base model
+    is returned as it is."""
+    # The wrapper goes first: a peft model has a `base_model` too, and it is something else.
+    return unwrapped(model).base_model
 
 
 def text_part(trunk: Any) -> Any:
-    """The module that reads the text: the trunk itself, but of a model that also sees or hears, its
-    language model."""
+    """Return the module that reads text: the trunk itself, or the language model inside a trunk
+    that also reads images or sound."""
     return trunk.get_decoder() if hasattr(trunk, "get_decoder") else trunk
 
 
 @contextmanager
 def acting(trunk: Any) -> Iterator[None]:
-    """No gradients and eval mode (dropout and gradient checkpointing would break a cache), restored
-    afterwards."""
+    """Switch gradients off and eval mode on, and restore both afterwards. Dropout and gradient
+    checkpointing, which train mode brings, would break a cache."""
     with evaluating(trunk), torch.no_grad():
         yield
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode, restored afterwards. Of models that are in it already nothing but that is
-    asked."""
+    """Put models into eval mode, and restore each module's own mode afterwards."""
+    # This runs at every step: the modules of a model that is in eval mode already are not visited.
     training = [
         module
         for model in models
@@ -245,32 +298,33 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def cache_bytes(trunk: Any, num_rows: int, max_length: int) -> int:
-    """Memory that `CachedLM(trunk, num_rows, max_length)` will take for its rows, measured on a
-    single token."""
-    from .slot_cache import KVRows
+def cache_bytes(trunk: Any, num_slots: int, max_length: int) -> int:
+    """Return the memory in bytes that `CachedLM(trunk, num_slots, max_length)` will take for its
+    slots, measured on a cache of one token."""
+    from .slot_cache import KVSlots
 
     trunk = trunk_of(trunk)
     try:
-        rows = KVRows(trunk, 1, 1)
+        slots = KVSlots(trunk, 1, 1)
         token = torch.zeros(1, 1, dtype=torch.int64, device=trunk.device)
         with acting(trunk):
-            rows.prefill(token[0], token)
+            slots.prefill(token[0], token)
+    # A model that cannot be cached may raise anything. It keeps token ids instead, 8 bytes each.
     except Exception:
-        return num_rows * max_length * 8
-    return num_rows * max_length * (rows.nbytes or 8)
+        return num_slots * max_length * 8
+    return num_slots * max_length * (slots.nbytes or 8)
 
 
 def _check_positions(trunk: Any, max_length: int) -> None:
-    """Learned positions end; reading beyond them would end a CUDA process."""
+    """Raise `ModelError` where the model's table of learned positions is shorter than `max_length`:
+    reading beyond a table ends a CUDA process."""
     named = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
     for name, module in text_part(trunk).named_modules():
         if isinstance(module, nn.Embedding) and ("wpe" in name or "pos" in name):
-            positions = min(
-                module.num_embeddings, named or module.num_embeddings
-            )  # some tables begin with unused rows
+            # Some tables begin with rows that no position uses, so the config's number counts too.
+            positions = min(module.num_embeddings, named or module.num_embeddings)
             if positions < max_length:
                 raise ModelError(
                     f"max_length={max_length}: {type(trunk).__name__} has {positions} positions; "
-                    f"allowed: at most that many"
+                    "allowed: at most that many"
                 )

@@ -1,5 +1,5 @@
-"""Chats: messages as a tokenizer's template writes them, kept beside the token ids so that other
-models can write theirs."""
+"""Conversations behind prompts: messages as a chat template writes them, kept beside their token
+ids, so that a reward model can read them by its own template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,17 @@ from tokenenv.errors import InvalidArgument
 from .encoding import special_ids
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation: `{"role": ..., "content": ...}` each."""
+"""A conversation, a list of messages `{"role": ..., "content": ...}`."""
 RESPONSE = "\ue000\ue001\ue000"
-"""Stands for a message's text where a template is looked at; characters that no text has."""
+"""Stands for a message's text where it is looked up what a template writes around it. It is made of
+private-use characters, which no text has."""
 
 
 class Chats:
-    """The conversations behind an env's prompts, by the token ids that the policy reads.
+    """The conversations behind an env's prompts, found by the token ids that the policy reads.
+
+    Args:
+        tokenizer: the policy's.
 
     Raises:
         InvalidArgument: the tokenizer has no chat template.
@@ -25,18 +29,24 @@ class Chats:
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise InvalidArgument(
-                "chat_template=True needs a tokenizer with a chat template, which this one has not."
+                "chat_template=True needs a tokenizer with a chat template, and this one has none."
             )
         self.tokenizer = tokenizer
         self._messages: dict[tuple[int, ...], Messages] = {}
 
     def encode(self, prompt: Any, label: str, limit: int | None = None) -> list[int]:
-        """Token ids of a conversation, or of a text as one message of the user's, up to where the
-        answer begins.
+        """Return the token ids of a conversation up to where the answer begins, and remember the
+        conversation.
 
-        Of one with more than `limit` tokens the beginning of its longest message is left out, and
-        where that is not enough all but special tokens at the beginning and the last tokens.
-        `label` names the prompt in errors.
+        Args:
+            prompt: a list of messages, or a text, which is taken as one message of the user's.
+            label: the prompt's name in errors.
+            limit: the most tokens; None: any number. A longer conversation loses the beginning of
+                its longest message. Where that is not enough, only special tokens at the beginning
+                and the last tokens stay.
+
+        Raises:
+            InvalidArgument: the prompt is neither, or the tokenizer's template does not take it.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not is_chat(messages):
@@ -48,7 +58,8 @@ class Chats:
             ids = self._ids(text)
             if limit is not None and len(ids) > limit:
                 ids = self._shortened(messages, text, ids, limit)
-        except Exception as error:  # whatever the tokenizer's own template raises
+        # The tokenizer's own template may raise anything.
+        except Exception as error:
             raise InvalidArgument(
                 f"{label}: the tokenizer's chat template does not take it ({error})."
             ) from error
@@ -56,24 +67,27 @@ class Chats:
         return ids
 
     def messages(self, ids: Sequence[int]) -> Messages | None:
-        """The conversation that was encoded as `ids`, or None."""
+        """Return the conversation that was encoded as `ids`; None if there is none."""
         return self._messages.get(tuple(ids))
 
     def conversations(self) -> list[Messages]:
-        """All of them."""
+        """Return all conversations that were encoded."""
         return list(self._messages.values())
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _shortened(self, messages: Messages, text: str, ids: list[int], limit: int) -> list[int]:
+        """Return a conversation in `limit` tokens, with the beginning of its longest message left
+        out."""
+        # The marker in the place of the longest message splits what the template writes around it.
         longest = max(range(len(messages)), key=lambda i: len(str(messages[i].get("content", ""))))
         marked = [{**m, "content": RESPONSE} if i == longest else m for i, m in enumerate(messages)]
-        before, _, after = render(self.tokenizer, marked, add_generation_prompt=True).partition(
-            RESPONSE
-        )
+        rendered = render(self.tokenizer, marked, add_generation_prompt=True)
+        before, _, after = rendered.partition(RESPONSE)
         start, end = self._ids(before), self._ids(after)
         room = limit - len(start) - len(end)
+        # Some templates change a message (they strip it, say), so that the parts do not fit.
         if room < 1 or not (text.startswith(before) and text.endswith(after)):
             return keep_ends(ids, limit, self.tokenizer)
         return [*start, *self._ids(text[len(before) : len(text) - len(after)])[-room:], *end]
@@ -84,28 +98,30 @@ class Frame:
     """What a template writes around an answer."""
 
     before: str
+    """The conversation up to the answer."""
     after: str
+    """What closes the answer."""
     strips: bool
-    """Whether spaces at the answer's ends are left out."""
+    """Whether the template leaves out spaces at both ends of the answer."""
 
     def fill(self, answer: str, complete: bool) -> str:
-        """The conversation with the answer; one that is not complete is not closed."""
-        return (
-            self.before
-            + (answer.strip() if self.strips else answer)
-            + (self.after if complete else "")
-        )
+        """Return the conversation with an answer, which is closed only if it is complete."""
+        answer = answer.strip() if self.strips else answer
+        return self.before + answer + (self.after if complete else "")
 
 
 def frame_of(tokenizer: Any, messages: Messages) -> Frame:
-    """The frame of the answer to `messages`. Raises `InvalidArgument` where the tokenizer's
-    template does not take them."""
+    """Return what a tokenizer's template writes around the answer to `messages`. Raise
+    `InvalidArgument` where the template does not take them."""
+    # Rendered with a marker as the answer, plain and between spaces: the second shows whether the
+    # template strips them.
     try:
         plain, spaced = (
             render(tokenizer, [*messages, {"role": "assistant", "content": content}])
             for content in (RESPONSE, f" {RESPONSE} ")
         )
-    except Exception as error:  # whatever the tokenizer's own template raises
+    # The tokenizer's own template may raise anything.
+    except Exception as error:
         raise InvalidArgument(
             f"a conversation does not fit the chat template of {_name(tokenizer)} ({error})."
         ) from error
@@ -113,14 +129,14 @@ def frame_of(tokenizer: Any, messages: Messages) -> Frame:
     if not found:
         raise InvalidArgument(
             f"the chat template of {_name(tokenizer)} does not write an assistant's message as it "
-            f"is."
+            "is."
         )
     return Frame(before, after, strips=spaced == plain)
 
 
 def same_frames(chats: Chats, tokenizer: Any) -> bool:
-    """Whether another tokenizer's template, if it has one, writes all conversations up to the
-    answer as the policy's."""
+    """Whether another tokenizer's template writes all conversations up to the answer as the
+    policy's does. A tokenizer without a template passes."""
     other = getattr(tokenizer, "chat_template", None)
     if not other or other == chats.tokenizer.chat_template:
         return True
@@ -129,7 +145,8 @@ def same_frames(chats: Chats, tokenizer: Any) -> bool:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token with which a tokenizer's chat template, if it has one, closes an answer."""
+    """Return the id of the special token with which a tokenizer's chat template closes an answer;
+    None if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
@@ -141,24 +158,21 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def render(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """The text that the tokenizer's template makes of a conversation."""
+    """Return the text that the tokenizer's template makes of a conversation."""
     return tokenizer.apply_chat_template(
         list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
     )
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether it is a list of messages."""
-    return (
-        isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and all(isinstance(message, Mapping) for message in prompt)
-    )
+    """Whether a prompt is a list of messages."""
+    filled = isinstance(prompt, Sequence) and len(prompt) > 0
+    return filled and all(isinstance(message, Mapping) for message in prompt)
 
 
 def keep_ends(ids: list[int], limit: int, tokenizer: Any) -> list[int]:
-    """The last tokens of a prompt that has too many, behind the special tokens at its beginning, if
-    it has any."""
+    """Shorten a prompt to `limit` tokens: special tokens at its beginning stay, and behind them its
+    last tokens."""
     special = special_ids(tokenizer) if tokenizer is not None else set()
     head = next((i for i, token in enumerate(ids) if token not in special), len(ids))
     head = min(head, limit - 1)

@@ -1,4 +1,4 @@
-"""From texts to token ids and back: what a tokenizer does at the borders of prompt and response."""
+"""Texts to token ids and back, with care for what tokenizers do where prompt and response meet."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 from .alignment import common_length
 
 BEFORE = ("\n", ".")
-"""What a continuation is encoded behind: a line break joins with what follows it in no tokenizer we
-know, and some drop it."""
+"""The texts that a continuation is encoded behind, tried in this order. No tokenizer that we know
+joins a line break with what follows it, but some drop line breaks."""
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt with the special tokens that the tokenizer adds; a beginning that is
-    spelled out in the text, as by a chat template, is not added again."""
+    """Return the token ids of a prompt, with the special tokens that the tokenizer adds. A
+    beginning-of-text token that the text spells out itself is not added again."""
+    # A chat template writes the token into the text, and the tokenizer would put another before it.
     ids, bos = list(tokenizer(text)["input_ids"]), getattr(tokenizer, "bos_token_id", None)
     if bos is not None and ids[:2] == [bos, bos] and len(_plain(text, tokenizer)) < len(ids):
         return ids[1:]
@@ -20,15 +21,17 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 
 def encode_continuation(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text that goes on from another one, as it stands: without the special tokens
-    and the space that tokenizers put before and behind a text of its own. A new word begins with a
-    space."""
+    """Return the token ids of a text that goes on from another one, exactly as it stands.
+
+    A tokenizer adds special tokens, and often a space, to a text of its own. A continuation gets
+    neither: if it begins with a new word, the text begins with a space.
+    """
+    # Encoded behind another text and cut off again, if the tokens do not join and the whole is
+    # decoded as it was written.
     for before in BEFORE:
         start, both = _plain(before, tokenizer), _plain(before + text, tokenizer)
-        if (
-            both[: len(start)] == start
-            and _spelled(both, tokenizer) == _spelled(start, tokenizer) + text
-        ):
+        spelled = _spelled(start, tokenizer) + text
+        if both[: len(start)] == start and _spelled(both, tokenizer) == spelled:
             return both[len(start) :]
     return _plain(text, tokenizer)
 
@@ -39,23 +42,24 @@ def decode_pairs(
     *,
     skip_special_tokens: bool = True,
 ) -> list[tuple[str, str]]:
-    """The texts of prompts and responses, cut out of the two decoded together: alone, a response
-    loses its first space in some tokenizers, and a character that begins in the prompt."""
+    """Return the texts (prompt, response) of pairs of token id lists.
+
+    Both are cut out of the two decoded together. Decoded alone, a response would lose its first
+    space in some tokenizers, and a character whose first bytes are in the prompt.
+    """
     both = [ids for prompt, response in pairs for ids in (list(prompt), [*prompt, *response])]
     flat = tokenizer.batch_decode(both, skip_special_tokens=skip_special_tokens)
-    ends = [
-        common_length(prompt, whole) for prompt, whole in zip(flat[0::2], flat[1::2], strict=True)
-    ]
-    return [(whole[:end], whole[end:]) for whole, end in zip(flat[1::2], ends, strict=True)]
+    prompts, wholes = flat[0::2], flat[1::2]
+    ends = [common_length(prompt, whole) for prompt, whole in zip(prompts, wholes, strict=True)]
+    return [(whole[:end], whole[end:]) for whole, end in zip(wholes, ends, strict=True)]
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that mark something, rather than spell it; not that of unknown words."""
+    """Return the ids of special tokens, which mark something rather than spell it; without the one
+    for unknown words, which stands for text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    marks = {index for index, token in added.items() if token.special} | set(
-        tokenizer.all_special_ids
-    )
-    return marks - {getattr(tokenizer, "unk_token_id", None)}
+    marks = {index for index, token in added.items() if token.special}
+    return (marks | set(tokenizer.all_special_ids)) - {getattr(tokenizer, "unk_token_id", None)}
 
 
 def _plain(text: str, tokenizer: Any) -> list[int]:

@@ -1,7 +1,8 @@
-"""What is read from a causal model's states: next-token logits, scores, log-probs."""
+"""Heads: what is read from a causal model's states, as next-token logits, log-probs and scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +23,23 @@ CHUNK = 512
 UNKNOWN = "computes its logits in a way that is not known here"
 
 
-# Heads are objects rather than functions, so that a copy or a pickle of what holds them reads its
-# own model.
+# Heads are objects rather than closures: a copy or a pickle of what holds a head then reads its own
+# model, not the original's.
 @dataclass(frozen=True, slots=True, eq=False)
 class LMHead:
-    """States (K, H) to float32 logits (K, V); see `lm_head`."""
+    """The map from states (K, H) to float32 logits (K, V); see `lm_head`."""
 
     linear: Any
+    """The model's output layer."""
     scale: float
+    """The logits are multiplied by it."""
     cap: float | None
+    """The soft cap of the logits; None: not capped."""
     vocab_size: int | None = None
+    """V, where it is not the model's own."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """The logits (K, V)."""
+        """Return the logits (K, V) float32 of `states` (K, H)."""
         logits = self.linear(states).float()
         if self.scale != 1:
             logits = logits * self.scale
@@ -44,32 +49,37 @@ class LMHead:
 
     def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
         missing = vocab_size - logits.shape[-1]
-        return (
-            pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits[:, :vocab_size]
-        )
+        if missing > 0:
+            return pad(logits, (0, missing), value=-torch.inf)
+        return logits[:, :vocab_size]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoreHead:
-    """States (K, H) to float32 scores (K,); see `score_head`."""
+    """The map from states (K, H) to float32 scores (K,); see `score_head`."""
 
     linear: Any
+    """The model's scalar output layer, or layers."""
 
     def __call__(self, states: Tensor) -> Tensor:
-        """The scores (K,)."""
-        with evaluating(self.linear):  # some heads are more than a layer, with dropout
+        """Return the scores (K,) float32 of `states` (K, H)."""
+        # Some heads are more than one layer, with dropout between them.
+        with evaluating(self.linear):
             return self.linear(states).float().squeeze(-1)
 
 
 def lm_head(model: Any, vocab_size: int | None = None) -> Head:
-    """The model's map from states (K, H) to float32 logits (K, V), final soft-capping and scaling
-    included.
+    """Return a language model's map from states (K, H) to float32 logits (K, V), with the model's
+    own scaling and soft cap.
 
-    With `vocab_size` V is that: ids beyond a smaller model's are -inf, those beyond V are cut off.
+    Args:
+        model: a transformers causal language model.
+        vocab_size: V, the policy's. Ids beyond a smaller model's get -inf, and a larger model's
+            logits beyond V are cut off. None: the model's own.
 
     Raises:
-        ModelError: the model has no such head, it looks ahead, or its logits are not a function of
-            the last hidden states we know.
+        ModelError: the model has no such head, it looks ahead, or its logits are not the function
+            of its last hidden states that is known here.
     """
     linear = unwrapped(model).get_output_embeddings()
     if linear is None:
@@ -79,32 +89,37 @@ def lm_head(model: Any, vocab_size: int | None = None) -> Head:
     if looks_ahead(model):
         raise ModelError(
             f"{_name(model)} looks ahead: later tokens change what it says of earlier ones; "
-            f"allowed: causal language models"
+            "allowed: causal language models"
         )
+    # Checked before it is resized: the model's own logits have the model's own size.
     head = LMHead(linear, *_logit_options(model.config.get_text_config()))
     _check_head(model, head, lambda logits: logits[0])
     return replace(head, vocab_size=vocab_size)
 
 
 def score_head(model: Any) -> Head:
-    """A reward model's map from states (K, H) to float32 scores (K,).
+    """Return a reward model's map from states (K, H) to float32 scores (K,).
 
     Raises:
-        ModelError: not a sequence- or token-classification model with one label.
+        ModelError: the model is no sequence- or token-classification model with one label.
     """
     return make_scorer(model).head
 
 
 def make_scorer(model: Any) -> Scorer:
-    """A sequence- or token-classification model with one label as a `Scorer`; errors as
-    `score_head`."""
+    """Make a `Scorer` of a causal sequence- or token-classification model with one label.
+
+    Raises:
+        ModelError: the model is none, or its scores are not a linear function of its last hidden
+            states.
+    """
     base = unwrapped(model)
     linear = getattr(base, "score", None) or getattr(base, "classifier", None)
     if linear is None or model.config.num_labels != 1:
         labels = "no scalar head" if linear is None else f"{model.config.num_labels} labels"
         raise ModelError(
             f"{_name(model)} has {labels}; allowed: sequence- or token-classification models with "
-            f"one label"
+            "one label"
         )
 
     head = ScoreHead(linear)
@@ -116,10 +131,15 @@ def make_scorer(model: Any) -> Scorer:
 def token_logprobs(
     states: Tensor, tokens: Tensor, head: Head, *, temperature: float = 1.0, chunk: int = CHUNK
 ) -> Tensor:
-    """log p(token | state), (K,) float32, of `tokens` (K,) under `states` (K, H), with logits
-    divided by `temperature`.
+    """Return log p(token | state) of each token, (K,) float32, in nats.
 
-    Logits of `chunk` tokens at a time: (K, V) exists neither in the forward nor in the backward.
+    Args:
+        states: (K, H), each the state before its token.
+        tokens: (K,) int64.
+        head: states to logits.
+        temperature: the logits are divided by it.
+        chunk: how many tokens' logits are held at a time, so that (K, V) exists neither in the
+            forward nor in the backward.
     """
 
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
@@ -132,17 +152,14 @@ def token_logprobs(
 
 
 def in_chunks(function: Callable[..., Tensor], *columns: Tensor, chunk: int = CHUNK) -> Tensor:
-    """`function(*columns)` computed `chunk` rows at a time; what it makes is freed, and made again
-    in the backward."""
+    """Return `function(*columns)`, computed `chunk` rows at a time. What a chunk computes on the
+    way is freed, and computed again in the backward."""
     parts = zip(*(column.split(chunk) for column in columns), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([function(*part) for part in parts])
-    return torch.cat(
-        [
-            checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in parts
-        ]
-    )
+    # The functions draw nothing at random, so no generator's state needs to be kept.
+    once_more = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([once_more(*part) for part in parts])
 
 
 def _name(model: Any) -> str:
@@ -150,37 +167,32 @@ def _name(model: Any) -> str:
 
 
 def _logit_options(config: Any) -> tuple[float, float | None]:
-    """Factor and soft cap: `logit_scale` (Cohere), `logits_scaling` (Granite),
-    `final_logit_softcapping` (Gemma)."""
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return scale, getattr(config, "final_logit_softcapping", None)
+    """Return the factor and the soft cap of a model's logits. The config names them `logit_scale`
+    (Cohere), `logits_scaling` (Granite) and `final_logit_softcapping` (Gemma)."""
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return factor / divisor, getattr(config, "final_logit_softcapping", None)
 
 
 def _check_head(model: Any, head: Head, select: Callable[[Tensor], Tensor]) -> bool:
-    """Compares `head` on the states of a few tokens with the model's own logits; returns whether
-    there is one logit row per token (rather than one per text)."""
+    """Compare `head` on the states of a few tokens with the model's own logits, and return whether
+    the model gives logits for every token (rather than one row of them for a text)."""
     trunk, ids = trunk_of(model), _three_tokens(model)
     tokens = torch.tensor([ids], device=trunk.device)
     with acting(model):
         logits = model(input_ids=tokens, use_cache=False).logits
-        if not _agree(head, hidden_states(trunk, tokens, [len(ids)])[0], select(logits).float()):
-            of_peft = (
-                ""
-                if unwrapped(model) is model
-                else ": of peft's methods, learned prompts cannot be used, LoRA can"
-            )
-            raise ModelError(f"{_name(model)} {UNKNOWN}{of_peft}")
+        states = hidden_states(trunk, tokens, [len(ids)])[0]
+        if not _agree(head, states, select(logits).float()):
+            of_peft = ": of peft's methods, learned prompts cannot be used, LoRA can"
+            why = "" if unwrapped(model) is model else of_peft
+            raise ModelError(f"{_name(model)} {UNKNOWN}{why}")
     return logits.ndim == 3
 
 
 def _three_tokens(model: Any) -> list[int]:
-    """Ids other than the pad id."""
-    pad_id = _pad_id(model)
-    return [token for token in range(model.config.get_text_config().vocab_size) if token != pad_id][
-        1:4
-    ]
+    """Return three token ids that are not the pad id: a classifier would pass over that one."""
+    vocab_size, pad_id = model.config.get_text_config().vocab_size, _pad_id(model)
+    return [token for token in range(vocab_size) if token != pad_id][1:4]
 
 
 def _pad_id(model: Any) -> int | None:
@@ -188,9 +200,15 @@ def _pad_id(model: Any) -> int | None:
 
 
 def _passed_over(model: Any, head: Head) -> int | None:
-    """The pad id of a model that scores texts, if it reads a text that ends in it at the token
-    before, as transformers' own classifiers do; None if it reads every text at its last token.
-    Other models' code is asked, not believed."""
+    """Return the pad id of a model that scores texts, if the model passes over it at a text's end.
+
+    transformers' own classifiers do: a text that ends in the pad id is read at the last token
+    before. Others read every text at its last token, and give None. The model is run to find out,
+    because its config does not say.
+
+    Raises:
+        ModelError: the model does neither.
+    """
     pad_id, trunk = _pad_id(model), trunk_of(model)
     if pad_id is None or not 0 <= pad_id < trunk.get_input_embeddings().num_embeddings:
         return None
@@ -206,12 +224,11 @@ def _passed_over(model: Any, head: Head) -> int | None:
 
 
 def _agree(head: Head, states: Tensor, expected: Tensor) -> bool:
-    """Whether `head` gives `expected` on the last states."""
+    """Whether `head` gives `expected` (n, ...) on the last n of the `states`."""
     tolerance = 1e-4 if states.dtype == torch.float32 else 5e-2
     try:
         actual = head(states)[-len(expected) :]
-    except RuntimeError:  # states of another size than the head reads
+    except RuntimeError:  # the head reads states of another size
         return False
-    return actual.shape == expected.shape and torch.allclose(
-        actual, expected, rtol=tolerance, atol=tolerance
-    )
+    same_shape = actual.shape == expected.shape
+    return same_shape and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)

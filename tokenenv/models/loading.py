@@ -1,4 +1,4 @@
-"""Models and tokenizers from hub ids or local directories."""
+"""Loading models and tokenizers from hub ids or local directories."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .heads import make_scorer
 from .probing import looks_ahead
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
-"""RoPE types that reach beyond the positions named in the config."""
+"""Types of RoPE with which a model reads texts longer than the positions that its config names."""
 
 
 def load_causal_lm(
@@ -22,18 +22,18 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen causal language model in eval mode.
+    """Load a causal language model, frozen and in eval mode.
 
     Args:
-        source: hub id, local directory (safetensors only), or a model object, which is returned
-            itself.
-        device: default "cpu"; a model object is moved only if this is given.
-        dtype: default float32; a model object is cast only if this is given.
-        attn_implementation: transformers' name of it; None lets transformers choose.
-        trust_remote_code: run code that comes with the model.
+        source: a hub id or a local directory, with safetensors; or a model object, which is
+            returned itself, as it is.
+        device: "cpu" by default. A model object is moved only if a device is given.
+        dtype: float32 by default. A model object is converted only if a dtype is given.
+        attn_implementation: transformers' name of the attention; None lets transformers choose.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ModelError: nothing usable at `source`.
+        ModelError: nothing at `source` can be used.
     """
     if not isinstance(source, str) and hasattr(source, "config"):
         return _moved(source, device, dtype)
@@ -43,11 +43,11 @@ def load_causal_lm(
 
 
 def load_reward_model(source: Any, **options: Any) -> Any:
-    """A frozen causal sequence- or token-classification model with one label, in eval mode;
-    arguments as `load_causal_lm`.
+    """Load a causal sequence- or token-classification model with one label, frozen and in eval
+    mode. The arguments are those of `load_causal_lm`.
 
     Raises:
-        ModelError: nothing usable at `source`, no trained scalar head, or attention that looks
+        ModelError: nothing at `source` can be used, it has no trained scalar head, or it looks
             ahead.
     """
     model = load_classifier(source, **options)
@@ -68,11 +68,11 @@ def load_classifier(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A frozen sequence- or token-classification model in eval mode, whatever its attention and its
-    labels; arguments as `load_causal_lm`.
+    """Load a sequence- or token-classification model, frozen and in eval mode, whatever its
+    attention and its labels are. The arguments are those of `load_causal_lm`.
 
     Raises:
-        ModelError: nothing usable at `source`, or no trained head.
+        ModelError: nothing at `source` can be used, or it has no trained head.
     """
     if not isinstance(source, str) and hasattr(source, "config"):
         return _moved(source, device, dtype)
@@ -81,8 +81,8 @@ def load_classifier(
 
 
 def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
-    """A tokenizer from a hub id or local directory; a tokenizer object is returned itself. Raises
-    `ModelError`."""
+    """Load a tokenizer from a hub id or a local directory. A tokenizer object is returned itself.
+    Raise `ModelError` where there is none."""
     if hasattr(source, "get_vocab"):
         return source
     from transformers import AutoTokenizer
@@ -94,33 +94,34 @@ def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
 
 
 def check_same_tokens(policy_tokenizer: Any, other_tokenizer: Any, role: str) -> None:
-    """Raises `ModelError` naming `role` and what `token_difference` finds."""
+    """Raise `ModelError`, naming the other tokenizer's `role`, where `token_difference` finds
+    something."""
     difference = token_difference(policy_tokenizer, other_tokenizer)
     if difference is not None:
         raise ModelError(
             f"the tokenizer of the {role} differs from the policy's: {difference}; allowed: the "
-            f"same token for every id"
+            "same token for every id"
         )
 
 
 def token_difference(policy_tokenizer: Any, other_tokenizer: Any) -> str | None:
-    """The first id of the policy that is another token, or none, for the other, in words; None if
-    there is no such id.
+    """Return in words the first id that the policy's tokenizer and another one read differently, or
+    that the other lacks; None if there is none.
 
-    Ids of the other beyond the policy's do no harm: nobody sends them.
+    The other tokenizer may have ids beyond the policy's: nobody sends them to it.
     """
     theirs = {index: token for token, index in other_tokenizer.get_vocab().items()}
-    for index, token in sorted(
-        (index, token) for token, index in policy_tokenizer.get_vocab().items()
-    ):
+    ours = {index: token for token, index in policy_tokenizer.get_vocab().items()}
+    for index, token in sorted(ours.items()):
         if theirs.get(index) != token:
             return f"id {index} is {theirs.get(index)!r}, not {token!r}"
     return None
 
 
 def max_positions(config: Any) -> int | None:
-    """How many tokens a model was made for; None where it has no such limit, or one that is not in
-    the (text) config."""
+    """Return how many tokens a model was made for, from its (text) config; None where it has no
+    such limit, or the config does not name it."""
+    # A model may have one kind of RoPE, or one for each type of layer.
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [one for one in rope.values() if isinstance(one, dict)]
     kinds = {one.get("rope_type") for one in (rope, *by_layer_type)}
@@ -144,11 +145,12 @@ def _load(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:
         raise ModelError(_failed("model", source, error)) from error
+    # transformers fills weights that are missing, or have another size, with random numbers.
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise ModelError(
@@ -171,22 +173,21 @@ def _moved(model: Any, device: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _classifier(source: Any, trust_remote_code: bool) -> str:
-    """The auto class that reads this reward model, from the architecture its config names."""
+    """Return the name of the auto class that loads a reward model, by the architecture that its
+    config names."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(_failed("reward model", source, error)) from error
-    named = (
-        config.architectures if isinstance(config.architectures, list) else []
-    )  # what a file says may be anything
+    # A config is a file: what stands there may be of any type.
+    named = config.architectures if isinstance(config.architectures, list) else []
     for architecture in (one for one in named if isinstance(one, str)):
         for kind in ("TokenClassification", "SequenceClassification"):
             if architecture.endswith(f"For{kind}"):
                 return f"AutoModelFor{kind}"
     raise ModelError(
         f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or "
-        f"token-classification models "
-        f"with one label"
+        "token-classification models with one label"
     )

@@ -5,11 +5,11 @@ from typing import Any
 
 
 class TokenPieces:
-    """What each token adds to a text: joined, they are the text (a character that several tokens
-    make up aside).
+    """Shows tokens one by one, as what each adds to a text.
 
-    A space before a word belongs to it; special tokens are shown by name; without a tokenizer a
-    token is its id.
+    The pieces of a text, joined, are the text, except for a character that several tokens make up.
+    A space before a word belongs to the word. Special tokens are shown by name. Without a tokenizer
+    a token is shown as its id.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -21,7 +21,7 @@ class TokenPieces:
             self._skip = len(tokenizer.decode([self._first]))
 
     def __call__(self, ids: Iterable[int]) -> list[str]:
-        """One piece for each id."""
+        """Return one piece for each id."""
         return [self._piece(int(i)) for i in ids]
 
     def _piece(self, token: int) -> str:
@@ -32,5 +32,6 @@ class TokenPieces:
     def _decode(self, token: int) -> str:
         if self._tokenizer is None:
             return f" {token}"
-        # After another token, as the first word of a text is decoded without its space.
+        # Decoded behind another token, because many tokenizers decode the first word of a text
+        # without its space.
         return self._tokenizer.decode([self._first, token])[self._skip :]

@@ -1,4 +1,8 @@
-"""Whole texts and their scores, whichever kind of scorer gives them."""
+"""The sequence score of a text, read from a causal scorer's states, of a prefix as of the whole.
+
+The reader of a `Scorer` is here. A `TextScorer` scores finished texts only and brings its own code
+(`aligned_scorer`, `vllm_models`); `score_texts` takes either kind.
+"""
 
 from collections.abc import Sequence
 
@@ -15,8 +19,16 @@ from tokenenv.types import Scorer, TextIds, TextScorer
 def score_texts(
     scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int = 16384
 ) -> Tensor:
-    """The scores (B,) float32 of B texts, in length-sorted forwards. A response may be empty: a
-    model that scores tokens gives 0 then, any other its score of the prompt."""
+    """Return the sequence score (B,) float32 of each of B texts, whichever kind the scorer is.
+
+    A response may be empty. A model that scores tokens then gives 0, and any other model its score
+    of the prompt.
+
+    Args:
+        scorer: of either kind.
+        texts: B pairs of the token ids of a prompt and a response.
+        max_batch_tokens: tokens of one forward, padding included.
+    """
     if not isinstance(scorer, Scorer):
         return scorer.token_scores(texts, max(1, *(len(response) for _, response in texts))).sum(1)
     lengths = np.asarray([len(prompt) + len(response) for prompt, response in texts])
@@ -30,36 +42,51 @@ def score_texts(
         for row, i in enumerate(group):
             tokens[row, : lengths[i]] = [*texts[i][0], *texts[i][1]]
         states = text_states(scorer.model, upload(tokens, scores.device), lengths[group])
-        scores[upload(group, scores.device)] = read_scores(
-            scorer, states, starts[group], ends[group]
-        )
+        found = read_scores(scorer, states, starts[group], ends[group])
+        scores[upload(group, scores.device)] = found
     return scores
 
 
 def read_lengths(ids: Sequence[int] | np.ndarray, pad_token_id: int | None) -> np.ndarray:
-    """(n,) for the first 1, 2, ..., n tokens of a text: how many there are up to the one at which a
-    model that scores texts reads the score of these, 1 or more. See `Scorer.pad_token_id`."""
+    """Return where a scorer reads the score of each prefix of a text.
+
+    Entry i - 1 belongs to the first i tokens: how many of these there are up to the one whose state
+    is read, 1 or more. That is i, or less where the prefix ends in `Scorer.pad_token_id`.
+
+    Args:
+        ids: (n,) the tokens of the text, prompt included.
+        pad_token_id: the scorer's.
+
+    Returns:
+        (n,) int64.
+    """
     lengths = np.arange(1, len(ids) + 1)
-    return (
-        lengths
-        if pad_token_id is None
-        else np.maximum.accumulate(np.where(np.asarray(ids) != pad_token_id, lengths, 1))
-    )
+    if pad_token_id is None:
+        return lengths
+    # A pad id repeats the last place before it, which is the largest so far.
+    return np.maximum.accumulate(np.where(np.asarray(ids) != pad_token_id, lengths, 1))
 
 
 def read_length(ids: Sequence[int] | np.ndarray, pad_token_id: int | None) -> int:
-    """The last of `read_lengths`: that of the whole text."""
+    """Return where a scorer reads the score of a whole text: the last of `read_lengths`."""
     return int(read_lengths(ids, pad_token_id)[-1])
 
 
 def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.ndarray) -> Tensor:
-    """The scores (b,) from states (b, L, ...), with the ambient grad mode: `starts` (b,) are the
-    lengths of the prompts, `ends` (b,) the `read_length` of the texts."""
+    """Return the sequence scores (b,) float32 from a scorer's states, with the ambient grad mode.
+
+    Args:
+        scorer: a causal one.
+        states: (b, L, ...) of its model.
+        starts: (b,) host data, the length of each prompt.
+        ends: (b,) host data, the `read_length` of each text.
+    """
     position = np.arange(states.shape[1])
     if scorer.per_token:
         wanted = (position >= starts[:, None]) & (position < ends[:, None])
     else:
         wanted = position == ends[:, None] - 1
+    # The head sees only the states that count: K of them, from all texts, flat.
     row, column = (upload(index, states.device) for index in np.nonzero(wanted))
     scores = scorer.head(states[row, column])
     total = torch.zeros(len(states), dtype=sum_dtype(scores.device), device=scores.device)
@@ -67,6 +94,7 @@ def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.nda
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """In which token scores are added up: in float32 thousands of them drift, and Apple's GPUs have
-    nothing else."""
+    """Return the dtype in which token scores are added up: float64, or float32 on Apple's GPUs,
+    which have nothing wider."""
+    # In float32 the running sum of thousands of scores drifts away from their sum.
     return torch.float32 if device.type == "mps" else torch.float64

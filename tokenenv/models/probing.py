@@ -1,4 +1,5 @@
-"""What a foreign model does is found out by running it, not by the names in its config."""
+"""Trials of foreign models: what a model does is found out by running it, not by the names in its
+config."""
 
 import logging
 from typing import Any
@@ -9,62 +10,65 @@ from torch import Tensor
 
 from .batching import hidden_states
 from .cached_lm import acting, trunk_of
-from .slot_cache import KVRows
+from .slot_cache import KVSlots
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of cached and uncached states that the arithmetic alone explains."""
 
 LONG = 8192
-"""Tokens of a row from which on trying out its cache takes time and memory that are worth a
-warning."""
+"""The length of a text, in tokens, from which on the trial of a cache is logged as a warning: it
+takes time and memory."""
 
 logger = logging.getLogger("tokenenv")
 
 
 def why_uncached(trunk: Any, max_length: int) -> str | None:
-    """None if cached states of a full row and a short one equal the uncached ones; else what went
-    wrong."""
+    """Return None if a model can be cached per slot, otherwise what went wrong.
+
+    It can if the cached states of a full slot and of a short one beside it equal the uncached ones.
+    """
     with acting(trunk):
         try:
             difference = _probe(trunk, max_length)
+        # Too little memory says nothing about the model, and recomputing would not help.
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a foreign model's code raises
+        # A foreign model's code may raise anything.
+        except Exception as error:
             return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
     tolerance = TOLERANCE.get(trunk.dtype, 1e-1)
+    # Below "highest", float32 products are computed with fewer digits: TF32 has those of float16.
     if torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, TOLERANCE[torch.float16])
-    return (
-        None
-        if difference <= tolerance
-        else f"cached states differ by {difference:.1e} of their size"
-    )
+    if difference <= tolerance:
+        return None
+    return f"cached states differ by {difference:.1e} of their size"
 
 
 def _probe(trunk: Any, max_length: int) -> float:
-    """The larger relative difference of cached and uncached last states of two rows.
+    """Return the larger relative difference of cached and uncached last states, of two slots.
 
-    Row 0 is filled to the last place: a window, a table of positions or a scale that depends on the
-    length shows there or nowhere. Row 1 stays short beside it, and has forgotten what lies to its
-    right, which must leave no trace.
+    Slot 0 is filled to its last place: a window, a table of positions or a scale that depends on
+    the length shows there or nowhere. Slot 1 stays short beside it. Tokens of a longer prefill lie
+    to the right of its text, and must leave no trace.
     """
     if max_length >= LONG:
         mask = max_length**2 * trunk.dtype.itemsize / 2**20
-        logger.warning(
-            "trying out the cache of %s reads a text of %d tokens twice, once with a mask of %.0f "
-            "MiB",
-            type(trunk).__name__,
-            max_length,
-            mask,
+        message = (
+            "trying out a cache reads a text of %d tokens twice, once with a mask of %.0f MiB: %s"
         )
+        logger.warning(message, max_length, mask, type(trunk).__name__)
     full, short = max(1, max_length - 2), max(1, min(3, max_length - 2))
     ids = random_ids(trunk, 2, full + 2)
-    rows = KVRows(trunk, 2, full + 2)
-    rows.prefill(torch.arange(2, device=trunk.device), ids[:, : min(full, 2 * short)])
-    rows.prefill(torch.arange(1, device=trunk.device), ids[:1, :full])
+    slots = KVSlots(trunk, 2, full + 2)
+    # Both slots get twice the short text's tokens, then slot 0 its own. Slot 1 goes on from
+    # `short`, over what it holds behind that place.
+    slots.prefill(torch.arange(2, device=trunk.device), ids[:, : min(full, 2 * short)])
+    slots.prefill(torch.arange(1, device=trunk.device), ids[:1, :full])
+    # Two steps, because the second one reads keys that the first one has stored.
     for step in range(2):
         at = np.array([full, short]) + step
-        states = rows.append(ids[[0, 1], at], at, np.array([True, True]))
+        states = slots.append(ids[[0, 1], at], at, np.array([True, True]))
     alone = [
         hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1]
         for i, n in enumerate((full + 2, short + 2))
@@ -75,8 +79,8 @@ def _probe(trunk: Any, max_length: int) -> float:
 
 
 def random_ids(trunk: Any, num_rows: int, length: int) -> Tensor:
-    """(num_rows, length) of the model's token ids, always the same ones; without the pad id, which
-    transformers warns of."""
+    """Return random token ids (num_rows, length) of the model's, always the same ones. The pad id,
+    about which transformers warns, is not among them."""
     config = trunk.config.get_text_config()
     ids = torch.randint(
         config.vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(0)
@@ -88,8 +92,8 @@ def random_ids(trunk: Any, num_rows: int, length: int) -> Tensor:
 
 
 def looks_ahead(model: Any, length: int = 12) -> bool:
-    """Whether later tokens change the states before them; tried out on a text of `length`
-    tokens."""
+    """Whether later tokens change the states before them, tried out on two texts of `length` tokens
+    with one first half."""
     trunk, half = trunk_of(model), length // 2
     ids = random_ids(trunk, 2, length)
     ids[1, :half] = ids[0, :half]

@@ -1,5 +1,5 @@
-"""A small transformer whose logits are added to a bigram's: a policy that starts as its
-reference."""
+"""A small transformer whose logits are added to those of a bigram model: a policy that starts as
+its reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,20 @@ from .bigram import Bigram
 from .cached_lm import CachedLM
 
 MAX_POSITIONS = 256
+"""The positions that the config names; RoPE has no table that would end there."""
+HEAD_SIZE = 12
 
 
 class ResidualLM(nn.Module):
-    """log pi = reference + transformer, normalised (a `TokenModel` with trainable weights).
+    """A trainable policy whose logits are the reference's plus a transformer's (a `TokenModel`).
 
-    A state is the transformer's hidden state (H) and, as one more number, the reference's state:
-    (K, H + 1) float32. The output layer starts at zero, so that the policy starts exactly as the
-    reference. On the reference's device; the same seed gives the same weights. About 71,000 at V =
-    64 by default.
+    A state is the transformer's hidden state (H) with the reference's state as one more number:
+    (K, H + 1) float32. The output layer starts at zero, so that the policy starts exactly as its
+    reference. The model is on the reference's device, and the same seed gives the same weights.
+    It has about 71,000 of them at V = 64 by default.
 
     Args:
-        reference: the bigram, taken over as it is: a table is not trained.
+        reference: the bigram model. It is shared, not copied, and never trained.
         hidden_size: H, a multiple of 12.
         num_layers: of the transformer.
         seed: of the initial weights.
@@ -37,6 +39,7 @@ class ResidualLM(nn.Module):
     ) -> None:
         super().__init__()
         self.reference = reference
+        # Within the fork, torch's global generator is ours to seed; afterwards it is as before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.trunk = make_trunk(reference.vocab_size, hidden_size, num_layers)
@@ -46,74 +49,73 @@ class ResidualLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of tokens."""
         return self.reference.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """H: the numbers of a state, the first ones, that a value head may read."""
+        """H, how many numbers of a state a value head may read, the first ones."""
         return self.output.in_features
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are taken and states returned."""
+        """The device where tokens are taken and states returned."""
         return self.output.weight.device
 
-    def slots(self, num_rows: int, max_length: int) -> "ResidualRows":
-        """N running texts of at most `max_length` tokens, cached."""
-        return ResidualRows(self, num_rows, max_length)
+    def slots(self, num_slots: int, max_length: int) -> "ResidualSlots":
+        """Make N cached slots for running texts of at most `max_length` tokens."""
+        return ResidualSlots(self, num_slots, max_length)
 
     def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """The uncached forward with the ambient grad mode: right-padded `tokens` (B, L) to states
-        (B, L, H + 1)."""
+        """Read whole texts with the ambient grad mode: right-padded `tokens` (B, L) to states
+        (B, L, H + 1), in which state t has read tokens 0..t."""
         tokens = self.reference.ids(tokens)
-        return joined(
-            hidden_states(self.trunk, tokens, lengths), self.reference.states(tokens, lengths)
-        )
+        hidden = hidden_states(self.trunk, tokens, lengths)
+        return joined(hidden, self.reference.states(tokens, lengths))
 
     def head(self, states: Tensor) -> Tensor:
-        """States (K, H + 1) to logits (K, V) float32."""
+        """Return the logits (K, V) float32 after `states` (K, H + 1)."""
         return self.output(states[:, :-1]).float() + self.reference.head(states[:, -1].long())
 
 
-class ResidualRows:
-    """N running texts of the transformer and the reference side by side (a `SlotModel`)."""
+class ResidualSlots:
+    """N slots of the transformer and of the reference, side by side (a `SlotModel`)."""
 
-    def __init__(self, model: ResidualLM, num_rows: int, max_length: int) -> None:
+    def __init__(self, model: ResidualLM, num_slots: int, max_length: int) -> None:
         self.model = model
-        self._rows: tuple[SlotModel, SlotModel] = (
-            CachedLM(model.trunk, num_rows, max_length),
-            model.reference.slots(num_rows, max_length),
+        self._both: tuple[SlotModel, SlotModel] = (
+            CachedLM(model.trunk, num_slots, max_length),
+            model.reference.slots(num_slots, max_length),
         )
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Restarts `slots` (n,) with right-padded `tokens` (n, <=L); returns the states (n, H + 1)
-        after each."""
-        return joined(*(rows.prefill(slots, tokens, lengths) for rows in self._rows))
+        """Restart `slots` (n,) with right-padded `tokens` (n, <=L), and return the state
+        (n, H + 1) after each text."""
+        return joined(*(one.prefill(slots, tokens, lengths) for one in self._both))
 
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
-        """Adds one token to each row (N,), or only where `active` (N,) bool; returns states (N, H +
-        1)."""
-        return joined(*(rows.append(tokens, active) for rows in self._rows))
+        """Add one token (N,) to each slot that is `active` (N,) bool (None: to all), and return the
+        states (N, H + 1)."""
+        return joined(*(one.append(tokens, active) for one in self._both))
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies row sources[i] onto row targets[i]."""
-        for rows in self._rows:
-            rows.fork(sources, targets)
+        """Copy slot sources[i] onto slot targets[i]."""
+        for one in self._both:
+            one.fork(sources, targets)
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """As the model's."""
+        """Read whole texts; see `ResidualLM.states`."""
         return self.model.states(tokens, lengths)
 
 
 def joined(hidden: Tensor, reference: Tensor) -> Tensor:
-    """(..., H) and (...) to (..., H + 1), in float32 also under autocast: half precision would
-    round the last number."""
+    """Put hidden states (..., H) and reference states (...) together as (..., H + 1) float32."""
+    # Also under autocast: half precision would round the reference's state, which is a row number.
     return torch.cat([hidden.float(), reference[..., None].float()], dim=-1)
 
 
 def make_trunk(vocab_size: int, hidden_size: int, num_layers: int) -> Any:
-    """A Llama base model with heads of 12."""
+    """Make a Llama base model with attention heads of 12 numbers."""
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
@@ -121,8 +123,8 @@ def make_trunk(vocab_size: int, hidden_size: int, num_layers: int) -> Any:
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 10 // 3,
         num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 12,
-        num_key_value_heads=hidden_size // 12,
+        num_attention_heads=hidden_size // HEAD_SIZE,
+        num_key_value_heads=hidden_size // HEAD_SIZE,
         max_position_embeddings=MAX_POSITIONS,
         initializer_range=0.1,
     )

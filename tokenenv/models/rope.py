@@ -1,5 +1,5 @@
-"""RoPE whose frequencies depend on the longest row of a batch, made to depend on the model's
-capacity alone."""
+"""Rotary position embeddings (RoPE) whose frequencies depend on the longest text of a batch, made
+to depend on the model's capacity alone."""
 
 from typing import Any
 
@@ -9,18 +9,19 @@ from tokenenv.errors import ModelError
 
 
 def fix_rope(trunk: Any, max_length: int) -> None:
-    """Fixes the frequencies of `dynamic` and `longrope` RoPE, in place, to those of a text of
-    `max_length` tokens.
+    """Fix the frequencies of `dynamic` and `longrope` RoPE, in place, to those of a text of
+    `max_length` tokens. Models with other kinds of RoPE are left alone.
 
-    transformers chooses them anew in each forward from the largest position in the batch, so that a
-    row's states depend on the other rows, and cached keys on when they were made. Fixed, acting,
-    scoring and learning agree. The choice holds for this model object (and its copies) from then
-    on; the saved config is unchanged. Other models are left alone.
+    transformers chooses these frequencies anew in each forward, from the largest position in the
+    batch. A text's states then depend on the other texts, and cached keys on when they were made.
+    With fixed frequencies, acting, scoring and learning agree. They stay fixed for this model
+    object and its copies; the saved config is unchanged.
 
     Raises:
-        ModelError: the model was fixed for shorter texts, which used other frequencies; or its code
-            is unknown.
+        ModelError: the model was fixed before, for shorter texts and so at other frequencies; or it
+            has RoPE code of its own, which cannot be fixed.
     """
+    # transformers keeps one kind of RoPE for the model, or a dict of kinds by layer type.
     known = False
     for module in trunk.modules():
         kinds = getattr(module, "rope_type", None)
@@ -40,6 +41,7 @@ def _varies(kind: str) -> bool:
 
 
 def _fix(module: Any, layer_type: str | None, kind: str, max_length: int) -> None:
+    # What was fixed is kept on the module: by layer type, the kind that it was and for what length.
     fixed: dict[str | None, tuple[str, int]] = module.__dict__.setdefault("fixed_rope", {})
     kind, fixed_length = fixed.get(layer_type, (kind, 0))
     if not _varies(kind) or max_length <= fixed_length:
@@ -50,13 +52,14 @@ def _fix(module: Any, layer_type: str | None, kind: str, max_length: int) -> Non
     if fixed_length and not torch.equal(old, new):
         raise ModelError(
             f"max_length={max_length}: this model's {kind} RoPE is fixed for texts of at most "
-            f"{fixed_length} tokens; "
-            f"load the model again for longer ones"
+            f"{fixed_length} tokens; load the model again for longer ones"
         )
     setattr(module, f"{prefix}inv_freq", new)
     setattr(module, f"{prefix}attention_scaling", scaling)
     fixed[layer_type] = (kind, max_length)
-    if layer_type is None:  # transformers' per-forward update looks at the type alone
+    # The update that transformers makes in each forward looks at the type alone: under the name
+    # "default" it leaves the frequencies alone.
+    if layer_type is None:
         module.rope_type = "default"
     else:
         module.rope_type[layer_type] = "default"
@@ -72,7 +75,8 @@ def _frequencies(
 
 
 def _check_unknown(config: Any, max_length: int) -> None:
-    """A model with its own RoPE code cannot be fixed; short texts do not need it."""
+    """Raise `ModelError` where a model's own RoPE code would change with the length of its texts.
+    Up to the length that it was trained for it does not."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type") or rope.get("type") or ""
     lengths = (
@@ -84,6 +88,5 @@ def _check_unknown(config: Any, max_length: int) -> None:
     if _varies(kind) and max_length > original:
         raise ModelError(
             f"max_length={max_length}: the model's own {kind} RoPE code changes with the longest "
-            f"row of a batch beyond "
-            f"{original} tokens; allowed: at most {original}"
+            f"text of a batch beyond {original} tokens; allowed: at most {original}"
         )

@@ -1,4 +1,9 @@
-"""Keys and values of N rows, each at its own position, in transformers' own cache interface."""
+"""Keys and values of N slots, each at its own position, behind transformers' own cache interface.
+
+A transformers cache has one length for the whole batch: it appends the new keys of all rows at the
+same place. Here every slot is at a place of its own, so keys and values are *scattered* to explicit
+places, positions are given explicitly, and an explicit mask hides what a text has not reached.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,43 +17,49 @@ from transformers.cache_utils import Cache, StaticLayer
 from .batching import upload
 
 BUCKET = 16
-"""Keys are read up to the longest row, rounded up to a multiple of this: few shapes, little
-waste."""
+"""A step reads the keys up to the longest slot, rounded up to a multiple of this: few different
+shapes, and little reading in vain."""
 
 MAX_GRAPHS = 64
-"""Compiled graphs of one model class, all its models and buckets together; beyond, steps would not
-be compiled."""
+"""The most compiled graphs of one model class, for all its models and buckets together. Beyond
+torch's own limit, which is lower, a step would silently run uncompiled."""
 
 
 class Uncacheable(Exception):
-    """This model cannot be cached per row; the text says why."""
+    """The model cannot be cached per slot; the text says why."""
 
 
 class Write:
-    """Where one forward's keys and values go. Shared by all layers, set before each forward."""
+    """Where the keys and values of one forward go, and what it attends to.
+
+    All layers of a cache share one object, which is set before each forward: transformers calls the
+    layers itself and passes none of this on.
+    """
 
     slots: Tensor
-    """(B, 1) int64: the row of each text."""
+    """(B, 1) int64: the slot of each text of the forward."""
     positions: Tensor
-    """(B or 1, Q) int64: the place of each new token in its row."""
+    """(B or 1, Q) int64: the place of each new token in its slot."""
     bucket: int | None
-    """Attend to this many cached keys of each row, or (None) to the new tokens alone."""
+    """A number: attend to that many first places of the cache. None: attend to the forward's own
+    tokens alone."""
     compiled: bool = False
-    """Keys and values keep their addresses, as CUDA graphs need to be told."""
+    """True: keys and values keep their addresses, and CUDA graphs are told so."""
 
 
 class SlotLayer(StaticLayer):
-    """One layer's keys and values, (N, heads, max_length, size)."""
+    """The keys and values of one layer, (N, heads, max_length, size) each."""
 
-    def __init__(self, num_rows: int, max_length: int, write: Write):
+    def __init__(self, num_slots: int, max_length: int, write: Write):
         super().__init__(max_cache_len=max_length)
-        self.num_rows = num_rows
+        self.num_slots = num_slots
         self.write = write
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates for all rows; the states say heads, sizes, dtype and device."""
+        """Allocate the memory of all slots. The first states show the number of heads, the sizes,
+        the dtype and the device, which configs name in several ways."""
         self.keys, self.values = (
-            x.new_zeros(self.num_rows, x.shape[1], self.max_cache_len, x.shape[3])
+            x.new_zeros(self.num_slots, x.shape[1], self.max_cache_len, x.shape[3])
             for x in (key_states, value_states)
         )
         if self.write.compiled:
@@ -56,32 +67,39 @@ class SlotLayer(StaticLayer):
         self.is_initialized = True
 
     def mark_static(self) -> None:
-        """Tells CUDA graphs that keys and values keep their addresses."""
+        """Tell CUDA graphs that keys and values keep their addresses."""
         torch._dynamo.mark_static_address(self.keys)
         torch._dynamo.mark_static_address(self.values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stores new states (B, heads, Q, size); returns what to attend to, in the same layout."""
+        """Store new keys and values (B, heads, Q, size), and return those to attend to, in the same
+        layout. transformers calls this once in each layer of a forward."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._store(self.keys, key_states), self._store(self.values, value_states)
 
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
-        new = new.to(cached.dtype)  # autocast computes in bfloat16 what a float32 cache holds
+        # Under autocast new states are bfloat16, while the cache was allocated as float32.
+        new = new.to(cached.dtype)
+        # With heads and places swapped, the two index tensors select whole (heads, size) states:
+        # slot i receives its Q new states at its own Q places.
         cached.transpose(1, 2)[self.write.slots, self.write.positions] = new.transpose(1, 2)
+        # In a prefill the new tokens are the whole text. In a step they are the last token of each
+        # slot, and the queries need all earlier keys as well.
         return new if self.write.bucket is None else cached[:, :, : self.write.bucket]
 
     def get_seq_length(self) -> int:
-        """Unused: positions and masks are explicit."""
+        """Return 0. transformers would derive positions and masks from it; both are explicit
+        here."""
         return 0
 
 
-class KVRows:
-    """The cached way of running N rows (see `CachedLM`, which keeps their positions)."""
+class KVSlots:
+    """N slots of keys and values: the fast way to run a `CachedLM`, which keeps the positions."""
 
-    def __init__(self, trunk: Any, num_rows: int, max_length: int, compile: bool = False):
+    def __init__(self, trunk: Any, num_slots: int, max_length: int, compile: bool = False):
         self.trunk = trunk
         self.max_length = max_length
         config = trunk.config.get_text_config()
@@ -89,28 +107,29 @@ class KVRows:
         self.write = Write()
         self.write.compiled = compile
         layers = [
-            SlotLayer(num_rows, max_length, self.write) for _ in range(config.num_hidden_layers)
+            SlotLayer(num_slots, max_length, self.write) for _ in range(config.num_hidden_layers)
         ]
         self.cache = Cache(layers=layers)
-        self.rows = torch.arange(num_rows, device=trunk.device)[:, None]
-        self.steps = torch.arange(max_length, device=trunk.device)
+        self.all_slots = torch.arange(num_slots, device=trunk.device)[:, None]
+        self.places = torch.arange(max_length, device=trunk.device)
         self.step_trunk = compiled(trunk) if compile else trunk
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the compiled trunk, which can be neither copied nor pickled: a copy compiles its
-        own."""
+        """Leave out the compiled trunk, which can be neither copied nor pickled. A copy compiles
+        its own."""
         return {name: value for name, value in vars(self).items() if name != "step_trunk"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
+        # The mark sits on the tensor objects, and a copy has other ones.
         if self.write.compiled:
             for layer in self.cache.layers:
                 layer.mark_static()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values; 0 before the first prefill."""
+        """The bytes of all keys and values; 0 before the first prefill."""
         return sum(
             x.nbytes
             for layer in self.cache.layers
@@ -119,35 +138,51 @@ class KVRows:
         )
 
     def prefill(self, slots: Tensor, tokens: Tensor) -> Tensor:
-        """Puts `tokens` (B, L) at positions 0..L-1 of `slots` (B,); returns all states (B, L, H).
+        """Put right-padded texts at the beginning of some slots, and return all their states.
 
-        What lies right of a text is stored as well, and overwritten by the tokens to come.
+        Args:
+            slots: (B,) int64 on the device.
+            tokens: (B, L) int64.
+
+        Returns:
+            (B, L, H). A state that is beyond its text means nothing.
         """
-        positions = self.steps[None, : tokens.shape[1]]
+        # Padding is stored like any token. That does no harm: it lies at places that the text has
+        # not reached, which the mask hides and the tokens to come overwrite.
+        positions = self.places[None, : tokens.shape[1]]
         self._write_to(slots[:, None], positions, None)
         masks = self._masks(positions, tokens.shape[1])
         return self._forward(self.trunk, tokens, positions.expand(tokens.shape), masks)
 
     def append(self, tokens: Tensor, positions: np.ndarray, moving: np.ndarray) -> Tensor:
-        """Puts `tokens` (N,) at `positions` (N,); returns states (N, H), valid where `moving`.
+        """Put one token into each slot, and return the state after it.
 
-        The others' tokens land where their next one will overwrite them, or on the last place of a
-        full row.
+        Args:
+            tokens: (N,) int64 on the device.
+            positions: (N,) host data, the place of each token in its slot.
+            moving: (N,) bool host data: the slots whose text really grows.
+
+        Returns:
+            (N, H), valid where `moving`.
         """
-        where = upload(np.minimum(positions, self.max_length - 1), self.rows.device)[:, None]
+        # The tokens of slots that do not move are written too. Theirs land at the place that the
+        # slot's next token will overwrite; a full slot has no such place, and its last one, which
+        # is never read again before a prefill, takes the token.
+        where = upload(np.minimum(positions, self.max_length - 1), self.places.device)[:, None]
+        # The bucket covers the longest slot that moves. It is computed on the host, so that the
+        # shape of the forward is known without asking the device.
         bucket = self._bucket(int(positions[moving].max(initial=0)) + 1)
-        self._write_to(self.rows, where, bucket)
-        with (
-            torch.inference_mode()
-        ):  # a step is many small operations, and this makes each a little cheaper
-            states = self._forward(
-                self.step_trunk, tokens[:, None], where, self._masks(where, bucket)
-            )[:, 0]
-        return states.clone()  # an ordinary tensor again
+        self._write_to(self.all_slots, where, bucket)
+        # A step is many small operations, and inference mode makes each a little cheaper.
+        with torch.inference_mode():
+            masks = self._masks(where, bucket)
+            states = self._forward(self.step_trunk, tokens[:, None], where, masks)[:, 0]
+        # An inference tensor cannot take part in autograd later; its clone can.
+        return states.clone()
 
     def fork(self, sources: Tensor, targets: Tensor, width: int) -> None:
-        """Copies the first `width` tokens of rows `sources` onto rows `targets`, reading all before
-        writing any."""
+        """Copy the first `width` places of slots `sources` onto slots `targets`, (n,) each. The
+        right side is read as a whole before the left side is written."""
         for layer in self.cache.layers:
             layer.keys[targets, :, :width] = layer.keys[sources, :, :width]
             layer.values[targets, :, :width] = layer.values[sources, :, :width]
@@ -156,30 +191,38 @@ class KVRows:
         self.write.slots, self.write.positions, self.write.bucket = slots, positions, bucket
 
     def _bucket(self, length: int) -> int:
+        """Round the number of keys to read up to one of few sizes."""
         bucket = -(-length // BUCKET) * BUCKET
-        if self.write.compiled:  # one compiled step per bucket: doubling keeps them few
+        # Each bucket is a graph of its own when compiled: powers of two keep them few.
+        if self.write.compiled:
             bucket = 1 << (bucket - 1).bit_length()
         return min(bucket, self.max_length)
 
     def _masks(self, positions: Tensor, keys: int) -> Tensor | dict[str, Tensor]:
-        """Additive masks (B, 1, Q, keys) for queries at `positions` (B, Q); one per kind of layer
-        where they differ.
+        """Return what queries at `positions` (B, Q) may attend to among the first `keys` places.
 
-        Additive, since eager attention adds what it is given, and sdpa would convert a bool mask in
-        every layer.
+        The masks (B, 1, Q, keys) are additive: 0 where a key is seen, the dtype's minimum where it
+        is not. There is one mask where all layers look equally far back, and a dict by layer type
+        where they do not: each form is refused by some models that want the other.
         """
-        keys_at, positions = self.steps[:keys], positions[:, None, :, None]
+        # Eager attention adds whatever it is given, and sdpa would convert a bool mask in every
+        # layer, so an additive mask serves both.
+        keys_at, positions = self.places[:keys], positions[:, None, :, None]
         masks = {
             kind: self._mask(positions, keys_at, window) for kind, window in self.windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, positions: Tensor, keys_at: Tensor, window: int) -> Tensor:
+        # A place beyond the query holds padding, a token of an earlier text in this slot, or of a
+        # slot that did not move. One comparison hides them all.
         hidden = keys_at > positions
+        # A window of w tokens includes the query itself.
         if window < self.max_length:
             hidden |= keys_at <= positions - window
         dtype = self.trunk.dtype
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        # The minimum, not -inf: where every key of a row were hidden, -inf would give NaN.
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)
 
     def _forward(
@@ -196,12 +239,14 @@ class KVRows:
 
 
 def attention_windows(config: Any, max_length: int) -> dict[str, int]:
-    """How far back each kind of layer looks, in tokens; one entry where all layers look equally
-    far.
+    """Return how many tokens back each type of layer looks, by its name in the config. There is one
+    entry where all layers look equally far.
 
-    Raises `Uncacheable` for kinds that are neither full nor sliding attention.
+    Raises:
+        Uncacheable: a layer is neither full nor sliding attention.
     """
     window = getattr(config, "sliding_window", None) or max_length
+    # A config without `layer_types` has one kind of layer, with a window if it names one.
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     reach = {"full_attention": max_length, "sliding_attention": min(window, max_length)}
     if unknown := kinds - set(reach):
@@ -213,8 +258,8 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
 
 @contextmanager
 def masked_attention(trunk: Any) -> Iterator[None]:
-    """Flash and flex kernels take no 4D masks: cached forwards run under sdpa or, where a model has
-    none, eager."""
+    """Run under an attention that takes 4D masks: the model's own, or sdpa (eager where the model
+    has none) in place of flash and flex kernels, which take none."""
     config = trunk.config
     chosen = config._attn_implementation
     if chosen in ("sdpa", "eager", None):
@@ -228,13 +273,12 @@ def masked_attention(trunk: Any) -> Iterator[None]:
 
 
 def compiled(trunk: Any) -> Any:
-    """The trunk compiled with static shapes, one graph per bucket; captured as CUDA graphs where
-    there are any."""
+    """Compile a trunk for static shapes, one graph for each bucket. On CUDA the graphs are captured
+    as CUDA graphs."""
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     if trunk.device.type != "cuda":
         return torch.compile(trunk, dynamic=False)
     step = torch.compile(trunk, dynamic=False, mode="reduce-overhead")
-    return lambda **kwargs: (
-        step(**kwargs)[0].clone(),
-    )  # the next replay overwrites a graph's own outputs
+    # A CUDA graph writes its outputs to the same memory at every replay, so they are copied out.
+    return lambda **kwargs: (step(**kwargs)[0].clone(),)

@@ -1,4 +1,5 @@
-"""A trunk maps tokens to states; heads read states. Models that share a trunk are run once."""
+"""Models in two parts: a trunk maps tokens to states, and a head reads states. Models that share a
+trunk are run once."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -16,129 +17,151 @@ from tokenenv.models.probing import random_ids
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
-"""Bytes of caches that are worth a warning, which Python shows even where nobody has set up
-logging."""
+"""Bytes of caches from which on they are logged as a warning, which Python shows even where nobody
+has set up logging."""
 
 logger = logging.getLogger("tokenenv")
 
 
 def trunk_of(model: Any) -> Any:
-    """The part of `model` that maps tokens to states: a transformers model's base model, otherwise
-    `model` itself."""
+    """Return the part of `model` that maps tokens to states: the base model of a transformers
+    model, and any `TokenModel` itself."""
     return model if hasattr(model, "slots") else cached_lm.trunk_of(model)
 
 
 class Trunks:
-    """Every distinct trunk among `models`, each as N rows of at most `max_length` tokens.
+    """Every distinct trunk among some models, with N slots of at most `max_length` tokens each.
 
-    States come as a dict from trunk to (rows, H), so that terms that share a model share its
-    forward.
+    States come as a dict from trunk to tensor, so that terms that share a model share its forward.
+
+    Args:
+        models: transformers models or `TokenModel`s; several may share a trunk.
+        num_slots: N.
+        max_length: L, the most tokens of a text.
+        **options: of `CachedLM`.
 
     Raises:
         ModelError: a trunk compares by value, so that two models could be taken for one.
     """
 
     def __init__(
-        self, models: Iterable[Any], num_rows: int, max_length: int, **options: Any
+        self, models: Iterable[Any], num_slots: int, max_length: int, **options: Any
     ) -> None:
         trunks = list(dict.fromkeys(_told_apart(trunk_of(model)) for model in models))
-        _report_memory(trunks, num_rows, max_length)
-        self._rows = {trunk: slot_model(trunk, num_rows, max_length, **options) for trunk in trunks}
+        _report_memory(trunks, num_slots, max_length)
+        self._slots = {
+            trunk: slot_model(trunk, num_slots, max_length, **options) for trunk in trunks
+        }
 
     def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
-        """Restarts `slots` with right-padded tokens (n, <=L) in every trunk; states (n, H)."""
-        return {trunk: rows.prefill(slots, tokens, lengths) for trunk, rows in self._rows.items()}
+        """Restart `slots` (n,) with right-padded `tokens` (n, <=L) in every trunk. Return the state
+        (n, H) after each text, by trunk."""
+        return {
+            trunk: model.prefill(slots, tokens, lengths) for trunk, model in self._slots.items()
+        }
 
     def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:
-        """Adds one token (N,) to the rows where `active` (N,) in every trunk; states (N, H)."""
-        return {trunk: rows.append(tokens, active) for trunk, rows in self._rows.items()}
+        """Add one token (N,) to the slots that are `active` (N,) bool, in every trunk. Return the
+        state (N, H) after it, by trunk."""
+        return {trunk: model.append(tokens, active) for trunk, model in self._slots.items()}
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copies rows in every trunk."""
-        for rows in self._rows.values():
-            rows.fork(sources, targets)
+        """Copy slot sources[i] onto slot targets[i] in every trunk."""
+        for _, model in self._slots.items():
+            model.fork(sources, targets)
 
     def states(self, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
-        """The uncached forward in every trunk: right-padded tokens (B, L) to states (B, L, H)."""
-        return {trunk: rows.states(tokens, lengths) for trunk, rows in self._rows.items()}
+        """Run whole texts without a cache in every trunk: right-padded `tokens` (B, L) to states
+        (B, L, H), by trunk."""
+        return {trunk: model.states(tokens, lengths) for trunk, model in self._slots.items()}
 
     def of(self, model: Any) -> SlotModel:
-        """The rows of `model`'s trunk."""
-        return self._rows[trunk_of(model)]
+        """Return the slots of `model`'s trunk."""
+        return self._slots[trunk_of(model)]
 
     @property
     def cache_bytes(self) -> int:
         """The memory that all caches take, in bytes."""
-        return sum(getattr(rows, "cache_bytes", 0) for rows in self._rows.values())
+        return sum(getattr(model, "cache_bytes", 0) for _, model in self._slots.items())
 
 
 def text_states(model: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-    """The uncached forward of any model's trunk, with the ambient grad mode: right-padded tokens
-    (B, L) to states (B, L, ...), in which state t has read token t."""
+    """Run whole texts through any model's trunk, without a cache and with the ambient grad mode.
+
+    Args:
+        model: a transformers model or a `TokenModel`.
+        tokens: (B, L) right-padded.
+        lengths: (B,) host data.
+
+    Returns:
+        (B, L, ...), in which state t has read tokens 0..t.
+    """
     trunk = trunk_of(model)
     if hasattr(trunk, "slots"):
         return trunk.states(tokens, lengths)
-    # Ids that the model lacks are read as its last, as by `CachedLM`.
-    return hidden_states(
-        trunk, tokens.clamp(0, trunk.config.get_text_config().vocab_size - 1), lengths
-    )
+    # Ids that the model lacks are read as its last one, as in `CachedLM`.
+    last_id = trunk.config.get_text_config().vocab_size - 1
+    return hidden_states(trunk, tokens.clamp(0, last_id), lengths)
 
 
-def slot_model(trunk: Any, num_rows: int, max_length: int, **options: Any) -> SlotModel:
-    """A model that is no transformers model brings its own rows: `model.slots(num_rows,
-    max_length)`."""
+def slot_model(trunk: Any, num_slots: int, max_length: int, **options: Any) -> SlotModel:
+    """Make N slots of a trunk: a `CachedLM` of a transformers model, and what `model.slots` makes
+    of a `TokenModel`, which takes none of the `options`."""
     if hasattr(trunk, "slots"):
-        return trunk.slots(num_rows, max_length)
-    return cached_lm.CachedLM(trunk, num_rows, max_length, **options)
+        return trunk.slots(num_slots, max_length)
+    return cached_lm.CachedLM(trunk, num_slots, max_length, **options)
 
 
 def _told_apart(trunk: Any) -> Any:
+    # Trunks are keys of dicts. Models with an __eq__ of their own, such as a plain dataclass, would
+    # be equal where they are not the same.
     if type(trunk).__hash__ is not object.__hash__:
-        name = type(trunk).__name__
         raise ModelError(
-            f"{name} defines __eq__ or __hash__, and models are told apart by identity; a "
-            f"dataclass takes eq=False."
+            f"{type(trunk).__name__} defines __eq__ or __hash__, and models are told apart by "
+            "identity; a dataclass takes eq=False."
         )
     return trunk
 
 
-def _report_memory(trunks: Iterable[Any], num_rows: int, max_length: int) -> None:
-    """Logs what the caches will take, before it is taken."""
+def _report_memory(trunks: Iterable[Any], num_slots: int, max_length: int) -> None:
+    """Log what the caches will take, before it is taken."""
     sizes = [
-        cached_lm.cache_bytes(trunk, num_rows, max_length)
+        cached_lm.cache_bytes(trunk, num_slots, max_length)
         for trunk in trunks
         if not hasattr(trunk, "slots")
     ]
     level = logging.WARNING if sum(sizes) >= LARGE else logging.INFO
     size = f"{sum(sizes) / 2**20:.1f} MiB on {len(sizes)} model(s)"
-    logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_rows, max_length)
+    logger.log(level, "caches will take %s: %d texts of %d tokens", size, num_slots, max_length)
 
 
 def logits_head(model: Any, vocab_size: int) -> Head:
-    """States (K, H) to logits (K, V) of a language model; ids it does not have get -inf."""
+    """Return the map from states (K, H) to logits (K, V) of a language model. Ids that the model
+    does not have get -inf."""
     if hasattr(model, "slots"):
         return model.head
     return lm_head(model, vocab_size)
 
 
 def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Maps states (K, H) and tokens (K,) to log p(token | state), (K,) float32, at temperature 1; a
-    tabular model's own `logprob` saves making (K, V) logits."""
+    """Return the map from states (K, H) and tokens (K,) to log p(token | state), (K,) float32, in
+    nats at temperature 1."""
+    # A table has the log-prob of one token ready: its own method spares the (K, V) logits.
     if hasattr(model, "logprob"):
         return model.logprob
     return partial(token_logprobs, head=logits_head(model, vocab_size))
 
 
 def hidden_size_of(model: Any) -> int:
-    """How many numbers of a state a value head may read; of a transformers model it is measured:
-    some project theirs."""
+    """Return how many numbers of a state a value head may read, the first ones."""
     if hasattr(model, "slots"):
         return int(model.hidden_size)
+    # Measured, because some models project their states to a size that their config does not name.
     with cached_lm.acting(trunk_of(model)):
         return text_states(model, random_ids(trunk_of(model), 1, 1), [1]).shape[-1]
 
 
 def vocab_size_of(model: Any) -> int:
-    """V: the number of tokens a language model puts a probability on."""
+    """Return V, the number of tokens that a language model gives a probability."""
     config = getattr(model, "config", None)
     return int(config.get_text_config().vocab_size if config is not None else model.vocab_size)

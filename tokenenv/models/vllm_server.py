@@ -1,4 +1,4 @@
-"""A running vLLM server, by URL: what it is asked, and what happens when it does not answer."""
+"""A client of a running vLLM server: what it is asked, and what happens when it does not answer."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,21 +12,25 @@ from tokenenv.errors import InvalidArgument, ServerError
 from tokenenv.safety.shown import without_user
 
 BUSY = (429, 502, 503, 504)
-"""Answers after which it is worth asking again."""
+"""Status codes after which a request is sent again: the server is busy, or not there yet."""
 TEXTS = 64
-"""Of one request: a time-out should mean that something is wrong, not that much was asked."""
+"""The most texts of one request, so that a time-out means that something is wrong, and not that
+much was asked."""
 
 
 class VLLMServer:
     """A client of one vLLM server.
 
     Args:
-        url: where it listens, such as "http://127.0.0.1:8000".
-        api_key: what `vllm serve --api-key` was given; by default the environment variable
+        url: where the server listens, such as "http://127.0.0.1:8000".
+        api_key: the key that `vllm serve --api-key` was given; by default the environment variable
             VLLM_API_KEY, if there is one.
-        timeout: seconds that one answer may take, above 0.
-        retries: how often a request that failed (no connection, no answer in time, 429, 502 to 504)
-            is sent again, after 0, 1, 2, 4, ... seconds; 0 or more.
+        timeout: the seconds that one answer may take, above 0.
+        retries: how many times a request that failed is sent again, after 0, 1, 2, 4, ... seconds;
+            0 or more. A failure is no connection, no answer in time, or status 429 or 502 to 504.
+
+    Raises:
+        InvalidArgument: an argument is not allowed.
     """
 
     def __init__(
@@ -40,12 +44,9 @@ class VLLMServer:
             raise InvalidArgument(
                 f"timeout={timeout} must be above 0 and retries={retries} at least 0."
             )
-        # Errors name the address: what opens it stays with the session.
-        self.url, self.timeout, self.retries = (
-            without_user(url).rstrip("/").removesuffix("/v1"),
-            timeout,
-            retries,
-        )
+        # Errors name this address, so the user and password are taken out. The session has them.
+        self.url = without_user(url).rstrip("/").removesuffix("/v1")
+        self.timeout, self.retries = timeout, retries
         self._key = api_key or os.environ.get("VLLM_API_KEY")
         self._session = self._make_session(self._key)
         found = urlsplit(url)
@@ -54,10 +55,11 @@ class VLLMServer:
         self._model: str | None = None
 
     def _make_session(self, api_key: str | None) -> Any:
-        # Imported here: most uses of the package know no server.
+        # Imported here, because most uses of the package know no server.
         import requests
         from urllib3 import Retry
 
+        # `allowed_methods=None` means all: asking the same again does no harm at any route used.
         retry = Retry(
             self.retries,
             backoff_factor=0.5,
@@ -66,22 +68,27 @@ class VLLMServer:
             respect_retry_after_header=False,
         )
         session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=256, max_retries=retry)
         for scheme in ("http://", "https://"):
-            session.mount(
-                scheme, requests.adapters.HTTPAdapter(pool_maxsize=256, max_retries=retry)
-            )
-        session.trust_env = (
-            False  # a proxy would stand between this process and a server that is usually beside it
-        )
+            session.mount(scheme, adapter)
+        # Proxies of the environment are left out: the server is usually beside this process.
+        session.trust_env = False
         if api_key:
             session.headers["Authorization"] = f"Bearer {api_key}"
         return session
 
     def ask(self, path: str, body: Any = None, *, method: str = "POST", **query: str) -> Any:
-        """The answer's JSON; None if it is none.
+        """Send one request, again where it fails, and return the JSON of the answer; None where the
+        answer is no JSON.
+
+        Args:
+            path: the route, such as "/pooling".
+            body: what is sent as JSON.
+            method: "POST" or "GET".
+            **query: of the URL.
 
         Raises:
-            ServerError: no answer after all tries, or one that says what is wrong.
+            ServerError: there was no answer after all tries, or an answer that refuses.
         """
         import requests
 
@@ -92,8 +99,7 @@ class VLLMServer:
         except requests.RequestException as error:
             raise ServerError(
                 f"the vLLM server at {self.url} did not answer {path} in {self.retries + 1} tries "
-                f"of {self.timeout:g} s each "
-                f"at most ({_reason(error)}). Is it running?"
+                f"of {self.timeout:g} s each at most ({_reason(error)}). Is it running?"
             ) from error
         if not answer.ok:
             raise ServerError(
@@ -103,63 +109,54 @@ class VLLMServer:
         return answer.json() if "json" in answer.headers.get("Content-Type", "") else None
 
     def _said(self, answer: Any) -> str:
-        """What is wrong, in the server's words, which may repeat what it was sent."""
+        """Return what is wrong, in the server's words."""
+        # They may repeat what the server was sent, the key included.
         message = _message(answer)
         return message.replace(self._key, "***") if self._key else message
 
     @property
     def model(self) -> str:
-        """The name of the model that it serves."""
+        """The name of the model that the server serves, asked once."""
         if self._model is None:
             with self.reading("/v1/models"):
                 self._model = self.ask("/v1/models", method="GET")["data"][0]["id"]
         return self._model
 
     def token_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output of a token-classification model with one label for every token of each
-        text, float32."""
-        return self._pooled(
-            texts,
-            {"task": "token_classify", "use_activation": False},
-            [len(text) for text in texts],
-        )
+        """Return the raw output of a token-classification model with one label, for every token of
+        each text: (len(text),) float32 each."""
+        return self._pooled(texts, "token_classify", [len(text) for text in texts])
 
     def text_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output (1,) of a sequence-classification model with one label for each text,
-        float32."""
-        return self._pooled(texts, {"task": "classify", "use_activation": False}, [1] * len(texts))
+        """Return the raw output of a sequence-classification model with one label, for each text:
+        (1,) float32 each."""
+        return self._pooled(texts, "classify", [1] * len(texts))
 
     def prompt_logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log p of every token of each text but its first, in nats at temperature 1: (len(text) -
-        1,) float32."""
+        """Return log p of every token of each text except its first, in nats at temperature 1:
+        (len(text) - 1,) float32 each."""
         found = []
+        # The server has to write one token, which is left aside. `prompt_logprobs` of 0 asks for
+        # the tokens that are there, and for no likelier ones.
+        options = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         for some in _chunks(texts):
-            body = {
-                "model": self.model,
-                "prompt": some,
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "prompt_logprobs": 0,
-            }
+            body = {"model": self.model, "prompt": some, **options}
             with self.reading("/v1/completions"):
-                choices = sorted(
-                    self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"]
-                )
+                answer = self.ask("/v1/completions", body)
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
                 for text, choice in zip(some, choices, strict=True):
                     pairs = zip(choice["prompt_logprobs"][1:], text[1:], strict=True)
-                    found.append(
-                        np.asarray(
-                            [known[str(token)]["logprob"] for known, token in pairs], np.float32
-                        )
-                    )
+                    logprobs = [known[str(token)]["logprob"] for known, token in pairs]
+                    found.append(np.asarray(logprobs, np.float32))
         return found
 
     def _pooled(
-        self, texts: Sequence[Sequence[int]], options: dict[str, Any], sizes: Sequence[int]
+        self, texts: Sequence[Sequence[int]], task: str, sizes: Sequence[int]
     ) -> list[np.ndarray]:
         found: list[np.ndarray] = []
         for some in _chunks(texts):
-            body = {"model": self.model, "input": some, **options}
+            # Without its activation: vLLM's default squashes scores to 0..1.
+            body = {"model": self.model, "input": some, "task": task, "use_activation": False}
             with self.reading("/pooling"):
                 data = sorted(self.ask("/pooling", body)["data"], key=lambda one: one["index"])
                 wanted = sizes[len(found) : len(found) + len(some)]
@@ -169,8 +166,8 @@ class VLLMServer:
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Within it, an answer that holds something else than expected is an error of the
-        server."""
+        """Turn errors of reading an answer to `path` into `ServerError`: the answer holds something
+        else than expected."""
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -186,7 +183,7 @@ def _chunks(texts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost reason that requests gives, without the addresses of objects."""
+    """Return the innermost reason that requests gives, without the addresses of objects."""
     reason = getattr(error.args[0] if error.args else error, "reason", None) or error
     return f"{type(reason).__name__}: {str(reason).rpartition('>: ')[2] or reason}"[:200]
 

@@ -1,5 +1,8 @@
-"""Reward terms: what each token is paid, and why. A family has a file; the designs can be imported
-from here."""
+"""Reward terms: what each token is paid, and why.
+
+Each family of designs has a file of its own. All of them, and what a term of your own needs, can be
+imported from here; docs/your-reward.md shows how to write one.
+"""
 
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient
@@ -12,7 +15,14 @@ from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.term import (
+    Context,
+    FinishedTexts,
+    RewardTerm,
+    RunningTexts,
+    States,
+    Transitions,
+)
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
@@ -20,6 +30,7 @@ from tokenenv.rewards.uniform import Uniform
 __all__ = [
     "Attention",
     "Clipped",
+    "Context",
     "Delta",
     "FinishedTexts",
     "Gradient",
@@ -30,6 +41,7 @@ __all__ = [
     "Process",
     "RewardTerm",
     "Rule",
+    "RunningTexts",
     "Scaled",
     "Segment",
     "Shaping",

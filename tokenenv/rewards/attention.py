@@ -1,4 +1,4 @@
-"""The score in the shares in which the reward model's last token attends to the response."""
+"""The score, shared out by the reward model's attention to the tokens of the response."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,18 +21,21 @@ CAPTURING = "_output_capturing_hooks_installed"
 
 
 class Attention(Redistribution):
-    """r_t = score * a_t, with a_t the attention to y_t of the token that the score is read at, the
-    text's last one, in the reward model's last attention layer, in the mean over heads, divided by
-    its sum over the tokens that may be paid.
+    """The score, shared out by attention: r_t = score * a_t.
 
-    Attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score
-    redistributed; the paper's mixture with a terminal reward is `{"dense": ("attention", 0.8),
+    a_t is the attention to y_t from the token that the score is read at (the text's last one), in
+    the reward model's last attention layer. It is the mean over the heads, divided by its sum over
+    the own tokens.
+
+    This is attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score
+    redistributed. The paper's mixture with a terminal reward is `{"dense": ("attention", 0.8),
     "end": ("terminal", 0.2)}`. A text none of whose tokens is attended to is paid in equal shares.
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
-    not yet chosen). Costs one more forward of the reward model a text, under eager attention. It
-    fails where attention is not importance: shares are never negative, whatever a token did to the
-    score, much of it may rest on one token that says nothing, and a sliding window reaches the end
-    of the text only.
+    not yet chosen). Costs one more forward of the reward model a text, under eager attention.
+
+    It fails where attention is not importance. Shares are never negative, whatever a token did to
+    the score; much attention may rest on one token that says nothing; and a sliding window reaches
+    only the end of the text.
     """
 
     name = "attention"
@@ -76,12 +79,16 @@ def shares(weights: Tensor, own: Tensor) -> Tensor:
 
 
 def last_attention(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
-    """(b, W) float32: the attention of each text's last token to the right-padded `tokens` (b, W),
-    `lengths` (b,) host data, in the last layer that has attention weights, in the mean over its
-    heads.
+    """Return the attention (b, W) float32 of each text's last token to its tokens, in the last
+    layer that has attention weights, as the mean over its heads.
+
+    Args:
+        trunk: a transformers model.
+        tokens: (b, W) int64, right-padded.
+        lengths: (b,) on the host.
 
     Raises:
-        ModelError: no layer has.
+        ModelError: no layer has attention weights.
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     last = upload(lengths - 1, tokens.device)
@@ -96,26 +103,24 @@ def last_attention(trunk: Any, tokens: Tensor, lengths: np.ndarray) -> Tensor:
         ):
             return None
         kept[:] = [weights[rows, :, last].float().mean(1)]
-        return (
-            output[0],
-            None,
-            *output[2:],
-        )  # all layers' weights together may not fit into memory
+        # Weights that are passed on would be collected from every layer, which may not fit into
+        # memory.
+        return (output[0], None, *output[2:])
 
     with acting(trunk), eager_attention(trunk), _hooked(trunk, keep):
         trunk(input_ids=tokens, use_cache=False, output_attentions=True)
     if not kept:
         raise ModelError(
-            f"reward='attention': {type(trunk).__name__} has no attention weights; allowed: "
-            f"transformers that have"
+            f"reward='attention': {type(trunk).__name__} gives no attention weights; the design "
+            f"needs a transformers model that does."
         )
     return kept[0]
 
 
 @contextmanager
 def eager_attention(trunk: Any) -> Iterator[None]:
-    """Eager attention, the only one that has weights to show; afterwards whatever was chosen, part
-    by part."""
+    """Run the model with eager attention, the only kind that gives its weights. Afterwards each
+    part of the model has the kind that it had before."""
     configs = {
         id(module.config): module.config for module in trunk.modules() if hasattr(module, "config")
     }
@@ -131,8 +136,8 @@ def eager_attention(trunk: Any) -> Iterator[None]:
 
 @contextmanager
 def _hooked(trunk: Any, hook: Any) -> Iterator[None]:
-    """`hook` sees every module's output before any other hook does. Afterwards the hooks are those
-    that were there before: transformers leaves some of its own behind, with which a model cannot be
+    """Let `hook` see every module's output, before any other hook does. Afterwards the hooks are
+    those of before: transformers leaves some of its own behind, and a model that has them cannot be
     pickled."""
     before = [
         (module, list(module._forward_hooks), CAPTURING in vars(module))

@@ -1,19 +1,22 @@
-"""Named designs: what `reward="..."` may be, and how a `reward=` argument becomes terms."""
+"""The named designs, and how a `reward=` argument becomes terms."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument
+from tokenenv.plugins import Names, said
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
@@ -22,7 +25,8 @@ from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
 
-Design = str | RewardTerm
+Design = str | RewardTerm | Callable[[str, str], Any]
+"""A design's name, a term, or a function of prompt and response that is taken as a `Rule`."""
 RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 
 DESIGNS: dict[str, Callable[[], RewardSpec]] = {
@@ -42,16 +46,71 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "uniform": Uniform,
 }
 
+DESIGN_NAMES = Names("reward", "tokenenv.rewards", DESIGNS)
+"""The bundled names and those of installed plugins."""
+
 RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
 
 
-def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
-    """A design's name, a `RewardTerm`, or a mapping of names to either or to (either, weight)
-    pairs, as named terms.
+def named_design(name: str) -> RewardSpec:
+    """Return what a bundled name or an installed plugin's stands for; the plugin is imported.
 
-    A mapping within a mapping is a term of several parts, "name.part", whose weights are
-    multiplied; a weight given beside a term replaces the term's own. The terms are shallow copies,
-    so that one object may be given to several envs.
+    Raises:
+        InvalidArgument: the name is unknown, or the plugin cannot be used.
+    """
+    plugin = DESIGN_NAMES.find(name)
+    return DESIGNS[name]() if plugin is None else reward_from(plugin.load(), plugin.label)
+
+
+def reward_from(found: object, label: str) -> RewardSpec:
+    """Return what `reward=` takes, from an object that a module holds under a name.
+
+    Args:
+        found: a `RewardTerm` class, which is made without arguments; a `RewardTerm`; a function of
+            (prompt, response), which becomes a `Rule`; or a mapping as `reward=` takes it.
+        label: the beginning of an error's sentence.
+
+    Raises:
+        InvalidArgument: `found` is something else, or the class cannot be made.
+    """
+    if isinstance(found, type) and issubclass(found, RewardTerm):
+        try:
+            return found()
+        except Exception as error:
+            raise InvalidArgument(
+                f"{label}: {found.__name__}() raised {said(error)}; a design that is named is made "
+                f"without arguments."
+            ) from error
+    if isinstance(found, RewardTerm | Mapping):
+        return found
+    if callable(found) and not isinstance(found, type) and _takes_two(found):
+        return Rule(found)
+    what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
+    raise InvalidArgument(
+        f"{label} is {what}; a reward is a RewardTerm class or object, a function of (prompt, "
+        f"response), or a mapping of names to them."
+    )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function may be called with (prompt, response); True where that cannot be told."""
+    try:
+        inspect.signature(function).bind("", "")
+    except TypeError:
+        return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
+
+
+def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
+    """Return the terms of a `reward=` argument by name.
+
+    `reward` is a design: a name of `DESIGNS`, a `RewardTerm`, or a function of (prompt, response)
+    that returns a number and is taken as a `Rule`. Or it is a mapping of names to designs, or to
+    (design, weight) pairs. A mapping within a mapping is a term of several parts, "name.part",
+    whose weights are multiplied. A weight given beside a term replaces the term's own. The terms
+    are shallow copies, so that one object may be given to several envs.
     """
     terms: dict[str, RewardTerm] = {}
     for term in _expand(reward, None, None):
@@ -65,8 +124,13 @@ def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:
 
 def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator[RewardTerm]:
     if isinstance(reward, str):
-        check_choice("reward", reward, DESIGNS)
-        reward = DESIGNS[reward]()
+        reward = named_design(reward)
+    elif isinstance(reward, type):
+        raise InvalidArgument(
+            f"reward={reward.__name__} is a class; give an object of it, {reward.__name__}(...)."
+        )
+    elif callable(reward) and not isinstance(reward, RewardTerm):
+        reward = Rule(reward)
     if isinstance(reward, RewardTerm):
         yield _named(copy.copy(reward), name, weight)
     elif isinstance(reward, Mapping):
@@ -75,8 +139,8 @@ def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator
             yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
     else:
         raise InvalidArgument(
-            f"reward={reward!r} must be a design's name, a RewardTerm, or a mapping of names to "
-            f"them."
+            f"reward={reward!r} must be a design's name, a RewardTerm, a function of prompt and "
+            f"response, or a mapping of names to them."
         )
 
 

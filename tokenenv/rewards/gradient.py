@@ -1,4 +1,4 @@
-"""The score's gradient along the way from no response to the response: integrated gradients."""
+"""The score, shared out by its gradient along a line to the response: integrated gradients."""
 
 import warnings
 from typing import Any
@@ -17,29 +17,32 @@ from tokenenv.rewards.term import Context, FinishedTexts
 from tokenenv.types import Scorer
 
 DOUBLINGS = 3
-"""A text may take up to 2**3 times the points."""
+"""A text gets up to 2**3 times as many points as `steps`."""
 ROUNDING = 1e-3
-"""Attributions whose sizes add up to less are taken for so much."""
+"""The least sum of |r_t| that an error is compared with: below it, all is rounding."""
 
 
 class Gradient(Redistribution):
-    """r_t = e_t . int_0^1 (d score / d e_t)(a e) da over the input embeddings e of the tokens that
-    may be paid, and on the last token also what the sum of these lacks to the score.
+    """The score, shared out by integrated gradients: r_t = e_t . int_0^1 (d score / d e_t)(a e) da.
 
-    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) along the straight line from
-    zero embeddings; those of the prompt, and of a prefix that earns nothing, stay. The integral's
-    sum is score - f(zero embeddings): a text for which `steps` points miss that by more than
-    `tolerance` of the sum of |r_t| gets twice as many, up to 8 times, and then a warning. The
-    points are Gauss-Legendre's in a**(1/3), dense near zero: layers that normalise their input
-    (RMSNorm) see little but its direction, so most happens there. Hindsight: preserves the return,
-    not the gradient of reward-to-go (early shares depend on tokens not yet chosen). Costs `steps`
-    forwards and backwards of a token for each token, up to 15 times as many with all doublings, and
-    a forward. It fails where the score is not smooth: sharp attention, arithmetic in 16 bits, and
-    the way from zero leads through embeddings that no token has.
+    e are the input embeddings of the own tokens. The last token is also paid what the sum of all
+    r_t lacks to the score.
+
+    These are integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) along the straight
+    line from zero embeddings; the embeddings of the prompt, and of a prefix, stay as they are. The
+    integral's sum is score - f(zero embeddings). A text for which `steps` points miss that by more
+    than `tolerance` of the sum of |r_t| gets twice as many points, up to 8 times as many, and then
+    a warning. The points are Gauss-Legendre's in a**(1/3), which are dense near zero: layers that
+    normalise their input (RMSNorm) see little but its direction, so most happens there.
+
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen). Costs one forward of each token, and `steps` forwards and backwards of it, up
+    to 15 times as many with all doublings. It fails where the score is not smooth: sharp attention,
+    arithmetic in 16 bits, and a line that leads through embeddings that no token has.
 
     Args:
-        steps: points on the line.
-        tolerance: allowed error of the sum, relative to the sum of |r_t|.
+        steps: the points on the line, 1 or more.
+        tolerance: the allowed error of the sum, relative to the sum of |r_t|; more than 0.
     """
 
     name = "gradient"
@@ -64,13 +67,13 @@ class Gradient(Redistribution):
         """(B, T): the attributions; the baseline's score and the error of the integral on the last
         token."""
         assert texts.score is not None
-        # Gradients also where the caller steps in inference mode.
+        # The caller may step in inference mode, in which there are no gradients.
         with torch.inference_mode(False), acting(self._trunk):
             placed = self._attributions(texts, max_new_tokens, texts.score - self._baseline(texts))
         return rest_on_last(placed, texts)
 
     def _attributions(self, texts: FinishedTexts, max_new_tokens: int, change: Tensor) -> Tensor:
-        """(B, T), which should add up to `change` (B,)."""
+        """The attributions (B, T); each row should add up to its entry of `change` (B,)."""
         placed = torch.zeros(len(change), max_new_tokens, dtype=torch.float32, device=change.device)
         rows = np.arange(len(change))
         for doubling in range(DOUBLINGS + 1):
@@ -151,7 +154,7 @@ class Gradient(Redistribution):
                 f"reward={self.name!r}: with {self.steps * 2**DOUBLINGS} points the attributions "
                 f"of {count} text(s) miss their "
                 f"sum by up to {error:.1%} of their size (tolerance {self.tolerance:.1%}); the "
-                f"last token is paid the rest",
+                f"last token is paid the rest.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -159,10 +162,11 @@ class Gradient(Redistribution):
 
 
 def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near 0:
-    Gauss-Legendre in u, at u**3.
+    """Return points and weights (steps,) float32 on [0, 1] for integrals of what changes fast near
+    0: Gauss-Legendre in u, at u**3.
 
-    The weights add up to 1 for one point too, so that a constant is always integrated exactly.
+    The weights add up to 1, also where there is one point, so that a constant is integrated
+    exactly.
     """
     nodes, weights = np.polynomial.legendre.leggauss(steps)
     u = (nodes + 1) / 2
@@ -173,8 +177,8 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
 def _relative_error(placed: Tensor, change: Tensor) -> Tensor:
     """(B,): how far the rows of `placed` (B, T) are from adding up to `change` (B,), relative to
     what was added up."""
-    # Of a text whose score was read before its paid tokens nothing is added up, and the change is
-    # rounding.
+    # A score may be read before the first own token (see `Scorer.pad_token_id`). All attributions
+    # of such a text are 0, and its change is rounding.
     return (placed.sum(1) - change).abs() / placed.abs().sum(1).clamp(min=ROUNDING)
 
 
@@ -185,8 +189,8 @@ def _states(trunk: Any, inputs: Tensor) -> Tensor:
 
 
 def _check_embeddings(trunk: Any) -> None:
-    """A model may look at token ids in other ways as well; then its states are no function of the
-    input embeddings."""
+    """Raise `ModelError` unless the model's states are a function of its input embeddings: some
+    models also look at the token ids in other ways."""
     tokens = torch.arange(3, device=trunk.device)[None] % trunk.config.get_text_config().vocab_size
     with acting(trunk):
         expected = hidden_states(trunk, tokens, [3])
@@ -195,11 +199,11 @@ def _check_embeddings(trunk: Any) -> None:
         except Exception as error:  # whatever a foreign model's code raises
             raise ModelError(
                 f"reward='gradient': {type(trunk).__name__} does not run on input embeddings "
-                f"({error})"
+                f"({error})."
             ) from error
     tolerance = 1e-4 if states.dtype == torch.float32 else 5e-2
     if not torch.allclose(states, expected, rtol=tolerance, atol=tolerance):
         raise ModelError(
             f"reward='gradient': {type(trunk).__name__} reads tokens other than by their input "
-            f"embeddings"
+            f"embeddings."
         )

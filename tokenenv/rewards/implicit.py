@@ -1,4 +1,4 @@
-"""The log-ratio of a preference-tuned model to the reference, as a token reward."""
+"""The log-ratio of a preference-tuned model to the reference, as a reward for each token."""
 
 from typing import Any
 
@@ -11,16 +11,18 @@ from tokenenv.rewards.term import Context, RewardTerm, Transitions
 
 
 class Implicit(RewardTerm):
-    """r_t = coef (log pi_dpo - log pi_ref)(y_t | s_t) + mix [score if the text ends here] (Rafailov
-    et al. 2024, arXiv 2404.12358).
+    """The log-ratio of a preference-tuned model to the reference (Rafailov et al. 2024, arXiv
+    2404.12358): r_t = coef (log pi_dpo - log pi_ref)(y_t | s_t) + mix [score if the text ends
+    here].
 
-    A model tuned with DPO on beta is its own reward model. At the exact optimum of score - beta KL,
-    with coef = beta, the log-ratio equals r + V*(s_{t+1}) - V*(s_t), so that it adds up to score -
-    V*(prompt) and is `Oracle`'s reward: only there are return and gradient preserved. Elsewhere it
-    pays for fluent filler, and its sum drifts with the length. With clip = 0.05 and mix = 1 it is
-    RTO's reward (Zhong et al. 2024, arXiv 2404.18922): no token dominates, and what the score
-    prefers is paid twice. With a model trained on outcomes it is PRIME's (Cui et al. 2025, arXiv
-    2502.01456).
+    A model that was tuned with DPO on beta is its own reward model. At the exact optimum of score -
+    beta KL, with coef = beta, the log-ratio equals r + V*(s_{t+1}) - V*(s_t). It then adds up to
+    score - V*(prompt) and is the reward of `Oracle`; only there are return and gradient preserved.
+    Elsewhere it pays for fluent filler, and its sum drifts with the length.
+
+    With clip = 0.05 and mix = 1 it is the reward of RTO (Zhong et al. 2024, arXiv 2404.18922): no
+    token dominates, and what the score prefers is paid twice. With a model trained on outcomes it
+    is that of PRIME (Cui et al. 2025, arXiv 2502.01456).
 
     Args:
         model: a causal language model with the reference's tokens; None takes the task's
@@ -64,10 +66,11 @@ class Implicit(RewardTerm):
             )
 
     def reward(self, batch: Transitions) -> Tensor:
-        """(K,): what the token's log-ratio is worth, and `mix` times the score where it is due."""
+        """(K,): the token's log-ratio times `coef`, and `mix` times the score where a text ends
+        and is scored."""
         assert batch.ref_logprob is not None
         logprob = self._logprob(batch.before.of(self.models[0]), batch.tokens)
-        # Where both are -inf, a token that neither model has, the difference would be NaN.
+        # Both are -inf for a token that neither model has, and their difference would be NaN.
         ratio = torch.where(logprob == batch.ref_logprob, 0.0, logprob - batch.ref_logprob)
         paid = self._coef * ratio
         if self.clip is not None:

@@ -1,5 +1,5 @@
-"""The KL penalty against the reference, in the env's reward. The weight is the env's `kl_coef`,
-beta."""
+"""The KL penalty against the reference as a part of the reward. Its weight is the env's `kl_coef`,
+beta, in reward per nat."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from tokenenv.rewards.term import RewardTerm, Transitions
 
 
 class ReferenceKL(RewardTerm):
-    """r_t = log pi_ref(y_t | s_t), the causal, policy-independent half of the k1 penalty.
+    """The half of the k1 penalty that does not depend on the policy: r_t = log pi_ref(y_t | s_t).
 
-    The learner adds -beta log pi itself, before its advantage estimate; both together are exactly
-    k1 (the max-ent view: reward r + beta log pi_ref with an entropy bonus). Without that half the
-    objective is another one: short, mode-seeking texts.
+    The learner adds the other half, -beta log pi, before its advantage estimate; docs/contract.md
+    says why, and what a learner that leaves it out optimises. Both halves together are exactly k1.
+    In the max-ent view this is the reward r + beta log pi_ref with an entropy bonus.
     """
 
     name = "kl"
@@ -25,12 +25,12 @@ class ReferenceKL(RewardTerm):
 
 
 class PolicyKL(RewardTerm):
-    """r_t = -k(log pi - log pi_ref) of the sampled token, with the log-prob that the action
-    carries.
+    """The whole penalty, r_t = -k(log pi - log pi_ref) of the sampled token, with the log-prob that
+    the action carries.
 
     With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"): k1 = d, k2 = d^2/2,
     k3 = exp(-d) - 1 + d. As a reward only k1 has the right policy gradient; k2 and k3 optimise
-    something else and are there to compare.
+    something else, and are there for comparison.
     """
 
     name = "kl"
@@ -51,7 +51,7 @@ class PolicyKL(RewardTerm):
 
 
 def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
-    """The k1, k2 or k3 estimate in nats, elementwise, from log pi - log pi_ref."""
+    """Return the k1, k2 or k3 estimate in nats, elementwise, from log pi - log pi_ref."""
     if estimator == "k1":
         return log_ratio
     return log_ratio.square() / 2 if estimator == "k2" else torch.expm1(-log_ratio) + log_ratio

@@ -1,4 +1,4 @@
-"""What the score loses when a token is left out."""
+"""The score, shared out by what it loses when a token is left out."""
 
 import numpy as np
 import torch
@@ -10,22 +10,24 @@ from tokenenv.rewards.term import FinishedTexts
 
 
 class Occlusion(Redistribution):
-    """r_t = score - score of the text without y_t, and on the last token also what the sum of these
-    lacks to the score.
+    """Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): r_t = score - score of the text
+    without y_t.
 
-    Leave-one-out credit (Li et al. 2016, arXiv 1612.08220): the token is deleted and the text
-    closed up. Where each token adds a number of its own whatever surrounds it, r_t is that number.
+    The token is deleted and the text closed up. The last token is also paid what the sum of all r_t
+    lacks to the score. Where each token adds a number of its own whatever surrounds it, r_t is that
+    number.
+
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen). Costs T scores of whole texts a text, so T forwards of a token for each of its
-    tokens; equal texts are scored once. It fails where tokens say the same thing twice (leaving out
-    either costs nothing, and the last token gets it all) and where the scorer has never seen broken
-    text.
+    tokens; equal texts are scored once. It fails where two tokens say the same thing (leaving out
+    either costs nothing, and the last token gets it all), and where the scorer has never seen
+    broken text.
     """
 
     name = "occlusion"
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): what each token that may be paid adds to the others."""
+        """(B, T): what each own token adds to the others."""
         assert texts.score is not None
         device = texts.score.device
         pairs = texts.prompt_and_response_ids()

@@ -1,4 +1,4 @@
-"""Scores at the ends of a text's steps: a process reward, in the four forms that are in use."""
+"""Process rewards: the scores at the ends of a text's steps, in the four forms that are in use."""
 
 import numpy as np
 import torch
@@ -15,27 +15,29 @@ FORMS = ("sum", "delta", "clip", "min")
 
 
 class Process(RewardTerm):
-    """At the last token of step k, with q_k the step scorer's score there (and q_0 that of the
-    prompt), else 0:
+    """A process reward, paid at the last token of each step of a text, else 0.
 
-        "sum"     r = q_k                                      (Lightman et al. 2023, arXiv
-        2305.20050) "delta"   r = q_k - q_{k-1}                            (Gao et al. 2024, arXiv
-        2410.15115) "clip"    r = min(q_k - floor, 0)                      (the same)
-        "min"     r = softmax(-q / temperature)_k q_k          (PURE, Cheng et al. 2025, arXiv
-        2504.15275)
+    With q_k the step scorer's score at the end of step k, and q_0 that of the prompt:
 
-    A step ends with one of the task's `step_end_token_ids`, and where a scored text ends; an
-    unscored truncation ends none. The rewards add up to something other than the score, so neither
-    return nor gradient is preserved; only "delta" on the sequence score itself, which is `Shaping`
-    with Phi = the score after the last step, preserves both (and is then reported as
-    potential-based). "sum" pays for the number of steps, so a policy learns to make many; "delta"
-    and "clip" bound the return, and "min" pays about the worst step. "min" needs the finished text
-    (hindsight) and one more forward of it.
+    - "sum": r = q_k (Lightman et al. 2023, arXiv 2305.20050)
+    - "delta": r = q_k - q_{k-1} (Gao et al. 2024, arXiv 2410.15115)
+    - "clip": r = min(q_k - floor, 0) (the same)
+    - "min": r = softmax(-q / temperature)_k q_k (PURE, Cheng et al. 2025, arXiv 2504.15275)
+
+    A step ends with one of the task's `step_end_token_ids`, and where a scored text ends. An
+    unscored truncation ends no step.
+
+    The rewards add up to something other than the score, so neither return nor gradient is
+    preserved. One case preserves both: "delta" on the sequence score itself, which is `Shaping`
+    with Phi = the score after the last step, and is then reported as potential-based. "sum" pays
+    for the number of steps, so a policy learns to make many. "delta" and "clip" bound the return,
+    and "min" pays about the worst step; it needs the finished text (hindsight) and one more forward
+    of it.
 
     Args:
-        form: one of "sum", "delta", "clip", "min".
-        floor: of "clip", in units of q: steps that score it or more are paid nothing.
-        temperature: of "min", in units of q, more than 0; towards 0 the worst step alone is paid.
+        form: "sum", "delta", "clip" or "min".
+        floor: for "clip", in units of q: steps that score it or more are paid nothing.
+        temperature: for "min", in units of q, more than 0; near 0 only the worst step is paid.
     """
 
     name = "process"
@@ -107,9 +109,9 @@ class Process(RewardTerm):
     def _score(self, states: States) -> Tensor:
         if self._of_text is not None:
             assert states.score is not None
-            return (
-                states.score
-            )  # which may have been read at an earlier token: see `Scorer.pad_token_id`
+            # It may have been read at an earlier token (see `Scorer.pad_token_id`), which the head
+            # on the last state would not do.
+            return states.score
         return self._head(states.of(self.models[0]))
 
     def _clipped(self, q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the designs that redistribute a score have in common: reading parts of texts, and placing
+"""The base of the designs that redistribute a score, and helpers that read parts of texts and place
 numbers on tokens."""
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tokenenv.types import Scorer, TextIds, TextScorer
 
 
 class Redistribution(RewardTerm):
-    """A design that places the score of a finished text on its tokens.
+    """The base of a design that places the score of a finished text on its tokens.
 
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen).
@@ -37,7 +37,7 @@ class Redistribution(RewardTerm):
 def distinct_scores(
     scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int
 ) -> Tensor:
-    """The scores (n,) float32 of n texts; equal texts are scored once."""
+    """Return the scores (n,) float32 of n texts; equal texts are scored once."""
     number: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     index = [
         number.setdefault((tuple(prompt), tuple(response)), len(number))
@@ -50,22 +50,22 @@ def distinct_scores(
 
 
 def read_rows(trunk: Any, texts: FinishedTexts, rows: np.ndarray) -> Tensor:
-    """The tokens (n, W) of the texts `rows` (n,), W the longest of them; ids that the model lacks
-    are read as its last."""
+    """Return the tokens (n, W) of the texts `rows` (n,), W the length of the longest of them. Ids
+    that the model does not have are read as its last one."""
     tokens = texts.tokens[upload(rows, texts.tokens.device), : int(texts.length[rows].max())]
     return tokens.to(trunk.device).clamp(0, trunk.config.get_text_config().vocab_size - 1)
 
 
 def at_response(values: Tensor, prompt_length: np.ndarray, max_new_tokens: int) -> Tensor:
-    """(n, T): what `values` (n, W), one for each token of a text, are at the response's tokens;
-    zero beyond W."""
+    """Return the entries (n, T) of `values` (n, W), one for each token of a text, that belong to
+    the response's tokens; zero beyond W."""
     position = prompt_length[:, None] + np.arange(max_new_tokens)
     return pad(values, (0, max_new_tokens)).gather(1, upload(position, values.device))
 
 
 def rest_on_last(placed: Tensor, texts: FinishedTexts) -> Tensor:
-    """(B, T): `placed` (B, T), with what its rows lack to the texts' scores added to each last
-    token."""
+    """Return `placed` (B, T) with the difference between each text's score and its row's sum added
+    to the text's last token."""
     assert texts.score is not None
     last = upload(texts.length - texts.prompt_length - 1, placed.device)
     return placed.scatter_add(1, last[:, None], (texts.score - placed.sum(1))[:, None])

@@ -1,14 +1,21 @@
-"""Any Python callable as a reward."""
+"""Any Python function of prompt and response as a reward: at the end, as a text is written, or for
+each of its tokens."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, Transitions
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.rewards.term import FinishedTexts, RewardTerm, RunningTexts, States, Transitions
+
+LARGEST = torch.finfo(torch.float32).max
+"""A larger number would be infinite when it is paid."""
 
 
 class _RuleTerm(RewardTerm):
@@ -17,49 +24,106 @@ class _RuleTerm(RewardTerm):
     def __init__(
         self, function: Callable[[Any, Any], Any], on: Literal["text", "tokens"] = "text"
     ) -> None:
-        if on not in ("text", "tokens"):
-            raise InvalidArgument(f"on={on!r} is not known; allowed: 'text', 'tokens'.")
+        if not callable(function) or isinstance(function, type):
+            raise InvalidArgument(
+                f"{type(self).__name__} takes a function of (prompt, response), not {function!r}."
+            )
+        check_choice("on", on, ("text", "tokens"))
         self.function = function
         self.on = on
         self.needs = frozenset({"tokenizer"} if on == "text" else ())
 
-    def _call(self, texts: FinishedTexts) -> list[Any]:
-        pairs = (
-            texts.prompt_and_response_texts()
-            if self.on == "text"
-            else texts.prompt_and_response_ids()
+    def _pairs(self, texts: FinishedTexts | RunningTexts) -> list[tuple[Any, Any]]:
+        """What the function is called with, for each of the texts."""
+        if self.on == "text":
+            return texts.prompt_and_response_texts()
+        return texts.prompt_and_response_ids()
+
+    def _number(self, value: Any, response: Any) -> float:
+        """`value`, which the function gave for `response`, as a float; raises where it is none."""
+        number = _as_float(value)
+        if abs(number) <= LARGEST:
+            return number
+        raise InvalidArgument(
+            f"the reward rule {_name_of(self.function)!r} returned {_short(value)} for the "
+            f"response {_short(response)}; it must return a finite number."
         )
-        return [self.function(prompt, response) for prompt, response in pairs]
 
 
 class Rule(_RuleTerm):
-    """r_t = function(prompt, response) at the last token, else 0.
+    """The reward that a Python function gives to a text: r_t = function(prompt, response) at the
+    last token, else 0.
 
     `function` gets two strings (on="text", special tokens removed; joined they are the text, so a
     response may begin with a space) or two lists of token ids (on="tokens", the stop token
-    included) and returns a finite number. Causal; preserves the return and the policy gradient,
-    being the return.
+    included) and returns a finite number. A plain function given as `reward=` is a Rule of it.
+    Causal; preserves the return and the policy gradient, being the return.
+
+    With delta=True the same reward is paid while the text is written: r_t = function(prompt,
+    response up to y_t) - function(prompt, response before y_t), which adds up to function(prompt,
+    response) - function(prompt, ""). It is potential-based shaping of the rule, as `Delta` is of
+    a score, and preserves what the rule preserves. The function is called once for each token of
+    each text, and once where a text begins, so it should be fast. It must make sense of unfinished
+    texts, cannot tell them from finished ones, and must return the same number for the same text.
+
+    At an unscored truncation (score_truncated=False) the rule pays nothing; its dense form keeps
+    what it has paid so far, as the learner's bootstrap goes on from there.
+
+    Args:
+        function: of (prompt, response).
+        on: "text" or "tokens": what it is called with.
+        delta: whether to pay what each token changes instead of everything at the end.
     """
 
     name = "rule"
     pays_score = True
+    delta = False
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any], Any],
+        on: Literal["text", "tokens"] = "text",
+        *,
+        delta: bool = False,
+    ) -> None:
+        super().__init__(function, on)
+        if delta:
+            self.delta = self.has_memory = self.has_potential = True
+            self.pays_score = False
 
     def reward(self, batch: Transitions) -> Tensor:
-        """(K,): the rule's number where a text ends and is scored."""
+        """(K,): the rule's number where a text ends and is scored, or what each token added."""
+        if self.delta:
+            return batch.after.memory[self.name] - batch.before.memory[self.name]
         if batch.finished is None:
             return torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
-        numbers = torch.tensor(
-            [_finite(number) for number in self._call(batch.finished)], dtype=torch.float32
-        )
-        return batch.at_end(numbers.to(batch.tokens.device, non_blocking=True))
+        return batch.at_end(self._call(batch.finished, batch.tokens.device))
+
+    def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
+        """(K,): the rule's number for the text so far, so that each is asked for once."""
+        assert states.texts is not None
+        return self._call(states.texts, tokens.device)
+
+    def potential(self, states: States) -> Tensor:
+        """(K,): the rule's number for the text so far."""
+        return states.memory[self.name]
+
+    def _call(self, texts: FinishedTexts | RunningTexts, device: torch.device) -> Tensor:
+        """One float32 number for each text."""
+        numbers = [
+            self._number(self.function(prompt, response), response)
+            for prompt, response in self._pairs(texts)
+        ]
+        return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
 
 
 class TokenRule(_RuleTerm):
-    """r_t = function(prompt, response)[t]: one number for every response token, known when the text
-    is finished.
+    """The rewards that a Python function gives to the tokens of a finished text: r_t =
+    function(prompt, response)[t].
 
-    Hindsight: its sum is paid at the end and each number stands on its token in `token_rewards`. It
-    defines its own return.
+    The function gets what that of a `Rule` gets, and returns one finite number for every response
+    token, the stop token included. Hindsight: their sum is paid at the end and each number stands
+    on its token in `token_rewards`. It defines its own return.
     """
 
     name = "token_rule"
@@ -70,21 +134,40 @@ class TokenRule(_RuleTerm):
         """(B, T): the rule's numbers, right-padded with zeros."""
         out = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32)
         counts = texts.length - texts.prompt_length
-        for row, (numbers, count) in enumerate(zip(self._call(texts), counts, strict=True)):
-            out[row, :count] = _one_each(numbers, int(count))
+        for row, (pair, count) in enumerate(zip(self._pairs(texts), counts, strict=True)):
+            out[row, :count] = self._one_each(self.function(*pair), pair[1], int(count))
         return out.to(texts.tokens.device, non_blocking=True)
 
+    def _one_each(self, numbers: Sequence[Any], response: Any, count: int) -> Tensor:
+        if not hasattr(numbers, "__len__") or len(numbers) != count:
+            given = f"{len(numbers)} numbers" if hasattr(numbers, "__len__") else _short(numbers)
+            raise InvalidArgument(
+                f"the token rule {_name_of(self.function)!r} returned {given} for the response "
+                f"{_short(response)}; it must return {count}, one for each token."
+            )
+        return torch.tensor([self._number(number, response) for number in numbers])
 
-def _finite(number: Any) -> float:
-    value = float(number)
-    if not np.isfinite(value):
-        raise InvalidArgument(f"a reward rule returned {value}; it must return a finite number.")
-    return value
+
+def _as_float(value: Any) -> float:
+    """A number of any kind as a float, NaN for anything else."""
+    # True, NumPy's numbers and arrays of one number are taken; a string that spells a number is a
+    # mistake, which float() would let pass.
+    if isinstance(value, np.generic | np.ndarray | Tensor) and len(value.reshape(-1)) == 1:
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
 
 
-def _one_each(numbers: Sequence[Any], count: int) -> Tensor:
-    if len(numbers) != count:
-        raise InvalidArgument(
-            f"a token rule returned {len(numbers)} numbers for {count} response tokens."
-        )
-    return torch.tensor([_finite(number) for number in numbers], dtype=torch.float32)
+def _name_of(function: Any) -> str:
+    """What a user calls the function."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _short(value: Any) -> str:
+    """At most 80 characters of its repr."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,8 +1,8 @@
-"""Wrappers around any reward term: divided by a running scale, normalised by position, clipped."""
+"""Terms that change another term's rewards: `Scaled`, `PositionScaled` and `Clipped`."""
 
 import copy
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,30 +12,36 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.designs import Design, make_terms
 from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions
 
-Seen = TypeVar("Seen", States, FinishedTexts)
 
-TAKEN_OVER = (
-    "kind",
-    "needs",
-    "models",
-    "pays_score",
-    "has_memory",
-    "has_potential",
-    "preserves_return",
-    "preserves_gradient",
-)
+def _follows(attribute: str) -> Any:
+    """A property that is the wrapped term's attribute, as it is now (binding may change it), or
+    False where the wrapper breaks what it promises."""
+    return property(
+        lambda wrapper: attribute not in wrapper.breaks and getattr(wrapper.term, attribute)
+    )
 
 
 class Wrapper(RewardTerm):
     """A term that changes another term's rewards, under the other's name unless it is given one.
 
-    Wrappers compose. Each binds a copy of its term, so that one object may serve several envs. A
-    wrapper's statistics are those of its term followed by its own.
+    The wrapped term is a term like any other: it is bound under the name "NAME/inner", where its
+    memory and its statistics stand, and the wrapper's own statistics stand under NAME. Wrappers
+    compose. Each binds a copy of its term, so that one object may serve several envs.
+
+    A wrapper of your own defines `change`. If it learns from what it sees, it also defines `learn`,
+    `statistics`, `save_statistics` and `load_statistics`.
     """
 
     breaks: tuple[str, ...] = ("has_potential", "preserves_return", "preserves_gradient")
-    """What the wrapped term has and the changed one has not; a wrapper that keeps more says so."""
-    _num_inner = 0
+    """The promises of the wrapped term that do not hold for the changed rewards. A wrapper that
+    keeps more of them names fewer here."""
+    kind = _follows("kind")
+    needs = _follows("needs")
+    models = _follows("models")
+    pays_score = _follows("pays_score")
+    has_potential = _follows("has_potential")
+    preserves_return = _follows("preserves_return")
+    preserves_gradient = _follows("preserves_gradient")
 
     def __init__(self, term: Design) -> None:
         terms = list(make_terms(term).values())
@@ -46,95 +52,57 @@ class Wrapper(RewardTerm):
             )
         self.term = terms[0]
         self.name, self.weight = self.term.name, self.term.weight
-        self._take_over()
-
-    def _take_over(self) -> None:
-        for attribute in TAKEN_OVER:
-            setattr(self, attribute, attribute not in self.breaks and getattr(self.term, attribute))
 
     def bind(self, context: Context) -> None:
-        """Binds a copy of the wrapped term, under this term's name."""
+        """Binds a copy of the wrapped term, under a name of its own."""
+        super().bind(context)
+        if hasattr(self, "own_statistics"):
+            raise InvalidArgument(
+                f"{type(self).__name__} defines own_statistics, which is called statistics now."
+            )
         self.term = copy.copy(self.term)
-        self.term.name = self.name
+        self.term.name = f"{self.name}/inner"
         self.term.bind(context)
-        self._take_over()
-        inner = self.term.statistics()
-        self._num_inner = 0 if inner is None else len(inner)
+
+    def wrapped(self) -> Sequence[RewardTerm]:
+        """Return the wrapped term, and what it wraps itself."""
+        return (self.term, *self.term.wrapped())
 
     def change(self, rewards: Tensor, step: Tensor, own: Tensor) -> Tensor:
-        """`rewards` of the tokens after `step` response tokens, changed; `own` (..., p) are the
-        wrapper's statistics when the texts began. All broadcast."""
+        """Return `rewards` of the tokens after `step` response tokens, changed; `own` (..., p) are
+        the wrapper's statistics when the texts began, p = 0 where it has none. All broadcast."""
         raise TypeError(f"{type(self).__name__} does not define change()")
 
     def learn(self, rewards: Tensor, step: Tensor, mask: Tensor) -> None:
         """Takes in the wrapped term's rewards, of one shape with `step`, where `mask`."""
 
-    def own_statistics(self) -> Tensor | None:
-        """The wrapper's part of the statistics."""
-        return None
-
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the term's rewards, changed."""
-        finished = None if batch.finished is None else self._inside(batch.finished)
-        inner = replace(
-            batch,
-            before=self._inside(batch.before),
-            after=self._inside(batch.after),
-            finished=finished,
-        )
-        rewards = self.term.reward(inner)
+        rewards, step = self.term.reward(batch), batch.before.step
+        # The batch holds the statistics that its texts began with: learning first changes nothing.
         if batch.learning is not None:
-            self.learn(rewards, batch.before.step, batch.learning)
-        return self.change(rewards, batch.before.step, self._own(batch.before, rewards))
+            self.learn(rewards, step, batch.learning)
+        return self.change(rewards, step, self._own(batch.statistics, rewards))
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the term's placed rewards, changed."""
-        rewards = self.term.place(self._inside(texts), max_new_tokens)
+        rewards = self.term.place(texts, max_new_tokens)
         step = torch.arange(max_new_tokens, device=rewards.device).expand(rewards.shape)
         if texts.learning:
             self.learn(rewards, step, texts.earning_mask(self, max_new_tokens))
-        return self.change(rewards, step, self._own(texts, rewards)[:, None])
+        return self.change(rewards, step, self._own(texts.statistics, rewards)[:, None])
 
-    def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
-        """(K,): what the wrapped term carries."""
-        return self.term.remember(memory, tokens, self._inside(states))
-
-    def statistics(self) -> Tensor | None:
-        """(p,): the wrapped term's, then the wrapper's own."""
-        parts = [
-            part for part in (self.term.statistics(), self.own_statistics()) if part is not None
-        ]
-        return torch.cat(parts) if parts else None
-
-    def save_statistics(self) -> Tensor | np.ndarray | None:
-        """What the wrapped term saves."""
-        return self.term.save_statistics()
-
-    def load_statistics(self, saved: Tensor | np.ndarray) -> None:
-        """Goes on from what `save_statistics` returned."""
-        self.term.load_statistics(saved)
-
-    def _inside(self, seen: Seen) -> Seen:
-        """`seen` with the wrapped term's statistics alone."""
-        if not self._num_inner:
-            return seen
-        return replace(
-            seen,
-            statistics={
-                **seen.statistics,
-                self.name: seen.statistics[self.name][:, : self._num_inner],
-            },
-        )
-
-    def _own(self, seen: States | FinishedTexts, rewards: Tensor) -> Tensor:
-        """(K, p) the wrapper's part of the statistics that the texts began with."""
-        every = seen.statistics.get(self.name)
-        return rewards.new_zeros(len(rewards), 0) if every is None else every[:, self._num_inner :]
+    def _own(self, statistics: dict[str, Tensor], rewards: Tensor) -> Tensor:
+        """(K, p) the wrapper's statistics when the texts of `rewards` (K, ...) began."""
+        own = statistics.get(self.name)
+        return rewards.new_zeros(len(rewards), 0) if own is None else own
 
 
 class Clipped(Wrapper):
-    """Each token's reward, clipped to [low, high]. Preserves neither the return nor the gradient,
-    whatever it wraps, and is no longer potential-based."""
+    """Each token's reward, clipped to [low, high].
+
+    It preserves neither the return nor the gradient, whatever it wraps, and is not potential-based.
+    """
 
     def __init__(self, term: Design, low: float, high: float) -> None:
         if not low < high:
@@ -150,10 +118,11 @@ class Clipped(Wrapper):
 
 
 class _Learned(Wrapper):
-    """A wrapper that learns from its term's unchanged rewards while stepping. Rewards that are not
-    finite teach nothing."""
+    """A wrapper that learns from its term's rewards, before they are changed, while stepping. It
+    learns nothing from rewards that are not finite."""
 
     per_position = False
+    """Whether it keeps the moments of each position in the text apart."""
 
     def bind(self, context: Context) -> None:
         """Starts with nothing seen."""
@@ -170,37 +139,28 @@ class _Learned(Wrapper):
         self._moments = updated_moments(self._moments, rewards.flatten(), bins, mask.flatten())
 
     def save_statistics(self) -> Tensor:
-        """The wrapped term's, then the moments, as one row of numbers."""
-        inner = self.term.save_statistics()
-        own = self._moments.flatten()
-        return (
-            own
-            if inner is None
-            else torch.cat([torch.as_tensor(inner).to(own.device).flatten(), own])
-        )
+        """(3, bins) float64: the moments."""
+        return self._moments
 
     def load_statistics(self, saved: Tensor | np.ndarray) -> None:
         """Goes on from what `save_statistics` returned."""
-        inner, size = self.term.save_statistics(), self._moments.numel()
-        if inner is not None:
-            self.term.load_statistics(saved[:-size].reshape(inner.shape))
-        self._moments = torch.as_tensor(saved[-size:]).to(self._moments).view_as(self._moments)
+        self._moments = torch.as_tensor(saved).to(self._moments, copy=True)
 
 
 class Scaled(_Learned):
-    """r_t / s, with s the running standard deviation of the term's rewards per token, as it was
-    when the text began.
+    """The term's rewards divided by their running deviation: r_t / s, with s the standard deviation
+    of the rewards per token as it was when the text began.
 
-    Never shifts: subtracting a mean m would change each return by -m length, a hidden price on
-    length. s is 1 while fewer than two different rewards were seen. Within a text s is a positive
-    constant that none of its tokens had a part in, so what the term does for the gradient is kept
-    up to a positive factor (and its potential is divided by s too); the return is the score no
-    longer.
+    Nothing is subtracted: a mean m taken from every token would change each return by -m times the
+    length, a hidden penalty for length (or a bonus, if m < 0). s is 1 while fewer than two
+    different rewards were seen. Within a text s is a positive constant that none of its tokens had
+    a part in. So what the term does for the gradient is kept up to a positive factor, and its
+    potential is divided by s too. The return is no longer the score.
     """
 
     breaks = ("preserves_return",)
 
-    def own_statistics(self) -> Tensor:
+    def statistics(self) -> Tensor:
         """(1,) float32: the running standard deviation."""
         scale = deviation(*self._moments)
         return torch.where(scale > 0, scale, 1.0).float()
@@ -211,29 +171,28 @@ class Scaled(_Learned):
 
     def potential(self, states: States) -> Tensor:
         """(K,): the term's potential, divided by the same scale."""
-        potential = self.term.potential(self._inside(states))
-        return potential / self._own(states, potential)[:, 0]
+        return self.term.potential(states) / states.statistics[self.name][:, 0]
 
 
 class PositionScaled(_Learned):
-    """(r_t - a (log p - m)) / (c log p + d), with p = (t + 1) / max_new_tokens the place of the
-    token in the longest text.
+    """The term's rewards, normalised by position: (r_t - a (log p - m)) / (c log p + d), with p =
+    (t + 1) / max_new_tokens the place of the token in the longest text.
 
-    The location-aware normaliser of Yin et al. 2025 (arXiv 2501.02790): a causal reward model's
-    scores drift along the text, and so do their deviations. Both lines are fitted by least squares
-    to the mean and the standard deviation of the rewards seen at each position, weighted by how
-    many those are; the divisor is at least a tenth of the deviation within positions. The paper's p
-    needs the text's final length; with the largest one this is causal.
+    This is the location-aware normaliser of Yin et al. 2025 (arXiv 2501.02790). A causal reward
+    model's scores drift along the text, and so do their deviations. Both lines are fitted by least
+    squares to the mean and the standard deviation of the rewards seen at each position, weighted by
+    how many those are. The divisor is at least a tenth of the deviation within positions. The
+    paper's p needs the text's final length; with the largest length instead this is causal.
 
-    Only the drift is taken out, and m is such that all that is subtracted, in units of what is
-    paid, adds up to zero over a text of the largest length. A shorter text still keeps part of it,
-    so this preserves neither return nor gradient; where texts differ in length, `Scaled` is the
-    safe choice. Every token is paid its shift, also by a term that pays at the end alone.
+    Only the drift is taken out. m is chosen so that everything that is subtracted, in units of what
+    is paid, adds up to zero over a text of the largest length. A shorter text keeps part of it, so
+    this preserves neither return nor gradient; where texts differ in length, `Scaled` is the safe
+    choice. Every token is paid its shift, also where the term pays at the end alone.
     """
 
     per_position = True
 
-    def own_statistics(self) -> Tensor:
+    def statistics(self) -> Tensor:
         """(5,) float32: a, m, c, d and the least divisor."""
         count, mean, squares = self._moments
         log_p = self._log_p(
@@ -244,6 +203,7 @@ class PositionScaled(_Learned):
         within = deviation(
             count.sum(), (count * mean).sum() / count.sum().clamp(min=1), squares.sum()
         )
+        # Without any spread within positions nothing is divided: c = 0 and d = 1.
         c, d, within = (
             torch.where(within > 0, x, x0) for x, x0 in ((c, 0.0), (d, 1.0), (within, 1.0))
         )
@@ -261,9 +221,15 @@ class PositionScaled(_Learned):
 
 
 def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations (3, bins) float64 after `values` (K,) have been
-    added to the bins they name, (K,) int64, where `mask` (K,) and they are finite (Chan et al.
-    1979). Nothing waits for the device."""
+    """Return `moments` after more values were taken in (Chan et al. 1979), without waiting for the
+    device.
+
+    Args:
+        moments: (3, bins) float64: count, mean and sum of squared deviations of each bin.
+        values: (K,); those that are not finite are left out.
+        bins: (K,) int64, the bin of each value.
+        mask: (K,) bool; values where it is False are left out.
+    """
 
     def sums(weighted: Tensor) -> Tensor:
         return torch.zeros_like(moments[0]).index_add(0, bins, weighted)
@@ -286,17 +252,17 @@ def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor)
 
 
 def deviation(count: Tensor, mean: Tensor, squares: Tensor) -> Tensor:
-    """The standard deviation, 0 where it is no more than rounding."""
+    """Return the standard deviation from the moments, 0 where it is no more than rounding."""
     spread = (squares / count.clamp(min=1)).sqrt()
-    # What float32 cannot hold is no spread to divide by.
+    # A spread below what float32 holds would be 0, or a division by almost nothing.
     return torch.where(
         spread > (1e-6 * mean.abs()).clamp(min=torch.finfo(torch.float32).tiny), spread, 0.0
     )
 
 
 def line(x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the weighted least squares of y on x, all (n,); level where only one x
-    has weight."""
+    """Return slope and intercept of the weighted least squares of y on x, all (n,). The line is
+    level where only one x has weight."""
     total = weight.sum().clamp(min=1)
     mean_x, mean_y = (weight * x).sum() / total, (weight * y).sum() / total
     spread = (weight * (x - mean_x).square()).sum()

@@ -1,5 +1,4 @@
-"""Potential-based shaping of the terminal reward: a dense reward that changes neither the return
-nor its gradient."""
+"""Potential-based shaping: dense rewards that change neither the return nor its gradient."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,20 +14,22 @@ Potential = Callable[[States], Tensor]
 
 
 class Shaping(RewardTerm):
-    """r_t = [score if the text ends here] + gamma Phi(s_{t+1}) - Phi(s_t), with any Phi (Ng, Harada
-    and Russell 1999).
+    """The score at the end, shaped by any potential Phi (Ng, Harada and Russell 1999): r_t = [score
+    if the text ends here] + gamma Phi(s_{t+1}) - Phi(s_t).
 
-    Phi is zero exactly where learners do not bootstrap (termination, scored truncation) and kept at
-    unscored truncation, where only the score is withheld. Undiscounted, the rewards add up to score
-    - Phi(prompt): the return is preserved up to a constant of the prompt, and the policy gradient
-    with it. Equal to a critic shifted by Phi, for every lambda (Wiewiora 2003); compare with that
-    before praising the shaping. A potential that changes while a text runs, or rewards clipped or
-    shifted afterwards, break all of this.
+    Phi is zero exactly where learners do not bootstrap (termination, scored truncation). It is kept
+    at an unscored truncation, where the text is not paid its score. Undiscounted, the rewards add
+    up to score - Phi(prompt): the return is preserved up to a constant of the prompt, and with it
+    the policy gradient. A potential that changes while a text runs, or rewards that are clipped or
+    shifted afterwards, break both.
+
+    The design equals a critic shifted by Phi, for every lambda (Wiewiora 2003); docs/rewards.md
+    says how to compare with that.
 
     Args:
         potential: Phi (K,) of the states of K texts; None takes the score of the text so far.
         gamma: the learner's discount per token, 0 to 1.
-        models: causal models whose states the potential reads, with `states.of(model)`.
+        models: causal models whose states the potential reads with `states.of(model)`.
     """
 
     name = "shaping"
@@ -50,7 +51,8 @@ class Shaping(RewardTerm):
             self.needs = frozenset({"causal scorer"})
 
     def reward(self, batch: Transitions) -> Tensor:
-        """(K,): the score where it is due, and what the token added to the potential."""
+        """(K,): what the token added to the potential, and the score where a text ends and is
+        scored."""
         after = torch.where(batch.scored, 0.0, self.potential(batch.after))
         return batch.final_score() + self.gamma * after - self.potential(batch.before)
 
@@ -63,12 +65,12 @@ class Shaping(RewardTerm):
 
 
 class Delta(Shaping):
-    """r_t = f(x, y_<=t) - f(x, y_<t), with f the score of the text so far (R3HF, Li et al. 2024,
-    arXiv 2411.08302).
+    """What each token changes in the score of the text so far, f (R3HF, Li et al. 2024, arXiv
+    2411.08302): r_t = f(x, y_<=t) - f(x, y_<t).
 
-    Sums to score - f(prompt); it is `Shaping` with Phi = f, undiscounted, and preserves what that
-    preserves. A reward model that was trained on whole texts only scores prefixes badly: that costs
-    variance, never bias.
+    The rewards add up to score - f(prompt). The design is `Shaping` with Phi = f, undiscounted, and
+    preserves what that preserves. A reward model that was trained on whole texts only scores
+    prefixes badly; that costs variance, never bias.
     """
 
     name = "delta"
@@ -78,25 +80,24 @@ class Delta(Shaping):
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what the token added to the score."""
-        # The general formula, less the score that it would add and subtract again where the text
-        # ends.
+        # The formula of `Shaping`, without the score that it adds and subtracts where a text ends.
         assert batch.after.score is not None
         assert batch.before.score is not None
         return batch.after.score - batch.before.score
 
 
 class Oracle(Shaping):
-    """r_t = V*(s_{t+1}) - V*(s_t), with V* the soft-optimal value, which after the last token is
-    the score.
+    """Shaping with the best potential there is: r_t = V*(s_{t+1}) - V*(s_t), with V* the
+    soft-optimal value, which after the last token is the score.
 
-    Shaping with the best potential there is: at the optimum it equals beta log pi*/pi_ref token by
-    token, so that every token is paid its own advantage (Rafailov et al. 2024, arXiv 2404.12358).
-    For tasks whose optimum is known; the ceiling that learned dense rewards can be measured
-    against. Preserves the return up to V*(prompt), and the gradient.
+    At the optimum r_t equals beta log pi*/pi_ref token by token, so that every token is paid its
+    own advantage (Rafailov et al. 2024, arXiv 2404.12358). It is for tasks whose optimum is known,
+    as the ceiling that learned dense rewards can be measured against. Preserves the return up to
+    V*(prompt), and the gradient.
 
     Args:
-        beta: V* is that of score - beta KL, reward per nat, 0 or more; None takes the env's at its
-            construction, which is 0 under kl="none".
+        beta: the coefficient of the KL in the objective score - beta KL whose value V* is, reward
+            per nat, 0 or more. None takes the env's when it is made, which is 0 under kl="none".
     """
 
     name = "oracle"

@@ -1,4 +1,4 @@
-"""The Shapley value of each part of the response."""
+"""The score, shared out by the Shapley value of each part of the response."""
 
 from collections.abc import Iterator
 from itertools import permutations
@@ -16,23 +16,25 @@ from tokenenv.types import TextIds
 
 
 class Shapley(Redistribution):
-    """r_t = phi_k / n_k on the n_k tokens of segment k, where phi_k is what segment k adds to the
-    score when it joins the text, in the mean over the orders in which the segments may join.
+    """The score, shared out by Shapley values: r_t = phi_k / n_k on the n_k tokens of segment k,
+    where phi_k is what segment k adds to the score when it joins the text, averaged over the orders
+    in which the segments may join.
 
-    SCAR (Cao et al. 2025, arXiv 2505.20417) with consecutive segments of equal length as players. A
-    coalition is worth the score of the prompt followed by its segments alone; a prefix that earns
-    nothing is always there. All m! orders are walked where they are no more than `permutations`.
-    Otherwise that many are drawn, each with its reverse (Mitchell et al. 2022, arXiv 2104.12199),
-    from a generator seeded with the text: an estimate whose mean is phi. The sum is score -
-    f(prompt), f being the score without the paid tokens, whichever orders are drawn. Hindsight:
-    preserves the return, not the gradient of reward-to-go (early shares depend on tokens not yet
-    chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by default), of
-    responses half as long in the mean. It fails where the scorer has never seen texts with holes,
-    and where credit belongs to a part of a segment.
+    This is SCAR (Cao et al. 2025, arXiv 2505.20417) with consecutive segments of equal length as
+    players. A coalition is worth the score of the prompt followed by its segments alone; a prefix
+    given to reset is always there. All m! orders are walked if they are no more than
+    `permutations`. Otherwise that many are drawn, each with its reverse (Mitchell et al. 2022,
+    arXiv 2104.12199), from a generator seeded with the text: an estimate whose mean is phi.
+    Whichever orders are drawn, the sum is score - f(prompt), with f the score without own tokens.
+
+    Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
+    not yet chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by
+    default), of responses that are half as long on average. It fails where the scorer has never
+    seen texts with holes, and where credit belongs to a part of a segment.
 
     Args:
-        max_segments: players a text, m; a response of fewer tokens has one player a token.
-        permutations: orders walked, an even number.
+        max_segments: the players of a text, m; a response of fewer tokens has one player a token.
+        permutations: the orders that are walked, an even number.
     """
 
     name = "shapley"
@@ -73,7 +75,7 @@ class Shapley(Redistribution):
 
 
 def _orders(num_players: int, count: int, text: TextIds) -> np.ndarray:
-    """(P, m): the orders to walk."""
+    """The orders to walk, (P, m): all, or a sample with every order's reverse."""
     if factorial(num_players) <= count:
         return np.asarray(list(permutations(range(num_players))))
     generator = np.random.default_rng([*text[0], *text[1]])
@@ -82,7 +84,7 @@ def _orders(num_players: int, count: int, text: TextIds) -> np.ndarray:
 
 
 def _coalitions(text: TextIds, players: list[np.ndarray], orders: np.ndarray) -> Iterator[TextIds]:
-    """The text that each player of each order joins."""
+    """The text that each player joins, order by order."""
     prompt, response = text
     given = response[: players[0][0]]
     for order in orders:
@@ -94,8 +96,8 @@ def _coalitions(text: TextIds, players: list[np.ndarray], orders: np.ndarray) ->
 def _mean_gains(
     worth: Tensor, score: Tensor, orders: list[np.ndarray], max_segments: int
 ) -> Tensor:
-    """(B, m): what each player adds when it joins, from the worth of what it joins; the last one
-    completes the text."""
+    """(B, m): what each player adds when it joins, averaged over the orders. `worth` holds the
+    scores of what each player joins, in the sequence of `_coalitions`."""
     row = np.concatenate([np.full(order.size, i) for i, order in enumerate(orders)])
     weight = np.concatenate(
         [np.full(order.size, 1 / len(order), dtype=np.float32) for order in orders]
@@ -104,6 +106,8 @@ def _mean_gains(
         [np.tile(np.arange(order.shape[1]) == order.shape[1] - 1, len(order)) for order in orders]
     )
     player = np.concatenate([order.ravel() for order in orders])
+    # After a player has joined, the text is what the next player joins; after the last player of an
+    # order it is the whole text.
     rows = upload(row, worth.device)
     after = torch.where(upload(last, worth.device), score[rows], worth.roll(-1))
     gains = (after - worth) * upload(weight, worth.device)

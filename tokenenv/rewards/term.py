@@ -1,8 +1,11 @@
 """The protocol of a reward term: what it may look at, and how it is paid.
 
-A causal or policy-dependent term maps K transitions to K rewards. The K transitions are the rows of
-one step, or every token of many finished texts: one formula serves both, so stepping equals scoring
-by construction. A hindsight term places its sum over the tokens of a finished text.
+A causal or policy-dependent term maps K transitions to K rewards. The K transitions are those of
+the N slots in one step, or all tokens of many finished texts. One formula serves both, so stepping
+equals scoring by construction. A hindsight term places its sum on the tokens of a finished text.
+
+`docs/contract.md` defines the words slot, row, paid, placed, scored, own, watched, potential and
+hindsight.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +26,52 @@ Weight = float | Callable[[int], float]
 """A number, or a schedule over the tokens the env has seen; read when an episode begins."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningTexts:
+    """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
+
+    ids: Sequence[np.ndarray] | np.ndarray
+    """Token ids of R texts; each may go on beyond what has been written so far."""
+    row: np.ndarray
+    """(K,) int64: which of the R each of the K texts is."""
+    prompt_length: np.ndarray
+    """(K,) int64."""
+    length: np.ndarray
+    """(K,) int64: tokens of prompt and response together, so far."""
+    tokenizer: Any = None
+    """The task's tokenizer, or None where tokens have no text."""
+
+    def prompt_and_response_ids(self) -> list[TextIds]:
+        """Return K pairs of token id lists: the prompt, and the response so far."""
+        return _split([self.ids[row] for row in self.row], self.prompt_length, self.length)
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """Return K pairs of texts, without special tokens. A pair joined is the whole text so far
+        as the tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
+    def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
+        """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
+        for."""
+        chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
+        lengths = self.prompt_length[chosen], self.length[chosen]
+        return RunningTexts(self.ids, self.row[chosen], *lengths, self.tokenizer)
+
+
+def _split(
+    ids: Sequence[np.ndarray] | np.ndarray, prompt_length: np.ndarray, length: np.ndarray
+) -> list[TextIds]:
+    """Pairs of token id lists, prompt and response."""
+    spans = zip(ids, prompt_length, length, strict=True)
+    return [(row[:start].tolist(), row[start:end].tolist()) for row, start, end in spans]
+
+
 @dataclass(slots=True)
 class States:
     """K texts as the models see them after their last token."""
 
     hidden: dict[Any, Tensor]
-    """A state (K, H) for every trunk, by the trunk itself."""
+    """A state (K, H) for every trunk. The key is the trunk itself."""
     step: Tensor
     """(K,) int64: response tokens so far."""
     score: Tensor | None = None
@@ -36,16 +79,20 @@ class States:
     the device has it, or the score at the last token, float32. None without a scorer, and with one
     that scores finished texts only."""
     memory: dict[str, Tensor] = field(default_factory=dict)
-    """(K,) what each term with `has_memory` carries along the text, by its name."""
+    """(K, *memory_shape) of `memory_dtype`: what each term with `has_memory` carries along the
+    text, by the term's name."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """(K, p) each term's `statistics` when the text began, by its name."""
+    """(K, p) float32: each term's `statistics` when the text began, by the term's name."""
+    texts: RunningTexts | None = None
+    """The texts themselves, on the host. They are no tensor, so `tensors` and `put` leave them
+    aside."""
 
     def of(self, model: Any) -> Tensor:
-        """The states (K, H) of `model`'s trunk; the term lists the model in `models`."""
+        """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
         return self.hidden[trunk_of(model)]
 
     def tensors(self) -> list[Tensor]:
-        """All of it, always in the same order."""
+        """Return all tensors, always in the same order."""
         score = [] if self.score is None else [self.score]
         return [
             *self.hidden.values(),
@@ -56,24 +103,25 @@ class States:
         ]
 
     def at(self, index: Tensor) -> "States":
-        """The texts of `index` (n,) alone."""
+        """Return the states of the texts `index` (n,), as copies."""
         return States(
             {key: states[index] for key, states in self.hidden.items()},
             self.step[index],
             None if self.score is None else self.score[index],
             {name: memory[index] for name, memory in self.memory.items()},
             {name: statistics[index] for name, statistics in self.statistics.items()},
+            None if self.texts is None else self.texts.at(index),
         )
 
-    def put(self, rows: Tensor, other: "States") -> None:
-        """Writes the texts of `other` over `rows` (n,)."""
+    def put(self, slots: Tensor, other: "States") -> None:
+        """Write the n texts of `other` over the texts `slots` (n,)."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine[rows] = theirs
+            mine[slots] = theirs
 
 
-@dataclass(slots=True)
-class FinishedTexts:
-    """B finished texts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTexts:
+    """B texts as tokens: each a prompt and a response."""
 
     tokens: Tensor
     """(B, L) int64, right-padded: prompt and response."""
@@ -82,46 +130,49 @@ class FinishedTexts:
     prompt_length: np.ndarray
     """(B,) int64."""
     prefix_length: np.ndarray
-    """(B,) int64: leading response tokens that earn nothing, because `reset` was given them as a
+    """(B,) int64: leading response tokens that are not own, because `reset` was given them as a
     prefix."""
-    score: Tensor | None
-    """(B,) the sequence score, or None without a scorer."""
-    ids: Sequence[np.ndarray]
-    """The same tokens on the host, one row of at least `length` a text."""
-    tokenizer: Any = None
-    token_scores: Tensor | None = None
-    """(B, T) each response token's score, with a scorer that scores finished texts only
-    (`TextScorer`)."""
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    """(B, p) each term's `statistics` when the texts began, by its name."""
-    learning: bool = False
-    """True where statistics may be learned from these texts: while stepping, not while scoring."""
-    scored: Tensor | None = None
-    """(B,) bool: texts whose sequence score is due; None while it is not yet known."""
+    ids: Sequence[np.ndarray] | np.ndarray
+    """The same tokens on the host, one array of at least `length` tokens a text."""
 
     def prompt_and_response_ids(self) -> list[TextIds]:
-        """B pairs of token id lists."""
-        lengths = zip(self.prompt_length, self.length, strict=True)
-        return [
-            (row[:p].tolist(), row[p:n].tolist())
-            for row, (p, n) in zip(self.ids, lengths, strict=True)
-        ]
-
-    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
-        """B pairs of texts, without special tokens, which joined are the whole text as the
-        tokenizer decodes it."""
-        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+        """Return B pairs of token id lists."""
+        return _split(self.ids, self.prompt_length, self.length)
 
     def own_mask(self, max_new_tokens: int) -> Tensor:
-        """(B, T) bool: the response tokens that rewards may be placed on."""
+        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed."""
         position = np.arange(max_new_tokens)
         response = (self.length - self.prompt_length)[:, None]
         mask = (position >= self.prefix_length[:, None]) & (position < response)
         return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedTexts(WholeTexts):
+    """B finished texts, with all that reward terms may know of them."""
+
+    score: Tensor | None
+    """(B,) float32: the sequence score, or None without a scorer."""
+    tokenizer: Any = None
+    """The task's tokenizer, or None where tokens have no text."""
+    token_scores: Tensor | None = None
+    """(B, T) float32: each response token's score, with a scorer that scores finished texts only
+    (`TextScorer`)."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """(B, p) float32: each term's `statistics` when the texts began, by the term's name."""
+    learning: bool = False
+    """True where statistics may be learned from these texts: while stepping, not while scoring."""
+    scored: Tensor | None = None
+    """(B,) bool: texts whose sequence score counts; None where all of them do."""
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """Return B pairs of texts, without special tokens. A pair joined is the whole text as the
+        tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
     def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
-        """(B, T) bool: the tokens on which `term` pays; none of an unscored text where it pays the
-        sequence score."""
+        """Return a mask (B, T) bool of the tokens on which `term` may place rewards. It is empty in
+        an unscored text where the term pays the sequence score."""
         own = self.own_mask(max_new_tokens)
         return own if self.scored is None or not term.pays_score else own & self.scored[:, None]
 
@@ -131,7 +182,7 @@ class Transitions:
     """K tokens, each with the state before and after it."""
 
     tokens: Tensor
-    """(K,) int64 the actions."""
+    """(K,) int64: the actions."""
     before: States
     after: States
     terminated: Tensor
@@ -139,25 +190,25 @@ class Transitions:
     truncated: Tensor
     """(K,) bool: the token is the last one allowed."""
     scored: Tensor
-    """(K,) bool: the text ends here and its sequence score is due."""
+    """(K,) bool: the text ends with this token and its sequence score counts."""
     ref_logprob: Tensor | None = None
-    """(K,) float32 log pi_ref(token | state), at temperature 1, unfiltered."""
+    """(K,) float32: log pi_ref(token | state) in nats, at temperature 1, unfiltered."""
     logprob: Tensor | None = None
-    """(K,) float32 log pi(token | state), where the action carries it."""
+    """(K,) float32: log pi(token | state) in nats, where the action carries it."""
     finished: FinishedTexts | None = None
-    """The texts that end in these transitions..."""
+    """The B texts that end in these transitions."""
     finished_at: Tensor | None = None
-    """...and the transition (B,) each of them ends in."""
+    """(B,) int64: for each finished text, the index of the transition in which it ends."""
     learning: Tensor | None = None
     """(K,) bool: transitions that statistics may be learned from; None while scoring."""
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """(K, p) each term's `statistics` when the text began, by its name."""
+        """(K, p) float32: each term's `statistics` when the text began, by the term's name."""
         return self.before.statistics
 
     def final_score(self) -> Tensor:
-        """(K,): the sequence score where a text ends and is scored, else 0."""
+        """Return (K,) float32: the sequence score where a text ends and is scored, else 0."""
         if self.after.score is not None:
             return torch.where(self.scored, self.after.score, 0.0).float()
         if self.finished is None or self.finished.score is None:
@@ -165,7 +216,7 @@ class Transitions:
         return self.at_end(self.finished.score)
 
     def at_end(self, values: Tensor) -> Tensor:
-        """(K,) zeros, with `values` (B,) where a text ends and its score is due."""
+        """Return (K,) float32: `values` (B,) where a text ends and is scored, else 0."""
         out = torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         if self.finished_at is None:
             return out
@@ -174,7 +225,7 @@ class Transitions:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What an env offers its reward terms."""
+    """What an env offers to its reward terms."""
 
     spec: TokenSpec
     task: Task
@@ -196,17 +247,16 @@ class Context:
 
     @property
     def causal_scorer(self) -> Scorer | None:
-        """The scorer, if it scores every prefix."""
+        """The scorer where it scores every prefix, else None."""
         return self.task.scorer if isinstance(self.task.scorer, Scorer) else None
 
     @property
     def step_scorer(self) -> Scorer | None:
-        """What scores the steps of a text: the task's own step scorer, or else its causal
-        scorer."""
+        """The scorer of a text's steps: the task's own step scorer, or else its causal scorer."""
         return self.task.step_scorer or self.causal_scorer
 
     def has(self, need: str) -> bool:
-        """Whether the env has one of `NEEDS`."""
+        """Return whether the env has `need`, one of `NEEDS`."""
         scorer = self.scorer
         return {
             "scorer": scorer is not None,
@@ -239,7 +289,7 @@ NEEDS = {
     "step ends": "tokens that end a step (step_end_token_ids=)",
     "oracle": "a task whose optimum is known, such as tokenenv/DelayedKey-v0",
 }
-"""What a term may need of an env, and how a user is told."""
+"""What a term may need of an env, and the words in which an error names it."""
 
 
 class RewardTerm:
@@ -256,20 +306,25 @@ class RewardTerm:
     None: not stated."""
     preserves_gradient: bool | None = None
     """Whether reward-to-go (and GAE) on these rewards estimates the gradient of the expected score
-    without bias."""
+    without bias. None: not stated."""
     models: Sequence[Any] = ()
-    """Causal models whose states the term reads; run once a step whoever reads them."""
+    """Causal models whose states the term reads. Each is run once a step, however many terms read
+    it."""
     pays_score: bool = False
     """True for a term that pays or redistributes the sequence score: nothing is paid at an unscored
     truncation."""
     has_potential: bool = False
     """True where the term is potential-based and defines `potential`."""
     has_memory: bool = False
-    """True where the term carries a number along each text and defines `remember`."""
+    """True where the term carries a memory along each text and defines `remember`."""
+    memory_shape: tuple[int, ...] = ()
+    """The shape of one text's memory; () is one number. `bind` may set it, where it depends on a
+    model."""
+    memory_dtype: torch.dtype = torch.float32
+    """The memory's dtype, one of `MEMORY_DTYPES`."""
 
     def bind(self, context: Context) -> None:
-        """Called once by the env; checks `needs` and lets the term take what it wants from
-        `context`."""
+        """Check `needs` and take what the term wants from `context`. The env calls it once."""
         if hasattr(self, "withheld"):
             raise InvalidArgument(
                 f"{type(self).__name__} sets withheld, which is called pays_score now."
@@ -277,111 +332,202 @@ class RewardTerm:
         for need in sorted(self.needs):
             if not context.has(need):
                 raise InvalidArgument(
-                    f"reward={self.name!r} needs {NEEDS[need]}, which this env has not; "
+                    f"reward={self.name!r} needs {NEEDS[need]}, which this env does not have; "
                     "reward= also takes a rule or a term of your own."
                 )
 
+    def wrapped(self) -> Sequence["RewardTerm"]:
+        """Return the terms that this one wraps, and those that they wrap. Their memory and their
+        statistics stand under their own names, so each name must be an own one once bound."""
+        return ()
+
     def reward(self, batch: Transitions) -> Tensor:
-        """Causal and policy-dependent terms: rewards (K,) of K transitions, unweighted."""
+        """Return the rewards (K,) of K transitions, unweighted. Causal and policy-dependent terms
+        define it."""
         raise TypeError(f"{type(self).__name__} defines neither reward() nor place()")
 
     def potential(self, states: States) -> Tensor:
-        """Potential-based terms: Phi (K,) of K running texts, unweighted."""
+        """Return Phi (K,) of K running texts, unweighted. Potential-based terms define it."""
         raise TypeError(f"{type(self).__name__} sets has_potential but does not define potential()")
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
-        """Terms with memory: the number (K,) carried from `states` on, which `tokens` (K,) led to;
-        `memory` is the number before them, or None where the texts begin. Read it as
-        `states.memory[self.name]`."""
+        """Return the memory (K, *memory_shape) of K texts in `states`. Terms with memory define it.
+
+        `tokens` (K,) are the tokens that led to `states`, and `memory` is the memory before them,
+        or None where the texts begin (`tokens` are then the last ones of the prompts). A term reads
+        its memory as `states.memory[self.name]`.
+        """
         raise TypeError(f"{type(self).__name__} sets has_memory but does not define remember()")
 
     def statistics(self) -> Tensor | None:
-        """Numbers (p,) on the env's device that change with training, such as a running scale, or
-        None. An episode keeps those it began with: read them from the batch, never from `self`."""
+        """Return numbers (p,) on the env's device that change with training, such as a running
+        scale, or None. An episode keeps those that it began with: read them from the batch, never
+        from `self`."""
         return None
 
     def save_statistics(self) -> Tensor | np.ndarray | None:
-        """What `statistics` are computed from, float64, as a tensor on the env's device or as an
-        array; None where there is nothing to save. Asked at every step, so that an interrupted one
-        teaches nothing: it must not wait for the device."""
+        """Return what `statistics` are computed from, float64, as a tensor on the env's device or
+        as an array; None where there is nothing to save.
+
+        The env asks at every step, so that an interrupted step teaches nothing. It must therefore
+        not wait for the device.
+        """
         return None
 
     def load_statistics(self, saved: Tensor | np.ndarray) -> None:
-        """Goes on from what `save_statistics` returned, as a tensor or as an array."""
+        """Go on from what `save_statistics` returned, as a tensor or as an array."""
         raise TypeError(
             f"{type(self).__name__} has statistics but does not define load_statistics()"
         )
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """Hindsight terms: rewards (B, T) of the tokens of B finished texts, unweighted; their sum
-        is paid at the end."""
+        """Return the rewards (B, T) of the tokens of B finished texts, unweighted. Hindsight terms
+        define it; the sum of a text's rewards is paid at its end."""
         raise TypeError(f"{type(self).__name__} is a hindsight term and does not define place()")
+
+
+MEMORY_DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+)
+"""What a memory may hold: the dtypes that NumPy, safetensors and torch's indexing all have, so that
+it can be saved and forked."""
+
+
+def check_memory(term: RewardTerm, device: torch.device) -> None:
+    """Raise `InvalidArgument` unless a memory as the term declares it can be kept and saved."""
+    shape, dtype = term.memory_shape, term.memory_dtype
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InvalidArgument(
+            f"the term {term.name!r} has memory_shape={shape!r}; allowed: a tuple of whole "
+            "numbers, 1 or more, such as () or (3,)."
+        )
+    if dtype not in MEMORY_DTYPES or (device.type == "mps" and dtype == torch.float64):
+        allowed = ", ".join(str(one) for one in MEMORY_DTYPES)
+        raise InvalidArgument(
+            f"the term {term.name!r} has memory_dtype={dtype!r}, which cannot be kept on "
+            f"{device.type!r} and saved; allowed: {allowed}."
+        )
+
+
+def read_memory(term: RewardTerm, memory: Tensor, count: int) -> Tensor:
+    """Return a copy of what `remember` gave for `count` texts, if its shape and dtype are as the
+    term declares them.
+
+    One floating-point dtype is converted to another, since a score is in float64 where its sum
+    would drift in float32. It is a copy, because a term may well return the scores or its old
+    memory themselves, and the env writes into what it keeps.
+    """
+    shape, dtype = (count, *term.memory_shape), term.memory_dtype
+    given = "no tensor"
+    if isinstance(memory, Tensor):
+        both_float = memory.is_floating_point() and dtype.is_floating_point
+        if memory.shape == shape and (memory.dtype == dtype or both_float):
+            return memory.to(dtype, copy=True)
+        given = f"shape {tuple(memory.shape)} and {memory.dtype}"
+    raise InvalidArgument(
+        f"remember() of the term {term.name!r} returned {given}; its memory_shape and memory_dtype "
+        f"declare shape {shape} and {dtype}."
+    )
 
 
 @dataclass(slots=True)
 class RewardSum:
-    """The terms of an env, weighted and added."""
+    """The terms of an env: those that are weighted and added up, and those that are watched."""
 
     terms: dict[str, RewardTerm]
+    """The terms of the reward, by name."""
     max_new_tokens: int
+    watched: dict[str, RewardTerm] = field(default_factory=dict)
+    """Terms whose numbers are recorded, unweighted, and never paid."""
+    every: dict[str, RewardTerm] = field(init=False)
+    """All of these and the terms that they wrap, by name: whatever has a memory or learns."""
     causal: list[str] = field(init=False)
+    """Names of the causal and policy-dependent terms: the reward's, then watched ones."""
     hindsight: list[str] = field(init=False)
+    """Names of the hindsight terms: the reward's, then watched ones."""
+    shaped: list[str] = field(init=False)
+    """Names of the reward's potential-based terms."""
+    with_memory: dict[str, RewardTerm] = field(init=False)
+    """The terms that carry a memory along each text, wrapped ones included."""
 
     def __post_init__(self) -> None:
-        self.hindsight = [name for name, term in self.terms.items() if term.kind == "hindsight"]
-        self.causal = [name for name in self.terms if name not in self.hindsight]
+        both = self.terms | self.watched
+        self.every = _with_wrapped(both)
+        self.hindsight = [name for name, term in both.items() if term.kind == "hindsight"]
+        self.causal = [name for name in both if name not in self.hindsight]
+        self.shaped = [name for name, term in self.terms.items() if term.has_potential]
+        self.with_memory = {name: term for name, term in self.every.items() if term.has_memory}
+
+    @property
+    def names(self) -> list[str]:
+        """The S names of all terms, causal ones first: the order of `RewardEngine.token_terms`."""
+        return [*self.causal, *self.hindsight]
 
     def paid(self, batch: Transitions, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The causal and policy-dependent terms' weighted rewards (K,); `weights` are (K,)."""
-        return {
-            name: weighted(weights[name], self.terms[name].reward(batch)) for name in self.causal
-        }
+        """Return the numbers (K,) float32 of the causal and policy-dependent terms; `weights` (K,)
+        are those of the reward's terms, and a watched term's number is not weighted."""
+        found = {}
+        for name in self.causal:
+            if name in self.watched:
+                found[name] = self.watched[name].reward(batch).float()
+            else:
+                found[name] = weighted(weights[name], self.terms[name].reward(batch))
+        return found
 
-    def placed(
-        self, texts: FinishedTexts, scored: Tensor, weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The hindsight terms' weighted rewards (B, T); `scored` and `weights` are (B,)."""
-        texts.scored = scored
-        return {
-            name: weighted(weights[name][:, None], self._place(self.terms[name], texts))
-            for name in self.hindsight
-        }
-
-    def _place(self, term: RewardTerm, texts: FinishedTexts) -> Tensor:
-        return torch.where(
-            texts.earning_mask(term, self.max_new_tokens),
-            term.place(texts, self.max_new_tokens),
-            0.0,
-        )
-
-    @property
-    def has_potential(self) -> bool:
-        """Whether a term is potential-based."""
-        return any(term.has_potential for term in self.terms.values())
-
-    @property
-    def with_memory(self) -> dict[str, RewardTerm]:
-        """The terms that carry a number along each text."""
-        return {name: term for name, term in self.terms.items() if term.has_memory}
+    def placed(self, texts: FinishedTexts, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the numbers (B, T) float32 of the hindsight terms; `weights` (B,) as in `paid`."""
+        found = {}
+        for name in self.hindsight:
+            term = self.every[name]
+            mask = texts.earning_mask(term, self.max_new_tokens)
+            values = torch.where(mask, term.place(texts, self.max_new_tokens), 0.0)
+            unweighted = name in self.watched
+            found[name] = values.float() if unweighted else weighted(weights[name][:, None], values)
+        return found
 
     def statistics(self) -> dict[str, Tensor]:
-        """The present statistics (p,) of the terms that have any."""
-        every = ((name, term.statistics()) for name, term in self.terms.items())
+        """Return the present statistics (p,) of the terms that have any, wrapped ones included."""
+        every = ((name, term.statistics()) for name, term in self.every.items())
         return {name: statistics for name, statistics in every if statistics is not None}
 
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
-        """The weighted sum of the potentials (K,), or None where no term is potential-based."""
-        shaped = {name: term for name, term in self.terms.items() if term.has_potential}
-        parts = [weighted(weights[name], term.potential(states)) for name, term in shaped.items()]
+        """Return the weighted sum (K,) of the potentials, or None where no term has one."""
+        parts = [
+            weighted(weights[name], self.terms[name].potential(states)) for name in self.shaped
+        ]
         return torch.stack(parts).sum(0) if parts else None
 
 
+def _with_wrapped(terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
+    """The terms and all that they wrap, by name; raises where two of them have one name."""
+    every = dict(terms)
+    for term in terms.values():
+        for inner in term.wrapped():
+            if inner.name in every:
+                raise InvalidArgument(
+                    f"reward= has a term called {inner.name!r}, which is the name of a wrapped "
+                    "term; give one of them another name."
+                )
+            every[inner.name] = inner
+    return every
+
+
 def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
-    """Their product, float32; 0 of a term that is switched off, also where its reward is -inf (a
-    token the reference has not)."""
+    """Return their product, float32. A weight of 0 gives 0, also where the reward is -inf (a token
+    that the reference lacks)."""
     return torch.where(weight == 0, 0.0, weight * rewards).float()
 
 
 def weight_now(weight: Weight, tokens_seen: int) -> float:
-    """A weight's value now; a schedule is asked with the tokens the env has seen."""
+    """Return a weight's present value; a schedule is asked with the tokens that the env has
+    seen."""
     return float(weight(tokens_seen) if callable(weight) else weight)

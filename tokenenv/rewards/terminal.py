@@ -6,11 +6,11 @@ from tokenenv.rewards.term import RewardTerm, Transitions
 
 
 class Terminal(RewardTerm):
-    """r_t = score(text) at the last token, else 0: with KL, the reward of InstructGPT, OpenRLHF and
-    TRL.
+    """The score of the text at its last token, else 0. With KL this is the reward of InstructGPT,
+    OpenRLHF and TRL.
 
     Preserves the return and the policy gradient (it is the return). The signal that reaches token t
-    through GAE decays as lambda^(T-t); compare with lambda = 1 before blaming sparsity.
+    through GAE decays as lambda^(T-t), so compare with lambda = 1 before you blame sparsity.
     """
 
     name = "terminal"
@@ -25,8 +25,8 @@ class Terminal(RewardTerm):
 
 
 class MissingEOS(RewardTerm):
-    """r_t = -1 at a truncated text's last token, else 0; the weight is the penalty. Changes the
-    return on purpose."""
+    """The penalty for a text that is cut and scored: r_t = -1 at its last token, else 0. The weight
+    is the size of the penalty. It changes the return on purpose."""
 
     name = "missing_eos"
     pays_score = True

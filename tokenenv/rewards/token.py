@@ -6,17 +6,16 @@ from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, Transition
 
 
 class Token(RewardTerm):
-    """r_t = f(x, y_<=t), the reward model's score at token t; the sequence score is their sum.
+    """The reward model's score of each token: r_t = f(x, y_<=t). The sequence score is their sum.
 
-    Preserves the return (the sum is the score) and the policy gradient. A model trained so that the
-    sum of its scores is unbounded rewards length; see the model cards for how the bundled ones
-    avoid it.
+    Preserves the return (the sum is the score) and the policy gradient. A model whose scores add up
+    to something unbounded rewards length; the model cards say how the bundled ones avoid it.
 
-    With a reward model that reads finished texts only (another tokenizer, or attention that looks
-    ahead) the scores are placed in hindsight, aligned to the policy's tokens: the sum is still the
-    score, but a token's share may then depend on later tokens, and reward-to-go loses the part of
-    the gradient that it drops. One that is causal and reads the policy's tokens, but is run on
-    whole texts only (by vLLM), places what it would have paid.
+    A reward model that reads finished texts only (another tokenizer, or attention that looks ahead)
+    has its scores placed in hindsight, aligned to the policy's tokens. The sum is still the score,
+    but a token's share may then depend on later tokens, and reward-to-go loses that part of the
+    gradient. A model that is causal and reads the policy's tokens, but is run on whole texts only
+    (by vLLM), places what it would have paid.
     """
 
     name = "token"

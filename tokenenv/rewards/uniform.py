@@ -1,4 +1,4 @@
-"""The score spread evenly over the tokens: the control every redistribution must beat."""
+"""The score, shared out evenly: the control that every redistribution must beat."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from tokenenv.rewards.term import FinishedTexts
 
 
 class Uniform(Redistribution):
-    """r_t = score / T for each of the T tokens.
+    """The score, shared out evenly: r_t = score / T for each of the T own tokens.
 
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen).
@@ -16,7 +16,7 @@ class Uniform(Redistribution):
     name = "uniform"
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): equal shares on the tokens that may be paid."""
+        """(B, T): equal shares on the own tokens."""
         assert texts.score is not None
         own = texts.own_mask(max_new_tokens).float()
         return own * (texts.score / own.sum(1).clamp(min=1))[:, None]

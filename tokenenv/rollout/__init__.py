@@ -1,2 +1,2 @@
-"""Engines that write whole texts, for agents with `rollout=`: vLLM in this process, and on a
+"""Engines that write whole texts for agents with `rollout=`: vLLM in this process, and vLLM on a
 server."""

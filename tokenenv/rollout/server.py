@@ -1,6 +1,6 @@
-"""Texts by a running vLLM server: the same episodes, from another process or another machine.
+"""Texts written by a running vLLM server, in another process or on another machine.
 
-Start it with what it has to share with the policy, and with its routes for training open:
+The server is started with the policy's model and with its routes for training open:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 """
@@ -18,27 +18,35 @@ from tokenenv.types import TokenSpec, Written
 from .weights import lora_config, save_adapter, save_weights, transformers_model
 
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What a server would otherwise take from the model's generation config."""
+"""Sampling options that keep the policy's distribution whole. A server takes those that a request
+does not name from the model's generation config."""
 
 
 class VLLMServerEngine:
     """Writes the policy's texts on a vLLM server: a `RolloutEngine`.
 
     Args:
-        model: the policy's transformers model; `sync` takes its weights as they are then.
+        model: the policy's transformers model. `sync` takes its weights as they are at that time.
         spec: the env's.
         url: of the server.
         temperature: of sampling.
         num_texts: how many texts run side by side.
-        dtype: unused: the server has its own.
-        weight_sync: "disk", safetensors in `weights_dir`; or "nccl", between GPUs, by a server that
-            was started with `--weight-transfer-config '{"backend": "nccl"}'`. Adapters of
-            `lora_rank` are swapped instead, by disk, on a server with `--enable-lora` and
+        dtype: not used, since the server has a dtype of its own. It is here because all engines
+            take it.
+        weight_sync: "disk" writes safetensors into `weights_dir`. "nccl" sends weights between
+            GPUs, to a server that was started with
+            `--weight-transfer-config '{"backend": "nccl"}'`. An adapter of `lora_rank` is written
+            to disk and swapped instead, on a server with `--enable-lora` and
             VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
-        weights_dir: a folder that both see; by default one in the system's temporary folder, for a
-            server on this machine.
-        api_key, timeout, retries: see `VLLMServer`; the time-out is that of one text, or of one
-            hand-over of weights.
+        weights_dir: a folder that this process and the server see. By default it is a new one in
+            the system's temporary folder, which does for a server on this machine.
+        api_key, timeout, retries: see `VLLMServer`. The time-out, in seconds, is that of one text,
+            or of one hand-over of weights.
+
+    Raises:
+        InvalidArgument: the model or an argument is not allowed, or the server's log-probs do not
+            know the temperature.
+        ServerError: the server does not answer.
     """
 
     def __init__(
@@ -57,18 +65,15 @@ class VLLMServerEngine:
         retries: int = 3,
     ) -> None:
         check_choice("weight_sync", weight_sync, ("disk", "nccl"))
-        self.model, self.weight_sync, self.temperature = (
-            transformers_model(model),
-            weight_sync,
-            temperature,
-        )
+        self.model, self.weight_sync = transformers_model(model), weight_sync
+        self.temperature = temperature
         self.lora = lora_config(self.model)
         self.server = VLLMServer(url, api_key=api_key, timeout=timeout, retries=retries)
-        self._temporary = (
-            TemporaryDirectory(prefix="tokenenv-vllm-") if weights_dir is None else None
-        )
+        # The object is kept: the folder is removed when nothing refers to it any more.
+        self._temporary = None if weights_dir else TemporaryDirectory(prefix="tokenenv-vllm-")
         self._folder = Path(weights_dir or self._temporary.name)  # type: ignore[union-attr]
         self._stops = list(spec.stop_token_ids)
+        # One thread for each text: all that it does is to wait for the server's answer.
         self._pool = ThreadPoolExecutor(num_texts)
         self._running: dict[Future[Written], int] = {}
         self._transfer: Any = None
@@ -76,17 +81,13 @@ class VLLMServerEngine:
         self.sync()
 
     def _check_logprobs(self, spec: TokenSpec) -> None:
-        """A log-prob that knows no temperature is not the policy's. At top_k=1 nothing is left to
-        chance, if it shows."""
+        """Raise `InvalidArgument` where the server gives log-probs before the temperature, which
+        are not those of the distribution that tokens are drawn from."""
         if self.temperature == 1.0:
             return
-        body = {
-            "model": self.server.model,
-            "prompt": [spec.pad_token_id],
-            "max_tokens": 1,
-            "logprobs": 0,
-            "top_k": 1,
-        }
+        # With top_k=1 one token is left, whose log-prob after all processing is 0.
+        body = {"prompt": [spec.pad_token_id], "max_tokens": 1, "logprobs": 0, "top_k": 1}
+        body["model"] = self.server.model
         (choice,) = self.server.ask("/v1/completions", body)["choices"]
         if abs(choice["logprobs"]["token_logprobs"][0]) > 1e-6:
             raise InvalidArgument(
@@ -96,13 +97,13 @@ class VLLMServerEngine:
             )
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
-        """Begins a text; see `RolloutEngine`."""
-        self._running[
-            self._pool.submit(self._write, key, [int(token) for token in prompt], max_tokens, seed)
-        ] = key
+        """Begin a text; see `RolloutEngine`."""
+        ids = [int(token) for token in prompt]
+        self._running[self._pool.submit(self._write, key, ids, max_tokens, seed)] = key
 
     def ended(self) -> list[Written]:
-        """Waits until at least one text has ended; see `RolloutEngine`. Raises `ServerError`."""
+        """Wait until at least one text has ended, and return those that have; see `RolloutEngine`.
+        Raise `ServerError` where the server does not answer."""
         done = wait(self._running, return_when=FIRST_COMPLETED).done
         for future in done:
             del self._running[future]
@@ -115,6 +116,7 @@ class VLLMServerEngine:
             "max_tokens": max_tokens,
             "seed": seed,
             "temperature": self.temperature,
+            # The env's stop ids alone end a text: the model's own may be others.
             "stop_token_ids": self._stops,
             "ignore_eos": True,
             "logprobs": 0,
@@ -126,11 +128,13 @@ class VLLMServerEngine:
             return Written(key, choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     def sync(self) -> None:
-        """Hands the model's weights over while the running texts stand still; see `RolloutEngine`.
-        Raises `ServerError`."""
+        """Hand the model's weights over while the running texts stand still; see `RolloutEngine`.
+        Raise `ServerError` where the server does not answer."""
         self.server.ask("/pause", mode="keep")
         try:
             self._hand_over()
+            # Keys and values in the cache are of the old weights. The running texts are read again
+            # with the new ones, and go on from there.
             self.server.ask("/reset_prefix_cache", reset_running_requests="true")
         finally:
             self.server.ask("/resume")
@@ -159,30 +163,30 @@ class VLLMServerEngine:
             self._transfer.send_weights()
 
     def abort(self) -> None:
-        """Forgets the running texts; the server writes them to their end."""
+        """Forget the running texts. The server writes them to their end."""
         for future in self._running:
             future.cancel()
         self._running.clear()
 
 
 class ServerTransferClient:
-    """What vLLM's weight transfer asks of the receiving side, of a server."""
+    """The receiving side of vLLM's weight transfer, where that is a server."""
 
     def __init__(self, server: VLLMServer) -> None:
         self._server = server
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Opens the receiving end."""
+        """Open the receiving end."""
         self._server.ask("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Weights are to come."""
+        """Tell the server that weights are to come."""
         self._server.ask("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """Receives weights."""
+        """Have the server receive weights."""
         self._server.ask("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All have come."""
+        """Tell the server that all weights have come."""
         self._server.ask("/finish_weight_update", {"weight_version": weight_version})

@@ -1,8 +1,8 @@
-"""vLLM in this process: the policy's texts, token rewards and reference log-probs. The only module
-that imports vllm.
+"""vLLM in this process: it writes the policy's texts, and gives token rewards and reference
+log-probs of whole texts. This is the only module that imports vllm.
 
-Whole texts only: vLLM's prefix cache is not read for token rewards and prompt log-probs, so that
-stepping would recompute every prefix; stepping uses the local cache.
+Single steps use the local cache instead: vLLM reads no prefix cache for token rewards and prompt
+log-probs, so it would recompute every prefix.
 """
 
 import os
@@ -21,25 +21,29 @@ from tokenenv.types import TokenSpec, Written
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
 
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Environment variables of vLLM on a CPU, where they are not set: 1 GiB of caches (its default is
-nearly all memory), and threads that are left where they are."""
+"""Environment variables for vLLM on a CPU, where they are not set: 1 GiB of caches (its default is
+nearly all memory), and threads that are not bound to cores."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM makes room for."""
+"""The ranks for which vLLM can make room."""
 ADAPTER = ("policy", 1)
-"""Name and number of the policy's adapter."""
+"""The name and number of the policy's adapter in vLLM."""
 
 
 def start_vllm(model: str | os.PathLike[str], **options: Any) -> Any:
-    """A `vllm.LLM` in this process, for token ids alone; on a CPU with small caches and no
-    compilation.
+    """Start a `vllm.LLM` in this process, for token ids alone; on a CPU with small caches and
+    without compilation.
 
-    `options` are those of `vllm.LLM`, such as `gpu_memory_utilization=0.4`.
+    Args:
+        model: a hub id or a folder.
+        **options: of `vllm.LLM`, such as `gpu_memory_utilization=0.4`.
+
+    Raises:
+        MissingDependency: vLLM is not installed.
     """
-    # In one process weights are handed over as they are. A value that is set, "1" say, is kept.
+    # In one process weights can be handed over as tensors. A value that the user has set is kept.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault(
-        "VLLM_LOGGING_LEVEL", "ERROR"
-    )  # it says much, and warns of the tokenizer that is left out
+    # vLLM logs much, and warns of the tokenizer that is left out here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -59,17 +63,18 @@ class VLLMEngine:
     """Writes the policy's texts with vLLM in this process: a `RolloutEngine`.
 
     Args:
-        model: the policy's transformers model; `sync` takes its weights as they are then.
+        model: the policy's transformers model. `sync` takes its weights as they are at that time.
         spec: the env's.
-        temperature: of sampling; log-probs are those of the distribution that was drawn from.
+        temperature: of sampling. Log-probs are those of the distribution that tokens are drawn
+            from.
         num_texts: how many texts run side by side.
         dtype: "float32" or "bfloat16", of vLLM's copy of the weights.
-        weight_sync: how weights get there: "memory" (one worker, in this process); "disk"
-            (safetensors, for workers in processes of their own); "nccl" or "ipc", vLLM's own weight
-            transfer between GPUs; "auto": "memory" where that can be, else "nccl" on GPUs and
-            "disk" elsewhere. Adapters of `lora_rank` are swapped instead, by disk.
-        **options: further options of `vllm.LLM`: `tensor_parallel_size`, `gpu_memory_utilization`,
-            ...
+        weight_sync: how weights get to vLLM. "memory" hands tensors to the one worker in this
+            process. "disk" writes safetensors, for workers in processes of their own. "nccl" and
+            "ipc" are vLLM's own transfer between GPUs. "auto" is "memory" where that can be, else
+            "nccl" on GPUs and "disk" elsewhere. An adapter of `lora_rank` is written to disk and
+            swapped instead.
+        **options: of `vllm.LLM`, such as `tensor_parallel_size` and `gpu_memory_utilization`.
     """
 
     def __init__(
@@ -84,24 +89,20 @@ class VLLMEngine:
         **options: Any,
     ) -> None:
         check_choice("weight_sync", weight_sync, ("auto", "memory", "disk", *TRANSFERS))
-        self.model, self._folder = (
-            transformers_model(model),
-            TemporaryDirectory(prefix="tokenenv-vllm-"),
-        )
+        self.model = transformers_model(model)
+        self._folder = TemporaryDirectory(prefix="tokenenv-vllm-")
         self.lora = lora_config(self.model)
         save_weights(self.model, Path(self._folder.name))
-        lengths = {
+        # The user's options win over the sizes, and what the log-probs depend on wins over them.
+        sizes = {
             "max_model_len": spec.max_prompt_tokens + spec.max_new_tokens,
             "max_num_seqs": num_texts,
         }
-        fixed = {
-            "dtype": dtype,
-            "logprobs_mode": "processed_logprobs",
-            **self._lora_options(),
-            **transfer_options(weight_sync),
-        }
-        self.llm = start_vllm(self._folder.name, **{**lengths, **options, **fixed})
+        fixed = {"dtype": dtype, "logprobs_mode": "processed_logprobs"}
+        fixed |= self._lora_options() | transfer_options(weight_sync)
+        self.llm = start_vllm(self._folder.name, **(sizes | options | fixed))
         self.weight_sync = self._choose(weight_sync)
+        # The env's stop ids alone end a text: the model's own may be others.
         self._sampling = {
             "temperature": temperature,
             "stop_token_ids": list(spec.stop_token_ids),
@@ -115,30 +116,26 @@ class VLLMEngine:
     def _lora_options(self) -> dict[str, Any]:
         if not self.lora:
             return {}
-        rank = self.lora.r
-        return {
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": next(r for r in LORA_RANKS if r >= rank),
-        }
+        room = next(rank for rank in LORA_RANKS if rank >= self.lora.r)
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
     def _choose(self, weight_sync: str) -> str:
+        """Return how weights get to vLLM, with "auto" decided."""
         from vllm.platforms import current_platform
 
-        one_process = (
-            os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" and self.num_workers == 1
-        )
         if weight_sync != "auto":
             return weight_sync
+        no_processes = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+        one_process = no_processes and self.num_workers == 1
         return "memory" if one_process else "disk" if current_platform.is_cpu() else "nccl"
 
     @property
     def num_workers(self) -> int:
-        """The workers that share the model."""
+        """The number of workers that share the model."""
         return self.llm.llm_engine.vllm_config.parallel_config.world_size
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
-        """Begins a text; see `RolloutEngine`."""
+        """Begin a text; see `RolloutEngine`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -150,39 +147,35 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             **self._sampling,
         )
-        self.llm.llm_engine.add_request(
-            str(key), *_requests([prompt]), params, lora_request=self._lora_request()
-        )
+        [request] = _requests([prompt])
+        lora = self._lora_request()
+        self.llm.llm_engine.add_request(str(key), request, params, lora_request=lora)
         self._running.add(key)
 
     def ended(self) -> list[Written]:
-        """Runs until at least one text has ended; see `RolloutEngine`."""
+        """Run until at least one text has ended, and return those that have; see
+        `RolloutEngine`."""
         found: list[Written] = []
         while self._running and not found:
-            found = [
-                self._written(output) for output in self.llm.llm_engine.step() if output.finished
-            ]
+            outputs = self.llm.llm_engine.step()
+            found = [self._written(output) for output in outputs if output.finished]
         return found
 
     def _written(self, output: Any) -> Written:
-        tokens = list(output.outputs[0].token_ids)
-        logprobs = [
-            known[token].logprob
-            for known, token in zip(output.outputs[0].logprobs, tokens, strict=True)
-        ]
-        self._running.discard(int(output.request_id))
-        return Written(int(output.request_id), tokens, logprobs)
+        key, [text] = int(output.request_id), output.outputs
+        tokens = list(text.token_ids)
+        pairs = zip(text.logprobs, tokens, strict=True)
+        self._running.discard(key)
+        return Written(key, tokens, [known[token].logprob for known, token in pairs])
 
     def sync(self) -> None:
-        """Hands the model's weights over, and has running texts read again with them; see
+        """Hand the model's weights over, and have the running texts read again with them; see
         `RolloutEngine`."""
         if self.lora:
             self._swap_adapter()
         elif self.weight_sync == "memory":
-            self.llm.collective_rpc(
-                "reload_weights",
-                kwargs={"weights_iterator": iter(named_weights(self.model).items())},
-            )
+            weights = iter(named_weights(self.model).items())
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         elif self.weight_sync == "disk":
             save_weights(self.model, Path(self._folder.name))
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
@@ -192,11 +185,12 @@ class VLLMEngine:
                     self.weight_sync, TransferClient(self.llm), self.model, self.num_workers
                 )
             self._transfer.send_weights()
+        # Keys and values in the cache are of the old weights.
         self.llm.reset_prefix_cache(reset_running_requests=True)
 
     def abort(self) -> None:
-        """Drops the running texts, and what is cached of them: what comes next depends on nothing
-        before it."""
+        """Drop the running texts and what is cached of them, so that what comes next depends on
+        nothing before it."""
         self.llm.llm_engine.abort_request([str(key) for key in self._running])
         self._running.clear()
         self.llm.reset_prefix_cache(reset_running_requests=True)
@@ -214,10 +208,11 @@ class VLLMEngine:
 
 
 class LocalVLLM:
-    """vLLM in this process for a `VLLMRewardModel` (`runner="pooling"`) or a `VLLMReference`.
+    """vLLM in this process, as the backend of a `VLLMRewardModel` (with `runner="pooling"`) or of a
+    `VLLMReference`.
 
     Args:
-        model: hub id or folder.
+        model: a hub id or a folder.
         **options: of `vllm.LLM`.
     """
 
@@ -225,25 +220,26 @@ class LocalVLLM:
         self.llm = start_vllm(model, **options)
 
     def token_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output of a token-classification model with one label for every token of each
-        text, float32."""
+        """Return the raw output of a token-classification model with one label, for every token of
+        each text: (len(text),) float32 each."""
         return self._pooled(texts, "token_classify")
 
     def text_scores(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The raw output (1,) of a sequence-classification model with one label for each text,
-        float32."""
+        """Return the raw output of a sequence-classification model with one label, for each text:
+        (1,) float32 each."""
         return self._pooled(texts, "classify")
 
     def prompt_logprobs(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """log p of every token of each text but its first, in nats at temperature 1: (len(text) -
-        1,) float32."""
+        """Return log p of every token of each text except its first, in nats at temperature 1:
+        (len(text) - 1,) float32 each."""
         from vllm import SamplingParams
 
+        # vLLM has to write one token, which is left aside. `prompt_logprobs` of 0 asks for the
+        # tokens that are there, and for no likelier ones.
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         found = []
-        for text, output in zip(
-            texts, self.llm.generate(_requests(texts), params, use_tqdm=False), strict=True
-        ):
+        outputs = self.llm.generate(_requests(texts), params, use_tqdm=False)
+        for text, output in zip(texts, outputs, strict=True):
             pairs = zip(output.prompt_logprobs[1:], text[1:], strict=True)
             found.append(np.asarray([known[token].logprob for known, token in pairs], np.float32))
         return found
@@ -251,6 +247,7 @@ class LocalVLLM:
     def _pooled(self, texts: Sequence[Sequence[int]], task: str) -> list[np.ndarray]:
         from vllm import PoolingParams
 
+        # Without its activation: vLLM's default squashes scores to 0..1.
         params = PoolingParams(use_activation=False)
         outputs = self.llm.encode(_requests(texts), params, pooling_task=task, use_tqdm=False)
         return [output.outputs.data.float().cpu().numpy().reshape(-1) for output in outputs]
@@ -260,12 +257,11 @@ def _requests(texts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": [int(token) for token in text]} for text in texts]
 
 
-# ---------------------------------------------------------------- vLLM's own weight transfer,
-# between GPUs
+# vLLM's own weight transfer, between GPUs.
 
 
 class TransferClient:
-    """What vLLM's weight transfer asks of the receiving side, of an `LLM`."""
+    """The receiving side of vLLM's weight transfer, where that is a `vllm.LLM`."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -273,27 +269,30 @@ class TransferClient:
         self.finish_weight_update = llm.finish_weight_update
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Opens the receiving end."""
+        """Open the receiving end."""
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def update_weights(self, update_info: Any) -> None:
-        """Receives weights."""
+        """Have the workers receive weights."""
         self._llm.update_weights({"update_info": update_info})
 
 
 def transfer_options(weight_sync: str) -> dict[str, Any]:
-    """What `vllm.LLM` must know before it starts, if weights are to come by its own transfer."""
+    """Return the options that `vllm.LLM` needs at its start if weights are to come by its own
+    transfer; none otherwise."""
     if weight_sync not in TRANSFERS:
         return {}
     try:
         from vllm.config import WeightTransferConfig
-    except ImportError:  # said where vLLM is started
+    # That vLLM is missing is said where it is started.
+    except ImportError:
         return {}
     return {"weight_transfer_config": WeightTransferConfig(backend=weight_sync)}
 
 
 def open_transfer(backend: str, client: Any, model: Any, num_workers: int) -> Any:
-    """vLLM's sender of the model's weights; `send_weights()` sends them as they are then."""
+    """Return vLLM's sender of the model's weights. Its `send_weights()` sends them as they are at
+    that time."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     info = TRANSFERS[backend](num_workers)
@@ -316,6 +315,7 @@ def _source(model: Any) -> Any:
 def _nccl(num_workers: int) -> Any:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+    # Port 0 gives a free one. It is closed again here, and opened by the sender.
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A policy's weights as a checkpoint has them: for engines that run the same model in their own
+"""A policy's weights in the form of a checkpoint, for engines that run the same model in their own
 way."""
 
 import copy
@@ -16,7 +16,6 @@ from tokenenv.models.adapters import active_adapters, unwrapped
 ADAPTER_PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
 
-
 PLAIN_LORA: dict[str, Any] = {
     "use_dora": False,
     "use_rslora": False,
@@ -25,13 +24,17 @@ PLAIN_LORA: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-"""What of peft's LoRA goes to vLLM; beside these the rank and the scale."""
+"""The LoRA options that vLLM understands, with the only values that it takes. Rank and scale are
+free."""
 
 
 def transformers_model(model: Any) -> Any:
-    """The transformers model of a policy, without peft's wrapper. Raises `InvalidArgument` unless
-    vLLM can be given it as a checkpoint and, where it has an adapter, as a checkpoint and a LoRA
-    adapter."""
+    """Return the transformers model of a policy, without peft's wrapper.
+
+    Raises:
+        InvalidArgument: vLLM cannot be given the model as a checkpoint, or its adapter as a LoRA
+            adapter beside it.
+    """
     model = unwrapped(model)
     if not hasattr(model, "save_pretrained"):
         raise InvalidArgument(
@@ -44,48 +47,47 @@ def transformers_model(model: Any) -> Any:
         has = ", ".join(f"{name!r} ({config.peft_type.value})" for name, config in pairs)
         raise InvalidArgument(
             f"rollout hands adapters over as plain LoRA of one rank, and {type(model).__name__} "
-            f"has {has}; merge "
-            "them (model.merge_and_unload()) or leave rollout at 'step'."
+            f"has {has}; merge them (model.merge_and_unload()) or leave rollout at 'step'."
         )
     return model
 
 
 def _is_plain_lora(config: Any) -> bool:
-    return config.peft_type.value == "LORA" and all(
-        getattr(config, key) == value for key, value in PLAIN_LORA.items()
-    )
+    plain = (getattr(config, key) == value for key, value in PLAIN_LORA.items())
+    return config.peft_type.value == "LORA" and all(plain)
 
 
 def lora_config(model: Any) -> Any:
-    """peft's config of the adapter that is trained of the model; None where the model's own weights
+    """Return peft's config of the adapter that is trained; None where the model's own weights
     are."""
     names = active_adapters(model)
     return model.peft_config[names[0]] if names else None
 
 
 def named_weights(model: Any) -> dict[str, Tensor]:
-    """The model's own weights under the names that its checkpoint has, adapters left out.
+    """Return the model's own weights, without adapters, by the names that its checkpoint has.
 
-    Tied ones under each of their names: vLLM keeps a packed copy of an output layer that is tied to
-    the embeddings, and takes no new one where the embeddings alone come.
+    Tied weights are there under each of their names: vLLM keeps a packed copy of an output layer
+    that is tied to the embeddings, and does not renew it where the embeddings come alone.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
+    # peft moves the weights that it adapts into a `base_layer`.
     weights = {
-        name.replace(".base_layer.", "."): w
-        for name, w in model.state_dict().items()
+        name.replace(".base_layer.", "."): weight
+        for name, weight in model.state_dict().items()
         if ".lora_" not in name
     }
     return revert_weight_conversion(model, weights)
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Writes config.json and model.safetensors, without adapters: what `vllm serve FOLDER` loads,
-    but for a tokenizer."""
+    """Write config.json and model.safetensors, without adapters and without a tokenizer, for vLLM
+    to load the folder."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    # Copies: safetensors takes no two names for the same memory, as tied weights have.
+    # Copies, because safetensors refuses two names for the same memory, which tied weights have.
     weights = {
         name: weight.to("cpu", copy=True).contiguous()
         for name, weight in named_weights(model).items()
@@ -94,23 +96,16 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Writes the low-rank adapter as peft does, for a LoRA request."""
+    """Write the low-rank adapter in peft's format, for a LoRA request."""
     folder.mkdir(parents=True, exist_ok=True)
+    # A layer names its weights "lora_A.ADAPTER.weight", and an adapter's file "lora_A.weight".
     [adapter] = active_adapters(model)
     pattern = re.compile(rf"(.*\.lora_\w+)\.{re.escape(adapter)}(\.weight)?")
-    own = {
-        match: weight
+    tensors = {
+        ADAPTER_PREFIX + match[1] + (match[2] or ""): weight.to("cpu", copy=True).contiguous()
         for name, weight in model.state_dict().items()
         if (match := pattern.fullmatch(name))
     }
-    names = [ADAPTER_PREFIX + match[1] + (match[2] or "") for match in own]
-    tensors = dict(
-        zip(
-            names,
-            (weight.to("cpu", copy=True).contiguous() for weight in own.values()),
-            strict=True,
-        )
-    )
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     made = lora_config(model)
     config = {
@@ -118,7 +113,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         "task_type": "CAUSAL_LM",
         "r": made.r,
         "lora_alpha": made.lora_alpha,
-        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}),
+        "target_modules": sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors}),
         "bias": "none",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,5 +1,5 @@
-"""What may be shown of text that others wrote, on a terminal, on a page, in a picture, in an error;
-and what may be kept.
+"""Text that others wrote, made safe to show on a terminal, on a page, in a picture or in an error;
+and settings without their secrets, safe to keep.
 
 A generated token, a prompt or a file's name may hold characters that move the cursor, reverse the
 line, or are not seen at all.
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 DOT = "·"
+"""What is shown in the place of such a character."""
 HIDDEN = (
     (0x00, 0x08),  # controls, but tab and line feed
     (0x0B, 0x1F),
@@ -41,41 +42,37 @@ HIDDEN = (
     (0x1D173, 0x1D17A),  # musical format controls
     (0xE0000, 0xE0FFF),  # tags, variation selectors
 )
-"""Code points, first and last: Unicode's categories Cc, Cf, Cs, Zl and Zp but for tab and line
-feed, and what it calls default-ignorable."""
-_HIDDEN = re.compile(
-    "[{}]".format(
-        "".join(f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in HIDDEN)
-    )
-)
+"""Ranges of code points, each with its first and last: Unicode's categories Cc, Cf, Cs, Zl and Zp
+except tab and line feed, and the characters that it calls default-ignorable."""
+_RANGES = (f"{re.escape(chr(first))}-{re.escape(chr(last))}" for first, last in HIDDEN)
+_HIDDEN = re.compile(f"[{''.join(_RANGES)}]")
 _SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"(?<=://)\S*@")
 
 
 def visible(text: str) -> str:
-    """`text` with a dot for each character that steers or hides; tabs and line feeds stay."""
+    """Return `text` with a dot for each character that steers or hides. Tabs and line feeds
+    stay."""
     return _HIDDEN.sub(DOT, text)
 
 
 def javascript_class() -> str:
-    """The same characters as the source of a regular expression with the flags "gu"."""
+    """Return the characters that `visible` replaces, as the source of a JavaScript regular
+    expression with the flags "gu"."""
     return "[{}]".format("".join(f"\\u{{{first:x}}}-\\u{{{last:x}}}" for first, last in HIDDEN))
 
 
 def without_user(text: str) -> str:
-    """`text` whose URLs have lost their user:password@."""
+    """Return `text` without the user:password@ of its URLs."""
     return _USER_IN_URL.sub("", text)
 
 
 def without_secrets(value: Any) -> Any:
-    """A nest of dicts, lists and tuples as a file may keep it: without entries named as keys to a
-    server are, and without users and passwords in URLs."""
+    """Return a nest of dicts, lists and tuples as a file may keep it: without entries that are
+    named like a key to a server, and without users and passwords in URLs."""
     if isinstance(value, Mapping):
-        return {
-            key: without_secrets(entry)
-            for key, entry in value.items()
-            if not _SECRET.search(str(key))
-        }
+        kept = ((key, entry) for key, entry in value.items() if not _SECRET.search(str(key)))
+        return {key: without_secrets(entry) for key, entry in kept}
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(entry) for entry in value)
     return without_user(value) if isinstance(value, str) else value

@@ -1,8 +1,9 @@
-"""Values as people type them, on the command line and in YAML files: YAML 1.2's core schema, and
-what each option wants.
+"""Values as people type them, on the command line and in YAML files, as the type that each option
+wants.
 
-PyYAML reads YAML 1.1, for which `1e-3` is a word, `no` is false and `1:30` is 90. As in Python,
-digits may be grouped (`1_000`), and `inf` and `nan` need no point before them.
+They are read by YAML 1.2's core schema. PyYAML alone reads YAML 1.1, for which `1e-3` is a word,
+`no` is false and `1:30` is 90. As in Python, digits may also be grouped (`1_000`), and `inf` and
+`nan` need no point before them.
 """
 
 import re
@@ -27,54 +28,72 @@ SCALARS = {
     "int": re.compile(_INT),
     "float": re.compile(_FLOAT),
 }
-"""What is more than a word, by YAML's tag; the first that fits the whole of it."""
+"""The scalars that are more than a word, by YAML's tag. The first pattern that fits the whole of a
+word decides."""
 
 
 def scalar(text: str) -> Any:
-    """What a plain word is: None, a bool, a number, or itself."""
+    """Return what a plain word stands for: None, a bool, a number, or itself."""
     kind = next((kind for kind, form in SCALARS.items() if form.fullmatch(text)), "str")
     try:
         return _CONSTRUCT[kind](text)
-    except ValueError:  # of more digits than Python reads
+    # Python refuses numbers of very many digits.
+    except ValueError:
         return text
 
 
 def typed(text: str) -> Any:
-    """What was typed as one argument: a scalar, or a list or mapping in YAML's brackets."""
+    """Return what was typed as one argument: a scalar, or a list or mapping in YAML's brackets."""
     if not text.startswith(("[", "{")):
         return scalar(text)
+    # A word may begin with a bracket too, such as [INST.
     try:
         return from_yaml(text)
-    except InvalidArgument:  # such as [INST]
+    except InvalidArgument:
         return text
 
 
 def from_yaml(text: str, name: str = "text") -> Any:
-    """What a YAML document holds: plain values, lists and mappings.
+    """Return what a YAML document holds: plain values, lists and mappings.
+
+    Args:
+        text: the document.
+        name: its name in errors.
 
     Raises:
-        InvalidArgument: it is no YAML, or has tags, aliases (a small file could stand for a huge
-            value) or a key twice.
+        InvalidArgument: it is no YAML, or has tags, aliases (with which a small file could stand
+            for a huge value) or a key twice.
     """
+    # `_Loader` is a SafeLoader, which makes no objects of a file's choosing.
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InvalidArgument(f"{name} cannot be read as YAML: {reason}.") from error
 
 
 def to_yaml(values: Any) -> str:
-    """A YAML document that `from_yaml` reads as the same values, and in which words that look like
-    numbers are quoted."""
+    """Return a YAML document that `from_yaml` reads as the same values. Words that look like
+    numbers are quoted in it."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
 
 
 def fit(name: str, value: Any, wanted: Any) -> Any:
-    """`value`, typed or read from a file, as the type `wanted` (a type hint) has it: a number where
-    a number is wanted, and the word that was typed where a word is, whatever it looks like.
+    """Return a value, typed or read from a file, as the type that an option wants.
 
-    Raises `InvalidArgument` naming `name` where it is neither.
+    A number is returned where a number is wanted, and the word that was typed where a word is,
+    whatever it looks like.
+
+    Args:
+        name: of the option, for errors.
+        value: a string as it was typed, or what a file holds.
+        wanted: a type hint.
+
+    Raises:
+        InvalidArgument: the value is of none of the types.
     """
+    # Words may be read in several ways, so the order decides: None, bool, number, list or mapping,
+    # and the word itself at last.
     kinds = _kinds(wanted)
     others = kinds - _SCALAR
     found = typed(value) if isinstance(value, str) else value
@@ -96,14 +115,13 @@ def fit(name: str, value: Any, wanted: Any) -> Any:
         return value if isinstance(value, str) else scalar_text(value)
     if isinstance(value, str) and str in kinds:
         return value
-    allowed = " or ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)).replace(
-        "NoneType", "null"
-    )
+    names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    allowed = " or ".join(names).replace("NoneType", "null")
     raise InvalidArgument(f"{name}={value!r:.80} is not allowed; it must be of type {allowed}.")
 
 
 def scalar_text(value: Any) -> str:
-    """A bool or a number as it is typed."""
+    """Return a bool or a number as it is typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -115,7 +133,7 @@ def _float(name: str, value: float) -> float:
 
 
 def _kinds(wanted: Any) -> set[Any]:
-    """The types of which a value of this hint may be."""
+    """Return the types of which a value with a type hint may be."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
         return {kind for part in typing.get_args(wanted) for kind in _kinds(part)}
@@ -148,7 +166,7 @@ _CONSTRUCT: dict[str, Callable[[str], Any]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, and nothing by reference."""
+    """Reads YAML 1.2's core schema, and nothing by reference."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
     yaml_constructors = {None: yaml.SafeLoader.construct_undefined}  # noqa: RUF012

@@ -1,5 +1,5 @@
-"""Smaller action spaces: the reference's likeliest tokens as `Discrete(k)`, and masks of what is
-allowed.
+"""Wrappers that make the action space smaller: the reference's likeliest tokens as `Discrete(k)`,
+and masks of the tokens that are allowed.
 
 Both wrap a vector env of this package in any autoreset mode, with either observation and either
 kind of array. Suffixes: N envs, V vocabulary.
@@ -21,22 +21,27 @@ from tokenenv.wrappers import grammar as grammars
 
 
 class TopKActions(VectorWrapper):
-    """Action i is the reference's i-th likeliest next token, i = 0 .. k - 1: `Discrete(k)`.
+    """An action space `Discrete(k)`: action i is the reference's i-th likeliest next token.
 
-    It makes value-based learners and small policies practical. A stop token is not added: a text
-    can end where one is among the k, so where the reference itself might end it, and is cut at
-    `max_new_tokens` otherwise. Under `kl="policy"` the `logprob` is that of the choice. Over an
-    `ActionMask` the choices are the likeliest allowed tokens; where there are fewer than k, the
-    rest repeat the likeliest, and `action_masks()` rules the repetitions out.
+    It makes value-based learners and small policies practical. No stop token is added: a text can
+    end only where one is among the k, that is, where the reference itself might end it, and is cut
+    at `max_new_tokens` otherwise. Under `kl="policy"` the `logprob` is that of the choice. Over an
+    `ActionMask` the choices are the likeliest allowed tokens. Where fewer than k are allowed, the
+    rest repeat the likeliest one, and `action_masks()` rules the repetitions out.
 
     Args:
         envs: a vector env of this package, wrapped or not.
-        k: 1 to V.
+        k: the number of choices, 1 to V.
+
+    Raises:
+        InvalidArgument: `envs` is no vector env of this package, or takes choices already; or `k`
+            is out of range.
     """
 
     def __init__(self, envs: VectorEnv, k: int) -> None:
+        core = _core(envs, "TopKActions", "k=8")
         super().__init__(envs)
-        self._core = core = _core(envs)
+        self._core = core
         _require_tokens(envs, core)
         if not 1 <= k <= core.token_spec.vocab_size:
             raise InvalidArgument(
@@ -55,37 +60,43 @@ class TopKActions(VectorWrapper):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The env's, and the number of choices: checkpoints hold it."""
+        """The env's identity and the number of choices; checkpoints hold it."""
         inner: Any = self.env
         return {**inner.identity, "TopKActions": {"k": self.k}}
 
     def choices(self) -> np.ndarray:
-        """The tokens (N, k) on offer now, the likeliest first; equally likely ones by id."""
+        """Return the tokens (N, k) int64 on offer now, the likeliest first, equally likely ones by
+        id."""
         ids_Nk, allowed_Nk = self._offer()
         return np.where(allowed_Nk, ids_Nk, ids_Nk[:, :1])
 
     def action_masks(self) -> np.ndarray:
-        """(N, k) bool on the host: the choices that are no repetitions. An `action_mask` observed
-        beneath is the tokens'."""
+        """Return which choices are no repetitions, (N, k) bool on the host. An `action_mask` in the
+        observation is that of the tokens, (N, V)."""
         return self._offer()[1]
 
     def _offer(self) -> tuple[np.ndarray, np.ndarray]:
-        """The k likeliest tokens (N, k), those that are ruled out last, and which are not."""
+        """Return the k likeliest tokens (N, k), those that are ruled out last, and which of them
+        are allowed (N, k) bool."""
         logprobs_NV = torch.as_tensor(self._core.ref_logprobs())
         if self._mask is None:
             ids_Nk = likeliest(logprobs_NV, self.k).cpu().numpy()
             return ids_Nk, np.ones(ids_Nk.shape, bool)
         allowed_NV = self._mask.action_masks()
-        # What the reference never says may be all that is allowed: it still comes before what is
-        # ruled out.
+        # The reference may give -inf to all that is allowed. Such a token is raised to the lowest
+        # finite number, so that it still comes before the tokens that are ruled out.
         possible_NV = logprobs_NV.clamp(min=torch.finfo(logprobs_NV.dtype).min)
         ruled_out_NV = torch.as_tensor(~allowed_NV, device=possible_NV.device)
         ids_Nk = likeliest(possible_NV.masked_fill(ruled_out_NV, -torch.inf), self.k).cpu().numpy()
         return ids_Nk, np.take_along_axis(allowed_NV, ids_Nk, 1)
 
     def step(self, actions: Any) -> Any:
-        """Takes the numbers of the choices (N,), or a dict of them as `token` and their
-        `logprob`."""
+        """Step with the numbers of the choices (N,), or with a dict of them as `token` and their
+        log-probabilities as `logprob`.
+
+        Raises:
+            InvalidAction: a number is no choice; nothing changes.
+        """
         given = actions["token"] if isinstance(actions, Mapping) else actions
         picks = _host(given)
         if picks.shape != (self.num_envs,) or not np.issubdtype(picks.dtype, np.integer):
@@ -105,22 +116,30 @@ class TopKActions(VectorWrapper):
 
 
 class ActionMask(VectorWrapper):
-    """Rules tokens out: those outside the reference's nucleus, or those that a regular expression
-    or a grammar forbids.
+    """Masks that rule tokens out: those outside the reference's nucleus, or those that a regular
+    expression or a grammar forbids.
 
-    `action_masks()` gives (N, V) bool; a token observation gets it as `action_mask` (N, V) int8, so
-    that learners keep it with the episode. A masked token is an error. A stop token is allowed
-    where the text matches, and where nothing else is: where no token of the vocabulary goes on to a
-    match, or a prefix is none. A text that is cut at `max_new_tokens` may be unfinished. Where
-    nothing of the nucleus is allowed, the expression decides alone. `fork` and `load_state` of the
-    env itself return observations without masks; the wrapper's have them.
+    `action_masks()` gives (N, V) bool. A token observation gets it as `action_mask` (N, V) int8, so
+    that learners keep it with the episode. A masked token is an error.
+
+    A stop token is allowed where the text matches, and also where nothing else is allowed: where no
+    token of the vocabulary leads on to a match, or where a prefix given to `reset` cannot become
+    one. A text that is cut at `max_new_tokens` may be unfinished. Where the nucleus and the
+    expression have no token in common, the expression decides alone. `fork` and `load_state` of the
+    env itself return observations without masks; those of the wrapper have them.
 
     Args:
         envs: a vector env of this package, wrapped or not.
         top_p: keeps the fewest likeliest tokens that hold this probability under the reference;
             above 0, below 1.
-        regex: what the whole response must match, a space before its first word aside.
-        grammar: the same as a Lark grammar of llguidance, that space included (`start: " "? ...`).
+        regex: what the whole response must match; a space before its first word is allowed.
+        grammar: what the response must match, as a Lark grammar of llguidance. It has to allow a
+            space before the first word itself (`start: " "? ...`).
+
+    Raises:
+        InvalidArgument: `envs` is no vector env of this package, has such a mask already, or takes
+            choices instead of tokens; or an option is not allowed.
+        MissingDependency: llguidance is not installed.
     """
 
     def __init__(
@@ -131,8 +150,9 @@ class ActionMask(VectorWrapper):
         regex: str | None = None,
         grammar: str | None = None,
     ) -> None:
+        core = _core(envs, "ActionMask", "top_p=0.9")
         super().__init__(envs)
-        self._core = core = _core(envs)
+        self._core = core
         _require_tokens(envs, core)
         _check_mask_options(top_p, regex, grammar)
         if _mask_of(envs) is not None:
@@ -149,7 +169,7 @@ class ActionMask(VectorWrapper):
             self._beginnings = grammars.beginnings(core.token_spec)
         self._masks = np.ones((envs.num_envs, core.token_spec.vocab_size), bool)
         self._masks_of = 0
-        """The texts that they are of, by the env's `changes`."""
+        """The value of the env's `changes` when the masks were made."""
         seen = envs.single_observation_space
         self._in_obs = isinstance(seen, gym.spaces.Dict)
         if isinstance(seen, gym.spaces.Dict):
@@ -159,7 +179,7 @@ class ActionMask(VectorWrapper):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The env's, and what is ruled out: checkpoints hold it."""
+        """The env's identity and what is ruled out; checkpoints hold it."""
         inner: Any = self.env
         return {
             **inner.identity,
@@ -167,28 +187,30 @@ class ActionMask(VectorWrapper):
         }
 
     def action_masks(self) -> np.ndarray:
-        """(N, V) bool on the host: what may come next in each text."""
+        """Return which tokens may come next in each text, (N, V) bool on the host."""
         self._keep_up()
         return self._masks.copy()
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
-        """As the env's."""
+        """Reset as the env does; the observation has the masks."""
         return self._masked(*self.env.reset(seed=seed, options=options))
 
     def fork(self, sources: Any, targets: Any) -> Any:
-        """As the env's."""
+        """Copy running episodes as the env does; the observation has the masks."""
         return self._masked(*self._core.fork(sources, targets))
 
     def load_state(self, saved: dict[str, Any]) -> Any:
-        """As the env's."""
+        """Take up saved episodes as the env does; the observation has the masks."""
         return self._masked(*self._core.load_state(saved))
 
     def step(self, actions: Any) -> Any:
-        """As the env's; raises `InvalidAction` for a token that is not allowed, and nothing
-        changes."""
+        """Step as the env does; raises `InvalidAction` for a token that is not allowed, and then
+        nothing changes."""
         tokens = _host(actions["token"] if isinstance(actions, Mapping) else actions)
         self._check(tokens)
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        # The last observations of SAME_STEP have to fit the space too. No token follows them, so
+        # nothing is ruled out.
         if "final_obs" in infos and self._in_obs:
             anything = _like(np.ones(self._masks.shape, np.int8), infos["final_obs"]["tokens"])
             infos["final_obs"] = {**infos["final_obs"], "action_mask": anything}
@@ -197,7 +219,7 @@ class ActionMask(VectorWrapper):
     def _check(self, tokens: np.ndarray) -> None:
         self._keep_up()
         if tokens.shape != (self.num_envs,) or not np.issubdtype(tokens.dtype, np.integer):
-            return  # The env says what is wrong.
+            return  # The env itself says what is wrong.
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
         allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
         for row in map(int, np.flatnonzero(~allowed)):
@@ -208,17 +230,19 @@ class ActionMask(VectorWrapper):
                 )
 
     def _masked(self, obs: Any, infos: dict[str, Any]) -> Any:
-        """The observation with the masks of the texts as they stand."""
+        """Return the observation with the masks of the texts as they stand, and the infos."""
         self._keep_up()
         if self._in_obs:
             obs = {**obs, "action_mask": _like(self._masks.astype(np.int8), obs["tokens"])}
         return obs, infos
 
     def _keep_up(self) -> None:
-        """Makes the masks anew where the texts have changed, also beneath this wrapper or in a call
+        """Make the masks anew if the texts have changed, be it beneath this wrapper or in a call
         that was interrupted."""
         if self._masks_of != self._core.changes:
-            changes, self._masks = self._core.changes, self._allowed()
+            # The number is kept last, so that an interrupted `_allowed` is made up for next time.
+            changes = self._core.changes
+            self._masks = self._allowed()
             self._masks_of = changes
 
     def _allowed(self) -> np.ndarray:
@@ -237,8 +261,12 @@ class ActionMask(VectorWrapper):
 
 
 def likeliest(scores_NV: Tensor, k: int) -> Tensor:
-    """Ids (N, k) of the k highest scores, the highest first and equal ones by id, which `topk` does
-    not promise."""
+    """Return the ids (N, k) of the k highest scores, the highest first, and equal ones by id.
+
+    `topk` promises no order among equal ones, and so not which of them it takes.
+    """
+    # All ids above the k-th score are taken, and of those equal to it the first ones by id, as many
+    # as there is room for.
     least_N1 = scores_NV.topk(k).values[:, -1:]
     above_NV, equal_NV = scores_NV > least_N1, scores_NV == least_N1
     room_N1 = k - above_NV.sum(1, keepdim=True)
@@ -249,8 +277,8 @@ def likeliest(scores_NV: Tensor, k: int) -> Tensor:
 
 
 def nucleus(logprobs_NV: Tensor, top_p: float) -> Tensor:
-    """(N, V) bool: the fewest likeliest tokens that hold probability `top_p`; the likeliest is
-    always there."""
+    """Return which tokens are in the nucleus, (N, V) bool: the fewest likeliest ones that together
+    have probability `top_p`. The likeliest is always among them."""
     probs_NV, order_NV = logprobs_NV.exp().sort(dim=1, descending=True, stable=True)
     kept_NV = probs_NV.cumsum(1) - probs_NV < top_p
     return torch.zeros_like(kept_NV).scatter(1, order_NV, kept_NV)
@@ -266,8 +294,8 @@ def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | N
 
 
 def _rests(core: TokenVectorEnv, row: int) -> bool:
-    """Whether this text has ended and waits for its reset: what is done to it is the env's to
-    judge."""
+    """Whether the text of this slot has ended and waits for its reset. The action is then no
+    concern of a wrapper: the env ignores or refuses it."""
     response, spec = core.responses()[row], core.token_spec
     return len(response) == spec.max_new_tokens or bool(
         set(response[-1:]) & set(spec.stop_token_ids)
@@ -275,7 +303,7 @@ def _rests(core: TokenVectorEnv, row: int) -> bool:
 
 
 def _mask_of(envs: Any) -> "ActionMask | None":
-    """The `ActionMask` among the wrappers."""
+    """Return the `ActionMask` among the wrappers, or None."""
     while envs is not None and not isinstance(envs, ActionMask):
         envs = getattr(envs, "env", None)
     return envs
@@ -284,16 +312,21 @@ def _mask_of(envs: Any) -> "ActionMask | None":
 def _require_tokens(envs: VectorEnv, core: TokenVectorEnv) -> None:
     if envs.single_action_space != core.single_action_space:
         raise InvalidArgument(
-            "envs takes choices, not tokens; TopKActions goes around everything else, and once."
+            "envs takes choices, not tokens: it has a TopKActions already, which must be the "
+            "outermost wrapper."
         )
 
 
-def _core(envs: VectorEnv) -> TokenVectorEnv:
-    if not isinstance(envs.unwrapped, TokenVectorEnv):
+def _core(envs: Any, wrapper: str, argument: str) -> TokenVectorEnv:
+    """Return the env beneath its wrappers; `wrapper` and its `argument` are named in the error."""
+    core = getattr(envs, "unwrapped", envs)
+    if not isinstance(envs, VectorEnv) or not isinstance(core, TokenVectorEnv):
+        name = repr(envs) if isinstance(envs, str) else type(core).__name__
         raise InvalidArgument(
-            f"envs={type(envs.unwrapped).__name__} is no vector env of this package (gym.make_vec)."
+            f"envs={name} is no vector env of this package; give "
+            f'{wrapper}(gym.make_vec("tokenenv/Reviews-v0", num_envs=8), {argument}), say.'
         )
-    return envs.unwrapped
+    return core
 
 
 def _host(values: Any) -> np.ndarray:
@@ -301,5 +334,6 @@ def _host(values: Any) -> np.ndarray:
 
 
 def _like(values: np.ndarray, other: Any) -> Any:
-    """As a tensor where `other` is one."""
+    """Return `values` as a tensor on the device of `other` where that is a tensor, else as they
+    are."""
     return torch.as_tensor(values, device=other.device) if isinstance(other, Tensor) else values

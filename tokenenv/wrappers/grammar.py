@@ -1,4 +1,4 @@
-"""Which tokens may come next under a regular expression or a grammar, by llguidance.
+"""The tokens that may come next under a regular expression or a grammar, by llguidance.
 
 Suffixes: V vocabulary.
 """
@@ -13,16 +13,20 @@ from tokenenv.models.pieces import TokenPieces
 from tokenenv.types import TokenSpec
 
 SPECIAL = b"\xff"
-"""Begins the name of a token that has no text; no text has this byte."""
+"""The first byte of the name of a token that has no text. No text has this byte."""
 
 
 def compile_matcher(
     spec: TokenSpec, *, regex: str | None = None, grammar: str | None = None
 ) -> Any:
-    """A matcher at the start of a response; raises `InvalidArgument` for an expression that cannot
-    be read.
+    """Make a matcher that stands at the start of a response.
 
-    What is matched is the response's text, a space before its first word left out or not.
+    It matches the response's text. A space before the first word is allowed under `regex`; a
+    grammar has to allow it itself.
+
+    Raises:
+        InvalidArgument: the expression cannot be read, or the task's tokens have no text.
+        MissingDependency: llguidance is not installed.
     """
     try:
         from llguidance import LLMatcher
@@ -49,11 +53,11 @@ def compile_matcher(
 
 
 class Follower:
-    """What may follow the response of one running text.
+    """The tokens that may follow the response of one running text.
 
-    Tokens are matched by their text alone, so one that is the beginning of another (" a" of "
-    amazing") may fit and lead nowhere, where words are single tokens. Those are tried: what nothing
-    can follow is not allowed.
+    Tokens are matched by their text alone. Where every word is one token, a token whose text is the
+    beginning of another's (" a" of " amazing") may fit and still lead nowhere. Such tokens are
+    tried out: one that no token can follow is not allowed.
     """
 
     def __init__(self, start: Any, spec: TokenSpec) -> None:
@@ -63,13 +67,14 @@ class Follower:
         self._read: list[int] | None = []
 
     def follow(self, response: Sequence[int]) -> None:
-        """Moves on to this response: by its last token, or, if it is another text, from the
-        start."""
+        """Read this response: only its last token if the rest is what was read before, else all of
+        it."""
         response = list(response)
         if response == self._read:
             return
         goes_on = bool(response) and response[:-1] == self._read
-        self._read = None  # whatever interrupts the matcher, it starts anew
+        # Whatever interrupts the matcher, it starts anew next time.
+        self._read = None
         if goes_on:
             self._matcher.consume_token(response[-1])
         else:
@@ -78,8 +83,8 @@ class Follower:
         self._read = response
 
     def allowed(self, beginnings: np.ndarray) -> np.ndarray:
-        """(V,) bool, never all False; `beginnings` are the tokens whose text is the beginning of
-        another's."""
+        """Return which tokens are allowed, (V,) bool, never all False; `beginnings` are the tokens
+        whose text is the beginning of another's."""
         read, self._read = self._read, None
         allowed = self._fitting()
         for token in beginnings[allowed[beginnings]]:
@@ -91,7 +96,7 @@ class Follower:
         return allowed
 
     def _fitting(self) -> np.ndarray:
-        """(V,) bool without the stop tokens."""
+        """Return the tokens that fit by their text, (V,) bool; stop tokens never do."""
         if self._matcher.is_stopped() or self._matcher.is_error():
             return np.zeros(self._vocab_size, bool)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -101,8 +106,8 @@ class Follower:
 
 
 def beginnings(spec: TokenSpec) -> np.ndarray:
-    """The tokens whose text is the beginning of another token's, where no token continues within a
-    word."""
+    """Return the ids of the tokens whose text is the beginning of another token's, in vocabularies
+    of whole words; elsewhere a token may go on within a word, and there are none."""
     if not _whole_words(spec.tokenizer):
         return np.zeros(0, np.int64)
     pieces = _pieces(spec)
@@ -124,10 +129,10 @@ def _tokenizer(spec: TokenSpec) -> Any:
 
 
 class _Words:
-    """What llguidance asks of a tokenizer whose tokens are words: it must be able to write any
-    text.
+    """A tokenizer whose tokens are words, as llguidance asks for one.
 
-    So every byte is a token as well, beyond V, where no policy can choose it.
+    llguidance must be able to write any text with it. So every byte is a token as well, with an id
+    beyond V, where no policy can choose it.
     """
 
     bos_token_id = None
@@ -139,7 +144,7 @@ class _Words:
         self.eos_token_id = spec.stop_token_ids[0]
 
     def __call__(self, text: bytes) -> list[int]:
-        """The longest word that fits, from the left; a byte where none does."""
+        """Return the ids of a text: from the left the longest word that fits, or a byte."""
         ids: list[int] = []
         while text:
             i = max(
@@ -156,7 +161,7 @@ def _whole_words(tokenizer: Any) -> bool:
 
 
 def _pieces(spec: TokenSpec) -> list[bytes]:
-    """What each token adds to a text; a special token stands for itself."""
+    """Return what each token adds to a text, V of them; a special token has a name of its own."""
     special = (
         set(spec.tokenizer.all_special_ids)
         | set(spec.stop_token_ids)

@@ -12,9 +12,9 @@ from toy_env import ToyEnv
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import KLQ, PPO, ReinforcePlusPlus
-from tokenenv.agents import agent as agent_module
 from tokenenv.agents.algorithms import policy_gradient
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning import optimise
 from tokenenv.agents.learning.learner import outputs, token_logprobs
 from tokenenv.errors import NotFinite
 from tokenenv.rewards import RewardTerm, Scaled
@@ -48,8 +48,8 @@ def raising(call, at, error):
 
 PLACES = {
     "backward": (torch.Tensor, "backward"),
-    "clip": (agent_module, "clip_grad_norm_"),
-    "gradient": (agent_module, "accumulate_gradient"),
+    "clip": (optimise, "clip_grad_norm_"),
+    "gradient": (optimise, "accumulate_gradient"),
     "before": (policy_gradient, "token_logprobs"),
 }
 

@@ -21,6 +21,7 @@ from tokenenv.agents.config import AgentConfig, learning_rate, run_progress
 from tokenenv.agents.learning import advantages as adv
 from tokenenv.agents.learning.learner import state_values
 from tokenenv.agents.learning.losses import token_weights
+from tokenenv.agents.learning.optimise import minibatches
 from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.agents.run.progress import ProgressLine
 from tokenenv.errors import InvalidArgument
@@ -212,11 +213,11 @@ def test_target_kl_stops_before_the_step():
 
 def test_minibatches_cover_every_episode_once_an_epoch():
     agent = PPO(ToyEnv(2), epochs=3, minibatches=4)
-    drawn = list(agent._minibatches(10))
+    drawn = list(minibatches(10, agent.config, agent.rng))
     assert len(drawn) == 12
     for epoch in range(3):
         assert sorted(np.concatenate(drawn[4 * epoch : 4 * epoch + 4])) == list(range(10))
-    assert [len(rows) for rows in agent._minibatches(2)] == [1] * 6
+    assert [len(rows) for rows in minibatches(2, agent.config, agent.rng)] == [1] * 6
 
 
 def test_adaptive_kl_by_hand():

@@ -87,6 +87,7 @@ def test_the_dual_clip_and_k3_reach_the_loss(settings):
     agent = ReinforcePlusPlus(ToyEnv(4, kl_coef=0.2), **settings)
     batch = EpisodeBatch.stack(agent.collector.collect(60))
     batch.logprob_BT.sub_(2.0)  # a ratio of 7.4
+    agent._policy_before(batch)
     batch.learned["advantage"] = torch.full_like(batch.reward_BT, -1.0)
     batch.ref_logprob_BT.add_(torch.where(torch.arange(T) % 2 == 0, 0.3, 100.0))
     weights_B = torch.full((len(batch),), 1.0 / int(batch.mask_BT.sum()))

@@ -162,7 +162,7 @@ def test_episodes_are_true_in_every_mode(name):
         assert [e.index for e in episodes if e.slot == slot] == list(
             range(int(collector.finished[slot]))
         )
-    running = int(collector._age.sum())
+    running = int(collector.recorder.age.sum())
     assert collector.tokens_seen == sum(len(e.response) for e in episodes) + running
 
 
@@ -212,7 +212,7 @@ def test_episodes_keep_the_log_probs_they_were_sampled_with():
     collector = Collector(ToyEnv(4), actor, seed=5)
     for _ in range(3):
         collector.step()
-    ages = collector._age.copy()
+    ages = collector.recorder.age.copy()
     with torch.no_grad():
         policy.model.lm_head.weight.mul_(3.0)
     actor.refresh()
@@ -253,7 +253,9 @@ def test_kl_policy_env_gets_its_logprobs():
     for _ in range(4):
         collector.step()
         assert isinstance(envs.seen, np.ndarray)
-        np.testing.assert_array_equal(envs.seen, collector._ring[collector._clock, 0].numpy())
+        np.testing.assert_array_equal(
+            envs.seen, collector.recorder._ring[collector.recorder._clock, 0].numpy()
+        )
 
 
 def test_batch_is_padded_and_aligned():

@@ -16,6 +16,7 @@ from tokenenv.agents.rollout.collector import Collector
 N = 4
 FILES = (
     "/rollout/collector.py",
+    "/rollout/recorder.py",
     "/rollout/pairing.py",
     "/rollout/env_rows.py",
     "/helpers/line_env.py",
@@ -56,8 +57,8 @@ def test_at_any_line_of_stepping(mode, group_size, max_staleness):
     functions = {name for name, _ in places}
     assert functions >= {
         "Collector._step",
-        "Collector._record",
-        "Collector._finish",
+        "Recorder.record",
+        "Recorder._episode",
         "LineEnv.step",
     }
     assert len(places) > 20

@@ -71,8 +71,8 @@ BROKEN = {
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
     "version": (
-        lambda data: data.replace(b'"version":"4"', b'"version":"7"'),
-        "has checkpoint version 7; .* reads 4",
+        lambda data: data.replace(b'"version":"5"', b'"version":"7"'),
+        "has checkpoint version 7; .* reads 5",
     ),
 }
 

@@ -1,6 +1,7 @@
 """Episodes in files and as padded tensors: nothing changed, nothing lost, and what the examples
 make of them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def episodes(draw):
         index=0,
         version=draw(st.integers(0, 9)),
         terms=terms,
+        watched={name: column() for name in draw(st.sampled_from([(), ("a", "kl")]))},
     )
 
 
@@ -76,6 +78,9 @@ def test_what_is_written_is_read_bit_for_bit(suffix, some, tmp_path_factory):
             if name != "kl":
                 np.testing.assert_array_equal(np.asarray(row["terms"][name], np.float32), values)
         assert "kl" not in row["terms"]
+        assert list(row["watched"]) == list(episode.watched)
+        for name, values in episode.watched.items():
+            np.testing.assert_array_equal(np.asarray(row["watched"][name], np.float32), values)
         for column in ("score", "gold"):
             value = getattr(episode, column)
             assert (
@@ -92,6 +97,23 @@ def test_what_is_written_is_read_bit_for_bit(suffix, some, tmp_path_factory):
         for line in path.read_text().splitlines():
             json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "arrow"])
+@given(episode=episodes())
+def test_a_watched_number_that_is_none_is_null(suffix, episode, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / f"e.{suffix}"
+    values = np.full(len(episode.response), np.inf, np.float32)
+    values[-1] = 0.5
+    write_episodes(path, [dataclasses.replace(episode, watched={"a": values})])
+    assert read_episodes(path)[0]["watched"] == {"a": [None] * (len(values) - 1) + [0.5]}
+
+
+def test_files_from_before_numbers_were_watched_are_read(tmp_path):
+    row = {**dict.fromkeys(COLUMNS), "terms": {}, **ROWS[0]}
+    del row["watched"]
+    (tmp_path / "e.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_episodes(tmp_path / "e.jsonl") == [row | {"watched": {}}]
 
 
 @given(episode=episodes())

@@ -67,6 +67,13 @@ def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
         assert "".join(e["tokens"]).strip() == e["response"].strip()
 
 
+def test_watched_numbers_are_columns(tmp_path):
+    watched = {"surprise": [0.25, None]}
+    data = data_of(write_page(write(tmp_path / "x", [episode(token_watched=watched), episode(1)])))
+    assert data["columns"]["token_watched"] == "watch"
+    assert [e.get("token_watched") for e in data["episodes"]] == [watched, None]
+
+
 def test_hostile_tokens_stay_data(tmp_path):
     evil = [
         "</script><script>alert(1)</script>",
@@ -114,6 +121,8 @@ BAD_LINES = {
     "not a number": json.dumps(episode(score=float("nan"))),
     "an infinite reward": json.dumps(episode(token_rewards=[float("inf"), 0.0])),
     "a column too short": json.dumps(episode(token_rewards=[0.0])),
+    "a watched column too short": json.dumps(episode(token_watched={"a": [0.0]})),
+    "watched numbers that are none": json.dumps(episode(token_watched=["high", 0.0])),
     "tokens that are none": json.dumps(episode() | {"tokens": [1, 2]}),
     "no texts": json.dumps(episode(prompt={})),
 }

@@ -104,6 +104,16 @@ def test_pointing_at_a_token_tells_everything(show):
     assert '" c"' in page.locator("#detail").inner_text()
 
 
+def test_watched_numbers_are_a_colour_and_told(show):
+    watched = {"surprise": [0.0, 1.0, 2.0, None, 2.0]}
+    page = show([FIVE | {"token_watched": watched}])
+    page.get_by_role("button", name="watch: surprise").click()
+    strengths = [alpha(background(page, i)) for i in range(5)]
+    assert strengths == pytest.approx([0.0, 0.45, 0.9, 0.0, 0.9], abs=0.01)
+    page.locator(".token").nth(2).hover()
+    assert "watch: surprise 2" in page.locator("#detail").inner_text().replace("\n", " ")
+
+
 def test_sorting_filtering_and_keys(show):
     page = show([episode(i, tokens=[f" word{i}"]) for i in (3, 1, 2)])
     first = page.locator("#list li").first

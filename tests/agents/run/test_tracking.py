@@ -57,6 +57,26 @@ def test_histograms_show_in_which_quarter_the_reward_sits():
     assert histograms([episode([np.nan])]) == {}
 
 
+def test_watched_numbers_have_a_histogram_and_a_column(tmp_path):
+    seen = [
+        episode([0, 1], watched={"a": np.array([0.5, np.nan], np.float32)}),
+        episode([2], watched={"a": np.array([3], np.float32), "b": np.array([np.inf])}),
+    ]
+    found = histograms(seen)
+    np.testing.assert_array_equal(found["tokens/watch_a"], [0.5, 3])
+    assert "tokens/watch_b" not in found
+    folder = RunFolder(tmp_path, None, None)
+    folder({"time/tokens": 3, "time/updates": 1}, seen)
+    folder.close()
+    lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [line["token_watched"] for line in lines] == [
+        {"a": [0.5, None]},
+        {"a": [3], "b": [None]},
+    ]
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert events.Histograms("tokens/watch_a")[0].histogram_value.sum == 3.5
+
+
 def test_the_picture_draws_the_mean_by_position():
     reward, advantage = by_position([episode([1, 3]), episode([3], advantage=[2])]).axes
     np.testing.assert_array_equal(reward.lines[0].get_ydata(), [2, 3])

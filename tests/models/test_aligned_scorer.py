@@ -21,9 +21,9 @@ from tokenizers import (
 )
 
 from tokenenv.errors import ModelError
+from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.alignment import token_ends
 from tokenenv.models.prefix_scores import score_texts
-from tokenenv.models.text_scorer import make_text_scorer
 from tokenenv.types import Scorer
 
 CORPUS = [
@@ -116,7 +116,7 @@ def reward_model(architecture, kind, tokenizer="words", **changes):
 
 
 def scorer_of(architecture, kind, tokenizer="words", **options):
-    return make_text_scorer(
+    return make_aligned_scorer(
         reward_model(architecture, kind, tokenizer), TOKENIZERS[tokenizer](), POLICY, **options
     )
 
@@ -317,7 +317,7 @@ def test_a_texts_scores_depend_on_no_other_text_and_forwards_are_small(
 def test_models_that_name_no_pad_id(kind, pad_token_id):
     """Those that score texts could not find a padded text's last token."""
     model = reward_model("llama", kind, "bytes", pad_token_id=pad_token_id)
-    scorer, sizes = make_text_scorer(model, TOKENIZERS["bytes"](), POLICY), []
+    scorer, sizes = make_aligned_scorer(model, TOKENIZERS["bytes"](), POLICY), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -335,7 +335,7 @@ def test_models_that_name_no_pad_id(kind, pad_token_id):
 
 def test_the_model_keeps_its_mode_and_no_graph_is_made():
     model = fakes.reward_model("token", vocab_size=len(word_piece())).train().requires_grad_(True)
-    scorer = make_text_scorer(model, word_piece(), POLICY)
+    scorer = make_aligned_scorer(model, word_piece(), POLICY)
     scores = scorer.token_scores(PAIRS, 30)
     assert model.training
     assert not scores.requires_grad
@@ -345,7 +345,8 @@ def test_the_model_keeps_its_mode_and_no_graph_is_made():
 def test_half_precision_gives_float32():
     model = fakes.reward_model("token", vocab_size=len(word_piece())).to(torch.bfloat16)
     assert (
-        make_text_scorer(model, word_piece(), POLICY).token_scores(PAIRS, 30).dtype == torch.float32
+        make_aligned_scorer(model, word_piece(), POLICY).token_scores(PAIRS, 30).dtype
+        == torch.float32
     )
 
 
@@ -363,7 +364,7 @@ def test_long_texts_lose_their_beginning_with_one_warning(limit):
         vocab_size=len(tokenizer),
         max_position_embeddings=12 if limit == "positions" else 64,
     )
-    scorer = make_text_scorer(model, tokenizer, POLICY)
+    scorer = make_aligned_scorer(model, tokenizer, POLICY)
     short, long = (
         split("the café in Zürich"),
         split("the café in Zürich is très bon " * 3, share=0.1),
@@ -376,8 +377,7 @@ def test_long_texts_lose_their_beginning_with_one_warning(limit):
         scorer.token_scores([long], 90)
     assert [str(warning.message) for warning in caught] == [
         "a text is longer than the 12 tokens that the reward model can read; its beginning is left "
-        "out, and response tokens "
-        "there score 0"
+        "out, and response tokens there score 0"
     ]
     text = POLICY.decode(long[0] + long[1], skip_special_tokens=True)
     ids, offsets = (
@@ -404,7 +404,7 @@ def test_the_users_tokenizer_stays_as_it_was():
     tokenizer.truncation_side = "right"
     model = fakes.reward_model("token", vocab_size=len(tokenizer), max_position_embeddings=12)
     with pytest.warns(UserWarning, match="12 tokens"):
-        make_text_scorer(model, tokenizer, POLICY).token_scores([split(" ".join(CORPUS))], 99)
+        make_aligned_scorer(model, tokenizer, POLICY).token_scores([split(" ".join(CORPUS))], 99)
     assert tokenizer.truncation_side == "right"
     assert tokenizer.backend_tokenizer.truncation is None
 
@@ -422,7 +422,7 @@ def test_positions_counted_from_behind_the_pad_id():
     )
     model = fakes.randomized(transformers.RobertaForTokenClassification(config))
     with pytest.warns(UserWarning, match="longer than the 12 tokens"):
-        scores = make_text_scorer(model, word_piece(), POLICY).token_scores(
+        scores = make_aligned_scorer(model, word_piece(), POLICY).token_scores(
             [split(" ".join(CORPUS))], 99
         )
     assert scores.isfinite().all()
@@ -433,7 +433,7 @@ def test_models_without_positions_read_any_text():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (
-            make_text_scorer(model, word_piece(), POLICY)
+            make_aligned_scorer(model, word_piece(), POLICY)
             .token_scores([split(" ".join(CORPUS))], 99)
             .isfinite()
             .all()
@@ -463,8 +463,8 @@ def one_more(special, closing=False):
 
 def test_a_special_token_beyond_the_models_is_allowed_and_does_no_harm_where_it_is_spelled_out():
     model, plain = fakes.reward_model("token", vocab_size=SIZE), split("the café")
-    scorer = make_text_scorer(model, one_more(special=True), POLICY)
-    expected = make_text_scorer(model, word_piece(), POLICY).token_scores([plain], 9)
+    scorer = make_aligned_scorer(model, one_more(special=True), POLICY)
+    expected = make_aligned_scorer(model, word_piece(), POLICY).token_scores([plain], 9)
     torch.testing.assert_close(scorer.token_scores([plain], 9), expected)
     assert scorer.token_scores([split("the [MORE] café"), plain], 20).isfinite().all()
 
@@ -516,4 +516,4 @@ class Slow:
 )
 def test_what_does_not_fit_is_named(model, tokenizer, message):
     with pytest.raises(ModelError, match=message):
-        make_text_scorer(model(), tokenizer(), POLICY)
+        make_aligned_scorer(model(), tokenizer(), POLICY)

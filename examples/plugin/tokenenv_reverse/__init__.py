@@ -1,0 +1,1 @@
+"""An example of a tokenenv plugin: one task, one reward design, one algorithm."""

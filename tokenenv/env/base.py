@@ -1,0 +1,259 @@
+"""What an env is and can tell without running texts: its task, its spaces, its models, and the
+rewards of whole texts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from tokenenv.env import build, render, saved_state
+from tokenenv.env.ambient import ordinary_tensors
+from tokenenv.env.config import check_kl_coef
+from tokenenv.env.identity import identity
+from tokenenv.env.scoring import read_weights, score_episodes
+from tokenenv.errors import EnvClosed, Interrupted
+from tokenenv.types import EpisodeScores
+
+
+class EnvBase(VectorEnv):
+    """The half of `TokenVectorEnv` that runs no texts."""
+
+    @ordinary_tensors
+    def __init__(
+        self,
+        num_envs: int,
+        task: build.TaskSource,
+        render_mode: str | None,
+        max_episode_steps: int | None,
+        options: dict[str, Any],
+    ) -> None:
+        build.check_arguments(render_mode, max_episode_steps)
+        self.config, self._task = build.split_options(task, options)
+        self.num_envs = num_envs = build.check_num_envs(num_envs, self.config)
+        self.render_mode = render_mode
+        self.autoreset_mode = AutoresetMode(self.config.autoreset_mode)
+        self.metadata = {
+            "autoreset_mode": self.autoreset_mode,
+            "render_modes": list(render.RENDER_MODES),
+            "render_fps": 10,
+        }
+        self.token_spec = spec = build.token_spec_of(self._task, self.config.score_truncated)
+        self.single_observation_space, self.single_action_space = build.single_spaces(
+            self._task, spec, self.config
+        )
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._engine = build.make_engine(self._task, spec, self.config, num_envs)
+        self._kl_coef = check_kl_coef(
+            self._task.kl_coef if self.config.kl_coef is None else self.config.kl_coef
+        )
+        self._interrupted: _Interrupted | None = None
+        self.changes = 0
+        """Calls that have changed the texts: what was made of them before the last one is out of
+        date."""
+        self.tokens_seen = 0
+        """Tokens emitted in all slots since construction, those of an interrupted step aside;
+        schedules are asked with it."""
+
+    # ------------------------------------------------------------------- facts
+
+    @property
+    def reference(self) -> Any:
+        """pi_ref, frozen."""
+        return self._task.reference
+
+    @property
+    def model(self) -> Any:
+        """The policy's default initial weights: the reference's, unless the task was given another
+        model."""
+        return self._task.model or self._task.reference
+
+    @property
+    def frozen_models(self) -> dict[str, Any]:
+        """The models that observations, rewards and watched terms are read from, by role, the
+        reference first: nobody may train these."""
+        self._require_open()
+        return self._engine.frozen_models()
+
+    @property
+    def oracle(self) -> Any:
+        """The task's exact optimum, or None where it is not known."""
+        return self._task.oracle
+
+    @property
+    def biased_terms(self) -> tuple[str, ...]:
+        """The terms of the reward under which reward-to-go does not estimate the gradient of the
+        expected score without bias."""
+        self._require_open()
+        terms = self._engine.rewards.terms.items()
+        return tuple(name for name, term in terms if term.preserves_gradient is False)
+
+    @property
+    def group_size(self) -> int:
+        """The number of consecutive slots that share each prompt."""
+        return self.config.group_size
+
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """The prompts that episodes begin with, token ids; `infos["prompt_id"]` counts them."""
+        return self._task.prompts
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of the reward, "kl" included, in an episode that begins now."""
+        self._require_open()
+        return self._engine.weights_now(self.tokens_seen, self._kl_coef)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models, and the tensors of `array="torch"`, are."""
+        self._require_open()
+        return self._engine.context.device
+
+    @property
+    def kl_coef(self) -> float:
+        """beta for the episodes that begin from now on, reward per nat."""
+        return self._kl_coef
+
+    @kl_coef.setter
+    def kl_coef(self, value: float) -> None:
+        self._kl_coef = check_kl_coef(value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this env the one that a run was trained in, as plain values; a checkpoint of
+        another is refused."""
+        self._require_open()
+        env_id = None if self.spec is None else self.spec.id
+        terms, made_with = self._engine.rewards.terms, self._engine.context.kl_coef
+        return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory that the caches take, in bytes."""
+        self._require_open()
+        return self._engine.trunks.cache_bytes
+
+    # ------------------------------------------------------------- whole texts
+
+    @ordinary_tensors
+    def score_episodes(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[Any],
+        *,
+        logprobs: Sequence[Sequence[float]] | None = None,
+        truncated: Sequence[bool] | None = None,
+        kl_coef: float | Sequence[float] | None = None,
+        weights: Mapping[str, float | Sequence[float]] | None = None,
+        played: bool = False,
+    ) -> EpisodeScores:
+        """Return the rewards that stepping would have paid for B whole texts, from batched parallel
+        forwards.
+
+        Args:
+            prompts: B texts or token id sequences; under a chat template texts are messages, and
+                messages are taken too.
+            responses: B texts or token id sequences, the stop token included where there was one,
+                and nowhere else. A text goes on from its prompt as it stands: a new word begins
+                with a space, and no special tokens are added.
+            logprobs: log pi of every response token, in nats; needed under kl="policy".
+            truncated: which texts were cut; by default those that do not end in a stop token, and
+                never one that does. A cut text that is shorter than `max_new_tokens` was cut by
+                whoever wrote it, and counts like one that reached it.
+            kl_coef: beta of the episodes, 0 or more; by default the env's present one.
+            weights: the weights of the reward's terms; by default the present ones, as are the
+                statistics of terms that learn any.
+            played: whether the texts count as played here: their tokens as seen, and as something
+                for terms to learn from.
+        """
+        self._require_open()
+        # Running texts are not looked at, so the mark of an interrupted call may stay.
+        self._undo_interrupted()
+        chosen = read_weights(self.weights, weights, kl_coef, self.config.kl)
+        learned = self._engine.save_statistics()
+        try:
+            scores = score_episodes(
+                self._engine,
+                prompts,
+                responses,
+                logprobs=logprobs,
+                truncated=truncated,
+                weights=chosen,
+                gold=self._task.gold,
+                learning=played,
+            )
+        except BaseException:
+            # A reward server that is down, or Ctrl-C: texts that are scored again must not teach
+            # twice.
+            self._engine.load_statistics(learned)
+            raise
+        self.tokens_seen += int(scores.lengths.sum()) if played else 0
+        return scores
+
+    def save_statistics(self) -> dict[str, np.ndarray]:
+        """Return what terms have learned, by name: all that a run on whole texts has to keep of
+        this env beside `tokens_seen`."""
+        self._require_whole()
+        return self._engine.save_statistics()
+
+    @ordinary_tensors
+    def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `save_statistics` returned; raises `CheckpointError` where it is of other
+        terms."""
+        self._require_whole()
+        saved_state.check_statistics(saved, self._engine.layout(0))
+        self._engine.load_statistics(saved)
+
+    # ------------------------------------------------------------ transactions
+
+    @contextmanager
+    def _changing(self, call: str, whole: bool = False) -> Iterator[None]:
+        """Surround what must not stop half-way. Whatever interrupts it (Ctrl-C, no memory, a rule
+        that raises) leaves a mark, and only a call that begins or loads all texts, a `whole` call,
+        goes on from there."""
+        if whole:
+            self._undo_interrupted()
+        self._interrupted = self._interrupted or _Interrupted(
+            call, self.tokens_seen, self._engine.snapshot()
+        )
+        if whole:
+            self._engine.forget()
+        self.changes += 1
+        yield
+        # Not in a `finally`: after an exception the mark has to stay.
+        self._interrupted = None
+
+    def _undo_interrupted(self) -> None:
+        """Take back what an interrupted call has counted and has taught terms."""
+        if self._interrupted is not None:
+            self.tokens_seen = self._interrupted.tokens_seen
+            self._engine.load_statistics(self._interrupted.statistics)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise EnvClosed("this env is closed; make a new one.")
+
+    def _require_whole(self) -> None:
+        self._require_open()
+        if self._interrupted is not None:
+            raise Interrupted(
+                f"{self._interrupted.call}() was interrupted half-way, so the env cannot go on; "
+                "call reset() for all slots, or load_state() with all of them."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Interrupted:
+    """The mark of a call that has not come to its end, and what the env had as a whole before
+    it."""
+
+    call: str
+    tokens_seen: int
+    statistics: dict[str, Tensor | np.ndarray]
