@@ -81,25 +81,33 @@ follow [the contract](../contract.md) and take the options of
 
 
 def _page(env_id: str) -> str:
-    module = inspect.getmodule(load_task(TASKS[env_id]))
-    about = (inspect.getdoc(module) or "").split(": ", 1)[1]
+    task = load_task(TASKS[env_id])
+    about = (inspect.getdoc(inspect.getmodule(task)) or "").split(": ", 1)[1]
     first, _, rest = about.partition("\n\n")
     envs = make(env_id, 2)
+    made = {
+        "Rewards": _designs(env_id),
+        "Arguments": _options(task),
+    }
     parts = [
         f"# {env_id.split('/')[-1]}",
-        _text(first[0].upper() + first[1:]),
+        _prose(first[0].upper() + first[1:]),
         f"![A text of {env_id}, each token on the colour of its reward]({slug(env_id)}.png)",
         _caption(env_id, envs),
         "```python\n" + _call(env_id) + "\n```",
-        _text(rest),
+        _spaces(envs),
+        _facts(envs),
         _note(env_id),
-        "## Spaces\n\n" + _spaces(envs),
-        "## What it is made of\n\n" + _facts(envs),
-        "## Rewards\n\n" + _designs(env_id, envs),
-        "## Options\n\n" + _options(load_task(TASKS[env_id])),
+        *(_section(section, made) for section in re.split(r"^(?=## )", _prose(rest), flags=re.M)),
     ]
     envs.close()
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(text: str, made: dict[str, str]) -> str:
+    """A section of the docstring, with what the env itself adds to it."""
+    heading = text.partition("\n")[0].removeprefix("## ")
+    return text.strip() + "\n\n" + made.get(heading, "")
 
 
 def _caption(env_id: str, envs: TokenVectorEnv) -> str:
@@ -208,7 +216,7 @@ def _gold(task: Any) -> str:
     )
 
 
-def _designs(env_id: str, envs: TokenVectorEnv) -> str:
+def _designs(env_id: str) -> str:
     taken, refused = [], []
     for design in DESIGNS:
         try:
@@ -254,8 +262,13 @@ def _arguments(task: Callable[..., Any]) -> dict[str, str]:
     }
 
 
-def _text(docstring: str) -> str:
-    """A docstring's prose as Markdown: "<" is a character outside of code, and a cell is a line."""
+def _prose(docstring: str) -> str:
+    """A docstring as Markdown, in which "<" outside of code is a character."""
     parts = docstring.split("`")
-    parts[::2] = [part.replace("<", "&lt;").replace("|", "\\|") for part in parts[::2]]
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", "`".join(parts))
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
+
+
+def _text(docstring: str) -> str:
+    """A docstring's prose as one line, for the cell of a table."""
+    return re.sub(r"\s*\n\s*", " ", _prose(docstring)).replace("|", "\\|")
