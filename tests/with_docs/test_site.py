@@ -9,6 +9,9 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+import tokenenv
+from tokenenv import agents, check, rewards, wrappers
+
 SITE = Path(__file__).parents[2] / "build" / "site"
 PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
 BROWSER = (
@@ -110,3 +113,11 @@ def test_the_search_finds_without_a_server(browser):
     tab.locator(".md-search-result__link").first.wait_for(state="visible", timeout=30_000)
     links = tab.locator(".md-search-result__link").evaluate_all("all => all.map(e => e.href)")
     assert any("environments/delayed-key.html" in link for link in links)
+
+
+@pytest.mark.parametrize("module", [tokenenv, agents, rewards, wrappers, check])
+def test_every_public_name_has_its_place_in_the_api(module):
+    pages = "".join(path.read_text("utf-8") for path in (SITE / "api").glob("*.html"))
+    names = [name for name in module.__all__ if callable(getattr(module, name))]
+    ids = {name: f"{getattr(module, name).__module__}.{name}" for name in names}
+    assert [n for n in names if f'"{ids[n]}"' not in pages] == []
