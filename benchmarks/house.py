@@ -326,13 +326,14 @@ class Worker:
         return calls
 
     def seconds(self, id: str) -> float:
-        """Wall time of `STEPS` steps, resets included."""
+        """Return the CPU time of `STEPS` steps, resets included. With one thread it is the wall
+        time on an idle machine, and on a busy one it is far steadier."""
         if id not in self.runs:
             self.runs[id] = self.stepping(id)
             self.runs[id]()
-        started = time.perf_counter()
+        started = time.process_time()
         self.runs[id]()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     def stepping(self, id: str) -> Callable[[], None]:
         """A call that steps the same tokens from the same prompts on."""
@@ -383,7 +384,7 @@ def speed(processes: list[Process], repetitions: int) -> list[Figures]:
         for id in IDS:
             for process, seconds in zip(processes, found, strict=True):
                 seconds[id].append(process.ask("seconds", id))
-    title = f"steps/s, N = {N}, one core, median of {repetitions} (interquartile range)"
+    title = f"steps per second of CPU, N = {N}, median of {repetitions} (quartiles)"
     return [{title: rates(found[0], seconds)} for seconds in found]
 
 

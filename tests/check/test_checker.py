@@ -421,3 +421,10 @@ def test_a_prefix_must_earn_nothing() -> None:
     envs.unwrapped._engine.start = start
     with pytest.raises(ContractError, match="a prefix earns rewards"):
         check_vector_env(envs, steps=8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_env_that_watches_keeps_the_contract(mode: AutoresetMode) -> None:
+    envs = make_vec(3, mode, watch={"change": "delta", "share": "uniform"})
+    check_vector_env(envs, steps=8)
+    assert "token_watched" in envs.step(np.full(3, envs.unwrapped.token_spec.stop_token_ids[0]))[-1]

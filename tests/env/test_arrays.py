@@ -9,6 +9,7 @@ indexing with a mask) raises there.
 from collections.abc import Iterator
 from typing import Any
 
+import memories
 import numpy as np
 import pytest
 import tasks
@@ -148,7 +149,8 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes envs whose device is "meta"; what compares numbers when a model is loaded has nothing
     to compare there."""
     monkeypatch.setattr(probing, "why_uncached", lambda trunk, max_length: None)
-    monkeypatch.setattr(parts, "hidden_size_of", lambda model: model.config.hidden_size)
+    for module in (parts, memories):
+        monkeypatch.setattr(module, "hidden_size_of", lambda model: model.config.hidden_size)
     monkeypatch.setattr(heads, "looks_ahead", lambda model: False)
     monkeypatch.setattr(heads, "_passed_over", lambda model, head: None)
     monkeypatch.setattr(heads, "_check_head", lambda model, head, select: True)

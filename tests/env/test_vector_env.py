@@ -648,7 +648,7 @@ def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
             {"reward": "tokn"},
             "reward='tokn' is not known; allowed: .*terminal, token, uniform. Did you mean 'token'",
         ),
-        ({"reward": 3}, "reward=3 must be a design's name, a RewardTerm, or a mapping"),
+        ({"reward": 3}, "reward=3 must be a design's name, a RewardTerm, a function"),
         ({"reward": {"kl": "token"}}, "the term name 'kl' is taken; use kl= and kl_coef= instead"),
         (
             {"reward": "token", "scorer": "sequence"},

@@ -338,6 +338,7 @@ def test_the_critic_takes_the_dense_forms_potential():
     assert agent.updates >= 1
 
 
+TOKENS = TokenRule(lambda prompt, response: response, on="tokens")
 WRAPPED = {
     "scaled": lambda: Scaled(dense()),
     "clipped": lambda: Clipped(dense(), -0.2, 0.2),
@@ -367,6 +368,18 @@ def test_the_clipped_form_clips_each_change():
     for episode in play(envs, steps=20):
         changes = expected(episode.prompt, episode.response).clip(-0.2, 0.2)
         np.testing.assert_allclose(episode.rewards, changes, atol=1e-6)
+
+
+def test_functions_and_their_dense_forms_are_watched_as_terms_are():
+    watched = {"end": lambda p, r: float(len(r)), "dense": Scaled(dense()), "each": TOKENS}
+    envs = make_vec(4, "SameStep", reward="token", kl="none", watch=watched, gold=False)
+    for episode in play(envs, steps=20):
+        seen, count = episode.infos[-1]["token_watched"], len(episode.response)
+        assert not seen["end"][: count - 1].any()
+        np.testing.assert_array_equal(seen["each"][:count], episode.response)
+        changes = expected(episode.prompt, episode.response)
+        scale = np.abs(changes).sum() / np.abs(seen["dense"]).sum()
+        np.testing.assert_allclose(seen["dense"][:count] * scale, changes, atol=1e-4)
 
 
 def test_a_function_that_raises_leaves_an_env_that_begins_anew():
