@@ -33,7 +33,8 @@ test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto
 
 docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
-	$(BIN)/mkdocs build --quiet --strict
+	@rm -rf build/site
+	NO_MKDOCS_2_WARNING=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/pytest tests/with_docs
 
 $(DOCS_STAMP): $(STAMP)

@@ -2,6 +2,7 @@
 snippets run as they stand."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import tokenenv
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
@@ -101,7 +104,33 @@ def test_a_new_algorithm_is_short_and_touches_nothing():
     assert len(text.splitlines()) < 150
 
 
-@pytest.mark.parametrize("page", ["stable-baselines3.md", "reading-a-run.md"])
+def test_the_readme_shows_the_quickstart(tmp_path):
+    """The block is the file, and the file runs (with fewer tokens)."""
+    text = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    assert f"```python\n{text}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    short = text.replace("total_tokens=20_000", "total_tokens=600")
+    assert short != text
+    done = run(["-c", short], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"tokenenv {tokenenv.__version__}" in done.stdout
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
+    """Its cells are plain Python, so they run here without a kernel; `make docs` runs it in one."""
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    names = {"__name__": "__main__"}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    assert names["closed"] > 0.8  # of the way from the reference to the optimum
+    assert names["optimal"].regret == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "stable-baselines3.md", "reading-a-run.md"])
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """One after the other, in one process, as a reader would paste them."""
     snippets = re.findall(
