@@ -28,6 +28,7 @@ from torch import Tensor
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.hooks import check_loss, described
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import whiten
 from tokenenv.agents.learning.learner import (
@@ -95,7 +96,7 @@ class PolicyGradient(Agent):
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return (B, T) float32: the advantage of each response token; anything to the right of
         each text. May leave more in `batch.learned`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define advantages(batch).")
 
     def reshape(self, advantages_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return the advantages (B, T) to learn from, made of those that the algorithm found; here
@@ -177,6 +178,11 @@ class PolicyGradient(Agent):
 
         Another shape would broadcast and then be learned from, so it is refused.
         """
+        if not isinstance(values_BT, Tensor):
+            raise InvalidArgument(
+                f"{type(self).__name__}.{method} returned {described(values_BT)}; it must return a "
+                f"tensor (B, T) = {tuple(mask_BT.shape)}, one number a response token."
+            )
         if values_BT.shape != mask_BT.shape:
             raise InvalidArgument(
                 f"{type(self).__name__}.{method} returned the shape {tuple(values_BT.shape)}; it "
@@ -225,6 +231,7 @@ class PolicyGradient(Agent):
             if cfg.importance_cap is not None:
                 corrected = weights * out.pick(learned["importance"])
             policy = self.policy_loss(out, batch, corrected)
+            check_loss(policy, out.logged, len(corrected), type(self).__name__)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
             total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
             metrics = {"loss/policy": policy, "policy/entropy": entropy}
