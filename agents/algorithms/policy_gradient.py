@@ -21,6 +21,7 @@ Suffixes: B episodes, T response tokens, K response tokens of one micro-batch, f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from tokenenv.agents.learning.learner import (
     token_outputs,
 )
 from tokenenv.agents.rollout.staleness import importance
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, NotFinite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,18 +167,20 @@ class PolicyGradient(Agent):
         """Learn from finished episodes; return the field's scalars."""
         metrics, mask_BT = self._policy_before(batch), batch.mask_BT
         # Before any step: what these three leave is of the policy that the update begins with.
-        advantages_BT = self._of_tokens(self.advantages(batch), mask_BT, "advantages")
+        advantages_BT = self._of_tokens(self.advantages(batch), batch, "advantages")
         if self.config.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT)
-        advantages_BT = self._of_tokens(self.reshape(advantages_BT, batch), mask_BT, "reshape")
+        advantages_BT = self._of_tokens(self.reshape(advantages_BT, batch), batch, "reshape")
         batch.learned["advantage"] = advantages_BT
         return metrics | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
 
-    def _of_tokens(self, values_BT: Tensor, mask_BT: Tensor, method: str) -> Tensor:
+    def _of_tokens(self, values_BT: Any, batch: EpisodeBatch, method: str) -> Tensor:
         """Return what a method found for each token, with zeros to the right of each text.
 
-        Another shape would broadcast and then be learned from, so it is refused.
+        Another shape would broadcast and then be learned from, so it is refused, as is a
+        number that is not finite.
         """
+        mask_BT = batch.mask_BT
         if not isinstance(values_BT, Tensor):
             raise InvalidArgument(
                 f"{type(self).__name__}.{method} returned {described(values_BT)}; it must return a "
@@ -188,7 +191,18 @@ class PolicyGradient(Agent):
                 f"{type(self).__name__}.{method} returned the shape {tuple(values_BT.shape)}; it "
                 f"must be (B, T) = {tuple(mask_BT.shape)}, one number a response token."
             )
-        return values_BT.detach().masked_fill(~mask_BT, 0.0)
+        values_BT = values_BT.detach().masked_fill(~mask_BT, 0.0)
+        wrong_BT = ~values_BT.isfinite()
+        if wrong_BT.any():
+            row, token = wrong_BT.nonzero()[0].tolist()
+            raise NotFinite(
+                f"{type(self).__name__}.{method} returned {float(values_BT[row, token])} for token "
+                f"{token} of text {row} of the batch, in update {self.updates}.",
+                texts=[
+                    text for text, bad in zip(batch.unstack(), wrong_BT.any(1), strict=True) if bad
+                ],
+            )
+        return values_BT
 
     def _policy_before(self, batch: EpisodeBatch) -> Metrics:
         """Leave in `batch.learned` what an update compares the policy with: "old_logprob", which

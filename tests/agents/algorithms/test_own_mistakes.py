@@ -8,7 +8,7 @@ from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import PPO, Agent, AgentConfig, LMPolicy, PolicyGradient, PPOConfig
 from tokenenv.agents.learning.advantages import returns_to_go
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, NotFinite
 
 
 class Plain(PolicyGradient):
@@ -39,6 +39,18 @@ def test_a_method_that_has_to_be_written_is_named(parent, method):
 def test_tokens_without_a_tensor(method, value, found):
     with pytest.raises(InvalidArgument, match=rf"Own\.{method} returned {found}; .* \(B, T\)"):
         learn(Plain, **{method: lambda self, *args: value})
+
+
+@pytest.mark.parametrize("method", ["advantages", "reshape"])
+def test_an_advantage_that_is_not_finite(method):
+    def wrong(self, *args):
+        values_BT = torch.zeros(args[-1].mask_BT.shape)
+        values_BT[1, 0] = torch.nan
+        return values_BT
+
+    with pytest.raises(NotFinite, match=rf"Own\.{method} returned nan for token 0 of text 1") as e:
+        learn(Plain, **{method: wrong})
+    assert len(e.value.texts) == 1
 
 
 @pytest.mark.parametrize(
