@@ -8,7 +8,7 @@ if __name__ != "tokenenv.agents":
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.algorithms.a2c import A2C, A2CConfig
 from tokenenv.agents.algorithms.best_of_n import BestOfN
-from tokenenv.agents.algorithms.groups import GroupConfig
+from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod
 from tokenenv.agents.algorithms.grpo import GRPO, GRPOConfig
 from tokenenv.agents.algorithms.klq import KLQ, KLQConfig
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
@@ -74,6 +74,7 @@ __all__ = [
     "BestOfN",
     "GRPOConfig",
     "GroupConfig",
+    "GroupMethod",
     "KLQConfig",
     "LMPolicy",
     "PPOConfig",

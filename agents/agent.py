@@ -10,7 +10,7 @@ Suffixes: N slots, B episodes, T response tokens.
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenenv.agents.config import AgentConfig, build_config, learning_rate, run_progress
 from tokenenv.agents.episodes import Episode, EpisodeBatch, summary
+from tokenenv.agents.hooks import check_config_class, check_statistics, described
 from tokenenv.agents.learning.kl_rewards import adapted, by_source, with_penalty
 from tokenenv.agents.learning.learner import FrozenLM, Metrics
 from tokenenv.agents.learning.optimise import MakeLoss, optimise
@@ -71,6 +72,10 @@ class Agent:
     """Whether texts are compared with others of their prompt: the env needs a `group_size`, and
     batches hold whole groups."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_config_class(cls, [base for base in cls.__mro__[1:] if hasattr(base, "config_class")])
+
     # ---------------------------------------------------------------- what an algorithm says
 
     def update(self, batch: EpisodeBatch) -> Metrics:
@@ -78,7 +83,7 @@ class Agent:
 
         What an algorithm makes of each token goes into `batch.learned`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define update(batch).")
 
     def collect(self) -> list[Episode]:
         """Return the finished episodes that the next update learns from."""
@@ -127,6 +132,7 @@ class Agent:
         self.updated_at = 0
         """Tokens that had been seen after the last update."""
         self.statistics: dict[str, Any] = self.running_statistics()
+        check_statistics(self.statistics, type(self).__name__)
         self._has_begun = False
         """Whether what is in the run folder is this agent's."""
 
@@ -204,7 +210,13 @@ class Agent:
             metrics = summary(episodes) | rollout_metrics(
                 batch, self.policy, self.config, self.updates, self.collector.waiting
             )
-            metrics |= self.update(batch)
+            found = self.update(batch)
+            if not isinstance(found, Mapping):
+                raise InvalidArgument(
+                    f"{type(self).__name__}.update returned {described(found)}; it must return the "
+                    f"metrics to log, a dict such as self.optimise(batch, make_loss) returns."
+                )
+            metrics |= found
         self._adapt_kl_coef(batch)
         # Counted before the weights are handed over, which may fail: the policy has had its update.
         self.updates, self.updated_at = self.updates + 1, self.tokens_seen

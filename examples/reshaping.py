@@ -71,10 +71,10 @@ class GTPO(GRPO):
     def shares(self, values_BT: Tensor, chosen_BT: Tensor) -> Tensor:
         """Return (B, T): the values over their mean at each place, over the chosen texts of a
         group; zero elsewhere. Right of a text the advantage is zero, so nothing is chosen there."""
-        groups_GNT = (values_BT * chosen_BT).unflatten(0, (-1, self.group_size))
-        counts_G1T = chosen_BT.unflatten(0, (-1, self.group_size)).sum(1, keepdim=True)
-        means_G1T = groups_GNT.sum(1, keepdim=True) / counts_G1T.clamp(min=1)
-        return (groups_GNT / torch.where(counts_G1T > 0, means_G1T, 1.0)).flatten(0, 1)
+        groups_NGT = (values_BT * chosen_BT).unflatten(0, (-1, self.group_size))
+        counts_N1T = chosen_BT.unflatten(0, (-1, self.group_size)).sum(1, keepdim=True)
+        means_N1T = groups_NGT.sum(1, keepdim=True) / counts_N1T.clamp(min=1)
+        return (groups_NGT / torch.where(counts_N1T > 0, means_N1T, 1.0)).flatten(0, 1)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,6 +21,7 @@ Suffixes: B episodes, T response tokens, K response tokens of one micro-batch, f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.hooks import check_loss, described
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import whiten
 from tokenenv.agents.learning.learner import (
@@ -39,7 +41,7 @@ from tokenenv.agents.learning.learner import (
     token_outputs,
 )
 from tokenenv.agents.rollout.staleness import importance
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, NotFinite
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +97,7 @@ class PolicyGradient(Agent):
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return (B, T) float32: the advantage of each response token; anything to the right of
         each text. May leave more in `batch.learned`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define advantages(batch).")
 
     def reshape(self, advantages_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return the advantages (B, T) to learn from, made of those that the algorithm found; here
@@ -165,24 +167,42 @@ class PolicyGradient(Agent):
         """Learn from finished episodes; return the field's scalars."""
         metrics, mask_BT = self._policy_before(batch), batch.mask_BT
         # Before any step: what these three leave is of the policy that the update begins with.
-        advantages_BT = self._of_tokens(self.advantages(batch), mask_BT, "advantages")
+        advantages_BT = self._of_tokens(self.advantages(batch), batch, "advantages")
         if self.config.whiten:
             advantages_BT = whiten(advantages_BT, mask_BT)
-        advantages_BT = self._of_tokens(self.reshape(advantages_BT, batch), mask_BT, "reshape")
+        advantages_BT = self._of_tokens(self.reshape(advantages_BT, batch), batch, "reshape")
         batch.learned["advantage"] = advantages_BT
         return metrics | self.optimise(batch, lambda weights_B: self.loss(batch, weights_B))
 
-    def _of_tokens(self, values_BT: Tensor, mask_BT: Tensor, method: str) -> Tensor:
+    def _of_tokens(self, values_BT: Any, batch: EpisodeBatch, method: str) -> Tensor:
         """Return what a method found for each token, with zeros to the right of each text.
 
-        Another shape would broadcast and then be learned from, so it is refused.
+        Another shape would broadcast and then be learned from, so it is refused, as is a
+        number that is not finite.
         """
+        mask_BT = batch.mask_BT
+        if not isinstance(values_BT, Tensor):
+            raise InvalidArgument(
+                f"{type(self).__name__}.{method} returned {described(values_BT)}; it must return a "
+                f"tensor (B, T) = {tuple(mask_BT.shape)}, one number a response token."
+            )
         if values_BT.shape != mask_BT.shape:
             raise InvalidArgument(
                 f"{type(self).__name__}.{method} returned the shape {tuple(values_BT.shape)}; it "
                 f"must be (B, T) = {tuple(mask_BT.shape)}, one number a response token."
             )
-        return values_BT.detach().masked_fill(~mask_BT, 0.0)
+        values_BT = values_BT.detach().masked_fill(~mask_BT, 0.0)
+        wrong_BT = ~values_BT.isfinite()
+        if wrong_BT.any():
+            row, token = wrong_BT.nonzero()[0].tolist()
+            raise NotFinite(
+                f"{type(self).__name__}.{method} returned {float(values_BT[row, token])} for token "
+                f"{token} of text {row} of the batch, in update {self.updates}.",
+                texts=[
+                    text for text, bad in zip(batch.unstack(), wrong_BT.any(1), strict=True) if bad
+                ],
+            )
+        return values_BT
 
     def _policy_before(self, batch: EpisodeBatch) -> Metrics:
         """Leave in `batch.learned` what an update compares the policy with: "old_logprob", which
@@ -225,6 +245,7 @@ class PolicyGradient(Agent):
             if cfg.importance_cap is not None:
                 corrected = weights * out.pick(learned["importance"])
             policy = self.policy_loss(out, batch, corrected)
+            check_loss(policy, out.logged, len(corrected), type(self).__name__)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
             total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
             metrics = {"loss/policy": policy, "policy/entropy": entropy}

@@ -198,7 +198,7 @@ def test_rewards_too_large_to_add_up_leave_no_trace(algorithm):
         ]
 
     agent.collector.collect = spoilt
-    with pytest.raises(NotFinite, match="the gradient's norm"):
+    with pytest.raises(NotFinite, match=r"the gradient's norm|\.advantages returned"):
         agent.learn(agent.tokens_seen + 1)
     agent.collector.collect = collect
     assert str({name: value.state_dict() for name, value in agent.statistics.items()}) == str(
