@@ -309,8 +309,9 @@ def finite_tokens(rows: Sequence[np.ndarray]) -> np.ndarray:
 def summary(episodes: Sequence[Episode]) -> dict[str, float]:
     """Return the field's scalars about what was generated.
 
-    They are means per text, the KL in nats and the length in tokens. `watch/<name>` is a mean per
-    response token, over the tokens where the watched number is finite.
+    They are means per text, the KL in nats and the length in tokens. `reward/<name>` is the mean of
+    what a term of the reward paid to a text, weighted. `watch/<name>` is a mean per response token,
+    over the tokens where the watched number is finite.
     """
     watched = {name: watched_tokens(episodes, name) for name in watched_names(episodes)}
     return {
@@ -320,7 +321,19 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
         "objective/reward": mean_of([float(e.reward.sum()) for e in episodes]),
         "episode/length": mean_of([len(e.response) for e in episodes]),
         "episode/terminated": mean_of([float(e.terminated) for e in episodes]),
-    } | {f"watch/{name}": mean_of(values_K) for name, values_K in watched.items()}
+        **{f"reward/{name}": mean_of(term_sums(episodes, name)) for name in term_names(episodes)},
+        **{f"watch/{name}": mean_of(values_K) for name, values_K in watched.items()},
+    }
+
+
+def term_names(episodes: Sequence[Episode]) -> list[str]:
+    """Return the names of all reward terms that some of the episodes have."""
+    return list(dict.fromkeys(name for e in episodes for name in e.terms))
+
+
+def term_sums(episodes: Sequence[Episode], name: str) -> list[float]:
+    """Return what a reward term paid to each of the texts that have it, weighted."""
+    return [float(e.terms[name].sum()) for e in episodes if name in e.terms]
 
 
 def watched_names(episodes: Sequence[Episode]) -> list[str]:

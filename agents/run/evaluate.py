@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
-from tokenenv.agents.episodes import Episode, mean_of, watched_names, watched_tokens
+from tokenenv.agents.episodes import (
+    Episode,
+    mean_of,
+    term_names,
+    term_sums,
+    watched_names,
+    watched_tokens,
+)
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.generate import check_temperature
@@ -40,10 +47,14 @@ class Evaluation:
     distinct_bigrams: float
     """Share of different bigrams among all bigrams of the responses; low when texts repeat
     themselves or one another."""
-    episodes: tuple[Episode, ...]
+    episodes: tuple[Episode, ...] = field(repr=False)
     """The texts themselves, in the order of their prompts."""
     watched: Mapping[str, float] = field(default_factory=dict)
     """Means per response token of the numbers that the env watches (`watch=`), by name."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Means per text of what each term of the reward paid, weighted, by name."""
+    reward_errors: Mapping[str, float] = field(default_factory=dict)
+    """Their standard errors."""
 
 
 def evaluate(
@@ -147,6 +158,7 @@ def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
     """Return the figures of an evaluation from its episodes; `extra_kl` nats are what choosing
     among texts adds."""
     gold, score = [e.gold for e in episodes], [e.score for e in episodes]
+    sums = {name: term_sums(episodes, name) for name in term_names(episodes)}
     return Evaluation(
         num_texts=len(episodes),
         gold=mean_of(gold),
@@ -159,6 +171,8 @@ def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
         distinct_bigrams=distinct_bigrams([e.response for e in episodes]),
         episodes=tuple(episodes),
         watched={name: mean_of(watched_tokens(episodes, name)) for name in watched_names(episodes)},
+        rewards={name: mean_of(values) for name, values in sums.items()},
+        reward_errors={name: standard_error(values) for name, values in sums.items()},
     )
 
 

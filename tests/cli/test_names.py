@@ -206,6 +206,7 @@ def test_one_of_ones_own_is_described(here, capsys):
         (["--reward", "{a: [token, 1, 2]}"], "reward= has a tuple of 3 at 'a'"),
         (["--reward", "{a: [token, much]}"], "the weight of 'a' must be a finite number"),
         (["--options", "reward", "mine:Constnt"], "'mine' has no 'Constnt'"),
+        (["--options", "watch", "mine:Constnt"], "watch='mine:Constnt': 'mine' has no 'Constnt'"),
         (
             ["--algo", "mine:Constant"],
             "algo='mine:Constant' is Constant; an algorithm is a subclass",
@@ -267,6 +268,18 @@ def test_a_mixture_trains_and_goes_on_from_its_run_folder(here):
     assert set(first["token_terms"]) == {"dense", "end", "kl"}
 
 
+def test_a_term_of_ones_own_is_watched(here, capsys):
+    watch = ["--options", "watch", "{mine: mine:Constant}"]
+    main(["train", "--env", "tokenenv/Negation-v0", *watch, *SMALL, "--run-dir", "x"])
+    assert "evaluate x --options watch '{mine: mine:Constant}'\n" in capsys.readouterr().out
+    first = yaml.safe_load((here / "x" / "episodes.jsonl").read_text().splitlines()[0])
+    assert set(first["token_watched"]) == {"mine"}
+    error = error_of(["evaluate", "x", "--num-texts", "4"], capsys)
+    assert "options.watch='{mine: mine:Constant}' imports code" in error
+    main(["evaluate", "x", "--num-texts", "4", *watch])
+    assert "watch: mine, per token" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- run folders are data
 
 EVIL = "raise SystemExit('imported')\n"
@@ -284,6 +297,8 @@ HOSTILE = {
     "a weight": {"reward": "{a: [token, 'evil:weight']}"},
     "a mapping within": {"reward": "{a: {b: 'evil:Reward'}}"},
     "the env's option": {"options": {"reward": "evil:Reward"}},
+    "what is watched": {"options": {"watch": "evil:Reward"}},
+    "a mapping of what is watched": {"options": {"watch": "{a: evil:Reward}"}},
     "spaces": {"reward": " evil:Reward "},
 }
 

@@ -1,5 +1,7 @@
 """Reward designs written outside the package: a class each, nothing else touched."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tasks import toy
 
 from tokenenv import FinishedTexts, RewardTerm, States, Transitions
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import lm_head, token_logprobs
 
 
@@ -102,3 +105,69 @@ def test_the_potential_is_reported_and_zero_where_learners_do_not_bootstrap():
     _, _, terminations, _, info = env.step(np.array([stop, 3, stop, 3]))
     assert terminations.tolist() == [True, False, True, False]
     assert ((info["potential"] == 0) == terminations).all()
+
+
+class Mistaken(RewardTerm):
+    """Pays what it is told to, with attributes as it is told."""
+
+    name = "mistaken"
+
+    def __init__(self, pay=None, **attributes):
+        self._pay = pay
+        vars(self).update(attributes)
+
+    def remember(self, memory, tokens, states):
+        return torch.zeros(len(tokens))
+
+    def reward(self, batch: Transitions):
+        return self._pay(batch)
+
+    def place(self, texts, max_new_tokens):
+        return self._pay(texts)
+
+
+@pytest.mark.parametrize("option", ["reward", "watch"])
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (Mistaken(kind="causual"), "the term 'mine': kind='causual' is not known.*'causal'"),
+        (
+            Mistaken(needs=frozenset({"tokeniser"})),
+            "the term 'mine': needs='tokeniser' is not known.*'tokenizer'",
+        ),
+        (
+            Mistaken(lambda batch: batch.before.memory["mine"]),
+            r"the term 'mine' defines remember\(\) and has_memory is False",
+        ),
+        (Mistaken(lambda batch: 1.0), r"reward\(\) of the term 'mine' returned 1.0"),
+        (
+            Mistaken(lambda batch: torch.zeros(len(batch.tokens), 2)),
+            r"'mine' returned shape \(2, 2\); it must return a tensor of shape \(2,\)",
+        ),
+        (
+            Mistaken(lambda texts: torch.zeros(3), kind="hindsight"),
+            r"place\(\) of the term 'mine' returned shape \(3,\)",
+        ),
+    ],
+    ids=["kind", "needs", "memory", "a number", "a shape", "a place"],
+)
+def test_a_mistake_in_a_term_is_said_with_its_name(option, term, message):
+    def end_two_texts():
+        env = TokenVectorEnv(2, task=toy(), **{"reward": {}, option: {"mine": term}})
+        env.reset(seed=0)
+        env.step(np.full(2, env.token_spec.stop_token_ids[0]))
+
+    with pytest.raises(InvalidArgument, match=message):
+        end_two_texts()
+
+
+def test_a_key_that_a_term_lacks_itself_stays_a_key_error():
+    env = TokenVectorEnv(2, task=toy(), reward=Mistaken(lambda batch: {}["other"]))
+    env.reset(seed=0)
+    with pytest.raises(KeyError, match="other"):
+        env.step(np.zeros(2, dtype=np.int64))
+
+
+def test_a_gold_that_cannot_be_called_is_refused_before_a_text_ends():
+    with pytest.raises(InvalidArgument, match="gold='mine:gold' must be a function"):
+        TokenVectorEnv(2, task=dataclasses.replace(toy(), gold="mine:gold"))

@@ -84,7 +84,8 @@ def check_names(values: Mapping[str, Any], path: Path, said: Collection[str] = (
     for name, known in (("env", token_ids()), ("algo", ALGORITHM_NAMES)):
         if name not in said:
             check_choice(f"{path}: {name}", values[name], known)
-    rewards = {"reward": values["reward"], "options.reward": values["options"].get("reward")}
+    options = {f"options.{key}": values["options"].get(key) for key in ("reward", "watch")}
+    rewards = {"reward": values["reward"]} | options
     for name, reward in rewards.items():
         if name not in said:
             for design in _designs(typed(reward) if isinstance(reward, str) else reward):

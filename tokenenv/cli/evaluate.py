@@ -95,8 +95,13 @@ class Evaluate:
 
 
 def comparison(found: Mapping[str, Evaluation]) -> Table:
-    """A table of evaluations side by side, with standard errors."""
+    """A table of evaluations side by side, with standard errors.
+
+    A figure that none of them has (the score of a task without a scorer) has no row. The reward's
+    terms have one each; the KL term has none, because the KL itself is in the table.
+    """
     table = Table("", *found)
+    both = found.values()
     rows: dict[str, Callable[[Evaluation], str]] = {
         "texts": lambda e: f"{e.num_texts}",
         "gold": lambda e: f"{e.gold:.3f} ± {e.gold_error:.3f}",
@@ -105,10 +110,19 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
         "mean length, tokens": lambda e: f"{e.length:.1f}",
         "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
     }
+    for label in ("gold", "score"):
+        if all(math.isnan(getattr(evaluation, label)) for evaluation in both):
+            del rows[label]
     for label, cell in rows.items():
-        table.add_row(label, *map(cell, found.values()))
-    for name in dict.fromkeys(name for evaluation in found.values() for name in evaluation.watched):
-        means = (f"{evaluation.watched.get(name, math.nan):.3f}" for evaluation in found.values())
+        table.add_row(label, *map(cell, both))
+    for name in dict.fromkeys(name for e in both for name in e.rewards if name != "kl"):
+        means = (
+            f"{e.rewards.get(name, math.nan):.3f} ± {e.reward_errors.get(name, math.nan):.3f}"
+            for e in both
+        )
+        table.add_row(f"reward: {name}, per text", *means)
+    for name in dict.fromkeys(name for evaluation in both for name in evaluation.watched):
+        means = (f"{evaluation.watched.get(name, math.nan):.3f}" for evaluation in both)
         table.add_row(f"watch: {name}, per token", *means)
     return table
 

@@ -64,32 +64,33 @@ def algorithm_of(name: str) -> type[Agent]:
     return agent_class(load_name(name, label), label)
 
 
-def reward_of(reward: Any) -> Any:
-    """Return what `reward=` takes, from what was typed.
+def reward_of(reward: Any, argument: str = "reward") -> Any:
+    """Return what `reward=` and `watch=` take, from what was typed.
 
     Args:
         reward: a design's name, "module:Name", or a mapping in YAML's brackets, such as
             "{dense: [token, 0.3], end: terminal}", whose values are either one or a pair of one
             and its weight. Whatever is no text or mapping is returned as it is.
+        argument: the argument that an error names.
     """
     value = typed(reward) if isinstance(reward, str) else reward
     if isinstance(value, Mapping):
-        return {name: _part(part) for name, part in value.items()}
-    return _named_reward(value) if isinstance(value, str) else reward
+        return {name: _part(part, argument) for name, part in value.items()}
+    return _named_reward(value, argument) if isinstance(value, str) else reward
 
 
-def _part(part: Any) -> Any:
+def _part(part: Any, argument: str) -> Any:
     """A value of a mapping: a list of two is a reward and its weight."""
     if isinstance(part, list):
-        return (reward_of(part[0]), *part[1:]) if part else ()
-    return reward_of(part)
+        return (reward_of(part[0], argument), *part[1:]) if part else ()
+    return reward_of(part, argument)
 
 
-def _named_reward(name: str) -> RewardSpec:
+def _named_reward(name: str, argument: str) -> RewardSpec:
     if ":" not in name:
         return name
     make_importable()
-    label = f"reward={name!r}"
+    label = f"{argument}={name!r}"
     return reward_from(load_name(name, label), label)
 
 

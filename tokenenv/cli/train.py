@@ -284,6 +284,8 @@ class Train(Generic[Config]):
             given["group_size"] = GROUP_SIZE
         given |= option_values(env_id, self.options) | changes
         given["reward"] = reward_of(given["reward"])
+        if "watch" in given:
+            given["watch"] = reward_of(given["watch"], "watch")
         envs = gym.make_vec(env_id, num_envs=self.num_envs, **given)
         if not isinstance(envs.unwrapped, TokenVectorEnv):
             raise InvalidArgument(

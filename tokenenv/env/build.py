@@ -19,7 +19,7 @@ from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
-from tokenenv.rewards.term import Context, RewardTerm
+from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
 
@@ -45,6 +45,11 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
+    if not (built.gold is None or built.gold == "score" or callable(built.gold)):
+        raise InvalidArgument(
+            f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
+            "up, and the command line has none for it: let a task of your own bring it."
+        )
     return config, with_max_new_tokens(built, config.max_new_tokens)
 
 
@@ -156,6 +161,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
     terms = all_terms(task, config)
     watched = watched_terms(config, terms)
     for name, term in (terms | watched).items():
+        check_choice(f"the term {name!r}: kind", term.kind, KINDS)
         if term.kind == "policy" and config.kl != "policy":
             kind = "watched" if name in watched else "reward"
             raise InvalidArgument(

@@ -8,6 +8,7 @@ equals scoring by construction. A hindsight term places its sum on the tokens of
 hindsight.
 """
 
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.trunks import trunk_of
 from tokenenv.types import Scorer, Task, TextIds, TextScorer, TokenSpec
 
 Kind = Literal["causal", "hindsight", "policy"]
+KINDS: tuple[str, ...] = typing.get_args(Kind)
 Weight = float | Callable[[int], float]
 """A number, or a schedule over the tokens the env has seen; read when an episode begins."""
 
@@ -330,6 +332,7 @@ class RewardTerm:
                 f"{type(self).__name__} sets withheld, which is called pays_score now."
             )
         for need in sorted(self.needs):
+            check_choice(f"the term {self.name!r}: needs", need, NEEDS)
             if not context.has(need):
                 raise InvalidArgument(
                     f"reward={self.name!r} needs {NEEDS[need]}, which this env does not have; "
@@ -400,6 +403,21 @@ MEMORY_DTYPES = (
 )
 """What a memory may hold: the dtypes that NumPy, safetensors and torch's indexing all have, so that
 it can be saved and forked."""
+
+
+def check_rewards(name: str, method: str, rewards: Any, shape: torch.Size) -> Tensor:
+    """Return what a term's method returned, if it is a tensor of the declared shape.
+
+    Raises:
+        InvalidArgument: it is not; names the term, what it returned and what is asked for.
+    """
+    if isinstance(rewards, Tensor) and rewards.shape == shape:
+        return rewards
+    given = f"shape {tuple(rewards.shape)}" if isinstance(rewards, Tensor) else repr(rewards)[:80]
+    raise InvalidArgument(
+        f"{method}() of the term {name!r} returned {given}; it must return a tensor of shape "
+        f"{tuple(shape)}."
+    )
 
 
 def check_memory(term: RewardTerm, device: torch.device) -> None:
@@ -477,10 +495,11 @@ class RewardSum:
         are those of the reward's terms, and a watched term's number is not weighted."""
         found = {}
         for name in self.causal:
-            if name in self.watched:
-                found[name] = self.watched[name].reward(batch).float()
-            else:
-                found[name] = weighted(weights[name], self.terms[name].reward(batch))
+            rewards = check_rewards(
+                name, "reward", _reward(name, self.every[name], batch), batch.tokens.shape
+            )
+            unweighted = name in self.watched
+            found[name] = rewards.float() if unweighted else weighted(weights[name], rewards)
         return found
 
     def placed(self, texts: FinishedTexts, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -489,7 +508,8 @@ class RewardSum:
         for name in self.hindsight:
             term = self.every[name]
             mask = texts.earning_mask(term, self.max_new_tokens)
-            values = torch.where(mask, term.place(texts, self.max_new_tokens), 0.0)
+            placed = term.place(texts, self.max_new_tokens)
+            values = torch.where(mask, check_rewards(name, "place", placed, mask.shape), 0.0)
             unweighted = name in self.watched
             found[name] = values.float() if unweighted else weighted(weights[name][:, None], values)
         return found
@@ -505,6 +525,20 @@ class RewardSum:
             weighted(weights[name], self.terms[name].potential(states)) for name in self.shaped
         ]
         return torch.stack(parts).sum(0) if parts else None
+
+
+def _reward(name: str, term: RewardTerm, batch: Transitions) -> Tensor:
+    """What `term` pays for a batch; raises where it reads a memory that it has not said it has."""
+    try:
+        return term.reward(batch)
+    except KeyError as error:
+        defined = type(term).remember is not RewardTerm.remember
+        if error.args == (term.name,) and defined and not term.has_memory:
+            raise InvalidArgument(
+                f"the term {name!r} defines remember() and has_memory is False, so it has no "
+                "memory; set has_memory = True."
+            ) from error
+        raise
 
 
 def _with_wrapped(terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:

@@ -104,7 +104,7 @@ def _refused(name: str, value: Any) -> str | None:
         return "runs code that comes with a model"
     if part == "agent.rollout_options" and key not in ROLLOUT_OPTIONS:
         return "is for the engine alone"
-    if name in (*NAMED, "options.reward"):
+    if name in (*NAMED, "options.reward", "options.watch"):
         # No bundled or installed name holds a colon: what holds one names a module. A reward may
         # be typed as a mapping, of which every word is looked at.
         value = typed(value) if isinstance(value, str) else value

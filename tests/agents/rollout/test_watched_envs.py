@@ -1,5 +1,6 @@
 """Numbers that a real env watches, through every way in which agents get, keep and write texts."""
 
+import dataclasses
 import functools
 import json
 
@@ -142,6 +143,36 @@ def test_an_evaluation_has_their_means():
     table = comparison({"before": found, "after": found})
     assert "watch: coded, per token" in list(table.columns[0].cells)
     assert list(table.columns[2].cells)[-3:] == [f"{mean:.3f}" for mean in found.watched.values()]
+
+
+def test_each_term_of_the_reward_has_its_mean_per_text(tmp_path):
+    found = evaluate(LMPolicy(tasks.reference()), make(3, AutoresetMode.SAME_STEP), num_texts=9)
+    assert "Episode(" not in repr(found)
+    names = set(found.episodes[0].terms)
+    assert names > {"kl"}
+    assert set(found.rewards) == set(found.reward_errors) == names
+    sums = {name: [e.terms[name].sum() for e in found.episodes] for name in names}
+    assert found.rewards == pytest.approx({name: np.mean(sums[name]) for name in names})
+    labels = list(comparison({"before": found}).columns[0].cells)
+    assert {label for label in labels if label.startswith("reward: ")} == {
+        f"reward: {name}, per text" for name in names - {"kl"}
+    }
+    seen = []
+    agent = PPO(make(4, AutoresetMode.SAME_STEP), batch_tokens=40, run_dir=tmp_path)
+    agent.learn(80, on_update=lambda metrics, episodes: seen.append((metrics, episodes)))
+    metrics, episodes = seen[0]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in names:
+        mean = np.mean([e.terms[name].sum() for e in episodes])
+        assert metrics[f"reward/{name}"] == pytest.approx(mean, abs=1e-6)
+        assert events.Scalars(f"reward/{name}")[0].value == pytest.approx(mean, abs=1e-6)
+
+
+def test_a_figure_that_no_evaluation_has_is_no_row():
+    found = evaluate(LMPolicy(tasks.reference()), make(3, AutoresetMode.SAME_STEP), num_texts=3)
+    unknown = dataclasses.replace(found, score=float("nan"), gold=float("nan"))
+    assert "score" in list(comparison({"a": found, "b": unknown}).columns[0].cells)
+    assert not {"score", "gold"} & set(comparison({"a": unknown}).columns[0].cells)
 
 
 def test_a_run_folder_has_them(tmp_path):
