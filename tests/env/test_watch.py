@@ -211,6 +211,7 @@ def test_a_policy_term_is_watched_under_kl_policy_alone() -> None:
         ({"kl": "delta"}, "the term name 'kl' is taken"),
         ({"a": ("delta", 0.5)}, "watch= gives a weight at 'a'; what is watched has none"),
         (5, "watch=5 must be"),
+        ({"best": "oracle"}, "^watch='best' needs a task whose .*; watch= also takes a rule"),
     ],
 )
 def test_what_cannot_be_watched(watch: Any, message: str) -> None:

@@ -418,18 +418,23 @@ def check_memory(term: RewardTerm, device: torch.device) -> None:
         )
 
 
-def read_memory(term: RewardTerm, memory: Tensor, count: int) -> Tensor:
-    """Return a copy of what `remember` gave for `count` texts, if its shape and dtype are as the
-    term declares them.
+def read_memory(term: RewardTerm, memory: Tensor, tokens: Tensor) -> Tensor:
+    """Return a copy of what `remember` gave for the texts of `tokens` (K,), if it is on their
+    device and its shape and dtype are as the term declares them.
 
     One floating-point dtype is converted to another, since a score is in float64 where its sum
     would drift in float32. It is a copy, because a term may well return the scores or its old
     memory themselves, and the env writes into what it keeps.
     """
-    shape, dtype = (count, *term.memory_shape), term.memory_dtype
+    shape, dtype = (len(tokens), *term.memory_shape), term.memory_dtype
     given = "no tensor"
     if isinstance(memory, Tensor):
         both_float = memory.is_floating_point() and dtype.is_floating_point
+        if memory.device != tokens.device:
+            raise InvalidArgument(
+                f"remember() of the term {term.name!r} returned a tensor on '{memory.device}'; the "
+                f"env's tensors are on '{tokens.device}': make new ones with device=tokens.device."
+            )
         if memory.shape == shape and (memory.dtype == dtype or both_float):
             return memory.to(dtype, copy=True)
         given = f"shape {tuple(memory.shape)} and {memory.dtype}"
