@@ -4,7 +4,7 @@ Suffixes: N slots, S terms, C causal terms, T response tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any
 
@@ -83,7 +83,7 @@ class RewardEngine:
             term.bind(context)
         for term in watched.values():
             try:
-                term.bind(context)
+                term.bind(replace(context, watched=True))
             except InvalidArgument as error:
                 # A term says what it lacks as one of reward=; the message names what was given.
                 raise InvalidArgument(str(error).replace("reward=", "watch=")) from error

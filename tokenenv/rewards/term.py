@@ -220,7 +220,7 @@ class Transitions:
         out = torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         if self.finished_at is None:
             return out
-        return out.index_copy(0, self.finished_at, values.float()) * self.scored
+        return torch.where(self.scored, out.index_copy(0, self.finished_at, values.float()), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +234,8 @@ class Context:
     """beta that the env was made with, reward per nat."""
     max_batch_tokens: int = 16384
     """The largest forward a term should run, in tokens with padding."""
+    watched: bool = False
+    """Whether the term is given to `watch=`: its numbers are never paid, so any float will do."""
 
     @property
     def reference(self) -> Any:
