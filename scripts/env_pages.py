@@ -209,11 +209,10 @@ def _score(task: Any) -> str:
 
 
 def _gold(task: Any) -> str:
-    if task.gold == "score":
-        return "the score itself"
-    return (
-        "none" if task.gold is None else _text((inspect.getdoc(task.gold) or "").split("\n\n")[0])
-    )
+    if task.gold is None or task.gold == "score":
+        return "none" if task.gold is None else "the score itself"
+    said = inspect.getdoc(task.gold) or ""
+    return _text(said.split("\n\n")[0].removeprefix("Return "))
 
 
 def _designs(env_id: str) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from env_pages import env_pages
 from linked import link
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
@@ -59,11 +58,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if path == "index.md":
         page.meta["hide"] = ["navigation"]  # it has nothing beside it
     source = {page: source for source, page in FROM_ROOT.items()}.get(path, f"docs/{path}")
+    if path.startswith("source/"):
+        source = path.removeprefix("source/").removesuffix(".md")
     return LINK.sub(lambda match: _relinked(match, source, path), markdown)
 
 
 def _relinked(match: re.Match[str], source: str, page: str) -> str:
     target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
+    if not (ROOT / target).is_file():  # code that looks like a link; mkdocs knows broken links
+        return match[0]
     new = posixpath.relpath(_page_of(target), posixpath.dirname(page) or ".")
     return f"{match[1]}{new}{match[3]}"
 
@@ -84,14 +87,12 @@ def _shown(files: Files) -> set[str]:
         for source, text in texts.items()
         for match in LINK.finditer(text)
     }
-    beside = {target for target in targets if not target.startswith("docs/")}
+    beside = {t for t in targets if not t.startswith("docs/") and (ROOT / t).is_file()}
     return beside - FROM_ROOT.keys()
 
 
 def _listing(source: str) -> str:
     path = ROOT / source
-    if not path.resolve().is_relative_to(ROOT) or not path.is_file():
-        raise PluginError(f"A page links to {source}, which is no file of the repository.")
     if path.suffix == ".ipynb":
         return f"# {source}\n\n{_notebook(path)}"
     language = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash"}.get(

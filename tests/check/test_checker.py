@@ -298,7 +298,8 @@ def test_a_cut_without_a_score_that_terminates_is_named() -> None:
 
 
 def same_buffers(envs: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(envs._texts, "device_tokens", lambda: torch.from_numpy(envs._texts.tokens))
+    observe = envs._observation
+    patch.setattr(envs, "_observation", lambda: observe() | {"tokens": envs._texts.tokens})
 
 
 def shared_numbers(envs: Any, patch: pytest.MonkeyPatch) -> None:
@@ -330,6 +331,17 @@ def generous(envs: Any, patch: pytest.MonkeyPatch) -> None:
         return said
 
     patch.setattr(envs, "score_episodes", scored)
+
+
+def tireless(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    """Texts that have ended are not known to have."""
+    step = envs.step
+
+    def stepped(actions: Any) -> Any:
+        envs._ended[:] = False
+        return step(actions)
+
+    patch.setattr(envs, "step", stepped)
 
 
 def attribute(name: str, value: Any) -> Callable[[Any, pytest.MonkeyPatch], None]:
@@ -377,7 +389,7 @@ INSIDE = {
     "closed": (NEXT, attribute("_require_open", nothing), "after close() does not raise"),
     "finished": (
         DISABLED,
-        attribute("_active_rows", lambda: np.ones(3, bool)),
+        tireless,
         "a finished slot can be stepped under DISABLED",
     ),
 }
@@ -395,7 +407,10 @@ def test_names_what_is_wrong_inside(
 
 
 def test_bad_tokens_must_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenenv.env.vector_env.require_valid", nothing)
+    def lenient(tokens: torch.Tensor, logprob: Any, vocab_size: int) -> torch.Tensor:
+        return tokens.clamp(0, vocab_size - 1)
+
+    monkeypatch.setattr("tokenenv.env.vector_env.token_codes", lenient)
     with pytest.raises(ContractError, match="does not raise ValueError on an action with token -1"):
         check_vector_env(make_vec(3), steps=8)
 

@@ -1,24 +1,16 @@
-"""The plugin package of `examples/plugin`, installed as a user would install it, and the page that
-documents it."""
+"""The plugin package of `examples/plugin`, installed as a user would install it."""
 
-import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from shells import FLAGS, TOKENENV, flat, shell
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "examples" / "plugin"
-PAGE = ROOT / "docs" / "plugins.md"
 NOT_SOURCE = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
-TOKENENV = str(Path(sys.executable).with_name("tokenenv"))
-"""The script, on whose path of imports the current directory is not."""
-FLAGS = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-"""An installation without a network."""
-BLOCK = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```", re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +27,6 @@ def install(source, target):
     command = [sys.executable, "-m", "pip", "install", *FLAGS, "--target", str(target), str(source)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def shell(script, folder, *path):
-    """What a script of shell commands prints, and its status."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
-    }
-    return subprocess.run(
-        ["bash", "-ec", script],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def flat(text):
-    return " ".join(text.replace("│", " ").split())
 
 
 def test_the_plugin_appears_trains_goes_on_and_is_evaluated(installed, tmp_path):
@@ -120,36 +91,3 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     done = shell(f"set -o pipefail; {TOKENENV} envs | true", tmp_path)
     assert done.returncode in (0, 1)
     assert done.stderr == ""
-
-
-# ---------------------------------------------------------------- docs/plugins.md
-
-
-def blocks():
-    return [match.groups() for match in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))]
-
-
-def test_the_page_runs_as_it_stands(tmp_path):
-    """Its files are written, its commands run, in the order of the page; nothing else is needed."""
-    commands = []
-    for language, title, text in blocks():
-        if title:
-            commands.append(f"mkdir -p $(dirname {title}); cat > {title} <<'END'\n{text}END\n")
-        elif language == "bash":
-            commands.append(text)
-    assert len(commands) > 8
-    tools = f"""
-        tokenenv() {{ {TOKENENV} "$@"; }}
-        pip() {{ {sys.executable} -m pip "$@" {" ".join(FLAGS)} --target site; }}
-        export PYTHONPATH=site
-    """
-    done = shell(tools + "".join(commands), tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed = flat(done.stdout)
-    assert (
-        "mine/ShortReviews-v1 Write a positive review, in few words. (plugin my-plugin 1.0)"
-        in printed
-    )
-    assert "Takes away a tenth for each word (plugin my-plugin 1.0)" in printed
-    assert "--agent.baseline FLOAT Share of the mean return that is subtracted." in printed
-    assert printed.count("distinct bigrams") == 2

@@ -773,7 +773,7 @@ def test_implicit_models_pay_their_log_ratio(saved):
     np.testing.assert_allclose(scored.terms["implicit"], paid, atol=1e-5)
     with pytest.raises(
         InvalidArgument,
-        match=r"reward='implicit' needs .* \(implicit_model=\), which this env has not",
+        match=r"reward='implicit' needs .* \(implicit_model=\), which this env does not have",
     ):
         make(saved["policy"], reward="implicit")
 
@@ -929,7 +929,7 @@ def test_designs_that_read_finished_texts(design, head, saved):
 
 @pytest.mark.parametrize("design", ["delta", "segment", "attention", "gradient"])
 def test_designs_that_read_prefixes_or_the_models_inside_are_refused(design, saved):
-    message = rf"reward='{design}' needs a .*causal.* with the policy's own tokens.*, which this env has not"
+    message = rf"reward='{design}' needs a .*causal.* with the policy's own tokens.*, which this env does not have"
     for head in FOREIGN:
         with pytest.raises(InvalidArgument, match=message):
             make(

@@ -57,8 +57,9 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
     if lacks:
         with pytest.raises(InvalidArgument) as error:
             make(env_id, design)
-        assert f"reward={design!r} needs {NEEDS[sorted(lacks)[0]]}, which this env has not" in str(
-            error.value
+        assert (
+            f"reward={design!r} needs {NEEDS[sorted(lacks)[0]]}, which this env does not have"
+            in str(error.value)
         )
         return
     envs = make(env_id, design)

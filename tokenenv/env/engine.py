@@ -164,7 +164,8 @@ class RewardEngine:
         hidden = self.trunks.prefill(
             slots, given.tokens[:, : int(given.length.max())], given.length.tolist()
         )
-        self._put(slots, texts, self.dynamics.begin(given, hidden, statistics, self.trunks))
+        states = self.dynamics.begin(given, hidden, statistics, self.trunks)
+        self._put(slots, texts, states)
 
     @torch.no_grad()
     @in_eval_mode
@@ -356,10 +357,7 @@ class RewardEngine:
             "token_terms": ((count, *self.token_terms.shape[1:]), np.float32),
             "score": ((count,), np.float64) if self.context.causal_scorer else None,
             "memory": {
-                name: (
-                    (count, *term.memory_shape),
-                    numpy_dtype(term.memory_dtype),
-                )
+                name: ((count, *term.memory_shape), numpy_dtype(term.memory_dtype))
                 for name, term in with_memory
             },
             "statistics": {

@@ -88,10 +88,8 @@ class TokenVectorEnv(EnvBase):
                 parts a group is not.
         """
         self._require_open()
-        given, seeds = (
-            read_options(options, self.num_envs, self.token_spec),
-            read_seed(seed, self.num_envs),
-        )
+        given = read_options(options, self.num_envs, self.token_spec)
+        seeds = read_seed(seed, self.num_envs)
         if not given.mask.all():
             self._require_reset()
         if seed is not None and self._streams.split_groups(given.mask):
@@ -258,9 +256,8 @@ class TokenVectorEnv(EnvBase):
             self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
             self._episode_kl_coef[slots] = saved["episode_kl_coef"]
             self._streams.load(slots, saved["streams"])
-            if (
-                self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any()
-            ):  # saved under another mode
+            # Under SAME_STEP no text stands at its end, as one that was saved elsewhere may.
+            if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
                 self._begin(self._ended.copy())
             return self._observation(), self._start_infos(slots).to_dict(self._export)
 
