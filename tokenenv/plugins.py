@@ -82,12 +82,17 @@ def said(error: BaseException) -> str:
 
 
 def _attribute(owner: Any, name: str, label: str) -> Any:
-    if hasattr(owner, name):
+    what = getattr(owner, "__name__", type(owner).__name__)
+    try:
         return getattr(owner, name)
+    except AttributeError:
+        pass
+    # A module may import on demand what it names (`__getattr__`), so looking is running code.
+    except (Exception, SystemExit) as error:
+        raise InvalidArgument(f"{label}: {what!r}.{name} raised {said(error)}.") from error
     public = [known for known in dir(owner) if not known.startswith("_")]
     near = difflib.get_close_matches(name, public, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    what = getattr(owner, "__name__", type(owner).__name__)
     raise InvalidArgument(f"{label}: {what!r} has no {name!r}.{hint}")
 
 

@@ -159,9 +159,11 @@ class PolicyGradient(Agent):
             cfg = self.config
             found = token_outputs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
             batch.learned["learner_entropy"] = found.entropy_BT
-            # Where another setting has asked for them, the log-probs are known already.
+            batch.learned["token_logprob"] = found.logprob_BT
+            # "learner_logprob" stays what another setting has made it: for `target_kl` alone, texts
+            # that are not stale have the sampler's log-probs there, which an engine has rounded.
             batch.learned.setdefault("learner_logprob", found.logprob_BT)
-        return TokenOutputs(batch.learned["learner_logprob"], batch.learned["learner_entropy"])
+        return TokenOutputs(batch.learned["token_logprob"], batch.learned["learner_entropy"])
 
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learn from finished episodes; return the field's scalars."""

@@ -96,6 +96,13 @@ def test_evaluate_compares_with_the_reference(run_dir, capsys):
         assert word in printed
 
 
+def test_evaluate_watches_what_the_run_did_not(run_dir, capsys):
+    """The checkpoint holds running texts, which only the run's own `watch=` fits."""
+    watch = ["--options", "watch", "{even: uniform}"]
+    main(["evaluate", str(run_dir), "--num-texts", "4", "--examples", "0", *watch])
+    assert "watch: even, per token" in capsys.readouterr().out
+
+
 def asked_first(folder, capsys, *options):
     """The first prompt that `tokenenv evaluate` prints."""
     capsys.readouterr()

@@ -56,6 +56,11 @@ class Needy(tokenenv.RewardTerm):
         self.amount = amount
 
 
+class Leaves(tokenenv.RewardTerm):
+    def __init__(self):
+        raise SystemExit(4)
+
+
 def brief(prompt, response):
     """Counts words."""
     return -len(response.split())
@@ -83,6 +88,17 @@ SMALL = ["--num-envs", "4", "--total-tokens", "40", "--agent.batch-tokens", "20"
 NAMES = ["--env", "mine:mine/Short-v0", "--reward", "mine:Constant", "--algo", "mine:Mine"]
 
 
+LATE = '''
+def __getattr__(name):
+    """What is named is imported when it is asked for."""
+    if name == "leave":
+        raise SystemExit(3)
+    if name in ("Term", "task"):
+        raise ImportError("no such extra")
+    raise AttributeError(name)
+'''
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A current directory with a user's modules in it; what they register and import is undone."""
@@ -94,6 +110,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "lacking.py").write_text("import a_module_that_nobody_has\n")
     (tmp_path / "wrong.py").write_text("def f(:\n")
     (tmp_path / "script.py").write_text("import sys\nsys.exit('usage: script')\n")
+    (tmp_path / "late.py").write_text(LATE)
     modules, ids = set(sys.modules), set(gym.registry)
     yield tmp_path
     for name in set(sys.modules) - modules:
@@ -229,6 +246,11 @@ def test_one_of_ones_own_is_described(here, capsys):
         ),
         (["--env", "wrong:mine/Short-v0"], "importing 'wrong' raised SyntaxError: "),
         (["--reward", "script:f"], "importing 'script' raised SystemExit: usage: script"),
+        (["--reward", "mine:Leaves"], "reward='mine:Leaves': Leaves() raised SystemExit: 4 ("),
+        (["--reward", "late:Term"], "reward='late:Term': 'late'.Term raised ImportError: no such"),
+        (["--algo", "late:leave"], "algo='late:leave': 'late'.leave raised SystemExit: 3 ("),
+        (["--options", "task", "late:task"], "task='late:task': 'late'.task raised ImportError"),
+        (["--reward", "{1: token}"], "reward= has a term called 1; a name must be a text"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -457,6 +479,8 @@ def test_a_broken_plugin_is_listed_with_its_error_and_breaks_nothing(
         ("tokenenv.envs", "my/Value-v0", "mine", "bad"),
         ("tokenenv.rewards", "broken", "broken:Term", "bad"),
         ("tokenenv.rewards", "kindless", "mine:Mine", "bad"),
+        ("tokenenv.rewards", "late", "late:Term", "bad"),
+        ("tokenenv.rewards", "leaves", "mine:Leaves", "bad"),
         ("tokenenv.agents", "broken", "broken:Agent", "bad"),
     )
     tokenenv.register_envs()
@@ -482,6 +506,8 @@ def test_a_broken_plugin_is_listed_with_its_error_and_breaks_nothing(
     assert (
         "kindless cannot be used: 'kindless' of the plugin bad 1.0 is Mine; a reward is" in printed
     )
+    assert "late cannot be used: 'late' of the plugin bad 1.0: 'late'.Term raised Imp" in printed
+    assert "leaves cannot be used: 'leaves' of the plugin bad 1.0: Leaves() raised Sys" in printed
     assert "tokenenv/Reviews-v0 continue a review" in printed
     assert "importing 'broken' raised JSONDecodeError" in error_of(
         ["train", "--env", "my/Broken-v0", *SMALL], capsys

@@ -169,6 +169,7 @@ def test_what_cannot_be_kept_is_refused_when_the_env_is_made(
         ((), torch.int64, lambda t: t.float(), r"torch.float32; .* shape \(2,\) and torch.int64"),
         ((), torch.float32, lambda t: t, r"torch.int64; .* and torch.float32"),
         ((), torch.int64, lambda t: [1, 2], "no tensor"),
+        ((), torch.int64, lambda t: t.to("meta"), r"a tensor on 'meta'; the env's .* on 'cpu'"),
     ],
 )
 def test_a_memory_that_is_not_as_declared_is_named(

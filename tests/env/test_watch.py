@@ -11,7 +11,7 @@ from memories import Drift
 from tasks import TEXT_RULE, T, assert_equal, copied, make_vec, play, random_actions
 
 from tokenenv.errors import CheckpointError, InvalidArgument, NotFinite
-from tokenenv.rewards import PositionScaled, RewardTerm, Rule, Scaled, Segment
+from tokenenv.rewards import PositionScaled, RewardTerm, Rule, Scaled, Segment, TokenRule
 from tokenenv.rewards.kl import PolicyKL
 
 SAME_STEP = AutoresetMode.SAME_STEP
@@ -190,6 +190,42 @@ def test_numbers_that_are_not_finite_stop_no_run() -> None:
         paying.step(np.array([20] * 4))
 
 
+@pytest.mark.parametrize(
+    ("value", "number"), [(math.nan, math.nan), (-(10**400), -math.inf)], ids=["nan", "large"]
+)
+@pytest.mark.parametrize("wrap", [lambda term: term, Scaled])
+def test_functions_that_give_no_finite_number_stop_no_run(
+    value: Any, number: float, wrap: Any
+) -> None:
+    rules = {
+        "end": Rule(lambda prompt, response: value),
+        "dense": Rule(lambda prompt, response: value if len(response) > 1 else 0.0, delta=True),
+        "each": TokenRule(lambda prompt, response: [value] * len(response), on="tokens"),
+    }
+    watch = {name: wrap(rule) for name, rule in rules.items()}
+    unscored = make(reward="token", watch=watch, score_truncated=False)
+    episodes = play(unscored, stop=0.1)
+    assert {episode.truncated for episode in episodes} == {True, False}
+    for episode in episodes:
+        last, seen = len(episode.response) - 1, episode.infos[-1]["token_watched"]
+        for name in ("end", "each"):  # which pay nothing where a text is not scored
+            np.testing.assert_array_equal(seen[name][last], 0.0 if episode.truncated else number)
+        assert last == 0 or not np.isfinite(seen["dense"]).all()
+    for name, rule in rules.items():
+        paying = make(reward={name: wrap(rule)}, watch=None)
+        paying.reset(seed=0)
+        for _ in range(T - 1 if name != "dense" else 0):
+            paying.step(np.array([20] * 4))
+        with pytest.raises(InvalidArgument, match="must return a finite number"):
+            paying.step(np.array([20] * 4))
+
+
+def test_what_is_watched_must_be_a_number() -> None:
+    envs = make(watch=Rule(lambda prompt, response: None, delta=True))
+    with pytest.raises(InvalidArgument, match="returned None"):
+        envs.reset(seed=0)
+
+
 def test_a_policy_term_is_watched_under_kl_policy_alone() -> None:
     envs = make(reward="token", watch={"ratio": PolicyKL("k1")}, kl="policy", kl_coef=0.5)
     for episode in play(envs):
@@ -211,6 +247,7 @@ def test_a_policy_term_is_watched_under_kl_policy_alone() -> None:
         ({"kl": "delta"}, "the term name 'kl' is taken"),
         ({"a": ("delta", 0.5)}, "watch= gives a weight at 'a'; what is watched has none"),
         (5, "watch=5 must be"),
+        ({"best": "oracle"}, "^watch='best' needs a task whose .*; watch= also takes a rule"),
     ],
 )
 def test_what_cannot_be_watched(watch: Any, message: str) -> None:

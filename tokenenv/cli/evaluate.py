@@ -22,8 +22,9 @@ from tokenenv.env.build import load_task
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.registration import task_source
 
-ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts")
-"""Options that say which texts are asked for. The checkpoint belongs to those of its run."""
+ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts", "watch")
+"""Options that say which texts are asked for, and what is watched in them. The checkpoint belongs
+to those of its run."""
 
 
 @dataclass(kw_only=True)

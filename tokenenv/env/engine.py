@@ -4,7 +4,7 @@ Suffixes: N slots, S terms, C causal terms, T response tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenenv.env.finite import FiniteCheck, require_finite_weight
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
 from tokenenv.env.transitions import Dynamics, Ends
+from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import sum_dtype
@@ -78,8 +79,14 @@ class RewardEngine:
         **model_options: Any,
     ) -> None:
         self.context, watched = context, watched or {}
-        for term in (*terms.values(), *watched.values()):
+        for term in terms.values():
             term.bind(context)
+        for term in watched.values():
+            try:
+                term.bind(replace(context, watched=True))
+            except InvalidArgument as error:
+                # A term says what it lacks as one of reward=; the message names what was given.
+                raise InvalidArgument(str(error).replace("reward=", "watch=")) from error
         self.rewards = RewardSum(terms, context.spec.max_new_tokens, watched)
         # Whatever may refuse the terms or the models comes before memory is taken for caches.
         for term in self.rewards.with_memory.values():

@@ -132,7 +132,7 @@ class Dynamics:
         ]
         for name, term in self.with_memory.items():
             memory = term.remember(None, last, states)
-            states.memory[name] = read_memory(term, memory, len(length))
+            states.memory[name] = read_memory(term, memory, last)
         return states
 
     def _first_score(self, texts: WholeTexts, length: np.ndarray, states: States) -> Tensor | None:
@@ -232,7 +232,7 @@ class Dynamics:
         """Fill in the memories of `after`, K texts after `tokens` (K,)."""
         for name, term in self.with_memory.items():
             memory = term.remember(before[name], tokens, after)
-            after.memory[name] = read_memory(term, memory, len(tokens))
+            after.memory[name] = read_memory(term, memory, tokens)
 
     # ------------------------------------------------------------ what terms see
 

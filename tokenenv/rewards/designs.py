@@ -76,7 +76,7 @@ def reward_from(found: object, label: str) -> RewardSpec:
     if isinstance(found, type) and issubclass(found, RewardTerm):
         try:
             return found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InvalidArgument(
                 f"{label}: {found.__name__}() raised {said(error)}; a design that is named is made "
                 f"without arguments."
@@ -135,6 +135,8 @@ def _expand(reward: object, name: str | None, weight: Weight | None) -> Iterator
         yield _named(copy.copy(reward), name, weight)
     elif isinstance(reward, Mapping):
         for part, value in reward.items():
+            if not isinstance(part, str):  # YAML reads {1: token} as a number
+                raise InvalidArgument(f"reward= has a term called {part!r}; a name must be a text.")
             design, share = _pair(part, value) if isinstance(value, tuple) else (value, None)
             yield from _expand(design, f"{name}.{part}" if name else part, _product(weight, share))
     else:

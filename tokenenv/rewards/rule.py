@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, RunningTexts, States, Transitions
+from tokenenv.rewards.term import (
+    Context,
+    FinishedTexts,
+    RewardTerm,
+    RunningTexts,
+    States,
+    Transitions,
+)
 
 LARGEST = torch.finfo(torch.float32).max
 """A larger number would be infinite when it is paid."""
@@ -20,6 +27,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 class _RuleTerm(RewardTerm):
     """What both rules share: a callable on (prompt, response), as texts or as token ids."""
+
+    _watched = False
 
     def __init__(
         self, function: Callable[[Any, Any], Any], on: Literal["text", "tokens"] = "text"
@@ -33,6 +42,11 @@ class _RuleTerm(RewardTerm):
         self.on = on
         self.needs = frozenset({"tokenizer"} if on == "text" else ())
 
+    def bind(self, context: Context) -> None:
+        """Looks whether the numbers are paid, for then they must be finite."""
+        super().bind(context)
+        self._watched = context.watched
+
     def _pairs(self, texts: FinishedTexts | RunningTexts) -> list[tuple[Any, Any]]:
         """What the function is called with, for each of the texts."""
         if self.on == "text":
@@ -40,9 +54,10 @@ class _RuleTerm(RewardTerm):
         return texts.prompt_and_response_ids()
 
     def _number(self, value: Any, response: Any) -> float:
-        """`value`, which the function gave for `response`, as a float; raises where it is none."""
+        """`value`, which the function gave for `response`, as a float; raises where it is none, or
+        where it is not finite and is to be paid."""
         number = _as_float(value)
-        if abs(number) <= LARGEST:
+        if abs(number) <= LARGEST or (self._watched and _is_number(value)):
             return number
         raise InvalidArgument(
             f"the reward rule {_name_of(self.function)!r} returned {_short(value)} for the "
@@ -148,16 +163,26 @@ class TokenRule(_RuleTerm):
         return torch.tensor([self._number(number, response) for number in numbers])
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and arrays and tensors of one number, as Python's number."""
+    one = isinstance(value, np.generic | np.ndarray | Tensor) and len(value.reshape(-1)) == 1
+    return value.item() if one else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number of any kind, finite or not; True is, a string that spells one is
+    not."""
+    return isinstance(_plain(value), Real)
+
+
 def _as_float(value: Any) -> float:
     """A number of any kind as a float, NaN for anything else."""
-    # True, NumPy's numbers and arrays of one number are taken; a string that spells a number is a
-    # mistake, which float() would let pass.
-    if isinstance(value, np.generic | np.ndarray | Tensor) and len(value.reshape(-1)) == 1:
-        value = value.item()
+    # A string that spells a number is a mistake, which float() would let pass.
+    value = _plain(value)
     try:
         return float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
-        return math.inf
+        return math.inf if value > 0 else -math.inf
 
 
 def _name_of(function: Any) -> str:

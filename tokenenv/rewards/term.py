@@ -222,7 +222,7 @@ class Transitions:
         out = torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         if self.finished_at is None:
             return out
-        return out.index_copy(0, self.finished_at, values.float()) * self.scored
+        return torch.where(self.scored, out.index_copy(0, self.finished_at, values.float()), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +236,8 @@ class Context:
     """beta that the env was made with, reward per nat."""
     max_batch_tokens: int = 16384
     """The largest forward a term should run, in tokens with padding."""
+    watched: bool = False
+    """Whether the term is given to `watch=`: its numbers are never paid, so any float will do."""
 
     @property
     def reference(self) -> Any:
@@ -436,18 +438,23 @@ def check_memory(term: RewardTerm, device: torch.device) -> None:
         )
 
 
-def read_memory(term: RewardTerm, memory: Tensor, count: int) -> Tensor:
-    """Return a copy of what `remember` gave for `count` texts, if its shape and dtype are as the
-    term declares them.
+def read_memory(term: RewardTerm, memory: Tensor, tokens: Tensor) -> Tensor:
+    """Return a copy of what `remember` gave for the texts of `tokens` (K,), if it is on their
+    device and its shape and dtype are as the term declares them.
 
     One floating-point dtype is converted to another, since a score is in float64 where its sum
     would drift in float32. It is a copy, because a term may well return the scores or its old
     memory themselves, and the env writes into what it keeps.
     """
-    shape, dtype = (count, *term.memory_shape), term.memory_dtype
+    shape, dtype = (len(tokens), *term.memory_shape), term.memory_dtype
     given = "no tensor"
     if isinstance(memory, Tensor):
         both_float = memory.is_floating_point() and dtype.is_floating_point
+        if memory.device != tokens.device:
+            raise InvalidArgument(
+                f"remember() of the term {term.name!r} returned a tensor on '{memory.device}'; the "
+                f"env's tensors are on '{tokens.device}': make new ones with device=tokens.device."
+            )
         if memory.shape == shape and (memory.dtype == dtype or both_float):
             return memory.to(dtype, copy=True)
         given = f"shape {tuple(memory.shape)} and {memory.dtype}"

@@ -162,6 +162,17 @@ def test_entropies_and_log_probs_are_those_of_each_text_alone(temperature, setti
     assert not found.entropy_BT.requires_grad
 
 
+@pytest.mark.parametrize("settings", [{}, {"importance_cap": 2.0}, {"target_kl": 1.0}])
+def test_log_probs_are_the_policys_where_an_engine_has_rounded_its_own(settings):
+    agent = toy(ReinforcePlusPlus, **settings)
+    batch = batch_of(agent)
+    expected_BT = learner.token_outputs(agent.policy, batch, agent.config.max_batch_tokens, 1.0)[0]
+    batch = dataclasses.replace(batch, logprob_BT=batch.logprob_BT - 0.25 * batch.mask_BT)
+    agent._policy_before(batch)
+    assert torch.equal(agent.token_outputs(batch).logprob_BT, expected_BT)
+    assert torch.equal(agent.token_outputs(batch).logprob_BT, expected_BT)  # as found before
+
+
 def forwards(monkeypatch, agent, batch):
     """How often an update runs over the texts without a gradient."""
     counted, forward = [], learner.outputs
