@@ -4,7 +4,8 @@ Importing the package registers its ids with Gymnasium.
 """
 
 from tokenenv.registration import register, register_envs
-from tokenenv.rewards.term import FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.rewards.term import RewardTerm
 from tokenenv.types import EpisodeScores, Scorer, Task, TokenSpec
 
 __version__ = "0.1.0"

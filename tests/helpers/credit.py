@@ -12,7 +12,8 @@ from torch import Tensor
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.prefix_scores import score_texts
-from tokenenv.rewards.term import Context, FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
+from tokenenv.rewards.term import Context
 from tokenenv.types import Scorer, Task, TextIds, TokenSpec
 
 T = 9

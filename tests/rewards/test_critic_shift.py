@@ -15,8 +15,8 @@ from tokenenv.agents import PPO
 from tokenenv.agents.algorithms import ppo
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning.advantages import gae, unshaped
+from tokenenv.rewards.seen import States
 from tokenenv.rewards.shaping import Shaping
-from tokenenv.rewards.term import States
 
 WORLD = World(7, stops=(STOP,))
 both_scorers = pytest.mark.parametrize("scorer", ["sequence", "token"])

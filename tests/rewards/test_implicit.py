@@ -15,7 +15,8 @@ from tasks import play, toy
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.implicit import Implicit
-from tokenenv.rewards.term import Context, States, Transitions
+from tokenenv.rewards.seen import States, Transitions
+from tokenenv.rewards.term import Context
 from tokenenv.types import Scorer, Task, TokenSpec
 
 V, T, STOP, BETA = 3, 3, 0, 0.3

@@ -12,9 +12,10 @@ from torch import Tensor
 from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
 from tokenenv.rewards.process import FORMS, Process
 from tokenenv.rewards.rule import Rule
+from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Shaping
-from tokenenv.rewards.term import FinishedTexts, RewardTerm
+from tokenenv.rewards.term import RewardTerm
 
 HOLDS, BROKEN = 1e-5, 0.05
 """Relative errors: of float32 rewards, and of a promise that does not hold in some world."""

@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL, kl_estimate
+from tokenenv.rewards.reward_sum import RewardSum, weight_now
 from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.shaping import Delta
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardSum,
-    RewardTerm,
-    States,
-    Transitions,
-    weight_now,
-)
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS, Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform

@@ -23,7 +23,7 @@ from tokenenv.rewards import (
     progressive,
 )
 from tokenenv.rewards.designs import make_terms
-from tokenenv.rewards.term import FinishedTexts, RunningTexts
+from tokenenv.rewards.seen import FinishedTexts, RunningTexts
 
 
 def worth(prompt, response):

@@ -13,9 +13,10 @@ from tasks import assert_equal, copied, make_vec, play, random_actions, referenc
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import lm_head
 from tokenenv.models.trunks import text_states
+from tokenenv.rewards.seen import States, Transitions
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
-from tokenenv.rewards.term import Context, States, Transitions
+from tokenenv.rewards.term import Context
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.types import Scorer, Task, TokenSpec
 

@@ -16,18 +16,13 @@ from tasks import T, assert_equal, copied, make_vec, play, random_actions
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.reward_sum import weight_now
 from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper, line, updated_moments
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardTerm,
-    States,
-    Transitions,
-    weight_now,
-)
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform

@@ -21,16 +21,9 @@ from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardSum,
-    RewardTerm,
-    States,
-    Transitions,
-    check_memory,
-    weight_now,
-)
+from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.types import Head, Slots
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenenv.env.engine import Paid, RewardEngine
 from tokenenv.env.transitions import Ends
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
 
 Values = Tensor | np.ndarray | dict[str, Tensor]
 """Of all rows; an array is on the host, and not the env's own."""

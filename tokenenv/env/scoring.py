@@ -16,7 +16,7 @@ from tokenenv.env.transitions import Ends, Walk
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches
 from tokenenv.prompts import read_continuation, read_prompt
-from tokenenv.rewards.term import Transitions, WholeTexts
+from tokenenv.rewards.seen import Transitions, WholeTexts
 from tokenenv.types import EpisodeScores, TokenSpec
 
 

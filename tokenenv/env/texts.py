@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.term import RunningTexts, WholeTexts
+from tokenenv.rewards.seen import RunningTexts, WholeTexts
 from tokenenv.types import Slots
 
 

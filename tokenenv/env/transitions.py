@@ -20,16 +20,9 @@ from tokenenv.env.texts import to_device
 from tokenenv.models.batching import micro_batches
 from tokenenv.models.prefix_scores import read_length, score_texts, sum_dtype
 from tokenenv.models.trunks import Trunks, logprob_reader
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardSum,
-    RunningTexts,
-    States,
-    Transitions,
-    WholeTexts,
-    read_memory,
-)
+from tokenenv.rewards.reward_sum import RewardSum, read_memory
+from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions, WholeTexts
+from tokenenv.rewards.term import Context
 from tokenenv.types import Scorer, TrunkStates
 
 

@@ -12,17 +12,11 @@ from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.scaling import Clipped, PositionScaled, Scaled, Wrapper
+from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardTerm,
-    RunningTexts,
-    States,
-    Transitions,
-)
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform

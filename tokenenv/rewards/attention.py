@@ -14,7 +14,8 @@ from tokenenv.models.cached_lm import acting
 from tokenenv.models.prefix_scores import read_length
 from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
-from tokenenv.rewards.term import Context, FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
+from tokenenv.rewards.term import Context
 
 CAPTURING = "_output_capturing_hooks_installed"
 """How transformers marks a model that has its hooks for showing attention weights."""

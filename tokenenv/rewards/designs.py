@@ -16,11 +16,12 @@ from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
+from tokenenv.rewards.reward_sum import weight_now
 from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
 from tokenenv.rewards.shapley import Shapley
-from tokenenv.rewards.term import RewardTerm, Weight, weight_now
+from tokenenv.rewards.term import RewardTerm, Weight
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform

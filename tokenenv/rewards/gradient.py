@@ -13,7 +13,8 @@ from tokenenv.models.cached_lm import acting
 from tokenenv.models.prefix_scores import read_length, read_scores
 from tokenenv.models.trunks import trunk_of
 from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
-from tokenenv.rewards.term import Context, FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
+from tokenenv.rewards.term import Context
 from tokenenv.types import Scorer
 
 DOUBLINGS = 3

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.trunks import logprob_reader
-from tokenenv.rewards.term import Context, RewardTerm, Transitions
+from tokenenv.rewards.seen import Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 
 class Implicit(RewardTerm):

@@ -4,7 +4,8 @@ beta, in reward per nat."""
 import torch
 from torch import Tensor
 
-from tokenenv.rewards.term import RewardTerm, Transitions
+from tokenenv.rewards.seen import Transitions
+from tokenenv.rewards.term import RewardTerm
 
 
 class ReferenceKL(RewardTerm):

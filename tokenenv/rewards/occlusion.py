@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokenenv.models.batching import upload
 from tokenenv.rewards.redistribute import Redistribution, distinct_scores, rest_on_last
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
 
 
 class Occlusion(Redistribution):

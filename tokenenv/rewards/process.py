@@ -9,7 +9,8 @@ from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.prefix_scores import read_lengths
 from tokenenv.models.trunks import text_states
 from tokenenv.rewards.redistribute import at_response
-from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 FORMS = ("sum", "delta", "clip", "min")
 

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from tokenenv.models.batching import upload
 from tokenenv.models.prefix_scores import score_texts
-from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm
+from tokenenv.rewards.seen import FinishedTexts
+from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.types import Scorer, TextIds, TextScorer
 
 

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.rewards.term import (
-    Context,
-    FinishedTexts,
-    RewardTerm,
-    RunningTexts,
-    States,
-    Transitions,
-)
+from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 LARGEST = torch.finfo(torch.float32).max
 """A larger number would be infinite when it is paid."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.designs import Design, make_terms
-from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, States, Transitions
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 
 def _follows(attribute: str) -> Any:

@@ -6,8 +6,9 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.heads import in_chunks
 from tokenenv.models.trunks import logits_head
+from tokenenv.rewards.seen import States
 from tokenenv.rewards.shaping import Shaping
-from tokenenv.rewards.term import Context, States
+from tokenenv.rewards.term import Context
 
 
 class Segment(Shaping):

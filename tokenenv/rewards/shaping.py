@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.term import Context, RewardTerm, States, Transitions
+from tokenenv.rewards.seen import States, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 Potential = Callable[[States], Tensor]
 """Phi (K,) float32 of K texts so far."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import upload
 from tokenenv.rewards.redistribute import Redistribution, distinct_scores
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.types import TextIds
 
 

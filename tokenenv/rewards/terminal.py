@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.term import RewardTerm, Transitions
+from tokenenv.rewards.seen import Transitions
+from tokenenv.rewards.term import RewardTerm
 
 
 class Terminal(RewardTerm):

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from tokenenv.rewards.term import Context, FinishedTexts, RewardTerm, Transitions
+from tokenenv.rewards.seen import FinishedTexts, Transitions
+from tokenenv.rewards.term import Context, RewardTerm
 
 
 class Token(RewardTerm):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tokenenv.rewards.redistribute import Redistribution
-from tokenenv.rewards.term import FinishedTexts
+from tokenenv.rewards.seen import FinishedTexts
 
 
 class Uniform(Redistribution):

@@ -1,0 +1,217 @@
+"""What a reward term may look at: texts as they run, as they ended, and the transitions between
+their states.
+
+Shapes: K transitions or running texts, B finished texts, L context tokens, T response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenenv.models.encoding import decode_pairs
+from tokenenv.models.trunks import trunk_of
+from tokenenv.types import TextIds
+
+if TYPE_CHECKING:
+    from tokenenv.rewards.term import RewardTerm
+
+
+@dataclass(frozen=True, slots=True)
+class RunningTexts:
+    """K texts up to their last token so far, on the host: reading them does not wait for a GPU."""
+
+    ids: Sequence[np.ndarray] | np.ndarray
+    """Token ids of R texts; each may go on beyond what has been written so far."""
+    row: np.ndarray
+    """(K,) int64: which of the R each of the K texts is."""
+    prompt_length: np.ndarray
+    """(K,) int64."""
+    length: np.ndarray
+    """(K,) int64: tokens of prompt and response together, so far."""
+    tokenizer: Any = None
+    """The task's tokenizer, or None where tokens have no text."""
+
+    def prompt_and_response_ids(self) -> list[TextIds]:
+        """Return K pairs of token id lists: the prompt, and the response so far."""
+        return _split([self.ids[row] for row in self.row], self.prompt_length, self.length)
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """Return K pairs of texts, without special tokens. A pair joined is the whole text so far
+        as the tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
+    def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
+        """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
+        for."""
+        chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
+        lengths = self.prompt_length[chosen], self.length[chosen]
+        return RunningTexts(self.ids, self.row[chosen], *lengths, self.tokenizer)
+
+
+def _split(
+    ids: Sequence[np.ndarray] | np.ndarray, prompt_length: np.ndarray, length: np.ndarray
+) -> list[TextIds]:
+    """Pairs of token id lists, prompt and response."""
+    spans = zip(ids, prompt_length, length, strict=True)
+    return [(row[:start].tolist(), row[start:end].tolist()) for row, start, end in spans]
+
+
+@dataclass(slots=True)
+class States:
+    """K texts as the models see them after their last token."""
+
+    hidden: dict[Any, Tensor]
+    """A state (K, H) for every trunk. The key is the trunk itself."""
+    step: Tensor
+    """(K,) int64: response tokens so far."""
+    score: Tensor | None = None
+    """(K,) the scorer's score of the text so far: a running sum of token scores, in float64 where
+    the device has it, or the score at the last token, float32. None without a scorer, and with one
+    that scores finished texts only."""
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """(K, *memory_shape) of `memory_dtype`: what each term with `has_memory` carries along the
+    text, by the term's name."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """(K, p) float32: each term's `statistics` when the text began, by the term's name."""
+    texts: RunningTexts | None = None
+    """The texts themselves, on the host. They are no tensor, so `tensors` and `put` leave them
+    aside."""
+
+    def of(self, model: Any) -> Tensor:
+        """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
+        return self.hidden[trunk_of(model)]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, always in the same order."""
+        score = [] if self.score is None else [self.score]
+        return [
+            *self.hidden.values(),
+            self.step,
+            *score,
+            *self.memory.values(),
+            *self.statistics.values(),
+        ]
+
+    def at(self, index: Tensor) -> "States":
+        """Return the states of the texts `index` (n,), as copies."""
+        return States(
+            {key: states[index] for key, states in self.hidden.items()},
+            self.step[index],
+            None if self.score is None else self.score[index],
+            {name: memory[index] for name, memory in self.memory.items()},
+            {name: statistics[index] for name, statistics in self.statistics.items()},
+            None if self.texts is None else self.texts.at(index),
+        )
+
+    def put(self, slots: Tensor, other: "States") -> None:
+        """Write the n texts of `other` over the texts `slots` (n,)."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine[slots] = theirs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeTexts:
+    """B texts as tokens: each a prompt and a response."""
+
+    tokens: Tensor
+    """(B, L) int64, right-padded: prompt and response."""
+    length: np.ndarray
+    """(B,) int64: tokens of prompt and response together."""
+    prompt_length: np.ndarray
+    """(B,) int64."""
+    prefix_length: np.ndarray
+    """(B,) int64: leading response tokens that are not own, because `reset` was given them as a
+    prefix."""
+    ids: Sequence[np.ndarray] | np.ndarray
+    """The same tokens on the host, one array of at least `length` tokens a text."""
+
+    def prompt_and_response_ids(self) -> list[TextIds]:
+        """Return B pairs of token id lists."""
+        return _split(self.ids, self.prompt_length, self.length)
+
+    def own_mask(self, max_new_tokens: int) -> Tensor:
+        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed."""
+        position = np.arange(max_new_tokens)
+        response = (self.length - self.prompt_length)[:, None]
+        mask = (position >= self.prefix_length[:, None]) & (position < response)
+        return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedTexts(WholeTexts):
+    """B finished texts, with all that reward terms may know of them."""
+
+    score: Tensor | None
+    """(B,) float32: the sequence score, or None without a scorer."""
+    tokenizer: Any = None
+    """The task's tokenizer, or None where tokens have no text."""
+    token_scores: Tensor | None = None
+    """(B, T) float32: each response token's score, with a scorer that scores finished texts only
+    (`TextScorer`)."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """(B, p) float32: each term's `statistics` when the texts began, by the term's name."""
+    learning: bool = False
+    """True where statistics may be learned from these texts: while stepping, not while scoring."""
+    scored: Tensor | None = None
+    """(B,) bool: texts whose sequence score counts; None where all of them do."""
+
+    def prompt_and_response_texts(self) -> list[tuple[str, str]]:
+        """Return B pairs of texts, without special tokens. A pair joined is the whole text as the
+        tokenizer decodes it."""
+        return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
+
+    def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
+        """Return a mask (B, T) bool of the tokens on which `term` may place rewards. It is empty in
+        an unscored text where the term pays the sequence score."""
+        own = self.own_mask(max_new_tokens)
+        return own if self.scored is None or not term.pays_score else own & self.scored[:, None]
+
+
+@dataclass(slots=True)
+class Transitions:
+    """K tokens, each with the state before and after it."""
+
+    tokens: Tensor
+    """(K,) int64: the actions."""
+    before: States
+    after: States
+    terminated: Tensor
+    """(K,) bool: the token is a stop token."""
+    truncated: Tensor
+    """(K,) bool: the token is the last one allowed."""
+    scored: Tensor
+    """(K,) bool: the text ends with this token and its sequence score counts."""
+    ref_logprob: Tensor | None = None
+    """(K,) float32: log pi_ref(token | state) in nats, at temperature 1, unfiltered."""
+    logprob: Tensor | None = None
+    """(K,) float32: log pi(token | state) in nats, where the action carries it."""
+    finished: FinishedTexts | None = None
+    """The B texts that end in these transitions."""
+    finished_at: Tensor | None = None
+    """(B,) int64: for each finished text, the index of the transition in which it ends."""
+    learning: Tensor | None = None
+    """(K,) bool: transitions that statistics may be learned from; None while scoring."""
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """(K, p) float32: each term's `statistics` when the text began, by the term's name."""
+        return self.before.statistics
+
+    def final_score(self) -> Tensor:
+        """Return (K,) float32: the sequence score where a text ends and is scored, else 0."""
+        if self.after.score is not None:
+            return torch.where(self.scored, self.after.score, 0.0).float()
+        if self.finished is None or self.finished.score is None:
+            return torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
+        return self.at_end(self.finished.score)
+
+    def at_end(self, values: Tensor) -> Tensor:
+        """Return (K,) float32: `values` (B,) where a text ends and is scored, else 0."""
+        out = torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
+        if self.finished_at is None:
+            return out
+        return torch.where(self.scored, out.index_copy(0, self.finished_at, values.float()), 0.0)
