@@ -23,7 +23,7 @@ LAYERS = (
 AGENTS_IMPORT = {"errors", "types", "safety", "plugins", "models", "agents"}
 """...except that agents know the env through its spaces alone."""
 AGENT_LAYERS = (
-    {"config", "episodes"},
+    {"config", "episodes", "hooks"},
     {"learning"},
     {"rollout"},
     {"run"},
@@ -151,6 +151,8 @@ def test_imports_go_one_way():
         "tokenenv.envs.textgen",
         "tokenenv.rewards.term",
     } <= set(found)
+    rooms = {name.split(".")[2] for name in found if name.startswith("tokenenv.agents.")}
+    assert rooms == set().union(*AGENT_LAYERS)
     assert set().union(*(violations(module, tree) for module, tree in found.items())) == set()
 
 
