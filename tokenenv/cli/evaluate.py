@@ -13,6 +13,7 @@ from rich.table import Table
 from tokenenv.agents import Agent, Reference
 from tokenenv.agents.config import check_seed
 from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
+from tokenenv.cli.config_file import mapping, read_values
 from tokenenv.cli.console import console, say
 from tokenenv.cli.envs import task_options
 from tokenenv.cli.help import OPTIONS, shown_as
@@ -64,9 +65,12 @@ class Evaluate:
             "agent.rollout_options.*",
             *(f"options.{key}" for key in self.options if key not in ASKED),
         }
-        made = load_config(
-            self.run_dir / "config.yaml", said, env=self.env, reward=self.reward, algo=self.algo
-        )
+        config = self.run_dir / "config.yaml"
+        # The checkpoint is loaded under what the run watched, so only the same words allow it.
+        watched = mapping(read_values(config).get("options", {}), config, "options").get("watch")
+        if watched is not None and watched == self.options.get("watch"):
+            said.add("options.watch")
+        made = load_config(config, said, env=self.env, reward=self.reward, algo=self.algo)
         asked = {name: self.options[name] for name in ASKED if name in self.options}
         # The agent is loaded into an env with the run's own prompts, and asked in one with the
         # prompts that were typed. Where the run's file has moved, what was typed stands for both.

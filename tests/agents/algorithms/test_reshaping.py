@@ -387,7 +387,7 @@ def test_reshape_and_a_sequence_ratio_where_an_engine_writes_the_texts(monkeypat
     agent.learn(60, on_update=lambda metrics, episodes: seen.append(metrics))
     for metrics, (_, _, batch) in zip(seen, agent.seen, strict=True):
         found, mask_BT = agent.token_outputs(batch), batch.mask_BT
-        assert found.logprob_BT is batch.learned["learner_logprob"]
+        assert torch.equal(found.logprob_BT, batch.learned["learner_logprob"])
         assert batch.learned["old_logprob"] is batch.learned["learner_logprob"]
         difference_K = (found.logprob_BT - batch.logprob_BT)[mask_BT]
         torch.testing.assert_close(
