@@ -19,9 +19,11 @@ class Plain(PolicyGradient):
 
 
 def learn(parent, **members):
-    """Let a class `Own` with these members learn from a batch of a small env."""
+    """Let a class `Own` with these members learn from a batch of a small env; its metrics."""
     agent = type("Own", (parent,), members)(ToyEnv(4), policy=LMPolicy(tiny_lm()), batch_tokens=20)
-    agent.learn(20)
+    seen = []
+    agent.learn(20, on_update=lambda metrics, episodes: seen.append(metrics))
+    return seen
 
 
 @pytest.mark.parametrize(("parent", "method"), [(PolicyGradient, "advantages"), (Agent, "update")])
@@ -79,10 +81,12 @@ def test_a_metric_that_is_not_one_for_each_token(value):
 
 def test_a_metric_may_be_one_number():
     def policy_loss(self, out, batch, weights_K):
-        out.logged["policy/own"] = out.logprob.mean()
+        out.logged["policy/own"] = torch.tensor(0.25)
         return -(weights_K * out.logprob).sum()
 
-    learn(Plain, policy_loss=policy_loss)
+    assert [metrics["policy/own"] for metrics in learn(Plain, policy_loss=policy_loss)] == [
+        pytest.approx(0.25)
+    ]
 
 
 def test_an_update_without_metrics():
