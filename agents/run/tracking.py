@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
 from tokenenv.agents.run.files import locked, refuse_run, reporting
-from tokenenv.errors import MissingDependency
+from tokenenv.errors import missing
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.safety.shown import visible, without_secrets
@@ -148,9 +148,7 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependency(
-            "track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'"
-        ) from error
+        raise missing("track='wandb'", "wandb") from error
     return wandb
 
 
