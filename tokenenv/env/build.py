@@ -49,7 +49,7 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     if not (built.gold is None or built.gold == "score" or callable(built.gold)):
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
-            "up, and the command line has none for it: let a task of your own bring it."
+            "up; on the command line, give --gold module:function."
         )
     return config, with_max_new_tokens(built, config.max_new_tokens)
 
