@@ -104,6 +104,14 @@ def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     raise InvalidArgument(f"{argument}={value!r} is not known; allowed: {', '.join(names)}.{hint}")
 
 
+def check_given(missing: Sequence[str]) -> None:
+    """Raise `InvalidArgument` where arguments of a task that have to be given are `missing`."""
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        named = " and ".join(f"{name}=" for name in missing)
+        raise InvalidArgument(f"{named} {verb} missing: this id cannot be made without {them}.")
+
+
 def check_number(name: str, value: Any) -> None:
     """Raise `InvalidArgument` unless `value` is one real number."""
     if not isinstance(value, Real):
