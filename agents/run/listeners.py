@@ -36,7 +36,8 @@ def listening(
         if agent.run_dir is not None:
             # First of all: it has the folder's lock, and a checkpoint that on_update saves must
             # not be newer than the episodes on disk.
-            add(RunFolder(agent.run_dir, agent.spec, None if new else agent.tokens_seen))
+            seen = None if new else agent.tokens_seen
+            add(RunFolder(agent.run_dir, agent.spec, seen, agent.group_size))
         if on_update is not None:
             add(on_update)
         if progress:
