@@ -57,7 +57,8 @@ def make_agent(name: str, model: str, **settings: object) -> Agent:
 
 def show(title: str, found: Evaluation, tokenizer: object) -> None:
     """Print three answers and the figures."""
-    print(f"\n{title}: sentiment {found.gold:.2f} +- {found.gold_error:.2f}, KL {found.kl:.1f} nats")
+    figures = f"sentiment {found.gold:.2f} +- {found.gold_error:.2f}, KL {found.kl:.1f} nats a text"
+    print(f"\n{title}: {figures}")
     for episode in found.episodes[:12:4]:
         print("  -", repr(tokenizer.decode(episode.response, skip_special_tokens=True)))
 

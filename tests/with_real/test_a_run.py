@@ -110,11 +110,10 @@ def test_the_command_line_trains_evaluates_and_shows(folder, tmp_path, monkeypat
     options = ["chat_template", "true", "max_new_tokens", "8", "prompts", "train.txt"]
     settings = ["--agent.lora-rank", "4", "--agent.batch-tokens", "16", "--agent.minibatches", "1"]
     rule = ["--reward", "happy:sentiment"]
-    main(
-        ["train", "--env", "tokenenv/TextGen-v0", *rule, *settings, "--num-envs", "2"]
-        + ["--total-tokens", "16", "--run-dir", "run", "--eval-prompts", "held_out.txt"]
-        + ["--options", "model", folder("smollm2"), *options]
-    )
+    run = ["--num-envs", "2", "--total-tokens", "16", "--run-dir", "run"]
+    train = ["train", "--env", "tokenenv/TextGen-v0", *rule, *run, *settings]
+    held_out = ["--eval-prompts", "held_out.txt"]
+    main([*train, *held_out, "--options", "model", folder("smollm2"), *options])
     main(["evaluate", "run", *rule, "--num-texts", "2"])
     printed = capsys.readouterr().out
     assert "Tell me about the moon." in printed
