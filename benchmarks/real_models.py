@@ -60,15 +60,18 @@ def measure(model: str, algo: str, seed: int, total_tokens: int, texts: int) -> 
 def say(metrics: dict[str, float], episodes: list) -> None:
     """Tell on stderr how far a run is."""
     gold, kl = (np.mean([getattr(e, name) for e in episodes]) for name in ("gold", "kl"))
-    print(f"  {metrics['time/tokens']:6,.0f} tokens: {gold:.2f}, {kl:.1f} nats", file=sys.stderr)
+    line = f"  {metrics['time/tokens']:6,.0f} tokens: {gold:.2f}, {kl:.1f} nats"
+    print(line, file=sys.stderr, flush=True)
 
 
 def in_a_process(args: argparse.Namespace, algo: str, seed: int) -> dict:
-    """Return what `measure` finds in a new process."""
+    """Return what `measure` finds in a new process, and tell it on stderr."""
     print(f"{algo}, seed {seed}", file=sys.stderr)
     command = [sys.executable, __file__, args.model, "--only", algo, str(seed)]
     command += ["--total-tokens", str(args.total_tokens), "--texts", str(args.texts)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    print(json.dumps(found), file=sys.stderr)
+    return found
 
 
 def over_seeds(values: list[float], digits: int = 2) -> str:
@@ -104,10 +107,12 @@ def main() -> None:
         algo, seed = args.only
         print(json.dumps(measure(args.model, algo, int(seed), args.total_tokens, args.texts)))
         return
-    for algo in args.algo:
-        Console(width=100).print(
-            table_of(algo, [in_a_process(args, algo, seed) for seed in args.seeds])
-        )
+    runs: dict[str, list[dict]] = {algo: [] for algo in args.algo}
+    for seed in args.seeds:
+        for algo, done in runs.items():
+            done.append(in_a_process(args, algo, seed))
+    for algo, done in runs.items():
+        Console(width=100).print(table_of(algo, done))
 
 
 if __name__ == "__main__":

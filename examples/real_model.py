@@ -52,7 +52,7 @@ def make_envs(model: str, things: str) -> gym.vector.VectorEnv:
 def make_agent(name: str, model: str, **settings: object) -> Agent:
     """Make the agent that trains a LoRA adapter on the model."""
     envs = make_envs(model, TRAIN)
-    return AGENTS[name](envs, lora_rank=8, lr=5e-4, epochs=1, batch_tokens=512, **settings)
+    return AGENTS[name](envs, lora_rank=8, lr=1e-3, epochs=1, batch_tokens=512, **settings)
 
 
 def show(title: str, found: Evaluation, tokenizer: object) -> None:

