@@ -87,6 +87,12 @@ class MissingDependency(TokenEnvError, ImportError):
     installs it."""
 
 
+def missing(what: str, *packages: str) -> MissingDependency:
+    """Return the error of a thing that needs packages which are not installed. The line in it works
+    however tokenenv itself was installed."""
+    return MissingDependency(f"{what} needs {packages[0]}: pip install {' '.join(packages)}")
+
+
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     """Raise `InvalidArgument` unless `value` is one of the `allowed` names. The message names the
     argument, the value, the allowed names and the nearest ones."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
 from tokenenv.agents.run.files import EPISODES, locked, refuse_episodes, reporting
-from tokenenv.errors import MissingDependency
+from tokenenv.errors import missing
 from tokenenv.models.chats import Messages
 from tokenenv.models.encoding import decode_pairs, special_ids
 from tokenenv.models.pieces import TokenPieces
@@ -177,9 +177,7 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependency(
-            "track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'"
-        ) from error
+        raise missing("track='wandb'", "wandb") from error
     return wandb
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import InvalidArgument, MissingDependency, ModelError
+from tokenenv.errors import InvalidArgument, ModelError, missing
 
 FROZEN = ("base_layer.", "original_module.")
 """The beginnings of names under which a layer of peft's keeps the weights that it adapts."""
@@ -73,7 +73,7 @@ def with_lora(model: Any, rank: int, seed: int) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise MissingDependency("lora_rank needs peft: pip install 'tokenenv-rl[lora]'") from error
+        raise missing("lora_rank", "peft") from error
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
