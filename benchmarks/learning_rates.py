@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--total-tokens", type=int, default=1500)
     args = parser.parse_args()
     print(
-        f"{'trained':15} {'lr':>6} {'first update':>13} {'KL a text':>9} {'score':>6} {'bigrams':>7}"
+        f"{'trained':15} {'lr':>6} {'first update':>13} {'KL/text':>9} {'score':>6} {'bigrams':>7}"
     )
     for trained, (settings, rates) in RATES.items():
         for lr in rates:
