@@ -23,6 +23,7 @@ from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
+from tokenenv.tables import Columns, read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def evaluate(
     *,
     num_texts: int = 256,
     prompts: Sequence[Any] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     temperature: float | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -75,6 +77,8 @@ def evaluate(
         envs: is reset, so it should not be the env in which an agent is learning.
         num_texts: texts from the env's own prompts, the same prompts for the same `seed`.
         prompts: one text each, in place of `num_texts`.
+        columns: what belongs to these prompts, where the reward or `gold` asks for it: a list of
+            one value a prompt, by name.
         temperature: by default the agent's (a policy's is 1). 0 takes the likeliest token each
             time, and the KL is then that of this deterministic policy.
     """
@@ -88,28 +92,41 @@ def evaluate(
         temperature = agent.config.temperature if policy is not agent else 1.0
     check_temperature(temperature)
     best_of = getattr(agent, "best_of", 1)
+    if columns is not None and prompts is None:
+        raise InvalidArgument("columns= belong to prompts=, which are missing.")
+    rows = read_columns(columns, range(len(prompts or ())), len(prompts or ()), "columns")
 
     def texts(actor_seed: int) -> list[Episode]:
         collector = Collector(
             envs, Actor(policy, temperature=temperature, seed=actor_seed), seed=seed
         )
         return (
-            first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
+            first_texts(collector, num_texts)
+            if prompts is None
+            else _texts_of(collector, prompts, rows)
         )
 
     # Each draw goes through all prompts: the same seed of the env gives the same prompts again.
     draws = zip(*(texts(seed * best_of + draw) for draw in range(best_of)), strict=True)
-    return summarise(
-        [max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of)
-    )
+    found = [episode for candidates in draws for episode in candidates]
+    if best_of > 1:
+        found = [found[i] for i in agent.best([e.score for e in found])]
+    return summarise(found, best_of_n_kl(best_of))
 
 
-def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
-    """Return one text of each prompt."""
+def _texts_of(
+    collector: Collector, prompts: Sequence[Any], columns: Sequence[Columns]
+) -> list[Episode]:
+    """Return one text of each prompt; `columns` are what belongs to each."""
     episodes, num_envs = [], collector.envs.num_envs
+
+    def filled(values: Sequence[Any]) -> list[Any]:
+        return [*values, *[values[0]] * (num_envs - len(values))]
+
     for start in range(0, len(prompts), num_envs):
-        group = list(prompts[start : start + num_envs])
-        collector.reset({"prompts": group + group[:1] * (num_envs - len(group))})
+        group = prompts[start : start + num_envs]
+        rows = filled(columns[start : start + num_envs]) if columns else []
+        collector.reset({"prompts": filled(group)}, rows)
         episodes += first_texts(collector, num_envs)[: len(group)]
     return episodes
 
