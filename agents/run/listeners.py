@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from tokenenv.agents.episodes import Episode
+from tokenenv.agents.rollout.ending import no_listener
 from tokenenv.agents.run.failures import write_failures
 from tokenenv.agents.run.progress import ProgressLine
 from tokenenv.agents.run.tracking import RunFolder
@@ -40,7 +41,10 @@ def listening(
         if on_update is not None:
             add(on_update)
         if progress:
-            add(ProgressLine(total_tokens, agent.tokens_seen))
+            line = ProgressLine(total_tokens, agent.tokens_seen)
+            add(line)
+            agent.collector.on_tokens = line.seen
+            opened.callback(setattr, agent.collector, "on_tokens", no_listener)
         try:
             yield listeners
         except NotFinite as error:

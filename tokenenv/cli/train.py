@@ -178,6 +178,8 @@ class Train(Generic[Config]):
         changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
         agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        if given["lr"] is None:  # which asks for no other rate
+            given["lr"] = saved["lr"]
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
         }
@@ -213,6 +215,8 @@ class Train(Generic[Config]):
 
     def _learn(self, agent: Agent, folder: Path) -> None:
         agent.run_dir, checkpoint = folder, folder / "checkpoint"
+        # The config says the number that a default has become, as it does for the env's options.
+        self.agent = dataclasses.replace(self.agent, lr=agent.config.lr)
         save_config(self.as_run(agent.core), folder / "config.yaml", agent.core)
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
         saved = agent.tokens_seen if checkpoint.exists() else None
