@@ -191,6 +191,8 @@ class Train(Generic[Config]):
         with fitting(folder / "config.yaml"):
             agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        if given["lr"] is None:  # which asks for no other rate
+            given["lr"] = saved["lr"]
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
         }
@@ -225,6 +227,8 @@ class Train(Generic[Config]):
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
+        # The config says the number that a default has become, as it does for the env's options.
+        self.agent = dataclasses.replace(self.agent, lr=agent.config.lr)
         agent.run_dir, agent.run_config = folder, self.as_run(agent.core).saved()
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
         with stopping(agent.stop) as received:
