@@ -337,7 +337,7 @@ def test_only_trained_weights_are_saved(tmp_path, options):
 
 def test_a_policy_is_loaded_without_its_run(tmp_path):
     """Into an env with another number of slots, whoever trained it; damage is said as for a run."""
-    agent = PPO(ToyEnv(4), **SETTINGS).learn(60)
+    agent = PPO(ToyEnv(4), batch_tokens=60, lr=1e-2).learn(60)
     agent.save(tmp_path / "c")
     policy = load_policy(tmp_path / "c", ToyEnv(3))
     assert same(policy.state_dict(), agent.policy.state_dict())
@@ -354,7 +354,7 @@ def test_adapters_are_loaded_onto_the_model_that_they_were_trained_on(tmp_path):
     def make(seed):
         return TextEnv(tiny_lm(seed=seed))
 
-    agent = PPO(make(0), lora_rank=2, **SETTINGS).learn(60)
+    agent = PPO(make(0), lora_rank=2, batch_tokens=60, lr=1e-2).learn(60)
     agent.save(tmp_path / "c")
     assert same(load_policy(tmp_path / "c", make(0)).state_dict(), agent.policy.state_dict())
     with pytest.raises(CheckpointError, match="its adapters were trained on LlamaForCausalLM"):
