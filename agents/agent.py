@@ -42,6 +42,7 @@ from tokenenv.agents.rollout.requirements import (
     warn_if_biased,
 )
 from tokenenv.agents.rollout.staleness import rollout_metrics
+from tokenenv.agents.run.card import model_card
 from tokenenv.agents.run.checkpoint import (
     agent_state,
     read_agent,
@@ -140,6 +141,8 @@ class Agent:
         """Tokens that had been seen after the last update."""
         self.statistics: dict[str, Any] = self.running_statistics()
         check_statistics(self.statistics, type(self).__name__)
+        self.metrics: Metrics = {}
+        """What the last update of this object logged."""
         self._has_begun = False
         """Whether what is in the run folder is this agent's."""
 
@@ -199,9 +202,9 @@ class Agent:
             self._has_begun = True
             try:
                 while self.tokens_seen < total_tokens and not self.collector.stopping:
-                    metrics, episodes = self._iterate(total_tokens)
+                    self.metrics, episodes = self._iterate(total_tokens)
                     for listener in listeners:
-                        listener(metrics, episodes)
+                        listener(self.metrics, episodes)
             except Stopped:
                 pass  # the texts are kept: the next `learn` goes on with them
             finally:
@@ -322,6 +325,20 @@ class Agent:
         # This run goes on from the file too, with caches filled anew. A resumed run does the same,
         # so both stay equal, bit for bit.
         self.collector.load_env(state["env"])
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
+        """Write the policy as a folder that others load: full weights for transformers, or under
+        LoRA the adapter for peft; with the tokenizer and a model card.
+
+        With `merge` an adapter is added to the weights that it adapts, and full weights are
+        written. The critic is not part of it; `save` writes it. See `LMPolicy.save_pretrained`.
+        """
+        self.policy.save_pretrained(
+            directory,
+            merge=merge,
+            tokenizer=getattr(self.spec, "tokenizer", None),
+            card=model_card(self, merge=merge),
+        )
 
     @classmethod
     def load(

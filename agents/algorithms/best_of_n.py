@@ -7,10 +7,15 @@ most log n - (n - 1) / n nats (Beirami et al. 2024, arXiv 2401.01879), and that 
 What it leaves out: learning. Each text costs n texts.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.agent import Agent
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.learner import Metrics
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.generate import Prompts, as_list
@@ -21,6 +26,14 @@ class BestOfN(Agent):
     """The best of n texts by the env's own score."""
 
     grouped = True
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(AgentConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     @property
     def best_of(self) -> int:

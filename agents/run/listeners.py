@@ -53,7 +53,8 @@ def listening(
             write_config(agent, total_tokens, checkpoint_every, new=new)
             if checkpoint_every:
                 save()
-            add(RunFolder(agent.run_dir, agent.spec, None if new else agent.tokens_seen))
+            seen = None if new else agent.tokens_seen
+            add(RunFolder(agent.run_dir, agent.spec, seen, agent.group_size))
         if on_update is not None:
             add(on_update)
         if checkpoint_every:

@@ -110,7 +110,7 @@ class Train(Generic[Config]):
     """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
     the run longer."""
     track: Annotated[Literal["wandb"] | None, shown_as("wandb")] = None
-    """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
+    """Also log to Weights & Biases (pip install wandb)."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Settings of the algorithm that --algo names."""
 
