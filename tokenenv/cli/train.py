@@ -225,7 +225,7 @@ class Train(Generic[Config]):
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
-        agent.run_dir, agent.run_config = folder, self.as_run(agent.core).saved()
+        agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
         with stopping(agent.stop) as received:
             agent.learn(
@@ -262,10 +262,13 @@ class Train(Generic[Config]):
         )
         return f" {flags}" if flags else ""
 
-    def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """Return this config with the value of every option of the env, defaults included, so that
-        the run can be made again after a default has changed."""
-        return dataclasses.replace(self, options=self.options | resolved(envs))
+    def as_run(self, agent: Agent) -> "Train":
+        """Return this config with the value of every setting of the agent and of every option of
+        the env, defaults included, so that the run can be made again after a default has
+        changed."""
+        return dataclasses.replace(
+            self, options=self.options | resolved(agent.core), agent=agent.config
+        )
 
     def saved(self) -> dict[str, Any]:
         """Return what the run folder's config says of this."""
