@@ -63,8 +63,8 @@ GOLD = shown_as(
 )
 EVAL_PROMPTS = shown_as(
     "FILE",
-    "Prompts that `tokenenv evaluate` asks for later, and training does not; a file as the option "
-    "prompts takes it.",
+    "Prompts that `tokenenv evaluate` asks for later and training does not: a file that is read as "
+    "the option prompts is, by the same prompt_column and chat_template.",
 )
 ALGO = tyro.conf.arg(
     metavar="NAME|MODULE:NAME",
@@ -266,8 +266,9 @@ class Train(Generic[Config]):
         """Return this config with the value of every setting of the agent and of every option of
         the env, defaults included, so that the run can be made again after a default has
         changed."""
+        settings = cast(Config, agent.config)
         return dataclasses.replace(
-            self, options=self.options | resolved(agent.core), agent=agent.config
+            self, options=self.options | resolved(agent.core), agent=settings
         )
 
     def saved(self) -> dict[str, Any]:
