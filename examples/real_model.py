@@ -42,7 +42,7 @@ def make_envs(model: str, things: str) -> gym.vector.VectorEnv:
         model=model,
         chat_template=True,
         prompts=[f"Tell me about {thing}." for thing in things.split("|")],
-        reward=Rule(sentiment, delta=True),
+        reward=Rule(sentiment, dense=True),
         gold=sentiment,
         kl_coef=0.02,
         max_new_tokens=32,
