@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
-from tokenenv.agents.run.files import locked, refuse_run, reporting
-from tokenenv.errors import MissingDependency
+from tokenenv.agents.run.files import EPISODES, locked, refuse_episodes, reporting
+from tokenenv.errors import missing
 from tokenenv.models.chats import Messages
 from tokenenv.models.encoding import decode_pairs, special_ids
 from tokenenv.models.pieces import TokenPieces
@@ -25,7 +25,6 @@ from tokenenv.safety.shown import visible, without_secrets
 from tokenenv.safety.trust import refuse_link
 from tokenenv.types import TokenSpec
 
-EPISODES = "episodes.jsonl"
 DETAILED = 32
 """Episodes of each update whose tokens are written one by one; the others have a line without
 them."""
@@ -51,23 +50,19 @@ class RunFolder:
         tokens_seen: int | None,
         group_size: int = 1,
     ) -> None:
-        # Imported here: the import takes a second, and most uses write nothing.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = path = directory / EPISODES
         # The lock first: only who has it may cut the files back.
         with ExitStack() as opened, reporting(path, "be written"):
             opened.enter_context(locked(directory))
             refuse_link(path)
             if tokens_seen is None:
-                if path.exists() and path.stat().st_size:
-                    refuse_run(directory)
+                refuse_episodes(directory)
             else:
                 cut_episodes(path, tokens_seen)
             self._episodes = opened.enter_context(path.open("a", encoding="utf-8"))
-            self._writer = SummaryWriter(str(directory), purge_step=(tokens_seen or 0) + 1)
-            opened.callback(self._writer.close)
             self._opened = opened.pop_all()
+        self._begin = (tokens_seen or 0) + 1
+        self._writer: Any = None
         self._tokenizer = spec.tokenizer if spec else None
         self._chats = spec.chats if spec else None
         self._pieces = TokenPieces(self._tokenizer)
@@ -78,8 +73,18 @@ class RunFolder:
         """Log one update at the tokens seen so far."""
         with reporting(self._path.parent, "take this update"):
             self._write_episodes(int(metrics["time/tokens"]), episodes)
+            # Made with the first update: a run that has ended leaves no empty file of events.
+            self._writer = self._writer or self._new_writer()
             self._write_events(metrics, episodes)
             self._writer.flush()
+
+    def _new_writer(self) -> Any:
+        # Imported here: the import takes a second, and most uses write nothing.
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self._path.parent), purge_step=self._begin)
+        self._opened.callback(writer.close)
+        return writer
 
     def _write_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
         """Write one line for each episode, on disk at once: a checkpoint that follows is never
@@ -172,9 +177,7 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependency(
-            "track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'"
-        ) from error
+        raise missing("track='wandb'", "wandb") from error
     return wandb
 
 
