@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test docs real-models real fuzz kill-test test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -61,6 +61,17 @@ fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: wh
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
 	KILLS=50 $(BIN)/pytest tests/test_kills.py
 
+WHEEL := .venv-wheel/bin
+
+wheel: $(STAMP)  ## what would be published: built, installed in an environment of its own, and tried there as users do
+	@rm -rf dist build/lib build/bdist.* .venv-wheel
+	@mkdir -p build
+	@$(QUIET) $(BIN)/python -m build > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@echo ".venv-wheel: the wheel with the packages that it asks for, mypy and pytest"
+	@$(PYTHON) -m venv .venv-wheel
+	@$(QUIET) $(WHEEL)/pip install --quiet --constraint constraints.txt dist/*.whl mypy pytest hypothesis
+	$(WHEEL)/pytest tests/with_wheel
+
 test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
 	@test -x .venv-tianshou/bin/pip || { echo ".venv-tianshou: Tianshou and its pins" && $(PYTHON) -m venv .venv-tianshou; }
 	@$(QUIET) .venv-tianshou/bin/pip install --quiet torch==2.13.0 'tianshou>=2.0.1' pytest hypothesis --editable .
@@ -99,4 +110,4 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
-	rm -rf $(VENV) .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,6 +94,16 @@ def _named_reward(name: str, argument: str) -> RewardSpec:
     return reward_from(load_name(name, label), label)
 
 
+def gold_of(name: str) -> Any:
+    """Return the function that `--gold` names."""
+    make_importable()
+    label = f"gold={name!r}"
+    found = load_name(name, label)
+    if not callable(found) or isinstance(found, type):
+        raise InvalidArgument(f"{label} must be a function of (prompt, response).")
+    return found
+
+
 def _module_name(module: str, label: str) -> str:
     """The part before the colon, if it can be the name of a module."""
     if not all(part.isidentifier() for part in module.split(".")):
