@@ -227,8 +227,6 @@ class Train(Generic[Config]):
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
-        # The config says the number that a default has become, as it does for the env's options.
-        self.agent = dataclasses.replace(self.agent, lr=agent.config.lr)
         agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
         with stopping(agent.stop) as received:
