@@ -1,10 +1,10 @@
-"""How far one learning rate moves a pretrained model, and another its adapters.
+"""How far a learning rate moves a pretrained model, and its adapters.
 
     OMP_NUM_THREADS=1 python benchmarks/learning_rates.py --model FOLDER_OR_HUB_ID
-    [--total-tokens 1500]
+    [--total-tokens 600]
 
-PPO on a rule. For each rate it prints the KL per token of the first update, and of the last texts
-the KL to the model itself, in nats per text, the score and the distinct bigrams.
+PPO on a rule. For each rate it prints how far the first update moves the policy, in nats per token,
+and how far the texts of the last update are from the model, in nats per text of 16 tokens.
 """
 
 import argparse
@@ -14,13 +14,12 @@ import gymnasium as gym
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
-from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.rewards import Rule
 
 THINGS = ["soup", "room", "film", "week at work", "trip", "concert", "book", "phone"]
 WORDS = ("good", "great", "happy", "love", "beautiful", "wonderful", "nice", "best")
 RATES = {
-    "all weights": ({}, [3e-4, 1e-4, 1e-5]),
+    "all weights": ({}, [3e-4, 1e-5]),
     "LoRA, rank 16": ({"lora_rank": 16}, [1e-3, 2e-4]),
 }
 
@@ -42,11 +41,11 @@ def make_envs(model: str) -> Any:
     )
 
 
-def run(model: str, lr: float, total_tokens: int, **settings: Any) -> tuple[float, Any]:
-    """Return the KL per token of the first update, and the figures of texts after the last."""
-    agent, moved = PPO(make_envs(model), lr=lr, batch_tokens=256, seed=0, **settings), []
-    agent.learn(total_tokens, on_update=lambda metrics, _: moved.append(metrics))
-    return moved[0]["policy/update_kl"], evaluate(agent, make_envs(model), num_texts=32)
+def run(model: str, lr: float, total_tokens: int, **settings: Any) -> list[dict[str, float]]:
+    """Return the metrics of each update."""
+    agent, metrics = PPO(make_envs(model), lr=lr, batch_tokens=256, seed=0, **settings), []
+    agent.learn(total_tokens, on_update=lambda found, _: metrics.append(found))
+    return metrics
 
 
 def main() -> None:
@@ -55,19 +54,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a folder or a hub id")
-    parser.add_argument("--total-tokens", type=int, default=1500)
+    parser.add_argument("--total-tokens", type=int, default=600)
     args = parser.parse_args()
-    print(
-        f"{'trained':15} {'lr':>6} {'first update':>13} {'KL/text':>9} {'score':>6} {'bigrams':>7}"
-    )
+    print(f"{'trained':15} {'lr':>6} {'first update, KL/token':>23} {'last texts, KL/text':>20}")
     for trained, (settings, rates) in RATES.items():
         for lr in rates:
-            first, found = run(args.model, lr, args.total_tokens, **settings)
-            print(
-                f"{trained:15} {lr:>6.0e} {first:>13.3f} {found.kl:>9.1f} {found.score:>6.2f} "
-                f"{found.distinct_bigrams:>7.2f}",
-                flush=True,
-            )
+            first, *_, last = run(args.model, lr, args.total_tokens, **settings)
+            moved, away = first["policy/update_kl"], last["objective/kl"]
+            print(f"{trained:15} {lr:>6.0e} {moved:>23.3f} {away:>20.1f}", flush=True)
 
 
 if __name__ == "__main__":
