@@ -245,15 +245,39 @@ class TokenColumn(NamedTuple):
     """What it is called on the page."""
     of: Callable[[Episode], np.ndarray | Mapping[str, np.ndarray] | None]
     """Its numbers (T,), or a mapping of names to such numbers; None where an episode has none."""
+    unit: str
+    """The unit of its numbers; empty where they have none."""
+    what: str
+    """What a number says, in a few words for the page."""
+    summed: bool = False
+    """Whether the sum over a text says something."""
+    named: bool = False
+    """Whether it is a mapping."""
 
 
 TOKEN_COLUMNS = {
-    "token_rewards": TokenColumn("reward", lambda e: e.reward),
-    "token_kl": TokenColumn("KL", lambda e: e.token_kl),
-    "token_values": TokenColumn("value", lambda e: e.value),
-    "token_advantages": TokenColumn("advantage", lambda e: e.advantage),
-    "token_terms": TokenColumn("term", lambda e: e.terms),
-    "token_watched": TokenColumn("watch", lambda e: e.watched),
+    "token_terms": TokenColumn(
+        "term", lambda e: e.terms, "reward", "paid for the token by this term", True, True
+    ),
+    "token_rewards": TokenColumn(
+        "reward", lambda e: e.reward, "reward", "all that the env paid for the token", True
+    ),
+    "token_kl": TokenColumn(
+        "KL",
+        lambda e: e.token_kl,
+        "nats",
+        "log pi - log pi_ref of the token",
+        True,
+    ),
+    "token_advantages": TokenColumn(
+        "advantage", lambda e: e.advantage, "", "above 0 the token was made more likely"
+    ),
+    "token_values": TokenColumn(
+        "value", lambda e: e.value, "reward", "what the critic expected before it"
+    ),
+    "token_watched": TokenColumn(
+        "watch", lambda e: e.watched, "", "recorded and never paid", named=True
+    ),
 }
 """The columns of a line of `episodes.jsonl` that hold one entry for each response token."""
 

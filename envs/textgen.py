@@ -58,6 +58,7 @@ config, the tokenizer or its chat template names as the end of a text), or is cu
 * v0: initial version.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,16 +66,18 @@ import torch
 
 from tokenenv.envs.own_models import (
     Lengths,
+    Loaded,
     Policy,
     frozen,
     load_language_model,
     load_scorer,
     read_tokenizer,
+    revisions_of,
     token_ids,
 )
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument, check_choice, check_given
 from tokenenv.models.chats import Chats, end_of_turn
-from tokenenv.models.loading import load_causal_lm
+from tokenenv.models.loading import check_device, load_causal_lm
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.prompts import check_limit, load_prompts
 from tokenenv.rewards.rule import Rule
@@ -84,15 +87,21 @@ from tokenenv.types import Scorer, Task, TextScorer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+NEEDED: Any = inspect.Parameter.empty
+"""The default of an argument that has to be given. `inspect` takes it for no default, and the task
+says in a sentence what is missing."""
+
+
 def task(
     *,
-    model: Any,
-    prompts: Any,
+    model: Any = NEEDED,
+    prompts: Any = NEEDED,
     reward_model: Any = None,
     reward_tokenizer: Any = None,
     reference: Any = None,
     implicit_model: Any = None,
     tokenizer: Any = None,
+    revision: str | Mapping[str, str] | None = None,
     max_prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
     long_prompts: str = "refuse",
@@ -133,6 +142,10 @@ def task(
         tokenizer: the policy's tokenizer, as a hub id, a directory or an object; by default the one
             saved with the model. A model object brings none, and without a tokenizer prompts are
             token ids.
+        revision: a branch, a tag or a commit of the hub id `model`, for its tokenizer too and for
+            whatever else names the same id. Other arguments get theirs in a mapping from their
+            names, {"model": "v1.0", "reward_model": "refs/pr/2"}; a name that is left out has the
+            default branch.
         max_prompt_tokens: P, the most tokens that a prompt may have, 1 or more. None, the default,
             takes the length of the longest prompt, special tokens and chat template included. Give
             a number where longer prompts will come later, to `reset` or `score_episodes`.
@@ -167,18 +180,37 @@ def task(
         InvalidArgument: a prompt cannot be used, an argument is not allowed, or texts would be
             longer than a model's positions.
     """
-    check_limit(max_prompt_tokens, long_prompts)  # before any model is loaded
+    # Whatever can be refused is refused before any model is loaded, which may take minutes.
+    check_given([n for n, given in (("model", model), ("prompts", prompts)) if _left_out(given)])
+    check_limit(max_prompt_tokens, long_prompts)
+    if device is not None:
+        check_device(device)
+    revisions = revisions_of(
+        revision,
+        {
+            "model": model,
+            "tokenizer": model if tokenizer is None else tokenizer,
+            "reference": reference,
+            "implicit_model": implicit_model,
+            "reward_model": reward_model,
+            "reward_tokenizer": reward_tokenizer,
+        },
+    )
     loading: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "device": device,
         "dtype": _dtype(dtype),
     }
-    policy_model = load_causal_lm(model, **loading)
-    tokenizer = read_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
+    policy_model = load_causal_lm(model, revision=revisions.get("model"), **loading)
+    tokenizer = read_tokenizer(
+        *((model, "model") if tokenizer is None else (tokenizer, "tokenizer")),
+        revisions.get("tokenizer"),
+        trust_remote_code,
+    )
     _require_tokenizer(tokenizer, {"gold": gold, "reward_tokenizer": reward_tokenizer})
     chats = Chats(tokenizer) if chat_template else None
-    # The prompts are read before more models are loaded, which may take minutes.
+    # The prompts are read before more models are loaded.
     rows = read_rows(prompts, prompt_column)
     ids = load_prompts(
         rows,
@@ -197,10 +229,12 @@ def task(
         stop_token_ids=_stop_ids(policy_model, tokenizer, stop_token_ids),
         lengths=Lengths(longest, max_prompt_tokens or longest, max_new_tokens),
         loading=loading | {"device": device or policy_model.device},
+        revisions=revisions,
     )
     frozen(policy_model, "model", policy.lengths)
-    other_reference = load_language_model(reference, "reference", policy)
-    implicit = load_language_model(implicit_model, "implicit model", policy)
+    known: Loaded = [(model, revisions.get("model"), policy_model)]
+    other_reference = load_language_model(reference, "reference", policy, known)
+    implicit = load_language_model(implicit_model, "implicit_model", policy, known)
     scorer = load_scorer(reward_model, reward_tokenizer, policy, max_batch_tokens)
     pi_ref = policy_model if other_reference is None else other_reference
     return Task(
@@ -220,6 +254,10 @@ def task(
         stop_token_ids=policy.stop_token_ids,
         gold=gold,
     )
+
+
+def _left_out(given: Any) -> bool:
+    return given is None or given is NEEDED
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

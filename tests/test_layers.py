@@ -27,7 +27,7 @@ AGENT_LAYERS = (
     {"learning"},
     {"rollout"},
     {"run"},
-    {"agent"},
+    {"agent", "keywords"},
     {"algorithms"},
     {"__init__"},
 )

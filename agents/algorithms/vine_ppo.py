@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.advantages import returns_to_go
 from tokenenv.agents.learning.learner import Metrics
 from tokenenv.agents.rollout.collector import Prefix
@@ -62,7 +64,11 @@ class VinePPO(PolicyGradient):
     config_class = VinePPOConfig
     config: VinePPOConfig
 
-    def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
+    @dataclass(kw_only=True)
+    class _Keywords(VinePPOConfig, AgentKeywords): ...
+
+    @takes(_Keywords)
+    def __init__(self, envs: VectorEnv, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
         if self.config.rollout != "step":
             return

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenenv.env import build, render, saved_state
 from tokenenv.env.ambient import ordinary_tensors
+from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
 from tokenenv.env.scoring import read_weights, score_episodes
@@ -140,6 +141,12 @@ class EnvBase(VectorEnv):
         env_id = None if self.spec is None else self.spec.id
         terms, made_with = self._engine.rewards.terms, self._engine.context.kl_coef
         return identity(env_id, self.config, self._task, self.token_spec, terms, made_with)
+
+    @property
+    def as_typed(self) -> AsTyped:
+        """What the command line would be told to make this env again."""
+        self._require_open()
+        return as_typed(self)
 
     @property
     def cache_bytes(self) -> int:

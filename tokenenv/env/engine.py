@@ -106,6 +106,10 @@ class RewardEngine:
         self.token_terms = torch.zeros(shape, dtype=torch.float32, device=context.device)
         """(N, S, T): the number of each term for each token, watched ones included, in the order of
         `RewardSum.names`."""
+        paid = [i for i, name in enumerate(self.rewards.names) if name in terms]
+        # On the device from the start: an index that came from the host at each end of a text
+        # would have the step wait for the device.
+        self._paid = torch.tensor(paid, dtype=torch.int64, device=context.device)
         self.finite = FiniteCheck(context.device)
         self.states: States | None = None
         """Of all slots; None before texts have begun in every slot."""
@@ -310,8 +314,7 @@ class RewardEngine:
         """Return a copy (N, T) of the reward of each token, watched terms left out."""
         if not self.rewards.watched:
             return self.token_terms.sum(1)
-        paid = [i for i, name in enumerate(self.rewards.names) if name in self.rewards.terms]
-        return self.token_terms[:, paid].sum(1)
+        return self.token_terms.index_select(1, self._paid).sum(1)
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:
