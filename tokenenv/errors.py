@@ -10,7 +10,6 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
 from tokenenv.safety.shown import visible
 
-
 MANY = 16
 """The largest number of allowed names that an error lists beside the nearest ones."""
 
