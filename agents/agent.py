@@ -47,6 +47,7 @@ from tokenenv.agents.rollout.requirements import (
     warn_if_biased,
 )
 from tokenenv.agents.rollout.staleness import rollout_metrics
+from tokenenv.agents.run.card import model_card
 from tokenenv.agents.run.checkpoint import (
     agent_state,
     read_agent,
@@ -67,12 +68,15 @@ class Agent:
             with SAME_STEP no step is lost.
         config: an instance of the agent's config; None is the default one.
         policy: what to train; None is a copy of the env's model.
-        run_dir: where TensorBoard events and episodes go, a folder without a run in it; None writes
-            nothing.
+        run_dir: the run folder, one without a run in it: config, TensorBoard events, episodes and,
+            at the end of `learn`, a checkpoint, for `tokenenv evaluate`, `show` and `train
+            --resume`. None writes nothing.
         **overrides: single fields of the config.
     """
 
     config_class: ClassVar[type[AgentConfig]] = AgentConfig
+    algo: ClassVar[str]
+    """The name of a bundled algorithm on the command line; other classes have none of their own."""
     grouped: ClassVar[bool] = False
     """Whether texts are compared with others of their prompt: the env needs a `group_size`, and
     batches hold whole groups."""
@@ -121,6 +125,10 @@ class Agent:
         self.envs, self.core = envs, env_core(envs)
         self.spec = getattr(self.core, "token_spec", None)
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self.run_config: Mapping[str, Any] | None = None
+        """What the run folder's config says; None: what agent and env say of themselves."""
+        self.own_policy = policy is not None
+        """Whether the policy was given, so that only Python can make it again."""
         self.policy = policy or default_policy(envs, cfg)
         check_policy(self.policy, envs)
         if cfg.lr is None:
@@ -140,6 +148,8 @@ class Agent:
         """Tokens that had been seen after the last update."""
         self.statistics: dict[str, Any] = self.running_statistics()
         check_statistics(self.statistics, type(self).__name__)
+        self.metrics: Metrics = {}
+        """What the last update of this object logged."""
         self._has_warned = False
         self._has_begun = False
         """Whether what is in the run folder is this agent's."""
@@ -169,7 +179,12 @@ class Agent:
     # ---------------------------------------------------------------- the loop
 
     def learn(
-        self, total_tokens: int, *, progress: bool = False, on_update: OnUpdate | None = None
+        self,
+        total_tokens: int,
+        *,
+        progress: bool = False,
+        on_update: OnUpdate | None = None,
+        checkpoint_every: int | None = None,
     ) -> Self:
         """Learn until `total_tokens` tokens have been seen in all, those before a `load` included.
 
@@ -183,9 +198,10 @@ class Agent:
         a run of a tokens up to there.
 
         `progress` shows a live line. `on_update(metrics, episodes)` is called after each update,
-        and may `save` or `stop`. Raises `InvalidArgument` where a new agent's `run_dir` holds a
-        run, and `RunFolderError` where another process trains there, or where nothing more can be
-        written there.
+        and may `save` or `stop`. In a `run_dir` a checkpoint is written at the end, and with
+        `checkpoint_every` also at the beginning and after every so many updates. Raises
+        `InvalidArgument` where a new agent's `run_dir` holds a run, and `RunFolderError` where
+        another process trains there, or where nothing more can be written there.
         """
         check_default_dtype()
         check_number("total_tokens", total_tokens)
@@ -195,14 +211,19 @@ class Agent:
             self.kl_coef = self.config.kl_coef
         new = not self._has_begun
         with listening(
-            self, total_tokens, new=new, progress=progress, on_update=on_update
+            self,
+            total_tokens,
+            new=new,
+            progress=progress,
+            on_update=on_update,
+            checkpoint_every=checkpoint_every,
         ) as listeners:
             self._has_begun = True
             try:
                 while self.tokens_seen < total_tokens and not self.collector.stopping:
-                    metrics, episodes = self._iterate(total_tokens)
+                    self.metrics, episodes = self._iterate(total_tokens)
                     for listener in listeners:
-                        listener(metrics, episodes)
+                        listener(self.metrics, episodes)
             except Stopped:
                 pass  # the texts are kept: the next `learn` goes on with them
             finally:
@@ -330,6 +351,20 @@ class Agent:
         # This run goes on from the file too, with caches filled anew. A resumed run does the same,
         # so both stay equal, bit for bit.
         self.collector.load_env(state["env"])
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
+        """Write the policy as a folder that others load: full weights for transformers, or under
+        LoRA the adapter for peft; with the tokenizer and a model card.
+
+        With `merge` an adapter is added to the weights that it adapts, and full weights are
+        written. The critic is not part of it; `save` writes it. See `LMPolicy.save_pretrained`.
+        """
+        self.policy.save_pretrained(
+            directory,
+            merge=merge,
+            tokenizer=getattr(self.spec, "tokenizer", None),
+            card=model_card(self, merge=merge),
+        )
 
     @classmethod
     def load(

@@ -105,9 +105,10 @@ class AgentConfig:
     so the age of texts does not count."""
     precision: str = "auto"
     """Precision of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto",
-    which is bfloat16 on GPUs that have it."""
+    which is bfloat16 on GPUs that have it. A bfloat16 model under adapters runs as it is."""
     lora_rank: int = 0
-    """Rank of low-rank adapters that are trained in place of all weights; 0 trains all weights."""
+    """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
+    with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
     """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
     the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same

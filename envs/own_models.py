@@ -1,14 +1,14 @@
 """The models of TextGen-v0: load those that the user brings, and check that they fit together."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenenv.errors import InvalidArgument, ModelError
+from tokenenv.errors import InvalidArgument, ModelError, check_choice
 from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.chats import Chats, same_frames
 from tokenenv.models.heads import make_scorer
@@ -88,11 +88,18 @@ class Policy:
     lengths: Lengths
     loading: dict[str, Any]
     """The keywords with which further models are loaded (device, dtype, ...)."""
+    revisions: Mapping[str, str]
+    """The revision of each argument that has one, by its name."""
 
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether code that comes with a model may run."""
-        return self.loading["trust_remote_code"]
+    def read_tokenizer(self, source: Any, argument: str) -> Any:
+        """The tokenizer that an argument names, loaded as the policy's was (see
+        `read_tokenizer`)."""
+        revision, trusted = self.revisions.get(argument), self.loading["trust_remote_code"]
+        return read_tokenizer(source, argument, revision, trusted)
+
+
+Loaded = list[tuple[Any, str | None, Any]]
+"""Language models that are there already: the source and the revision of each, and the model."""
 
 
 def frozen(model: Any, role: str, lengths: Lengths) -> Any:
@@ -101,20 +108,29 @@ def frozen(model: Any, role: str, lengths: Lengths) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def load_language_model(source: Any, role: str, policy: Policy) -> Any:
+def load_language_model(source: Any, argument: str, policy: Policy, known: Loaded) -> Any:
     """A further language model with the policy's tokens; None where none was given.
 
     The source is a hub id, a directory, a model, a `TokenModel` or the URL of a vLLM server. One
-    that is the policy's own source is loaded once, so that it also runs once a step.
+    that is among the `known`, such as the policy's own, is loaded once, so that it also runs once a
+    step.
     """
-    if source is None or source == policy.source:
-        return policy.model if source is not None else None
+    if source is None:
+        return None
     if _on_server(source):
         return VLLMReference(source)
-    _check_tokens(policy, source, role)
-    if hasattr(source, "slots"):
-        return source
-    return frozen(load_causal_lm(source, **policy.loading), role, policy.lengths)
+    revision = policy.revisions.get(argument)
+    for other, others_revision, model in known:
+        if same_source(source, other) and revision == others_revision:
+            return model
+    role = argument.replace("_", " ")
+    _check_tokens(policy, source, argument, role)
+    model = source
+    if not hasattr(source, "slots"):
+        options = policy.loading | {"argument": argument, "revision": revision}
+        model = frozen(load_causal_lm(source, **options), role, policy.lengths)
+    known.append((source, revision, model))
+    return model
 
 
 def load_scorer(
@@ -131,10 +147,11 @@ def load_scorer(
         return VLLMRewardModel(source)
     if hasattr(source, "token_scores"):
         return _checked(source)
-    own = read_tokenizer(tokenizer_source, policy.trust_remote_code)
+    own = policy.read_tokenizer(tokenizer_source, "reward_tokenizer")
     if own is None:
-        own = _saved_tokenizer(source, "reward model", policy.trust_remote_code)
-    classifier = load_classifier(source, **policy.loading)
+        own = _saved_tokenizer(source, "reward_model", "reward model", policy)
+    revision = policy.revisions.get("reward_model")
+    classifier = load_classifier(source, revision=revision, **policy.loading)
     if own is None:
         _check_size(classifier, policy)
     if _reads_policys_tokens(own, policy) and not looks_ahead(classifier):
@@ -154,12 +171,14 @@ def load_scorer(
     )
 
 
-def read_tokenizer(source: Any, trust_remote_code: bool) -> Any:
+def read_tokenizer(
+    source: Any, argument: str, revision: str | None, trust_remote_code: bool
+) -> Any:
     """A tokenizer object as it is, or the tokenizer at a hub id or directory; None for anything
-    else, such as a model object, which brings none."""
+    else, such as a model object, which brings none. `argument` names the source in errors."""
     if not isinstance(source, (str, Path)):
         return source if hasattr(source, "get_vocab") else None
-    tokenizer = load_tokenizer(source, trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code, argument=argument, revision=revision)
     # Without tokenizer files, transformers makes up one of special tokens alone for some families.
     if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(
@@ -167,6 +186,46 @@ def read_tokenizer(source: Any, trust_remote_code: bool) -> Any:
             f"model's as reward_tokenizer="
         )
     return tokenizer
+
+
+def revisions_of(
+    revision: str | Mapping[str, str] | None, sources: Mapping[str, Any]
+) -> dict[str, str]:
+    """The revision of each argument that has one, by its name.
+
+    Args:
+        revision: of the model, and of what else names the same hub id; or a revision for each
+            argument by its name.
+        sources: what was given for each argument that may be a hub id, the model's first.
+
+    Raises:
+        InvalidArgument: the revision is of another form, or is of an argument that names no hub id.
+    """
+    if revision is None:
+        return {}
+    if isinstance(revision, str):
+        same = [name for name, given in sources.items() if same_source(given, sources["model"])]
+        revision = dict.fromkeys(same, revision)
+    if not isinstance(revision, Mapping):
+        raise InvalidArgument(
+            f"revision={revision!r:.80} must be a text, or a mapping from arguments to texts."
+        )
+    for argument, one in revision.items():
+        check_choice("revision", argument, sources)
+        if not isinstance(one, str):
+            raise InvalidArgument(f"revision={{{argument!r}: {one!r:.80}}} must hold a text.")
+        source = sources[argument]
+        if not isinstance(source, str) or _on_server(source):
+            raise InvalidArgument(
+                f"revision={one!r} is of a hub id, and {argument}= names none; leave it out."
+            )
+    return dict(revision)
+
+
+def same_source(one: Any, other: Any) -> bool:
+    """Whether two arguments name the same hub id or directory, or are the same object."""
+    paths = isinstance(one, (str, Path)) and isinstance(other, (str, Path))
+    return str(one) == str(other) if paths else one is other
 
 
 def token_ids(
@@ -241,19 +300,19 @@ def _reads_policys_tokens(own: Any, policy: Policy) -> bool:
     return same_tokens
 
 
-def _saved_tokenizer(source: Any, role: str, trust_remote_code: bool) -> Any:
+def _saved_tokenizer(source: Any, argument: str, role: str, policy: Policy) -> Any:
     """The tokenizer saved with a model; None, with a warning, where there is none."""
     try:
-        return read_tokenizer(source, trust_remote_code)
+        return policy.read_tokenizer(source, argument)
     except ModelError as error:
         logger.warning("the %s is taken to read the model's token ids: %s", role, error)
         return None
 
 
-def _check_tokens(policy: Policy, source: Any, role: str) -> None:
+def _check_tokens(policy: Policy, source: Any, argument: str, role: str) -> None:
     """Raises `ModelError` if another model's own tokenizer has other tokens than the policy's."""
     if policy.tokenizer is None:
         return
-    own = _saved_tokenizer(source, role, policy.trust_remote_code)
+    own = _saved_tokenizer(source, argument, role, policy)
     if own is not None:
         check_same_tokens(policy.tokenizer, own, role)

@@ -58,6 +58,7 @@ config, the tokenizer or its chat template names as the end of a text), or is cu
 * v0: initial version.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,32 +66,42 @@ import torch
 
 from tokenenv.envs.own_models import (
     Lengths,
+    Loaded,
     Policy,
     frozen,
     load_language_model,
     load_scorer,
     read_tokenizer,
+    revisions_of,
     token_ids,
 )
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument, check_choice, check_given
 from tokenenv.models.chats import Chats, end_of_turn
-from tokenenv.models.loading import load_causal_lm
+from tokenenv.models.loading import check_device, load_causal_lm
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.prompts import check_limit, load_prompts
+from tokenenv.rewards.rule import Rule
+from tokenenv.tables import read_rows
 from tokenenv.types import Scorer, Task, TextScorer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+NEEDED: Any = inspect.Parameter.empty
+"""The default of an argument that has to be given. `inspect` takes it for no default, and the task
+says in a sentence what is missing."""
+
+
 def task(
     *,
-    model: Any,
-    prompts: Any,
+    model: Any = NEEDED,
+    prompts: Any = NEEDED,
     reward_model: Any = None,
     reward_tokenizer: Any = None,
     reference: Any = None,
     implicit_model: Any = None,
     tokenizer: Any = None,
+    revision: str | Mapping[str, str] | None = None,
     max_prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
     long_prompts: str = "refuse",
@@ -98,7 +109,7 @@ def task(
     prompt_column: str = "prompt",
     stop_token_ids: Sequence[int] | None = None,
     step_end_token_ids: Sequence[int] = (),
-    gold: Callable[[str, str], float] | None = None,
+    gold: Callable[..., Any] | Rule | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -110,9 +121,11 @@ def task(
     Args:
         model: the policy's initial weights: a hub id, a local directory (safetensors), or a model
             object, which is frozen in place.
-        prompts: texts or token ids in a list, a .jsonl or text file, or a `datasets` dataset (see
-            `load_prompts`). All of them are read when the env is made, those of a streamed dataset
-            too.
+        prompts: texts or token ids in a list, a table (a list of mappings, a `datasets` dataset,
+            or a .jsonl, .json, .csv, .tsv or .parquet file) or a text file of one prompt a line
+            (see `tokenenv.tables.read_rows`). A table's other columns go to the functions of
+            `reward=` and `gold=` that name them. All rows are read when the env is made, those of a
+            streamed dataset too.
         reward_model: a sequence- or token-classification model with one label, as a hub id, a
             directory or an object. A causal one that reads the policy's tokens scores every prefix;
             any other scores finished texts (see `make_aligned_scorer`). Also a `TextScorer` of the
@@ -129,6 +142,10 @@ def task(
         tokenizer: the policy's tokenizer, as a hub id, a directory or an object; by default the one
             saved with the model. A model object brings none, and without a tokenizer prompts are
             token ids.
+        revision: a branch, a tag or a commit of the hub id `model`, for its tokenizer too and for
+            whatever else names the same id. Other arguments get theirs in a mapping from their
+            names, {"model": "v1.0", "reward_model": "refs/pr/2"}; a name that is left out has the
+            default branch.
         max_prompt_tokens: P, the most tokens that a prompt may have, 1 or more. None, the default,
             takes the length of the longest prompt, special tokens and chat template included. Give
             a number where longer prompts will come later, to `reset` or `score_episodes`.
@@ -142,13 +159,14 @@ def task(
             holds for prompts given to `reset`, `score_episodes` and `generate`; token ids are taken
             as they are. A reward model whose tokenizer has another template reads the conversation
             by that one.
-        prompt_column: the column of a dataset, or the key of a JSONL row, that holds the prompt.
+        prompt_column: the column of a table that holds the prompt.
         stop_token_ids: ids that end a text; by default the end-of-text ids of the generation
             config, of the config and of the tokenizer together, and the token that closes an answer
             in the tokenizer's chat template.
         step_end_token_ids: ids that end a step of the text, for designs that pay by step.
-        gold: gold(prompt_text, response_text), the true metric; it is reported for evaluation and
-            never paid.
+        gold: gold(prompt_text, response_text), the true metric, which also gets the columns that
+            it names, as the function of a `Rule` does; it is reported for evaluation and never
+            paid.
         device: where all models are put; by default where a model object is, else "cpu".
         dtype: "float32", "bfloat16" or "float16"; by default float32, and model objects keep
             theirs.
@@ -162,26 +180,45 @@ def task(
         InvalidArgument: a prompt cannot be used, an argument is not allowed, or texts would be
             longer than a model's positions.
     """
-    check_limit(max_prompt_tokens, long_prompts)  # before any model is loaded
+    # Whatever can be refused is refused before any model is loaded, which may take minutes.
+    check_given([n for n, given in (("model", model), ("prompts", prompts)) if _left_out(given)])
+    check_limit(max_prompt_tokens, long_prompts)
+    if device is not None:
+        check_device(device)
+    revisions = revisions_of(
+        revision,
+        {
+            "model": model,
+            "tokenizer": model if tokenizer is None else tokenizer,
+            "reference": reference,
+            "implicit_model": implicit_model,
+            "reward_model": reward_model,
+            "reward_tokenizer": reward_tokenizer,
+        },
+    )
     loading: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "device": device,
         "dtype": _dtype(dtype),
     }
-    policy_model = load_causal_lm(model, **loading)
-    tokenizer = read_tokenizer(model if tokenizer is None else tokenizer, trust_remote_code)
+    policy_model = load_causal_lm(model, revision=revisions.get("model"), **loading)
+    tokenizer = read_tokenizer(
+        *((model, "model") if tokenizer is None else (tokenizer, "tokenizer")),
+        revisions.get("tokenizer"),
+        trust_remote_code,
+    )
     _require_tokenizer(tokenizer, {"gold": gold, "reward_tokenizer": reward_tokenizer})
     chats = Chats(tokenizer) if chat_template else None
-    # The prompts are read before more models are loaded, which may take minutes.
+    # The prompts are read before more models are loaded.
+    rows = read_rows(prompts, prompt_column)
     ids = load_prompts(
-        prompts,
+        rows,
         tokenizer,
         vocab_size=vocab_size_of(policy_model),
         max_prompt_tokens=max_prompt_tokens,
         long_prompts=long_prompts,
         chat_template=chats or False,
-        column=prompt_column,
     )
     longest = max(map(len, ids))
     policy = Policy(
@@ -192,10 +229,12 @@ def task(
         stop_token_ids=_stop_ids(policy_model, tokenizer, stop_token_ids),
         lengths=Lengths(longest, max_prompt_tokens or longest, max_new_tokens),
         loading=loading | {"device": device or policy_model.device},
+        revisions=revisions,
     )
     frozen(policy_model, "model", policy.lengths)
-    other_reference = load_language_model(reference, "reference", policy)
-    implicit = load_language_model(implicit_model, "implicit model", policy)
+    known: Loaded = [(model, revisions.get("model"), policy_model)]
+    other_reference = load_language_model(reference, "reference", policy, known)
+    implicit = load_language_model(implicit_model, "implicit_model", policy, known)
     scorer = load_scorer(reward_model, reward_tokenizer, policy, max_batch_tokens)
     pi_ref = policy_model if other_reference is None else other_reference
     return Task(
@@ -208,12 +247,17 @@ def task(
         step_end_token_ids=token_ids("step_end_token_ids", step_end_token_ids, policy_model),
         reward=_default_reward(scorer, implicit),
         prompts=ids,
+        columns=[row.columns for row in rows] if any(row.columns for row in rows) else (),
         max_prompt_tokens=policy.lengths.max_prompt_tokens,
         max_prompt_tokens_from="prompts" if max_prompt_tokens is None else "option",
         max_new_tokens=max_new_tokens,
         stop_token_ids=policy.stop_token_ids,
         gold=gold,
     )
+
+
+def _left_out(given: Any) -> bool:
+    return given is None or given is NEEDED
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -90,6 +90,12 @@ class MissingDependency(TokenEnvError, ImportError):
     installs it."""
 
 
+def missing(what: str, *packages: str) -> MissingDependency:
+    """Return the error of a thing that needs packages which are not installed. The line in it works
+    however tokenenv itself was installed."""
+    return MissingDependency(f"{what} needs {packages[0]}: pip install {' '.join(packages)}")
+
+
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     """Raise `InvalidArgument` unless `value` is one of the `allowed` names. The message names the
     argument, the value and the nearest names, and all allowed ones where they are few or none is
@@ -102,6 +108,14 @@ def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     if near and len(names) > MANY:
         raise InvalidArgument(f"{argument}={value!r} is not known.{hint}")
     raise InvalidArgument(f"{argument}={value!r} is not known; allowed: {', '.join(names)}.{hint}")
+
+
+def check_given(missing: Sequence[str]) -> None:
+    """Raise `InvalidArgument` where arguments of a task that have to be given are `missing`."""
+    if missing:
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        named = " and ".join(f"{name}=" for name in missing)
+        raise InvalidArgument(f"{named} {verb} missing: this id cannot be made without {them}.")
 
 
 def check_number(name: str, value: Any) -> None:

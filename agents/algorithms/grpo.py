@@ -28,9 +28,10 @@ agree.
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.groups import (
@@ -41,6 +42,7 @@ from tokenenv.agents.algorithms.groups import (
     group_std,
 )
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import check_choice
 
@@ -78,6 +80,14 @@ class GRPO(GroupMethod):
 
     config_class = GRPOConfig
     config: GRPOConfig
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(GRPOConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     def running_statistics(self) -> dict[str, Any]:
         """Return the groups that are kept while more are drawn. Where that is interrupted, the next

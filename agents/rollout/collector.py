@@ -16,11 +16,12 @@ from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.ending import Ending, no_listener
-from tokenenv.agents.rollout.env_rows import action, flags, method, read_ends
+from tokenenv.agents.rollout.env_rows import action, env_core, flags, method, read_ends
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.agents.rollout.recorder import Recorder
 from tokenenv.errors import InvalidAction, NotFinite
+from tokenenv.tables import Columns, by_name
 
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
@@ -66,7 +67,7 @@ class Collector:
         """Where the run ends. Set from outside."""
         self.on_tokens: Callable[[int], None] = no_listener
         """Called with `tokens_seen` after each step of `collect` and `play_on`."""
-        self.recorder = Recorder(envs.num_envs)
+        self.recorder = Recorder(envs.num_envs, getattr(env_core(envs), "columns", ()))
         self.pairing = Pairing(envs.num_envs, group_size)
         self.running = False
         """Whether texts run that can be gone on with: not before the first reset, nor after an
@@ -206,13 +207,18 @@ class Collector:
 
     # ---------------------------------------------------------------- beginning, going on
 
-    def reset(self, options: dict[str, Any] | None = None) -> None:
-        """Begin anew in every slot; running episodes are dropped. The first time is seeded."""
+    def reset(self, options: dict[str, Any] | None = None, columns: Sequence[Columns] = ()) -> None:
+        """Begin anew in every slot; running episodes are dropped. The first time is seeded.
+
+        Where the options give prompts, `columns` (N) are what belongs to them.
+        """
         self.running = False
         seed = None if self._seeded else self.seed
+        if options is not None and any(columns):
+            options = options | {"columns": by_name(columns)}
         self._obs, infos = self.envs.reset(seed=seed, options=options)
         self._seeded = True
-        self.recorder.restart(self._obs, infos)
+        self.recorder.restart(self._obs, infos, columns)
         self._resetting[:] = False
         self.pairing.restart()
         self.running = True
@@ -264,8 +270,11 @@ class Collector:
 
     # ---------------------------------------------------------------- continuations
 
-    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """Return `rollouts` continuations of each state to the end, one after the other.
+    def play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
+    ) -> list[Episode]:
+        """Return `rollouts` continuations of each state to the end, one after the other; `columns`
+        are what belongs to the prompt of each state.
 
         The running texts wait meanwhile. Where they cannot be taken up again (this is interrupted,
         or the env saves no state), the next step begins anew.
@@ -274,11 +283,14 @@ class Collector:
         self.running = False
         at_once = self.envs.num_envs // rollouts
         for first in range(0, len(states), at_once):
-            found += self._play_on(states[first : first + at_once], rollouts)
+            some = slice(first, first + at_once)
+            found += self._play_on(states[some], rollouts, columns[some])
         self.load_env(running)
         return found
 
-    def _play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
+    def _play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns]
+    ) -> list[Episode]:
         """Play on from as many states as fit: slots `rollouts * k` and those after it from state k.
 
         Each state is read by one slot and copied to the others, caches included, so that its prompt
@@ -287,13 +299,15 @@ class Collector:
         wanted, slots = len(states) * rollouts, np.arange(self.envs.num_envs)
         copies = np.flatnonzero(np.arange(wanted) % rollouts)
         # Slots that are left over play on from the last state, and what they write is not used.
-        given = [states[min(slot // rollouts, len(states) - 1)] for slot in slots.tolist()]
+        state_of = [min(slot // rollouts, len(states) - 1) for slot in slots.tolist()]
+        given = [states[state] for state in state_of]
+        rows = [columns[state] for state in state_of] if columns else []
         # A collector of its own, so that this one's record of the running texts stays.
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
         prompts, prefixes = [prompt for prompt, _ in given], [prefix for _, prefix in given]
         mask = ~np.isin(slots, copies)
-        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes})
+        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes}, rows)
         if len(copies):
             fork = method(self.envs, "fork")
             collector.resume(fork(copies // rollouts * rollouts, copies)[0])

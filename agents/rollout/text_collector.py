@@ -21,6 +21,7 @@ from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.errors import InvalidArgument, NotFinite
+from tokenenv.tables import Columns, by_name
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
 ENGINES = {
@@ -49,6 +50,8 @@ class Text:
     response: list[int] = field(default_factory=list)
     """The tokens that were written, without the prefix."""
     logprob: list[float] = field(default_factory=list)
+    columns: Columns = field(default_factory=dict)
+    """What belongs to the prompt, by name."""
 
 
 class TextCollector:
@@ -150,14 +153,18 @@ class TextCollector:
         self.version += 1
         self._sync()
 
-    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """Return `rollouts` continuations of each state to the end, one after the other.
+    def play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
+    ) -> list[Episode]:
+        """Return `rollouts` continuations of each state to the end, one after the other; `columns`
+        are what belongs to the prompt of each state.
 
         The engine writes them beside the running texts.
         """
         numbers = []
         with self._stopping():
-            for prompt, prefix in states:
+            rows = columns or [{}] * len(states)
+            for (prompt, prefix), row in zip(states, rows, strict=True):
                 for _ in range(rollouts):
                     self._continued += 1
                     text = Text(
@@ -167,6 +174,7 @@ class TextCollector:
                         -1,
                         self.core.weights,
                         prefix.tolist(),
+                        columns=row,
                     )
                     self._begin(text)
                     numbers.append(text.number)
@@ -234,9 +242,13 @@ class TextCollector:
         while len(self._running) + self.group_size <= self.num_texts:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
+            table = getattr(self.core, "columns", ())
+            row = table[prompt_id] if table else {}
             numbers = range(self._begun, self._begun + self.group_size)
             cut = {
-                number: Text(number, self.version, prompt, prompt_id, self.core.weights)
+                number: Text(
+                    number, self.version, prompt, prompt_id, self.core.weights, columns=row
+                )
                 for number in numbers
             }
             # A group is written down before its first text is begun: an interruption leaves no
@@ -302,11 +314,13 @@ class TextCollector:
         if self.pays_logprob:
             # A prefix was not drawn. Its penalty is dropped below, so any number will do.
             logprobs = [[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
+        columns = by_name([text.columns for text in texts])
         try:
             scores = self.core.score_episodes(
                 [text.prompt for text in texts],
                 [[*text.prefix, *text.response] for text in texts],
                 logprobs=logprobs,
+                **({"columns": columns} if columns else {}),
                 weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
                 played=True,
             )
@@ -348,6 +362,7 @@ class TextCollector:
             bootstraps=not terminated and not self.spec.score_truncated,
             terms=own_tokens(scores.token_reward_terms),
             watched=own_tokens(scores.watched),
+            columns=text.columns,
         )
 
 

@@ -237,8 +237,11 @@ def test_other_models_go_where_the_model_object_is_and_options_are_passed_on(sav
         "reward_model": saved["token"],
     }
     make(fakes.causal_lm(), **others, **options)
-    assert seen[0] == options | {"device": None}
-    assert seen[1] == seen[2] == seen[3] == options | {"device": torch.device("cpu")}
+    options["revision"] = None
+    assert seen.pop(0) == options | {"device": None}
+    for role, found in zip(("reference", "implicit_model", None), seen, strict=True):
+        argument = {"argument": role} if role else {}
+        assert found == options | {"device": torch.device("cpu")} | argument
 
 
 # ------------------------------------------------------------------ prompts

@@ -74,7 +74,7 @@ def test_a_head_without_trained_weights_is_an_error_not_a_random_head(tmp_path):
 def test_weights_of_the_wrong_shape_are_an_error(tmp_path):
     fakes.saved(fakes.causal_lm("llama"), tmp_path)
     rewrite(tmp_path, lambda weights: weights.update({"lm_head.weight": torch.zeros(7, 32)}))
-    with pytest.raises(ModelError, match=r"model '.*'.*lm_head.weight"):
+    with pytest.raises(ModelError, match=r"model='.*'.*lm_head.weight"):
         load_causal_lm(str(tmp_path))
 
 
@@ -116,14 +116,6 @@ def test_a_bidirectional_reward_model_object_is_refused_by_class():
 def test_a_causal_lm_object_is_no_reward_model():
     with pytest.raises(ModelError, match=r"LlamaForCausalLM .* no scalar head"):
         load_reward_model(fakes.causal_lm("llama"))
-
-
-@pytest.mark.parametrize("load", [load_causal_lm, load_reward_model, load_tokenizer])
-def test_a_missing_directory_is_one_clear_error(load, tmp_path):
-    with pytest.raises(
-        ModelError, match=r"nothing-here' cannot be loaded .*allowed: a hub id or a local directory"
-    ):
-        load(str(tmp_path / "nothing-here"))
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_reward_model, load_tokenizer])

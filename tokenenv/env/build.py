@@ -14,11 +14,13 @@ from gymnasium import spaces
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.engine import RewardEngine
 from tokenenv.env.render import RENDER_MODES
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.errors import InvalidArgument, check_choice, check_given
+from tokenenv.models.loading import check_device
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
@@ -45,10 +47,16 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    if not (built.gold is None or built.gold == "score" or callable(built.gold)):
+    known = built.gold is None or isinstance(built.gold, Rule) or callable(built.gold)
+    if not known and built.gold != "score":
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
-            "up, and the command line has none for it: let a task of your own bring it."
+            "up; on the command line, give --gold module:function."
+        )
+    if len(built.columns) not in (0, len(built.prompts)):
+        raise InvalidArgument(
+            f"the task has {len(built.prompts)} prompts and {len(built.columns)} rows of columns; "
+            "give one for each prompt, or none."
         )
     return config, with_max_new_tokens(built, config.max_new_tokens)
 
@@ -193,15 +201,6 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
     return int(num_envs)
 
 
-def check_device(device: Any) -> None:
-    """Raise `InvalidArgument` unless tensors can be put there."""
-    try:
-        torch.empty(0, device=device).tolist()  # which the device "meta" cannot
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InvalidArgument(f"device={device!r} cannot be used here: {reason}.") from error
-
-
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
     task = load_task(source) if isinstance(source, str) else source
     parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
@@ -209,17 +208,13 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
     for key in options:
         check_choice("option", key, known | env_options)
     missing = [
-        f"{key}="
+        key
         for key, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and key not in options
     ]
-    if missing:
-        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise InvalidArgument(
-            f"{' and '.join(missing)} {verb} missing: this id cannot be made without {them}."
-        )
+    check_given(missing)
     if options.get("device") is None:  # the task's own
         known -= {"device"}
     else:

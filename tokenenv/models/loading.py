@@ -1,13 +1,14 @@
 """Loading models and tokenizers from hub ids or local directories."""
 
+import os
 from typing import Any
 
 import torch
 
-from tokenenv.errors import ModelError
-from tokenenv.safety.shown import visible
+from tokenenv.errors import InvalidArgument, ModelError
 
 from .heads import make_scorer
+from .hub import failed, hub_options, undisturbed
 from .probing import looks_ahead
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
@@ -17,6 +18,8 @@ EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
 def load_causal_lm(
     source: Any,
     *,
+    argument: str = "model",
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -27,6 +30,8 @@ def load_causal_lm(
     Args:
         source: a hub id or a local directory, with safetensors; or a model object, which is
             returned itself, as it is.
+        argument: the name under which the user gave the source, for errors.
+        revision: a branch, a tag or a commit of a hub id; None: the default branch.
         device: "cpu" by default. A model object is moved only if a device is given.
         dtype: float32 by default. A model object is converted only if a dtype is given.
         attn_implementation: transformers' name of the attention; None lets transformers choose.
@@ -34,11 +39,19 @@ def load_causal_lm(
 
     Raises:
         ModelError: nothing at `source` can be used.
+        InvalidArgument: the source is of another type, or the device cannot be used here.
     """
-    if not isinstance(source, str) and hasattr(source, "config"):
+    if hasattr(source, "config"):
         return _moved(source, device, dtype)
     return _load(
-        "AutoModelForCausalLM", source, device, dtype, attn_implementation, trust_remote_code
+        "AutoModelForCausalLM",
+        source,
+        argument,
+        device,
+        dtype,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -63,6 +76,8 @@ def load_reward_model(source: Any, **options: Any) -> Any:
 def load_classifier(
     source: Any,
     *,
+    argument: str = "reward_model",
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -74,23 +89,37 @@ def load_classifier(
     Raises:
         ModelError: nothing at `source` can be used, or it has no trained head.
     """
-    if not isinstance(source, str) and hasattr(source, "config"):
+    if hasattr(source, "config"):
         return _moved(source, device, dtype)
-    auto_class = _classifier(source, trust_remote_code)
-    return _load(auto_class, source, device, dtype, attn_implementation, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    auto_class = _classifier(source, argument, **options)
+    options["attn_implementation"] = attn_implementation
+    return _load(auto_class, source, argument, device, dtype, **options)
 
 
-def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    source: Any,
+    trust_remote_code: bool = False,
+    *,
+    argument: str = "tokenizer",
+    revision: str | None = None,
+) -> Any:
     """Load a tokenizer from a hub id or a local directory. A tokenizer object is returned itself.
-    Raise `ModelError` where there is none."""
+    The arguments are those of `load_causal_lm`. Raise `ModelError` where there is none."""
     if hasattr(source, "get_vocab"):
         return source
-    from transformers import AutoTokenizer
+    return _from_pretrained(
+        "AutoTokenizer", source, argument, revision, trust_remote_code=trust_remote_code
+    )
 
+
+def check_device(device: Any) -> None:
+    """Raise `InvalidArgument` unless tensors can be put there."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(_failed("tokenizer", source, error)) from error
+        torch.empty(0, device=device).tolist()  # which the device "meta" cannot
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InvalidArgument(f"device={device!r} cannot be used here: {reason}.") from error
 
 
 def check_same_tokens(policy_tokenizer: Any, other_tokenizer: Any, role: str) -> None:
@@ -129,58 +158,61 @@ def max_positions(config: Any) -> int | None:
 
 
 def _load(
-    auto_class: str,
-    source: Any,
-    device: Any,
-    dtype: Any,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
+    auto_class: str, source: Any, argument: str, device: Any, dtype: Any, **options: Any
 ) -> Any:
-    import transformers
-
-    try:
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            source,
-            dtype=dtype or torch.float32,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelError(_failed("model", source, error)) from error
+    if device is not None:
+        check_device(device)  # before anything is read
+    model, info = _from_pretrained(
+        auto_class,
+        source,
+        argument,
+        dtype=dtype or torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
     # transformers fills weights that are missing, or have another size, with random numbers.
     missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if missing:
         raise ModelError(
-            f"model {str(source)!r} lacks trained weights for {type(model).__name__}: "
+            f"{argument}={str(source)!r} lacks trained weights for {type(model).__name__}: "
             f"{', '.join(missing[:5])}"
         )
     return _moved(model, device or "cpu", None).eval().requires_grad_(False)
 
 
-def _failed(what: str, source: Any, error: Exception) -> str:
-    reason = visible(" ".join(str(error).split())[:600]) or type(error).__name__
-    return (
-        f"{what} {str(source)!r} cannot be loaded ({reason}); allowed: a hub id or a local "
-        "directory with safetensors"
-    )
+def _from_pretrained(
+    auto_class: str, source: Any, argument: str, revision: str | None = None, **options: Any
+) -> Any:
+    """Return what an auto class of transformers makes of a hub id or a local directory."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InvalidArgument(
+            f"{argument}= is of type {type(source).__name__}; allowed: a hub id, a local directory "
+            "or an object of transformers."
+        )
+    source = os.fspath(source)
+    options |= hub_options(source, argument, revision)  # an answer before a slow import
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    try:
+        with undisturbed(argument, source):
+            return auto.from_pretrained(source, **options)
+    # transformers, and code that comes with a model, may raise anything.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise ModelError(failed(argument, source, reason)) from error
 
 
 def _moved(model: Any, device: Any, dtype: torch.dtype | None) -> Any:
     return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
 
 
-def _classifier(source: Any, trust_remote_code: bool) -> str:
+def _classifier(source: Any, argument: str, **options: Any) -> str:
     """Return the name of the auto class that loads a reward model, by the architecture that its
     config names."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(_failed("reward model", source, error)) from error
+    config = _from_pretrained("AutoConfig", source, argument, **options)
     # A config is a file: what stands there may be of any type.
     named = config.architectures if isinstance(config.architectures, list) else []
     for architecture in (one for one in named if isinstance(one, str)):
@@ -188,6 +220,6 @@ def _classifier(source: Any, trust_remote_code: bool) -> str:
             if architecture.endswith(f"For{kind}"):
                 return f"AutoModelFor{kind}"
     raise ModelError(
-        f"reward model {str(source)!r} is {config.architectures}; allowed: sequence- or "
+        f"{argument}={str(source)!r} is {config.architectures}; allowed: sequence- or "
         "token-classification models with one label"
     )
