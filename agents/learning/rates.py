@@ -2,9 +2,8 @@
 
 The same rate does not suit all. AdamW moves each weight by about the rate in each step, whatever
 the gradient is. A small model needs large steps. All weights of a pretrained model moved that far
-make another model at once: the default of the small ones moves SmolLM2-135M by 7 nats per token in
-one update. Adapters begin at zero and are few, so they bear more. docs/your-model.md has the
-measurements.
+make another model at once. Adapters begin at zero and are few, so they bear more. What the first
+update moves SmolLM2-135M by is in docs/algorithms.md, "The learning rate".
 """
 
 import logging
