@@ -8,6 +8,7 @@ measurements.
 """
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +28,8 @@ LORA_LR = 2e-4
 def default_lr(policy: nn.Module) -> float:
     """Return the learning rate for what of this policy is trained, and log it where the model is
     not a small one."""
-    model = policy.model if isinstance(getattr(policy, "model", None), nn.Module) else policy
+    own: Any = getattr(policy, "model", None)
+    model = own if isinstance(own, nn.Module) else policy
     size = sum(weight.numel() for weight in model.parameters())
     is_trained = any(weight.requires_grad for weight in model.parameters())
     if size <= SMALL or not is_trained:
