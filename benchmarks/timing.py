@@ -11,8 +11,8 @@ def medians(
     repetitions: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Return the median seconds of each candidate, by the wall or by another `clock`. The
-    candidates run in turn, `repetitions` times after one warm-up."""
+    """Return the median seconds of each candidate by a clock. The candidates run in turn,
+    `repetitions` times after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, run in candidates.items():

@@ -13,7 +13,7 @@ from rich.console import Console
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.run.evaluate import evaluate
-from tokenenv.cli import Train, save_config
+from tokenenv.cli import Train
 from tokenenv.cli.evaluate import comparison, show_examples
 
 ENV, TOTAL_TOKENS, TEXTS = "tokenenv/PyDocs-v0", 60_000, 256
@@ -26,14 +26,12 @@ def main() -> None:
     run = Train(env=ENV, total_tokens=TOTAL_TOKENS)
     held_out = run.make_envs(split="test")
     agent = PPO(run.make_envs(), run.agent, run_dir=run_dir)
-    save_config(run, run_dir / "config.yaml")
     console.print(f"[bold]{ENV}[/bold]: {TEXTS} held-out prompts with the reference ...")
     before = evaluate(agent, held_out, num_texts=TEXTS)
     agent.learn(TOTAL_TOKENS, progress=True)
-    agent.save(run_dir / "checkpoint")
     console.print(f"the same {TEXTS} prompts with the trained policy ...")
     found = {"before": before, "after": evaluate(agent, held_out, num_texts=TEXTS)}
-    show_examples(found, held_out.token_spec.tokenizer, 3)
+    show_examples(found, held_out.token_spec, 3)
     console.print(comparison(found))
     console.print(
         f"gold is the Flesch reading ease, 0 to 100; {time.monotonic() - started:.0f} s in all; "

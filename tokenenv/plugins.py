@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -49,6 +50,31 @@ def load_name(name: str, label: str) -> Any:
     for attribute in attributes.split("."):
         found = _attribute(found, attribute, label)
     return found
+
+
+def name_of(found: Any) -> str | None:
+    """The "module:Name" under which `load_name` finds a function or a class; None where there is
+    none, as for a lambda, a function within a function, or an object.
+
+    What a script defines is named by the script's file: `train.py` is the module "train".
+    """
+    module, attributes = (getattr(found, key, None) for key in ("__module__", "__qualname__"))
+    holder: Any = sys.modules.get(module) if isinstance(module, str) else None
+    name = f"{_script() if module == '__main__' else module}:{attributes}"
+    if holder is None or not NAME.fullmatch(name):
+        return None
+    for attribute in str(attributes).split("."):
+        holder = getattr(holder, attribute, None)
+    # A decorator may have left something else under the name of what it wraps.
+    return name if holder is found else None
+
+
+def _script() -> str:
+    """What the program that was started is called where it is imported as a module; "" where it
+    has no file."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec is not None else Path(file or "").stem
 
 
 def import_module(module: str, label: str) -> ModuleType:

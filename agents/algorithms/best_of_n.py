@@ -7,23 +7,34 @@ most log n - (n - 1) / n nats (Beirami et al. 2024, arXiv 2401.01879), and that 
 What it leaves out: learning. Each text costs n texts.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.agent import Agent
+from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.learner import Metrics
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.generate import Prompts, as_list
-from tokenenv.agents.run.evaluate import best_of_n_kl
-from tokenenv.errors import InvalidArgument
+from tokenenv.agents.run.evaluate import best_of_each, best_of_n_kl
 
 
 class BestOfN(Agent):
     """The best of n texts by the env's own score."""
 
     grouped = True
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(AgentConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     @property
     def best_of(self) -> int:
@@ -33,15 +44,25 @@ class BestOfN(Agent):
     def collect(self) -> list[Episode]:
         """Return the best text of each finished group."""
         episodes = super().collect()
-        return [episodes[i] for i in self.best([e.score for e in episodes])]
+        return [episodes[i] for i in best_of_each([e.score for e in episodes], self.best_of)]
 
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learn nothing; return the bound as the KL."""
         return {"objective/kl": best_of_n_kl(self.best_of)}
 
-    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
-        """Return the best of n continuations of each prompt, by the env's score."""
+    def generate(
+        self,
+        prompts: Prompts,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the best of n continuations of each prompt, by the env's score; `columns` are what
+        belongs to the prompts, where the score asks for it: a list by name."""
         repeated = [prompt for prompt in as_list(prompts) for _ in range(self.best_of)]
+        rows = {
+            name: [value for value in values for _ in range(self.best_of)]
+            for name, values in (columns or {}).items()
+        }
         responses = super().generate(repeated, **options)
         if not responses:
             return []
@@ -49,15 +70,6 @@ class BestOfN(Agent):
         logprobs = None
         if wants_logprob(self.envs):
             logprobs = [[0.0] * len(response) for response in responses]
-        scores = self.core.score_episodes(repeated, responses, logprobs=logprobs).score
-        return [responses[i] for i in self.best(scores)]
-
-    def best(self, scores: Any) -> list[int]:
-        """Return the place of the highest score of every n."""
-        if scores is None or np.isnan(scores).any():
-            name = type(self.core).__name__
-            raise InvalidArgument(
-                f"BestOfN needs a score of every text, which {name} does not give."
-            )
-        best_G = np.reshape(scores, (-1, self.best_of)).argmax(axis=1)
-        return [self.best_of * group + int(best) for group, best in enumerate(best_G)]
+        given = {"logprobs": logprobs, **({"columns": rows} if rows else {})}
+        scores = self.core.score_episodes(repeated, responses, **given).score
+        return [responses[i] for i in best_of_each(scores, self.best_of)]

@@ -28,9 +28,10 @@ agree.
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.groups import (
@@ -41,6 +42,7 @@ from tokenenv.agents.algorithms.groups import (
     group_std,
 )
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.errors import check_choice
 
@@ -79,6 +81,14 @@ class GRPO(GroupMethod):
     config_class = GRPOConfig
     config: GRPOConfig
 
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(GRPOConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
+
     def running_statistics(self) -> dict[str, Any]:
         """Return the groups that are kept while more are drawn. Where that is interrupted, the next
         `collect` goes on with them."""
@@ -94,7 +104,8 @@ class GRPO(GroupMethod):
         drawn: list[Episode] = []
         for _ in range(1 + MAX_TRIES):
             missing = self.config.batch_tokens - kept.tokens
-            if missing <= 0:
+            has_ended = bool(drawn) and self.tokens_seen >= self.collector.ending.total
+            if missing <= 0 or has_ended:
                 break
             drawn = self.collector.collect(missing)
             kept.add(self.without_flat_groups(drawn))

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.agent import Agent
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import gae, kl_penalised
 from tokenenv.agents.learning.learner import (
@@ -70,7 +72,11 @@ class KLQ(Agent):
     config_class = KLQConfig
     config: KLQConfig
 
-    def __init__(self, envs: Any, config: Any = None, **options: Any) -> None:
+    @dataclass(kw_only=True)
+    class _Keywords(KLQConfig, AgentKeywords): ...
+
+    @takes(_Keywords)
+    def __init__(self, envs: VectorEnv, config: Any = None, **options: Any) -> None:
         super().__init__(envs, config, **options)
         if wants_logprob(envs):
             raise InvalidArgument(

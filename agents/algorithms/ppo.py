@@ -17,13 +17,15 @@ Suffixes: B episodes, T response tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import (
     RunningStd,
@@ -75,6 +77,14 @@ class PPO(PolicyGradient):
 
     config_class = PPOConfig
     config: PPOConfig
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(PPOConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     def running_statistics(self) -> dict[str, Any]:
         """Return the deviation that rewards are divided by."""

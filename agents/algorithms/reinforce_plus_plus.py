@@ -12,10 +12,15 @@ What it leaves out: a critic, and groups. The baseline knows neither the prompt 
 text, so advantages vary more than with either. Dense rewards help it most.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.advantages import returns_to_go
 
 
@@ -25,6 +30,14 @@ class ReinforcePlusPlus(PolicyGradient):
 
     config_class = PolicyGradientConfig
     config: PolicyGradientConfig
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(PolicyGradientConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return the returns-to-go (B, T)."""

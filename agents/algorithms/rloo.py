@@ -14,11 +14,16 @@ What it leaves out: a critic. A text is compared with whole other texts, so what
 them late is credited to early tokens as well.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod, compared
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.keywords import AgentKeywords, takes
 
 
 class RLOO(GroupMethod):
@@ -26,6 +31,14 @@ class RLOO(GroupMethod):
 
     config_class = GroupConfig
     config: GroupConfig
+
+    if TYPE_CHECKING:
+
+        @dataclass(kw_only=True)
+        class _Keywords(GroupConfig, AgentKeywords): ...
+
+        @takes(_Keywords)
+        def __init__(self, envs: VectorEnv, config: Any = None, **keywords: Any) -> None: ...
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return (B, T): unbiased advantages, as no text is part of its own baseline."""

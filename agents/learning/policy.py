@@ -4,6 +4,7 @@ Suffixes: B texts, L context, H hidden size, V vocabulary, K transitions.
 """
 
 import copy
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenenv.errors import InvalidArgument, MissingDependency
-from tokenenv.models.adapters import adapter_layers, train_adapters
+from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
+from tokenenv.models.saving import save_model, whole_folder
 from tokenenv.models.trunks import (
     hidden_size_of,
     logits_head,
@@ -28,10 +29,11 @@ class LMPolicy(nn.Module):
     """A causal LM (of transformers, or a `TokenModel`) that acts, with a value head that reads the
     LM's states or those of a trunk of its own.
 
-    It takes `model` over: the weights become float32 and trainable. With `lora_rank` they are
-    frozen beneath trainable low-rank adapters (peft). If the model has adapters already, only the
-    active ones are trained. The model stays in eval mode, so that acting and learning see the same
-    distribution (no dropout).
+    It takes `model` over: the weights become float32 and trainable. With `lora_rank` it freezes the
+    model, leaves it as it is and trains low-rank adapters (peft) in a copy that shares the weights;
+    they keep their dtype, and the adapters are float32. If the model has adapters already, only the
+    active ones are trained. A float16 model becomes float32 in each case. The model stays in eval
+    mode, so that acting and learning see the same distribution (no dropout).
 
     Raises:
         InvalidArgument: `lora_rank` is given for a model that has adapters already, or those
@@ -49,15 +51,11 @@ class LMPolicy(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model = model.float().requires_grad_(True)
-        if lora_rank:
-            add_lora(self.model, lora_rank, seed)
-        elif adapter_layers(model):
-            train_adapters(self.model)
+        self.model = model = trainable(model, lora_rank, seed)
         self.vocab_size = vocab_size_of(model)
         self.max_batch_tokens = max_batch_tokens
         self.head = logits_head(model, self.vocab_size)
-        self.value_trunk = copy.deepcopy(trunk_of(model)) if separate_value else None
+        self.value_trunk = copy_to_train(trunk_of(model)) if separate_value else None
         self.value_head = nn.Linear(hidden_size_of(model), 1, device=self.device)
         # A random critic would bias the first advantages. At zero, the first targets are the
         # returns themselves.
@@ -95,33 +93,56 @@ class LMPolicy(nn.Module):
         """Return the context in which forwards run, which sets their precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
 
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        merge: bool = False,
+        tokenizer: Any = None,
+        card: str | None = None,
+    ) -> None:
+        """Write a folder that transformers loads by itself or, under adapters, peft; the value head
+        is not part of it.
+
+        The folder appears whole or not at all. One that an earlier save wrote is replaced.
+
+        Args:
+            directory: a new or empty folder, or one that an earlier save wrote.
+            merge: adds adapters to the weights that they adapt, and writes full weights.
+            tokenizer: is written too, with its chat template.
+            card: the text of the folder's README.md.
+
+        Raises:
+            InvalidArgument: the model is none of transformers, or `directory` holds other files.
+            RunFolderError: the folder cannot be written.
+        """
+        with whole_folder(directory) as folder:
+            save_model(self.model, folder, merge=merge)
+            if hasattr(tokenizer, "save_pretrained"):
+                tokenizer.save_pretrained(folder)
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def trainable(model: Any, lora_rank: int = 0, seed: int = 0) -> Any:
+    """Return what a policy trains of a model: new adapters beside it, its own adapters, or all of
+    it in float32."""
+    if lora_rank:
+        return with_lora(model, lora_rank, seed)
+    if adapter_layers(model):
+        train_adapters(model)
+        return model
+    return model.float().requires_grad_(True)
+
+
+def copy_to_train(model: Any) -> Any:
+    """Return a copy with weights of its own where a policy trains them. The weights beneath
+    adapters are shared."""
+    return beside(model) if adapter_layers(model) else copy.deepcopy(model)
+
 
 def wants_bfloat16(precision: str, device: torch.device) -> bool:
     """Return whether forwards run in bfloat16 autocast; "auto" means on a GPU that has it."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
-
-
-def add_lora(model: Any, rank: int, seed: int) -> None:
-    """Freeze the model and put trainable adapters of this rank (scale 2) beside all linear layers
-    but the output."""
-    name = type(model).__name__
-    if hasattr(model, "slots"):
-        raise InvalidArgument(f"lora_rank={rank} needs a transformers model, not {name}.")
-    if adapter_layers(model):
-        raise InvalidArgument(
-            f"lora_rank={rank}: {name} has an adapter already. To train it leave lora_rank at 0; "
-            "for a new one give a model that it is merged into (model.merge_and_unload())."
-        )
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise MissingDependency("lora_rank needs peft: pip install 'tokenenv-rl[lora]'") from error
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    # The adapters' first weights come from the seed alone; torch's own stream goes on untouched.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)

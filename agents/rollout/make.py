@@ -1,12 +1,11 @@
 """The two parts that an agent is given when it does not bring its own: a policy and a collector."""
 
-import copy
 from typing import Any
 
 from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.learning.policy import LMPolicy, copy_to_train
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.env_rows import reference_of
@@ -14,12 +13,13 @@ from tokenenv.agents.rollout.text_collector import TextCollector, check_text_env
 
 
 def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:
-    """Return a policy that starts as the env's model."""
+    """Return a policy that starts as the env's model, which stays as it is."""
     model = getattr(envs.unwrapped, "model", None) or reference_of(
         envs, "give policy=LMPolicy(model)"
     )
     return LMPolicy(
-        copy.deepcopy(model),  # the env's own stays frozen
+        # New adapters share the weights of the env's model, which they leave alone.
+        model if config.lora_rank else copy_to_train(model),
         separate_value=getattr(config, "separate_value", False),
         lora_rank=config.lora_rank,
         precision=config.precision,

@@ -23,6 +23,7 @@ from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
+from tokenenv.tables import Columns, read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,11 @@ def evaluate(
     *,
     num_texts: int = 256,
     prompts: Sequence[Any] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     temperature: float | None = None,
     seed: int = 0,
+    best_of: int | None = None,
+    on_text: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Sample texts from an agent, or from a policy, and return their figures.
 
@@ -75,8 +79,18 @@ def evaluate(
         envs: is reset, so it should not be the env in which an agent is learning.
         num_texts: texts from the env's own prompts, the same prompts for the same `seed`.
         prompts: one text each, in place of `num_texts`.
+        columns: what belongs to these prompts, where the reward or `gold` asks for it: a list of
+            one value a prompt, by name.
         temperature: by default the agent's (a policy's is 1). 0 takes the likeliest token each
             time, and the KL is then that of this deterministic policy.
+        best_of: how many texts are drawn for each text, of which the one with the highest score
+            counts; by default the agent's, which is 1 but for `BestOfN`.
+        on_text: is called with the texts that have been written and those that will be, after each
+            step that ended one.
+
+    Raises:
+        InvalidArgument: an argument is not allowed, or the best text is asked for where the env
+            gives no score.
     """
     check_env(envs)
     if num_texts < 1 or (prompts is not None and len(prompts) == 0):
@@ -87,31 +101,73 @@ def evaluate(
     if temperature is None:
         temperature = agent.config.temperature if policy is not agent else 1.0
     check_temperature(temperature)
-    best_of = getattr(agent, "best_of", 1)
+    best_of = getattr(agent, "best_of", 1) if best_of is None else best_of
+    if columns is not None and prompts is None:
+        raise InvalidArgument("columns= belong to prompts=, which are missing.")
+    rows = read_columns(columns, range(len(prompts or ())), len(prompts or ()), "columns")
+    asked = best_of * (num_texts if prompts is None else len(prompts))
+    written = 0
+
+    def count(episodes: int) -> None:
+        nonlocal written
+        written = min(written + episodes, asked)
+        if on_text is not None:
+            on_text(written, asked)
 
     def texts(actor_seed: int) -> list[Episode]:
-        collector = Collector(
-            envs, Actor(policy, temperature=temperature, seed=actor_seed), seed=seed
-        )
-        return (
-            first_texts(collector, num_texts) if prompts is None else _texts_of(collector, prompts)
-        )
+        actor = Actor(policy, temperature=temperature, seed=actor_seed)
+        collector = Collector(envs, actor, seed=seed)
+        if prompts is None:
+            found = first_texts(collector, num_texts, count)
+        else:
+            found = _texts_of(collector, prompts, rows, count)
+        check_scores([e.score for e in found], best_of)  # before more are written in vain
+        return found
 
     # Each draw goes through all prompts: the same seed of the env gives the same prompts again.
-    draws = zip(*(texts(seed * best_of + draw) for draw in range(best_of)), strict=True)
-    return summarise(
-        [max(candidates, key=lambda e: e.score) for candidates in draws], best_of_n_kl(best_of)
-    )
+    draws = [texts(seed * best_of + draw) for draw in range(best_of)]
+    drawn = [episode for candidates in zip(*draws, strict=True) for episode in candidates]
+    chosen = [drawn[i] for i in best_of_each([e.score for e in drawn], best_of)]
+    return summarise(chosen, best_of_n_kl(best_of))
 
 
-def _texts_of(collector: Collector, prompts: Sequence[Any]) -> list[Episode]:
-    """Return one text of each prompt."""
+def _texts_of(
+    collector: Collector,
+    prompts: Sequence[Any],
+    columns: Sequence[Columns],
+    count: Callable[[int], None],
+) -> list[Episode]:
+    """Return one text of each prompt; `columns` are what belongs to each."""
     episodes, num_envs = [], collector.envs.num_envs
+
+    def filled(values: Sequence[Any]) -> list[Any]:
+        return [*values, *[values[0]] * (num_envs - len(values))]
+
     for start in range(0, len(prompts), num_envs):
-        group = list(prompts[start : start + num_envs])
-        collector.reset({"prompts": group + group[:1] * (num_envs - len(group))})
-        episodes += first_texts(collector, num_envs)[: len(group)]
+        group = prompts[start : start + num_envs]
+        rows = filled(columns[start : start + num_envs]) if columns else []
+        collector.reset({"prompts": filled(group)}, rows)
+        episodes += first_texts(collector, num_envs, count)[: len(group)]
     return episodes
+
+
+def check_scores(scores: Any, n: int) -> None:
+    """Raise `InvalidArgument` where the best of n > 1 texts is asked for, and one has no score."""
+    if n > 1 and (scores is None or np.isnan(scores).any()):
+        raise InvalidArgument(
+            f"the best of {n} texts is the one with the highest score, and this env gives a text "
+            f"no score: make it with reward_model=, or with a single rule as reward=."
+        )
+
+
+def best_of_each(scores: Any, n: int) -> list[int]:
+    """Return the place of the highest score of every n. Raise `InvalidArgument` where n is above 1
+    and a text has no score."""
+    if n == 1:
+        return list(range(len(scores)))
+    check_scores(scores, n)
+    best_G = np.reshape(scores, (-1, n)).argmax(axis=1)
+    return [n * group + int(best) for group, best in enumerate(best_G)]
 
 
 def best_of_n_kl(n: int) -> float:
@@ -120,18 +176,23 @@ def best_of_n_kl(n: int) -> float:
     return float(np.log(n)) - (n - 1) / n
 
 
-def first_texts(collector: Collector, num_texts: int) -> list[Episode]:
+def first_texts(
+    collector: Collector, num_texts: int, count: Callable[[int], None] = lambda episodes: None
+) -> list[Episode]:
     """Return the first texts of each slot, as many from each: taking whatever ends first would
-    favour short ones."""
+    favour short ones. `count` is called with the number of those that have ended in a step."""
     num_envs = collector.envs.num_envs
     rounds = -(-num_texts // num_envs)
     found: dict[tuple[int, int], Episode] = {}
     first = collector.finished.copy()
     while len(found) < rounds * num_envs:
+        before = len(found)
         for episode in collector.step():
             index = episode.index - int(first[episode.slot])
             if index < rounds:
                 found[index, episode.slot] = episode
+        if len(found) > before:
+            count(len(found) - before)
     return [found[key] for key in sorted(found)][:num_texts]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.episodes import Episode, token_mask
-from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.errors import InvalidArgument, missing
 from tokenenv.models.encoding import decode_pairs
 
 COLUMNS = {
@@ -173,9 +173,7 @@ def _pyarrow() -> Any:
         import pyarrow
         import pyarrow.ipc
     except ImportError as error:
-        raise MissingDependency(
-            ".arrow files need pyarrow: pip install 'tokenenv-rl[datasets]'"
-        ) from error
+        raise missing("an .arrow file", "pyarrow") from error
     return pyarrow
 
 

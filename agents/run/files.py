@@ -14,7 +14,8 @@ from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.safety.trust import refuse_link
 
 LOCK = "lock"
-RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", "episodes.jsonl")
+EPISODES = "episodes.jsonl"
+RUN_FILES = ("config.yaml", "checkpoint", "checkpoint.previous", EPISODES)
 """The files that say that a folder holds a run: one of them is enough."""
 _held: set[tuple[Path, int]] = set()
 """Folders that this process has locked, and the threads that did."""
@@ -75,8 +76,15 @@ def refuse_run(folder: Path) -> None:
     if found:
         raise InvalidArgument(
             f"run_dir={str(folder)!r} holds a run ({', '.join(found)}). Go on with it by `tokenenv "
-            f"train --resume {folder}` (or by the agent's load), or give another folder."
+            f"train --resume {folder}` (or by the agent's `load`), or give another folder."
         )
+
+
+def refuse_episodes(folder: Path) -> None:
+    """Raise `InvalidArgument` where `folder` holds a run that has learnt from texts."""
+    path = folder / EPISODES
+    if path.exists() and path.stat().st_size:
+        refuse_run(folder)
 
 
 def new_folder(path: Path) -> Path:

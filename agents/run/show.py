@@ -1,13 +1,15 @@
 """The page of `tokenenv show`: a run's episodes in one file, every token coloured by what it
 earned."""
 
+import itertools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tokenenv.agents.episodes import TOKEN_COLUMNS
+from tokenenv.agents.episodes import TOKEN_COLUMNS, TokenColumn
 from tokenenv.errors import InvalidArgument
 from tokenenv.safety.shown import javascript_class
 from tokenenv.safety.trust import refuse_link
@@ -16,6 +18,12 @@ from tokenenv.safety.values import from_yaml
 RUN_KEYS = ("env", "algo", "reward")
 MOST = 1e300
 """A run writes no number that is larger."""
+_LAST_TURN = re.compile(
+    r".*<(?:\|im_start\||start_of_turn|\|start_header_id\|)>user(?:<\|end_header_id\|>)?\n+(.*?)"
+    r"<(?:\|im_end\||end_of_turn|\|eot_id\|)>\s*<[^\n]*(?:assistant|model)[^\n]*\n+",
+    re.DOTALL,
+)
+"""The user's last message in a prompt that the templates of ChatML, Gemma or Llama wrote."""
 
 
 def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 200) -> Path:
@@ -38,9 +46,9 @@ def write_page(run_dir: Path, output: Path | None = None, max_episodes: int = 20
         "run": _run(run_dir),
         "total": len(episodes),
         "skipped": skipped,
-        "curve": score_curve(episodes),
-        "columns": {key: column.label for key, column in TOKEN_COLUMNS.items()},
-        "episodes": evenly(detailed, max_episodes),
+        "curve": curve(episodes),
+        "columns": {key: described(column) for key, column in TOKEN_COLUMNS.items()},
+        "episodes": [_with_message(episode) for episode in choose(detailed, max_episodes)],
     }
     path = output or run_dir / "episodes.html"
     if output is None:
@@ -93,12 +101,17 @@ def _is_episode(found: dict[str, Any]) -> bool:
     numbers = [found.get(name) for name in ("score", "gold", "reward", "kl")]
     counts = [found.get(name) for name in ("tokens_seen", "length")]
     return (
-        all(isinstance(count, int) and 0 <= count <= MOST for count in counts)
+        all(map(_is_count, counts))
         and all(isinstance(found.get(name), str | list) for name in ("prompt", "response"))
         and isinstance(found.get("terminated"), bool)
         and _are_numbers(numbers)
+        and all(is_one(found[name]) for name, is_one in OPTIONAL.items() if name in found)
         and ("tokens" not in found or _are_columns(found))
     )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value <= MOST
 
 
 def _are_columns(found: dict[str, Any]) -> bool:
@@ -117,10 +130,43 @@ def _are_columns(found: dict[str, Any]) -> bool:
     )
 
 
-def _are_numbers(values: list[Any]) -> bool:
+def _are_numbers(values: Sequence[Any]) -> bool:
     return all(
         value is None or (isinstance(value, int | float) and abs(value) <= MOST) for value in values
     )
+
+
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "message": lambda value: isinstance(value, str),
+    "group": _is_count,
+    "special": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "terms": lambda value: isinstance(value, dict) and _are_numbers(list(value.values())),
+    "columns": lambda value: isinstance(value, dict),
+}
+"""What some lines have, and runs of earlier versions lack."""
+
+
+def _with_message(episode: dict[str, Any]) -> dict[str, Any]:
+    """Return an episode with the user's last message, if its prompt is a template's text."""
+    prompt = episode["prompt"]
+    turn = _LAST_TURN.fullmatch(prompt) if isinstance(prompt, str) else None
+    return {"message": turn[1], **episode} if turn else episode
+
+
+def choose(episodes: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return at most `count` episodes, evenly spread, the last one among them; groups stay
+    whole, but for one that is larger than `count`."""
+
+    def group(numbered: tuple[int, dict[str, Any]]) -> tuple[int, int, int]:
+        number, episode = numbered
+        known = "group" in episode
+        return episode["tokens_seen"], episode.get("group", 0), -1 if known else number
+
+    together = itertools.groupby(enumerate(episodes), group)
+    groups = [[episode for _, episode in members] for _, members in together]
+    largest = max(map(len, groups))
+    chosen = evenly(groups, max(1, count // largest) if len(episodes) > count else len(groups))
+    return [episode for members in chosen for episode in members][-count:]
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -130,13 +176,37 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)]
 
 
-def score_curve(episodes: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """Return (tokens seen, mean score) of each update whose scores are known."""
-    scores: dict[int, list[float]] = {}
+def curve(episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is drawn over the tokens seen: {"label": what, "points": one for each update}.
+
+    It is the score or, where no text has one, what the reward's terms but the KL paid.
+    """
+    if any(episode["score"] is not None for episode in episodes):
+        return {"label": "score", "points": means(episodes, lambda episode: episode["score"])}
+    names = {name for episode in episodes for name in episode.get("terms", ())} - {"kl"}
+    label = names.pop() if len(names) == 1 else "reward without KL"
+    return {"label": label, "points": means(episodes, _earned)}
+
+
+def means(
+    episodes: Sequence[dict[str, Any]], number: Callable[[dict[str, Any]], float | None]
+) -> list[tuple[int, float]]:
+    """Return (tokens seen, mean number) of each update, over the episodes that have one."""
+    found: dict[int, list[float]] = {}
     for episode in episodes:
-        if episode["score"] is not None:
-            scores.setdefault(episode["tokens_seen"], []).append(episode["score"])
-    return [(tokens, sum(found) / len(found)) for tokens, found in sorted(scores.items())]
+        if (value := number(episode)) is not None:
+            found.setdefault(episode["tokens_seen"], []).append(value)
+    return [(tokens, sum(values) / len(values)) for tokens, values in sorted(found.items())]
+
+
+def _earned(episode: Mapping[str, Any]) -> float | None:
+    paid = [value for name, value in episode.get("terms", {}).items() if name != "kl"]
+    return sum(paid) if paid and None not in paid else None
+
+
+def described(column: TokenColumn) -> dict[str, Any]:
+    """Return what the page says of a column, without its function."""
+    return {name: value for name, value in column._asdict().items() if name != "of"}
 
 
 def _run(run_dir: Path) -> dict[str, str]:

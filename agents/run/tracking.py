@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from tokenenv.agents.episodes import TOKEN_COLUMNS, Episode, watched_names, watched_tokens
-from tokenenv.agents.run.files import locked, refuse_run, reporting
-from tokenenv.errors import MissingDependency
-from tokenenv.models.encoding import decode_pairs
+from tokenenv.agents.run.files import EPISODES, locked, refuse_episodes, reporting
+from tokenenv.errors import missing
+from tokenenv.models.chats import Messages
+from tokenenv.models.encoding import decode_pairs, special_ids
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.safety.shown import visible, without_secrets
 from tokenenv.safety.trust import refuse_link
 from tokenenv.types import TokenSpec
 
-EPISODES = "episodes.jsonl"
 DETAILED = 32
 """Episodes of each update whose tokens are written one by one; the others have a line without
 them."""
@@ -39,48 +39,77 @@ class RunFolder:
 
     A directory holds one run. Where a run goes on, all that it wrote after `tokens_seen` tokens is
     taken out first, because it will be written again. `tokens_seen` is None for a new run, which is
-    refused where there are episodes.
+    refused where there are episodes. `group_size` is the number of neighbouring episodes that share
+    a prompt.
     """
 
-    def __init__(self, directory: Path, spec: TokenSpec | None, tokens_seen: int | None) -> None:
-        # Imported here: the import takes a second, and most uses write nothing.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        directory: Path,
+        spec: TokenSpec | None,
+        tokens_seen: int | None,
+        group_size: int = 1,
+    ) -> None:
         self._path = path = directory / EPISODES
         # The lock first: only who has it may cut the files back.
         with ExitStack() as opened, reporting(path, "be written"):
             opened.enter_context(locked(directory))
             refuse_link(path)
             if tokens_seen is None:
-                if path.exists() and path.stat().st_size:
-                    refuse_run(directory)
+                refuse_episodes(directory)
             else:
                 cut_episodes(path, tokens_seen)
             self._episodes = opened.enter_context(path.open("a", encoding="utf-8"))
-            self._writer = SummaryWriter(str(directory), purge_step=(tokens_seen or 0) + 1)
-            opened.callback(self._writer.close)
             self._opened = opened.pop_all()
+        self._begin = (tokens_seen or 0) + 1
+        self._writer: Any = None
         self._tokenizer = spec.tokenizer if spec else None
+        self._chats = spec.chats if spec else None
         self._pieces = TokenPieces(self._tokenizer)
+        self._special = special_ids(self._tokenizer) if self._tokenizer else set()
+        self._group_size = group_size
 
     def __call__(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         """Log one update at the tokens seen so far."""
         with reporting(self._path.parent, "take this update"):
             self._write_episodes(int(metrics["time/tokens"]), episodes)
+            # Made with the first update: a run that has ended leaves no empty file of events.
+            self._writer = self._writer or self._new_writer()
             self._write_events(metrics, episodes)
             self._writer.flush()
+
+    def _new_writer(self) -> Any:
+        # Imported here: the import takes a second, and most uses write nothing.
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self._path.parent), purge_step=self._begin)
+        self._opened.callback(writer.close)
+        return writer
 
     def _write_episodes(self, step: int, episodes: Sequence[Episode]) -> None:
         """Write one line for each episode, on disk at once: a checkpoint that follows is never
         newer than the episodes."""
-        lines = []
+        lines, groups = [], group_numbers(episodes, self._group_size)
         for number, episode in enumerate(episodes):
             record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
-            record |= token_columns(episode, self._pieces) if number < DETAILED else {}
+            # A group is written token by token as a whole.
+            if number - number % self._group_size < DETAILED:
+                record |= groups[number] | self._for_the_page(episode)
             lines.append(json.dumps(record) + "\n")
         self._episodes.write("".join(lines))
         self._episodes.flush()
         os.fsync(self._episodes.fileno())
+
+    def _for_the_page(self, episode: Episode) -> dict[str, Any]:
+        """Return what only `tokenenv show` reads: the last message of the conversation, if there is
+        one, which of the response's tokens are special, and the numbers of each token."""
+        chat = self._chats.messages(episode.prompt.tolist()) if self._chats else None
+        special = [t for t, i in enumerate(episode.response.tolist()) if i in self._special]
+        return {
+            **({"message": last_message(chat)} if chat else {}),
+            **({"special": special} if special else {}),
+            **token_columns(episode, self._pieces),
+        }
 
     def _write_events(self, metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
         step = int(metrics["time/tokens"])
@@ -148,9 +177,7 @@ def import_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingDependency(
-            "track='wandb' needs wandb: pip install 'tokenenv-rl[wandb]'"
-        ) from error
+        raise missing("track='wandb'", "wandb") from error
     return wandb
 
 
@@ -245,14 +272,33 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "reward": float(episode.reward.sum()),
         "kl": episode.kl,
     }
+    terms = {name: float(values.sum()) for name, values in episode.terms.items()}
     return {
         "prompt_id": episode.prompt_id,
         "prompt": texts[0],
         "response": texts[1],
         "length": len(episode.response),
         "terminated": episode.terminated,
+        **({"columns": dict(episode.columns)} if episode.columns else {}),
         **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
+        **({"terms": {name: _digits(value) for name, value in terms.items()}} if terms else {}),
     }
+
+
+def group_numbers(episodes: Sequence[Episode], size: int) -> list[dict[str, int]]:
+    """Return {"group": its number in the update} for each episode; {} for all of them where
+    neighbours are not compared: they are no groups, or one was chosen of each group."""
+    numbers = [i // size for i in range(len(episodes))]
+    firsts = [episodes[number * size] for number in numbers]
+    alike = [np.array_equal(e.prompt, f.prompt) for e, f in zip(episodes, firsts, strict=True)]
+    return [{"group": n} if size > 1 and all(alike) else {} for n in numbers]
+
+
+def last_message(chat: Messages) -> str:
+    """Return the text of the last message of the user's, or of the last one where the user has
+    none."""
+    content = ([m for m in chat if m.get("role") == "user"] or list(chat))[-1].get("content", "")
+    return content if isinstance(content, str) else json.dumps(content, default=str)
 
 
 def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
@@ -268,7 +314,11 @@ def token_columns(episode: Episode, pieces: TokenPieces) -> dict[str, Any]:
 def _rounded(values: np.ndarray | Mapping[str, np.ndarray]) -> Any:
     if isinstance(values, Mapping):
         return {name: _rounded(column) for name, column in values.items()}
-    return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
+    return [_digits(value) for value in values]
+
+
+def _digits(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def _quarters(length: int) -> np.ndarray:

@@ -134,6 +134,18 @@ def test_splits_share_no_topic_and_no_paragraph() -> None:
     assert all(text.isascii() and "::=" not in text and ">>>" not in text for text in train + test)
 
 
+def test_a_sentence_in_topics_of_both_splits_is_a_prompt_of_train_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared, own = (f"{start} " + "word " * 30 + "end." for start in ("The shared", "An own"))
+    prose = {"train": (shared,), "test": (f"{shared} {own}",)}
+    monkeypatch.setattr(pydocs, "prose", prose.__getitem__)
+    tokenizer = bundled_tokenizer("pydocs-lm")
+    prompts = {split: pydocs.make_prompts(split, tokenizer) for split in prose}
+    assert [tokenizer.decode(ids).split()[:2] for ids in prompts["train"]] == [["The", "shared"]]
+    assert [tokenizer.decode(ids).split()[:2] for ids in prompts["test"]] == [["An", "own"]]
+
+
 def test_missing_topics_name_the_system_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     topics.prose.cache_clear()

@@ -23,7 +23,8 @@ class LastTokens(RewardTerm):
         return torch.cat([memory[:, 1:], tokens[:, None]], 1)
 
     def reward(self, batch: Any) -> torch.Tensor:
-        place = torch.tensor([1e-2, 1e-3, 1e-4], device=batch.tokens.device)
+        # Made on the device: a step may not wait for numbers from the host.
+        place = 10.0 ** -torch.arange(2, 5, device=batch.tokens.device)
         before, after = (s.memory[self.name] for s in (batch.before, batch.after))
         return (after * place).sum(1) - (before * place).sum(1)
 

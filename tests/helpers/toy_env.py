@@ -105,9 +105,11 @@ class ToyEnv(VectorEnv):
     def _ref_logprobs(self, actions: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             device = next(self.reference.parameters()).device
-            logits = self.reference(
-                input_ids=torch.as_tensor(self.state["tokens"], device=device)
-            ).logits.cpu()
+            logits = (
+                self.reference(input_ids=torch.as_tensor(self.state["tokens"], device=device))
+                .logits.cpu()
+                .float()
+            )
         rows = np.arange(self.num_envs)
         return torch.log_softmax(logits, -1)[rows, self.state["length"] - 1, actions].numpy()
 

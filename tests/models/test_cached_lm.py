@@ -32,7 +32,8 @@ def cached(model, num_slots=4, max_length=L, **kwargs):
 def alone(lm, text):
     """The state after `text` from transformers itself: one row, no cache, no mask, no positions."""
     with torch.no_grad():
-        return lm.trunk(input_ids=torch.tensor([text]), use_cache=False)[0][0, -1]
+        ids = torch.tensor([text], device=lm.device)
+        return lm.trunk(input_ids=ids, use_cache=False)[0][0, -1]
 
 
 def assert_states(lm, states, texts, rows, atol=1e-5):
@@ -96,6 +97,54 @@ def test_any_schedule_equals_each_row_alone(name):
     assert isinstance(lm._slots, KVSlots if name in fakes.CACHED else TextSlots)
     for seed in range(2):
         Schedule(lm, seed).run(40)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", sorted(fakes.CACHED))
+def test_steps_on_cuda_are_graphs_that_see_every_change(name):
+    lm = cached(fakes.causal_lm(name).cuda())
+    graphs = lm._slots.graphs
+    Schedule(lm, 0).run(20)
+    assert not graphs._refused
+    assert graphs._graphs
+    with torch.no_grad():
+        for weight in lm.trunk.parameters():  # trained in place
+            weight.mul_(0.9)
+    Schedule(lm, 1).run(10)
+    for weight in lm.trunk.parameters():  # moved, and something else put in its place
+        weight.data, old = 0.9 * weight.data, weight.data
+        old.zero_()
+    Schedule(lm, 2).run(10)
+    with torch.autocast("cuda", torch.bfloat16):
+        lm.prefill([0], torch.tensor([[3, 4]]), [2])
+        rough = lm.append(torch.full((4,), 5))[0]
+    lm.prefill([0], torch.tensor([[3, 4]]), [2])
+    fine = lm.append(torch.full((4,), 5))[0]
+    assert 0 < (rough.float() - fine).norm() < 0.1 * fine.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_graph_is_not_replayed_when_an_adapter_is_switched_off():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(fakes.causal_lm("llama").cuda(), config)
+    lm = cached(model)
+    Schedule(lm, 0).run(10)
+    with model.disable_adapter():
+        Schedule(lm, 1).run(10)
+    Schedule(lm, 2).run(10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_that_waits_for_the_device_is_stepped_without_graphs(caplog):
+    model = fakes.causal_lm("llama").cuda()
+    model.model.norm.register_forward_hook(
+        lambda module, args, out: out * out.abs().max().item() ** 0
+    )
+    lm = cached(model)
+    Schedule(lm, 0).run(10)
+    assert lm._slots.graphs._refused
+    assert "cannot be recorded as a CUDA graph" in caplog.text
 
 
 def test_eager_attention_equals_each_row_alone():

@@ -100,6 +100,7 @@ def _train_default(args: Sequence[str]) -> Train:
     parser.add_argument("--resume", type=Path)
     for name in NAMED:
         parser.add_argument(f"--{name}")
+    parser.add_argument("--eval-prompts", "--eval_prompts")
     parser.add_argument("--options", nargs="*", default=[])
     parser.add_argument("--agent.rollout", nargs="*", default=[], dest="rollout")
     parser.add_argument(
@@ -112,7 +113,7 @@ def _train_default(args: Sequence[str]) -> Train:
     given = parser.parse_known_args(args)[0]
     path = given.config if given.resume is None else given.resume / "config.yaml"
     if path is not None:
-        names = {name: getattr(given, name) for name in NAMED}
+        names = {name: getattr(given, name) for name in (*NAMED, "eval_prompts")}
         return load_config(path, said_in(vars(given)), **names)
     algo = given.algo or Train.algo
     return Train(algo=algo, agent=algorithm_of(algo).config_class())

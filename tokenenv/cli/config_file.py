@@ -1,4 +1,4 @@
-"""Reading and writing a run's config.yaml.
+"""Reading a run's config.yaml, which `tokenenv.agents.run.run_config` writes.
 
 It holds plain values. Each is checked when it is read, and what a file may not say is refused.
 """
@@ -6,24 +6,34 @@ It holds plain values. Each is checked when it is read, and what a file may not 
 import dataclasses
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenenv.agents import ALGORITHM_NAMES
-from tokenenv.agents.run.files import replace_file
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.cli.console import say_on_stderr
+from tokenenv.errors import CheckpointError, InvalidArgument, check_choice
 from tokenenv.registration import token_ids
 from tokenenv.rewards.designs import DESIGN_NAMES
-from tokenenv.safety.shown import without_secrets
 from tokenenv.safety.trust import NAMED, check_from_file
-from tokenenv.safety.values import fit, from_yaml, to_yaml, typed
+from tokenenv.safety.values import fit, from_yaml, typed
+
+MAY_LACK = ("gold", "options.watch", "policy")
+"""Parts that a run may go on without, where they have no name. A policy is one of them: its
+checkpoint fits the default policy, or is refused (`fitting`)."""
 
 
-def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Write the values without keys and passwords, and then a `record`. The file appears whole or
-    not at all."""
-    text = to_yaml({**without_secrets(values), **record})
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Around loading the checkpoint of a run with this config: where it does not fit because the
+    run had a policy of its own, the error says so."""
+    try:
+        yield
+    except CheckpointError as error:
+        sentence = read_values(path).get("no_name", {}).get("policy")
+        if sentence is None:
+            raise
+        raise CheckpointError(f"{error} The run trained {sentence}.") from error
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -41,6 +51,23 @@ def read_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgument(f"config={str(path)!r} holds no mapping of options.")
     return values
+
+
+def named_again(values: Mapping[str, Any], path: Path, said: Collection[str]) -> dict[str, Any]:
+    """Return the values of a run that Python made, without its sentences on the parts that have no
+    name.
+
+    Raises:
+        InvalidArgument: such a part is not in `said`, the dotted names of what the command line
+            says; the message is the part's sentence.
+    """
+    left = {key: value for key, value in values.items() if key != "no_name"}
+    for name, sentence in mapping(values.get("no_name", {}), path, "no_name").items():
+        if name not in said and name not in MAY_LACK:
+            raise InvalidArgument(f"{path}: {name} is {sentence}.")
+        if name not in said and name != "policy":
+            say_on_stderr(f"{path}: {name} is {sentence}; it is left out")
+    return left
 
 
 def fields_from(
@@ -100,7 +127,7 @@ def check_rollout(values: Mapping[str, Any], path: Path, said: Collection[str] =
 def env_entries(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's config says of the env and of names, by dotted name."""
     options = {f"options.{key}": value for key, value in values["options"].items()}
-    return {name: values[name] for name in NAMED} | options
+    return {name: values[name] for name in (*NAMED, "eval_prompts")} | options
 
 
 def agent_entries(values: Mapping[str, Any], said: Collection[str] = ()) -> dict[str, Any]:

@@ -9,103 +9,152 @@ from typing import Annotated, Any
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
-from tokenenv.agents import Agent, Reference
+from tokenenv.agents import BestOfN, LMPolicy, Reference, load_policy
 from tokenenv.agents.config import check_seed
 from tokenenv.agents.run.evaluate import Evaluation, evaluate, next_token_probs
-from tokenenv.cli.config_file import mapping, read_values
-from tokenenv.cli.console import console, say
+from tokenenv.cli.config_file import fitting
+from tokenenv.cli.console import console, counting, say
 from tokenenv.cli.envs import task_options
 from tokenenv.cli.help import OPTIONS, shown_as
 from tokenenv.cli.names import env_id_of
-from tokenenv.cli.train import check_count, load_config
+from tokenenv.cli.train import GROUP_SIZE, Train, check_count, load_config
 from tokenenv.env.build import load_task
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.errors import InvalidArgument
 from tokenenv.registration import task_source
-
-ASKED = ("split", "prompts", "max_prompt_tokens", "long_prompts", "watch")
-"""Options that say which texts are asked for, and what is watched in them. The checkpoint belongs
-to those of its run."""
+from tokenenv.safety.shown import visible
+from tokenenv.types import TokenSpec
 
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Compare a run's policy with the reference on held-out prompts: gold score, KL, length, signs
-    of collapse."""
+    """Compare a run's policy with the reference that it began as, text by text on the same prompts:
+    gold, score, KL, length, signs of collapse.
+
+    The prompts are those of --eval-prompts, here or in the run; else the task's held-out ones; else
+    those of the training. The table's title says which.
+    """
 
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """A run folder that `tokenenv train` made."""
+    """A run folder, of `tokenenv train` or of an agent with run_dir= in Python."""
+    eval_prompts: Annotated[str | None, shown_as("FILE")] = None
+    """Prompts to ask for, a file that is read as the run's own was; by default the run's
+    --eval-prompts."""
     num_texts: int = 256
     """Texts that are sampled from each of the two."""
     seed: int = 0
     """Seed of the prompts and of the sampling."""
     examples: int = 3
-    """Texts that are printed beside each other."""
-    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
-    """Options of the env, over those of the run: --options device cuda prompts held_out.jsonl.
-    Options that run code or open a connection are not taken from the run folder. Say them again
-    here: --options trust_remote_code true."""
+    """Prompts that are printed with both texts."""
+    reward: Annotated[str | None, shown_as("NAME|MODULE:NAME")] = None
+    """What the texts are paid here; by default as in the run. It has to be said again where it
+    names a module, because a run folder imports nothing."""
+    gold: Annotated[str | None, shown_as("MODULE:FUNCTION")] = None
+    """What you really want of a text: the run's own --gold, said again, or another one."""
     env: Annotated[str | None, shown_as("MODULE:ID")] = None
-    """The run's own --env. It has to be said again where it is module:id, because a run folder
-    imports nothing."""
-    reward: Annotated[str | None, shown_as("MODULE:NAME")] = None
-    """The run's own --reward, to be said again where it names a module."""
+    """The run's own --env, to be said again where it names a module."""
     algo: Annotated[str | None, shown_as("MODULE:NAME")] = None
     """The run's own --algo, to be said again where it names a module."""
+    options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
+    """Options of the env, over those of the run: --options device cuda. Options that run code or
+    open a connection are not taken from the run folder. Say them again here: --options
+    trust_remote_code true."""
 
     def run(self) -> None:
         """Print the table and the examples."""
         check_seed(self.seed)
         for name, least in (("num_texts", 1), ("examples", 0)):
             check_count(name, getattr(self, name), least)
+        run = self.read()
+        options = self.asked(run)
+        where = prompts_in_words(run, options)
+        envs = replace(run, options=options).make_envs(group_size=1)
+        found = {}
+        for name, policy_of in {"before": self.reference, "after": self.trained}.items():
+            policy = policy_of(run, envs)
+            with counting(name) as on_text:
+                found[name] = evaluate(
+                    policy,
+                    envs,
+                    num_texts=self.num_texts,
+                    temperature=run.agent.temperature,
+                    seed=self.seed,
+                    best_of=best_of(run) if name == "after" else 1,
+                    on_text=on_text,
+                )
+        console.print(comparison(found, where))
+        if envs.oracle is not None:
+            say(distance_to_optimum(policy, run.agent.temperature, envs))
+        show_examples(found, envs.token_spec, self.examples)
+
+    def read(self) -> Train:
+        """Return the run's config, with the names that are said here."""
         # Evaluating steps, so it does not matter what wrote the run's texts, and nobody has to say
         # it again.
-        said = {
-            "agent.rollout",
-            "agent.rollout_options.*",
-            *(f"options.{key}" for key in self.options if key not in ASKED),
-        }
-        config = self.run_dir / "config.yaml"
-        # The checkpoint is loaded under what the run watched, so only the same words allow it.
-        watched = mapping(read_values(config).get("options", {}), config, "options").get("watch")
-        if watched is not None and watched == self.options.get("watch"):
-            said.add("options.watch")
-        made = load_config(config, said, env=self.env, reward=self.reward, algo=self.algo)
-        asked = {name: self.options[name] for name in ASKED if name in self.options}
-        # The agent is loaded into an env with the run's own prompts, and asked in one with the
-        # prompts that were typed. Where the run's file has moved, what was typed stands for both.
-        elsewhere = not Path(str(made.options.get("prompts"))).is_file()
-        own = {
-            name for name in self.options if name not in asked or (name == "prompts" and elsewhere)
-        }
-        made.options |= {name: self.options[name] for name in own}
-        options = made.options | held_out(made.env) | asked
-        if "prompts" in asked and "max_prompt_tokens" not in asked:
-            options = without_limit(made.env, options)
-        envs = replace(made, options=options).make_envs(group_size=1)
-        agents = {
-            "before": Reference(envs, temperature=made.agent.temperature),
-            "after": made.algorithm.load(
-                self.run_dir / "checkpoint", made.make_envs(), rollout="step", rollout_options={}
-            ),
-        }
-        found = {
-            name: evaluate(agent, envs, num_texts=self.num_texts, seed=self.seed)
-            for name, agent in agents.items()
-        }
-        console.print(comparison(found))
-        if envs.oracle is not None:
-            say(distance_to_optimum(agents["after"], envs))
-        show_examples(found, envs.token_spec.tokenizer, self.examples)
+        said = {"agent.rollout", "agent.rollout_options.*"}
+        said |= {f"options.{name}" for name in self.options}
+        said |= {"options.prompts"} if self.eval_prompts is not None else set()
+        return load_config(
+            self.run_dir / "config.yaml",
+            said,
+            env=self.env,
+            reward=self.reward,
+            gold=self.gold,
+            algo=self.algo,
+            eval_prompts=self.eval_prompts,
+        )
+
+    def asked(self, run: Train) -> dict[str, Any]:
+        """Return the options of the env that is asked: those of the run, with other prompts."""
+        if self.eval_prompts is not None and "prompts" in self.options:
+            raise InvalidArgument("--eval-prompts and --options prompts name two sets of prompts.")
+        run.check_eval_prompts()
+        held_out = {"prompts": run.eval_prompts} if run.eval_prompts else split_of(run.env)
+        options = run.options | held_out | self.options
+        prompts_differ = options.get("prompts") != run.options.get("prompts")
+        if prompts_differ and "max_prompt_tokens" not in self.options:
+            return without_limit(run.env, options)
+        return options
+
+    def reference(self, run: Train, envs: TokenVectorEnv) -> LMPolicy:
+        """Return the policy that the run began as."""
+        settings = {key: getattr(run.agent, key) for key in ("precision", "max_batch_tokens")}
+        return Reference(envs, **settings).policy
+
+    def trained(self, run: Train, envs: TokenVectorEnv) -> LMPolicy:
+        """Return the run's policy."""
+        with fitting(self.run_dir / "config.yaml"):
+            return load_policy(self.run_dir / "checkpoint", envs)
 
 
-def comparison(found: Mapping[str, Evaluation]) -> Table:
+def best_of(run: Train) -> int:
+    """How many texts the run's algorithm draws for each text."""
+    chooses = issubclass(run.algorithm, BestOfN)
+    return int(run.options.get("group_size", GROUP_SIZE)) if chooses else 1
+
+
+def prompts_in_words(run: Train, options: Mapping[str, Any]) -> str:
+    """Say which prompts these options ask for, and whether the run was trained on them."""
+    for name, words in {
+        "prompts": "prompts: {}",
+        "split": "prompts: held out by the task (split={})",
+    }.items():
+        default = parameter_default(run.env, options, name)
+        asked = options.get(name, default)
+        if asked is not None and asked != run.options.get(name, default):
+            return words.format(asked)
+    return "prompts: those of the training (none is held out)"
+
+
+def comparison(found: Mapping[str, Evaluation], title: str = "") -> Table:
     """A table of evaluations side by side, with standard errors.
 
     A figure that none of them has (the score of a task without a scorer) has no row. The reward's
     terms have one each; the KL term has none, because the KL itself is in the table.
     """
-    table = Table("", *found)
+    table = Table("", *found, title=Text(visible(title)), title_justify="left")
     both = found.values()
     rows: dict[str, Callable[[Evaluation], str]] = {
         "texts": lambda e: f"{e.num_texts}",
@@ -115,8 +164,8 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
         "mean length, tokens": lambda e: f"{e.length:.1f}",
         "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
     }
-    for label in ("gold", "score"):
-        if all(math.isnan(getattr(evaluation, label)) for evaluation in both):
+    for label, name in {"gold": "gold", "score": "score", "KL, nats per text": "kl"}.items():
+        if all(math.isnan(getattr(evaluation, name)) for evaluation in both):
             del rows[label]
     for label, cell in rows.items():
         table.add_row(label, *map(cell, both))
@@ -132,11 +181,11 @@ def comparison(found: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
+def distance_to_optimum(policy: LMPolicy, temperature: float, envs: TokenVectorEnv) -> str:
     """A sentence on where a policy stands between the reference and the exact optimum of J = score
     - beta KL."""
     oracle, beta = envs.oracle, 0.0 if envs.config.kl == "none" else envs.kl_coef
-    found = oracle.evaluate(next_token_probs(agent.policy, agent.config.temperature), beta)
+    found = oracle.evaluate(next_token_probs(policy, temperature), beta)
     floor, best = oracle.reference_objective(), oracle.optimal_objective(beta)
     share = (found.objective - floor) / (best - floor)
     return (
@@ -146,30 +195,47 @@ def distance_to_optimum(agent: Agent, envs: TokenVectorEnv) -> str:
     )
 
 
-def show_examples(found: Mapping[str, Evaluation], tokenizer: Any, count: int) -> None:
-    """Print the first prompts, each with the continuation of every evaluation."""
-    for episodes in list(
-        zip(*(evaluation.episodes for evaluation in found.values()), strict=False)
-    )[:count]:
+def show_examples(found: Mapping[str, Evaluation], spec: TokenSpec, count: int) -> None:
+    """Print some prompts, each with the continuation of every evaluation: different prompts as long
+    as there are any."""
+    texts = list(zip(*(evaluation.episodes for evaluation in found.values()), strict=False))
+    first = {tuple(episodes[0].prompt.tolist()): i for i, episodes in reversed([*enumerate(texts)])}
+    chosen = sorted(range(len(texts)), key=lambda i: (i not in first.values(), i))
+    for episodes in (texts[i] for i in chosen[:count]):
         say("")
-        say(text_of(episodes[0].prompt, tokenizer), style="bold", end="")
+        say(prompt_text(episodes[0].prompt.tolist(), spec), style="bold", end="")
         say(" …")
         for name, episode in zip(found, episodes, strict=True):
-            say(f"  {name} (gold {episode.gold:.1f}): {text_of(episode.response, tokenizer)}")
+            figures = {"gold": episode.gold, "score": episode.score}
+            known = [f"{what} {value:.1f}" for what, value in figures.items() if value == value]
+            figure = f" ({known[0]})" if known else ""
+            say(f"  {name}{figure}: {text_of(episode.response.tolist(), spec.tokenizer)}")
 
 
-def text_of(tokens: Any, tokenizer: Any) -> str:
+def prompt_text(tokens: list[int], spec: TokenSpec) -> str:
+    """The text of a prompt; of a conversation the last message of the user's, without what the
+    template writes around it."""
+    messages = spec.chats.messages(tokens) if spec.chats is not None else None
+    said = [message.get("content") for message in messages or () if message.get("role") == "user"]
+    return said[-1] if said and isinstance(said[-1], str) else text_of(tokens, spec.tokenizer)
+
+
+def text_of(tokens: list[int], tokenizer: Any) -> str:
     """The text of token ids, or the ids where tokens have no text."""
-    return (
-        str(tokens.tolist())
-        if tokenizer is None
-        else tokenizer.decode(tokens, skip_special_tokens=True)
-    )
+    return str(tokens) if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def held_out(env_id: str) -> dict[str, str]:
+def split_of(env_id: str) -> dict[str, str]:
     """The option that gives a task's held-out prompts, where it has them."""
     return {"split": "test"} if "split" in task_options(task_source(env_id_of(env_id))) else {}
+
+
+def parameter_default(env_id: str, options: Mapping[str, Any], name: str) -> Any:
+    """The value that an option of the task has where it is not given; None where there is none."""
+    source = options.get("task", task_source(env_id_of(env_id)))
+    task = load_task(source) if isinstance(source, str) else source
+    parameter = inspect.signature(task).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def without_limit(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """`tokenenv train`, and the config that its run folders hold."""
 
 import dataclasses
-import importlib.metadata
 import inspect
-import platform
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
@@ -15,11 +13,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 import gymnasium as gym
 import tyro
 
-from tokenenv import __version__
 from tokenenv.agents import ALGORITHM_NAMES, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
-from tokenenv.agents.episodes import Episode
 from tokenenv.agents.run.files import locked, new_folder, previous_of, refuse_run
+from tokenenv.agents.run.run_config import made_with, write_values
 from tokenenv.agents.run.tracking import WandbRun, import_wandb
 from tokenenv.cli.config_file import (
     agent_entries,
@@ -27,14 +24,16 @@ from tokenenv.cli.config_file import (
     check_rollout,
     env_entries,
     fields_from,
+    fitting,
     mapping,
+    named_again,
     read_values,
-    write_values,
 )
 from tokenenv.cli.console import say, say_on_stderr
 from tokenenv.cli.help import OPTIONS, PATH, shown_as
-from tokenenv.cli.names import algorithm_of, env_id_of, make_importable, reward_of
+from tokenenv.cli.names import algorithm_of, env_id_of, gold_of, make_importable, reward_of
 from tokenenv.cli.signals import stopping
+from tokenenv.env.as_typed import resolved
 from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.vector_env import TokenVectorEnv
@@ -53,9 +52,19 @@ ENV = tyro.conf.arg(
 )
 REWARD = shown_as(
     "NAME|MODULE:NAME|{MAPPING}",
-    "A reward design that `tokenenv rewards` lists; module:Name, a RewardTerm or a function of "
-    "(prompt, response) in your module; or a mixture such as '{dense: [token, 0.3], end: "
+    "What is paid: a design that `tokenenv rewards` lists; module:Name, a function of (prompt, "
+    "response) or a RewardTerm in your module.py; or a mixture such as '{dense: [token, 0.3], end: "
     f"terminal}}'. By default the env's own.{DESIGN_NAMES.added()}",
+)
+GOLD = shown_as(
+    "MODULE:FUNCTION",
+    "What you really want: a function of (prompt, response) that is reported beside the reward and "
+    "never paid. For envs with the option gold, such as tokenenv/TextGen-v0.",
+)
+EVAL_PROMPTS = shown_as(
+    "FILE",
+    "Prompts that `tokenenv evaluate` asks for later and training does not: a file that is read as "
+    "the option prompts is, by the same prompt_column and chat_template.",
 )
 ALGO = tyro.conf.arg(
     metavar="NAME|MODULE:NAME",
@@ -81,6 +90,8 @@ class Train(Generic[Config]):
 
     env: Annotated[str, ENV] = "tokenenv/Reviews-v0"
     reward: Annotated[str | None, REWARD] = None
+    gold: Annotated[str | None, GOLD] = None
+    eval_prompts: Annotated[str | None, EVAL_PROMPTS] = None
     algo: Annotated[str, ALGO] = "ppo"
     num_envs: int = 64
     """Texts that are written side by side."""
@@ -99,7 +110,7 @@ class Train(Generic[Config]):
     """A run folder to go on with from its checkpoint, to the end of that run. --total-tokens makes
     the run longer."""
     track: Annotated[Literal["wandb"] | None, shown_as("wandb")] = None
-    """Also log to Weights & Biases (pip install 'tokenenv-rl[wandb]')."""
+    """Also log to Weights & Biases (pip install wandb)."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Settings of the algorithm that --algo names."""
 
@@ -139,6 +150,7 @@ class Train(Generic[Config]):
     def _begin(self) -> None:
         if self.run_dir is not None:
             refuse_run(self.run_dir)  # before models are loaded
+        self.check_eval_prompts()
         agent = self._new_agent()
         folder = self.run_dir or new_folder(default_run_dir(self))
         with locked(folder):
@@ -176,8 +188,11 @@ class Train(Generic[Config]):
         if not begun:  # stopped before its first checkpoint, so before its first update
             return self._new_agent()
         changes = {name: getattr(self.agent, name) for name in MAY_CHANGE}
-        agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
+        with fitting(folder / "config.yaml"):
+            agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        if given["lr"] is None:  # which asks for no other rate
+            given["lr"] = saved["lr"]
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
         }
@@ -212,29 +227,15 @@ class Train(Generic[Config]):
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
-        agent.run_dir, checkpoint = folder, folder / "checkpoint"
-        save_config(self.as_run(agent.core), folder / "config.yaml", agent.core)
+        agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
-        saved = agent.tokens_seen if checkpoint.exists() else None
-
-        def save() -> None:
-            nonlocal saved
-            if agent.tokens_seen != saved:
-                agent.save(checkpoint)
-                saved = agent.tokens_seen
-
-        def on_update(metrics: dict[str, float], episodes: Sequence[Episode]) -> None:
-            if wandb is not None:
-                wandb(metrics, episodes)
-            if agent.updates % self.checkpoint_every == 0:
-                save()
-
         with stopping(agent.stop) as received:
-            save()
-            agent.learn(self.total_tokens, progress=True, on_update=on_update)
-            save()
-        if wandb is not None:
-            wandb.close()
+            agent.learn(
+                self.total_tokens,
+                progress=True,
+                on_update=wandb,
+                checkpoint_every=self.checkpoint_every,
+            )
         if received:
             say_on_stderr(
                 f"stopped by {received[0].name}; saved at {agent.tokens_seen:,} tokens; "
@@ -263,18 +264,30 @@ class Train(Generic[Config]):
         )
         return f" {flags}" if flags else ""
 
-    def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """Return this config with the value of every option of the env, defaults included, so that
-        the run can be made again after a default has changed."""
-        known = {
-            name: value for name, value in envs.identity["options"].items() if value is not None
-        }
-        if known["kl"] == "none":
-            del known["kl_coef"]
-        # The prompts' file may change before the run goes on: its spaces must not.
-        if envs.token_spec.max_prompt_tokens_from != "task":
-            known["max_prompt_tokens"] = envs.token_spec.max_prompt_tokens
-        return dataclasses.replace(self, options=self.options | known)
+    def as_run(self, agent: Agent) -> "Train":
+        """Return this config with the value of every setting of the agent and of every option of
+        the env, defaults included, so that the run can be made again after a default has
+        changed."""
+        settings = cast(Config, agent.config)
+        return dataclasses.replace(
+            self, options=self.options | resolved(agent.core), agent=settings
+        )
+
+    def saved(self) -> dict[str, Any]:
+        """Return what the run folder's config says of this."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key not in NOT_SAVED}
+
+    def check_eval_prompts(self) -> None:
+        """Raise where there are no such prompts, or the env takes none."""
+        if self.eval_prompts is None:
+            return
+        if "prompts" not in known_options(env_id_of(self.env), self.options):
+            raise InvalidArgument(
+                f"--eval-prompts is for envs with the option prompts, which {self.env} has not."
+            )
+        if not Path(self.eval_prompts).is_file():
+            raise InvalidArgument(f"eval_prompts={self.eval_prompts!r} is not a file.")
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """Make the run's envs; `changes` override its options."""
@@ -284,6 +297,12 @@ class Train(Generic[Config]):
             given["group_size"] = GROUP_SIZE
         given |= option_values(env_id, self.options) | changes
         given["reward"] = reward_of(given["reward"])
+        if self.gold is not None:
+            if "gold" not in known_options(env_id, self.options):
+                raise InvalidArgument(
+                    f"--gold is for envs with the option gold, which {env_id} has not."
+                )
+            given["gold"] = gold_of(self.gold)
         if "watch" in given:
             given["watch"] = reward_of(given["watch"], "watch")
         envs = gym.make_vec(env_id, num_envs=self.num_envs, **given)
@@ -300,23 +319,7 @@ def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -
     Keys and passwords are left out. With `envs` the file also says what they are, under
     `made_with`, which is a record: nothing is read from it.
     """
-    values = {
-        key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SAVED
-    }
-    write_values(path, values, {} if envs is None else {"made_with": about(envs)})
-
-
-def about(envs: TokenVectorEnv) -> dict[str, Any]:
-    """A record of what a run was made with: the versions of the packages that compute, and the
-    env's `identity`."""
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("gymnasium", "numpy", "torch", "transformers")
-    }
-    return {
-        "versions": {"python": platform.python_version(), "tokenenv": __version__, **versions},
-        "env": {key: value for key, value in envs.identity.items() if key != "options"},
-    }
+    write_values(path, config.saved(), {} if envs is None else made_with(envs))
 
 
 def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> Train:
@@ -327,17 +330,19 @@ def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> 
     Args:
         path: the file.
         said: dotted names of what the command line says too, such as "options.reward_model".
-        **names: the `env`, `reward` or `algo` that the command line gives. It stands in the place
-            of the file's, which then does not matter; only here may a name hold a module.
+        **names: the `env`, `reward`, `gold`, `algo` or `eval_prompts` that the command line gives.
+            It stands in the place of the file's, which then does not matter; only here may a name
+            hold a module.
 
     Raises:
         InvalidArgument: naming the file, and the field that is unknown, missing, of another type
-            or not allowed.
+            or not allowed, or the part of a run of Python that has no name.
     """
     read = read_values(path)
     read.pop("made_with", None)
     given = {name: value for name, value in names.items() if value is not None}
-    if "algo" in given and given["algo"] != read.get("algo", given["algo"]):
+    read = named_again(read, path, {*said, *given})
+    if "algo" in given and read.get("algo") not in (None, given["algo"]):
         raise InvalidArgument(
             f"--algo {given['algo']} does not fit {path}, which is for {read['algo']}."
         )
@@ -356,14 +361,19 @@ def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options that were typed, each as the type that the env or its task wants: `kl_coef`
     "1e-3" is a number, `model` "1e-3" a folder."""
+    wanted = known_options(env_id, options)
+    for key in options:
+        check_choice("option", key, wanted)
+    return {key: fit(key, value, wanted[key]) for key, value in options.items()}
+
+
+def known_options(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the type of each option that the env, or the task that `options` name, takes."""
     if "task" in options:
         make_importable()
     source = options.get("task", task_source(env_id))
     task = load_task(source) if isinstance(source, str) else source
-    wanted = typing.get_type_hints(EnvConfig) | parameter_types(task) | {"task": str}
-    for key in options:
-        check_choice("option", key, wanted)
-    return {key: fit(key, value, wanted[key]) for key, value in options.items()}
+    return typing.get_type_hints(EnvConfig) | parameter_types(task) | {"task": str}
 
 
 def parameter_types(task: Callable[..., Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tokenenv.agents import LMPolicy
 from tokenenv.agents.learning.masks import allowed_of, rule_out
 from tokenenv.agents.rollout.env_rows import read_ends, wants_logprob
 from tokenenv.env.vector_env import TokenVectorEnv
-from tokenenv.errors import InvalidAction, InvalidArgument, MissingDependency, check_choice
+from tokenenv.errors import InvalidAction, InvalidArgument, check_choice, missing
 from tokenenv.models.batching import last_states
 
 try:
@@ -36,9 +36,7 @@ try:
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 except ImportError as error:
-    raise MissingDependency(
-        "tokenenv.integrations.sb3 needs stable-baselines3: pip install 'tokenenv-rl[sb3]'"
-    ) from error
+    raise missing("tokenenv.integrations.sb3", "stable-baselines3", "sb3-contrib") from error
 
 
 class SB3VecEnv(VecEnv):

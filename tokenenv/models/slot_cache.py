@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from .batching import upload
+from .step_graphs import StepGraphs
 
 BUCKET = 16
 """A step reads the keys up to the longest slot, rounded up to a multiple of this: few different
@@ -112,16 +113,23 @@ class KVSlots:
         self.cache = Cache(layers=layers)
         self.all_slots = torch.arange(num_slots, device=trunk.device)[:, None]
         self.places = torch.arange(max_length, device=trunk.device)
-        self.step_trunk = compiled(trunk) if compile else trunk
+        self._set_up_step()
+
+    def _set_up_step(self) -> None:
+        self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
+        # Compiled steps have CUDA graphs already.
+        uses_graphs = self.places.device.type == "cuda" and not self.write.compiled
+        self.graphs = StepGraphs(self.trunk, self._step) if uses_graphs else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the compiled trunk, which can be neither copied nor pickled. A copy compiles
-        its own."""
-        return {name: value for name, value in vars(self).items() if name != "step_trunk"}
+        """Leave out the compiled trunk and the graphs, which can be neither copied nor pickled. A
+        copy makes its own."""
+        left_out = ("step_trunk", "graphs")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
+        self._set_up_step()
         # The mark sits on the tensor objects, and a copy has other ones.
         if self.write.compiled:
             for layer in self.cache.layers:
@@ -172,13 +180,18 @@ class KVSlots:
         # The bucket covers the longest slot that moves. It is computed on the host, so that the
         # shape of the forward is known without asking the device.
         bucket = self._bucket(int(positions[moving].max(initial=0)) + 1)
-        self._write_to(self.all_slots, where, bucket)
         # A step is many small operations, and inference mode makes each a little cheaper.
         with torch.inference_mode():
-            masks = self._masks(where, bucket)
-            states = self._forward(self.step_trunk, tokens[:, None], where, masks)[:, 0]
-        # An inference tensor cannot take part in autograd later; its clone can.
+            states = (self.graphs or self._step)(tokens, where, bucket)
+        # An inference tensor cannot take part in autograd later; its clone can. The next replay of
+        # a CUDA graph overwrites the states, too.
         return states.clone()
+
+    def _step(self, tokens: Tensor, where: Tensor, bucket: int) -> Tensor:
+        """Run the forward of one token (N,) at its place `where` (N, 1) in each slot."""
+        self._write_to(self.all_slots, where, bucket)
+        masks = self._masks(where, bucket)
+        return self._forward(self.step_trunk, tokens[:, None], where, masks)[:, 0]
 
     def fork(self, sources: Tensor, targets: Tensor, width: int) -> None:
         """Copy the first `width` places of slots `sources` onto slots `targets`, (n,) each. The
@@ -193,9 +206,14 @@ class KVSlots:
     def _bucket(self, length: int) -> int:
         """Round the number of keys to read up to one of few sizes."""
         bucket = -(-length // BUCKET) * BUCKET
-        # Each bucket is a graph of its own when compiled: powers of two keep them few.
+        # Each bucket is a graph of its own. Compiling one takes long: powers of two keep them few.
+        # Recording one does not: there are at most four from one power of two to the next, and an
+        # eighth of what is read is read in vain.
         if self.write.compiled:
             bucket = 1 << (bucket - 1).bit_length()
+        elif self.graphs is not None:
+            width = max(BUCKET, 1 << max(bucket - 1, 1).bit_length() >> 3)
+            bucket = -(-length // width) * width
         return min(bucket, self.max_length)
 
     def _masks(self, positions: Tensor, keys: int) -> Tensor | dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tokenenv.errors import MissingDependency, check_choice
+from tokenenv.errors import check_choice, missing
 from tokenenv.types import TokenSpec, Written
 
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
@@ -48,9 +48,7 @@ def start_vllm(model: str | os.PathLike[str], **options: Any) -> Any:
         from vllm import LLM
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise MissingDependency(
-            "rollout='vllm' needs vLLM: pip install 'tokenenv-rl[vllm]' (docs/vllm.md)"
-        ) from error
+        raise missing("rollout='vllm' (docs/vllm.md)", "vllm") from error
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
     if current_platform.is_cpu():
         for name, value in CPU_SETTINGS.items():

@@ -18,7 +18,7 @@ from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.safety.shown import visible, without_user
 from tokenenv.safety.values import typed
 
-NAMED = ("env", "reward", "algo")
+NAMED = ("env", "reward", "gold", "algo")
 """Entries that are names. Where the command line gives one, it may be "module:Name"."""
 ROLLOUT_OPTIONS = {
     "num_texts",
@@ -41,8 +41,8 @@ def check_from_file(values: Mapping[str, Any], source: object, said: Collection[
     """Raise unless a file may say all of this.
 
     Args:
-        values: the file's entries by dotted name: "env", "reward", "algo", "options.NAME",
-            "agent.rollout", "agent.rollout_options.NAME".
+        values: the file's entries by dotted name: those of `NAMED`, "eval_prompts",
+            "options.NAME", "agent.rollout", "agent.rollout_options.NAME".
         source: the file, for the error.
         said: the names that the command line gives too ("agent.rollout_options.*" for all of a
             kind). Its values are taken, so the file's do not matter.
@@ -82,7 +82,7 @@ def flags(values: Mapping[str, Any]) -> str:
         prefix, _, key = name.rpartition(".")
         option = {"options": "--options", "agent.rollout_options": "--agent.rollout-options"}
         words = [*([key] if prefix in option else []), without_user(_word(value))[:200]]
-        lists.setdefault(option.get(prefix, f"--{name}"), []).extend(words)
+        lists.setdefault(option.get(prefix, f"--{name.replace('_', '-')}"), []).extend(words)
     return " ".join(visible(shlex.join([option, *words])) for option, words in lists.items())
 
 
@@ -109,6 +109,8 @@ def _refused(name: str, value: Any) -> str | None:
         # be typed as a mapping, of which every word is looked at.
         value = typed(value) if isinstance(value, str) else value
         return "imports code" if any(":" in text for text in _texts(value)) else None
+    if key == "prompts" and isinstance(value, list):
+        return None  # the prompts themselves, which are texts whatever they look like
     for text in _texts(value):
         if "://" in text or text.startswith(("\\\\", "//")):
             return "opens a connection"

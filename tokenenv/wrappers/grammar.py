@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.errors import InvalidArgument, missing
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.types import TokenSpec
 
@@ -31,9 +31,7 @@ def compile_matcher(
     try:
         from llguidance import LLMatcher
     except ImportError as error:
-        raise MissingDependency(
-            "regex= and grammar= need llguidance: pip install 'tokenenv-rl[masks]'"
-        ) from error
+        raise missing("regex= or grammar=", "llguidance") from error
     if spec.tokenizer is None or not spec.stop_token_ids:
         raise InvalidArgument(
             "regex= and grammar= need a task whose tokens have text, and that has a stop token."

@@ -18,12 +18,12 @@ from tokenenv.agents.learning.learner import (
     state_values,
 )
 from tokenenv.agents.learning.losses import token_weights
-from tokenenv.agents.learning.policy import add_lora
 from tokenenv.agents.rollout import actor as module
 from tokenenv.agents.rollout.actor import Actor, sample
 from tokenenv.agents.rollout.generate import generate, keep_likely
 from tokenenv.agents.run.evaluate import next_token_probs
 from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.models.adapters import with_lora
 
 
 def uncached_logprobs(policy, obs, tokens, temperature=1.0):
@@ -456,8 +456,8 @@ def test_lora_without_peft_gives_the_install_line(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_peft)
-    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[lora\]'"):
-        add_lora(tiny_lm(), 2, 0)
+    with pytest.raises(MissingDependency, match=r"needs peft: pip install peft$"):
+        with_lora(tiny_lm(), 2, 0)
 
 
 def test_bfloat16_acts_and_learns_close_to_float32():

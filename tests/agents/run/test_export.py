@@ -153,7 +153,7 @@ def test_bad_paths_and_a_missing_pyarrow_are_named(tmp_path, monkeypatch):
     with pytest.raises(InvalidArgument, match="is not a file"):
         read_episodes(tmp_path / "e.jsonl")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[datasets\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install pyarrow$"):
         write_episodes(tmp_path / "e.arrow", [])
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from runs import episode, write
 
-from tokenenv.agents.run.show import evenly, page, read_episodes, score_curve, write_page
+from tokenenv.agents.run.show import choose, curve, evenly, page, read_episodes, write_page
 from tokenenv.cli import main
 from tokenenv.errors import InvalidArgument
 
@@ -60,6 +60,9 @@ def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
         )
         assert sum(e["token_rewards"]) == pytest.approx(e["reward"], abs=0.01)
         assert sum(e["token_kl"]) == pytest.approx(e["kl"], abs=0.01)
+        assert {n: sum(v) for n, v in e["token_terms"].items()} == pytest.approx(
+            e["terms"], abs=0.01
+        )
         for t in range(e["length"]):
             assert sum(column[t] for column in e["token_terms"].values()) == pytest.approx(
                 e["token_rewards"][t], abs=2e-3
@@ -70,7 +73,7 @@ def test_the_command_writes_the_page_of_a_run(run_dir, capsys):
 def test_watched_numbers_are_columns(tmp_path):
     watched = {"surprise": [0.25, None]}
     data = data_of(write_page(write(tmp_path / "x", [episode(token_watched=watched), episode(1)])))
-    assert data["columns"]["token_watched"] == "watch"
+    assert data["columns"]["token_watched"]["label"] == "watch"
     assert [e.get("token_watched") for e in data["episodes"]] == [watched, None]
 
 
@@ -125,6 +128,11 @@ BAD_LINES = {
     "watched numbers that are none": json.dumps(episode(token_watched=["high", 0.0])),
     "tokens that are none": json.dumps(episode() | {"tokens": [1, 2]}),
     "no texts": json.dumps(episode(prompt={})),
+    "a message that is no text": json.dumps(episode(message=3)),
+    "a group that is no number": json.dumps(episode(group="a")),
+    "special places that are none": json.dumps(episode(special=["a"])),
+    "sums that are none": json.dumps(episode(terms={"a": "high"})),
+    "columns that are none": json.dumps(episode(columns=["a"])),
 }
 
 
@@ -185,13 +193,58 @@ def test_episodes_are_chosen_evenly_and_the_last_is_there(tmp_path):
         write_page(folder, max_episodes=0)
 
 
-def test_the_curve_is_the_mean_score_of_each_update():
+def test_groups_are_chosen_whole():
+    lines = [
+        {"tokens_seen": 10 * u, "group": g} for u in range(3) for g in (0, 1) for _ in range(4)
+    ]
+    assert choose(lines, 24) == lines
+    assert choose(lines, 9) == lines[8:12] + lines[20:]
+    assert choose(lines, 3) == lines[21:]
+    assert choose([{"tokens_seen": 5}] * 9, 4) == [{"tokens_seen": 5}] * 4
+
+
+TEMPLATES = {
+    "ChatML": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+    "<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "Gemma": "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+    "Llama": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_last_message_is_found_in_a_templates_text(template, tmp_path):
+    def messages(*lines):
+        found = data_of(write_page(write(tmp_path / "x", lines)))["episodes"]
+        return [line.get("message") for line in found]
+
+    prompt = template.format("two\nlines <b>")
+    assert messages(
+        episode(prompt=prompt),
+        episode(prompt=prompt, message="kept"),
+        episode(prompt=prompt + "It begins"),  # a prefix, which is not to be hidden
+        episode(prompt="plain"),
+        episode(prompt=[1, 2]),
+    ) == ["two\nlines <b>", "kept", None, None, None]
+
+
+def test_the_curve_is_the_mean_score_of_each_update_or_what_was_earned():
     lines = [
         {"tokens_seen": 5, "score": 1.0},
         {"tokens_seen": 5, "score": 2.0},
         {"tokens_seen": 9, "score": None},
     ]
-    assert score_curve(lines) == [(5, 1.5)]
+    assert curve(lines) == {"label": "score", "points": [(5, 1.5)]}
+    lines = [
+        {"tokens_seen": 5, "score": None, "terms": {"a": 1.0, "kl": -9.0}},
+        {"tokens_seen": 5, "score": None},
+        {"tokens_seen": 9, "score": None, "terms": {"a": 3.0, "kl": -9.0}},
+    ]
+    assert curve(lines) == {"label": "a", "points": [(5, 1.0), (9, 3.0)]}
+    lines[2]["terms"]["b"] = 2.0
+    assert curve(lines) == {"label": "reward without KL", "points": [(5, 1.0), (9, 5.0)]}
+    assert curve(lines[1:2])["points"] == []
 
 
 def test_the_page_is_what_is_read():

@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
+import fakes
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tokenenv.agents.episodes import Episode
 from tokenenv.agents.run.tracking import DETAILED, RunFolder, WandbRun, by_position, histograms
 from tokenenv.cli import main
 from tokenenv.errors import MissingDependency
+from tokenenv.models.chats import Chats
 from tokenenv.models.pieces import TokenPieces
 
 
@@ -141,6 +145,45 @@ def test_lines_hold_every_token_of_the_first_episodes(run):
         )
 
 
+def test_groups_are_numbered_and_written_whole(tmp_path):
+    size, prompts = 5, [np.array([i // 5]) for i in range(45)]
+    seen = [replace(episode([1.0]), prompt=prompt) for prompt in prompts]
+    folder = RunFolder(tmp_path, None, None, group_size=size)
+    folder({"time/tokens": 3, "time/updates": 1}, seen)
+    # One text was chosen of each group: neighbours have nothing to do with one another.
+    folder({"time/tokens": 6, "time/updates": 2}, seen[::size])
+    folder.close()
+    lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [line["group"] for line in lines if "group" in line] == [i // size for i in range(35)]
+    assert ["tokens" in line for line in lines] == [True] * 35 + [False] * 10 + [True] * 9
+
+
+def test_a_line_has_the_last_message_and_the_special_tokens(tmp_path):
+    tokenizer = fakes.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    chats, stop = Chats(tokenizer), tokenizer.eos_token_id
+    roles = {"system": "the cat", "user": "a dog", "assistant": "the bird"}
+    chat = [{"role": role, "content": text} for role, text in roles.items()]
+    prompts = [
+        chats.encode(chat, "p"),
+        chats.encode("the sun", "p"),
+        chats.encode(chat[2:], "p"),
+        [5],
+    ]
+    spec = types.SimpleNamespace(tokenizer=tokenizer, chats=chats)
+    folder = RunFolder(tmp_path, spec, None)
+    response = np.array([5, stop, 6, stop])
+    texts = [
+        replace(episode([0.0] * 4), prompt=np.array(prompt), response=response)
+        for prompt in prompts
+    ]
+    folder({"time/tokens": 3, "time/updates": 1}, texts)
+    folder.close()
+    lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    assert [line.get("message") for line in lines] == ["a dog", "the sun", "the bird", None]
+    assert [line["special"] for line in lines] == [[1, 3]] * 4
+
+
 def test_numbers_that_are_none_stop_nothing(tmp_path):
     folder = RunFolder(tmp_path, None, None)
     metrics = {
@@ -196,6 +239,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     assert steps == sorted({json.loads(line)["tokens_seen"] for line in whole.splitlines()})
     assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == [
         "checkpoint",
+        "checkpoint",
+        "config",
         "episodes",
         "events",
         "events",
@@ -240,11 +285,11 @@ def test_wandb_gets_the_same_figures(monkeypatch, tmp_path):
 
 def test_wandb_that_is_missing_is_named_before_anything_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[wandb\]'"):
+    with pytest.raises(MissingDependency, match=r"pip install wandb$"):
         WandbRun(tmp_path / "x", {})
     with pytest.raises(SystemExit):
         main(["train", "--track", "wandb", "--run-dir", str(tmp_path / "x")])
-    assert "pip install 'tokenenv-rl[wandb]'" in " ".join(capsys.readouterr().err.split())
+    assert "needs wandb: pip install wandb" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
 
 
