@@ -182,7 +182,10 @@ def _cache_folder() -> str:
 
 
 def _base_of_adapter(folder: Path) -> str | None:
-    """The base model that the adapter in a directory names; None where there is no adapter."""
+    """The base model that the adapter in a directory names; None where there is no adapter, or
+    where the model is there too."""
+    if (folder / "config.json").exists():
+        return None
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
