@@ -202,7 +202,8 @@ class RewardEngine:
         state (n, H) after each text, by trunk."""
         width = int(texts.length.max())
         # The host knows the texts, so nothing waits for the device.
-        first = first_equals(torch.from_numpy(texts.ids[:, :width]), texts.length)
+        ids = torch.from_numpy(np.asarray(texts.ids)[:, :width])
+        first = first_equals(ids, texts.length)
         return self.trunks.prefill(slots, texts.tokens[:, :width], texts.length.tolist(), first)
 
     def _put(self, slots: Slots, texts: TextBuffer, states: States) -> None:
