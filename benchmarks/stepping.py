@@ -4,11 +4,13 @@
     [--texts 8 32] [--tokens 32] [--repetitions 5]
 
 Each candidate samples the same number of tokens after the same prompts, the prompts' forward
-included, in one process and in turns. "stepping" is an agent's `act` and the env's `step` with a
+included, in one process and in turns. Seconds are those of the process on the CPU, so that whatever
+else the machine does changes little. "stepping" is an agent's `act` and the env's `step` with a
 Python rule as reward. "with KL" has the reference beside it: a second forward for each token.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +76,7 @@ def generating(envs: Any, tokens: int) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Print tokens per second of each, and its share of what `generate` writes."""
+    """Print tokens per CPU-second of each, and its share of what `generate` writes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    print(f"{'N':>4} {'':20} {'tokens/s':>9} {'of generate':>12}")
+    print(f"{'N':>4} {'':20} {'tokens/CPU-s':>12} {'of generate':>12}")
     for texts in args.texts:
         plain, with_kl = (
             make_envs(args.model, texts, args.tokens, kl) for kl in ("none", "reference")
@@ -95,10 +97,11 @@ def main() -> None:
                 "stepping, with KL": stepping(with_kl, args.tokens),
             },
             args.repetitions,
+            time.process_time,
         )
         for name, each in seconds.items():
             speed, share = texts * args.tokens / each, seconds["generate"] / each
-            print(f"{texts:>4} {name:20} {speed:>9.1f} {share:>12.2f}", flush=True)
+            print(f"{texts:>4} {name:20} {speed:>12.1f} {share:>12.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,12 @@
-"""Make docs/show.png and docs/frame.png again: a short run on Reviews-v0, its page in a headless
-Chromium, and a frame."""
+"""Make docs/show.png and docs/frame.png again: the page of a run on a real model, in a headless
+Chromium, and a frame of Reviews-v0.
+
+    python scripts/make_screenshots.py --model build/real/smollm2   # trains first: ten minutes
+    python scripts/make_screenshots.py --run runs/happy             # the page of a run that is there
+
+The run is GRPO on a LoRA adapter of SmolLM2-135M-Instruct (`make real-models`), paid by VADER's
+sentiment of the answer (`pip install nltk-vader-sentiment`).
+"""
 
 import argparse
 import shutil
@@ -11,11 +18,12 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 import tokenenv  # noqa: F401  (registers the ids)
-from tokenenv.agents import PPO
+from tokenenv.agents import GRPO, PPO
 from tokenenv.agents.run.show import write_page
-from tokenenv.rewards import TokenRule
+from tokenenv.rewards import Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
+THINGS = "bridges tables libraries bread rivers bicycles glass clocks rain markets paper roads salt"
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -23,11 +31,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-
-
-def repeats(prompt: list[int], response: list[int]) -> list[float]:
-    """Return 1 for each token that the response has had before: a number to watch."""
-    return [float(token in response[:place]) for place, token in enumerate(response)]
 
 
 def frame(path: Path) -> None:
@@ -41,37 +44,64 @@ def frame(path: Path) -> None:
     Image.fromarray(env.render()).crop((0, 0, 720, 150)).save(path, optimize=True)
 
 
-def page(path: Path, browser: str) -> None:
-    """Draw the page of a run's episodes, one of the longest open, a token pointed at."""
-    with tempfile.TemporaryDirectory() as folder:
-        envs = gym.make_vec(
-            "tokenenv/Reviews-v0",
-            num_envs=32,
-            autoreset_mode="SameStep",
-            watch={"repeats": TokenRule(repeats, on="tokens")},
-        )
-        run_dir = Path(folder) / "reviews-ppo"
-        PPO(envs, lr=1e-3, run_dir=run_dir).learn(30_000, progress=True)
-        with sync_playwright() as driver:
-            window = driver.chromium.launch(executable_path=browser, args=FLAGS)
-            tab = window.new_page(viewport={"width": 1200, "height": 560})
-            tab.goto(write_page(run_dir).as_uri())
-            tab.select_option("#sort", "longest first")
-            tab.locator("#list li").nth(3).click()
-            tab.get_by_role("button", name="advantage").click()
-            tab.locator(".token").nth(6).hover()
-            tab.screenshot(path=path)
-            window.close()
-    Image.open(path).convert("RGB").save(path, optimize=True)
+def sentiment(prompt: str, response: str) -> float:
+    """Return VADER's sentiment of the answer, from -1 to 1."""
+    from vader import polarity_scores  # imported here, because a run that is there needs no VADER
+
+    return polarity_scores(response)["compound"]
+
+
+def train(run_dir: Path, model: str) -> None:
+    """Train an adapter on the model, and leave the run folder."""
+    envs = gym.make_vec(
+        "tokenenv/TextGen-v0",
+        num_envs=16,
+        group_size=4,
+        autoreset_mode="SameStep",
+        model=model,
+        chat_template=True,
+        prompts=[f"Tell me about {thing}." for thing in THINGS.split()],
+        max_new_tokens=32,
+        reward={"sentiment": Rule(sentiment, dense=True)},
+        kl_coef=0.02,
+    )
+    settings = {"lora_rank": 8, "lr": 1e-3, "epochs": 1, "batch_tokens": 512}
+    GRPO(envs, run_dir=run_dir, **settings).learn(4096, progress=True)
+
+
+def page(path: Path, run_dir: Path, browser: str, text: int, token: int) -> None:
+    """Draw the page of a run's episodes, a text of the list open, one of its tokens pointed at."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+        window = driver.chromium.launch(executable_path=browser, args=FLAGS)
+        tab = window.new_page(viewport={"width": 1280, "height": 600}, device_scale_factor=2)
+        tab.goto(write_page(run_dir, Path(folder) / "page.html").as_uri())
+        tab.locator("#list li").nth(text).click()
+        tab.locator(".open .token").nth(token).hover()
+        tab.screenshot(path=path)
+        window.close()
+    # 64 colours are enough for text on a few tints, and make a file of a third of the size.
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main() -> None:
     """Write both pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="build/real/smollm2", help="the folder of the model")
+    parser.add_argument("--run", type=Path, help="a run folder to draw, in place of training one")
+    parser.add_argument(
+        "--text", type=int, default=0, help="the place in the list of the open text"
+    )
+    parser.add_argument("--token", type=int, default=0, help="the token that is pointed at")
     parser.add_argument("--browser", default=shutil.which("chromium"), help="path of a Chromium")
     args = parser.parse_args()
     frame(DOCS / "frame.png")
-    page(DOCS / "show.png", args.browser)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = args.run or Path(folder) / "smollm2-happy"
+        if not args.run:
+            train(run_dir, args.model)
+        page(DOCS / "show.png", run_dir, args.browser, args.text, args.token)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ torch, in any autoreset mode. Suffixes: N slots.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import action, env_core, flags, method, read_ends
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
@@ -62,6 +63,10 @@ class Collector:
         self.stopping = False
         """Set from outside, by a signal's handler, say: `collect` ends after the step that is under
         way."""
+        self.ending = Ending()
+        """Where the run ends. Set from outside."""
+        self.on_tokens: Callable[[int], None] = no_listener
+        """Called with `tokens_seen` after each step of `collect` and `play_on`."""
         self.recorder = Recorder(envs.num_envs, getattr(env_core(envs), "columns", ()))
         self.pairing = Pairing(envs.num_envs, group_size)
         self.running = False
@@ -85,8 +90,8 @@ class Collector:
     # ---------------------------------------------------------------- collecting
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Step until the episodes that ended hold at least `num_tokens` response tokens, and return
-        them: whole groups, one after the other.
+        """Step until the episodes that ended hold at least `num_tokens` response tokens, or until
+        the run's end (`ending`), and return them: whole groups, one after the other, at least one.
 
         It does not return before every text has ended that would be more than `max_staleness`
         updates old in the next batch. No text is thrown away for its age, which would favour short
@@ -101,7 +106,7 @@ class Collector:
         fresh = self.max_staleness == 0
         if fresh:
             self.reset()
-        while num_tokens > sum(len(e.response) for e in self.pairing.ready):
+        while self.ending.is_open(num_tokens, self.pairing.ready, self.tokens_seen):
             self._advance()
         # Which groups are waited for is fixed here. Texts that begin from now on are young enough
         # for the next batch, or at 0 belong to no batch.
@@ -131,7 +136,9 @@ class Collector:
             ended, size = self._step(), self.pairing.group_size
             if wanted is not None:
                 ended = {n: episode for n, episode in ended.items() if n // size in wanted}
-            return self.pairing.take(ended)
+            completed = self.pairing.take(ended)
+        self.on_tokens(self.tokens_seen)
+        return completed
 
     def step(self) -> list[Episode]:
         """Emit one token in every slot and return the episodes that this ended."""
@@ -308,5 +315,6 @@ class Collector:
         while len(found) < wanted:
             # The first text of a slot counts: what it writes after that is from another prompt.
             found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
+            self.on_tokens(self.tokens_seen + collector.tokens_seen)
         self.tokens_seen += collector.tokens_seen
         return [found[slot] for slot in range(wanted)]

@@ -17,6 +17,7 @@ from gymnasium.vector import VectorEnv
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
+from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.errors import InvalidArgument, NotFinite
@@ -103,11 +104,16 @@ class TextCollector:
         self.stopping = False
         """Set from outside, by a signal's handler, say: `collect` ends with the text that ends
         next."""
+        self.ending = Ending()
+        """Where the run ends. Set from outside."""
+        self.on_tokens: Callable[[int], None] = no_listener
+        """Called with `tokens_seen` whenever texts have ended."""
 
     # ---------------------------------------------------------------- what agents call
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Return episodes that hold at least `num_tokens` response tokens, in whole groups.
+        """Return episodes that hold at least `num_tokens` response tokens, or those that have ended
+        at the run's end (`ending`): whole groups, at least one.
 
         It does not return before every text has ended that would be more than `max_staleness`
         updates old in the next batch. No text is thrown away for its age, which would favour short
@@ -116,13 +122,13 @@ class TextCollector:
         if not self._synced:
             self._sync()
         with self._stopping():
-            while self._missing(num_tokens) > 0 or self._overdue():
+            while self._is_open(num_tokens) or self._overdue():
                 if self.stopping:
                     raise Stopped
                 self._begin_cut()
                 # At 0 a text that begins while the last ones are waited for would be too old for
                 # the next batch, so slots of the engine idle instead.
-                if self._missing(num_tokens) > 0 or self.max_staleness > 0:
+                if self._is_open(num_tokens) or self.max_staleness > 0:
                     self._begin_groups()
                 self._wait()
         try:
@@ -213,8 +219,8 @@ class TextCollector:
 
     # ---------------------------------------------------------------- texts
 
-    def _missing(self, num_tokens: int) -> int:
-        return num_tokens - sum(len(text.response) for text in self._ready)
+    def _is_open(self, num_tokens: int) -> bool:
+        return self.ending.is_open(num_tokens, self._ready, self.tokens_seen)
 
     def _overdue(self) -> bool:
         """Return whether a text that is not ready yet would be too old for the next batch."""
@@ -277,6 +283,7 @@ class TextCollector:
         # All at once, from values made before: no interruption finds a text in none of them.
         self._running, self._waiting, self._ready = running, waiting, ready
         self._continuations, self.tokens_seen = continuations, seen
+        self.on_tokens(seen)
 
     def _sync(self) -> None:
         """Hand the engine the present weights. Where that fails, the next `collect` tries again

@@ -191,6 +191,8 @@ class Train(Generic[Config]):
         with fitting(folder / "config.yaml"):
             agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        if given["lr"] is None:  # which asks for no other rate
+            given["lr"] = saved["lr"]
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
         }

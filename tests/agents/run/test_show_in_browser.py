@@ -54,17 +54,15 @@ def show(browser, tmp_path):
     assert problems == []
 
 
-def background(page, token, of=".token"):
-    return page.locator(of).nth(token).evaluate("e => getComputedStyle(e).backgroundColor")
-
-
 def strengths(page, of=".token"):
     """How strong the colour of each element is, 0 to 0.9, below 0 where it is the colour of
     negative numbers."""
-    found = [background(page, i, of) for i in range(page.locator(of).count())]
+    colours = page.locator(of).evaluate_all(
+        "all => all.map(e => getComputedStyle(e).backgroundColor)"
+    )
     return [
         round(alpha(colour) * (1 if colour.startswith(UP) else -1), 2) if alpha(colour) else 0.0
-        for colour in found
+        for colour in colours
     ]
 
 
