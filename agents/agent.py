@@ -8,10 +8,12 @@ Suffixes: N slots, B episodes, T response tokens.
 """
 
 import copy
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,8 +29,11 @@ from tokenenv.agents.learning.kl_rewards import adapted, by_source, with_penalty
 from tokenenv.agents.learning.learner import FrozenLM, Metrics
 from tokenenv.agents.learning.optimise import MakeLoss, optimise
 from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.learning.rates import default_lr
+from tokenenv.agents.learning.update_kl import warn_if_far
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Stopped
+from tokenenv.agents.rollout.ending import Ending
 from tokenenv.agents.rollout.env_rows import env_core, reference_of, wants_logprob
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
 from tokenenv.agents.rollout.make import default_policy, make_collector
@@ -126,6 +131,8 @@ class Agent:
         """Whether the policy was given, so that only Python can make it again."""
         self.policy = policy or default_policy(envs, cfg)
         check_policy(self.policy, envs)
+        if cfg.lr is None:
+            self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
@@ -143,6 +150,7 @@ class Agent:
         check_statistics(self.statistics, type(self).__name__)
         self.metrics: Metrics = {}
         """What the last update of this object logged."""
+        self._has_warned = False
         self._has_begun = False
         """Whether what is in the run folder is this agent's."""
 
@@ -180,6 +188,15 @@ class Agent:
     ) -> Self:
         """Learn until `total_tokens` tokens have been seen in all, those before a `load` included.
 
+        Tokens are counted as they are written, those of running texts included. The last update
+        learns from what has ended when `total_tokens` have been seen, one text or group at least,
+        and from no less than about half a batch where the run is longer than that. So a run goes
+        beyond its end by less than one token in each slot, or until the texts have ended that
+        `max_staleness` or an engine waits for; VinePPO's continuations of the last batch come on
+        top. `tokens_seen` is the exact number, and the progress line ends with it. `learn(a)` and
+        then `learn(b)` is thus not `learn(b)`: it has an update that ends at a, and the schedule of
+        a run of a tokens up to there.
+
         `progress` shows a live line. `on_update(metrics, episodes)` is called after each update,
         and may `save` or `stop`. In a `run_dir` a checkpoint is written at the end, and with
         `checkpoint_every` also at the beginning and after every so many updates. Raises
@@ -188,6 +205,8 @@ class Agent:
         """
         check_default_dtype()
         check_number("total_tokens", total_tokens)
+        if not math.isfinite(total_tokens):
+            raise InvalidArgument(f"total_tokens={total_tokens} must be a finite number.")
         if self.config.kl_coef is not None and self.updates == 0:
             self.kl_coef = self.config.kl_coef
         new = not self._has_begun
@@ -208,7 +227,7 @@ class Agent:
             except Stopped:
                 pass  # the texts are kept: the next `learn` goes on with them
             finally:
-                self.collector.stopping = False
+                self.collector.stopping, self.collector.ending = False, Ending()
         return self
 
     def stop(self) -> None:
@@ -223,6 +242,8 @@ class Agent:
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
         """One update: its scalars, and the episodes with what was learnt of them."""
         started, before = time.perf_counter(), self.tokens_seen
+        batch_tokens = self.config.batch_tokens
+        self.collector.ending = Ending.of(total_tokens, self.updated_at, batch_tokens)
         episodes = self.collect()
         lr = self._schedule(total_tokens)
         batch, kl_coef = EpisodeBatch.stack(episodes), self.kl_coef
@@ -266,7 +287,7 @@ class Agent:
 
     def _schedule(self, total_tokens: int) -> float:
         """Set and return the learning rate of the next update."""
-        over = run_progress(self.updated_at, self.tokens_seen, self.updates, total_tokens)
+        over = run_progress(self.updated_at, self.tokens_seen, total_tokens)
         lr = learning_rate(self.config, over)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -290,8 +311,9 @@ class Agent:
         return by_source(batch, env_pays_all=wants_logprob(self.envs))
 
     def optimise(self, batch: EpisodeBatch, make_loss: MakeLoss) -> Metrics:
-        """Take the epochs and minibatches of one update; see `learning.optimise` for the loss."""
-        return optimise(
+        """Take the epochs and minibatches of one update; see `learning.optimise` for the loss. Warn
+        the first time that an update moves the policy far (`learning.update_kl`)."""
+        metrics = optimise(
             self.policy,
             self.optimizer,
             batch,
@@ -302,6 +324,10 @@ class Agent:
             max_new_tokens=self.max_new_tokens,
             reference=self.reference,
         )
+        if not self._has_warned:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self._has_warned = warn_if_far(metrics["policy/update_kl"], self.updates, lr)
+        return metrics
 
     # ---------------------------------------------------------------- using the policy
 

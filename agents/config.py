@@ -11,6 +11,34 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.safety.shown import without_user
 
 MAX_SEED = 2**62
+CALLED = {
+    "lr": ("learning_rate",),
+    "lr_schedule": ("lr_scheduler_type",),
+    "lr_warmup": ("warmup_ratio",),
+    "batch_tokens": ("batch_size", "n_steps", "num_steps", "train_batch_size"),
+    "epochs": ("n_epochs", "num_epochs", "num_ppo_epochs", "num_iterations", "update_epochs"),
+    "minibatches": ("num_minibatches", "num_mini_batches"),
+    "kl_coef": ("beta", "init_kl_coef", "kl_coeff"),
+    "clip_range": ("cliprange", "clip_coef", "clip_ratio", "epsilon"),
+    "clip_high": ("epsilon_high", "clip_ratio_high"),
+    "value_clip": ("clip_range_vf", "cliprange_value"),
+    "entropy_coef": ("ent_coef",),
+    "lambda_actor": ("gae_lambda", "lam"),
+    "whiten": ("normalize_advantage", "norm_adv", "whiten_advantages"),
+    "scale": ("scale_rewards",),
+    "lora_rank": ("lora_r",),
+    "rollout": ("use_vllm",),
+}
+"""For a field, what TRL, stable-baselines3, CleanRL or verl call what is nearest to it."""
+ELSEWHERE = {
+    "num_generations": "group_size= of the env",
+    "max_completion_length": "max_new_tokens= of the env",
+    "max_new_tokens": "an argument of the env",
+    "group_size": "an argument of the env",
+    "total_timesteps": "total_tokens of learn()",
+    "total_tokens": "an argument of learn()",
+}
+"""What other libraries take as a setting of the algorithm, and where it is here."""
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 PRECISIONS = ("auto", "float32", "bfloat16")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -41,8 +69,11 @@ class AgentConfig:
     """Passes over each batch; 1 or more."""
     minibatches: int = 4
     """Optimizer steps per pass; 1 or more."""
-    lr: float = 3e-4
-    """Learning rate of AdamW (no weight decay), above 0."""
+    lr: float | None = None
+    """Learning rate of AdamW (no weight decay), above 0. None chooses by what is trained
+    (`learning.rates`): 3e-4 for a small model (at most 10 million weights, as all bundled ones),
+    1e-5 for all weights of a larger one, 2e-4 for its LoRA adapters. `agent.config.lr` is what was
+    chosen."""
     lr_schedule: str = "linear"
     """How the learning rate goes over the tokens of a run (`run_progress`): "constant", or "linear"
     or "cosine" towards 0."""
@@ -74,9 +105,10 @@ class AgentConfig:
     so the age of texts does not count."""
     precision: str = "auto"
     """Precision of forwards: "float32", "bfloat16" (autocast; weights stay float32), or "auto",
-    which is bfloat16 on GPUs that have it."""
+    which is bfloat16 on GPUs that have it. A bfloat16 model under adapters runs as it is."""
     lora_rank: int = 0
-    """Rank of low-rank adapters that are trained in place of all weights; 0 trains all weights."""
+    """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
+    with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
     """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
     the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same
@@ -153,24 +185,33 @@ def build_config(kind: type[Config], config: Any, overrides: Mapping[str, Any]) 
         raise InvalidArgument(
             f"config= is of type {type(config).__name__}; allowed: {kind.__name__}."
         )
+    known = [known.name for known in fields(kind)]
     for name in overrides:
-        check_choice(f"{kind.__name__} field", name, [known.name for known in fields(kind)])
+        if name not in known:
+            check_called(kind.__name__, name, known)
+            check_choice(f"{kind.__name__} field", name, known)
     return replace(config or kind(), **overrides)
 
 
-def run_progress(before: int, seen: int, updates: int, total: int) -> float:
+def check_called(kind: str, name: str, known: list[str]) -> None:
+    """Raise `InvalidArgument` where `name` is what other libraries call one of the `known` fields,
+    or an argument of the env or of `learn`."""
+    if name in ELSEWHERE:
+        raise InvalidArgument(f"{kind} has no field {name!r}: it is {ELSEWHERE[name]}.")
+    here = next((field for field, names in CALLED.items() if name in names), None)
+    if here in known:
+        raise InvalidArgument(f"{kind} has no field {name!r}: it is called {here!r} here.")
+
+
+def run_progress(before: int, seen: int, total: float) -> float:
     """Return the share of a run of `total` tokens that is over in the middle of its next update,
     above 0 and below 1.
 
-    `before` tokens had been seen after the last of `updates` updates, and `seen` tokens now, with
-    those that the next update learns from.
-
-    A run ends with the first update at or beyond `total`, half an update later on average. So the
-    run is taken to be one mean update longer, and no update longer than the mean. The share then
-    never falls, and the last update still has a learning rate above 0.
+    `before` tokens, fewer than `total`, had been seen after the last update, and `seen` tokens now,
+    with those that the next update learns from. Those beyond `total` do not count, so the last
+    update still has a learning rate above 0.
     """
-    mean = before / updates if updates else seen - before
-    return (before + min(seen - before, mean) / 2) / (total + mean)
+    return (before + min(seen, total)) / (2 * total)
 
 
 def check_seed(seed: int) -> None:
@@ -181,10 +222,12 @@ def check_seed(seed: int) -> None:
 
 
 def learning_rate(config: AgentConfig, progress: float) -> float:
-    """Return the scheduled learning rate when this share (0 to 1) of a run is over."""
+    """Return the scheduled learning rate when this share (0 to 1) of a run is over. The config is
+    an agent's, whose `lr` is a number."""
+    peak: Any = config.lr
     if progress < config.lr_warmup:
-        return config.lr * progress / config.lr_warmup
+        return peak * progress / config.lr_warmup
     left = (1.0 - progress) / (1.0 - config.lr_warmup) if config.lr_warmup < 1.0 else 1.0
     left = min(max(left, 0.0), 1.0)
     shapes = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1.0 - math.cos(math.pi * left))}
-    return config.lr * shapes[config.lr_schedule]
+    return peak * shapes[config.lr_schedule]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import NotFinite
+from tokenenv.tables import Columns
 
 # The fields of an `Episode` by what they have a number for. `stack` and `unstack` go through these
 # lists, and so does everything that keeps episodes (checkpoints, replay, groups that wait): a field
@@ -99,6 +100,8 @@ class Episode:
     without a critic."""
     advantage: np.ndarray | None = None
     """(T,) float32: the weight that the learner gave to each token; None before learning."""
+    columns: Columns = field(default_factory=dict)
+    """What belongs to the prompt, an answer say: the other columns of its row, by name."""
     action_mask: np.ndarray | None = None
     """(T, M) uint8: the tokens that were allowed, eight to a byte (`masks.pack`); None where all
     were."""
@@ -150,6 +153,8 @@ class EpisodeBatch:
     none."""
     watched: dict[str, Tensor] = field(default_factory=dict)
     """(B, T) of each watched number by name, which no reward holds."""
+    columns: Sequence[Columns] = ()
+    """What belongs to the prompt of each of the B texts, by name; empty where nothing is known."""
     action_mask_BTM: Tensor | None = None
     """uint8: the allowed tokens, eight to a byte; None where all were."""
     learned: dict[str, Tensor] = field(default_factory=dict)
@@ -181,6 +186,7 @@ class EpisodeBatch:
             length_B=torch.tensor([len(text) for text in texts]),
             response_length_B=torch.tensor([len(e.response) for e in episodes]),
             potential_BT1=_pad([e.potential for e in episodes]),
+            columns=[dict(e.columns) for e in episodes],
             action_mask_BTM=_pad(masks) if masks else None,
             **numbers,
         )
@@ -205,6 +211,7 @@ class EpisodeBatch:
             prompt=text[: end - length],
             response=text[end - length :],
             potential=tokens(self.potential_BT1, 1),
+            columns=self.columns[row] if self.columns else {},
             action_mask=None if self.action_mask_BTM is None else tokens(self.action_mask_BTM),
             **numbers,
         )
@@ -334,8 +341,9 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
     """Return the field's scalars about what was generated.
 
     They are means per text, the KL in nats and the length in tokens. `reward/<name>` is the mean of
-    what a term of the reward paid to a text, weighted. `watch/<name>` is a mean per response token,
-    over the tokens where the watched number is finite.
+    what a term of the reward paid to a text, weighted; `objective/reward` is the sum of them, and
+    `objective/reward_without_kl` the sum of all but `reward/kl`. `watch/<name>` is a mean per
+    response token, over the tokens where the watched number is finite.
     """
     watched = {name: watched_tokens(episodes, name) for name in watched_names(episodes)}
     return {
@@ -343,11 +351,19 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
         "objective/gold": mean_of([e.gold for e in episodes]),
         "objective/kl": mean_of([e.kl for e in episodes]),
         "objective/reward": mean_of([float(e.reward.sum()) for e in episodes]),
+        "objective/reward_without_kl": mean_of([reward_without_kl(e) for e in episodes]),
         "episode/length": mean_of([len(e.response) for e in episodes]),
         "episode/terminated": mean_of([float(e.terminated) for e in episodes]),
         **{f"reward/{name}": mean_of(term_sums(episodes, name)) for name in term_names(episodes)},
         **{f"watch/{name}": mean_of(values_K) for name, values_K in watched.items()},
     }
+
+
+def reward_without_kl(episode: Episode) -> float:
+    """Return what all terms of the reward but the KL paid to a text; NaN where the env names no
+    terms."""
+    paid = [float(values.sum()) for name, values in episode.terms.items() if name != "kl"]
+    return sum(paid) if episode.terms else float("nan")
 
 
 def term_names(episodes: Sequence[Episode]) -> list[str]:

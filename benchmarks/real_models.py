@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 ROWS = {
-    "gold": "sentiment, -1 to 1",
+    "score": "sentiment, -1 to 1",
     "kl": "KL, nats per text",
     "distinct_bigrams": "distinct bigrams",
     "length": "tokens per text",
@@ -59,8 +59,8 @@ def measure(model: str, algo: str, seed: int, total_tokens: int, texts: int) -> 
 
 def say(metrics: dict[str, float], episodes: list) -> None:
     """Tell on stderr how far a run is."""
-    gold, kl = (np.mean([getattr(e, name) for e in episodes]) for name in ("gold", "kl"))
-    line = f"  {metrics['time/tokens']:6,.0f} tokens: {gold:.2f}, {kl:.1f} nats"
+    score, kl = (np.mean([getattr(e, name) for e in episodes]) for name in ("score", "kl"))
+    line = f"  {metrics['time/tokens']:6,.0f} tokens: {score:.2f}, {kl:.1f} nats"
     print(line, file=sys.stderr, flush=True)
 
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("model", help="a folder or a hub id")
     parser.add_argument("--algo", nargs="*", default=["ppo", "grpo"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--total-tokens", type=int, default=6000)
-    parser.add_argument("--texts", type=int, default=64, help="of each evaluation")
+    parser.add_argument("--total-tokens", type=int, default=4096)
+    parser.add_argument("--texts", type=int, default=32, help="of each evaluation")
     parser.add_argument("--only", nargs=2, metavar=("ALGO", "SEED"), help="one run, as JSON")
     args = parser.parse_args()
     if args.only:

@@ -80,6 +80,8 @@ from tokenenv.models.chats import Chats, end_of_turn
 from tokenenv.models.loading import check_device, load_causal_lm
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.prompts import check_limit, load_prompts
+from tokenenv.rewards.rule import Rule
+from tokenenv.tables import read_rows
 from tokenenv.types import Scorer, Task, TextScorer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +109,7 @@ def task(
     prompt_column: str = "prompt",
     stop_token_ids: Sequence[int] | None = None,
     step_end_token_ids: Sequence[int] = (),
-    gold: Callable[[str, str], float] | None = None,
+    gold: Callable[..., Any] | Rule | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
@@ -119,9 +121,11 @@ def task(
     Args:
         model: the policy's initial weights: a hub id, a local directory (safetensors), or a model
             object, which is frozen in place.
-        prompts: texts or token ids in a list, a .jsonl or text file, or a `datasets` dataset (see
-            `load_prompts`). All of them are read when the env is made, those of a streamed dataset
-            too.
+        prompts: texts or token ids in a list, a table (a list of mappings, a `datasets` dataset,
+            or a .jsonl, .json, .csv, .tsv or .parquet file) or a text file of one prompt a line
+            (see `tokenenv.tables.read_rows`). A table's other columns go to the functions of
+            `reward=` and `gold=` that name them. All rows are read when the env is made, those of a
+            streamed dataset too.
         reward_model: a sequence- or token-classification model with one label, as a hub id, a
             directory or an object. A causal one that reads the policy's tokens scores every prefix;
             any other scores finished texts (see `make_aligned_scorer`). Also a `TextScorer` of the
@@ -155,13 +159,14 @@ def task(
             holds for prompts given to `reset`, `score_episodes` and `generate`; token ids are taken
             as they are. A reward model whose tokenizer has another template reads the conversation
             by that one.
-        prompt_column: the column of a dataset, or the key of a JSONL row, that holds the prompt.
+        prompt_column: the column of a table that holds the prompt.
         stop_token_ids: ids that end a text; by default the end-of-text ids of the generation
             config, of the config and of the tokenizer together, and the token that closes an answer
             in the tokenizer's chat template.
         step_end_token_ids: ids that end a step of the text, for designs that pay by step.
-        gold: gold(prompt_text, response_text), the true metric; it is reported for evaluation and
-            never paid.
+        gold: gold(prompt_text, response_text), the true metric, which also gets the columns that
+            it names, as the function of a `Rule` does; it is reported for evaluation and never
+            paid.
         device: where all models are put; by default where a model object is, else "cpu".
         dtype: "float32", "bfloat16" or "float16"; by default float32, and model objects keep
             theirs.
@@ -206,14 +211,14 @@ def task(
     _require_tokenizer(tokenizer, {"gold": gold, "reward_tokenizer": reward_tokenizer})
     chats = Chats(tokenizer) if chat_template else None
     # The prompts are read before more models are loaded.
+    rows = read_rows(prompts, prompt_column)
     ids = load_prompts(
-        prompts,
+        rows,
         tokenizer,
         vocab_size=vocab_size_of(policy_model),
         max_prompt_tokens=max_prompt_tokens,
         long_prompts=long_prompts,
         chat_template=chats or False,
-        column=prompt_column,
     )
     longest = max(map(len, ids))
     policy = Policy(
@@ -242,6 +247,7 @@ def task(
         step_end_token_ids=token_ids("step_end_token_ids", step_end_token_ids, policy_model),
         reward=_default_reward(scorer, implicit),
         prompts=ids,
+        columns=[row.columns for row in rows] if any(row.columns for row in rows) else (),
         max_prompt_tokens=policy.lengths.max_prompt_tokens,
         max_prompt_tokens_from="prompts" if max_prompt_tokens is None else "option",
         max_new_tokens=max_new_tokens,

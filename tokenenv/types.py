@@ -84,7 +84,8 @@ class EpisodeScores:
     """(B, T) float32 for each term by name, weighted, placed where it belongs. They add up to
     `token_rewards`."""
     score: np.ndarray | None
-    """(B,) float32: the sequence score, unweighted; None where the task has no scorer."""
+    """(B,) float32: the sequence score, unweighted; None where neither a scorer nor a single rule
+    gives one."""
     gold: np.ndarray | None
     """(B,) float32: the task's true metric; None where none is known."""
     lengths: np.ndarray
@@ -225,6 +226,9 @@ class Task:
     prompts: Sequence[Sequence[int]]
     """The token ids of each prompt, 1 to `max_prompt_tokens` of them. An env draws from this
     sequence."""
+    columns: Sequence[Mapping[str, Any]] = ()
+    """What belongs to each prompt, an answer say: the other columns of its row by name, as plain
+    data (`tokenenv.tables.plain_value`). As many as `prompts`, or none."""
     max_prompt_tokens: int
     """P, the most tokens of a prompt."""
     max_prompt_tokens_from: PromptLimit = "task"
@@ -237,10 +241,10 @@ class Task:
     """The policy's default initial weights, as a model; None: the reference's."""
     scorer: Scorer | TextScorer | None = None
     """What gives the sequence score: `infos["score"]`, and the designs that build on it. None: the
-    task has no score."""
-    gold: Callable[[str, str], float] | Literal["score"] | None = None
-    """The true metric, for evaluation only: gold(prompt_text, response_text), or "score" where the
-    score itself is the truth. None: unknown."""
+    task has no score, unless its reward is a single `Rule`."""
+    gold: Any = None
+    """The true metric, for evaluation only: a function that is called as that of a `Rule`, or a
+    `Rule`, or "score" where the score itself is the truth. None: unknown."""
     implicit_model: Any = None
     """A preference-tuned (DPO) language model with the reference's tokens, which
     `reward="implicit"` reads."""

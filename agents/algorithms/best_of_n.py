@@ -7,6 +7,7 @@ most log n - (n - 1) / n nats (Beirami et al. 2024, arXiv 2401.01879), and that 
 What it leaves out: learning. Each text costs n texts.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,19 @@ class BestOfN(Agent):
         """Learn nothing; return the bound as the KL."""
         return {"objective/kl": best_of_n_kl(self.best_of)}
 
-    def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
-        """Return the best of n continuations of each prompt, by the env's score."""
+    def generate(
+        self,
+        prompts: Prompts,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return the best of n continuations of each prompt, by the env's score; `columns` are what
+        belongs to the prompts, where the score asks for it: a list by name."""
         repeated = [prompt for prompt in as_list(prompts) for _ in range(self.best_of)]
+        rows = {
+            name: [value for value in values for _ in range(self.best_of)]
+            for name, values in (columns or {}).items()
+        }
         responses = super().generate(repeated, **options)
         if not responses:
             return []
@@ -59,5 +70,6 @@ class BestOfN(Agent):
         logprobs = None
         if wants_logprob(self.envs):
             logprobs = [[0.0] * len(response) for response in responses]
-        scores = self.core.score_episodes(repeated, responses, logprobs=logprobs).score
+        given = {"logprobs": logprobs, **({"columns": rows} if rows else {})}
+        scores = self.core.score_episodes(repeated, responses, **given).score
         return [responses[i] for i in best_of_each(scores, self.best_of)]

@@ -104,7 +104,8 @@ class GRPO(GroupMethod):
         drawn: list[Episode] = []
         for _ in range(1 + MAX_TRIES):
             missing = self.config.batch_tokens - kept.tokens
-            if missing <= 0:
+            has_ended = bool(drawn) and self.tokens_seen >= self.collector.ending.total
+            if missing <= 0 or has_ended:
                 break
             drawn = self.collector.collect(missing)
             kept.add(self.without_flat_groups(drawn))

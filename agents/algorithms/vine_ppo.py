@@ -37,6 +37,7 @@ from tokenenv.agents.learning.learner import Metrics
 from tokenenv.agents.rollout.collector import Prefix
 from tokenenv.agents.rollout.env_rows import method
 from tokenenv.errors import InvalidArgument
+from tokenenv.tables import Columns
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +96,8 @@ class VinePPO(PolicyGradient):
         pairs = zip(episodes, starts, strict=True)
         states = [(e.prompt, e.response[:t]) for e, places in pairs for t in places]
         # The continuations of all states are drawn at once, and handed out in the same order.
-        values = iter(self.values(states))
+        columns = [e.columns for e, places in zip(episodes, starts, strict=True) for _ in places]
+        values = iter(self.values(states, columns))
         rewards_BT, gamma = self.rewards(batch), self.config.gamma
         batch.learned["value"] = torch.zeros_like(rewards_BT)
         advantages_BT = torch.zeros_like(rewards_BT)
@@ -107,10 +109,11 @@ class VinePPO(PolicyGradient):
                 batch.learned["value"][b, start:end] = value
         return advantages_BT
 
-    def values(self, states: Sequence[Prefix]) -> list[float]:
-        """Return the mean return from each state under the present policy, by K continuations
-        each."""
-        batch = EpisodeBatch.stack(self.collector.play_on(states, self.config.rollouts))
+    def values(self, states: Sequence[Prefix], columns: Sequence[Columns] = ()) -> list[float]:
+        """Return the mean return from each state under the present policy, by K continuations each;
+        `columns` are what belongs to the prompt of each state."""
+        played = self.collector.play_on(states, self.config.rollouts, columns)
+        batch = EpisodeBatch.stack(played)
         rewards_BT, lengths_B = self.rewards(batch), batch.response_length_B
         returns_B = returns_to_go(rewards_BT, lengths_B, self.config.gamma)[:, 0]
         return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()

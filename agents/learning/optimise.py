@@ -16,6 +16,7 @@ from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.learner import FrozenLM, LossFunction, Metrics, accumulate_gradient
 from tokenenv.agents.learning.policy import LMPolicy
+from tokenenv.agents.learning.update_kl import Before
 from tokenenv.errors import NotFinite
 
 MakeLoss = Callable[[Tensor], LossFunction]
@@ -35,20 +36,22 @@ def optimise(
     max_new_tokens: int,
     reference: FrozenLM | None = None,
 ) -> Metrics:
-    """Take the optimizer steps of one update; return the mean of each metric over its minibatches.
+    """Take the optimizer steps of one update; return the mean of each metric over its minibatches,
+    and how far all of them moved the policy ("policy/update_kl", in nats per token).
 
     A metric "policy/approx_kl" above `config.target_kl` ends the update before the step of its
     minibatch. Whatever interrupts the update, no gradient is left behind.
 
     Args:
         rng: draws which episodes share a minibatch.
-        update: the number of the update, for errors.
+        update: the number of the update, for errors, and to know which texts are stale.
         max_new_tokens: the longest response, which "fixed-length" divides by.
 
     Raises:
         NotFinite: a gradient is not finite. The weights are as they were before its minibatch.
     """
     seen: list[Metrics] = []
+    before = Before(policy, batch, config, update)
     optimizer.zero_grad()
     try:
         for rows in minibatches(len(batch), config, rng):
@@ -88,7 +91,7 @@ def optimise(
         optimizer.zero_grad()
     names = dict.fromkeys(name for metrics in seen for name in metrics)
     means = {name: float(np.mean([m[name] for m in seen if name in m])) for name in names}
-    return means | {"policy/minibatches": len(seen)}
+    return means | {"policy/minibatches": len(seen), "policy/update_kl": before.kl(policy)}
 
 
 def minibatches(

@@ -5,7 +5,7 @@ torch, in any autoreset mode. Suffixes: N slots.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
-from tokenenv.agents.rollout.env_rows import action, flags, method, read_ends
+from tokenenv.agents.rollout.ending import Ending, no_listener
+from tokenenv.agents.rollout.env_rows import action, env_core, flags, method, read_ends
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.agents.rollout.recorder import Recorder
 from tokenenv.errors import InvalidAction, NotFinite
+from tokenenv.tables import Columns, by_name
 
 Prefix = tuple[np.ndarray, np.ndarray]
 """The token ids of a prompt and of the response so far."""
@@ -61,7 +63,11 @@ class Collector:
         self.stopping = False
         """Set from outside, by a signal's handler, say: `collect` ends after the step that is under
         way."""
-        self.recorder = Recorder(envs.num_envs)
+        self.ending = Ending()
+        """Where the run ends. Set from outside."""
+        self.on_tokens: Callable[[int], None] = no_listener
+        """Called with `tokens_seen` after each step of `collect` and `play_on`."""
+        self.recorder = Recorder(envs.num_envs, getattr(env_core(envs), "columns", ()))
         self.pairing = Pairing(envs.num_envs, group_size)
         self.running = False
         """Whether texts run that can be gone on with: not before the first reset, nor after an
@@ -84,8 +90,8 @@ class Collector:
     # ---------------------------------------------------------------- collecting
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Step until the episodes that ended hold at least `num_tokens` response tokens, and return
-        them: whole groups, one after the other.
+        """Step until the episodes that ended hold at least `num_tokens` response tokens, or until
+        the run's end (`ending`), and return them: whole groups, one after the other, at least one.
 
         It does not return before every text has ended that would be more than `max_staleness`
         updates old in the next batch. No text is thrown away for its age, which would favour short
@@ -100,7 +106,7 @@ class Collector:
         fresh = self.max_staleness == 0
         if fresh:
             self.reset()
-        while num_tokens > sum(len(e.response) for e in self.pairing.ready):
+        while self.ending.is_open(num_tokens, self.pairing.ready, self.tokens_seen):
             self._advance()
         # Which groups are waited for is fixed here. Texts that begin from now on are young enough
         # for the next batch, or at 0 belong to no batch.
@@ -130,7 +136,9 @@ class Collector:
             ended, size = self._step(), self.pairing.group_size
             if wanted is not None:
                 ended = {n: episode for n, episode in ended.items() if n // size in wanted}
-            return self.pairing.take(ended)
+            completed = self.pairing.take(ended)
+        self.on_tokens(self.tokens_seen)
+        return completed
 
     def step(self) -> list[Episode]:
         """Emit one token in every slot and return the episodes that this ended."""
@@ -199,13 +207,18 @@ class Collector:
 
     # ---------------------------------------------------------------- beginning, going on
 
-    def reset(self, options: dict[str, Any] | None = None) -> None:
-        """Begin anew in every slot; running episodes are dropped. The first time is seeded."""
+    def reset(self, options: dict[str, Any] | None = None, columns: Sequence[Columns] = ()) -> None:
+        """Begin anew in every slot; running episodes are dropped. The first time is seeded.
+
+        Where the options give prompts, `columns` (N) are what belongs to them.
+        """
         self.running = False
         seed = None if self._seeded else self.seed
+        if options is not None and any(columns):
+            options = options | {"columns": by_name(columns)}
         self._obs, infos = self.envs.reset(seed=seed, options=options)
         self._seeded = True
-        self.recorder.restart(self._obs, infos)
+        self.recorder.restart(self._obs, infos, columns)
         self._resetting[:] = False
         self.pairing.restart()
         self.running = True
@@ -257,8 +270,11 @@ class Collector:
 
     # ---------------------------------------------------------------- continuations
 
-    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """Return `rollouts` continuations of each state to the end, one after the other.
+    def play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
+    ) -> list[Episode]:
+        """Return `rollouts` continuations of each state to the end, one after the other; `columns`
+        are what belongs to the prompt of each state.
 
         The running texts wait meanwhile. Where they cannot be taken up again (this is interrupted,
         or the env saves no state), the next step begins anew.
@@ -267,11 +283,14 @@ class Collector:
         self.running = False
         at_once = self.envs.num_envs // rollouts
         for first in range(0, len(states), at_once):
-            found += self._play_on(states[first : first + at_once], rollouts)
+            some = slice(first, first + at_once)
+            found += self._play_on(states[some], rollouts, columns[some])
         self.load_env(running)
         return found
 
-    def _play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
+    def _play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns]
+    ) -> list[Episode]:
         """Play on from as many states as fit: slots `rollouts * k` and those after it from state k.
 
         Each state is read by one slot and copied to the others, caches included, so that its prompt
@@ -280,13 +299,15 @@ class Collector:
         wanted, slots = len(states) * rollouts, np.arange(self.envs.num_envs)
         copies = np.flatnonzero(np.arange(wanted) % rollouts)
         # Slots that are left over play on from the last state, and what they write is not used.
-        given = [states[min(slot // rollouts, len(states) - 1)] for slot in slots.tolist()]
+        state_of = [min(slot // rollouts, len(states) - 1) for slot in slots.tolist()]
+        given = [states[state] for state in state_of]
+        rows = [columns[state] for state in state_of] if columns else []
         # A collector of its own, so that this one's record of the running texts stays.
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
         prompts, prefixes = [prompt for prompt, _ in given], [prefix for _, prefix in given]
         mask = ~np.isin(slots, copies)
-        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes})
+        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes}, rows)
         if len(copies):
             fork = method(self.envs, "fork")
             collector.resume(fork(copies // rollouts * rollouts, copies)[0])
@@ -294,5 +315,6 @@ class Collector:
         while len(found) < wanted:
             # The first text of a slot counts: what it writes after that is from another prompt.
             found = {e.slot: e for e in collector.step() if e.slot < wanted} | found
+            self.on_tokens(self.tokens_seen + collector.tokens_seen)
         self.tokens_seen += collector.tokens_seen
         return [found[slot] for slot in range(wanted)]

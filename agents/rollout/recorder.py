@@ -6,7 +6,7 @@ action mask.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenenv.agents.episodes import Episode
 from tokenenv.agents.rollout.env_rows import take, take_by_name, take_info, take_obs
+from tokenenv.tables import Columns
 
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
 """The numbers of a line."""
@@ -36,7 +37,11 @@ STATE = ("age", "version", "_ring", "_clock", "_masks", "_potential")
 class Recorder:
     """Records N running texts step by step, and cuts finished ones out of the record."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, columns: Sequence[Columns] = ()) -> None:
+        self.columns = columns
+        """What belongs to each of the env's own prompts, by name; empty where the env has none."""
+        self._given: list[Columns] = [{}] * num_slots
+        """What belongs to the prompt that each slot was given at the last full reset."""
         self.age = np.zeros(num_slots, np.int64)
         """(N,) tokens that the policy has emitted in each slot's text."""
         self.version = np.zeros(num_slots, np.int64)
@@ -55,9 +60,13 @@ class Recorder:
         self._potential = torch.zeros(num_slots)
         """(N,) the env's Phi of the texts as they stand."""
 
-    def restart(self, obs: Mapping[str, Any], infos: Mapping[str, Any]) -> None:
-        """Begin a text in every slot, from what a full reset returned."""
+    def restart(
+        self, obs: Mapping[str, Any], infos: Mapping[str, Any], given: Sequence[Columns] = ()
+    ) -> None:
+        """Begin a text in every slot, from what a full reset returned; `given` (N) are the columns
+        of the prompts that it was given."""
         num_slots, length = obs["tokens"].shape
+        self._given = list(given) or [{}] * num_slots
         device = _device(obs)
         self._ring = torch.zeros(length, 4, num_slots, device=device)
         self._potential = torch.zeros(num_slots, device=device)
@@ -175,8 +184,14 @@ class Recorder:
             bootstraps=bool(end["bootstraps"]),
             terms={name: values[own] for name, values in terms.items()},
             watched={name: values[own] for name, values in watched.items()},
+            columns=dict(self._columns(int(end["prompt_id"]), slot)),
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )
+
+    def _columns(self, prompt_id: int, slot: int) -> Columns:
+        """What belongs to a text's prompt: the env's own, or one that the slot was given."""
+        own = 0 <= prompt_id < len(self.columns)
+        return self.columns[prompt_id] if own else self._given[slot]
 
     def move_to(self, obs: Mapping[str, Any]) -> None:
         """Go on beside the arrays of `obs`, which may be on another device than before."""

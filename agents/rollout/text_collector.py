@@ -17,9 +17,11 @@ from gymnasium.vector import VectorEnv
 from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
+from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.errors import InvalidArgument, NotFinite
+from tokenenv.tables import Columns, by_name
 from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
 
 ENGINES = {
@@ -48,6 +50,8 @@ class Text:
     response: list[int] = field(default_factory=list)
     """The tokens that were written, without the prefix."""
     logprob: list[float] = field(default_factory=list)
+    columns: Columns = field(default_factory=dict)
+    """What belongs to the prompt, by name."""
 
 
 class TextCollector:
@@ -100,11 +104,16 @@ class TextCollector:
         self.stopping = False
         """Set from outside, by a signal's handler, say: `collect` ends with the text that ends
         next."""
+        self.ending = Ending()
+        """Where the run ends. Set from outside."""
+        self.on_tokens: Callable[[int], None] = no_listener
+        """Called with `tokens_seen` whenever texts have ended."""
 
     # ---------------------------------------------------------------- what agents call
 
     def collect(self, num_tokens: int) -> list[Episode]:
-        """Return episodes that hold at least `num_tokens` response tokens, in whole groups.
+        """Return episodes that hold at least `num_tokens` response tokens, or those that have ended
+        at the run's end (`ending`): whole groups, at least one.
 
         It does not return before every text has ended that would be more than `max_staleness`
         updates old in the next batch. No text is thrown away for its age, which would favour short
@@ -113,13 +122,13 @@ class TextCollector:
         if not self._synced:
             self._sync()
         with self._stopping():
-            while self._missing(num_tokens) > 0 or self._overdue():
+            while self._is_open(num_tokens) or self._overdue():
                 if self.stopping:
                     raise Stopped
                 self._begin_cut()
                 # At 0 a text that begins while the last ones are waited for would be too old for
                 # the next batch, so slots of the engine idle instead.
-                if self._missing(num_tokens) > 0 or self.max_staleness > 0:
+                if self._is_open(num_tokens) or self.max_staleness > 0:
                     self._begin_groups()
                 self._wait()
         try:
@@ -144,14 +153,18 @@ class TextCollector:
         self.version += 1
         self._sync()
 
-    def play_on(self, states: Sequence[Prefix], rollouts: int) -> list[Episode]:
-        """Return `rollouts` continuations of each state to the end, one after the other.
+    def play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
+    ) -> list[Episode]:
+        """Return `rollouts` continuations of each state to the end, one after the other; `columns`
+        are what belongs to the prompt of each state.
 
         The engine writes them beside the running texts.
         """
         numbers = []
         with self._stopping():
-            for prompt, prefix in states:
+            rows = columns or [{}] * len(states)
+            for (prompt, prefix), row in zip(states, rows, strict=True):
                 for _ in range(rollouts):
                     self._continued += 1
                     text = Text(
@@ -161,6 +174,7 @@ class TextCollector:
                         -1,
                         self.core.weights,
                         prefix.tolist(),
+                        columns=row,
                     )
                     self._begin(text)
                     numbers.append(text.number)
@@ -205,8 +219,8 @@ class TextCollector:
 
     # ---------------------------------------------------------------- texts
 
-    def _missing(self, num_tokens: int) -> int:
-        return num_tokens - sum(len(text.response) for text in self._ready)
+    def _is_open(self, num_tokens: int) -> bool:
+        return self.ending.is_open(num_tokens, self._ready, self.tokens_seen)
 
     def _overdue(self) -> bool:
         """Return whether a text that is not ready yet would be too old for the next batch."""
@@ -228,9 +242,13 @@ class TextCollector:
         while len(self._running) + self.group_size <= self.num_texts:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
+            table = getattr(self.core, "columns", ())
+            row = table[prompt_id] if table else {}
             numbers = range(self._begun, self._begun + self.group_size)
             cut = {
-                number: Text(number, self.version, prompt, prompt_id, self.core.weights)
+                number: Text(
+                    number, self.version, prompt, prompt_id, self.core.weights, columns=row
+                )
                 for number in numbers
             }
             # A group is written down before its first text is begun: an interruption leaves no
@@ -265,6 +283,7 @@ class TextCollector:
         # All at once, from values made before: no interruption finds a text in none of them.
         self._running, self._waiting, self._ready = running, waiting, ready
         self._continuations, self.tokens_seen = continuations, seen
+        self.on_tokens(seen)
 
     def _sync(self) -> None:
         """Hand the engine the present weights. Where that fails, the next `collect` tries again
@@ -295,11 +314,13 @@ class TextCollector:
         if self.pays_logprob:
             # A prefix was not drawn. Its penalty is dropped below, so any number will do.
             logprobs = [[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
+        columns = by_name([text.columns for text in texts])
         try:
             scores = self.core.score_episodes(
                 [text.prompt for text in texts],
                 [[*text.prefix, *text.response] for text in texts],
                 logprobs=logprobs,
+                **({"columns": columns} if columns else {}),
                 weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
                 played=True,
             )
@@ -341,6 +362,7 @@ class TextCollector:
             bootstraps=not terminated and not self.spec.score_truncated,
             terms=own_tokens(scores.token_reward_terms),
             watched=own_tokens(scores.watched),
+            columns=text.columns,
         )
 
 

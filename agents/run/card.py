@@ -98,10 +98,15 @@ def _env(agent: "Agent") -> dict[str, Any]:
     """Return the env's id and its reward, in words."""
     known = method(agent.envs, "identity") or {}
     terms = known.get("terms", {}) if isinstance(known, Mapping) else {}
-    named = [f"{name} ({term['class']}, weight {term['weight']})" for name, term in terms.items()]
+    named = [_described(name, term) for name, term in terms.items()]
     spec = getattr(agent.core, "spec", None)
     env_id = getattr(spec, "id", None) or type(agent.core).__name__
     return {"id": env_id, "reward": ", ".join(named) or "of the environment's own"}
+
+
+def _described(name: str, term: Mapping[str, Any]) -> str:
+    function = f" of {term['function']}" if "function" in term else ""
+    return f"{name} ({term['class']}{function}, weight {term['weight']})"
 
 
 def _last_metrics(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.batching import last_states
+from tokenenv.tables import Columns, read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def evaluate(
     *,
     num_texts: int = 256,
     prompts: Sequence[Any] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     temperature: float | None = None,
     seed: int = 0,
     best_of: int | None = None,
@@ -77,6 +79,8 @@ def evaluate(
         envs: is reset, so it should not be the env in which an agent is learning.
         num_texts: texts from the env's own prompts, the same prompts for the same `seed`.
         prompts: one text each, in place of `num_texts`.
+        columns: what belongs to these prompts, where the reward or `gold` asks for it: a list of
+            one value a prompt, by name.
         temperature: by default the agent's (a policy's is 1). 0 takes the likeliest token each
             time, and the KL is then that of this deterministic policy.
         best_of: how many texts are drawn for each text, of which the one with the highest score
@@ -98,6 +102,9 @@ def evaluate(
         temperature = agent.config.temperature if policy is not agent else 1.0
     check_temperature(temperature)
     best_of = getattr(agent, "best_of", 1) if best_of is None else best_of
+    if columns is not None and prompts is None:
+        raise InvalidArgument("columns= belong to prompts=, which are missing.")
+    rows = read_columns(columns, range(len(prompts or ())), len(prompts or ()), "columns")
     asked = best_of * (num_texts if prompts is None else len(prompts))
     written = 0
 
@@ -113,7 +120,7 @@ def evaluate(
         if prompts is None:
             found = first_texts(collector, num_texts, count)
         else:
-            found = _texts_of(collector, prompts, count)
+            found = _texts_of(collector, prompts, rows, count)
         check_scores([e.score for e in found], best_of)  # before more are written in vain
         return found
 
@@ -125,13 +132,21 @@ def evaluate(
 
 
 def _texts_of(
-    collector: Collector, prompts: Sequence[Any], count: Callable[[int], None]
+    collector: Collector,
+    prompts: Sequence[Any],
+    columns: Sequence[Columns],
+    count: Callable[[int], None],
 ) -> list[Episode]:
-    """Return one text of each prompt."""
+    """Return one text of each prompt; `columns` are what belongs to each."""
     episodes, num_envs = [], collector.envs.num_envs
+
+    def filled(values: Sequence[Any]) -> list[Any]:
+        return [*values, *[values[0]] * (num_envs - len(values))]
+
     for start in range(0, len(prompts), num_envs):
-        group = list(prompts[start : start + num_envs])
-        collector.reset({"prompts": group + group[:1] * (num_envs - len(group))})
+        group = prompts[start : start + num_envs]
+        rows = filled(columns[start : start + num_envs]) if columns else []
+        collector.reset({"prompts": filled(group)}, rows)
         episodes += first_texts(collector, num_envs, count)[: len(group)]
     return episodes
 

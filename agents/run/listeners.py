@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from tokenenv.agents.episodes import Episode
+from tokenenv.agents.rollout.ending import no_listener
 from tokenenv.agents.run.failures import write_failures
 from tokenenv.agents.run.files import locked, refuse_episodes
 from tokenenv.agents.run.progress import ProgressLine
@@ -60,7 +61,10 @@ def listening(
         if checkpoint_every:
             add(lambda *_: save() if agent.updates % checkpoint_every == 0 else None)
         if progress:
-            add(ProgressLine(total_tokens, agent.tokens_seen))
+            line = ProgressLine(total_tokens, agent.tokens_seen)
+            add(line)
+            agent.collector.on_tokens = line.seen
+            opened.callback(setattr, agent.collector, "on_tokens", no_listener)
         try:
             yield listeners
             save()

@@ -99,7 +99,7 @@ def made_with(envs: Any) -> dict[str, Any]:
 def _env_of(agent: "Agent") -> tuple[dict[str, Any], dict[str, str]]:
     """Return the entries of the env, and the sentences for its parts without a name."""
     typed = getattr(agent.core, "as_typed", None)
-    values = {"env": None, "reward": None, "gold": None, "options": {}}
+    values: dict[str, Any] = {"env": None, "reward": None, "gold": None, "options": {}}
     values, no_name = (values, {}) if typed is None else (dict(typed.values), dict(typed.no_name))
     if typed is None or agent.envs is not agent.core:
         no_name["env"] = (

@@ -279,6 +279,7 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         "response": texts[1],
         "length": len(episode.response),
         "terminated": episode.terminated,
+        **({"columns": dict(episode.columns)} if episode.columns else {}),
         **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
         **({"terms": {name: _digits(value) for name, value in terms.items()}} if terms else {}),
     }

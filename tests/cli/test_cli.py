@@ -187,7 +187,7 @@ def test_envs_rewards_and_version(capsys):
     main(["rewards"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in DESIGNS)
-    assert "Rule(f, delta=True)" in printed
+    assert "Rule(f, dense=True)" in printed
     main(["version"])
     assert __version__ in capsys.readouterr().out
 

@@ -167,8 +167,10 @@ def test_texts_are_printed_as_they_are(text, terminal, monkeypatch, tmp_path):
             printing, "console", Console(file=out, force_terminal=terminal, width=200)
         )
         tokens = np.zeros(1, np.int64)
-        one = SimpleNamespace(episodes=[SimpleNamespace(prompt=tokens, response=tokens, gold=0.0)])
-        show_examples({"before": one, "after": one}, Says(text), 1)
+        said = SimpleNamespace(prompt=tokens, response=tokens, gold=0.0, score=np.nan)
+        one = SimpleNamespace(episodes=[said])
+        spec = SimpleNamespace(tokenizer=Says(text), chats=None)
+        show_examples({"before": one, "after": one}, spec, 1)
     printed = (
         (tmp_path / "out").read_text(encoding="utf-8").replace("\x1b[1m", "").replace("\x1b[0m", "")
     )

@@ -199,7 +199,7 @@ def test_functions_that_give_no_finite_number_stop_no_run(
 ) -> None:
     rules = {
         "end": Rule(lambda prompt, response: value),
-        "dense": Rule(lambda prompt, response: value if len(response) > 1 else 0.0, delta=True),
+        "dense": Rule(lambda prompt, response: value if len(response) > 1 else 0.0, dense=True),
         "each": TokenRule(lambda prompt, response: [value] * len(response), on="tokens"),
     }
     watch = {name: wrap(rule) for name, rule in rules.items()}
@@ -221,7 +221,7 @@ def test_functions_that_give_no_finite_number_stop_no_run(
 
 
 def test_what_is_watched_must_be_a_number() -> None:
-    envs = make(watch=Rule(lambda prompt, response: None, delta=True))
+    envs = make(watch=Rule(lambda prompt, response: None, dense=True))
     with pytest.raises(InvalidArgument, match="returned None"):
         envs.reset(seed=0)
 

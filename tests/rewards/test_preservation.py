@@ -186,7 +186,7 @@ def test_the_dense_form_of_a_rule_keeps_its_return_and_its_gradient() -> None:
     for world in worlds():
         dense, plain = (
             torch.from_numpy(
-                world.paid(reward=Rule(rule, on="tokens", delta=delta)).token_rewards
+                world.paid(reward=Rule(rule, on="tokens", dense=delta)).token_rewards
             ).double()
             for delta in (True, False)
         )

@@ -36,6 +36,10 @@ class Trunk:
 TRUNK = Trunk()
 
 
+def vowels(prompt, response):
+    return sum(map(response.count, "aeiou"))
+
+
 def parts(*, per_token=True, scorer=True, reference=True):
     head = Scorer(TRUNK, lambda states: states[:, 0] * 10, per_token) if scorer else None
     task = Task(
@@ -199,7 +203,7 @@ def test_designs_are_found_by_name_term_or_mapping():
         assert list(make_terms(name)) == (
             ["terminal", "delta"] if name == "progressive" else [name]
         )
-    terms = make_terms({"dense": "token", "end": ("terminal", 0.5), "rule": Rule(len)})
+    terms = make_terms({"dense": "token", "end": ("terminal", 0.5), "rule": Rule(vowels)})
     assert list(terms) == ["dense", "end", "rule"]
     assert [weight_now(term.weight, 0) for term in terms.values()] == [1.0, 0.5, 1.0]
 
@@ -248,8 +252,8 @@ def test_bad_rewards_are_named(reward, message):
         (Token(), {"per_token": False}, "reward='token' needs a token-classification reward model"),
         (Terminal(), {"scorer": False}, "reward='terminal' needs a reward model"),
         (ReferenceKL(), {"reference": False}, "reward='kl' needs a reference"),
-        (Rule(len), {}, "reward='rule' needs a tokenizer"),
-        (Rule(len, delta=True), {}, "reward='rule' needs a tokenizer"),
+        (Rule(vowels), {}, "reward='rule' needs a tokenizer"),
+        (Rule(vowels, dense=True), {}, "reward='rule' needs a tokenizer"),
     ],
 )
 def test_what_a_term_needs_is_named(term, lacking, message):

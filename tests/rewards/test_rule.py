@@ -63,7 +63,7 @@ def one_text(length=3):
 
 
 def paid_to(rule, texts):
-    return rule._call(texts, torch.device("cpu")).tolist()
+    return rule.numbers(texts, torch.device("cpu")).tolist()
 
 
 # ------------------------------------------------------- what a rule returns
@@ -107,7 +107,7 @@ def test_numbers_of_every_kind_are_taken(value, number):
     ids=str,
 )
 def test_what_is_no_number_is_named_with_the_function_and_the_text(value):
-    message = r"the reward rule 'function' returned .* for the response \[5, 6, 7\]; it must return"
+    message = r"the rule 'function' returned .* for the response \[5, 6, 7\]; it must return"
     with pytest.raises(InvalidArgument, match=message) as error:
         paid_to(Rule(returns(value), on="tokens"), one_text())
     assert repr(value)[:20] in str(error.value)
@@ -127,7 +127,7 @@ def test_functions_of_every_kind_have_a_name(function, name):
     with pytest.raises((InvalidArgument, TypeError)) as error:
         paid_to(Rule(function, on="tokens"), one_text())
     if name != "returns":
-        assert f"the reward rule {name!r} returned None" in str(error.value)
+        assert f"the rule {name!r} returned None" in str(error.value)
 
 
 def test_a_long_text_is_shortened():
@@ -139,9 +139,7 @@ def test_a_long_text_is_shortened():
 
 @pytest.mark.parametrize("value", [[1.0], [1.0] * 4, 1.0, None])
 def test_a_token_rule_returns_one_number_a_token(value):
-    message = (
-        r"the token rule 'function' returned .* for the response \[5, 6, 7\]; it must return 3"
-    )
+    message = r"the rule 'function' returned .* for the response \[5, 6, 7\]; it must return 3"
     with pytest.raises(InvalidArgument, match=message):
         TokenRule(returns(value), on="tokens").place(one_text(), 4)
 
@@ -190,7 +188,7 @@ def test_an_env_pays_a_plain_function_at_the_end():
 
 
 def dense(**options):
-    return Rule(worth, on="tokens", delta=True, **options)
+    return Rule(worth, on="tokens", dense=True, **options)
 
 
 def expected(prompt, response, start=0):
@@ -201,7 +199,7 @@ def expected(prompt, response, start=0):
 @pytest.mark.parametrize("on", ["text", "tokens"])
 def test_each_token_is_paid_what_it_changes_and_stepping_equals_scoring(on):
     function = vowels if on == "text" else worth
-    envs = make_vec(4, "SameStep", reward=Rule(function, on, delta=True), kl="none")
+    envs = make_vec(4, "SameStep", reward=Rule(function, on, dense=True), kl="none")
     plain = make_vec(4, "SameStep", reward=Rule(function, on), kl="none")
     episodes = play(envs, steps=30)
     texts = [e.prompt for e in episodes], [e.response for e in episodes]
@@ -228,7 +226,7 @@ def test_the_function_is_called_once_a_token_and_once_where_a_text_begins():
         calls.append(len(response))
         return 0.0
 
-    envs = make_vec(3, "Disabled", reward=Rule(counted, "tokens", delta=True), stops=())
+    envs = make_vec(3, "Disabled", reward=Rule(counted, "tokens", dense=True), stops=())
     envs.reset(seed=0)
     for _ in range(T):
         envs.step(np.full(3, 20))
@@ -344,7 +342,7 @@ WRAPPED = {
     "clipped": lambda: Clipped(dense(), -0.2, 0.2),
     "by position": lambda: Scaled(PositionScaled(dense())),
     "fading": lambda: progressive(Rule(worth, on="tokens"), Scaled("delta"), tokens=50),
-    "mixed": lambda: {"a": (dense(), 0.3), "b": (Rule(vowels, delta=True), 0.5), "c": "uniform"},
+    "mixed": lambda: {"a": (dense(), 0.3), "b": (Rule(vowels, dense=True), 0.5), "c": "uniform"},
 }
 
 
@@ -390,7 +388,7 @@ def test_a_function_that_raises_leaves_an_env_that_begins_anew():
             raise RuntimeError("the judge is out")
         return worth(prompt, response)
 
-    envs = make_vec(2, "SameStep", reward=Rule(sometimes, "tokens", delta=True), kl="none")
+    envs = make_vec(2, "SameStep", reward=Rule(sometimes, "tokens", dense=True), kl="none")
     envs.reset(seed=0)
     envs.step(np.array([20, 21]))
     fails[0] = True
@@ -457,7 +455,7 @@ def test_special_tokens_are_no_text():
         seen.append((prompt, response))
         return len(response)
 
-    envs = make_vec(1, "SameStep", reward=Rule(noted, delta=True), kl="none")
+    envs = make_vec(1, "SameStep", reward=Rule(noted, dense=True), kl="none")
     envs.reset(seed=0)
     prompt = tokenizer().decode(prompts_of(envs)[0], skip_special_tokens=True)
     envs.step(np.array([20]))

@@ -74,8 +74,10 @@ HOSTILE = {
     },
     "a URL in a list": {
         "env": "tokenenv/TextGen-v0",
-        "options": {"model": "x", "prompts": ["a", "file:///etc"]},
+        "options": {"model": ["a", "file:///etc"], "prompts": "y"},
     },
+    "prompts to evaluate by URL": {"eval_prompts": "https://host/p"},
+    "gold by module": {"gold": "os:system"},
     "a kernel from the hub": {
         "env": "tokenenv/TextGen-v0",
         "options": {"model": "x", "prompts": "y", "attn_implementation": "someone/kernel"},

@@ -33,6 +33,7 @@ from tokenenv.check.driver import (
     run,
 )
 from tokenenv.check.step_checks import SCORED_KEYS, check_infos, check_steps, contract_infos
+from tokenenv.tables import Columns, by_name
 
 
 def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> None:
@@ -240,13 +241,16 @@ def check_scoring(trial: Trial) -> None:
     prompts = [
         draw_ids(trial.envs, trial.rng, 1 + slot % longest) for slot in range(trial.envs.num_envs)
     ]
-    steps = run(trial.envs, trial.start(prompts=prompts), trial.plan)
+    rows = _rows(trial)
+    given = {"columns": by_name(rows)} if rows else {}
+    steps = run(trial.envs, trial.start(prompts=prompts, **given), trial.plan)
     # Texts are scored with what terms had learned when they began.
     trial.forget()
     for slot, prompt in enumerate(prompts):
         end = next((number for number, step in enumerate(steps) if step.ended[slot]), None)
         if end is not None:
-            _check_scored_text(trial, slot, prompt, steps[: end + 1])
+            row = by_name(rows[slot : slot + 1])
+            _check_scored_text(trial, slot, prompt, row, steps[: end + 1])
 
 
 def check_saved_state(trial: Trial) -> None:
@@ -347,12 +351,21 @@ def _prefixes(trial: Trial, length: int) -> list[list[int]]:
     return [draw_ids(trial.envs, trial.rng, length) for _ in range(trial.envs.num_envs)]
 
 
+def _rows(trial: Trial) -> list[Columns]:
+    """Return columns for prompts that are given, one row for each slot: those of the env's own
+    prompts. None where these have no columns."""
+    table = getattr(trial.envs.unwrapped, "columns", ())
+    return [table[slot % len(table)] for slot in range(trial.envs.num_envs)] if table else []
+
+
 def _twins(array: np.ndarray) -> np.ndarray:
     """Return an action (N,) in which slot 1 does what slot 0 does."""
     return np.concatenate([array[:1], array[:1], array[2:]])
 
 
-def _check_scored_text(trial: Trial, slot: int, prompt: list[int], steps: list[Step]) -> None:
+def _check_scored_text(
+    trial: Trial, slot: int, prompt: list[int], columns: dict[str, list[Any]], steps: list[Step]
+) -> None:
     """Raise `ContractError` unless a text of `slot` was paid as `score_episodes` says."""
     tokens, logprobs = ([float(step.action[part][slot]) for step in steps] for part in (0, 1))
     last = steps[-1].info
@@ -361,6 +374,7 @@ def _check_scored_text(trial: Trial, slot: int, prompt: list[int], steps: list[S
         [list(map(int, tokens))],
         logprobs=[logprobs],
         truncated=[bool(last["cut"][slot])],
+        **({"columns": columns} if columns else {}),
     )
     paid = np.array([step.reward[slot] for step in steps])
     require(

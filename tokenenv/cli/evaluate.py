@@ -40,7 +40,7 @@ class Evaluate:
     run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """A run folder, of `tokenenv train` or of an agent with run_dir= in Python."""
     eval_prompts: Annotated[str | None, shown_as("FILE")] = None
-    """Prompts to ask for, in a file as the option prompts takes it; by default the run's own
+    """Prompts to ask for, a file that is read as the run's own was; by default the run's
     --eval-prompts."""
     num_texts: int = 256
     """Texts that are sampled from each of the two."""

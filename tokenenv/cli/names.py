@@ -16,6 +16,7 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.plugins import import_module, load_name
 from tokenenv.registration import ENV_NAMES, token_ids
 from tokenenv.rewards.designs import RewardSpec, reward_from
+from tokenenv.rewards.rule import Rule
 from tokenenv.safety.values import typed
 
 
@@ -95,11 +96,11 @@ def _named_reward(name: str, argument: str) -> RewardSpec:
 
 
 def gold_of(name: str) -> Any:
-    """Return the function that `--gold` names."""
+    """Return the function, or the `Rule` of one, that `--gold` names."""
     make_importable()
     label = f"gold={name!r}"
     found = load_name(name, label)
-    if not callable(found) or isinstance(found, type):
+    if isinstance(found, type) or not (callable(found) or isinstance(found, Rule)):
         raise InvalidArgument(f"{label} must be a function of (prompt, response).")
     return found
 

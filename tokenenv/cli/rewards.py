@@ -65,7 +65,7 @@ class Rewards:
         say("your own, a RewardTerm or a function of (prompt, response) (docs/plugins.md):")
         say("    tokenenv train --reward module:Name")
         say("in Python: reward=f pays a function of (prompt, response) at the end of each text,")
-        say("    reward=Rule(f, delta=True) as it is written (docs/your-reward.md)")
+        say("    reward=Rule(f, dense=True) as it is written (docs/your-reward.md)")
 
 
 def row(name: str, brought: str = "") -> tuple[str, str, str, str]:

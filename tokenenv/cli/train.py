@@ -63,8 +63,8 @@ GOLD = shown_as(
 )
 EVAL_PROMPTS = shown_as(
     "FILE",
-    "Prompts that `tokenenv evaluate` asks for later, and training does not; a file as the option "
-    "prompts takes it.",
+    "Prompts that `tokenenv evaluate` asks for later and training does not: a file that is read as "
+    "the option prompts is, by the same prompt_column and chat_template.",
 )
 ALGO = tyro.conf.arg(
     metavar="NAME|MODULE:NAME",
@@ -191,6 +191,8 @@ class Train(Generic[Config]):
         with fitting(folder / "config.yaml"):
             agent = self.algorithm.load(checkpoint, self.make_envs(), run_dir=folder, **changes)
         saved, given = (dataclasses.asdict(config) for config in (agent.config, self.agent))
+        if given["lr"] is None:  # which asks for no other rate
+            given["lr"] = saved["lr"]
         named = {
             name: (saved[name], value) for name, value in given.items() if saved[name] != value
         }
@@ -225,7 +227,7 @@ class Train(Generic[Config]):
             say(f"the run has ended at {seen:,} tokens; --total-tokens makes it longer")
 
     def _learn(self, agent: Agent, folder: Path) -> None:
-        agent.run_dir, agent.run_config = folder, self.as_run(agent.core).saved()
+        agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
         wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
         with stopping(agent.stop) as received:
             agent.learn(
@@ -262,10 +264,14 @@ class Train(Generic[Config]):
         )
         return f" {flags}" if flags else ""
 
-    def as_run(self, envs: TokenVectorEnv) -> "Train":
-        """Return this config with the value of every option of the env, defaults included, so that
-        the run can be made again after a default has changed."""
-        return dataclasses.replace(self, options=self.options | resolved(envs))
+    def as_run(self, agent: Agent) -> "Train":
+        """Return this config with the value of every setting of the agent and of every option of
+        the env, defaults included, so that the run can be made again after a default has
+        changed."""
+        settings = cast(Config, agent.config)
+        return dataclasses.replace(
+            self, options=self.options | resolved(agent.core), agent=settings
+        )
 
     def saved(self) -> dict[str, Any]:
         """Return what the run folder's config says of this."""

@@ -55,7 +55,7 @@ def as_typed(envs: Any) -> AsTyped:
     values = {
         "env": words("env", _id, envs.spec),
         "reward": words("reward", _reward, given.pop("reward", None)),
-        "gold": words("gold", _function, given.pop("gold", None)),
+        "gold": words("gold", _reward, given.pop("gold", None)),
     }
     task = given.pop("task", None)
     if envs.spec is not None and task != gym.registry[envs.spec.id].kwargs["task"]:

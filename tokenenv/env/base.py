@@ -19,6 +19,7 @@ from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
 from tokenenv.env.scoring import read_weights, score_episodes
 from tokenenv.errors import EnvClosed, Interrupted
+from tokenenv.tables import Columns
 from tokenenv.types import EpisodeScores
 
 
@@ -106,6 +107,12 @@ class EnvBase(VectorEnv):
         return self._task.prompts
 
     @property
+    def columns(self) -> Sequence[Columns]:
+        """What belongs to each of `prompts`: the other columns of its row, by name. Empty where
+        the prompts came without any."""
+        return self._task.columns
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term of the reward, "kl" included, in an episode that begins now."""
         self._require_open()
@@ -157,6 +164,7 @@ class EnvBase(VectorEnv):
         *,
         logprobs: Sequence[Sequence[float]] | None = None,
         truncated: Sequence[bool] | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
         kl_coef: float | Sequence[float] | None = None,
         weights: Mapping[str, float | Sequence[float]] | None = None,
         played: bool = False,
@@ -174,6 +182,8 @@ class EnvBase(VectorEnv):
             truncated: which texts were cut; by default those that do not end in a stop token, and
                 never one that does. A cut text that is shorter than `max_new_tokens` was cut by
                 whoever wrote it, and counts like one that reached it.
+            columns: what belongs to the prompts: a list of B values, by name, for each column that
+                the reward or the task's `gold` asks for.
             kl_coef: beta of the episodes, 0 or more; by default the env's present one.
             weights: the weights of the reward's terms; by default the present ones, as are the
                 statistics of terms that learn any.
@@ -192,8 +202,8 @@ class EnvBase(VectorEnv):
                 responses,
                 logprobs=logprobs,
                 truncated=truncated,
+                columns=columns,
                 weights=chosen,
-                gold=self._task.gold,
                 learning=played,
             )
         except BaseException:

@@ -20,6 +20,7 @@ from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
@@ -46,10 +47,16 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    if not (built.gold is None or built.gold == "score" or callable(built.gold)):
+    known = built.gold is None or isinstance(built.gold, Rule) or callable(built.gold)
+    if not known and built.gold != "score":
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
             "up; on the command line, give --gold module:function."
+        )
+    if len(built.columns) not in (0, len(built.prompts)):
+        raise InvalidArgument(
+            f"the task has {len(built.prompts)} prompts and {len(built.columns)} rows of columns; "
+            "give one for each prompt, or none."
         )
     return config, with_max_new_tokens(built, config.max_new_tokens)
 

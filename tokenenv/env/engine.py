@@ -3,7 +3,8 @@
 Suffixes: N slots, S terms, C causal terms, T response tokens.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any
@@ -22,8 +23,10 @@ from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import sum_dtype
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.term import Context, RewardTerm
+from tokenenv.tables import Columns, require_columns
 from tokenenv.types import Head, Slots
 
 
@@ -88,6 +91,9 @@ class RewardEngine:
             {"policy's model": context.task.model or context.reference, **self.frozen_models()}
         )
         self.dynamics = Dynamics(context, self.rewards)
+        self.has_score = context.scorer is not None or self.dynamics.score_rule is not None
+        self.gold = _gold_rule(context)
+        """The task's true metric, where it is a function of the text."""
         models = [context.reference, *(m for t in self._bound().values() for m in t.models)]
         models += [context.causal_scorer.model] if context.causal_scorer else []
         parts_of = (part for model in models for part in (model, trunk_of(model)))
@@ -108,6 +114,13 @@ class RewardEngine:
         self.states: States | None = None
         """Of all slots; None before texts have begun in every slot."""
         self._device_weights: dict[str, Tensor] = {}
+
+    def require_columns(self, rows: Sequence[Columns], whose: str) -> None:
+        """Raise `InvalidArgument` unless prompts that were given have the columns, `rows`, that
+        the terms and `gold=` ask for."""
+        require_columns(rows, sorted(self.rewards.columns), "reward= or watch=", whose)
+        if self.gold is not None:
+            require_columns(rows, self.gold.columns, "gold=", whose)
 
     def _bound(self) -> dict[str, RewardTerm]:
         return self.rewards.terms | self.rewards.watched
@@ -382,6 +395,19 @@ class RewardEngine:
         """Go on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
             self.rewards.every[name].load_statistics(_copied(values))
+
+
+def _gold_rule(context: Context) -> Rule | None:
+    """The task's function `gold` as a rule, bound; what it returns need not be finite."""
+    gold = context.task.gold
+    if gold is None or isinstance(gold, str):
+        return None
+    rule = copy.copy(gold) if isinstance(gold, Rule) else Rule(gold)
+    try:
+        rule.bind(replace(context, watched=True))
+    except InvalidArgument as error:
+        raise InvalidArgument(str(error).replace("reward='rule'", "gold=")) from error
+    return rule
 
 
 def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:

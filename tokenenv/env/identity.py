@@ -6,6 +6,7 @@ watched, `max_batch_tokens`, `compile`. Models and prompts are told by their con
 they were found.
 """
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from tokenenv.env.config import EnvConfig
 from tokenenv.rewards.term import RewardTerm
+from tokenenv.tables import Columns
 from tokenenv.types import Scorer, Task, TokenSpec
 
 CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile")
@@ -45,6 +47,7 @@ def identity(
     options |= {"kl_coef": kl_coef, "max_new_tokens": spec.max_new_tokens}
     del options["reward"]  # the terms say it
     models = ("reference", "model", "scorer", "implicit_model", "step_scorer")
+    columns = {"columns": columns_digest(task.columns)} if task.columns else {}
     return {
         "id": env_id,
         "options": plain(options),
@@ -54,6 +57,7 @@ def identity(
             "max_prompt_tokens": spec.max_prompt_tokens,
         },
         "prompts": prompts_digest(task.prompts),
+        **columns,
         "models": {
             name: digest(getattr(task, name)) for name in models if getattr(task, name) is not None
         },
@@ -100,6 +104,14 @@ def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
     for i in range(0, len(prompts), _stride(len(prompts))):
         value = zlib.crc32(np.asarray(prompts[i], np.int64).tobytes(), zlib.crc32(b"|", value))
     return f"{len(prompts)} prompts, {value:08x}"
+
+
+def columns_digest(columns: Sequence[Columns]) -> str:
+    """Return the names of the columns, and a checksum over (at most `SAMPLES` of) the rows."""
+    value, names = 0, dict.fromkeys(name for row in columns for name in row)
+    for i in range(0, len(columns), _stride(len(columns))):
+        value = zlib.crc32(json.dumps(columns[i], sort_keys=True).encode(), value)
+    return f"{', '.join(names)}, {value:08x}"
 
 
 def digest(model: Any) -> str:

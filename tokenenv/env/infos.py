@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokenenv.env.engine import Paid, RewardEngine
 from tokenenv.env.transitions import Ends
-from tokenenv.rewards.seen import FinishedTexts
 
 Values = Tensor | np.ndarray | dict[str, Tensor]
 """Of all rows; an array is on the host, and not the env's own."""
@@ -92,7 +91,7 @@ def step_infos(
     ended, watched = ends.ended, engine.rewards.watched
     if paid.score is not None:
         entries["score"] = paid.score, ended
-    gold = _gold(engine.context.task.gold, paid.finished, paid.score, ended)
+    gold = _gold(engine, paid, ended)
     if gold is not None:
         entries["gold"] = gold, ended
     # The engine gives copies: the slots that end may begin anew before these are read.
@@ -104,17 +103,14 @@ def step_infos(
     return Infos(entries)
 
 
-def _gold(
-    metric: Any, texts: FinishedTexts, score: Tensor | None, ended: np.ndarray
-) -> Tensor | np.ndarray | None:
+def _gold(engine: RewardEngine, paid: Paid, ended: np.ndarray) -> Tensor | np.ndarray | None:
     """The task's true metric (N,) of the texts that ended, or None where it has none."""
-    if metric == "score":
-        return None if score is None else score.clone()
-    if metric is None:
-        return None
+    if engine.gold is None:
+        is_score = engine.context.task.gold == "score" and paid.score is not None
+        return paid.score.clone() if is_score else None
+    assert paid.finished is not None
     gold = np.zeros(len(ended), dtype=np.float32)
-    pairs = texts.prompt_and_response_texts()
-    gold[ended] = [metric(prompt, response) for prompt, response in pairs]
+    gold[ended] = engine.gold.numbers(paid.finished, torch.device("cpu")).numpy()
     return gold
 
 

@@ -1,7 +1,7 @@
 """Reading `reset(seed=..., options=...)`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.prompts import read_continuation, read_prompt
+from tokenenv.tables import Columns, read_columns
 from tokenenv.types import TokenSpec
 
 Seed = int | Sequence[int | None] | None
@@ -24,8 +25,10 @@ class ResetOptions:
     masked: bool
     """Whether the mask was given, as by callers that reset what has ended; otherwise all slots
     begin anew."""
-    prompts: dict[int, list[int]]
-    prefixes: dict[int, list[int]]
+    prompts: dict[int, list[int]] = field(default_factory=dict)
+    prefixes: dict[int, list[int]] = field(default_factory=dict)
+    columns: dict[int, Columns] = field(default_factory=dict)
+    """What belongs to each of `prompts`."""
 
 
 def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec) -> ResetOptions:
@@ -33,16 +36,18 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise InvalidArgument(
-            f"options={options!r} must be a dict with reset_mask, prompts or prefixes, or None."
+            f"options={options!r} must be a dict with reset_mask, prompts, columns or prefixes, or "
+            "None."
         )
     for key in options:
-        check_choice("options key", key, ("reset_mask", "prompts", "prefixes"))
+        check_choice("options key", key, ("reset_mask", "prompts", "columns", "prefixes"))
     mask = _mask(options, num_envs)
     prompts = _given(options, "prompts", mask, spec, read_prompt)
     prefixes = _given(options, "prefixes", mask, spec, read_continuation)
     for row, ids in prefixes.items():
         _check_prefix(ids, spec, f"options['prefixes'][{row}]")
-    return ResetOptions(mask, options.get("reset_mask") is not None, prompts, prefixes)
+    columns = _columns(options, list(prompts), num_envs)
+    return ResetOptions(mask, options.get("reset_mask") is not None, prompts, prefixes, columns)
 
 
 def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
@@ -110,6 +115,17 @@ def _given(
         for row in rows
         if values[row] is not None
     }
+
+
+def _columns(options: dict[str, Any], slots: list[int], num_envs: int) -> dict[int, Columns]:
+    columns = options.get("columns")
+    if columns is not None and options.get("prompts") is None:
+        raise InvalidArgument(
+            "options['columns'] belong to options['prompts'], which are missing; the env's own "
+            "prompts bring theirs."
+        )
+    rows = read_columns(columns, slots, num_envs, "options['columns']")
+    return dict(zip(slots, rows, strict=True))
 
 
 def _check_prefix(ids: list[int], spec: TokenSpec, label: str) -> None:

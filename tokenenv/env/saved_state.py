@@ -8,7 +8,7 @@ import numpy as np
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.types import TokenSpec
 
-FORMAT = 4
+FORMAT = 5
 Layout = dict[str, Any]
 """What a state must hold, by name: a (shape, dtype), None for what must be absent, or a further
 layout. A size of -1 in a shape is any size."""
@@ -93,9 +93,19 @@ def check_state(
         )
     _check_arrays(saved, _layout(len(slots), spec, engine(len(slots))), "state")
     _check_texts(saved["texts"], saved["ended"], spec)
+    _check_columns(saved["texts"].get("columns"), len(slots))
     _check_streams(saved["streams"], len(slots), group_size)
     _check_numbers(saved)
     return slots
+
+
+def check_columns(rows: list[Any], require: Callable[[list[Any], str], None]) -> None:
+    """Raise `CheckpointError` unless the texts of a state have the columns that this env's terms
+    ask for, which `require` looks at."""
+    try:
+        require(rows, "saved texts")
+    except InvalidArgument as error:
+        raise CheckpointError(f"the state comes from an env of other prompts: {error}") from error
 
 
 def check_statistics(saved: Any, layout: Layout) -> None:
@@ -175,6 +185,18 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
         raise CheckpointError(
             "the state is corrupt, or comes from another task: its texts do not fit this env."
         )
+
+
+def _check_columns(rows: Any, count: int) -> None:
+    whole = isinstance(rows, list) and len(rows) == count
+    if not whole or not all(isinstance(row, dict) and all(map(_is_name, row)) for row in rows):
+        raise CheckpointError(
+            f"the state is corrupt: the columns of its texts are not {count} mappings of names."
+        )
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str)
 
 
 def _check_streams(streams: Any, count: int, group_size: int) -> None:

@@ -1,8 +1,8 @@
 """Whole texts, scored as stepping would have paid them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches
 from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.rewards.seen import Transitions, WholeTexts
+from tokenenv.tables import Columns, read_columns
 from tokenenv.types import EpisodeScores, TokenSpec
 
 
@@ -29,8 +30,8 @@ def score_episodes(
     *,
     logprobs: Sequence[Sequence[float]] | None,
     truncated: Sequence[bool] | None,
+    columns: Mapping[str, Sequence[Any]] | None,
     weights: Mapping[str, float | Sequence[float]],
-    gold: Callable[[str, str], float] | Literal["score"] | None,
     learning: bool = False,
 ) -> EpisodeScores:
     """Return the rewards (B, T) of B finished texts, from length-sorted parallel forwards; see
@@ -41,33 +42,35 @@ def score_episodes(
     """
     spec = engine.context.spec
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
+    rows = read_columns(columns, range(len(prompt_ids)), len(prompt_ids), "columns")
+    engine.require_columns(rows, "prompts to score (columns=)")
     cut = _read_truncated(truncated, response_ids, spec)
     _check_logprobs(engine, logprobs, response_ids)
     each = {name: _read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
-    out = _zeros(engine, response_ids, gold is not None)
+    out = _zeros(engine, response_ids)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     # Statistics were read once, above: with `learning` they change from one micro-batch to the
     # next, and all texts are scored with those that were there before.
     for group in micro_batches(lengths, engine.context.max_batch_tokens):
-        texts = _pad(engine, [prompt_ids[i] for i in group], [response_ids[i] for i in group])
+        given = ([each[i] for i in group] for each in (prompt_ids, response_ids, rows))
+        texts = _pad(engine, *given)
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
         walk = engine.dynamics.walk(texts, known, engine.trunks)
-        given = None if logprobs is None else [logprobs[i] for i in group]
-        batch = _transitions(engine, texts, walk, cut[group], given, learning)
+        drawn = None if logprobs is None else [logprobs[i] for i in group]
+        batch = _transitions(engine, texts, walk, cut[group], drawn, learning)
         now = {name: to_device(w[group], engine.context.device) for name, w in each.items()}
         _fill(out, group, engine, walk, batch, now)
-        if out.gold is not None and callable(gold):
+        if out.gold is not None and engine.gold is not None:
             assert batch.finished is not None
-            pairs = batch.finished.prompt_and_response_texts()
-            out.gold[group] = [gold(prompt, response) for prompt, response in pairs]
+            out.gold[group] = engine.gold.numbers(batch.finished, torch.device("cpu")).numpy()
     require_finite_scores(out)
-    if gold == "score":
+    if engine.context.task.gold == "score":
         return replace(out, gold=None if out.score is None else out.score.copy())
     return out
 
 
-def _zeros(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> EpisodeScores:
+def _zeros(engine: RewardEngine, responses: list[list[int]]) -> EpisodeScores:
     """Zeros for so many texts."""
     count, width, rewards = len(responses), engine.context.spec.max_new_tokens, engine.rewards
 
@@ -79,8 +82,8 @@ def _zeros(engine: RewardEngine, responses: list[list[int]], has_gold: bool) -> 
         step_rewards=zeros(width),
         terms={name: zeros(width) for name in rewards.terms},
         token_reward_terms={name: zeros(width) for name in rewards.terms},
-        score=None if engine.context.scorer is None else zeros(),
-        gold=zeros() if has_gold else None,
+        score=zeros() if engine.has_score else None,
+        gold=None if engine.gold is None else zeros(),
         lengths=np.asarray([len(response) for response in responses]),
         ref_logprobs=zeros(width),
         potentials=zeros(width + 1) if rewards.shaped else None,
@@ -305,7 +308,12 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
             )
 
 
-def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[int]]) -> WholeTexts:
+def _pad(
+    engine: RewardEngine,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    columns: list[Columns],
+) -> WholeTexts:
     ids = [np.asarray([*p, *r], dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
     tokens = np.full(
         (len(ids), max(map(len, ids))), engine.context.spec.pad_token_id, dtype=np.int64
@@ -318,4 +326,5 @@ def _pad(engine: RewardEngine, prompts: list[list[int]], responses: list[list[in
         prompt_length=np.asarray([len(p) for p in prompts]),
         prefix_length=np.zeros(len(ids), dtype=np.int64),
         ids=ids,
+        columns=columns,
     )

@@ -1,5 +1,6 @@
 """N running texts: prompt and response tokens, on the host and on the device."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.seen import RunningTexts, WholeTexts
+from tokenenv.tables import Columns
 from tokenenv.types import Slots
+
+ARRAYS = ("tokens", "length", "prompt_length", "prefix_length")
+"""The arrays of a `TextBuffer` that make up its texts."""
 
 
 class TextBuffer:
@@ -28,6 +33,8 @@ class TextBuffer:
         self.length = np.zeros(num_rows, dtype=np.int64)
         self.prompt_length = np.zeros(num_rows, dtype=np.int64)
         self.prefix_length = np.zeros(num_rows, dtype=np.int64)
+        self.columns = np.full(num_rows, {}, dtype=object)
+        """(N,) of mappings: what belongs to the prompt of each text (`Task.columns`)."""
         self.device = device
         self._pad = pad_token_id
         self._mirror = None if device.type == "cpu" else torch.from_numpy(self.tokens).to(device)
@@ -47,10 +54,16 @@ class TextBuffer:
             self._mirror[self.upload(rows), self.upload(position)] = self.upload(tokens[rows])
 
     def restart(
-        self, slots: Slots, prompts: Sequence[Sequence[int]], prefixes: Sequence[Sequence[int]]
+        self,
+        slots: Slots,
+        prompts: Sequence[Sequence[int]],
+        prefixes: Sequence[Sequence[int]],
+        columns: Sequence[Columns],
     ) -> None:
         """Begin new texts in `slots`; a prefix is the beginning of the response and is not own."""
         rows = np.asarray(slots)
+        for row, one in zip(rows, columns, strict=True):
+            self.columns[row] = one
         self.prompt_length[rows] = list(map(len, prompts))
         self.prefix_length[rows] = list(map(len, prefixes))
         self.length[rows] = self.prompt_length[rows] + self.prefix_length[rows]
@@ -62,19 +75,22 @@ class TextBuffer:
 
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copy the texts of `sources` onto the slots `targets`."""
-        for array in (self.tokens, self.length, self.prompt_length, self.prefix_length):
+        for name in (*ARRAYS, "columns"):
+            array = getattr(self, name)
             array[targets] = array[sources]
         self._refresh(targets)
 
-    def save(self, slots: Slots) -> dict[str, np.ndarray]:
-        """Return copies of the arrays of `slots`, by name."""
-        names = ("tokens", "length", "prompt_length", "prefix_length")
-        return {name: getattr(self, name)[slots].copy() for name in names}
+    def save(self, slots: Slots) -> dict[str, Any]:
+        """Return copies of the arrays of `slots`, by name, and of their columns."""
+        arrays = {name: getattr(self, name)[slots].copy() for name in ARRAYS}
+        return arrays | {"columns": copy.deepcopy(self.columns[slots].tolist())}
 
-    def load(self, slots: Slots, rows: dict[str, np.ndarray]) -> None:
+    def load(self, slots: Slots, saved: dict[str, Any]) -> None:
         """Put saved texts into `slots`."""
-        for name, values in rows.items():
-            getattr(self, name)[slots] = values
+        for name in ARRAYS:
+            getattr(self, name)[slots] = saved[name]
+        for slot, columns in zip(slots, saved["columns"], strict=True):
+            self.columns[slot] = copy.deepcopy(columns)
         self._refresh(slots)
 
     def whole(self, slots: Slots) -> WholeTexts:
@@ -87,15 +103,15 @@ class TextBuffer:
             prompt_length=self.prompt_length[rows],
             prefix_length=self.prefix_length[rows],
             ids=ids,
+            columns=self.columns[rows].tolist(),
         )
 
     def running(self, tokenizer: object) -> RunningTexts:
         """Return all N texts as they stand, for terms that read them on the host. Lengths are
         copied, tokens are not: later ones are written behind these."""
         slots = np.arange(len(self.tokens))
-        return RunningTexts(
-            self.tokens, slots, self.prompt_length.copy(), self.length.copy(), tokenizer
-        )
+        lengths = self.prompt_length.copy(), self.length.copy()
+        return RunningTexts(self.tokens, slots, *lengths, tokenizer, self.columns)
 
     def device_tokens(self) -> Tensor:
         """Return a fresh copy of the tokens (N, L) on the device."""

@@ -10,7 +10,7 @@ Suffixes: K transitions, B texts, S response tokens of the longest text.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class Dynamics:
         self.reference, self.scorer = context.reference, context.causal_scorer
         self.ref_logprob = logprob_reader(context.reference, context.spec.vocab_size)
         self.with_memory = rewards.with_memory
+        self.score_rule = None if context.scorer is not None else rewards.score_rule
 
     # -------------------------------------------------------------- beginning
 
@@ -258,6 +259,8 @@ class Dynamics:
         if ended is not None:
             finished_at = self._upload(np.flatnonzero(ends.ended))
             score = None if after.score is None else after.score[finished_at].float()
+            if self.score_rule is not None and self.score_rule.dense:
+                score = after.memory[self.score_rule.name][finished_at]
             statistics = {name: s[finished_at] for name, s in after.statistics.items()}
             finished = self._finish(ended, score, statistics, scored[finished_at], learning)
         return Transitions(
@@ -282,13 +285,14 @@ class Dynamics:
         scored: Tensor,
         learning: bool,
     ) -> FinishedTexts:
-        """The texts with all that terms may know of them; a `TextScorer` reads them here."""
+        """The texts with all that terms may know of them; a `TextScorer`, or a single rule, reads
+        them here."""
         spec, scorer, token_scores = self.context.spec, self.context.scorer, None
         if scorer is not None and not isinstance(scorer, Scorer):
             token_scores = scorer.token_scores(texts.prompt_and_response_ids(), spec.max_new_tokens)
             token_scores = token_scores.to(self.context.device)
             score = token_scores.sum(1)
-        return FinishedTexts(
+        finished = FinishedTexts(
             **{field.name: getattr(texts, field.name) for field in fields(WholeTexts)},
             score=score,
             tokenizer=spec.tokenizer,
@@ -297,11 +301,15 @@ class Dynamics:
             learning=learning,
             scored=scored,
         )
+        if self.score_rule is None or score is not None:
+            return finished
+        return replace(finished, score=self.score_rule.numbers(finished, self.context.device))
 
     def _running(self, texts: WholeTexts, rows: np.ndarray, length: np.ndarray) -> RunningTexts:
         """The texts `rows` (K,) up to `length` (K,) tokens."""
         tokenizer = self.context.spec.tokenizer
-        return RunningTexts(texts.ids, rows, texts.prompt_length[rows], length, tokenizer)
+        lengths = texts.prompt_length[rows], length
+        return RunningTexts(texts.ids, rows, *lengths, tokenizer, texts.columns)
 
     def _upload(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.context.device)
@@ -337,4 +345,5 @@ def at_rows(texts: WholeTexts, rows: np.ndarray, index: Tensor) -> WholeTexts:
         prompt_length=texts.prompt_length[rows],
         prefix_length=texts.prefix_length[rows],
         ids=[texts.ids[row] for row in rows],
+        columns=[texts.columns[row] for row in rows] if texts.columns else (),
     )

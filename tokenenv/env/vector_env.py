@@ -14,12 +14,13 @@ from tokenenv.env.actions import invalid_action, read_actions, token_codes
 from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.base import EnvBase
 from tokenenv.env.infos import Infos, step_infos
-from tokenenv.env.reset_options import Seed, read_options, read_seed
+from tokenenv.env.reset_options import ResetOptions, Seed, read_options, read_seed
 from tokenenv.env.streams import PromptStreams
 from tokenenv.env.texts import TextBuffer, decode
 from tokenenv.env.transitions import Ends
 from tokenenv.errors import FinishedRow, InvalidArgument, NotReset
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.tables import Columns
 
 
 class TokenVectorEnv(EnvBase):
@@ -77,7 +78,8 @@ class TokenVectorEnv(EnvBase):
                 `np_random`, which this env does not draw from.
             options: `reset_mask` (N,) bool, at least one True; `prompts`, one text or sequence of
                 token ids an env (under a chat template a text is one message of the user's, and a
-                list of messages is taken too); `prefixes`, likewise: the beginning of each
+                list of messages is taken too); `columns`, what belongs to these prompts: a list of
+                one value an env, by name; `prefixes`, given as prompts are: the beginning of each
                 response, which uses up `max_new_tokens` and earns nothing; a text goes on from the
                 prompt as it stands, without special tokens. Without a mask each group goes on with
                 a new prompt; with one its texts keep their order, as where they end and begin by
@@ -89,6 +91,9 @@ class TokenVectorEnv(EnvBase):
         """
         self._require_open()
         given = read_options(options, self.num_envs, self.token_spec)
+        if given.prompts:
+            rows = list(given.columns.values())
+            self._engine.require_columns(rows, "given prompts (options['columns'])")
         seeds = read_seed(seed, self.num_envs)
         if not given.mask.all():
             self._require_reset()
@@ -103,7 +108,7 @@ class TokenVectorEnv(EnvBase):
             if not given.masked:
                 self._streams.round_up()
             self._streams.reseed(seeds, given.mask)
-            infos = self._begin(given.mask, given.prompts, given.prefixes)
+            infos = self._begin(given)
             if self.render_mode == "human":
                 self._show()
             return self._observation(), infos.to_dict(self._export)
@@ -173,11 +178,11 @@ class TokenVectorEnv(EnvBase):
         )
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
-            infos.overlay(self._begin(~active))
+            infos.overlay(self._begin_next(~active))
         elif self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             # The account of what ended is made before its slot begins anew.
             final = self._final(infos, ended)
-            infos.overlay(self._begin(ended))
+            infos.overlay(self._begin_next(ended))
         terminations = ends.scored if self.config.cut == "terminated" else terminated
         info = infos.to_dict(export) | final
         if self.render_mode == "human":
@@ -244,6 +249,7 @@ class TokenVectorEnv(EnvBase):
         slots = saved_state.check_state(
             saved, self.num_envs, self.config.group_size, self.token_spec, self._engine.layout
         )
+        saved_state.check_columns(saved["texts"]["columns"], self._engine.require_columns)
         whole = len(slots) == self.num_envs
         if not whole:
             self._require_reset()
@@ -258,7 +264,7 @@ class TokenVectorEnv(EnvBase):
             self._streams.load(slots, saved["streams"])
             # Under SAME_STEP no text stands at its end, as one that was saved elsewhere may.
             if self.autoreset_mode == AutoresetMode.SAME_STEP and self._ended.any():
-                self._begin(self._ended.copy())
+                self._begin_next(self._ended.copy())
             return self._observation(), self._start_infos(slots).to_dict(self._export)
 
     @ordinary_tensors
@@ -291,26 +297,30 @@ class TokenVectorEnv(EnvBase):
 
     # ---------------------------------------------------------------- episodes
 
-    def _begin(
-        self,
-        mask: np.ndarray,
-        prompts: Mapping[int, Sequence[int]] | None = None,
-        prefixes: Mapping[int, Sequence[int]] | None = None,
-    ) -> Infos:
-        """Start an episode in the slots of `mask` (N,), each with the given prompt or the next one
+    def _begin_next(self, mask: np.ndarray) -> Infos:
+        """Start an episode in the slots of `mask` (N,), each with the next prompt of its stream."""
+        return self._begin(ResetOptions(mask, masked=True))
+
+    def _begin(self, given: ResetOptions) -> Infos:
+        """Start an episode in the slots of `given.mask`, each with the given prompt or the next one
         of its stream; return their infos."""
-        slots, given = np.flatnonzero(mask), prompts or {}
-        started = []
+        slots, own = np.flatnonzero(given.mask), self._task.columns
+        prompts: list[Sequence[int]] = []
+        columns: list[Columns] = []
         for slot in map(int, slots):
-            drawn = self._streams.draw(slot)
-            self._prompt_id[slot] = -1 if slot in given else drawn[0]
-            started.append(given.get(slot, drawn[1]))
-        self._texts.restart(slots, started, [(prefixes or {}).get(int(slot), ()) for slot in slots])
+            index, prompt = self._streams.draw(slot)
+            if slot in given.prompts:
+                index, prompt = -1, given.prompts[slot]
+            self._prompt_id[slot] = index
+            prompts.append(prompt)
+            columns.append(given.columns.get(slot, own[index] if index >= 0 and own else {}))
+        prefixes = [given.prefixes.get(int(slot), ()) for slot in slots]
+        self._texts.restart(slots, prompts, prefixes, columns)
         self._engine.start(
             slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef)
         )
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
-        self._ended[mask] = False
+        self._ended[given.mask] = False
         return self._start_infos(slots)
 
     # ------------------------------------------------------------------- infos

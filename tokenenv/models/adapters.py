@@ -87,7 +87,7 @@ def with_lora(model: Any, rank: int, seed: int) -> Any:
             raise InvalidArgument(
                 f"lora_rank={rank}: peft cannot adapt {name} ({error})."
             ) from error
-    train_adapters(model)
+    _train(model)
     return model
 
 
@@ -98,7 +98,6 @@ def train_adapters(model: Any) -> None:
         InvalidArgument: the adapter of a layer is switched off or merged, so that training would
             change nothing.
     """
-    model.requires_grad_(False)
     for layer in adapter_layers(model):
         if layer.disable_adapters or getattr(layer, "merged", False):
             raise InvalidArgument(
@@ -106,6 +105,14 @@ def train_adapters(model: Any) -> None:
                 "that training would not change the model; switch it on, or give the policy "
                 "model.merge_and_unload()."
             )
+    # transformers keeps by what names it read an adapter, and would write the base by them.
+    vars(unwrapped(model)).pop("_weight_conversions", None)
+    _train(model)
+
+
+def _train(model: Any) -> None:
+    model.requires_grad_(False)
+    for layer in adapter_layers(model):
         layer.set_adapter(list(layer.active_adapters))
     if not in_own_dtype(model):
         model.float()

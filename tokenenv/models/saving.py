@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenenv.errors import InvalidArgument, RunFolderError
 
 from .adapters import adapter_file, adapter_layers, merged, unwrapped
+from .hub import without_bars
 
 MARK = "tokenenv.json"
 """The file that says that `whole_folder` wrote a folder, and what else is in it."""
@@ -52,7 +53,8 @@ def _save_full(model: Any, folder: Path) -> None:
     # copy, which has the model's weights, shows it others.
     model = copy.copy(model)
     model.generation_config = GenerationConfig()
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:

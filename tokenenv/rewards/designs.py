@@ -1,7 +1,6 @@
 """The named designs, and how a `reward=` argument becomes terms."""
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
-from tokenenv.rewards.reward_sum import weight_now
+from tokenenv.rewards.reward_sum import RESERVED, weight_now
 from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Delta, Oracle, Shaping
@@ -26,7 +25,7 @@ from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
 from tokenenv.rewards.uniform import Uniform
 
-Design = str | RewardTerm | Callable[[str, str], Any]
+Design = str | RewardTerm | Callable[..., Any]
 """A design's name, a term, or a function of prompt and response that is taken as a `Rule`."""
 RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 
@@ -49,8 +48,6 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
 
 DESIGN_NAMES = Names("reward", "tokenenv.rewards", DESIGNS)
 """The bundled names and those of installed plugins."""
-
-RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
 
 
 def named_design(name: str) -> RewardSpec:
@@ -84,24 +81,16 @@ def reward_from(found: object, label: str) -> RewardSpec:
             ) from error
     if isinstance(found, RewardTerm | Mapping):
         return found
-    if callable(found) and not isinstance(found, type) and _takes_two(found):
-        return Rule(found)
+    if callable(found) and not isinstance(found, type):
+        try:
+            return Rule(found)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{label}: {error}") from error
     what = found.__name__ if isinstance(found, type) else f"of type {type(found).__name__}"
     raise InvalidArgument(
         f"{label} is {what}; a reward is a RewardTerm class or object, a function of (prompt, "
         f"response), or a mapping of names to them."
     )
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a function may be called with (prompt, response); True where that cannot be told."""
-    try:
-        inspect.signature(function).bind("", "")
-    except TypeError:
-        return False
-    except ValueError:  # some built-in functions have no signature
-        return True
-    return True
 
 
 def make_terms(reward: RewardSpec) -> dict[str, RewardTerm]:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.term import RewardTerm, Weight
 
+RESERVED = {"kl": "kl= and kl_coef=", "missing_eos": "missing_eos_penalty="}
+"""Names of terms that the env adds itself, and the options that do so."""
 MEMORY_DTYPES = (
     torch.bool,
     torch.uint8,
@@ -106,6 +109,8 @@ class RewardSum:
     """Names of the reward's potential-based terms."""
     with_memory: dict[str, RewardTerm] = field(init=False)
     """The terms that carry a memory along each text, wrapped ones included."""
+    columns: frozenset[str] = field(init=False)
+    """The columns that any of the terms must find in the row of every prompt."""
 
     def __post_init__(self) -> None:
         both = self.terms | self.watched
@@ -114,6 +119,18 @@ class RewardSum:
         self.causal = [name for name in both if name not in self.hindsight]
         self.shaped = [name for name, term in self.terms.items() if term.has_potential]
         self.with_memory = {name: term for name, term in self.every.items() if term.has_memory}
+        self.columns = frozenset(name for term in self.every.values() for name in term.columns)
+
+    @property
+    def score_rule(self) -> Rule | None:
+        """The rule whose number of a text is its sequence score where the task has no scorer: the
+        only term beside kl and missing_eos, or what that term wraps. None where there are more
+        terms, or another one."""
+        asked_for = [term for name, term in self.terms.items() if name not in RESERVED]
+        if len(asked_for) != 1:
+            return None
+        innermost = (asked_for[0], *asked_for[0].wrapped())[-1]
+        return innermost if isinstance(innermost, Rule) else None
 
     @property
     def names(self) -> list[str]:

@@ -1,9 +1,8 @@
 """Any Python function of prompt and response as a reward: at the end, as a text is written, or for
 each of its tokens."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -12,40 +11,69 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.rewards.function import keywords_of, name_of, parameters_of
 from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions
 from tokenenv.rewards.term import Context, RewardTerm
+from tokenenv.tables import by_name
 
 LARGEST = torch.finfo(torch.float32).max
 """A larger number would be infinite when it is paid."""
 
 
 class _RuleTerm(RewardTerm):
-    """What both rules share: a callable on (prompt, response), as texts or as token ids."""
-
-    _watched = False
+    """What both rules share: a function of prompt and response, as texts or as token ids, and of
+    what it asks for by name."""
 
     def __init__(
-        self, function: Callable[[Any, Any], Any], on: Literal["text", "tokens"] = "text"
+        self,
+        function: Callable[..., Any],
+        on: Literal["text", "tokens"] = "text",
+        *,
+        batched: bool = False,
     ) -> None:
         if not callable(function) or isinstance(function, type):
             raise InvalidArgument(
                 f"{type(self).__name__} takes a function of (prompt, response), not {function!r}."
             )
         check_choice("on", on, ("text", "tokens"))
-        self.function = function
-        self.on = on
-        self.needs = frozenset({"tokenizer"} if on == "text" else ())
+        self.function, self.on, self.batched = function, on, batched
+        self._parameters = parameters_of(function)
+        self.columns = self._parameters.columns
+        reads_text = on == "text" or self._parameters.messages
+        self.needs = frozenset({"tokenizer"} if reads_text else ())
+        self._watched, self._scored_by_rules, self._chats = False, False, None
 
     def bind(self, context: Context) -> None:
-        """Looks whether the numbers are paid, for then they must be finite."""
+        """Looks whether the columns that the function asks for are there, and whether the numbers
+        are paid, for then they must be finite."""
         super().bind(context)
-        self._watched = context.watched
+        self._watched, self._chats = context.watched, context.spec.chats
+        # Where the task has no scorer, a sequence score is that of the only rule that is paid.
+        self._scored_by_rules = context.scorer is None and not context.watched
+        misplaced = set(self._parameters.first) - {"prompt", "response"}
+        for name in misplaced & set(context.task.columns[0] if context.task.columns else ()):
+            raise InvalidArgument(
+                f"the function {name_of(self.function)!r} has its parameter {name!r} where the "
+                "prompt and the response are given; put the column's name behind these two."
+            )
 
-    def _pairs(self, texts: FinishedTexts | RunningTexts) -> list[tuple[Any, Any]]:
-        """What the function is called with, for each of the texts."""
+    def _answers(self, texts: FinishedTexts | RunningTexts) -> list[tuple[Any, Any]]:
+        """What the function returned for each of the texts, and the response."""
         if self.on == "text":
-            return texts.prompt_and_response_texts()
-        return texts.prompt_and_response_ids()
+            pairs: Sequence[tuple[Any, Any]] = texts.prompt_and_response_texts()
+        else:
+            pairs = texts.prompt_and_response_ids()
+        keywords = keywords_of(self._parameters, texts, self._chats)
+        responses = [response for _, response in pairs]
+        if not self.batched:
+            each = zip(pairs, keywords, strict=True)
+            values = [self.function(*pair, **named) for pair, named in each]
+        else:
+            prompts = [prompt for prompt, _ in pairs]
+            # None stands in a list where a text's row has no such column.
+            values = self.function(prompts, responses, **by_name(keywords))
+            self._check_count(values, len(pairs), f"{len(pairs)} texts", "text")
+        return list(zip(values, responses, strict=True))
 
     def _number(self, value: Any, response: Any) -> float:
         """`value`, which the function gave for `response`, as a float; raises where it is none, or
@@ -54,8 +82,22 @@ class _RuleTerm(RewardTerm):
         if abs(number) <= LARGEST or (self._watched and _is_number(value)):
             return number
         raise InvalidArgument(
-            f"the reward rule {_name_of(self.function)!r} returned {_short(value)} for the "
-            f"response {_short(response)}; it must return a finite number."
+            f"the rule {name_of(self.function)!r} returned {_short(value)} for the response "
+            f"{_short(response)}; it must return a finite number."
+        )
+
+    def _check_count(self, values: Any, count: int, given: str, each: str) -> None:
+        """Raises unless `values` are a list of so many, one for each `each` of what was given."""
+        listed = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+        if not listed or isinstance(values, str | Mapping) or getattr(values, "ndim", 1) == 0:
+            found = _short(values)
+        elif len(values) == count:
+            return
+        else:
+            found = f"{len(values)} numbers"
+        raise InvalidArgument(
+            f"the rule {name_of(self.function)!r} returned {found} for {given}; it must return "
+            f"{count}, one for each {each}."
         )
 
 
@@ -68,7 +110,12 @@ class Rule(_RuleTerm):
     included) and returns a finite number. A plain function given as `reward=` is a Rule of it.
     Causal; preserves the return and the policy gradient, being the return.
 
-    With delta=True the same reward is paid while the text is written: r_t = function(prompt,
+    Further parameters are filled by name: `messages` is the conversation (a list of {"role",
+    "content"}; without a chat template one message of the user's), any other name is the column of
+    the prompt's row that is called so (`def right(prompt, response, answer)`), and `**row` takes
+    all columns. A parameter with a default keeps it where there is no such column.
+
+    With dense=True the same reward is paid while the text is written: r_t = function(prompt,
     response up to y_t) - function(prompt, response before y_t), which adds up to function(prompt,
     response) - function(prompt, ""). It is potential-based shaping of the rule, as `Delta` is of
     a score, and preserves what the rule preserves. The function is called once for each token of
@@ -78,51 +125,57 @@ class Rule(_RuleTerm):
     At an unscored truncation (score_truncated=False) the rule pays nothing; its dense form keeps
     what it has paid so far, as the learner's bootstrap goes on from there.
 
+    Where the task has no scorer and this is the only term of the reward (beside kl and
+    missing_eos), its number of the whole text is the sequence score.
+
     Args:
-        function: of (prompt, response).
+        function: of (prompt, response), and of what it asks for by name.
         on: "text" or "tokens": what it is called with.
-        delta: whether to pay what each token changes instead of everything at the end.
+        dense: whether to pay what each token changes instead of everything at the end.
+        batched: whether the function takes many texts at once: a list in the place of each value,
+            and a list of numbers back.
     """
 
     name = "rule"
     pays_score = True
-    delta = False
+    dense = False
 
     def __init__(
         self,
-        function: Callable[[Any, Any], Any],
+        function: Callable[..., Any],
         on: Literal["text", "tokens"] = "text",
         *,
-        delta: bool = False,
+        dense: bool = False,
+        batched: bool = False,
     ) -> None:
-        super().__init__(function, on)
-        if delta:
-            self.delta = self.has_memory = self.has_potential = True
+        super().__init__(function, on, batched=batched)
+        if dense:
+            self.dense = self.has_memory = self.has_potential = True
             self.pays_score = False
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the rule's number where a text ends and is scored, or what each token added."""
-        if self.delta:
+        if self.dense:
             return batch.after.memory[self.name] - batch.before.memory[self.name]
         if batch.finished is None:
             return torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
-        return batch.at_end(self._call(batch.finished, batch.tokens.device))
+        if self._scored_by_rules and batch.finished.score is not None:
+            # The env has asked this rule for the sequence score: a function is called once a text.
+            return batch.at_end(batch.finished.score)
+        return batch.at_end(self.numbers(batch.finished, batch.tokens.device))
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
         """(K,): the rule's number for the text so far, so that each is asked for once."""
         assert states.texts is not None
-        return self._call(states.texts, tokens.device)
+        return self.numbers(states.texts, tokens.device)
 
     def potential(self, states: States) -> Tensor:
         """(K,): the rule's number for the text so far."""
         return states.memory[self.name]
 
-    def _call(self, texts: FinishedTexts | RunningTexts, device: torch.device) -> Tensor:
+    def numbers(self, texts: FinishedTexts | RunningTexts, device: torch.device) -> Tensor:
         """One float32 number for each text."""
-        numbers = [
-            self._number(self.function(prompt, response), response)
-            for prompt, response in self._pairs(texts)
-        ]
+        numbers = [self._number(*answer) for answer in self._answers(texts)]
         return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
 
 
@@ -131,8 +184,9 @@ class TokenRule(_RuleTerm):
     function(prompt, response)[t].
 
     The function gets what that of a `Rule` gets, and returns one finite number for every response
-    token, the stop token included. Hindsight: their sum is paid at the end and each number stands
-    on its token in `token_rewards`. It defines its own return.
+    token, the stop token included; with batched=True, a list of such numbers for each text.
+    Hindsight: their sum is paid at the end and each number stands on its token in `token_rewards`.
+    It defines its own return.
     """
 
     name = "token_rule"
@@ -143,17 +197,12 @@ class TokenRule(_RuleTerm):
         """(B, T): the rule's numbers, right-padded with zeros."""
         out = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32)
         counts = texts.length - texts.prompt_length
-        for row, (pair, count) in enumerate(zip(self._pairs(texts), counts, strict=True)):
-            out[row, :count] = self._one_each(self.function(*pair), pair[1], int(count))
+        for row, (answer, count) in enumerate(zip(self._answers(texts), counts, strict=True)):
+            out[row, :count] = self._one_each(*answer, int(count))
         return out.to(texts.tokens.device, non_blocking=True)
 
-    def _one_each(self, numbers: Sequence[Any], response: Any, count: int) -> Tensor:
-        if not hasattr(numbers, "__len__") or len(numbers) != count:
-            given = f"{len(numbers)} numbers" if hasattr(numbers, "__len__") else _short(numbers)
-            raise InvalidArgument(
-                f"the token rule {_name_of(self.function)!r} returned {given} for the response "
-                f"{_short(response)}; it must return {count}, one for each token."
-            )
+    def _one_each(self, numbers: Any, response: Any, count: int) -> Tensor:
+        self._check_count(numbers, count, f"the response {_short(response)}", "token")
         return torch.tensor([self._number(number, response) for number in numbers])
 
 
@@ -177,13 +226,6 @@ def _as_float(value: Any) -> float:
         return float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # a whole number of hundreds of digits
         return math.inf if value > 0 else -math.inf
-
-
-def _name_of(function: Any) -> str:
-    """What a user calls the function."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.trunks import trunk_of
+from tokenenv.tables import Columns
 from tokenenv.types import TextIds
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class RunningTexts:
     """(K,) int64: tokens of prompt and response together, so far."""
     tokenizer: Any = None
     """The task's tokenizer, or None where tokens have no text."""
+    row_columns: Sequence[Columns] = ()
+    """The columns of the R texts' rows; empty where nothing is known of them."""
+
+    @property
+    def columns(self) -> list[Columns]:
+        """The columns of each of the K texts' rows in the table of prompts, by name; empty where
+        nothing is known of them."""
+        return [self.row_columns[row] for row in self.row] if len(self.row_columns) else []
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """Return K pairs of token id lists: the prompt, and the response so far."""
@@ -49,7 +58,8 @@ class RunningTexts:
         for."""
         chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
         lengths = self.prompt_length[chosen], self.length[chosen]
-        return RunningTexts(self.ids, self.row[chosen], *lengths, self.tokenizer)
+        rows = self.ids, self.row[chosen]
+        return RunningTexts(*rows, *lengths, self.tokenizer, self.row_columns)
 
 
 def _split(
@@ -128,6 +138,9 @@ class WholeTexts:
     prefix."""
     ids: Sequence[np.ndarray] | np.ndarray
     """The same tokens on the host, one array of at least `length` tokens a text."""
+    columns: Sequence[Columns] = ()
+    """The columns of each of the B texts' rows in the table of prompts, by name; empty where
+    nothing is known of them."""
 
     def prompt_and_response_ids(self) -> list[TextIds]:
         """Return B pairs of token id lists."""
@@ -146,7 +159,7 @@ class FinishedTexts(WholeTexts):
     """B finished texts, with all that reward terms may know of them."""
 
     score: Tensor | None
-    """(B,) float32: the sequence score, or None without a scorer."""
+    """(B,) float32: the sequence score; None where neither a scorer nor a single rule gives one."""
     tokenizer: Any = None
     """The task's tokenizer, or None where tokens have no text."""
     token_scores: Tensor | None = None

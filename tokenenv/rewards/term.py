@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.tables import require_columns
 from tokenenv.types import Scorer, Task, TextScorer, TokenSpec
 
 Kind = Literal["causal", "hindsight", "policy"]
@@ -107,6 +108,8 @@ class RewardTerm:
     weight: Weight = 1.0
     needs: frozenset[str] = frozenset()
     """Of `NEEDS`: what the env must have."""
+    columns: Sequence[str] = ()
+    """Columns that the row of every prompt must have; the term reads them as `texts.columns`."""
     preserves_return: bool | None = None
     """Whether the rewards of a scored text add up to its score, up to a constant of the prompt.
     None: not stated."""
@@ -130,7 +133,8 @@ class RewardTerm:
     """The memory's dtype, one of `MEMORY_DTYPES`."""
 
     def bind(self, context: Context) -> None:
-        """Check `needs` and take what the term wants from `context`. The env calls it once."""
+        """Check `needs` and `columns`, and take what the term wants from `context`. The env calls
+        it once."""
         if hasattr(self, "withheld"):
             raise InvalidArgument(
                 f"{type(self).__name__} sets withheld, which is called pays_score now."
@@ -142,6 +146,7 @@ class RewardTerm:
                     f"reward={self.name!r} needs {NEEDS[need]}, which this env does not have; "
                     "reward= also takes a rule or a term of your own."
                 )
+        require_columns(context.task.columns, self.columns, f"reward={self.name!r}", "prompts")
 
     def wrapped(self) -> Sequence["RewardTerm"]:
         """Return the terms that this one wraps, and those that they wrap. Their memory and their

@@ -359,10 +359,31 @@ def test_best_of_n_needs_scores():
         return result
 
     envs.step = silent
-    with pytest.raises(
-        InvalidArgument, match="BestOfN needs a score of every text, which ToyEnv does not give"
+    agent, written = BestOfN(envs, batch_tokens=20), []
+    for ask in (
+        lambda: agent.learn(20),
+        lambda: evaluate(agent, envs, num_texts=8, on_text=lambda *n: written.append(n)),
     ):
-        BestOfN(envs, batch_tokens=20).learn(20)
+        with pytest.raises(InvalidArgument, match="this env gives a text no score: make it with"):
+            ask()
+    assert written[-1] == (8, 16)  # it is said before the second eight are written in vain
+    assert np.isnan(evaluate(agent, envs, num_texts=8, best_of=1).score)
+
+
+def test_texts_are_counted_as_they_are_written():
+    written = []
+    for prompts in (None, [[1, 2]] * 5):
+        evaluate(
+            Reference(ToyEnv(4)),
+            ToyEnv(4),
+            num_texts=5,
+            prompts=prompts,
+            on_text=lambda *n: written.append(n),
+        )
+        counts = [done for done, _ in written]
+        assert counts == sorted(counts)
+        assert written[-1] == (5, 5)
+        written.clear()
 
 
 def test_best_of_n_generates_where_the_env_pays_the_whole_penalty():

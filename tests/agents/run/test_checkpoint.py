@@ -15,10 +15,11 @@ from runs import SETTINGS, Recorder, same
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
 
-from tokenenv.agents import PPO, LMPolicy
+from tokenenv.agents import PPO, LMPolicy, load_policy
 from tokenenv.agents.run import checkpoint as module
 from tokenenv.agents.run import files
 from tokenenv.agents.run.checkpoint import read_checkpoint, write_checkpoint
+from tokenenv.env.identity import digest
 from tokenenv.errors import CheckpointError
 
 STATE = {
@@ -329,3 +330,43 @@ def test_only_trained_weights_are_saved(tmp_path, options):
         agent.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+# ---------------------------------------------------------------- the policy alone
+
+
+def test_a_policy_is_loaded_without_its_run(tmp_path):
+    """Into an env with another number of slots, whoever trained it; damage is said as for a run."""
+    agent = PPO(ToyEnv(4), batch_tokens=60, lr=1e-2).learn(60)
+    agent.save(tmp_path / "c")
+    policy = load_policy(tmp_path / "c", ToyEnv(3))
+    assert same(policy.state_dict(), agent.policy.state_dict())
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        load_policy(tmp_path / "c", ToyEnv(3, reference=tiny_lm(hidden_size=24)))
+    write_checkpoint(tmp_path / "d", {"config": {"lr": 1}, "weights": {}})
+    with pytest.raises(CheckpointError, match="does not hold what a checkpoint"):
+        load_policy(tmp_path / "d", ToyEnv(3))
+
+
+def test_adapters_are_loaded_onto_the_model_that_they_were_trained_on(tmp_path):
+    pytest.importorskip("peft")
+
+    def make(seed):
+        return TextEnv(tiny_lm(seed=seed))
+
+    agent = PPO(make(0), lora_rank=2, batch_tokens=60, lr=1e-2).learn(60)
+    agent.save(tmp_path / "c")
+    assert same(load_policy(tmp_path / "c", make(0)).state_dict(), agent.policy.state_dict())
+    with pytest.raises(CheckpointError, match="its adapters were trained on LlamaForCausalLM"):
+        load_policy(tmp_path / "c", make(1))
+
+
+class TextEnv(ToyEnv):
+    """An env that says which model it has."""
+
+    def __init__(self, model):
+        super().__init__(4, reference=model)
+
+    @property
+    def identity(self):
+        return {"models": {"reference": digest(self.reference)}}

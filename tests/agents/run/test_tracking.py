@@ -239,6 +239,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     assert steps == sorted({json.loads(line)["tokens_seen"] for line in whole.splitlines()})
     assert sorted(p.name.split(".")[0] for p in tmp_path.iterdir()) == [
         "checkpoint",
+        "checkpoint",
+        "config",
         "episodes",
         "events",
         "events",
