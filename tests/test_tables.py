@@ -118,7 +118,7 @@ def test_what_is_no_table_is_named_with_its_place(name, text, message, tmp_path)
 
 def test_parquet_without_pyarrow_names_the_line_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(MissingDependency, match="needs pyarrow: pip install pyarrow$"):
+    with pytest.raises(MissingDependency, match=r"needs pyarrow: pip install pyarrow$"):
         read_rows(write(tmp_path / "p.parquet", "PAR1"))
 
 
