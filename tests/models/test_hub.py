@@ -172,8 +172,9 @@ def test_a_slow_load_says_what_is_loaded_and_from_where(folders, hub, monkeypatc
     assert caplog.messages == []
     monkeypatch.setattr(hub_module.threading, "Timer", AtOnce)
     load_causal_lm(folder)
+    load_tokenizer(folder)
     load_reward_model("our/reward")
-    first, *others = caplog.messages
+    first, second = caplog.messages
     assert first == f"loading model={folder!r} from a local directory ..."
-    assert others[0].startswith("loading reward_model='our/reward' from the hub or ")
-    assert others[0].endswith("cache ...")
+    assert second.startswith("loading reward_model='our/reward' from the hub or ")
+    assert second.endswith("cache ...")

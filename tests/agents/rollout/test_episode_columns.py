@@ -164,7 +164,7 @@ def test_best_of_n_takes_the_best_text_of_a_rule(score_truncated):
 def test_best_of_n_without_one_score_says_so_instead_of_taking_the_first():
     mixed = {"a": RULE, "b": RULE}
     agent = BestOfN(make(8, reward=mixed, group_size=2))
-    with pytest.raises(InvalidArgument, match="BestOfN needs a score of every text"):
+    with pytest.raises(InvalidArgument, match="this env gives a text no score"):
         evaluate(agent, make(4, reward=mixed), num_texts=4)
 
 
