@@ -65,6 +65,13 @@ def test_out_of_reach_is_one_sentence_after_one_request(load, hub):
     assert hub.requests == ["GET api/models/Qwen/Qwen3-0.6B"]
 
 
+def test_a_proxy_that_answers_for_the_hub_is_no_hub(hub):
+    hub.status = 502
+    with pytest.raises(ModelError, match=r"huggingface.co\) cannot be reached \(.*502"):
+        load_causal_lm("our/policy")
+    assert len(hub.requests) == 1
+
+
 @pytest.mark.parametrize("load", LOADERS)
 def test_an_id_or_a_revision_that_the_hub_does_not_have(load, hub):
     with pytest.raises(ModelError, match=r"model='our/none' .*huggingface.co\) has no such id, or"):

@@ -151,10 +151,10 @@ def _answer(repo_id: str, revision: str | None, minute: int) -> tuple[bool, str]
         return False, f"the hub ({hub.endpoint}) has no revision {revision!r} of that id"
     except RepositoryNotFoundError:
         return False, f"the hub ({hub.endpoint}) has no such id, or it is private: see `hf auth`"
-    except HfHubHTTPError:
-        return True, ""  # it can be reached, and what it says now it says to transformers too
     # A network fails in many ways, and each HTTP client has errors of its own.
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            return True, ""  # what the hub says here, such as a login, it says to transformers too
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         return True, f"the hub ({hub.endpoint}) cannot be reached ({reason})"
     return True, ""

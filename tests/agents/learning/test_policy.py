@@ -48,6 +48,9 @@ class CountingSlots:
     def append(self, tokens, active=None):
         return self.slots.append(tokens, active)
 
+    def fork(self, sources, targets):
+        self.slots.fork(sources, targets)
+
 
 def make_actor(seed=0, **options):
     policy = LMPolicy(tiny_lm(seed=3))
