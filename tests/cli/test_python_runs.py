@@ -36,6 +36,9 @@ class Holder:
     @staticmethod
     def inner(prompt, response):
         return 1.0
+
+
+mixture = {"a": (brief, 0.5)}
 """
 
 
@@ -184,15 +187,15 @@ def test_the_env_and_the_policy_may_have_no_name(mine, capsys):
 
 
 def test_a_run_that_python_goes_on_with_keeps_its_words(mine):
-    names = ["--env", "tokenenv/Negation-v0", "--reward", "mine:brief", "--num-envs", "4"]
+    names = ["--env", "tokenenv/Negation-v0", "--reward", "mine:mixture", "--num-envs", "4"]
     small = ["--agent.batch-tokens", "20", "--options", "max_new_tokens", "4"]
     main(["train", *names, *small, "--total-tokens", "20", "--run-dir", "x"])
-    envs = load_config(Path("x/config.yaml"), reward="mine:brief").make_envs()
+    envs = load_config(Path("x/config.yaml"), reward="mine:mixture").make_envs()
     PPO.load("x/checkpoint", envs, run_dir="x", max_batch_tokens=999).learn(60)
     after = config()
-    assert after["reward"] == "mine:brief"
+    assert after["reward"] == "mine:mixture"
     assert (after["total_tokens"], after["agent"]["max_batch_tokens"]) == (60, 999)
-    main(["train", "--resume", "x", "--reward", "mine:brief", "--total-tokens", "80"])
+    main(["train", "--resume", "x", "--reward", "mine:mixture", "--total-tokens", "80"])
 
 
 def test_groups_and_modes_are_those_of_the_env(mine):
