@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from tokenenv.agents.episodes import TOKEN_COLUMNS, TokenColumn
@@ -15,7 +15,7 @@ from tokenenv.safety.shown import javascript_class
 from tokenenv.safety.trust import refuse_link
 from tokenenv.safety.values import from_yaml
 
-RUN_KEYS = ("env", "algo", "reward")
+RUN_KEYS = ("env", "model", "algo", "reward")
 MOST = 1e300
 """A run writes no number that is larger."""
 _LAST_TURN = re.compile(
@@ -216,4 +216,8 @@ def _run(run_dir: Path) -> dict[str, str]:
     config = from_yaml(path.read_text(encoding="utf-8", errors="replace"), str(path))
     if not isinstance(config, dict):
         raise InvalidArgument(f"{path} holds no mapping of options.")
-    return {key: str(config[key]) for key in RUN_KEYS if config.get(key) is not None}
+    options = config.get("options")
+    model = options.get("model") if isinstance(options, dict) else None
+    # The folder that a model is in is nobody's business who is sent the page.
+    known = {**config, "model": PurePath(model).name if isinstance(model, str) else None}
+    return {key: str(known[key]) for key in RUN_KEYS if known.get(key) is not None}

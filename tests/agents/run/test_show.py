@@ -144,6 +144,14 @@ def test_a_line_that_is_no_episode_is_left_out_and_counted(line, tmp_path):
     assert data["skipped"] == 1
 
 
+def test_the_header_names_the_model_without_its_folder(tmp_path):
+    folder = write(tmp_path / "x", [episode(0)])
+    for options in ("{model: /home/me/smollm2/}", "{model: me/smollm2}", "{model: [1]}", "[1]"):
+        (folder / "config.yaml").write_text(f"env: a\nreward: null\noptions: {options}\n")
+        expected = {"env": "a"} | ({"model": "smollm2"} if "smollm2" in options else {})
+        assert data_of(write_page(folder))["run"] == expected
+
+
 @pytest.mark.parametrize(
     "config", ["env: [", "- a", "a: &x 1\nb: *x", "\x00"], ids=["cut", "list", "alias", "nul"]
 )
