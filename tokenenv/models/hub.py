@@ -95,6 +95,20 @@ def undisturbed(argument: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
+def offline() -> Iterator[None]:
+    """Have nobody ask the hub: transformers passes `local_files_only` on to most of its lookups,
+    but not to the one for an adapter's config."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
 def without_bars() -> Iterator[None]:
     """Switch the progress bars of transformers and of the hub off, and afterwards back to what they
     were. Bars that HF_HUB_DISABLE_PROGRESS_BARS=0 asks for stay."""

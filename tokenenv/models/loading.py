@@ -1,6 +1,7 @@
 """Loading models and tokenizers from hub ids or local directories."""
 
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from tokenenv.errors import InvalidArgument, ModelError
 
 from .heads import make_scorer
-from .hub import failed, hub_options, undisturbed, without_bars
+from .hub import failed, hub_options, offline, undisturbed, without_bars
 from .probing import looks_ahead
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
@@ -198,8 +199,9 @@ def _from_pretrained(
     auto = getattr(transformers, auto_class)
     # A config or a tokenizer is small, and is loaded with its model.
     loading = undisturbed(argument, source) if "AutoModel" in auto_class else without_bars()
+    cached = offline() if options.get("local_files_only") else nullcontext()
     try:
-        with loading:
+        with loading, cached:
             return auto.from_pretrained(source, **options)
     # transformers, and code that comes with a model, may raise anything.
     except Exception as error:
