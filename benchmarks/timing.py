@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Return the median seconds of each candidate. The candidates run in turn, `repetitions` times
-    after one warm-up."""
+def medians(
+    candidates: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Return the median seconds of each candidate by a clock. The candidates run in turn,
+    `repetitions` times after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repetition in range(repetitions + 1):
         for name, run in candidates.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if repetition:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}

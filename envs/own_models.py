@@ -12,6 +12,7 @@ from tokenenv.errors import InvalidArgument, ModelError, check_choice
 from tokenenv.models.aligned_scorer import make_aligned_scorer
 from tokenenv.models.chats import Chats, same_frames
 from tokenenv.models.heads import make_scorer
+from tokenenv.models.hub import hub_options
 from tokenenv.models.loading import (
     check_same_tokens,
     load_causal_lm,
@@ -78,8 +79,6 @@ class Lengths:
 class Policy:
     """The policy's model and what it writes: all other models have to fit it."""
 
-    source: Any
-    """The `model=` that the user gave: a hub id, a directory or an object."""
     model: Any
     tokenizer: Any
     """None where tokens have no text."""
@@ -220,6 +219,14 @@ def revisions_of(
                 f"revision={one!r} is of a hub id, and {argument}= names none; leave it out."
             )
     return dict(revision)
+
+
+def check_sources(sources: Mapping[str, Any], revisions: Mapping[str, str]) -> None:
+    """Raises `ModelError` where an argument names a directory, a hub id or a revision that cannot
+    be found. Nothing is loaded."""
+    for argument, source in sources.items():
+        if isinstance(source, (str, Path)) and not _on_server(source):
+            hub_options(str(source), argument, revisions.get(argument))
 
 
 def same_source(one: Any, other: Any) -> bool:

@@ -68,6 +68,7 @@ from tokenenv.envs.own_models import (
     Lengths,
     Loaded,
     Policy,
+    check_sources,
     frozen,
     load_language_model,
     load_scorer,
@@ -181,21 +182,21 @@ def task(
             longer than a model's positions.
     """
     # Whatever can be refused is refused before any model is loaded, which may take minutes.
-    check_given([n for n, given in (("model", model), ("prompts", prompts)) if _left_out(given)])
+    needed = {"model": model, "prompts": prompts}
+    check_given([name for name, given in needed.items() if given is None or given is NEEDED])
     check_limit(max_prompt_tokens, long_prompts)
     if device is not None:
         check_device(device)
-    revisions = revisions_of(
-        revision,
-        {
-            "model": model,
-            "tokenizer": model if tokenizer is None else tokenizer,
-            "reference": reference,
-            "implicit_model": implicit_model,
-            "reward_model": reward_model,
-            "reward_tokenizer": reward_tokenizer,
-        },
-    )
+    sources = {
+        "model": model,
+        "tokenizer": model if tokenizer is None else tokenizer,
+        "reference": reference,
+        "implicit_model": implicit_model,
+        "reward_model": reward_model,
+        "reward_tokenizer": reward_tokenizer,
+    }
+    revisions = revisions_of(revision, sources)
+    check_sources(sources, revisions)
     loading: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
@@ -222,7 +223,6 @@ def task(
     )
     longest = max(map(len, ids))
     policy = Policy(
-        source=model,
         model=policy_model,
         tokenizer=tokenizer,
         chats=chats,
@@ -254,10 +254,6 @@ def task(
         stop_token_ids=policy.stop_token_ids,
         gold=gold,
     )
-
-
-def _left_out(given: Any) -> bool:
-    return given is None or given is NEEDED
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -14,11 +14,11 @@ The same from the command line, in the folder of this file:
     tokenenv evaluate runs/answers --reward answers:right --gold answers:right
 """
 
-import argparse
 from importlib.resources import files
 from pathlib import Path
 
 import gymnasium as gym
+import tyro
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
@@ -46,17 +46,12 @@ def make_envs(prompts: str) -> gym.vector.VectorEnv:
     )
 
 
-def main() -> None:
+def main(total_tokens: int = 20_000) -> None:
     """Learn from one file's sums, and print how many of the other's are right, before and after."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--total-tokens", type=int, default=20_000)
-    args = parser.parse_args()
     held_out = make_envs("sums_held_out.jsonl")
     agent = PPO(make_envs("sums.jsonl"), lr=1e-3, batch_tokens=512)
     before = evaluate(agent, held_out, num_texts=256)
-    agent.learn(args.total_tokens, progress=True)
+    agent.learn(total_tokens, progress=True)
     after = evaluate(agent, held_out, num_texts=256)
     print(
         f"right answers: {before.score:.2f} before, {after.score:.2f} after, "
@@ -65,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from shells import TOKENENV, shell
 
 import tokenenv
+from tokenenv.cli import main
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
-    "answers": ("answers.py", ["--total-tokens", "600"]),
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "gspo": ("gspo.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "reshaping": ("reshaping.py", ["--total-tokens", "300", "--num-envs", "8"]),
@@ -56,24 +55,25 @@ def test_an_example_runs(name, tmp_path):
     assert "nan" not in done.stdout.lower().replace("negation", "")
 
 
-def test_answers_from_the_command_line(tmp_path):
-    """The commands of the docstring, with fewer tokens, in a folder with the example's files."""
-    (tmp_path / "examples").mkdir()
-    for name in ("answers.py", "sums.jsonl", "sums_held_out.jsonl"):
-        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
+def test_answers_in_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "answers.py"))["main"](total_tokens=600)
+    shares = re.search(r"right answers: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
+    assert all(0.5 < float(share) < 1 for share in shares.groups())
+
+
+def test_answers_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The commands of the example's docstring, with fewer tokens."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "envs").symlink_to(ROOT / "envs")
-    text = (ROOT / "examples" / "answers.py").read_text(encoding="utf-8").replace("\\\n", "")
-    commands = re.findall(r"^ +(tokenenv .*)", text, re.M)
-    assert [command.split()[1] for command in commands] == ["train", "evaluate"]
-    script = "\n".join(commands).replace("tokenenv ", f"{TOKENENV} ", 1)
-    script = script.replace("\ntokenenv ", f"\n{TOKENENV} ").replace("20000", "300")
-    done = shell(script + " --num-texts 32", tmp_path / "examples")
-    assert done.returncode == 0, done.stderr
-    row = re.search(r"score\D+([\d.]+)\D+[\d.]+\D+([\d.]+)", done.stdout)
-    assert all(0 < float(share) <= 1 for share in row.groups()), done.stdout
-    first = (
-        (tmp_path / "examples" / "runs" / "answers" / "episodes.jsonl").read_text().split("\n")[0]
-    )
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.syspath_prepend(tmp_path / "examples")
+    text = Path("answers.py").read_text(encoding="utf-8").replace("\\\n", "")
+    train, evaluate = (line.split() for line in re.findall(r"^ +tokenenv (.*)", text, re.M))
+    main([word.replace("20000", "300") for word in train])
+    main([*evaluate, "--num-texts", "32"])
+    row = re.search(r"score\D+([\d.]+)\D+[\d.]+\D+([\d.]+)", capsys.readouterr().out)
+    assert all(0 < float(share) <= 1 for share in row.groups())
+    first = Path("runs/answers/episodes.jsonl").read_text(encoding="utf-8").split("\n")[0]
     episode = json.loads(first)
     assert episode["columns"]["answer"] == str(sum(map(int, episode["prompt"][:-1].split("+"))))
 

@@ -16,7 +16,7 @@ from uuid import UUID
 import numpy as np
 from torch import Tensor
 
-from tokenenv.errors import InvalidArgument, MissingDependency
+from tokenenv.errors import InvalidArgument, missing
 
 Columns = Mapping[str, Any]
 """The values of one row by the names of their columns, without the prompt. They are plain data
@@ -266,9 +266,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingDependency(
-            ".parquet files need pyarrow: pip install 'tokenenv-rl[datasets]'"
-        ) from error
+        raise missing("reading .parquet files", "pyarrow") from error
     try:
         rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:

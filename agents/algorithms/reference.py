@@ -20,6 +20,8 @@ from tokenenv.agents.learning.learner import Metrics
 class Reference(Agent):
     """The policy that training starts from, as it is."""
 
+    learns = False
+
     if TYPE_CHECKING:
 
         @dataclass(kw_only=True)

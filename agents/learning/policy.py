@@ -32,8 +32,9 @@ class LMPolicy(nn.Module):
     It takes `model` over: the weights become float32 and trainable. With `lora_rank` it freezes the
     model, leaves it as it is and trains low-rank adapters (peft) in a copy that shares the weights;
     they keep their dtype, and the adapters are float32. If the model has adapters already, only the
-    active ones are trained. A float16 model becomes float32 in each case. The model stays in eval
-    mode, so that acting and learning see the same distribution (no dropout).
+    active ones are trained. A float16 model becomes float32 in each case. With `frozen` the model
+    is left as it is. It stays in eval mode, so that acting and learning see the same distribution
+    (no dropout).
 
     Raises:
         InvalidArgument: `lora_rank` is given for a model that has adapters already, or those
@@ -49,9 +50,10 @@ class LMPolicy(nn.Module):
         precision: str = "auto",
         max_batch_tokens: int = 16384,
         seed: int = 0,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.model = model = trainable(model, lora_rank, seed)
+        self.model = model = trainable(model, lora_rank, seed, frozen)
         self.vocab_size = vocab_size_of(model)
         self.max_batch_tokens = max_batch_tokens
         self.head = logits_head(model, self.vocab_size)
@@ -124,9 +126,11 @@ class LMPolicy(nn.Module):
                 (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def trainable(model: Any, lora_rank: int = 0, seed: int = 0) -> Any:
-    """Return what a policy trains of a model: new adapters beside it, its own adapters, or all of
-    it in float32."""
+def trainable(model: Any, lora_rank: int, seed: int, frozen: bool) -> Any:
+    """Return what a policy trains of a model: nothing, new adapters beside it, its own adapters, or
+    all of it in float32."""
+    if frozen:
+        return model.requires_grad_(False)
     if lora_rank:
         return with_lora(model, lora_rank, seed)
     if adapter_layers(model):

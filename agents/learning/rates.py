@@ -2,12 +2,12 @@
 
 The same rate does not suit all. AdamW moves each weight by about the rate in each step, whatever
 the gradient is. A small model needs large steps. All weights of a pretrained model moved that far
-make another model at once: the default of the small ones moves SmolLM2-135M by 7 nats per token in
-one update. Adapters begin at zero and are few, so they bear more. docs/your-model.md has the
-measurements.
+make another model at once. Adapters begin at zero and are few, so they bear more. What the first
+update moves SmolLM2-135M by is in docs/algorithms.md, "The learning rate".
 """
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -27,9 +27,11 @@ LORA_LR = 2e-4
 def default_lr(policy: nn.Module) -> float:
     """Return the learning rate for what of this policy is trained, and log it where the model is
     not a small one."""
-    model = policy.model if isinstance(getattr(policy, "model", None), nn.Module) else policy
+    own: Any = getattr(policy, "model", None)
+    model = own if isinstance(own, nn.Module) else policy
     size = sum(weight.numel() for weight in model.parameters())
-    if size <= SMALL:
+    is_trained = any(weight.requires_grad for weight in model.parameters())
+    if size <= SMALL or not is_trained:
         return SMALL_LR
     has_adapters = bool(adapter_layers(model))
     rate, trained = (LORA_LR, "adapters") if has_adapters else (FULL_LR, "all weights")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenenv.agents.learning.masks import allowed_of, rule_out
 from tokenenv.models.batching import upload
+from tokenenv.models.same_texts import first_equals, prefill_once
 from tokenenv.types import SlotModel
 
 
@@ -134,8 +135,10 @@ class Actor:
         if not len(slots):
             return self._slots.append(self._tokens)
         rows = upload(slots, texts_NL.device)
-        fresh_states = self._slots.prefill(
-            slots.tolist(), texts_NL[rows, : int(fresh.max())], fresh[slots].tolist()
+        begun, lengths = texts_NL[rows, : int(fresh.max())], fresh[slots]
+        # What a group begins with is read once.
+        fresh_states = prefill_once(
+            self._slots, slots, begun, lengths, first_equals(begun, lengths)
         )
         if len(slots) == len(fresh):
             return fresh_states

@@ -12,6 +12,8 @@ from tokenenv.agents.rollout.actor import Policy, device_of, sample
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chats import Chats, is_chat
 from tokenenv.models.encoding import encode_prompt
+from tokenenv.models.loading import max_positions
+from tokenenv.models.same_texts import first_equals, prefill_once
 from tokenenv.types import TokenSpec
 
 Prompts = str | Sequence[Any]
@@ -50,6 +52,7 @@ def generate(
     check_options(max_new_tokens, temperature, top_k, top_p)
     greedy = greedy or temperature == 0
     ids = [tokenize(prompt, tokenizer, chats) for prompt in as_list(prompts)]
+    check_room(policy, ids, max_new_tokens)
     generator = torch.Generator(device_of(policy)).manual_seed(seed)
     # Prompts of similar length share a cache, so that it is no longer than its texts.
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -81,7 +84,10 @@ def _run(
     responses: list[list[int]] = [[] for _ in prompts]
     running = np.ones(len(prompts), bool)
     with policy.autocast():
-        states_NH = slots.prefill(range(len(prompts)), padded.to(device_of(policy)), lengths)
+        first = first_equals(padded, lengths)
+        states_NH = prefill_once(
+            slots, range(len(prompts)), padded.to(device_of(policy)), lengths, first
+        )
         for step in range(max_new_tokens):
             tokens_N = choose(states_NH)
             chosen = tokens_N.tolist()
@@ -143,6 +149,21 @@ def tokenize(prompt: Any, tokenizer: Any, chats: Chats | None = None) -> list[in
     if len(prompt) == 0:
         raise InvalidArgument("a prompt is empty; it needs at least one token.")
     return [int(token) for token in prompt]
+
+
+def check_room(policy: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise `InvalidArgument` where a prompt and its response have more tokens than the policy's
+    model has positions."""
+    config = getattr(getattr(policy, "model", None), "config", None)
+    positions = None if config is None else max_positions(config.get_text_config())
+    for i, prompt in enumerate(prompts):
+        if positions is not None and len(prompt) + max_new_tokens > positions:
+            room = positions - len(prompt)
+            fits = f"max_new_tokens={room} or less" if room >= 1 else "a shorter prompt"
+            raise InvalidArgument(
+                f"prompts[{i}] has {len(prompt)} tokens, and with max_new_tokens={max_new_tokens} "
+                f"more the text would not fit the policy's {positions} positions; give {fits}."
+            )
 
 
 def check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

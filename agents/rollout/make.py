@@ -10,21 +10,30 @@ from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.env_rows import reference_of
 from tokenenv.agents.rollout.text_collector import TextCollector, check_text_env, make_engine
+from tokenenv.models.adapters import sharing
 
 
-def default_policy(envs: VectorEnv, config: AgentConfig) -> LMPolicy:
-    """Return a policy that starts as the env's model, which stays as it is."""
-    model = getattr(envs.unwrapped, "model", None) or reference_of(
+def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True) -> LMPolicy:
+    """Return a policy that starts as the env's model, which stays as it is.
+
+    It has weights of its own where they are trained, and shares the others. Where the agent never
+    `learns` it shares all of them.
+    """
+    model: Any = getattr(envs.unwrapped, "model", None) or reference_of(
         envs, "give policy=LMPolicy(model)"
     )
+    if not learns:
+        model = sharing(model, model.parameters())
+    elif not config.lora_rank:  # with it, the policy makes a copy that shares the weights
+        model = copy_to_train(model)
     return LMPolicy(
-        # New adapters share the weights of the env's model, which they leave alone.
-        model if config.lora_rank else copy_to_train(model),
+        model,
         separate_value=getattr(config, "separate_value", False),
         lora_rank=config.lora_rank,
         precision=config.precision,
         max_batch_tokens=config.max_batch_tokens,
         seed=config.seed,
+        frozen=not learns,
     )
 
 

@@ -38,10 +38,11 @@ def check_env(envs: Any) -> None:
         )
 
 
-def check_policy(policy: Any, envs: VectorEnv) -> None:
-    """Raise `InvalidArgument` unless the policy has the env's tokens, and weights of its own to
-    train."""
-    check_apart(policy, envs.unwrapped)
+def check_policy(policy: Any, envs: VectorEnv, *, learns: bool = True) -> None:
+    """Raise `InvalidArgument` unless the policy has the env's tokens and, for an agent that
+    `learns`, weights of its own to train."""
+    if learns:
+        check_apart(policy, envs.unwrapped)
     if policy.vocab_size != num_actions(envs):
         raise InvalidArgument(
             f"policy has {policy.vocab_size} tokens, the env {num_actions(envs)} actions."

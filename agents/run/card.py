@@ -85,7 +85,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_HUB_ID)
 def is_hub_id(source: str | None) -> bool:
     """Return whether this is a model's name on a hub, as "owner/name", and no folder's."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(source or "")

@@ -40,8 +40,10 @@ def load_policy(
         # What is checked here is what the policy is made of; texts are not written by an engine.
         AgentConfig(**{**shared, "rollout": "step", "rollout_options": {}})
         settings: Any = SimpleNamespace(**config)
-        made = policy or default_policy(envs, settings)
-        check_policy(made, envs)
+        # An agent that learns nothing has no weights in its checkpoint but an idle critic's.
+        learns = not all(name.startswith("value_head.") for name in state["weights"])
+        made = policy or default_policy(envs, settings, learns=learns)
+        check_policy(made, envs, learns=learns)
         check_weights(trained_weights(made), state["weights"])
         if policy is None and not all(weight.requires_grad for weight in made.parameters()):
             check_base(method(envs, "identity"), state["identity"])

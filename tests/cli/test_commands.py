@@ -94,7 +94,7 @@ def textgen(*words):
         (option("task", "nowhere:task"), "task='nowhere:task'"),
         (option("task", "os"), "task='os'"),
         (option("reward", "{a: b}"), "reward='b'"),
-        (textgen("model", "./nowhere", "prompts", "nowhere"), "model './nowhere'"),
+        (textgen("model", "./nowhere", "prompts", "nowhere"), "model='./nowhere'"),
         (textgen("model", "nowhere", "prompts", "p", "dtype", "float99"), "dtype='float99'"),
         (textgen("prompts", "p"), "model= is missing"),
         (textgen(), "model= and prompts= are missing"),

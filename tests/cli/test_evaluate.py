@@ -1,5 +1,8 @@
 """`tokenenv evaluate`: which prompts are asked, what is printed of them, and what it costs."""
 
+import json
+import re
+import shutil
 import sys
 import time
 from importlib.resources import files
@@ -17,7 +20,7 @@ from tokenenv.agents import PPO, load_policy
 from tokenenv.agents.run.evaluate import summarise
 from tokenenv.cli import console as printing
 from tokenenv.cli import evaluate as command
-from tokenenv.cli import main
+from tokenenv.cli import load_config, main
 from tokenenv.cli.evaluate import comparison, show_examples
 from tokenenv.envs import textgen
 
@@ -46,7 +49,8 @@ def here(tmp_path, monkeypatch):
     Path("own.txt").write_text("the pizza\nthe soup\n")
     Path("held.jsonl").write_text('{"question": "the waiter said"}\n')
     yield tmp_path
-    sys.modules.pop("mine", None)
+    for name in ("mine", "answers"):
+        sys.modules.pop(name, None)
 
 
 def trained(*more, options=()):
@@ -144,6 +148,36 @@ def test_a_split_is_held_out_only_if_the_run_had_another(here, capsys):
     assert "prompts: held out by the task (split=test)" in evaluated(capsys)[0]
     train = evaluated(capsys, "--options", "split", "train")[0]
     assert "prompts: those of the training (none is held out)" in train
+
+
+def test_answers_from_a_column_are_paid_and_measured(here, capsys):
+    """A verifiable reward: the prompts' file has the answers, those to evaluate have theirs, and the
+    single rule is the score. The same run from Python is the same run."""
+    examples = Path(__file__).parents[2] / "examples"
+    for name in ("answers.py", "sums.jsonl", "sums_held_out.jsonl"):
+        shutil.copy(examples / name, name)
+    named = ["--reward", "answers:right", "--gold", "answers:right"]
+    options = ["model", MODEL.replace("reviews", "arithmetic"), "prompts", "sums.jsonl"]
+    small = ["--num-envs", "8", "--total-tokens", "60", "--agent.batch-tokens", "30"]
+    train = ["train", *small, "--env", "tokenenv/TextGen-v0", "--options", *options]
+    train += ["max_new_tokens", "4", "--eval-prompts", "sums_held_out.jsonl"]
+    main([*train, *named, "--run-dir", "x"])
+    texts = [json.loads(line) for line in Path("x/episodes.jsonl").read_text().splitlines()]
+    for text in texts:
+        right = text["response"].removesuffix("<eos>").strip() == text["columns"]["answer"]
+        assert text["score"] == text["gold"] == float(right)
+    assert {text["score"] for text in texts} == {0.0, 1.0}
+    printed, prompts = evaluated(capsys, *named)
+    assert "prompts: sums_held_out.jsonl" in printed
+    gold, score = (re.search(rf"{name} (\S+) ± \S+ (\S+) ±", printed) for name in ("gold", "score"))
+    assert gold.groups() == score.groups()
+    held_out = Path("sums_held_out.jsonl").read_text()
+    assert all(f'"{prompt}"' in held_out for prompt in prompts)
+    made = load_config(Path("x/config.yaml"), reward=named[1], gold=named[3])
+    PPO(made.make_envs(), made.agent, run_dir="y").learn(60)
+    assert Path("y/episodes.jsonl").read_text() == Path("x/episodes.jsonl").read_text()
+    values = yaml.safe_load(Path("y/config.yaml").read_text())
+    assert (values["reward"], values["gold"]) == ("answers:right", "answers:right")
 
 
 def test_a_figure_that_does_not_exist_has_no_row():

@@ -89,7 +89,8 @@ def test_a_run_of_python_is_made_again_evaluated_shown_and_gone_on_with(mine, ca
 
 
 def test_functions_are_named_by_their_module_and_have_to_be_said_again(mine, capsys):
-    envs = textgen(reward={"mine": (mine.brief, 2.0)}, gold=mine.words, watch={"w": mine.words})
+    given = {"reward": {"mine": (mine.brief, 2.0)}, "gold": Rule(mine.words)}
+    envs = textgen(**given, watch={"w": mine.words})
     PPO(envs, run_dir="x", **SMALL).learn(20)
     assert config()["reward"] == "{mine: ['mine:brief', 2.0]}"
     assert config()["gold"] == "mine:words"
@@ -110,16 +111,10 @@ def test_functions_are_named_by_their_module_and_have_to_be_said_again(mine, cap
     assert "--gold mine:words" in printed
 
 
-def dense(mine):
-    return Rule(
-        mine.brief, **{"dense" if "dense" in Rule.__init__.__kwdefaults__ else "delta": True}
-    )
-
-
 NAMELESS = {
     "a lambda": lambda mine: ({"reward": lambda p, r: 0.0}, "reward is the function", "--reward"),
     "a rule with options": lambda mine: (
-        {"reward": dense(mine)},
+        {"reward": Rule(mine.brief, dense=True)},
         "reward is a Rule of the function brief with options",
         "--reward",
     ),

@@ -9,6 +9,7 @@ from fake_hub import FakeHub
 from tokenenv.cli import Train, load_config, main, save_config
 from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
+from tokenenv.models import hub as hub_module
 from tokenenv.models import loading
 
 MAKERS = {
@@ -93,6 +94,19 @@ def test_a_device_that_is_not_here_is_refused_before_anything_is_loaded(
     with pytest.raises(InvalidArgument, match=f"^device='{device}' cannot be used here: "):
         MAKERS[maker](model=model, device=device, **SHORT)
     assert loads == []
+
+
+@pytest.mark.parametrize("argument", ["reference", "implicit_model", "reward_model", "tokenizer"])
+def test_what_the_hub_does_not_have_is_said_before_anything_is_loaded(argument, hub, loads, caplog):
+    for reachable, reason in ((True, "has no such id"), (False, "cannot be reached")):
+        hub.reachable = reachable
+        model = hub.folders["our/policy"]["main"]
+        with pytest.raises(ModelError, match=f"^{argument}='our/none' cannot be loaded .*{reason}"):
+            textgen.task(**{"model": model, argument: "our/none", **SHORT})
+        hub_module._answer.cache_clear()
+    assert len(hub.requests) == 2
+    assert loads == []
+    assert caplog.messages == []
 
 
 def test_a_model_is_not_loaded_for_a_device_that_is_not_here(folders, loads):

@@ -22,6 +22,8 @@ class FakeHub:
     def __init__(self, folders: dict[str, dict[str, Path]]) -> None:
         self.folders = folders
         self.reachable = True
+        self.status: int | None = None
+        """With which every request is answered; None: as it should be."""
         self.requests: list[str] = []
         # httpx, or httpx2 in later versions of huggingface_hub.
         self.http = sys.modules[type(get_session()).__module__.split(".")[0]]
@@ -45,6 +47,8 @@ class FakeHub:
         self.requests.append(f"{request.method} {path}")
         if not self.reachable:
             raise self.http.ConnectError("Name or service not known")
+        if self.status is not None:
+            return self.http.Response(self.status)
         api = path.startswith("api/models/")
         path = path.removeprefix("api/models/")
         name = next((name for name in self.folders if f"{path}/".startswith(f"{name}/")), None)

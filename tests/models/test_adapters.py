@@ -3,6 +3,7 @@
 import copy
 
 import fakes
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from toy_env import P, T, ToyEnv, tiny_lm
 from tokenenv.agents import GRPO, KLQ, PPO, LMPolicy, Reference
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.run.checkpoint import trained_weights
+from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.agents.run.load_policy import load_policy
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import adapter_layers, beside, in_own_dtype
 
@@ -44,7 +47,7 @@ CASES = {
     "a critic with a trunk of its own": (KLQ, {"separate_value": True}, torch.float32),
     "a KL over the whole vocabulary": (GRPO, {"full_kl_coef": 0.1}, torch.float32),
     "bfloat16 forwards": (PPO, {"precision": "bfloat16"}, torch.float32),
-    "the reference": (Reference, {}, torch.float32),
+    "the reference": (Reference, {"lora_rank": 0}, HALF),
 }
 
 
@@ -52,7 +55,7 @@ CASES = {
 def test_one_base_is_in_memory_and_stays_as_it_was(name):
     algorithm, options, dtype = CASES[name]
     model = tiny_lm(initializer_range=0.3, max_position_embeddings=P + T).to(dtype)
-    if "lora_rank" in options:
+    if "adapter" in name:
         model = with_adapter(model).requires_grad_(False)
     envs = ToyEnv(4, kl_coef=0.1, reference=model, group_size=2 if algorithm is GRPO else 1)
     before, sizes = copy.deepcopy(model.state_dict()), places(model)
@@ -77,6 +80,26 @@ def test_one_base_is_in_memory_and_stays_as_it_was(name):
         assert {one.dtype for one in state} == {torch.float32}
 
 
+@pytest.mark.parametrize("env", ["toy", "automaton"])
+def test_a_reference_that_was_saved_goes_on_and_is_read_by_itself(env, tmp_path):
+    def make():
+        if env == "automaton":
+            return gym.make_vec("tokenenv/Brackets-v0", num_envs=2, max_new_tokens=6)
+        return ToyEnv(2, kl_coef=0.1, reference=tiny_lm().bfloat16())
+
+    agent = Reference(make(), batch_tokens=12).learn(12)
+    agent.save(tmp_path / "c")
+    further = Reference.load(tmp_path / "c", make())
+    one, other = agent.learn(24).metrics, further.learn(24).metrics
+    del one["time/tokens_per_second"], other["time/tokens_per_second"]
+    np.testing.assert_equal(one, other)
+    policy = load_policy(tmp_path / "c", make())
+    texts = [evaluate(one, make(), num_texts=4).episodes for one in (policy, agent)]
+    assert [e.response.tolist() for e in texts[0]] == [e.response.tolist() for e in texts[1]]
+    with pytest.raises(InvalidArgument, match="policy's model has no weight to train"):
+        PPO(make(), policy=policy)
+
+
 def test_a_copy_of_an_agent_has_one_base_too():
     agent = PPO(ToyEnv(4), lora_rank=2, separate_value=True, batch_tokens=20)
     twin = copy.deepcopy(agent)
@@ -88,6 +111,19 @@ def test_a_copy_of_an_agent_has_one_base_too():
     assert not own.keys() & shared.keys()
     mine, others = agent.learn(40).policy.parameters(), twin.learn(40).policy.parameters()
     assert all(map(torch.equal, mine, others))
+
+
+@pytest.mark.parametrize("separate_value", [False, True])
+def test_a_run_on_a_bfloat16_base_goes_on_exactly(separate_value, tmp_path):
+    def make():
+        return ToyEnv(4, kl_coef=0.1, reference=tiny_lm(initializer_range=0.3).bfloat16())
+
+    options = {"lora_rank": 2, "separate_value": separate_value, "batch_tokens": 20, "lr": 1e-2}
+    agent = PPO(make(), lr_schedule="constant", **options).learn(30)
+    agent.save(tmp_path / "c")
+    resumed = PPO.load(tmp_path / "c", make()).learn(60)
+    mine, others = agent.learn(60).policy.parameters(), resumed.policy.parameters()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(mine, others, strict=True))
 
 
 def test_full_weights_are_a_copy_in_float32():

@@ -65,6 +65,13 @@ def test_out_of_reach_is_one_sentence_after_one_request(load, hub):
     assert hub.requests == ["GET api/models/Qwen/Qwen3-0.6B"]
 
 
+def test_a_proxy_that_answers_for_the_hub_is_no_hub(hub):
+    hub.status = 502
+    with pytest.raises(ModelError, match=r"huggingface.co\) cannot be reached \(.*502"):
+        load_causal_lm("our/policy")
+    assert len(hub.requests) == 1
+
+
 @pytest.mark.parametrize("load", LOADERS)
 def test_an_id_or_a_revision_that_the_hub_does_not_have(load, hub):
     with pytest.raises(ModelError, match=r"model='our/none' .*huggingface.co\) has no such id, or"):
@@ -172,8 +179,9 @@ def test_a_slow_load_says_what_is_loaded_and_from_where(folders, hub, monkeypatc
     assert caplog.messages == []
     monkeypatch.setattr(hub_module.threading, "Timer", AtOnce)
     load_causal_lm(folder)
+    load_tokenizer(folder)
     load_reward_model("our/reward")
-    first, *others = caplog.messages
+    first, second = caplog.messages
     assert first == f"loading model={folder!r} from a local directory ..."
-    assert others[0].startswith("loading reward_model='our/reward' from the hub or ")
-    assert others[0].endswith("cache ...")
+    assert second.startswith("loading reward_model='our/reward' from the hub or ")
+    assert second.endswith("cache ...")

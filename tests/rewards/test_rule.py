@@ -152,6 +152,83 @@ def test_what_is_no_function_is_refused_when_the_rule_is_made(function):
         Rule(function)
 
 
+# ------------------------------------------------------ what a rule asks for
+
+
+def swapped(response, prompt):
+    return 0.0
+
+
+def by_place(prompt, response, answer, /):
+    return 0.0
+
+
+@pytest.mark.parametrize("function", [lambda: 0, lambda response: 0, swapped, by_place, len])
+@pytest.mark.parametrize("kind", [Rule, TokenRule, make_terms])
+def test_a_function_that_does_not_take_prompt_and_response_is_refused_at_once(function, kind):
+    message = r"has the parameters \(.*\); it must take prompt and response, in this order"
+    with pytest.raises(InvalidArgument, match=message):
+        kind(function)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        max,  # without a signature
+        lambda *texts: 0,
+        lambda prompt, *rest: 0,
+        lambda prompt, response, scale=1, **row: 0,
+        functools.partial(lambda rest, prompt, response: 0, "first"),
+        Judge(),
+        Judge().verdict,
+    ],
+)
+def test_functions_of_every_kind_are_taken(function):
+    assert Rule(function).columns == ()
+    assert Rule(lambda p, r, answer, messages, level=0, *, key: 0).columns == ("answer", "key")
+
+
+def two_texts():
+    ids = [np.array([7, 5]), np.array([7, 8, 9])]
+    lengths = {"length": np.array([2, 3]), "prompt_length": np.array([1, 1])}
+    padded = torch.tensor([[7, 5, 0], [7, 8, 9]])
+    return FinishedTexts(
+        tokens=padded, ids=ids, prefix_length=np.array([0, 0]), score=None, **lengths
+    )
+
+
+@pytest.mark.parametrize("values", [[1, 2.5], (1, 2.5), np.array([1, 2.5]), torch.tensor([1, 2.5])])
+def test_a_batched_rule_returns_a_list_of_numbers(values):
+    asked = []
+
+    def function(prompts, responses):
+        asked.append((prompts, responses))
+        return values
+
+    assert paid_to(Rule(function, "tokens", batched=True), two_texts()) == [1.0, 2.5]
+    assert asked == [([[7], [7]], [[5], [8, 9]])]
+    each = TokenRule(lambda ps, rs: rs, "tokens", batched=True).place(two_texts(), 3)
+    assert each.tolist() == [[5.0, 0.0, 0.0], [8.0, 9.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [1.0] * 3, 1.0, None, "12", {1: 2, 3: 4}, {1, 2}, np.array(1.0), iter([1, 2])]
+)
+def test_a_batched_rule_returns_one_number_a_text(values):
+    message = r"the rule 'function' returned .* for 2 texts; it must return 2, one for each text"
+    with pytest.raises(InvalidArgument, match=message):
+        paid_to(Rule(returns(values), "tokens", batched=True), two_texts())
+
+
+def test_what_a_batched_rule_returns_is_named_with_its_own_text():
+    with pytest.raises(InvalidArgument, match=r"returned nan for the response \[8, 9\]; it must"):
+        paid_to(Rule(returns([1.0, float("nan")]), "tokens", batched=True), two_texts())
+    with pytest.raises(
+        InvalidArgument, match=r"returned 2 numbers for the response \[5\]; .* 1, one"
+    ):
+        TokenRule(returns([[1, 2], [3, 4]]), "tokens", batched=True).place(two_texts(), 3)
+
+
 # ---------------------------------------------------- wherever a design goes
 
 

@@ -173,6 +173,14 @@ def test_a_strangers_config_runs_nothing(changes, run_dir, tmp_path, capsys, no_
     assert {path.name for path in tmp_path.iterdir()} == {"x"}
 
 
+def test_prompts_in_a_file_are_texts_whatever_they_look_like():
+    prompts = ["mine:brief", "see https://host/p", [{"role": "user", "content": "//host"}]]
+    check_from_file({"options.prompts": prompts}, "x")
+    for name in ("options.model", "options.stop_token_ids", "eval_prompts"):
+        with pytest.raises(InvalidArgument, match=r"imports code|opens a connection"):
+            check_from_file({name: prompts}, "x")
+
+
 @pytest.mark.parametrize(
     "name", ["lock", "episodes.html", "episodes.jsonl", "config.yaml.tmp", "checkpoint.tmp"]
 )

@@ -21,10 +21,11 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import sum_dtype
+from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
 from tokenenv.rewards.rule import Rule
-from tokenenv.rewards.seen import FinishedTexts, States, Transitions
+from tokenenv.rewards.seen import FinishedTexts, States, Transitions, WholeTexts
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.tables import Columns, require_columns
 from tokenenv.types import Head, Slots
@@ -171,9 +172,7 @@ class RewardEngine:
         statistics = {
             name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()
         }
-        hidden = self.trunks.prefill(
-            slots, given.tokens[:, : int(given.length.max())], given.length.tolist()
-        )
+        hidden = self._read(slots, given)
         states = self.dynamics.begin(given, hidden, statistics, self.trunks)
         self._put(slots, texts, states)
 
@@ -185,9 +184,7 @@ class RewardEngine:
             self.weights[name][slots] = weights
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         given = texts.whole(slots)
-        hidden = self.trunks.prefill(
-            slots, given.tokens[:, : int(given.length.max())], given.length.tolist()
-        )
+        hidden = self._read(slots, given)
         states = States(hidden, texts.upload(given.length - given.prompt_length))
         scorer, score = self.context.causal_scorer, saved["score"]
         if score is not None and scorer is not None:
@@ -199,6 +196,15 @@ class RewardEngine:
         for name in self.rewards.statistics():
             states.statistics[name] = texts.upload(saved["statistics"][name])
         self._put(slots, texts, states)
+
+    def _read(self, slots: Slots, texts: WholeTexts) -> dict[Any, Tensor]:
+        """Fill the caches of `slots` (n,) with texts, each different one read once. Return the
+        state (n, H) after each text, by trunk."""
+        width = int(texts.length.max())
+        # The host knows the texts, so nothing waits for the device.
+        ids = torch.from_numpy(np.asarray(texts.ids)[:, :width])
+        first = first_equals(ids, texts.length)
+        return self.trunks.prefill(slots, texts.tokens[:, :width], texts.length.tolist(), first)
 
     def _put(self, slots: Slots, texts: TextBuffer, states: States) -> None:
         if self.states is None:

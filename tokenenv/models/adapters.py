@@ -1,7 +1,7 @@
 """Adapters in a model, which peft puts there, and weights that two models have in common."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -43,8 +43,12 @@ def beside(model: Any) -> Any:
     if not in_own_dtype(model):
         return copy.deepcopy(model)
     adapters = _adapter_weights(model)
-    shared = (weight for weight in model.parameters() if _place(weight) not in adapters)
-    return copy.deepcopy(model, {id(weight): weight for weight in shared})
+    return sharing(model, [one for one in model.parameters() if _place(one) not in adapters])
+
+
+def sharing(model: Any, weights: Iterable[Tensor]) -> Any:
+    """Return a copy of a model that has these weights of its in common with it."""
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
 def in_own_dtype(model: Any) -> bool:

@@ -119,18 +119,12 @@ def without_bars() -> Iterator[None]:
 def _ask(source: str, argument: str, revision: str | None) -> str | None:
     """Return None where the hub has the source, or why it cannot be reached; raise `ModelError`
     where it is no id of the hub."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        raise ModelError(failed(argument, source, "there is no such directory")) from None
     # What is loaded together, a model and its tokenizer, asks once.
-    known, unreachable = _answer(source, revision, int(time.monotonic() // 60))
-    if known:
-        return unreachable or None
-    raise ModelError(failed(argument, source, f"there is no such directory, and {unreachable}"))
+    exists, why = _answer(source, revision, int(time.monotonic() // 60))
+    if not exists:
+        reason = ", and ".join(filter(None, ["there is no such directory", why]))
+        raise ModelError(failed(argument, source, reason))
+    return why or None
 
 
 @lru_cache(maxsize=64)
@@ -138,11 +132,12 @@ def _answer(repo_id: str, revision: str | None, minute: int) -> tuple[bool, str]
     """Ask the hub once for an id. Return whether the hub may have it, and what is wrong.
 
     (True, ""): it has it. (True, why): the hub cannot be reached. (False, why): there is no such id
-    or revision.
+    or revision. (False, ""): ids have another form, and nobody was asked.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -150,14 +145,16 @@ def _answer(repo_id: str, revision: str | None, minute: int) -> tuple[bool, str]
     hub = HfApi()
     try:
         hub.model_info(repo_id, revision=revision, timeout=ANSWER)
+    except HFValidationError:
+        return False, ""
     except RevisionNotFoundError:
         return False, f"the hub ({hub.endpoint}) has no revision {revision!r} of that id"
     except RepositoryNotFoundError:
         return False, f"the hub ({hub.endpoint}) has no such id, or it is private: see `hf auth`"
-    except HfHubHTTPError:
-        return True, ""  # it can be reached, and what it says now it says to transformers too
     # A network fails in many ways, and each HTTP client has errors of its own.
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            return True, ""  # what the hub says here, such as a login, it says to transformers too
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         return True, f"the hub ({hub.endpoint}) cannot be reached ({reason})"
     return True, ""
@@ -182,7 +179,10 @@ def _cache_folder() -> str:
 
 
 def _base_of_adapter(folder: Path) -> str | None:
-    """The base model that the adapter in a directory names; None where there is no adapter."""
+    """The base model that the adapter in a directory names; None where there is no adapter, or
+    where the model is there too."""
+    if (folder / "config.json").exists():
+        return None
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]

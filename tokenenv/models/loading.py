@@ -8,7 +8,7 @@ import torch
 from tokenenv.errors import InvalidArgument, ModelError
 
 from .heads import make_scorer
-from .hub import failed, hub_options, undisturbed
+from .hub import failed, hub_options, undisturbed, without_bars
 from .probing import looks_ahead
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
@@ -196,8 +196,10 @@ def _from_pretrained(
     import transformers
 
     auto = getattr(transformers, auto_class)
+    # A config or a tokenizer is small, and is loaded with its model.
+    loading = undisturbed(argument, source) if "AutoModel" in auto_class else without_bars()
     try:
-        with undisturbed(argument, source):
+        with loading:
             return auto.from_pretrained(source, **options)
     # transformers, and code that comes with a model, may raise anything.
     except Exception as error:

@@ -14,6 +14,7 @@ from tokenenv.models import cached_lm
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.heads import lm_head, token_logprobs
 from tokenenv.models.probing import random_ids
+from tokenenv.models.same_texts import prefill_once
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
@@ -53,11 +54,15 @@ class Trunks:
             trunk: slot_model(trunk, num_slots, max_length, **options) for trunk in trunks
         }
 
-    def prefill(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> dict[Any, Tensor]:
-        """Restart `slots` (n,) with right-padded `tokens` (n, <=L) in every trunk. Return the state
-        (n, H) after each text, by trunk."""
+    def prefill(
+        self, slots: Slots, tokens: Tensor, lengths: Sequence[int], first: np.ndarray
+    ) -> dict[Any, Tensor]:
+        """Restart `slots` (n,) with right-padded `tokens` (n, <=L) in every trunk; of equal texts
+        only the `first` (n,) is read (see `same_texts`). Return the state (n, H) after each text,
+        by trunk."""
         return {
-            trunk: model.prefill(slots, tokens, lengths) for trunk, model in self._slots.items()
+            trunk: prefill_once(model, slots, tokens, lengths, first)
+            for trunk, model in self._slots.items()
         }
 
     def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:

@@ -427,15 +427,15 @@ def test_groups_that_are_kept_outlast_a_stop_while_more_are_drawn(tmp_path, relo
         "lr_schedule": "constant",
     }
     whole, agent = (GRPO(ToyEnv(8, group_size=4), **settings) for _ in range(2))
-    whole.learn(1)
+    whole.learn(10_000, on_update=lambda metrics, episodes: whole.stop())
     once_groups_are_kept(agent, agent.stop)
-    agent.learn(1)
+    agent.learn(10_000)
     assert agent.updates == 0
     assert 0 < agent.statistics["kept"].tokens < 200
     if reloaded:
         agent.save(tmp_path / "agent")
         agent = GRPO.load(tmp_path / "agent", ToyEnv(8, group_size=4))
-    agent.learn(agent.tokens_seen + 1)
+    agent.learn(10_000, on_update=lambda metrics, episodes: agent.stop())
     assert (agent.updates, agent.tokens_seen) == (1, whole.tokens_seen)
     assert agent.statistics["kept"].tokens == 0
     for one, other in zip(whole.policy.parameters(), agent.policy.parameters(), strict=True):

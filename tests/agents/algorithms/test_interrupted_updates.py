@@ -199,13 +199,13 @@ def test_rewards_too_large_to_add_up_leave_no_trace(algorithm):
 
     agent.collector.collect = spoilt
     with pytest.raises(NotFinite, match=r"the gradient's norm|\.advantages returned"):
-        agent.learn(agent.tokens_seen + 1)
+        agent.learn(10_000)
     agent.collector.collect = collect
     assert str({name: value.state_dict() for name, value in agent.statistics.items()}) == str(
         before
     )
     updates = agent.updates
-    agent.learn(agent.tokens_seen + 1)
+    agent.learn(10_000, on_update=lambda metrics, episodes: agent.stop())
     assert agent.updates == updates + 1
 
 

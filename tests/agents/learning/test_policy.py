@@ -48,6 +48,9 @@ class CountingSlots:
     def append(self, tokens, active=None):
         return self.slots.append(tokens, active)
 
+    def fork(self, sources, targets):
+        self.slots.fork(sources, targets)
+
 
 def make_actor(seed=0, **options):
     policy = LMPolicy(tiny_lm(seed=3))
@@ -366,11 +369,21 @@ def test_generation_of_texts():
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (
+            {"prompts": [[2], [2] * 62]},
+            r"prompts\[1\] has 62 tokens, and with max_new_tokens=3 more the text would not fit the "
+            "policy's 64 positions; give max_new_tokens=2 or less",
+        ),
+        ({"prompts": [[2] * 64]}, "the policy's 64 positions; give a shorter prompt"),
     ],
 )
 def test_generation_refuses_what_it_cannot_do(options, message):
     with pytest.raises(InvalidArgument, match=message):
         generate(LMPolicy(tiny_lm()), **({"prompts": [[2]], "max_new_tokens": 3} | options))
+
+
+def test_generation_fills_the_positions():
+    assert len(generate(LMPolicy(tiny_lm()), [[2] * 61], max_new_tokens=3)[0]) == 3
 
 
 def test_lora_trains_adapters_only_and_starts_as_the_model():
@@ -446,7 +459,7 @@ def test_lora_without_peft_gives_the_install_line(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_peft)
-    with pytest.raises(MissingDependency, match=r"pip install 'tokenenv-rl\[lora\]'"):
+    with pytest.raises(MissingDependency, match=r"needs peft: pip install peft$"):
         with_lora(tiny_lm(), 2, 0)
 
 

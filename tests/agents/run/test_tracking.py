@@ -231,6 +231,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     path = tmp_path / "episodes.jsonl"
     whole = path.read_text()
     path.write_text(whole + '{"tokens_seen": 200, "pro')
+    # A run that was killed has not written the checkpoint of its end.
+    os.replace(tmp_path / "checkpoint.previous", tmp_path / "checkpoint")
     PPO.load(tmp_path / "checkpoint", make_envs(), run_dir=tmp_path).learn(500)
     assert path.read_text() == whole
     steps = [
