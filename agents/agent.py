@@ -137,6 +137,7 @@ class Agent:
         check_policy(self.policy, envs, learns=self.learns)
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
+        assert cfg.lr is not None
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)

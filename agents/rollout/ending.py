@@ -5,7 +5,7 @@ went on until its last batch were full would go beyond its end by up to that bat
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class HasResponse(Protocol):
     """A text that has ended."""
 
     @property
-    def response(self) -> Sequence[int]:
+    def response(self) -> Sized:
         """Its tokens."""
 
 

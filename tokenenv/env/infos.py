@@ -106,8 +106,8 @@ def step_infos(
 def _gold(engine: RewardEngine, paid: Paid, ended: np.ndarray) -> Tensor | np.ndarray | None:
     """The task's true metric (N,) of the texts that ended, or None where it has none."""
     if engine.gold is None:
-        is_score = engine.context.task.gold == "score" and paid.score is not None
-        return paid.score.clone() if is_score else None
+        is_score = engine.context.task.gold == "score"
+        return paid.score.clone() if is_score and paid.score is not None else None
     assert paid.finished is not None
     gold = np.zeros(len(ended), dtype=np.float32)
     gold[ended] = engine.gold.numbers(paid.finished, torch.device("cpu")).numpy()

@@ -53,8 +53,8 @@ def score_episodes(
     # Statistics were read once, above: with `learning` they change from one micro-batch to the
     # next, and all texts are scored with those that were there before.
     for group in micro_batches(lengths, engine.context.max_batch_tokens):
-        given = ([each[i] for i in group] for each in (prompt_ids, response_ids, rows))
-        texts = _pad(engine, *given)
+        begun, written = ([ids[i] for i in group] for ids in (prompt_ids, response_ids))
+        texts = _pad(engine, begun, written, [rows[i] for i in group])
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
         walk = engine.dynamics.walk(texts, known, engine.trunks)
         drawn = None if logprobs is None else [logprobs[i] for i in group]

@@ -112,9 +112,10 @@ def offline() -> Iterator[None]:
 def without_bars() -> Iterator[None]:
     """Switch the progress bars of transformers and of the hub off, and afterwards back to what they
     were. Bars that HF_HUB_DISABLE_PROGRESS_BARS=0 asks for stay."""
-    from huggingface_hub import constants
-    from huggingface_hub import utils as hub
+    from huggingface_hub import constants, utils
     from transformers.utils import logging as bars
+
+    hub: Any = utils  # which does not list what it exports
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is False:
         yield

@@ -90,10 +90,9 @@ def fingerprint(module: nn.Module, known: list[Any]) -> list[Any]:
     # This runs at every step. It takes a quarter of the time that `parameters()` would.
     known.append(id(module))
     known += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
-    state = vars(module)
-    if "_disable_adapters" in state:
-        known.append((state["_disable_adapters"], str(module.active_adapters)))
-        known.append(tuple(module.merged_adapters))
+    if "_disable_adapters" in vars(module):
+        layer: Any = module
+        known.append((layer.disable_adapters, str(layer.active_adapters), *layer.merged_adapters))
     for part in module._modules.values():
         if part is not None:
             fingerprint(part, known)

@@ -35,7 +35,7 @@ class RunningTexts:
     """(K,) int64: tokens of prompt and response together, so far."""
     tokenizer: Any = None
     """The task's tokenizer, or None where tokens have no text."""
-    row_columns: Sequence[Columns] = ()
+    row_columns: Sequence[Columns] | np.ndarray = ()
     """The columns of the R texts' rows; empty where nothing is known of them."""
 
     @property
