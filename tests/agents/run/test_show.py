@@ -208,7 +208,8 @@ def test_groups_are_chosen_whole():
     assert choose(lines, 24) == lines
     assert choose(lines, 9) == lines[8:12] + lines[20:]
     assert choose(lines, 3) == lines[21:]
-    assert choose([{"tokens_seen": 5}] * 9, 4) == [{"tokens_seen": 5}] * 4
+    alone = [{"tokens_seen": 5, "score": i} for i in range(9)]
+    assert choose(alone, 4) == evenly(alone, 4)
 
 
 TEMPLATES = {
