@@ -82,7 +82,8 @@ def over_seeds(values: list[float], digits: int = 2) -> str:
 
 def table_of(algo: str, runs: list[dict]) -> Table:
     """Return the table of one algorithm's runs."""
-    table = Table(f"{algo}, {len(runs)} seeds, {runs[0]['tokens']:,} tokens", "before", "after")
+    tokens = np.mean([run["tokens"] for run in runs])
+    table = Table(f"{algo}, {len(runs)} seeds, {tokens:,.0f} tokens", "before", "after")
     for name, words in ROWS.items():
         sides = ([run[side][name] for run in runs] for side in ("before", "after"))
         table.add_row(words, *map(over_seeds, sides))

@@ -54,7 +54,13 @@ def make(load):
     def make(name="smollm2", **options):
         model, tokenizer = load(name)
         chat = tokenizer.chat_template is not None
-        defaults = {"num_envs": 4, "prompts": QUESTIONS, "max_new_tokens": 16, "kl_coef": 0.05}
+        defaults = {
+            "num_envs": 4,
+            "prompts": QUESTIONS,
+            "max_new_tokens": 16,
+            "kl_coef": 0.05,
+            "reward": {},
+        }
         defaults |= {"model": model, "tokenizer": tokenizer, "chat_template": chat}
         return gym.make_vec(
             "tokenenv/TextGen-v0", autoreset_mode="SameStep", **(defaults | options)
