@@ -195,14 +195,14 @@ def task(
         "reward_model": reward_model,
         "reward_tokenizer": reward_tokenizer,
     }
-    revisions = revisions_of(revision, sources)
-    check_sources(sources, revisions)
     loading: dict[str, Any] = {
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "device": device,
         "dtype": _dtype(dtype),
     }
+    revisions = revisions_of(revision, sources)
+    check_sources(sources, revisions)
     policy_model = load_causal_lm(model, revision=revisions.get("model"), **loading)
     tokenizer = read_tokenizer(
         *((model, "model") if tokenizer is None else (tokenizer, "tokenizer")),

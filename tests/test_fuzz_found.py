@@ -140,7 +140,7 @@ def test_a_model_whose_config_names_no_architecture_is_refused(tmp_path):
     fakes.saved(fakes.reward_model("token", num_hidden_layers=1), models["reward_model"])
     path = tmp_path / "reward_model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": True}))
-    with pytest.raises(ModelError, match="reward model"):
+    with pytest.raises(ModelError, match="reward_model="):
         gym.make_vec(
             "tokenenv/TextGen-v0",
             num_envs=2,

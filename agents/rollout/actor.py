@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenenv.agents.learning.masks import allowed_of, rule_out
 from tokenenv.models.batching import upload
-from tokenenv.models.same_texts import first_equals, prefill_once
+from tokenenv.models.same_texts import prefill_once
 from tokenenv.types import SlotModel
 
 
@@ -125,9 +125,11 @@ class Actor:
         the expected one, from its start."""
         assert self._slots is not None
         changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
-        # The length to read, and 0 where the text runs on: one small copy tells the host both
-        # which slots are new and how long their texts are.
-        fresh = to_host(changed_N * lengths_N)
+        same_N = torch.zeros_like(changed_N)
+        same_N[1:] = (texts_NL[1:] == texts_NL[:-1]).all(1) & (lengths_N[1:] == lengths_N[:-1])
+        # The length to read, 0 where the text runs on, and whether the slot before holds the same
+        # text: one small copy tells the host all of it.
+        fresh, same = to_host(torch.stack([changed_N * lengths_N, same_N.long()]))
         # From here to `_expect` the caches change. If anything interrupts that, no text is expected
         # to run on, and all are read again.
         self.refresh()
@@ -136,10 +138,10 @@ class Actor:
             return self._slots.append(self._tokens)
         rows = upload(slots, texts_NL.device)
         begun, lengths = texts_NL[rows, : int(fresh.max())], fresh[slots]
-        # What a group begins with is read once.
-        fresh_states = prefill_once(
-            self._slots, slots, begun, lengths, first_equals(begun, lengths)
-        )
+        # What a group begins with is read once: its slots are neighbours.
+        alike = (same[slots] == 1) & (np.diff(slots, prepend=-2) == 1)
+        first = np.maximum.accumulate(np.where(alike, 0, np.arange(len(slots))))
+        fresh_states = prefill_once(self._slots, slots, begun, lengths, first)
         if len(slots) == len(fresh):
             return fresh_states
         # The slots that were just filled take no part in the append.

@@ -217,7 +217,7 @@ def test_one_of_ones_own_is_described(here, capsys):
         (["--reward", "mine:Needy"], "Needy() raised TypeError: "),
         (["--reward", "mine:Mine"], "reward='mine:Mine' is Mine; a reward is a RewardTerm class"),
         (["--reward", "mine:number"], "is of type int; a reward is"),
-        (["--reward", "os:system"], "is of type builtin_function_or_method; a reward is"),
+        (["--reward", "os:system"], "the function 'system' has the parameters (command); it must"),
         (["--reward", "mine:"], "reward='mine:' is not of the form module:Name"),
         (["--reward", "{a: 'mine:Constnt'}"], "reward='mine:Constnt': 'mine' has no 'Constnt'"),
         (["--reward", "{a: [token, 1, 2]}"], "reward= has a tuple of 3 at 'a'"),

@@ -180,7 +180,7 @@ def test_settings_are_finite():
 @pytest.mark.parametrize(
     ("config", "settings", "allowed"),
     [
-        (PPOConfig, {"lr": "1e-3"}, "a number"),
+        (PPOConfig, {"lr": "1e-3"}, "a number or None"),
         (PPOConfig, {"epochs": 1.5}, "a whole number"),
         (PPOConfig, {"seed": True}, "a whole number"),
         (PPOConfig, {"max_staleness": 0.5}, "a whole number or None"),

@@ -31,6 +31,7 @@ class FakeHub:
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> "FakeHub":
         """Stand in for the hub until the test ends, with an empty cache of its files."""
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever the shell says
         # Nobody waits for the network of a test.
         monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for another try"))
         transport = self.http.MockTransport(self.answer)

@@ -152,7 +152,7 @@ def found_gradient(
             - beta * log_ratio
         )
         values = value_table(world, earned)
-        agent.values = lambda states: [
+        agent.values = lambda states, columns=(): [
             float(values[history_of(response)]) for _, response in states
         ]
     if case.algorithm == "klq":  # its replay would draw the whole batch

@@ -128,8 +128,10 @@ def test_another_algorithms_checkpoint_is_refused(name, tmp_path):
 @each
 def test_every_setting_is_documented_and_every_file_is_short(name):
     file = Path(inspect.getsourcefile(ALGORITHMS[name]))
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 150
-    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    text = file.read_text(encoding="utf-8")
+    described = ast.get_docstring(ast.parse(text))
+    assert described
+    assert len(text.splitlines()) - len(described.splitlines()) < 150
     described = {}
     for cls in ALGORITHMS[name].config_class.__mro__[:-1]:
         body = ast.parse(inspect.getsource(cls)).body[0].body

@@ -178,7 +178,7 @@ def test_a_segment_earns_its_rewards_and_what_the_values_say(monkeypatch):
     agent = VinePPO(make(), rollouts=2, segments=2, gamma=0.9)
     batch = collected(agent)
     numbers = [float(i) for i in range(1000)]
-    monkeypatch.setattr(agent, "values", lambda states: numbers[: len(states)])
+    monkeypatch.setattr(agent, "values", lambda states, columns=(): numbers[: len(states)])
     advantages, rewards, next_value = agent.advantages(batch), agent.rewards(batch), 0
     for b, length in enumerate(batch.response_length_B.tolist()):
         places = cuts(length, 2, agent.max_new_tokens)
