@@ -7,8 +7,8 @@
 
 A LoRA adapter is trained. The reward is dense: each token is paid what it changes in the sentiment
 of the answer so far, minus 0.02 per nat of KL to the model itself. Answers to other questions are
-compared before and after, and the adapter is saved as plain peft loads it. On two CPU cores it
-takes minutes; `--total-tokens 2000` shows a first effect.
+compared before and after, and the adapter is saved as plain peft loads it. The learning takes about
+four minutes of one CPU core.
 """
 
 from typing import Literal
