@@ -32,21 +32,21 @@ ROWS = {
 """What is compared before and after, and its words in the table."""
 
 
-def measure(model: str, algo: str, seed: int, total_tokens: int, texts: int) -> dict[str, object]:
+def measure(args: argparse.Namespace, algo: str, seed: int) -> dict[str, object]:
     """Return the figures of one run; its process should have done nothing else."""
     from real_model import HELD_OUT, make_agent, make_envs
 
     from tokenenv.agents.run.evaluate import evaluate
 
-    agent = make_agent(algo, model, seed=seed)
-    held_out = make_envs(model, HELD_OUT)
+    agent = make_agent(algo, args.model, args.device, seed)
+    held_out = make_envs(args.model, HELD_OUT, args.device)
 
     def look() -> dict[str, float]:
-        found = evaluate(agent, held_out, num_texts=texts, seed=seed)
+        found = evaluate(agent, held_out, num_texts=args.texts, seed=seed)
         return {name: getattr(found, name) for name in ROWS}
 
     before, started = look(), time.process_time()
-    agent.learn(total_tokens, on_update=say)
+    agent.learn(args.total_tokens, on_update=say)
     seconds = time.process_time() - started
     return {
         "before": before,
@@ -68,7 +68,8 @@ def in_a_process(args: argparse.Namespace, algo: str, seed: int) -> dict:
     """Return what `measure` finds in a new process, and tell it on stderr."""
     print(f"{algo}, seed {seed}", file=sys.stderr)
     command = [sys.executable, __file__, args.model, "--only", algo, str(seed)]
-    command += ["--total-tokens", str(args.total_tokens), "--texts", str(args.texts)]
+    for name in ("total_tokens", "texts", "device"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     print(json.dumps(found), file=sys.stderr)
     return found
@@ -102,11 +103,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--total-tokens", type=int, default=4096)
     parser.add_argument("--texts", type=int, default=32, help="of each evaluation")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs=2, metavar=("ALGO", "SEED"), help="one run, as JSON")
     args = parser.parse_args()
     if args.only:
         algo, seed = args.only
-        print(json.dumps(measure(args.model, algo, int(seed), args.total_tokens, args.texts)))
+        print(json.dumps(measure(args, algo, int(seed))))
         return
     runs: dict[str, list[dict]] = {algo: [] for algo in args.algo}
     for seed in args.seeds:

@@ -34,19 +34,21 @@ def sentiment(prompt: str, response: str) -> float:
     return polarity_scores(response)["compound"]
 
 
-def make_envs(model: str, things: str) -> gym.vector.VectorEnv:
+def make_envs(model: str, things: str, device: str = "cpu") -> gym.vector.VectorEnv:
     """Make 16 texts side by side. Four neighbours get the same question: GRPO compares them."""
     return gym.make_vec(
         "tokenenv/TextGen-v0", num_envs=16, group_size=4, model=model, chat_template=True,
         prompts=[f"Tell me about {thing}." for thing in things.split("|")], max_new_tokens=32,
-        reward=Rule(sentiment, dense=True), kl_coef=0.02,
+        reward=Rule(sentiment, dense=True), kl_coef=0.02, device=device,
     )  # fmt: skip
 
 
-def make_agent(algo: str, model: str, seed: int = 0) -> Agent:
+def make_agent(algo: str, model: str, device: str = "cpu", seed: int = 0) -> Agent:
     """Make the agent that trains an adapter on the model."""
-    settings = {"lora_rank": 8, "lr": 1e-3, "epochs": 1, "batch_tokens": 512, "seed": seed}
-    return AGENTS[algo](make_envs(model, TRAIN), **settings)
+    settings = {"lora_rank": 8, "lr": 1e-3, "epochs": 1, "batch_tokens": 512}
+    # In float32 on a GPU too, where the KL would otherwise measure the rounding of bfloat16.
+    envs = make_envs(model, TRAIN, device)
+    return AGENTS[algo](envs, **settings, precision="float32", seed=seed)
 
 
 def main(
@@ -55,9 +57,10 @@ def main(
     total_tokens: int = 4096,
     texts: int = 32,
     save_to: str = "runs/happy-adapter",
+    device: str = "cpu",
 ) -> None:
     """Evaluate, learn, evaluate again, show both, and save."""
-    agent, held_out = make_agent(algo, model), make_envs(model, HELD_OUT)
+    agent, held_out = make_agent(algo, model, device), make_envs(model, HELD_OUT, device)
     tokenizer = held_out.unwrapped.token_spec.tokenizer
     before = evaluate(agent, held_out, num_texts=texts)
     agent.learn(total_tokens, progress=True)
