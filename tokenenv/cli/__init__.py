@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from tokenenv.agents.config import AgentConfig, check_called
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
@@ -110,10 +111,22 @@ def _train_default(args: Sequence[str]) -> Train:
         default=[],
         dest="rollout_options",
     )
-    given = parser.parse_known_args(args)[0]
+    given, others = parser.parse_known_args(args)
     path = given.config if given.resume is None else given.resume / "config.yaml"
     if path is not None:
         names = {name: getattr(given, name) for name in (*NAMED, "eval_prompts")}
-        return load_config(path, said_in(vars(given)), **names)
-    algo = given.algo or Train.algo
-    return Train(algo=algo, agent=algorithm_of(algo).config_class())
+        made = load_config(path, said_in(vars(given)), **names)
+    else:
+        algo = given.algo or Train.algo
+        made = Train(algo=algo, agent=algorithm_of(algo).config_class())
+    _check_settings(others, made.algorithm.config_class)
+    return made
+
+
+def _check_settings(flags: Sequence[str], kind: type[AgentConfig]) -> None:
+    """Raise where a flag of the agent is what other libraries call one of its settings."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--agent.").replace("-", "_")
+        if flag.startswith("--agent.") and name not in known:
+            check_called(kind.__name__, name, known)

@@ -15,7 +15,7 @@ from tokenenv.agents import Agent, agent_class, algorithm
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.plugins import import_module, load_name
 from tokenenv.registration import ENV_NAMES, token_ids
-from tokenenv.rewards.designs import RewardSpec, reward_from
+from tokenenv.rewards.designs import DESIGN_NAMES, RewardSpec, reward_from
 from tokenenv.rewards.rule import Rule
 from tokenenv.safety.values import typed
 
@@ -89,10 +89,19 @@ def _part(part: Any, argument: str) -> Any:
 
 def _named_reward(name: str, argument: str) -> RewardSpec:
     if ":" not in name:
+        _check_design(name, argument)
         return name
     make_importable()
     label = f"{argument}={name!r}"
     return reward_from(load_name(name, label), label)
+
+
+def _check_design(name: str, argument: str) -> None:
+    """Raise where nobody gives the name, before a model is loaded for it."""
+    try:
+        check_choice(argument, name, DESIGN_NAMES)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{error} A function of yours is module:function.") from None
 
 
 def gold_of(name: str) -> Any:

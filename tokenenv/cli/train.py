@@ -43,6 +43,7 @@ from tokenenv.rewards.designs import DESIGN_NAMES
 from tokenenv.safety.shown import without_secrets
 from tokenenv.safety.trust import repeated
 from tokenenv.safety.values import fit
+from tokenenv.tables import read_rows
 
 Config = TypeVar("Config", bound=AgentConfig)
 ENV = tyro.conf.arg(
@@ -279,15 +280,18 @@ class Train(Generic[Config]):
         return {key: value for key, value in values.items() if key not in NOT_SAVED}
 
     def check_eval_prompts(self) -> None:
-        """Raise where there are no such prompts, or the env takes none."""
+        """Raise where there are no such prompts, or the env takes none: before anything learns."""
         if self.eval_prompts is None:
             return
-        if "prompts" not in known_options(env_id_of(self.env), self.options):
+        known = known_options(env_id_of(self.env), self.options)
+        if "prompts" not in known:
             raise InvalidArgument(
                 f"--eval-prompts is for envs with the option prompts, which {self.env} has not."
             )
         if not Path(self.eval_prompts).is_file():
             raise InvalidArgument(f"eval_prompts={self.eval_prompts!r} is not a file.")
+        if "prompt_column" in known:
+            read_rows(self.eval_prompts, self.options.get("prompt_column", "prompt"))
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """Make the run's envs; `changes` override its options."""

@@ -93,7 +93,7 @@ class TokenVectorEnv(EnvBase):
         given = read_options(options, self.num_envs, self.token_spec)
         if given.prompts:
             rows = list(given.columns.values())
-            self._engine.require_columns(rows, "given prompts (options['columns'])")
+            self._engine.require_columns(rows, "given prompts (columns=)")
         seeds = read_seed(seed, self.num_envs)
         if not given.mask.all():
             self._require_reset()
