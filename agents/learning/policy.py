@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
-from tokenenv.models.saving import save_model, whole_folder
+from tokenenv.models.saving import check_not_its_base, save_model, whole_folder
 from tokenenv.models.trunks import (
     hidden_size_of,
     logits_head,
@@ -115,9 +115,12 @@ class LMPolicy(nn.Module):
             card: the text of the folder's README.md.
 
         Raises:
-            InvalidArgument: the model is none of transformers, or `directory` holds other files.
+            InvalidArgument: the model is none of transformers, or `directory` holds other files, or
+                the base of the adapter that is saved.
             RunFolderError: the folder cannot be written.
         """
+        if not merge:
+            check_not_its_base(self.model, directory)
         with whole_folder(directory) as folder:
             save_model(self.model, folder, merge=merge)
             if hasattr(tokenizer, "save_pretrained"):

@@ -114,6 +114,31 @@ def test_an_adapter_of_ones_own_is_saved_whatever_it_is(name, injected, tmp_path
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+def test_an_adapter_of_one_end_of_tied_embeddings_is_merged_into_that_end_alone(how, end, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = fakes.causal_lm(tie_word_embeddings=True)
+    options = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], how: [end]}
+    policy = moved(LMPolicy(peft.get_peft_model(base, peft.LoraConfig(**options))))
+    policy.save_pretrained(tmp_path / "merged", merge=True)
+    merged = loaded(tmp_path / "merged")
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), logits(policy.model), rtol=1e-5, atol=5e-5)
+    assert base.config.tie_word_embeddings
+
+
+def test_an_adapter_does_not_replace_its_own_base(tmp_path):
+    pytest.importorskip("peft")
+    LMPolicy(fakes.causal_lm()).save_pretrained(tmp_path / "base")
+    policy = moved(LMPolicy(loaded(tmp_path / "base"), lora_rank=2))
+    with pytest.raises(InvalidArgument, match="holds the base model of this adapter"):
+        policy.save_pretrained(tmp_path / "base")
+    loaded(tmp_path / "base")  # which is still there
+    policy.save_pretrained(tmp_path / "base", merge=True)
+    assert not torch.allclose(logits(loaded(tmp_path / "base")), logits(fakes.causal_lm()))
+
+
 def test_the_model_of_a_lora_policy_saves_its_adapter_by_itself(tmp_path):
     pytest.importorskip("peft")
     base = fakes.causal_lm()

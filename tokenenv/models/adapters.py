@@ -130,6 +130,7 @@ def merged(model: Any) -> Any:
     """Return a plain copy of a model, with the active adapters added to the weights that they
     adapt, in the dtype of these weights."""
     model = copy.deepcopy(unwrapped(model))
+    _untie_adapted(model)
     for name, layer in list(model.named_modules()):
         parent, _, own_name = name.rpartition(".")
         if hasattr(layer, "unload_and_optionally_merge_module"):
@@ -143,7 +144,22 @@ def merged(model: Any) -> Any:
             continue
         setattr(model.get_submodule(parent), own_name, plain)
     model._hf_peft_config_loaded = False  # transformers would look for an adapter to save
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     return model
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give an adapted layer a weight of its own where another layer reads it too: embeddings and
+    output may share one, and what is added to it would be added to both."""
+    places = [_place(one) for _, one in model.named_parameters(remove_duplicate=False)]
+    for layer in adapter_layers(model):
+        base = getattr(layer, "base_layer", None)
+        weight = getattr(base, "weight", None)
+        if weight is not None and places.count(_place(weight)) > 1:
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 def adapter_file(model: Any) -> tuple[Any, dict[str, Tensor]]:

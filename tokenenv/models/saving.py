@@ -78,6 +78,16 @@ def source_of(model: Any) -> tuple[str | None, str | None]:
     return source, getattr(config, "_commit_hash", None)
 
 
+def check_not_its_base(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Raise `InvalidArgument` where the model's adapter would replace the weights beneath it."""
+    source, target = source_of(model)[0], Path(directory).resolve()
+    if adapter_layers(model) and source == str(target):
+        raise InvalidArgument(
+            f"directory={str(target)!r} holds the base model of this adapter, which nobody could "
+            "load without it; give another folder, or merge=True for full weights."
+        )
+
+
 @contextmanager
 def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write to, which then takes the place of `directory`.
