@@ -18,6 +18,7 @@ from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.models.chats import Chats
 from tokenenv.rewards import Clipped, RewardTerm, Rule, TokenRule
+from tokenenv.tables import by_name, read_columns
 
 PROMPTS = [[20], [20], [21, 22], [23, 24], [25]]
 """The first two are the same prompt, with different answers."""
@@ -247,6 +248,33 @@ def test_defaults_hold_where_there_is_no_such_column():
     envs.reset(seed=0)
     envs.step(np.array([fakes.EOS, 30]))
     assert seen == [("a", 3, "none", {"an odd name": 1})]
+
+
+def light(prompt, response, weight=3):
+    return weight * len(response)
+
+
+def test_a_column_that_only_some_rows_have_is_no_column_of_the_others():
+    """None was given for it, in place of the default, where texts are scored or reset."""
+    table = [{"weight": 5}, {}, {}, {}, {"weight": None, "level": "a"}]
+    some = {"prompts": PROMPTS[:4], "columns": table[:4]}
+    check_vector_env(make(4, changes=some, reward=Rule(light, "tokens", dense=True)), steps=10)
+    assert read_columns(by_name(table), range(5), 5, "columns") == table
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_a_function_does_to_its_row_stays_with_it(batched):
+    def greedy(prompt, response, tags, **row):
+        for one in tags if batched else [tags]:
+            one.pop()
+        return [0.0] * len(tags) if batched else 0.0
+
+    table = [{"tags": ["a"]} for _ in PROMPTS]
+    envs = make(2, changes={"columns": table}, reward=Rule(greedy, dense=True, batched=batched))
+    envs.reset(seed=0)
+    envs.step(np.array([fakes.EOS, 30]))
+    envs.step(np.array([30, 30]))
+    assert list(envs.columns) == [{"tags": ["a"]}] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("dense", [False, True])
