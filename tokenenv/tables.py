@@ -244,12 +244,16 @@ def _json(text: str, where: str, hint: str) -> Any:
 
 def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a .csv or .tsv file, every value a text."""
-    text = io.StringIO(_text(path), newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    text = _text(path)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # Python's limit of 131,072 characters a value is its own, and a value may be a long document.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))
     try:
-        names = next(lines, [])
+        names = next(filter(None, lines), [])
         if len(set(names)) < len(names):
-            raise InvalidArgument(f"{path}:1 names a column twice: {', '.join(names)}.")
+            where = f"{path}:{lines.line_num}"
+            raise InvalidArgument(f"{where} names a column twice: {', '.join(names)}.")
         for values in lines:
             where = f"{path}:{lines.line_num}"
             if values and len(values) != len(names):
@@ -261,6 +265,8 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str]
                 yield where, dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise InvalidArgument(f"{path}:{lines.line_num} cannot be read: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
