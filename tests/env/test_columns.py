@@ -166,6 +166,27 @@ def test_whole_texts_are_scored_with_the_columns_they_are_given():
     np.testing.assert_allclose(scores.token_rewards[:, 0], expected, rtol=1e-6)
 
 
+def test_a_dense_rule_reads_the_row_of_each_of_many_texts():
+    """Of which one with a longer response may be shorter, so that they end in no order."""
+    prompts, answers = [[20, 21, 22], [20], [20, 21]], [1, 20, 300]
+    responses = [[30], [30, 31], [30, 31, 32, 33]]
+    given = {"columns": {"answer": answers}}
+    scores = make(2, reward=DENSE).score_episodes(prompts, responses, **given)
+    expected = [
+        right(prompt, response, answer) - right(prompt, [], answer)
+        for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+    ]
+    np.testing.assert_allclose(scores.token_rewards.sum(1), expected, rtol=1e-5)
+
+
+def test_gold_may_have_no_number_for_a_text():
+    """It is paid to nobody, so nothing is wrong."""
+    envs = make(2, changes={"gold": lambda prompt, response: float("nan")}, reward={})
+    envs.reset(seed=0)
+    assert np.isnan(envs.step(np.full(2, fakes.EOS))[-1]["gold"]).all()
+    assert np.isnan(envs.score_episodes([[20]], [[30]]).gold).all()
+
+
 # ------------------------------------------------------------- refused
 
 

@@ -352,8 +352,8 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
         ({"prefixes": [None, [11, STOPS[1]]]}, "options['prefixes'][1] holds a stop token"),
         (
             {"prompt": [[11]] * 2},
-            "options key='prompt' is not known; allowed: prefixes, prompts, reset_mask. Did you "
-            "mean 'prompts'",
+            "options key='prompt' is not known; allowed: columns, prefixes, prompts, reset_mask. "
+            "Did you mean 'prompts'",
         ),
         (
             {"reset_mask": [True, False]},
@@ -581,6 +581,7 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
     gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models", "identity")
+    gone += ("as_typed",)
     calls = [
         (name, ())
         for name in (
