@@ -1,6 +1,7 @@
 """Tables of prompts: every kind of file gives the same rows, and what is no table is refused
 rather than read as prompts."""
 
+import csv
 import datetime
 import json
 from decimal import Decimal
@@ -114,6 +115,14 @@ def test_prompts_alone_have_no_columns(tmp_path):
 def test_what_is_no_table_is_named_with_its_place(name, text, message, tmp_path):
     with pytest.raises(InvalidArgument, match=message):
         read_rows(write(tmp_path / name, text))
+
+
+def test_a_csv_may_begin_with_an_empty_line_and_hold_a_long_document(tmp_path):
+    limit, document = csv.field_size_limit(), "a word, " * 30_000
+    for text in (f'\n\nprompt,answer\n"{document}",4\n', f'prompt,answer\n"{document}",4\n'):
+        [row] = read_rows(write(tmp_path / "p.csv", text))
+        assert (row.prompt, row.columns) == (document, {"answer": "4"})
+    assert csv.field_size_limit() == limit
 
 
 def test_parquet_without_pyarrow_names_the_line_that_installs_it(monkeypatch, tmp_path):

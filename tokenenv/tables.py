@@ -22,6 +22,8 @@ Columns = Mapping[str, Any]
 """The values of one row by the names of their columns, without the prompt. They are plain data
 (`plain_value`)."""
 
+ABSENT: Any = ...
+"""Stands in a list of `columns=` for a row that does not have the column. None is a value."""
 TEXT_SUFFIXES = ("", ".txt", ".text")
 """Suffixes of files that hold one prompt a line. Any other that is not a table's is refused: a
 table read as text would make prompts of its header and its answers."""
@@ -61,11 +63,11 @@ def read_rows(source: Any, column: str = "prompt") -> list[Row]:
     return rows
 
 
-def by_name(rows: Sequence[Columns]) -> dict[str, list[Any]]:
-    """Return the columns of rows as `columns=` takes them: a list for each name, with None where a
-    row does not have it."""
+def by_name(rows: Sequence[Columns], absent: Any = ABSENT) -> dict[str, list[Any]]:
+    """Return the columns of rows as `columns=` takes them: a list for each name, with `absent`
+    where a row does not have it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    return {name: [row.get(name, absent) for row in rows] for name in names}
 
 
 def read_columns(columns: Any, places: Sequence[int], count: int, label: str) -> list[Columns]:
@@ -88,8 +90,8 @@ def read_columns(columns: Any, places: Sequence[int], count: int, label: str) ->
             )
 
     def row(i: int) -> Columns:
-        named = columns.items()
-        return {name: plain_value(one[i], f"{label}[{name!r}][{i}]") for name, one in named}
+        own = {name: values[i] for name, values in columns.items() if values[i] is not ABSENT}
+        return {name: plain_value(one, f"{label}[{name!r}][{i}]") for name, one in own.items()}
 
     return [row(i) for i in places]
 
@@ -242,12 +244,16 @@ def _json(text: str, where: str, hint: str) -> Any:
 
 def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of a .csv or .tsv file, every value a text."""
-    text = io.StringIO(_text(path), newline="")
-    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    text = _text(path)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # Python's limit of 131,072 characters a value is its own, and a value may be a long document.
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))
     try:
-        names = next(lines, [])
+        names = next(filter(None, lines), [])
         if len(set(names)) < len(names):
-            raise InvalidArgument(f"{path}:1 names a column twice: {', '.join(names)}.")
+            where = f"{path}:{lines.line_num}"
+            raise InvalidArgument(f"{where} names a column twice: {', '.join(names)}.")
         for values in lines:
             where = f"{path}:{lines.line_num}"
             if values and len(values) != len(names):
@@ -259,6 +265,8 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str]
                 yield where, dict(zip(names, values, strict=True))
     except csv.Error as error:
         raise InvalidArgument(f"{path}:{lines.line_num} cannot be read: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.models.chats import Chats
 from tokenenv.rewards import Clipped, RewardTerm, Rule, TokenRule
+from tokenenv.tables import by_name, read_columns
 
 PROMPTS = [[20], [20], [21, 22], [23, 24], [25]]
 """The first two are the same prompt, with different answers."""
@@ -165,6 +166,27 @@ def test_whole_texts_are_scored_with_the_columns_they_are_given():
     np.testing.assert_allclose(scores.token_rewards[:, 0], expected, rtol=1e-6)
 
 
+def test_a_dense_rule_reads_the_row_of_each_of_many_texts():
+    """Of which one with a longer response may be shorter, so that they end in no order."""
+    prompts, answers = [[20, 21, 22], [20], [20, 21]], [1, 20, 300]
+    responses = [[30], [30, 31], [30, 31, 32, 33]]
+    given = {"columns": {"answer": answers}}
+    scores = make(2, reward=DENSE).score_episodes(prompts, responses, **given)
+    expected = [
+        right(prompt, response, answer) - right(prompt, [], answer)
+        for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+    ]
+    np.testing.assert_allclose(scores.token_rewards.sum(1), expected, rtol=1e-5)
+
+
+def test_gold_may_have_no_number_for_a_text():
+    """It is paid to nobody, so nothing is wrong."""
+    envs = make(2, changes={"gold": lambda prompt, response: float("nan")}, reward={})
+    envs.reset(seed=0)
+    assert np.isnan(envs.step(np.full(2, fakes.EOS))[-1]["gold"]).all()
+    assert np.isnan(envs.score_episodes([[20]], [[30]]).gold).all()
+
+
 # ------------------------------------------------------------- refused
 
 
@@ -247,6 +269,33 @@ def test_defaults_hold_where_there_is_no_such_column():
     envs.reset(seed=0)
     envs.step(np.array([fakes.EOS, 30]))
     assert seen == [("a", 3, "none", {"an odd name": 1})]
+
+
+def light(prompt, response, weight=3):
+    return weight * len(response)
+
+
+def test_a_column_that_only_some_rows_have_is_no_column_of_the_others():
+    """None was given for it, in place of the default, where texts are scored or reset."""
+    table = [{"weight": 5}, {}, {}, {}, {"weight": None, "level": "a"}]
+    some = {"prompts": PROMPTS[:4], "columns": table[:4]}
+    check_vector_env(make(4, changes=some, reward=Rule(light, "tokens", dense=True)), steps=10)
+    assert read_columns(by_name(table), range(5), 5, "columns") == table
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_a_function_does_to_its_row_stays_with_it(batched):
+    def greedy(prompt, response, tags, **row):
+        for one in tags if batched else [tags]:
+            one.pop()
+        return [0.0] * len(tags) if batched else 0.0
+
+    table = [{"tags": ["a"]} for _ in PROMPTS]
+    envs = make(2, changes={"columns": table}, reward=Rule(greedy, dense=True, batched=batched))
+    envs.reset(seed=0)
+    envs.step(np.array([fakes.EOS, 30]))
+    envs.step(np.array([30, 30]))
+    assert list(envs.columns) == [{"tags": ["a"]}] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("dense", [False, True])

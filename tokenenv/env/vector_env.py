@@ -309,11 +309,12 @@ class TokenVectorEnv(EnvBase):
         columns: list[Columns] = []
         for slot in map(int, slots):
             index, prompt = self._streams.draw(slot)
+            row = own[index] if own else {}
             if slot in given.prompts:
-                index, prompt = -1, given.prompts[slot]
+                index, prompt, row = -1, given.prompts[slot], given.columns[slot]
             self._prompt_id[slot] = index
             prompts.append(prompt)
-            columns.append(given.columns.get(slot, own[index] if index >= 0 and own else {}))
+            columns.append(row)
         prefixes = [given.prefixes.get(int(slot), ()) for slot in slots]
         self._texts.restart(slots, prompts, prefixes, columns)
         self._engine.start(

@@ -4,6 +4,7 @@ The first two are prompt and response. Any further one is filled by its name: `m
 column of the prompt's row.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -89,7 +90,8 @@ def keywords_of(parameters: Parameters, texts: Texts, chats: Chats | None) -> li
     if parameters == Parameters(parameters.first):
         return [{}] * len(texts.length)  # most functions ask for nothing more
     rows = texts.columns or [{}] * len(texts.length)
-    found = [dict(parameters.of_row(row)) for row in rows]
+    # Copies: what a function does to a list must not change the env's table.
+    found = [copy.deepcopy(dict(parameters.of_row(row))) for row in rows]
     if parameters.messages:
         for keywords, messages in zip(found, conversations(texts, chats), strict=True):
             keywords["messages"] = messages

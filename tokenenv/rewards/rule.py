@@ -71,7 +71,7 @@ class _RuleTerm(RewardTerm):
         else:
             prompts = [prompt for prompt, _ in pairs]
             # None stands in a list where a text's row has no such column.
-            values = self.function(prompts, responses, **by_name(keywords))
+            values = self.function(prompts, responses, **by_name(keywords, None))
             self._check_count(values, len(pairs), f"{len(pairs)} texts", "text")
         return list(zip(values, responses, strict=True))
 

@@ -109,6 +109,21 @@ def test_continuations_are_scored_by_the_row_of_their_text(rollout):
     assert len(answers) > 1
 
 
+@pytest.mark.parametrize("rollout", ["step", "vllm"])
+def test_a_default_holds_in_continuations_and_in_an_engine(rollout):
+    """Where another text's row has the column."""
+    light = Rule(lambda prompt, response, answer=7: float(answer), "tokens")
+    some = replace(task(), gold=None, columns=[TABLE[0], {}] * 2)
+    envs = TokenVectorEnv(8, task=some, reward=light, kl="none", autoreset_mode="SameStep")
+    agent = VinePPO(envs, rollout=rollout, batch_tokens=40, segments=2, rollouts=2)
+    found, play_on = [], agent.collector.play_on
+    agent.collector.play_on = lambda *given: found.append(play_on(*given)) or found[-1]
+    agent.learn(60, on_update=lambda metrics, episodes: found.append(episodes))
+    scores = [(e.score, e.columns.get("answer", 7)) for some in found for e in some]
+    assert {score for score, _ in scores} == {7.0, 10.0}
+    assert all(score == answer for score, answer in scores)
+
+
 def test_texts_of_an_engine_are_scored_by_their_rows_and_a_run_goes_on(tmp_path):
     agent = GRPO(make(4, group_size=2), rollout="vllm", batch_tokens=40)
     assert len(check(agent.collector.collect(60))) > 1
