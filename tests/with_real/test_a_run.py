@@ -94,7 +94,8 @@ def test_plain_libraries_load_what_is_saved(merge, trained, folder, tmp_path):
         assert not torch.allclose(untrained, ours, atol=1e-2)
         model = PeftModel.from_pretrained(model, tmp_path)
     plain = model(input_ids=text, use_cache=False).logits
-    torch.testing.assert_close(plain, ours, atol=1e-4 if merge else 0, rtol=0)
+    # Sums of weights are rounded to float32, so merging is exact to the rounding of a forward.
+    assert (plain - ours).norm() <= (1e-5 if merge else 0) * ours.norm()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 
