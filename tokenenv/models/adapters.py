@@ -156,7 +156,7 @@ def _untie_adapted(model: Any) -> None:
     output may share one, and what is added to it would be added to both."""
     places = [_place(one) for _, one in model.named_parameters(remove_duplicate=False)]
     for layer in adapter_layers(model):
-        base = getattr(layer, "base_layer", None)
+        base: Any = getattr(layer, "base_layer", None)
         weight = getattr(base, "weight", None)
         if weight is not None and places.count(_place(weight)) > 1:
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
