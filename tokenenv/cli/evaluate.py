@@ -110,7 +110,7 @@ class Evaluate:
         """Return the options of the env that is asked: those of the run, with other prompts."""
         if self.eval_prompts is not None and "prompts" in self.options:
             raise InvalidArgument("--eval-prompts and --options prompts name two sets of prompts.")
-        run.check_eval_prompts()
+        replace(run, options=run.options | self.options).check_eval_prompts()
         held_out = {"prompts": run.eval_prompts} if run.eval_prompts else split_of(run.env)
         options = run.options | held_out | self.options
         prompts_differ = options.get("prompts") != run.options.get("prompts")
