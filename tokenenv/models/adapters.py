@@ -144,9 +144,11 @@ def merged(model: Any) -> Any:
             continue
         setattr(model.get_submodule(parent), own_name, plain)
     model._hf_peft_config_loaded = False  # transformers would look for an adapter to save
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if None not in ends and ends[0].weight is not ends[1].weight:
-        for config in (model.config, model.config.get_text_config()):
+    configs = [model.config, model.config.get_text_config()]
+    tied = [one for one in configs if getattr(one, "tie_word_embeddings", False)]
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if tied else []
+    if len({_place(end.weight) for end in ends}) > 1:  # not tied any more
+        for config in tied:
             config.tie_word_embeddings = False
     return model
 
