@@ -54,6 +54,7 @@ def model_card(agent: "Agent", *, merge: bool = False) -> str:
         facts="\n".join(f"- {key}: {value}" for key, value in facts.items()),
         settings=yaml.safe_dump(without_secrets(asdict(agent.config)), sort_keys=False),
         loading=LOADING[library],
+        dtype=str(getattr(policy.model, "dtype", "float32")).removeprefix("torch."),
     )
 
 
@@ -71,7 +72,7 @@ The critic is not part of this folder; it is in the checkpoints of the run.
 {loading}
 from transformers import AutoTokenizer
 
-model = Model.from_pretrained(FOLDER_OR_HUB_ID)
+model = Model.from_pretrained(FOLDER_OR_HUB_ID, dtype="{dtype}")  # as it was trained
 tokenizer = AutoTokenizer.from_pretrained(FOLDER_OR_HUB_ID)
 ```
 
