@@ -263,14 +263,15 @@ def test_what_is_interrupted_leaves_the_earlier_folder(error, tmp_path):
 
 
 def test_the_new_folder_is_whole_on_disk_before_the_old_one_goes(tmp_path, monkeypatch):
-    """And a save that was killed between the two leaves both; the next one clears up."""
+    """And where the new one cannot take its place, the old one is put back."""
     write(tmp_path / "out", a="1")
+    (tmp_path / "out.partial").mkdir()  # a folder of the user's, which no save touches
     synced, rename = [], Path.rename
     monkeypatch.setattr(saving, "_sync", lambda folder: synced.append(set(os.listdir(folder))))
 
     def killed(path, target):
         assert synced == [{"a", MARK}]
-        if path.name == "out.partial":
+        if path.name == "new":
             raise SystemExit
         return rename(path, target)
 
@@ -278,10 +279,10 @@ def test_the_new_folder_is_whole_on_disk_before_the_old_one_goes(tmp_path, monke
     with pytest.raises(SystemExit):
         write(tmp_path / "out", a="2")
     monkeypatch.undo()
-    left = {path.name: (path / "a").read_text() for path in tmp_path.iterdir()}
-    assert left == {"out.partial": "2", "out.replaced": "1"}
+    assert (tmp_path / "out" / "a").read_text() == "1"
     write(tmp_path / "out", a="3")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
 
 
 def test_models_are_saved_into_a_folder_that_is_swapped(tmp_path):

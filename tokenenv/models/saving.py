@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,9 +92,9 @@ def check_not_its_base(model: Any, directory: str | os.PathLike[str]) -> None:
 def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write to, which then takes the place of `directory`.
 
-    It is `directory`.partial until all is written. A folder that was written here before is
-    replaced; it is `directory`.replaced for a moment. Whatever interrupts this, the one or the
-    other is there, whole.
+    It is written in a hidden folder of its own beside `directory`, which is gone afterwards. A
+    folder that was written here before is replaced. Where something interrupts this, the earlier
+    one stays; where the process is killed in between, both are in the hidden folder.
 
     Raises:
         InvalidArgument: `directory` is a file, or holds something that was not written here.
@@ -102,22 +102,22 @@ def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(directory).resolve()
     _check_replaceable(target)
-    partial, replaced = (target.with_name(target.name + end) for end in (".partial", ".replaced"))
     try:
-        _discard(partial)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _mark(partial)
-            _sync(partial)
-        except BaseException:
-            _discard(partial)
-            raise
-        _discard(replaced)
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        _discard(replaced)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            yield new
+            _mark(new)
+            _sync(new)
+            try:
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
     except RunFolderError:
         raise
     except OSError as error:
@@ -157,8 +157,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _discard(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder)
