@@ -31,7 +31,7 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
 	@rm -rf build/site
