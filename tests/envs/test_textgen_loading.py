@@ -4,7 +4,7 @@ import fakes
 import gymnasium as gym
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, folders_of
 
 from tokenenv.cli import Train, load_config, main, save_config
 from tokenenv.envs import textgen
@@ -31,13 +31,7 @@ def folders(tmp_path_factory):
         ("our/reward", "main"): fakes.reward_model("token"),
         ("our/reward", "v2"): fakes.reward_model("sequence"),
     }
-    found: dict = {}
-    for (name, revision), model in made.items():
-        folder = tmp_path_factory.mktemp("hub")
-        fakes.saved(model, folder)
-        fakes.tokenizer().save_pretrained(folder)
-        found.setdefault(name, {})[revision] = folder
-    return found
+    return folders_of(made, tmp_path_factory)
 
 
 @pytest.fixture

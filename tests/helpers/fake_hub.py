@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import fakes
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from tokenenv.models import hub
+
+
+def folders_of(
+    models: dict[tuple[str, str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Path]]:
+    """Save models, each by its id and revision, with a tokenizer; return what a `FakeHub` serves."""
+    found: dict[str, dict[str, Path]] = {}
+    for (name, revision), model in models.items():
+        folder = tmp_path_factory.mktemp("hub")
+        fakes.saved(model, folder)
+        fakes.tokenizer().save_pretrained(folder)
+        found.setdefault(name, {})[revision] = folder
+    return found
 
 
 class FakeHub:

@@ -5,7 +5,7 @@ import shutil
 import fakes
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import FakeHub, folders_of
 from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers.utils import logging as bars
@@ -25,13 +25,7 @@ def folders(tmp_path_factory):
         ("our/policy", "v1"): fakes.causal_lm(seed=1),
         ("our/reward", "main"): fakes.reward_model("token"),
     }
-    found: dict = {}
-    for (name, revision), model in made.items():
-        folder = tmp_path_factory.mktemp("hub")
-        fakes.saved(model, folder)
-        fakes.tokenizer().save_pretrained(folder)
-        found.setdefault(name, {})[revision] = folder
-    return found
+    return folders_of(made, tmp_path_factory)
 
 
 @pytest.fixture
