@@ -1,8 +1,9 @@
 """The vocabulary that environments and agents share.
 
-Shape suffixes, here and everywhere: N envs (slots), P prompt tokens, T response tokens, L = P + T
-context, V vocabulary, H hidden size, B texts or episodes of a batch, K transitions (a mix of texts
-and places in them). "(K, H) float32" after a field is its shape and dtype.
+Shape suffixes, here and everywhere: N envs (slots), P prompt tokens, T response tokens of the
+policy's own, L context (P + T, and room for what the environment writes), V vocabulary, H hidden
+size, B texts or episodes of a batch, K transitions (a mix of texts and places in them). "(K, H)
+float32" after a field is its shape and dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
+
+from tokenenv.turns import Respond
 
 Slots = Sequence[int] | np.ndarray
 """Numbers (n,) of slots: the N places of an env or a cache, each of which holds one text after
@@ -51,7 +54,7 @@ class TokenSpec:
     max_prompt_tokens: int
     """P, the most tokens of a prompt. From the task."""
     max_new_tokens: int
-    """T: an episode is cut after this many response tokens. From the task."""
+    """T: an episode is cut after this many tokens of the policy's own. From the task."""
     score_truncated: bool = True
     """Whether a text that is cut gets its sequence score. True: it does, and learners do not
     bootstrap there. False: it does not, and learners bootstrap from its last state. From the env
@@ -61,14 +64,25 @@ class TokenSpec:
     chats: Any = None
     """The `tokenenv.models.chats.Chats` that turns messages, and texts as messages, into prompts,
     where the env uses a chat template; else None. From the task."""
+    max_context_tokens: int | None = None
+    """L, the most tokens of a text, whoever wrote them; None: P + T. From the task."""
+    responds: bool = False
+    """Whether the environment writes into texts (`Task.respond`)."""
+    turn_end_token_ids: tuple[int, ...] | None = None
+    """The ids after which it is asked to; None: after every token. From the task."""
+
+    @property
+    def max_length(self) -> int:
+        """L, the most tokens of a text."""
+        return self.max_context_tokens or self.max_prompt_tokens + self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeScores:
     """What stepping would have paid for B finished texts, as `score_episodes` returns it.
 
-    Arrays over tokens have a column for each of T response tokens, and are zero to the right of
-    each response. Rewards have the unit of the sequence score.
+    Arrays over tokens have a column for each of T tokens of the policy's own, and are zero to the
+    right of each text's last one. Rewards have the unit of the sequence score.
     """
 
     token_rewards: np.ndarray
@@ -89,7 +103,7 @@ class EpisodeScores:
     gold: np.ndarray | None
     """(B,) float32: the task's true metric; None where none is known."""
     lengths: np.ndarray
-    """(B,) int64: the response tokens of each text."""
+    """(B,) int64: the response tokens of each text that are the policy's own."""
     ref_logprobs: np.ndarray
     """(B, T) float32: log pi_ref of each token, in nats."""
     potentials: np.ndarray | None
@@ -234,9 +248,20 @@ class Task:
     max_prompt_tokens_from: PromptLimit = "task"
     """Where P came from, for messages about longer prompts."""
     max_new_tokens: int
-    """T, the most tokens of a response."""
+    """T, the most tokens that the policy may emit in a text."""
     stop_token_ids: tuple[int, ...]
     """The ids that end a text. The stop token belongs to the response and is paid for."""
+    respond: Respond | None = None
+    """What writes into the texts between the policy's tokens: it maps a text to a `Reply`, or to
+    None where it has nothing to say (`tokenenv.turns`). It must be a function of what it is given,
+    `TextSoFar.seed` included. None: the policy alone writes."""
+    turn_end_token_ids: tuple[int, ...] | None = None
+    """The ids after which `respond` is asked; None: after every token of the policy's. A stop token
+    that is among them ends the text only where `respond` returns None."""
+    max_context_tokens: int | None = None
+    """L, the most tokens of a text, whoever wrote them; a text that reaches it is truncated, and so
+    is one whose next reply would not fit. None: P + T. With `respond` it must leave room for what
+    is written."""
     model: Any = None
     """The policy's default initial weights, as a model; None: the reference's."""
     scorer: Scorer | TextScorer | None = None
@@ -305,6 +330,12 @@ class SlotModel(Protocol):
     def append(self, tokens: Tensor, active: np.ndarray | None = None) -> Tensor:
         """Add one token (N,) to each slot that is `active` (N,) bool (None: to all), and return the
         states (N, H). The states of slots that are not active mean nothing."""
+        ...
+
+    def extend(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Add right-padded `tokens` (n, K), 1 or more and `lengths` (n,) of them, to the running
+        texts of `slots` (n,). Return the states (n, K, H) after each of them; those to the right of
+        a row's last token mean nothing."""
         ...
 
     def fork(self, sources: Slots, targets: Slots) -> None:

@@ -1,7 +1,12 @@
 """What a reward term may look at: texts as they run, as they ended, and the transitions between
 their states.
 
-Shapes: K transitions or running texts, B finished texts, L context tokens, T response tokens.
+A transition is one token of the policy's own. Tokens that the environment writes into a text
+(`Task.respond`) are read by the models, by potentials and by memories; no transition is theirs, and
+no reward is placed on them.
+
+Shapes: K transitions or running texts, B finished texts, L context tokens, T tokens of the policy's
+own.
 """
 
 from collections.abc import Sequence
@@ -15,6 +20,7 @@ from torch import Tensor
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.models.trunks import trunk_of
 from tokenenv.tables import Columns
+from tokenenv.turns import Segment, readable, segments_of
 from tokenenv.types import TextIds
 
 if TYPE_CHECKING:
@@ -37,6 +43,8 @@ class RunningTexts:
     """The task's tokenizer, or None where tokens have no text."""
     row_columns: Sequence[Columns] | np.ndarray = ()
     """The columns of the R texts' rows; empty where nothing is known of them."""
+    written: Sequence[np.ndarray] | np.ndarray | None = None
+    """(R, L) bool: the tokens that the environment wrote; None: it wrote none."""
 
     @property
     def columns(self) -> list[Columns]:
@@ -53,13 +61,24 @@ class RunningTexts:
         as the tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
+    def segments(self) -> list[list[Segment]]:
+        """Return the K responses so far in segments: the policy's turns, and what the environment
+        wrote between them."""
+        written = None if self.written is None else [self.written[row] for row in self.row]
+        pairs = self.prompt_and_response_ids()
+        return _segments(pairs, written, self.prompt_length, self.length)
+
+    def turns(self) -> list[list[Any]]:
+        """Return the segments of the K responses as readable mappings (`turns.readable`)."""
+        return [readable(some, self.tokenizer) for some in self.segments()]
+
     def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
         """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
         for."""
         chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
         lengths = self.prompt_length[chosen], self.length[chosen]
         rows = self.ids, self.row[chosen]
-        return RunningTexts(*rows, *lengths, self.tokenizer, self.row_columns)
+        return RunningTexts(*rows, *lengths, self.tokenizer, self.row_columns, self.written)
 
 
 def _split(
@@ -70,6 +89,19 @@ def _split(
     return [(row[:start].tolist(), row[start:end].tolist()) for row, start, end in spans]
 
 
+def _segments(
+    pairs: list[TextIds],
+    written: Sequence[np.ndarray] | np.ndarray | None,
+    prompt_length: np.ndarray,
+    length: np.ndarray,
+) -> list[list[Segment]]:
+    """The responses of `pairs` in segments."""
+    if written is None:
+        return [segments_of(response, None) for _, response in pairs]
+    spans = zip(pairs, written, prompt_length, length, strict=True)
+    return [segments_of(pair[1], ~mask[start:end]) for pair, mask, start, end in spans]
+
+
 @dataclass(slots=True)
 class States:
     """K texts as the models see them after their last token."""
@@ -77,7 +109,7 @@ class States:
     hidden: dict[Any, Tensor]
     """A state (K, H) for every trunk. The key is the trunk itself."""
     step: Tensor
-    """(K,) int64: response tokens so far."""
+    """(K,) int64: tokens of the policy's so far, a prefix included."""
     score: Tensor | None = None
     """(K,) the scorer's score of the text so far: a running sum of token scores, in float64 where
     the device has it, or the score at the last token, float32. None without a scorer, and with one
@@ -134,23 +166,60 @@ class WholeTexts:
     prompt_length: np.ndarray
     """(B,) int64."""
     prefix_length: np.ndarray
-    """(B,) int64: leading response tokens that are not own, because `reset` was given them as a
-    prefix."""
+    """(B,) int64: leading response tokens, whoever wrote them, that are not own, because `reset`
+    was given them as a prefix."""
     ids: Sequence[np.ndarray] | np.ndarray
     """The same tokens on the host, one array of at least `length` tokens a text."""
     columns: Sequence[Columns] = ()
     """The columns of each of the B texts' rows in the table of prompts, by name; empty where
     nothing is known of them."""
 
+    written: Sequence[np.ndarray] | np.ndarray | None = None
+    """One array of bool a text, of at least `length`: the tokens that the environment wrote; None:
+    it wrote none."""
+
     def prompt_and_response_ids(self) -> list[TextIds]:
-        """Return B pairs of token id lists."""
+        """Return B pairs of token id lists, whoever wrote them."""
         return _split(self.ids, self.prompt_length, self.length)
 
+    def segments(self) -> list[list[Segment]]:
+        """Return the B responses in segments: the policy's turns, and what the environment wrote
+        between them."""
+        pairs = self.prompt_and_response_ids()
+        return _segments(pairs, self.written, self.prompt_length, self.length)
+
+    def steps(self) -> np.ndarray:
+        """Return how many response tokens of each text are the policy's, a prefix included, (B,)
+        int64: as many columns of (B, T) are the text's."""
+        response = self.length - self.prompt_length
+        if self.written is None:
+            return response
+        spans = zip(self.written, self.prompt_length, self.length, strict=True)
+        return response - np.asarray([mask[a:b].sum() for mask, a, b in spans], dtype=np.int64)
+
+    def positions(self, max_new_tokens: int) -> np.ndarray:
+        """Return the place in the text of each token of the policy's, (B, T) int64 on the host. To
+        the right of the last one they go on to count, up to the text's array's end."""
+        after_prompt = self.prompt_length[:, None] + np.arange(max_new_tokens)
+        last = self.tokens.shape[1] - 1
+        if self.written is not None:
+            spans = zip(self.written, self.prompt_length, self.length, strict=True)
+            for row, (mask, start, end) in enumerate(spans):
+                own = start + np.flatnonzero(~np.asarray(mask[start:end], dtype=bool))
+                after_prompt[row, : len(own)] = own
+                after_prompt[row, len(own) :] = end + np.arange(max_new_tokens - len(own))
+        return np.minimum(after_prompt, last)
+
     def own_mask(self, max_new_tokens: int) -> Tensor:
-        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed."""
-        position = np.arange(max_new_tokens)
-        response = (self.length - self.prompt_length)[:, None]
-        mask = (position >= self.prefix_length[:, None]) & (position < response)
+        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed: not
+        those of a prefix."""
+        column = np.arange(max_new_tokens)
+        if self.written is None:
+            first = self.prefix_length[:, None]
+        else:
+            begin = (self.prompt_length + self.prefix_length)[:, None]
+            first = (self.positions(max_new_tokens) < begin).sum(1, keepdims=True)
+        mask = (column >= first) & (column < self.steps()[:, None])
         return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
 
 
@@ -177,6 +246,10 @@ class FinishedTexts(WholeTexts):
         tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
+    def turns(self) -> list[list[Any]]:
+        """Return the segments of the B responses as readable mappings (`turns.readable`)."""
+        return [readable(some, self.tokenizer) for some in self.segments()]
+
     def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
         """Return a mask (B, T) bool of the tokens on which `term` may place rewards. It is empty in
         an unscored text where the term pays the sequence score."""
@@ -186,16 +259,19 @@ class FinishedTexts(WholeTexts):
 
 @dataclass(slots=True)
 class Transitions:
-    """K tokens, each with the state before and after it."""
+    """K tokens of the policy's, each with the state before it, the state after it, and the state in
+    which the policy acts next."""
 
     tokens: Tensor
     """(K,) int64: the actions."""
     before: States
     after: States
+    """Right after the token. What is the token's own, such as a token reward model's score of it,
+    is read here."""
     terminated: Tensor
-    """(K,) bool: the token is a stop token."""
+    """(K,) bool: the text ends by itself: with a stop token, or because the task says so."""
     truncated: Tensor
-    """(K,) bool: the token is the last one allowed."""
+    """(K,) bool: the text is cut after this token, by a limit."""
     scored: Tensor
     """(K,) bool: the text ends with this token and its sequence score counts."""
     ref_logprob: Tensor | None = None
@@ -208,6 +284,21 @@ class Transitions:
     """(B,) int64: for each finished text, the index of the transition in which it ends."""
     learning: Tensor | None = None
     """(K,) bool: transitions that statistics may be learned from; None while scoring."""
+    ends_turn: Tensor | None = None
+    """(K,) bool: the token is the last of its turn, because the environment wrote something behind
+    it or because the text ends. None where the environment never writes: a text is one turn."""
+    turn_reward: Tensor | None = None
+    """(K,) float32: the task's own reward for the turn (`Reply.reward`), on the token after which
+    the environment gave it, else 0. None where the environment never writes."""
+    next: States = None  # type: ignore[assignment]
+    """Where the policy acts next, or where the text has ended: after what the environment wrote
+    behind the token. The same object as `after` where it wrote nothing, and where it is not given.
+    Differences along a text, such as shaping, go from `before` to `next`, or they would not add
+    up."""
+
+    def __post_init__(self) -> None:
+        if self.next is None:
+            self.next = self.after
 
     @property
     def statistics(self) -> dict[str, Tensor]:
@@ -216,8 +307,8 @@ class Transitions:
 
     def final_score(self) -> Tensor:
         """Return (K,) float32: the sequence score where a text ends and is scored, else 0."""
-        if self.after.score is not None:
-            return torch.where(self.scored, self.after.score, 0.0).float()
+        if self.next.score is not None:
+            return torch.where(self.scored, self.next.score, 0.0).float()
         if self.finished is None or self.finished.score is None:
             return torch.zeros(self.tokens.shape, dtype=torch.float32, device=self.tokens.device)
         return self.at_end(self.finished.score)
