@@ -210,17 +210,29 @@ class WholeTexts:
                 after_prompt[row, len(own) :] = end + np.arange(max_new_tokens - len(own))
         return np.minimum(after_prompt, last)
 
-    def own_mask(self, max_new_tokens: int) -> Tensor:
-        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed: not
-        those of a prefix."""
+    def own_columns(self, max_new_tokens: int) -> np.ndarray:
+        """Return the mask of `own_mask` on the host."""
         column = np.arange(max_new_tokens)
         if self.written is None:
             first = self.prefix_length[:, None]
         else:
             begin = (self.prompt_length + self.prefix_length)[:, None]
             first = (self.positions(max_new_tokens) < begin).sum(1, keepdims=True)
-        mask = (column >= first) & (column < self.steps()[:, None])
-        return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
+        return (column >= first) & (column < self.steps()[:, None])
+
+    def own_mask(self, max_new_tokens: int) -> Tensor:
+        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed: not
+        those of a prefix."""
+        mask = torch.from_numpy(self.own_columns(max_new_tokens))
+        return mask.to(self.tokens.device, non_blocking=True)
+
+    def own_responses(self) -> list[np.ndarray] | None:
+        """Return for each text which of its response tokens are the policy's, a prefix included,
+        (R,) bool; None where the environment wrote none."""
+        if self.written is None:
+            return None
+        spans = zip(self.written, self.prompt_length, self.length, strict=True)
+        return [~np.asarray(mask[start:end], dtype=bool) for mask, start, end in spans]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
