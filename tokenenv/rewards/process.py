@@ -95,13 +95,11 @@ class Process(RewardTerm):
         return states.memory[self.name]
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): each step's score at its last token, weighted towards the worst."""
+        """(B, T): each step's score at its last own token, weighted towards the worst."""
         own, places = texts.own_mask(max_new_tokens), texts.positions(max_new_tokens)
         last = np.arange(max_new_tokens) == texts.steps()[:, None] - 1
         tokens = at_places(texts.tokens, places)
         ends = own & (self._ends_step[tokens] | upload(last, own.device))
-        # The last step ends where the text does, whoever wrote its end.
-        places = np.where(last, texts.length[:, None] - 1, places)
         q = self._text_scores(texts, places)
         share = torch.where(ends, -q / self.temperature, -torch.inf).softmax(1)
         return torch.where(ends, share * q, 0.0)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.encoding import decode_pairs
+from tokenenv.models.encoding import decode_pairs, decode_segments
 from tokenenv.models.trunks import trunk_of
 from tokenenv.tables import Columns
 from tokenenv.turns import Segment, readable, segments_of
@@ -68,9 +68,9 @@ class RunningTexts:
         pairs = self.prompt_and_response_ids()
         return _segments(pairs, written, self.prompt_length, self.length)
 
-    def turns(self) -> list[list[Any]]:
+    def turns(self) -> list[list[dict[str, Any]]]:
         """Return the segments of the K responses as readable mappings (`turns.readable`)."""
-        return [readable(some, self.tokenizer) for some in self.segments()]
+        return _turns(self.prompt_and_response_ids(), self.segments(), self.tokenizer)
 
     def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
         """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
@@ -100,6 +100,18 @@ def _segments(
         return [segments_of(response, None) for _, response in pairs]
     spans = zip(pairs, written, prompt_length, length, strict=True)
     return [segments_of(pair[1], ~mask[start:end]) for pair, mask, start, end in spans]
+
+
+def _turns(
+    pairs: list[TextIds], segments: list[list[Segment]], tokenizer: Any
+) -> list[list[dict[str, Any]]]:
+    """The segments of the responses of `pairs` as readable mappings."""
+    if tokenizer is None:
+        return [readable(some, None) for some in segments]
+    return [
+        readable(some, decode_segments(prompt, some, tokenizer))
+        for (prompt, _), some in zip(pairs, segments, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -258,9 +270,9 @@ class FinishedTexts(WholeTexts):
         tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
-    def turns(self) -> list[list[Any]]:
+    def turns(self) -> list[list[dict[str, Any]]]:
         """Return the segments of the B responses as readable mappings (`turns.readable`)."""
-        return [readable(some, self.tokenizer) for some in self.segments()]
+        return _turns(self.prompt_and_response_ids(), self.segments(), self.tokenizer)
 
     def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
         """Return a mask (B, T) bool of the tokens on which `term` may place rewards. It is empty in
