@@ -22,6 +22,7 @@ from tokenenv.env.transitions import Ends
 from tokenenv.errors import FinishedRow, InvalidArgument, NotReset
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.tables import Columns
+from tokenenv.turns import Segment
 
 
 class TokenVectorEnv(EnvBase):
@@ -289,6 +290,17 @@ class TokenVectorEnv(EnvBase):
         texts = self._texts
         spans = zip(texts.tokens, texts.prompt_length, texts.length, strict=True)
         return [row[start:end].tolist() for row, start, end in spans]
+
+    def segments(self) -> list[list[Segment]]:
+        """Return the responses of the N texts as they stand, in segments: the policy's turns, and
+        what the environment wrote between them."""
+        self._require_reset()
+        return self._texts.running(None).segments()
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(N,) bool: the slots whose text has ended and waits for its reset."""
+        return self._ended.copy()
 
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
         """Return the texts, prompt and response, of a token observation, batched or of one
