@@ -214,7 +214,7 @@ def test_the_kl_of_a_text_is_that_of_the_policys_tokens():
 
 AGENTS = {
     "ppo": (PPO, {"lambda_turn": 0.9, "importance_cap": 2.0}, {}),
-    "grpo": (GRPO, {"max_staleness": 2}, {"group_size": 3}),
+    "grpo": (GRPO, {}, {"group_size": 3}),
     "klq": (KLQ, {}, {}),
     "vineppo": (VinePPO, {"segments": 3, "rollouts": 2}, {}),
 }
