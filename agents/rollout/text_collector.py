@@ -164,7 +164,7 @@ class TextCollector:
         numbers = []
         with self._stopping():
             rows = columns or [{}] * len(states)
-            for (prompt, prefix), row in zip(states, rows, strict=True):
+            for (prompt, prefix, *_), row in zip(states, rows, strict=True):
                 for _ in range(rollouts):
                     self._continued += 1
                     text = Text(
