@@ -26,7 +26,8 @@ class Process(RewardTerm):
     - "min": r = softmax(-q / temperature)_k q_k (PURE, Cheng et al. 2025, arXiv 2504.15275)
 
     A step ends with one of the task's `step_end_token_ids`, and where a scored text ends. An
-    unscored truncation ends no step.
+    unscored truncation ends no step. Steps are the policy's own: where the environment writes such
+    a token, "delta" alone pays the difference, on the token before, so that differences add up.
 
     The rewards add up to something other than the score, so neither return nor gradient is
     preserved. One case preserves both: "delta" on the sequence score itself, which is `Shaping`
@@ -77,13 +78,16 @@ class Process(RewardTerm):
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what a step is worth at its last token."""
+        if self.form == "delta":
+            return self._gained(batch)
         q = self._score(batch.after)
-        paid = {
-            "sum": lambda: q,
-            "delta": lambda: q - batch.before.memory[self.name],
-            "clip": lambda: self._clipped(q),
-        }
-        return torch.where(self._ends_step[batch.tokens] | batch.scored, paid[self.form](), 0.0)
+        paid = q if self.form == "sum" else self._clipped(q)
+        return torch.where(self._ends_step[batch.tokens] | batch.scored, paid, 0.0)
+
+    def _gained(self, batch: Transitions) -> Tensor:
+        """(K,): what the score after the last step gained, up to where the policy acts next."""
+        now = torch.where(batch.scored, self._score(batch.next), batch.next.memory[self.name])
+        return now - batch.before.memory[self.name]
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
         """(K,): the score after the last step; where a text begins, that of its prompt."""
