@@ -289,7 +289,10 @@ class AutomatonOracle:
         ratio = np.where(probs > 0, probs, 1.0) / self.reference.probs[texts.last]
         kl = (probs * np.log(ratio)).sum(1)
         gain = (probs * self._next(steps, texts.state, beta)).sum(1) - beta * kl
-        return kl, np.maximum(self._values(beta)[steps, texts.state, texts.last] - gain, 0.0)
+        loss = np.maximum(self._values(beta)[steps, texts.state, texts.last] - gain, 0.0)
+        # A text that has ended stands among the others until the last step, and costs nothing.
+        runs = 1.0 if self.source is None else ~self.source.ended[texts.state]
+        return kl * runs, loss * runs
 
 
 def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:

@@ -27,6 +27,8 @@ class Source:
         replies: R lists of one token id or more.
         probs: (Q, R) float64, each row summing to 1: p(reply | state).
         turn_end_token_ids: the ids that end a turn of the policy's.
+        ended: (Q,) bool, the states in which a text has ended, which no word leads out of; None: no
+            text ends before its last word.
 
     Raises:
         InvalidArgument: the shapes do not fit, or a row is no distribution.
@@ -38,6 +40,7 @@ class Source:
         replies: Sequence[Sequence[int]],
         probs: np.ndarray,
         turn_end_token_ids: Sequence[int],
+        ended: np.ndarray | None = None,
     ) -> None:
         self.automaton, self.turn_end_token_ids = automaton, tuple(turn_end_token_ids)
         self.replies = tuple(tuple(reply) for reply in replies)
@@ -49,6 +52,7 @@ class Source:
             )
         if not (self.probs >= 0).all() or np.abs(self.probs.sum(1) - 1).max() > 1e-9:
             raise InvalidArgument("probs must be 0 or more and each of its rows sum to 1.")
+        self.ended = np.zeros(automaton.num_states, dtype=bool) if ended is None else ended
         self.lengths = np.array([len(reply) for reply in self.replies])
         self.tokens = np.zeros((len(self.replies), self.width), dtype=np.int64)
         for row, reply in zip(self.tokens, self.replies, strict=True):

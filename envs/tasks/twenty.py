@@ -19,8 +19,8 @@ answers so far leave.
 `Dict(tokens=Box(0, 27, (21,), int64), length=Discrete(22), prompt_length=Discrete(22))`: the prompt
 and the response so far, padded on the right, and `own_mask=MultiBinary(21)`, 1 on the policy's
 words. P = 1 and T = 10 by default (`max_new_tokens`), and L = 21 has room for an answer to every
-word. With `observation="features"` it is `Box(-inf, inf, (3052,), float32)`: one-hot automaton
-state (3012), last token (29) and step (11), which is all that the optimum depends on.
+word. With `observation="features"` it is `Box(-inf, inf, (3031,), float32)`: one-hot automaton
+state (2991), last token (29) and step (11), which is all that the optimum depends on.
 
 ## Action Space
 
@@ -30,13 +30,13 @@ and the numbers. Only the environment's "yes", "no", "right" and "wrong" count a
 ## Rewards
 
 The score of a text is 1 if the guess is right, else 0. The default design is "terminal": the score
-at the last word, and the KL term at every word. `infos["gold"]` is the score. The turn reward, which
-`reward="turn"` pays, is for a question the information that its answer gives, log(numbers that were
-possible / numbers that still are) / log(`numbers`), and for a guess its score.
+at the last word, and the KL term at every word. `infos["gold"]` is the score. The turn reward,
+which `reward="turn"` pays, is for a question the information that its answer gives, log(numbers
+that were possible / numbers that still are) / log(`numbers`), and for a guess its score.
 
 The optimum is known exactly (`envs.unwrapped.oracle`): `oracle.q` is the value of each question, in
 expectation over its answers. So `reward="oracle"` exists and an agent's regret is a number. With
-the defaults and `kl_coef=0.05`, J = E[score] - 0.05 KL is 0.000 at the optimum (J*) and 0.000 for
+the defaults and `kl_coef=0.01`, J = E[score] - 0.01 KL is 0.654 at the optimum (J*) and 0.046 for
 the reference. Without the KL term the optimum is `best_score`, min(1, 2^questions / numbers).
 
 ## Starting State
@@ -60,6 +60,7 @@ envs = gym.make_vec("tokenenv/Twenty-v0", num_envs=64, numbers=16, reward="turn"
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -83,6 +84,8 @@ BELOW, IS, YES, NO, RIGHT, WRONG, WHAT = range(1, len(WORDS))
 ASKS, GUESSES, NOISE = 0.5, 0.4, 0.1
 """Of the reference: the probabilities that a turn begins with "below" and with "is", and the share
 of any word, which keeps every word possible."""
+KL_COEF = 0.01
+"""Reward per nat. To name a number of 20 costs about three nats, and a text names up to five."""
 REPLIES = ((YES,), (NO,), (RIGHT,), (WRONG,), (WHAT,))
 
 
@@ -92,10 +95,10 @@ class State(NamedTuple):
     phase: str
     """"ready", "below" and "is" before the policy's next word; "asked", "guessed" and "puzzled"
     before the environment's; "right" and "wrong" at the end."""
-    low: int = 0
-    """The least number that the answers leave; 0 at the end."""
+    low: int = 1
+    """The least number that the answers leave."""
     high: int = 0
-    """The largest one."""
+    """The largest one; 0 at the end, where it does not matter any more."""
     number: int = 0
     """Where the phase is "asked" or "guessed", the number that was named, or another one in its
     stead that is answered with the same probabilities."""
@@ -138,7 +141,8 @@ def task(
     source = Thinker(numbers, device)
     words = [*WORDS, *(str(number) for number in range(1, numbers + 1))]
     probs = reference_probs(numbers, seeded(task_seed))
-    return automaton_task(words, probs, source.automaton, max_new_tokens, source)
+    made = automaton_task(words, probs, source.automaton, max_new_tokens, source)
+    return replace(made, kl_coef=KL_COEF)
 
 
 def best_score(max_new_tokens: int, numbers: int) -> float:
@@ -177,7 +181,9 @@ class Thinker(Source):
         payoff = np.array([float(state.phase == "right") for state in self.states])
         automaton = Automaton(transitions, payoff, device)
         probs = np.array([reply_probs(state) for state in self.states])
-        super().__init__(automaton, REPLIES, probs, range(len(WORDS), len(WORDS) + numbers))
+        ended = np.array([state.count == 0 for state in self.states])
+        ends_turn = range(len(WORDS), len(WORDS) + numbers)
+        super().__init__(automaton, REPLIES, probs, ends_turn, ended)
 
     def respond(self, text: TextSoFar) -> Reply:
         """Answer a turn that ends with a number (`Task.respond`)."""
