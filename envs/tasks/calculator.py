@@ -15,11 +15,11 @@ parameters), and the policy starts from it.
 
 ## Observation Space
 
-`Dict(tokens=Box(0, 19, (60,), int64), length=Discrete(61), prompt_length=Discrete(61))`: the prompt
-and the response so far, padded on the right, and `own_mask=MultiBinary(60)`, 1 on the policy's
-tokens. P = 12, and T = 24 by default (`max_new_tokens`). L = P + 2T = 60 has room for every reply,
-for none is longer than the turn in front of it. With `observation="features"` it is the reference's
-last hidden state, `Box(-inf, inf, (96,), float32)`.
+`Dict(tokens=Box(0, 19, (60,), int64), length=Discrete(61), prompt_length=Discrete(61),
+own_mask=MultiBinary(60))`: the prompt and the response so far, padded on the right, and a mask that
+is 1 on the policy's tokens. P = 12, and T = 24 by default (`max_new_tokens`). L = P + 2T = 60 has
+room for every reply, for none is longer than the turn in front of it. With `observation="features"`
+it is the reference's last hidden state, `Box(-inf, inf, (96,), float32)`.
 
 ## Action Space
 

@@ -16,11 +16,12 @@ answers so far leave.
 
 ## Observation Space
 
-`Dict(tokens=Box(0, 27, (21,), int64), length=Discrete(22), prompt_length=Discrete(22))`: the prompt
-and the response so far, padded on the right, and `own_mask=MultiBinary(21)`, 1 on the policy's
-words. P = 1 and T = 10 by default (`max_new_tokens`), and L = 21 has room for an answer to every
-word. With `observation="features"` it is `Box(-inf, inf, (3031,), float32)`: one-hot automaton
-state (2991), last token (29) and step (11), which is all that the optimum depends on.
+`Dict(tokens=Box(0, 27, (21,), int64), length=Discrete(22), prompt_length=Discrete(22),
+own_mask=MultiBinary(21))`: the prompt and the response so far, padded on the right, and a mask that
+is 1 on the policy's words. P = 1 and T = 10 by default (`max_new_tokens`), and L = 21 has room for
+an answer to every word. With `observation="features"` it is `Box(-inf, inf, (3031,), float32)`:
+one-hot automaton state (2991), last token (29) and step (11), which is all that the optimum depends
+on.
 
 ## Action Space
 

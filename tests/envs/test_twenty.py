@@ -97,7 +97,7 @@ def test_any_text_can_be_answered(segments, turn, last):
     asked = text([*segments, (True, [*turn, number(last)])], 3)
     reply = thinker().respond(asked)
     assert reply == thinker().respond(asked)
-    assert list(reply.tokens)[0] in (YES, NO, RIGHT, WRONG, WHAT)
+    assert next(iter(reply.tokens)) in (YES, NO, RIGHT, WRONG, WHAT)
     assert math.isfinite(reply.reward)
 
 
