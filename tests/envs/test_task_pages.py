@@ -55,7 +55,7 @@ def test_spaces_and_numbers_are_those_of_the_env(env_id):
     spec, page = envs.token_spec, sections_of(env_id)
     space = envs.single_observation_space
     order = [
-        one for one in ("tokens", "length", "prompt_length", "own_mask") if one in space.keys()
+        one for one in ("tokens", "length", "prompt_length", "own_mask") if one in space.spaces
     ]
     said = ", ".join(f"{key}={space[key]}" for key in order)
     assert f"`Dict({said})`" in page["Observation Space"]
