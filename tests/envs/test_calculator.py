@@ -5,15 +5,21 @@ import math
 
 import numpy as np
 import pytest
+import tasks
 import torch
+from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenenv.agents import PPO
+from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.check import check_vector_env
 from tokenenv.envs.language import calculator
 from tokenenv.envs.language.calculator import (
     CLOSE,
     EOS,
     LARGEST,
+    PLUS,
     TOKENS,
     Grader,
     called,
@@ -22,6 +28,7 @@ from tokenenv.envs.language.calculator import (
     written_behind,
 )
 from tokenenv.envs.tasks.calculator import CALL_REWARD, respond
+from tokenenv.rewards.process import Process
 from tokenenv.turns import Segment, TextSoFar
 
 ID = "tokenenv/Calculator-v0"
@@ -206,3 +213,59 @@ def test_questions_are_of_three_kinds_and_in_one_split():
         assert products == pytest.approx(calculator.KINDS["product"], abs=0.03)
     order = {"*".join(sorted(q[:-1].split("*"))) for q in train if "*" in q}
     assert not order & {"*".join(sorted(q[:-1].split("*"))) for q in test if "*" in q}
+
+
+# ---------------------------------------------------------------------- the env
+
+
+def test_a_text_is_written_and_paid_by_hand():
+    envs = tasks.make_vec(1, AutoresetMode.DISABLED, ID, reward="turn", kl="none")
+    envs.reset(seed=0, options={"prompts": ["37*46="]})
+    paid, texts = [], []
+    for token in ids("[37*46]1702$"):
+        obs, reward, terminated, truncated, infos = envs.step(np.array([token]))
+        paid.append(float(reward[0]))
+        texts.extend(envs.unwrapped.decode(obs))
+    assert texts[5:8] == ["37*46=[37*46", "37*46=[37*46]{1702}", "37*46=[37*46]{1702}1"]
+    np.testing.assert_allclose(paid, [*[0] * 6, CALL_REWARD, *[0] * 4, 1], rtol=1e-6)
+    assert (terminated[0], truncated[0], infos["score"][0]) == (True, False, 1)
+    own = "37*46=[37*46]{1702}1702$"
+    expected = [0] * 6 + [1] * 7 + [0] * 6 + [1] * 5
+    assert obs["own_mask"][0, : len(own)].tolist() == expected
+
+
+def test_by_the_token_each_right_digit_is_paid():
+    """By hand: four digits and the end are a fifth each, and a call loses what stood before it."""
+    envs = tasks.make_vec(1, AutoresetMode.DISABLED, ID, reward=Process("delta"), kl="none")
+    envs.reset(seed=0, options={"prompts": ["37*46="]})
+    paid = [float(envs.step(np.array([token]))[1][0]) for token in ids("17[37*46]1702$")]
+    fifths = [1, 1, -2, *[0] * 6, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(paid, np.array(fifths) / 5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reward", ["terminal", "turn", Process("delta")], ids=str)
+def test_the_env_keeps_the_contract(reward):
+    check_vector_env(tasks.make_vec(3, AutoresetMode.SAME_STEP, ID, reward=reward), steps=30)
+
+
+def test_the_longest_texts_fit():
+    """A text of calls alone is cut by T, never by the context."""
+    envs = tasks.make_vec(2, AutoresetMode.DISABLED, ID, max_new_tokens=20)
+    envs.reset(seed=0, options={"prompts": ["123+456+789="] * 2})
+    for calling, breaking in zip(ids("[999]" * 4), ids("]" * 20), strict=True):
+        obs, _, terminated, truncated, _ = envs.step(np.array([calling, breaking]))
+    assert obs["length"].tolist() == [12 + 20 + 4 * 5, 12 + 20 + 20]
+    assert not terminated.any() or not truncated.any()
+
+
+def test_the_reference_calls_seldom_and_is_right_where_it_does():
+    envs = tasks.make_vec(64, AutoresetMode.SAME_STEP, ID, split="test")
+    found = evaluate(PPO(envs), envs, num_texts=384)
+    calls = [CLOSE in episode.response.tolist() for episode in found.episodes]
+    known = [list(episode.prompt).count(PLUS) == 1 for episode in found.episodes]
+    right = [episode.score for episode in found.episodes]
+    rows = list(zip(calls, known, right, strict=True))
+    assert 0.08 < np.mean(calls) < 0.18
+    assert np.mean([r for call, easy, r in rows if not call and not easy]) < 0.05
+    assert np.mean([r for call, easy, r in rows if call]) > 0.6
+    assert np.mean([r for call, easy, r in rows if easy]) > 0.6

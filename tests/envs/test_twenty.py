@@ -8,9 +8,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+import tasks
+from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenenv.check import check_vector_env
 from tokenenv.envs.tasks import twenty
 from tokenenv.envs.tasks.twenty import BELOW, IS, NO, RIGHT, WHAT, WORDS, WRONG, YES, Thinker
 from tokenenv.errors import InvalidArgument
@@ -258,3 +261,69 @@ def test_options_out_of_range_are_refused():
     for wrong in ({"numbers": 1}, {"numbers": 41}, {"max_new_tokens": 1}, {"task_seed": -1}):
         with pytest.raises(InvalidArgument, match=next(iter(wrong))):
             twenty.task(**wrong)
+
+
+# ---------------------------------------------------------------------- the env
+
+
+def step(envs, tokens):
+    for token in tokens:
+        out = envs.step(np.full(envs.num_envs, token))
+    return out
+
+
+def test_a_game_is_played_and_paid_by_hand():
+    envs = tasks.make_vec(8, AutoresetMode.DISABLED, ID, reward="turn", kl="none")
+    envs.reset(seed=0)
+    obs, first, *_ = step(envs, [BELOW, number(11)])
+    np.testing.assert_allclose(first, math.log(2) / math.log(20), rtol=1e-6)
+    below = obs["tokens"][:, 3] == YES
+    obs, paid, terminated, truncated, infos = step(envs, [IS, number(3)])
+    right = obs["tokens"][:, 6] == RIGHT
+    assert set(below) == {True, False}
+    assert not right[~below].any()
+    np.testing.assert_array_equal(paid, right)
+    np.testing.assert_array_equal(infos["score"], right)
+    assert terminated.all()
+    assert not truncated.any()
+    assert (obs["own_mask"][:, :7] == [0, 1, 1, 0, 1, 1, 0]).all()
+
+
+def test_the_policys_own_answers_win_nothing():
+    envs = tasks.make_vec(2, AutoresetMode.DISABLED, ID, max_new_tokens=4)
+    envs.reset(seed=0)
+    *_, infos = step(envs, [RIGHT, IS, RIGHT, RIGHT])
+    assert infos["score"].tolist() == [0, 0]
+
+
+def test_forks_have_numbers_of_their_own_that_agree_with_the_answers():
+    envs = tasks.make_vec(64, AutoresetMode.DISABLED, ID).unwrapped
+    envs.reset(seed=0)
+    obs, *_ = step(envs, [BELOW, number(11)])
+    yes = obs["tokens"][0, 3] == YES
+    envs.fork([0] * 63, range(1, 64))
+    threshold = 6 if yes else 16
+    obs, *_ = step(envs, [BELOW, number(threshold)])
+    assert 12 < (obs["tokens"][:, 6] == YES).sum() < 52  # half of the ten numbers that are left
+
+
+@pytest.mark.parametrize("reward", ["turn", "oracle"])
+def test_the_env_keeps_the_contract(reward):
+    check_vector_env(tasks.make_vec(3, AutoresetMode.SAME_STEP, ID, reward=reward), steps=24)
+
+
+def test_the_optimal_policy_earns_the_optimum():
+    """As stepping pays it; so the value that the oracle knows is the env's."""
+    envs = tasks.make_vec(512, AutoresetMode.DISABLED, ID, numbers=8, kl="none").unwrapped
+    oracle, beta, rng = envs.oracle, 0.01, np.random.default_rng(0)
+    obs, ended = envs.reset(seed=0)[0], np.zeros(512, bool)
+    score = np.zeros(512)
+    while not ended.all():
+        probs = oracle.policy(obs, beta)
+        obs, rewards, terminated, truncated, _ = envs.step(
+            np.array([rng.choice(len(p), p=p / p.sum()) for p in probs])
+        )
+        score += np.where(ended, 0, rewards)
+        ended |= terminated | truncated
+    best = oracle.evaluate(lambda seen: oracle.policy(seen, beta), beta, markov=True)
+    assert score.mean() == pytest.approx(best.score, abs=4 * score.std() / math.sqrt(512))
