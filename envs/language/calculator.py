@@ -61,16 +61,13 @@ def written_behind(turn: str) -> str:
 
 
 def draw_question(kind: str, rng: random.Random) -> str:
-    """Draw a question of one of `KINDS`: a sum of two numbers from 0 to 99, a product of a number
-    from 10 to 999 and one from 10 to 99, or a sum of three or four numbers of 12 characters at
-    most."""
+    """Draw a question of one of `KINDS`: a sum of a number up to 99 and one up to 9, a product of a
+    number from 10 to 999 and one from 10 to 99, or a sum of three numbers from 10 to 99."""
     if kind == "sum":
-        return f"{rng.randint(0, 99)}+{rng.randint(0, 99)}="
+        return f"{rng.randint(0, 99)}+{rng.randint(0, 9)}="
     if kind == "product":
         return f"{rng.randint(10, 999)}*{rng.randint(10, 99)}="
-    count = rng.choice((3, 4))
-    numbers = [str(rng.randint(10, 999 if count == 3 else 99)) for _ in range(count)]
-    return "+".join(numbers) + "="
+    return f"{rng.randint(10, 99)}+{rng.randint(10, 99)}+{rng.randint(10, 99)}="
 
 
 def draw_questions(split: str, count: int, rng: random.Random) -> list[str]:

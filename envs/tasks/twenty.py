@@ -47,7 +47,8 @@ The prompt is always "<s>", and the response is empty.
 ## Episode End
 
 There is no stop token: a text ends with the answer to a guess, or when it has T words of the
-policy's.
+policy's and the last of them has been answered. It is scored there. Both are terminations; with
+`score_truncated=False` the second is a truncation without a score.
 
 ## Arguments
 
