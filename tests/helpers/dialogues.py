@@ -4,7 +4,7 @@ A text is a list of words with its author each. What is computed here is exact, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -58,6 +58,15 @@ def score(said: Said, num_moods: int = NUM_MOODS) -> float:
     return (mood(said) - 1) / (num_moods - 1)
 
 
+def turn_rewards(said: Said, num_moods: int = NUM_MOODS) -> list[float]:
+    """What each of the policy's words earns: how much the answer to it changed the mood."""
+    scores = [
+        score(Said(said.words[:i], said.own[:i]), num_moods) for i in range(len(said.own) + 1)
+    ]
+    ends = [i for i, own in enumerate((*said.own, True)) if own][1:]
+    return [scores[end] - scores[start] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass
 class Small:
     """A small dialogue."""
@@ -93,14 +102,17 @@ class Small:
         found = replies(said.plus(word), self.noise)
         return {said.plus(word, reply): prob for reply, prob in found.items()}
 
-    def beginnings(self, steps: int) -> Iterator[Said]:
-        """Every response with so many words of the policy's."""
+    def beginnings(self, steps: int) -> dict[Said, float]:
+        """Every response with so many words of the policy's, and the probability of the answers in
+        it."""
         if steps == 0:
-            yield Said()
-            return
-        for said in self.beginnings(steps - 1):
-            for word in self.words:
-                yield from self.after(said, word)
+            return {Said(): 1.0}
+        return {
+            then: before * chance
+            for said, before in self.beginnings(steps - 1).items()
+            for word in self.words
+            for then, chance in self.after(said, word).items()
+        }
 
     def values(self, beta: float) -> Callable[[Said], float]:
         """V* of a response: soft over the policy's words, an expectation over the others."""
