@@ -1,19 +1,24 @@
-"""Dialogue-v0: raise the mood of somebody who answers.
+"""Dialogue-v0: cheer up somebody who answers.
 
 ## Description
 
 The policy talks to somebody who has a mood, from the worst, "mood1", to the best. A turn of the
 policy's ends with its word ".", and the other then answers with a mood. What pleases depends on the
 mood: in "mood2" it is the word "kind2". A turn that has the word which pleases raises the mood by
-one, any other turn lowers it by one, and with probability `noise` the answer is any of the moods,
-whatever has been said. Where the mood changes, the other says "oh" first, so that one or two words
-are written. So the policy must read the answers, and say something pleasing before it ends a turn;
-it may also keep silent, since a text need not end with an answer. The reference is a random bigram
-over the words (`task_seed`), and the policy starts from it.
+one, and any other turn lowers it by one. With probability `noise` the answer is any of the moods
+instead, whatever has been said; with `noise=0` the answers are a function of what the policy says.
+Where the mood changes, the other says "oh" first, so that an answer has one or two words. So the
+policy must read the answers, say what pleases before it ends a turn, and stop asking while the mood
+is good: a text need not end with an answer. The reference is a random bigram over the words
+(`task_seed`), and the policy starts from it.
 
 ## Observation Space
 
-TODO
+`Dict(tokens=Box(0, 31, (49,), int64), length=Discrete(50), prompt_length=Discrete(50))`: the prompt
+and the response so far, padded on the right, and `own_mask=MultiBinary(49)`, 1 on the policy's
+words. P = 1 and T = 16 by default (`max_new_tokens`), and L = 49 has room for an answer of two
+words to every word. With `observation="features"` it is `Box(-inf, inf, (66,), float32)`: one-hot
+automaton state (16), last token (33) and step (17), which is all that the optimum depends on.
 
 ## Action Space
 
@@ -21,7 +26,15 @@ TODO
 
 ## Rewards
 
-TODO
+The score of a text is the mood at its end, from 0 for the worst to 1 for the best; an automaton
+computes it from the words of both. The default design is "terminal": the score at the last word,
+and the KL term at every word of the policy's. `infos["gold"]` is the score. The turn reward, which
+`reward="turn"` pays, is what a turn and its answer have changed in the score, and adds up to it.
+
+The optimum is known exactly (`envs.unwrapped.oracle`): it is soft over the policy's words, and an
+expectation over what is answered. So `reward="oracle"` exists and an agent's regret is a number.
+With the defaults and `kl_coef=0.05`, J = E[score] - 0.05 KL is 0.511 at the optimum (J*) and 0.094
+for the reference.
 
 ## Starting State
 

@@ -13,6 +13,22 @@ from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.types import EpisodeScores
 
 
+class Beginnings(Tabular):
+    """A language model as a table of log-probs (K, V), by the number of what has been written so
+    far (`numbered`)."""
+
+    def __init__(self, logprobs: Tensor, children: Tensor) -> None:
+        super().__init__(logprobs)
+        self.children, self.vocab_size = children, children.shape[1]
+
+    def states(self, tokens: Tensor, lengths: Any) -> Tensor:
+        """The numbers (B, L); those to the right of a text mean nothing."""
+        histories = [torch.zeros_like(tokens[:, 0])]
+        for token in tokens[:, 1:].T:
+            histories.append(self.children[histories[-1], token])
+        return torch.stack(histories, 1)
+
+
 class DialogueWorld(World):
     """All texts of a small dialogue, "deterministic" or "stochastic".
 
@@ -28,9 +44,10 @@ class DialogueWorld(World):
         self.own, self.texts = [list(one.own) for one in said], [s.ids(one) for one in said]
         self.turn_rewards = [turn_rewards(one) for one in said]
         self.final_score = torch.tensor([score(one) for one in said], dtype=torch.float64)
-        self.children, last = numbered(self.texts, s.V)
-        self.policy = self.normal(*self.children.shape)
-        self.reference = Tabular(torch.from_numpy(np.log(s.task.reference.probs))[last])
+        children, last = numbered(self.texts, s.V)
+        self.policy = self.normal(*children.shape)
+        logprobs = torch.from_numpy(np.log(s.task.reference.probs))
+        self.reference = Beginnings(logprobs[last], children)
         width = max(map(len, self.texts))
         self.whole = torch.tensor([[0, *text, *[0] * (width - len(text))] for text in self.texts])
         self.places = torch.tensor([[*own_places(own), 1 + len(own)] for own in self.own])
@@ -40,13 +57,6 @@ class DialogueWorld(World):
             self.states(self.whole).gather(1, at - 1),
         )
         self.length, self.mask = torch.full((len(at),), s.T), torch.ones_like(at, dtype=torch.bool)
-
-    def states(self, tokens: Tensor) -> Tensor:
-        """The histories (B, L); those to the right of a text mean nothing."""
-        histories = [torch.zeros_like(tokens[:, 0])]
-        for token in tokens[:, 1:].T:
-            histories.append(self.children[histories[-1], token])
-        return torch.stack(histories, 1)
 
     def texts_of(self, rows: Tensor) -> dict[str, Tensor]:
         places = self.places[rows]
