@@ -140,8 +140,8 @@ class Scorer:
     head: Head
     """Maps states (K, H) to scores (K,) float32."""
     per_token: bool
-    """True: the score of a text is the sum of the scores of its response tokens. False: it is the
-    score at its last token."""
+    """True: the score of a text is the sum of the scores of its response tokens, those that the
+    environment wrote left out. False: it is the score at its last token, whoever wrote it."""
     pad_token_id: int | None = None
     """Where `per_token` is False: the score of a text is read at its last token that is not this
     id. transformers' sequence classifiers read so, also where their pad id is the stop id. None:
@@ -169,7 +169,7 @@ class TextScorer(Protocol):
         ...
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """Return the score of each of the policy's response tokens.
+        """Return the score of each response token, whoever wrote it.
 
         Args:
             texts: B pairs of the token ids, the policy's, of a prompt and a response.
@@ -177,7 +177,9 @@ class TextScorer(Protocol):
 
         Returns:
             (B, width) float32 on any device, zero to the right of each response. Each row's sum is
-            the score of its text: a model that scores whole texts puts it on the last token.
+            the score of its text: a model that scores whole texts puts it on the last token. Where
+            the environment writes into texts, the sum is over the policy's own tokens, if the model
+            scores tokens.
         """
         ...
 

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import turn_tasks
 from gymnasium.vector import AutoresetMode
 from memories import Drift, LastTokens
 
@@ -51,15 +52,19 @@ def toy(
     stops: tuple[int, ...] = STOPS,
     gold: bool = True,
     step_ends: tuple[int, ...] = (),
+    turns: str | None = None,
+    max_new_tokens: int = T,
 ) -> Task:
-    """Tiny random models; `gold` is the number of words in the response."""
+    """Tiny random models; `gold` is the number of words in the response; `turns` names what writes
+    into texts, in `turn_tasks`."""
     return Task(
         tokenizer=tokenizer(),
         reference=reference(),
         prompts=prompts(),
         max_prompt_tokens=P,
-        max_new_tokens=T,
+        max_new_tokens=max_new_tokens,
         stop_token_ids=stops,
+        **turn_tasks.options_of(turns, P + max_new_tokens),
         scorer=scorer_of(scorer) if scorer else None,
         step_end_token_ids=step_ends,
         gold=(lambda prompt, response: float(len(response.split()))) if gold else None,
@@ -136,6 +141,19 @@ TOYS: dict[str, dict[str, Any]] = {
         "score_truncated": False,
     },
     "no stops": {"reward": "delta", "stops": ()},
+    "turns": {"reward": {"dense": "token", "moves": "delta"}, "turns": "fixed"},
+    "turns of a text score": {
+        "reward": {"moves": "delta", "end": "terminal", "shares": "uniform", "m": LastTokens()},
+        "turns": "fixed",
+        "scorer": "sequence",
+        "score_truncated": False,
+    },
+    "random turns": {
+        "reward": {"mean": Drift(), "rule": LENGTH_RULE},
+        "turns": "random",
+        "scorer": None,
+        "kl": "policy",
+    },
     "no reward": {"reward": {}, "kl": "none", "scorer": None},
 }
 
@@ -245,10 +263,12 @@ def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 @dataclass
 class Played:
-    """One episode as stepping showed it; `logprobs` are the action's where it carries them."""
+    """One episode as stepping showed it; `logprobs` are the action's where it carries them.
+    `response` holds all tokens, and `own` says which the policy emitted."""
 
     prompt: list[int]
     response: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     infos: list[dict[str, Any]] = field(default_factory=list)
@@ -271,7 +291,6 @@ def play(
         obs, rewards, terminated, truncated, info = envs.step(actions)
         fresh = _begun(obs)
         for row, episode in enumerate(running):
-            episode.response.append(int(tokens_of(actions)[row]))
             episode.logprobs.append(
                 float(actions["logprob"][row]) if isinstance(actions, dict) else 0.0
             )
@@ -279,6 +298,9 @@ def play(
             episode.infos.append(row_of(info, row))
             if terminated[row] or truncated[row]:
                 episode.truncated = bool(info["cut"][row])
+                end = info["final_obs"]
+                episode.response, episode.own = turn_tasks.response_of(end, row)
+                assert len(episode.rewards) == sum(episode.own)
                 done.append(episode)
                 running[row] = fresh[row]
     return done

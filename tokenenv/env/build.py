@@ -93,6 +93,9 @@ def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
         max_new_tokens=task.max_new_tokens,
         score_truncated=score_truncated,
         chats=task.chats,
+        max_context_tokens=task.max_context_tokens,
+        responds=task.respond is not None,
+        turn_end_token_ids=task.turn_end_token_ids,
     )
 
 
@@ -139,7 +142,7 @@ def single_spaces(
     task: Task, spec: TokenSpec, config: EnvConfig
 ) -> tuple[spaces.Space, spaces.Space]:
     """Return the observation and the action space of one text."""
-    length = spec.max_prompt_tokens + spec.max_new_tokens
+    length = spec.max_length
     observation: spaces.Space
     if config.observation == "features":
         size = task.num_features if task.features is not None else hidden_size_of(task.reference)
@@ -149,6 +152,7 @@ def single_spaces(
             tokens=spaces.Box(0, spec.vocab_size - 1, (length,), np.int64),
             length=spaces.Discrete(length + 1),
             prompt_length=spaces.Discrete(length + 1),
+            **({"own_mask": spaces.MultiBinary(length)} if spec.responds else {}),
         )
     token = spaces.Discrete(spec.vocab_size)
     if config.kl != "policy":

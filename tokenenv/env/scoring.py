@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenenv.env.actions import LOGPROB_SLACK
 from tokenenv.env.engine import RewardEngine, in_eval_mode
 from tokenenv.env.finite import require_finite_scores
+from tokenenv.env.reset_options import read_own
 from tokenenv.env.texts import to_device
 from tokenenv.env.transitions import Ends, Walk
 from tokenenv.errors import InvalidArgument, check_choice
@@ -31,6 +32,8 @@ def score_episodes(
     logprobs: Sequence[Sequence[float]] | None,
     truncated: Sequence[bool] | None,
     columns: Mapping[str, Sequence[Any]] | None,
+    own: Sequence[Sequence[bool]] | None = None,
+    turn_rewards: Sequence[Sequence[float]] | None = None,
     weights: Mapping[str, float | Sequence[float]],
     learning: bool = False,
 ) -> EpisodeScores:
@@ -42,23 +45,31 @@ def score_episodes(
     """
     spec = engine.context.spec
     prompt_ids, response_ids = _read_texts(prompts, responses, spec)
+    masks = read_own_masks(own, response_ids, spec)
+    steps = [sum(mask) for mask in masks] if masks else [len(ids) for ids in response_ids]
+    for i, (ids, count) in enumerate(zip(response_ids, steps, strict=True)):
+        _check_response(ids, count, spec, f"responses[{i}]")
+    _check_context(prompt_ids, response_ids, spec)
     rows = read_columns(columns, range(len(prompt_ids)), len(prompt_ids), "columns")
     engine.require_columns(rows, "prompts to score (columns=)")
-    cut = _read_truncated(truncated, response_ids, spec)
-    _check_logprobs(engine, logprobs, response_ids)
+    cut = _read_truncated(truncated, response_ids, masks, spec)
+    _check_logprobs(engine, logprobs, steps)
+    turns = _read_turn_rewards(engine, turn_rewards, steps)
     each = {name: _read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
-    out = _zeros(engine, response_ids)
+    out = _zeros(engine, steps)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     # Statistics were read once, above: with `learning` they change from one micro-batch to the
     # next, and all texts are scored with those that were there before.
     for group in micro_batches(lengths, engine.context.max_batch_tokens):
         begun, written = ([ids[i] for i in group] for ids in (prompt_ids, response_ids))
-        texts = _pad(engine, begun, written, [rows[i] for i in group])
+        by = [masks[i] for i in group] if masks else None
+        texts = _pad(engine, begun, written, [rows[i] for i in group], by)
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
         walk = engine.dynamics.walk(texts, known, engine.trunks)
         drawn = None if logprobs is None else [logprobs[i] for i in group]
-        batch = _transitions(engine, texts, walk, cut[group], drawn, learning)
+        earned = None if turns is None else [turns[i] for i in group]
+        batch = _transitions(engine, texts, walk, cut[group], drawn, earned, learning)
         now = {name: to_device(w[group], engine.context.device) for name, w in each.items()}
         _fill(out, group, engine, walk, batch, now)
         if out.gold is not None and engine.gold is not None:
@@ -70,9 +81,9 @@ def score_episodes(
     return out
 
 
-def _zeros(engine: RewardEngine, responses: list[list[int]]) -> EpisodeScores:
-    """Zeros for so many texts."""
-    count, width, rewards = len(responses), engine.context.spec.max_new_tokens, engine.rewards
+def _zeros(engine: RewardEngine, steps: list[int]) -> EpisodeScores:
+    """Zeros for texts of so many tokens of the policy's each."""
+    count, width, rewards = len(steps), engine.context.spec.max_new_tokens, engine.rewards
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros((count, *shape), np.float32)
@@ -84,7 +95,7 @@ def _zeros(engine: RewardEngine, responses: list[list[int]]) -> EpisodeScores:
         token_reward_terms={name: zeros(width) for name in rewards.terms},
         score=zeros() if engine.has_score else None,
         gold=None if engine.gold is None else zeros(),
-        lengths=np.asarray([len(response) for response in responses]),
+        lengths=np.asarray(steps),
         ref_logprobs=zeros(width),
         potentials=zeros(width + 1) if rewards.shaped else None,
         watched={name: zeros(width) for name in rewards.watched},
@@ -97,6 +108,7 @@ def _transitions(
     walk: Walk,
     cut: np.ndarray,
     logprobs: list[Sequence[float]] | None,
+    turn_rewards: list[Sequence[float]] | None,
     learning: bool,
 ) -> Transitions:
     """What terms see of whole texts, of which those of `cut` (b,) were cut."""
@@ -104,19 +116,23 @@ def _transitions(
     cut_K = cut[walk.row]
     scored = walk.last if engine.context.spec.score_truncated else walk.last & ~cut_K
     ends = Ends(walk.last & ~cut_K, walk.last & cut_K, scored, walk.last)
-    given = None
-    if logprobs is not None:
-        flat = np.asarray([x for one in logprobs for x in one], dtype=np.float32)
-        given = to_device(flat, engine.context.device)
+    drawn, earned = (
+        None if rows is None else np.asarray([x for one in rows for x in one], dtype=np.float32)
+        for rows in (logprobs, turn_rewards)
+    )
+    responds = engine.context.spec.responds
     return engine.dynamics.transitions(
         walk.tokens,
         walk.before,
         walk.after,
         ends,
         texts,
+        next=walk.next,
         active=np.ones(len(walk.t), dtype=bool),
         learning=learning,
-        logprob=given,
+        logprob=None if drawn is None else to_device(drawn, engine.context.device),
+        ends_turn=(walk.last if walk.ends_turn is None else walk.ends_turn) if responds else None,
+        turn_reward=earned,
     )
 
 
@@ -133,7 +149,8 @@ def _fill(
     assert texts is not None
     assert batch.ref_logprob is not None
     row, t = (to_device(index, engine.context.device) for index in (walk.row, walk.t))
-    last = to_device(texts.length - texts.prompt_length - 1, engine.context.device)
+    steps = texts.steps()
+    last = to_device(steps - 1, engine.context.device)
     zeros = torch.zeros(
         len(group), out.token_rewards.shape[1], dtype=torch.float32, device=row.device
     )
@@ -159,13 +176,13 @@ def _fill(
     out.ref_logprobs[group] = at_tokens(batch.ref_logprob)
     if out.score is not None and texts.score is not None:
         out.score[group] = texts.score.float().cpu().numpy()
-    before, after = (rewards.potential(states, each) for states in (batch.before, batch.after))
-    if out.potentials is not None and before is not None and after is not None:
+    before, next = (rewards.potential(states, each) for states in (batch.before, batch.next))
+    if out.potentials is not None and before is not None and next is not None:
         assert batch.finished_at is not None
         out.potentials[group, :-1] = at_tokens(before)
         # Phi of the last state, which is zero where the text is scored.
-        end = torch.where(batch.scored, 0.0, after)[batch.finished_at]
-        out.potentials[group, texts.length - texts.prompt_length] = end.cpu().numpy()
+        end = torch.where(batch.scored, 0.0, next)[batch.finished_at]
+        out.potentials[group, steps] = end.cpu().numpy()
 
 
 def _read_texts(
@@ -186,8 +203,6 @@ def _read_texts(
     response_ids = [
         read_continuation(text, spec, f"responses[{i}]") for i, text in enumerate(responses)
     ]
-    for i, response in enumerate(response_ids):
-        _check_response(response, spec, f"responses[{i}]")
     return prompt_ids, response_ids
 
 
@@ -202,19 +217,49 @@ def _check_listed(key: str, values: Any) -> None:
         raise InvalidArgument(f"{key}={values!r} is not allowed; it must be a list.")
 
 
-def _check_response(ids: list[int], spec: TokenSpec, label: str) -> None:
-    """Raises unless stepping could have written it."""
-    if not 1 <= len(ids) <= spec.max_new_tokens:
+def read_own_masks(
+    own: Sequence[Sequence[bool]] | None, responses: list[list[int]], spec: TokenSpec
+) -> list[list[bool]] | None:
+    """Return for each response which of its tokens are the policy's; None where all are."""
+    if own is None:
+        return None
+    if not spec.responds:
         raise InvalidArgument(
-            f"{label} has {len(ids)} tokens; allowed: 1 to max_new_tokens={spec.max_new_tokens}."
+            "own= is given, and in this env the policy alone writes; leave it out."
+        )
+    _check_listed("own", own)
+    if len(own) != len(responses):
+        raise InvalidArgument(
+            f"own has {len(own)} entries; allowed: one a text ({len(responses)})."
+        )
+    pairs = zip(own, responses, strict=True)
+    return [read_own(mask, len(ids), f"own[{i}]") for i, (mask, ids) in enumerate(pairs)]
+
+
+def _check_response(ids: list[int], steps: int, spec: TokenSpec, label: str) -> None:
+    """Raises unless stepping could have written it, with `steps` tokens of the policy's."""
+    if not 1 <= steps <= spec.max_new_tokens:
+        raise InvalidArgument(
+            f"{label} has {steps} tokens{' of the policy' if spec.responds else ''}; allowed: 1 to "
+            f"max_new_tokens={spec.max_new_tokens}."
         )
     place = next((t for t, token in enumerate(ids[:-1]) if token in spec.stop_token_ids), None)
-    if place is not None:
+    if place is not None and not spec.responds:
         raise InvalidArgument(
             f"{label} holds the stop token {ids[place]} as number {place + 1} of its {len(ids)} "
             f"tokens; "
             "allowed: as its last alone."
         )
+
+
+def _check_context(prompts: list[list[int]], responses: list[list[int]], spec: TokenSpec) -> None:
+    """Raises where a text has more tokens than the context."""
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if len(prompt) + len(response) > spec.max_length:
+            raise InvalidArgument(
+                f"prompts[{i}] and responses[{i}] have {len(prompt) + len(response)} tokens "
+                f"together; allowed: at most {spec.max_length}."
+            )
 
 
 def read_weights(
@@ -261,9 +306,14 @@ def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.n
 
 
 def _read_truncated(
-    truncated: Sequence[bool] | None, responses: list[list[int]], spec: TokenSpec
+    truncated: Sequence[bool] | None,
+    responses: list[list[int]],
+    masks: list[list[bool]] | None,
+    spec: TokenSpec,
 ) -> np.ndarray:
     stopped = np.asarray([response[-1] in spec.stop_token_ids for response in responses])
+    if masks is not None:
+        stopped &= np.asarray([mask[-1] for mask in masks])
     if truncated is None:
         return ~stopped
     _check_listed("truncated", truncated)
@@ -272,7 +322,8 @@ def _read_truncated(
             f"truncated has {len(truncated)} entries; allowed: one a text ({len(responses)})."
         )
     cut = np.asarray(truncated, dtype=bool)
-    for i in np.flatnonzero(cut & stopped):
+    # A stop token that the environment would have answered, had there been room, ends no text.
+    for i in np.flatnonzero(cut & stopped & (not spec.responds)):
         raise InvalidArgument(
             f"truncated[{i}]=True, but responses[{i}] ends by itself, in the stop token "
             f"{responses[i][-1]}."
@@ -280,7 +331,35 @@ def _read_truncated(
     return cut
 
 
-def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[int]]) -> None:
+def _read_turn_rewards(
+    engine: RewardEngine, turn_rewards: Any, steps: list[int]
+) -> list[np.ndarray] | None:
+    if turn_rewards is None:
+        return None
+    if not engine.context.spec.responds:
+        raise InvalidArgument(
+            "turn_rewards= is given, and in this env the policy alone writes; leave it out."
+        )
+    rows = _numbers("turn_rewards", turn_rewards, steps)
+    for i, values in enumerate(rows):
+        if not np.isfinite(values).all():
+            raise InvalidArgument(f"turn_rewards[{i}] holds a number that is not finite.")
+    return rows
+
+
+def _numbers(key: str, values: Any, steps: list[int]) -> list[np.ndarray]:
+    """Return one array of float32 for each text, with a number for each of its `steps` tokens."""
+    _check_listed(key, values)
+    try:
+        rows = [np.asarray(row, np.float32) for row in values]
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{key}={values!r} is not allowed; it must hold numbers.") from error
+    if [row.shape for row in rows] != [(count,) for count in steps]:
+        raise InvalidArgument(f"{key} must hold one number for every response token of every text.")
+    return rows
+
+
+def _check_logprobs(engine: RewardEngine, logprobs: Any, steps: list[int]) -> None:
     both = engine.rewards.terms | engine.rewards.watched
     policy_terms = [name for name, term in both.items() if term.kind == "policy"]
     if logprobs is None:
@@ -289,17 +368,7 @@ def _check_logprobs(engine: RewardEngine, logprobs: Any, responses: list[list[in
                 f"logprobs is missing; {policy_terms} need log pi of every response token (nats)."
             )
         return
-    _check_listed("logprobs", logprobs)
-    try:
-        rows = [np.asarray(row, np.float32) for row in logprobs]
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"logprobs={logprobs!r} is not allowed; it must hold numbers."
-        ) from error
-    if [values.shape for values in rows] != [(len(response),) for response in responses]:
-        raise InvalidArgument(
-            "logprobs must hold one number for every response token of every text."
-        )
+    rows = _numbers("logprobs", logprobs, steps)
     for i, values in enumerate(rows):
         if not (np.isfinite(values) & (values <= LOGPROB_SLACK)).all():
             raise InvalidArgument(
@@ -313,6 +382,7 @@ def _pad(
     prompts: list[list[int]],
     responses: list[list[int]],
     columns: list[Columns],
+    own: list[list[bool]] | None,
 ) -> WholeTexts:
     ids = [np.asarray([*p, *r], dtype=np.int64) for p, r in zip(prompts, responses, strict=True)]
     tokens = np.full(
@@ -327,4 +397,15 @@ def _pad(
         prefix_length=np.zeros(len(ids), dtype=np.int64),
         ids=ids,
         columns=columns,
+        written=_written(prompts, own),
     )
+
+
+def _written(prompts: list[list[int]], own: list[list[bool]] | None) -> list[np.ndarray] | None:
+    """For each text the mask of what the environment wrote, or None where it is nothing."""
+    if own is None or all(map(all, own)):
+        return None
+    return [
+        np.asarray([*[False] * len(prompt), *(not mine for mine in mask)])
+        for prompt, mask in zip(prompts, own, strict=True)
+    ]

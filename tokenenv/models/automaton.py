@@ -133,6 +133,19 @@ class StateSlots:
         self._states = after
         return after.clone()
 
+    def extend(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Add right-padded `tokens` (n, K), `lengths` (n,) of them, to the texts of `slots` (n,),
+        and return the states (n, K, ...) after each. Those to the right of a row's last token mean
+        nothing."""
+        at = self._upload(slots)
+        states, after = self._states[at], []
+        for column in tokens.unbind(1):
+            states = self.model.after(states, column)
+            after.append(states)
+        found = torch.stack(after, 1)
+        self._states[at] = last_states(found, lengths)
+        return found
+
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copy slot sources[i] onto slot targets[i]. All sources are read before any target is
         written."""

@@ -65,12 +65,20 @@ def in_micro_batches(
     """Run `forward(rows, width)`, which returns states (b, width, H), over micro-batches of the
     rows 0..B-1. Return the last state of each row, (B, H), in the order of the rows."""
     groups = micro_batches(lengths, max_batch_tokens)
-    states = torch.cat(
-        [last_states(forward(rows, int(lengths[rows[0]])), lengths[rows]) for rows in groups]
-    )
-    # The groups are sorted by length. The argsort of a permutation is its inverse, which puts the
-    # states back into the order of the rows.
-    return states[upload(np.argsort(np.concatenate(groups)), states.device)]
+    states = [last_states(forward(rows, int(lengths[rows[0]])), lengths[rows]) for rows in groups]
+    return in_order(states, groups)
+
+
+def in_order(states: Sequence[Tensor], rows: Sequence[np.ndarray]) -> Tensor:
+    """Put states (b, ...) of several groups of rows together, in the order of the rows.
+
+    Args:
+        states: of each group.
+        rows: the numbers (b,) of each group's rows, host data; together they are 0..B-1.
+    """
+    together = torch.cat(list(states))
+    # The argsort of a permutation is its inverse.
+    return together[upload(np.argsort(np.concatenate(list(rows))), together.device)]
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -94,6 +94,11 @@ class BigramSlots:
         are not active mean nothing."""
         return self.model.ids(tokens)
 
+    def extend(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the states (n, K) after each of the right-padded `tokens` (n, K). Those to the
+        right of a row's last token mean nothing."""
+        return self.model.ids(tokens)
+
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Do nothing: there is nothing to copy."""
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenenv.errors import InvalidArgument, ModelError
 
 from .adapters import unwrapped
-from .batching import hidden_states, in_micro_batches, upload
+from .batching import hidden_states, in_micro_batches, in_order, micro_batches, upload
 from .rope import fix_rope
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class CachedLM:
         num_slots: N.
         max_length: L, the most tokens a slot can hold. It also fixes `dynamic` and `longrope` RoPE
             (see `fix_rope`).
-        max_batch_tokens: the most tokens, padding included, of one forward of `prefill`.
+        max_batch_tokens: the most tokens, padding included, of one forward of `prefill` and
+            `extend`.
         compile: compiles the forward of `append`, into CUDA graphs on CUDA. The first steps are
             slow then: there is one graph for each length bucket.
 
@@ -116,17 +118,7 @@ class CachedLM:
         Raises:
             InvalidArgument: a slot, a shape or a length is wrong; nothing has changed.
         """
-        slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
-        self._check_slots("slots", slots, unique=True)
-        if lengths.shape != slots.shape or len(tokens) != len(slots):
-            raise InvalidArgument(
-                f"prefill: {len(slots)} slots, {len(tokens)} texts and {lengths.shape} lengths"
-            )
-        limit = min(tokens.shape[1], self.max_length)
-        if len(slots) == 0 or lengths.min() < 1 or lengths.max() > limit:
-            raise InvalidArgument(
-                f"prefill: lengths={lengths.tolist()}; allowed: one or more, each 1..{limit}"
-            )
+        slots, lengths = self._checked("prefill", slots, tokens, lengths)
         tokens = self._ids(tokens)
 
         def forward(group: np.ndarray, width: int) -> Tensor:
@@ -174,6 +166,48 @@ class CachedLM:
         with acting(self.trunk):
             states = self._slots.append(self._ids(tokens), self.positions, moving)
         self.positions += moving
+        return states
+
+    def extend(
+        self, slots: Sequence[int] | np.ndarray, tokens: Tensor, lengths: Sequence[int] | np.ndarray
+    ) -> Tensor:
+        """Add several tokens to the texts of some slots, and return the states after each.
+
+        The forwards run in length-sorted micro-batches of the new tokens, which attend to what the
+        slots hold. The other slots are not touched.
+
+        Args:
+            slots: (n,) host data, each slot at most once.
+            tokens: (n, K) right-padded, on any device.
+            lengths: (n,) host data, how many tokens each slot is given, 1..K.
+
+        Returns:
+            (n, K, H) the states, in the order of `slots`. Those to the right of a row's last token
+            mean nothing.
+
+        Raises:
+            InvalidArgument: a slot, a shape or a length is wrong, a slot was never prefilled, or
+                one has too little room; nothing has changed.
+        """
+        slots, lengths = self._checked("extend", slots, tokens, lengths)
+        starts = self.positions[slots]
+        if empty := slots[starts == 0].tolist():
+            raise InvalidArgument(f"extend: slots {empty} hold no text; prefill begins one")
+        if full := slots[starts + lengths > self.max_length].tolist():
+            raise InvalidArgument(
+                f"extend: slots {full} would hold more than max_length={self.max_length} tokens"
+            )
+        tokens, groups = self._ids(tokens), micro_batches(lengths, self.max_batch_tokens)
+
+        def forward(group: np.ndarray) -> Tensor:
+            new = tokens[self._upload(group), : int(lengths[group].max())]
+            at = self._upload(slots[group])
+            states = self._slots.extend(at, new, starts[group], lengths[group])
+            return pad(states, (0, 0, 0, tokens.shape[1] - new.shape[1]))
+
+        with acting(self.trunk):
+            states = in_order([forward(group) for group in groups], groups)
+        self.positions[slots] += lengths
         return states
 
     def fork(
@@ -247,6 +281,23 @@ class CachedLM:
         # An index out of range on CUDA ends the whole process, and checking would wait for the
         # device.
         return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)
+
+    def _checked(
+        self, call: str, slots: Any, tokens: Tensor, lengths: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `slots` and `lengths` as arrays (n,) that fit each other and `tokens` (n, K)."""
+        slots, lengths = np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+        self._check_slots("slots", slots, unique=True)
+        if lengths.shape != slots.shape or len(tokens) != len(slots):
+            raise InvalidArgument(
+                f"{call}: {len(slots)} slots, {len(tokens)} texts and {lengths.shape} lengths"
+            )
+        limit = min(tokens.shape[1], self.max_length)
+        if len(slots) == 0 or lengths.min() < 1 or lengths.max() > limit:
+            raise InvalidArgument(
+                f"{call}: lengths={lengths.tolist()}; allowed: one or more, each 1..{limit}"
+            )
+        return slots, lengths
 
     def _check_slots(self, name: str, slots: np.ndarray, unique: bool = False) -> None:
         wrong = slots.ndim != 1 or bool(((slots < 0) | (slots >= self.num_slots)).any())

@@ -46,7 +46,8 @@ def why_uncached(trunk: Any, max_length: int) -> str | None:
 
 
 def _probe(trunk: Any, max_length: int) -> float:
-    """Return the larger relative difference of cached and uncached last states, of two slots.
+    """Return the largest relative difference of cached and uncached last states, of two slots that
+    are read by single steps and by an extension.
 
     Slot 0 is filled to its last place: a window, a table of positions or a scale that depends on
     the length shows there or nowhere. Slot 1 stays short beside it. Tokens of a longer prefill lie
@@ -66,15 +67,20 @@ def _probe(trunk: Any, max_length: int) -> float:
     slots.prefill(torch.arange(2, device=trunk.device), ids[:, : min(full, 2 * short)])
     slots.prefill(torch.arange(1, device=trunk.device), ids[:1, :full])
     # Two steps, because the second one reads keys that the first one has stored.
+    starts = np.array([full, short])
     for step in range(2):
-        at = np.array([full, short]) + step
+        at = starts + step
         states = slots.append(ids[[0, 1], at], at, np.array([True, True]))
+    # Then both tokens at once, over what the steps have stored.
+    two = ids[torch.arange(2)[:, None], torch.from_numpy(starts[:, None] + [0, 1])]
+    extended = slots.extend(slots.all_slots[:, 0], two, starts, np.array([2, 2]))[:, -1]
     alone = [
         hidden_states(trunk, ids[i : i + 1, :n], [n])[0, -1]
         for i, n in enumerate((full + 2, short + 2))
     ]
     expected = torch.stack(alone).float()
-    difference = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    cached = torch.stack([states, extended]).float()
+    difference = (cached - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(difference.nan_to_num(torch.inf).max())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batching import hidden_states, in_micro_batches, upload
+from .batching import hidden_states, in_micro_batches, in_order, micro_batches, upload
 
 
 class TextSlots:
@@ -49,6 +49,27 @@ class TextSlots:
             return hidden_states(self.trunk, texts, lengths[group])
 
         return in_micro_batches(forward, lengths, self.max_batch_tokens)
+
+    def extend(
+        self, slots: Tensor, tokens: Tensor, starts: np.ndarray, lengths: np.ndarray
+    ) -> Tensor:
+        """Put right-padded `tokens` (B, K) behind the first `starts` (B,) tokens of `slots` (B,),
+        `lengths` (B,) of them. Return the states (B, K, H) after each; those to the right of a
+        row's last token mean nothing."""
+        new, ends = np.arange(tokens.shape[1]), starts + lengths
+        places = np.minimum(starts[:, None] + new, ends[:, None] - 1)
+        stored = np.nonzero(new < lengths[:, None])
+        row, column, at = (upload(i, tokens.device) for i in (*stored, places[stored]))
+        self.tokens[slots[row], at] = tokens[row, column]
+
+        def states(group: np.ndarray) -> Tensor:
+            texts = self.tokens[slots[upload(group, tokens.device)], : int(ends[group].max())]
+            where = upload(places[group], tokens.device)[:, :, None]
+            found = hidden_states(self.trunk, texts, ends[group])
+            return found.gather(1, where.expand(-1, -1, found.shape[-1]))
+
+        groups = micro_batches(ends, self.max_batch_tokens)
+        return in_order([states(group) for group in groups], groups)
 
     def fork(self, sources: Tensor, targets: Tensor, width: int) -> None:
         """Copy the first `width` tokens of slots `sources` onto slots `targets`, (n,) each."""

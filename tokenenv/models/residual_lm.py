@@ -98,6 +98,12 @@ class ResidualSlots:
         states (N, H + 1)."""
         return joined(*(one.append(tokens, active) for one in self._both))
 
+    def extend(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Add right-padded `tokens` (n, K), `lengths` (n,) of them, to the texts of `slots` (n,),
+        and return the states (n, K, H + 1) after each. Those to the right of a row's last token
+        mean nothing."""
+        return joined(*(one.extend(slots, tokens, lengths) for one in self._both))
+
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copy slot sources[i] onto slot targets[i]."""
         for one in self._both:

@@ -38,12 +38,17 @@ class Write:
     """
 
     slots: Tensor
-    """(B, 1) int64: the slot of each text of the forward."""
+    """(B, 1) or (M,) int64: the slot of each text of the forward, or of each token that is
+    stored."""
     positions: Tensor
-    """(B or 1, Q) int64: the place of each new token in its slot."""
+    """(B or 1, Q) or (M,) int64: the place of each new token in its slot."""
     bucket: int | None
     """A number: attend to that many first places of the cache. None: attend to the forward's own
     tokens alone."""
+    stored: tuple[Tensor, Tensor] | None = None
+    """The rows (M,) and columns (M,) of the tokens that are stored; None: all are."""
+    read: Tensor | None = None
+    """(B,) int64: the slots to attend to, one for each row; None: all N slots."""
     compiled: bool = False
     """True: keys and values keep their addresses, and CUDA graphs are told so."""
 
@@ -84,12 +89,19 @@ class SlotLayer(StaticLayer):
     def _store(self, cached: Tensor, new: Tensor) -> Tensor:
         # Under autocast new states are bfloat16, while the cache was allocated as float32.
         new = new.to(cached.dtype)
+        write, by_place = self.write, new.transpose(1, 2)
+        if write.stored is not None:
+            by_place = by_place[write.stored]
         # With heads and places swapped, the two index tensors select whole (heads, size) states:
         # slot i receives its Q new states at its own Q places.
-        cached.transpose(1, 2)[self.write.slots, self.write.positions] = new.transpose(1, 2)
-        # In a prefill the new tokens are the whole text. In a step they are the last token of each
-        # slot, and the queries need all earlier keys as well.
-        return new if self.write.bucket is None else cached[:, :, : self.write.bucket]
+        cached.transpose(1, 2)[write.slots, write.positions] = by_place
+        # In a prefill the new tokens are the whole text. Otherwise they are the last tokens of
+        # each slot, and the queries need all earlier keys as well.
+        if write.bucket is None:
+            return new
+        if write.read is None:
+            return cached[:, :, : write.bucket]
+        return cached[write.read, :, : write.bucket]
 
     def get_seq_length(self) -> int:
         """Return 0. transformers would derive positions and masks from it; both are explicit
@@ -187,6 +199,33 @@ class KVSlots:
         # a CUDA graph overwrites the states, too.
         return states.clone()
 
+    def extend(
+        self, slots: Tensor, tokens: Tensor, starts: np.ndarray, lengths: np.ndarray
+    ) -> Tensor:
+        """Put several tokens behind the texts of some slots, and return the state after each.
+
+        Args:
+            slots: (B,) int64 on the device.
+            tokens: (B, K) int64, right-padded.
+            starts: (B,) host data, how many tokens each slot holds.
+            lengths: (B,) host data, how many each is given, 1..K; all fit into the slot.
+
+        Returns:
+            (B, K, H). A state to the right of a row's last token means nothing.
+        """
+        new = np.arange(tokens.shape[1])
+        # Padding is not stored: in a slot that is nearly full there is no place for it. As a query
+        # it needs a position, and one beyond the last would be outside a table of positions.
+        stored = np.nonzero(new < lengths[:, None])
+        places = np.minimum(starts[:, None] + new, self.max_length - 1)
+        row, column, at, where = (
+            upload(index, slots.device) for index in (*stored, places[stored], places)
+        )
+        bucket = self._bucket(int((starts + lengths).max()))
+        self._write_to(slots[row], at, bucket)
+        self.write.stored, self.write.read = (row, column), slots
+        return self._forward(self.trunk, tokens, where, self._masks(where, bucket))
+
     def _step(self, tokens: Tensor, where: Tensor, bucket: int) -> Tensor:
         """Run the forward of one token (N,) at its place `where` (N, 1) in each slot."""
         self._write_to(self.all_slots, where, bucket)
@@ -202,6 +241,7 @@ class KVSlots:
 
     def _write_to(self, slots: Tensor, positions: Tensor, bucket: int | None) -> None:
         self.write.slots, self.write.positions, self.write.bucket = slots, positions, bucket
+        self.write.stored = self.write.read = None
 
     def _bucket(self, length: int) -> int:
         """Round the number of keys to read up to one of few sizes."""

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokenenv.errors import ModelError
 from tokenenv.models import cached_lm
-from tokenenv.models.batching import hidden_states
+from tokenenv.models.batching import hidden_states, upload
 from tokenenv.models.heads import lm_head, token_logprobs
 from tokenenv.models.probing import random_ids
 from tokenenv.models.same_texts import prefill_once
@@ -50,6 +51,7 @@ class Trunks:
     ) -> None:
         trunks = list(dict.fromkeys(_told_apart(trunk_of(model)) for model in models))
         _report_memory(trunks, num_slots, max_length)
+        self._num_slots = num_slots
         self._slots = {
             trunk: slot_model(trunk, num_slots, max_length, **options) for trunk in trunks
         }
@@ -69,6 +71,17 @@ class Trunks:
         """Add one token (N,) to the slots that are `active` (N,) bool, in every trunk. Return the
         state (N, H) after it, by trunk."""
         return {trunk: model.append(tokens, active) for trunk, model in self._slots.items()}
+
+    def extend(
+        self, slots: Slots, tokens: Tensor, lengths: Sequence[int] | np.ndarray
+    ) -> dict[Any, Tensor]:
+        """Add right-padded `tokens` (n, K), `lengths` (n,) of them, to the texts of `slots` (n,) in
+        every trunk. Return the states (n, K, H) after each token, by trunk; those to the right of a
+        row's last token mean nothing."""
+        return {
+            trunk: extend_slots(model, self._num_slots, slots, tokens, lengths)
+            for trunk, model in self._slots.items()
+        }
 
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Copy slot sources[i] onto slot targets[i] in every trunk."""
@@ -115,6 +128,39 @@ def slot_model(trunk: Any, num_slots: int, max_length: int, **options: Any) -> S
     if hasattr(trunk, "slots"):
         return trunk.slots(num_slots, max_length)
     return cached_lm.CachedLM(trunk, num_slots, max_length, **options)
+
+
+def extend_slots(
+    model: SlotModel,
+    num_slots: int,
+    slots: Slots,
+    tokens: Tensor,
+    lengths: Sequence[int] | np.ndarray,
+) -> Tensor:
+    """Add several tokens to some running texts, as `SlotModel.extend` does. A model of the user's
+    that has no such method is given them one by one.
+
+    Args:
+        model: the running texts.
+        num_slots: N, of the model.
+        slots: (n,) host data, each slot at most once.
+        tokens: (n, K) right-padded.
+        lengths: (n,) host data, 1..K.
+
+    Returns:
+        (n, K, H) the states after each token; those to the right of a row's last one mean nothing.
+    """
+    if hasattr(model, "extend"):
+        return model.extend(slots, tokens, lengths)
+    slots, lengths = np.asarray(slots), np.asarray(lengths)
+    rows, states = upload(slots, tokens.device), []
+    for t, column in enumerate(tokens.unbind(1)):
+        active = np.zeros(num_slots, dtype=bool)
+        active[slots[lengths > t]] = True
+        everywhere = column.new_zeros(num_slots).index_copy(0, rows, column)
+        after = model.append(everywhere, active)
+        states.append(after[upload(slots, after.device)])
+    return torch.stack(states, 1)
 
 
 def _told_apart(trunk: Any) -> Any:

@@ -131,6 +131,10 @@ class WholeTextsOnly:
         """Raise `InvalidArgument`."""
         raise InvalidArgument(NO_STEPS)
 
+    def extend(self, slots: Slots, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Raise `InvalidArgument`."""
+        raise InvalidArgument(NO_STEPS)
+
     def fork(self, sources: Slots, targets: Slots) -> None:
         """Raise `InvalidArgument`."""
         raise InvalidArgument(NO_STEPS)
