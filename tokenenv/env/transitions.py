@@ -173,11 +173,18 @@ class Dynamics:
     # -------------------------------------------------------------- advancing
 
     def advance(
-        self, before: States, hidden: dict[object, Tensor], tokens: Tensor, texts: RunningTexts
+        self,
+        before: States,
+        hidden: dict[object, Tensor],
+        tokens: Tensor,
+        texts: RunningTexts,
+        turn_reward: Tensor | None = None,
     ) -> States:
         """Return the states (K,) of K texts after one more token (K,) each, which `texts` already
-        holds; `hidden` is a state (K, H) after it for every trunk."""
+        holds; `hidden` is a state (K, H) after it for every trunk, and `turn_reward` (K,) what the
+        task pays for the turn that it ends."""
         after = States(hidden, before.step + 1, statistics=before.statistics, texts=texts)
+        after.turn_reward = turn_reward
         if self.scorer is not None and before.score is not None:
             scores = self.scorer.head(after.of(self.scorer.model))
             after.score = running_scores(
@@ -233,6 +240,7 @@ class Dynamics:
                 after.step[some],
                 None if after.score is None else after.score[some],
                 statistics={name: s[some] for name, s in after.statistics.items()},
+                turn_reward=None if after.turn_reward is None else after.turn_reward[some],
                 texts=shortened(texts.at(slots[rows]), (lengths[rows] - 1 - j)),
             )
             if scores is not None:
@@ -246,10 +254,17 @@ class Dynamics:
             out.memory[name] = after.memory[name].index_copy(0, index, memory)
         return out
 
-    def walk(self, texts: WholeTexts, statistics: dict[str, Tensor], trunks: Trunks) -> Walk:
+    def walk(
+        self,
+        texts: WholeTexts,
+        statistics: dict[str, Tensor],
+        trunks: Trunks,
+        turn_reward: np.ndarray | None = None,
+    ) -> Walk:
         """Return every token of the policy's in whole texts, with the states around it;
-        `statistics` (B, p) are those that the texts begin with."""
-        path = self._along(texts, statistics, trunks)
+        `statistics` (B, p) are those that the texts begin with, and `turn_reward` (K,) float32 on
+        the host what the task pays for the turn that each token of the policy's ends."""
+        path = self._along(texts, statistics, trunks, turn_reward)
         if path.own is None:
             return Walk(path.row, path.t, path.tokens, path.before, path.after, path.after, None)
         own = np.flatnonzero(path.own)
@@ -266,7 +281,13 @@ class Dynamics:
         tokens = path.tokens[self._upload(own)]
         return Walk(row, path.t[own], tokens, before, after, next, ends_turn)
 
-    def _along(self, texts: WholeTexts, statistics: dict[str, Tensor], trunks: Trunks) -> "_Path":
+    def _along(
+        self,
+        texts: WholeTexts,
+        statistics: dict[str, Tensor],
+        trunks: Trunks,
+        turn_reward: np.ndarray | None = None,
+    ) -> "_Path":
         """Every response token of whole texts, whoever wrote it, with the states around it."""
         prompt, response = texts.prompt_length, texts.length - texts.prompt_length
         rows, places = np.nonzero(np.arange(response.max()) < response[:, None])
@@ -278,6 +299,10 @@ class Dynamics:
             own = np.concatenate(by)
             steps = np.concatenate([mask.cumsum() - mask for mask in by])
             moved = steps + own
+            if turn_reward is not None:
+                # What is written behind a token of the policy's still belongs to its turn.
+                earned = turn_reward[np.maximum(own.cumsum() - 1, 0)]
+                turn_reward = np.where(moved > 0, earned, np.float32(0))
         row, s, at = self._upload(rows), self._upload(places), self._upload(prompt[rows] + places)
         hidden = trunks.states(texts.tokens[:, : int(texts.length.max())], texts.length.tolist())
         text, end = torch.arange(len(prompt), device=row.device), self._upload(prompt - 1)
@@ -292,6 +317,7 @@ class Dynamics:
         t, t_after = self._upload(steps), self._upload(moved)
         before = States({key: h[row, at - 1] for key, h in hidden.items()}, t, statistics=known)
         after = States({key: h[row, at] for key, h in hidden.items()}, t_after, statistics=known)
+        after.turn_reward = None if turn_reward is None else self._upload(turn_reward)
         before.texts = self._running(texts, rows, prompt[rows] + places)
         after.texts = self._running(texts, rows, prompt[rows] + places + 1)
         tokens = texts.tokens[row, at]
@@ -326,6 +352,7 @@ class Dynamics:
             before.memory[name] = memory.new_empty(len(places), *memory.shape[1:])
             after.memory[name] = torch.empty_like(before.memory[name])
         bare = States(after.hidden, after.step, after.score, {}, after.statistics)
+        bare.turn_reward = after.turn_reward
         # What is remembered follows from what was, so the texts go on side by side, a token at a
         # time; `at` are the tokens with so many response tokens before them, known to the host.
         order = np.argsort(places, kind="stable")
@@ -360,7 +387,6 @@ class Dynamics:
         learning: bool,
         logprob: Tensor | None,
         ends_turn: np.ndarray | None = None,
-        turn_reward: np.ndarray | None = None,
     ) -> Transitions:
         """Return K transitions as reward terms see them.
 
@@ -375,8 +401,7 @@ class Dynamics:
             active: (K,) bool: the transitions that are data.
             learning: whether terms may learn statistics from them.
             logprob: (K,) log pi of the tokens in nats, where it is known.
-            ends_turn: (K,) bool, and
-            turn_reward: (K,) float32, both on the host, where the environment may write.
+            ends_turn: (K,) bool on the host, where the environment may write.
         """
         scored, finished, finished_at = self._upload(ends.scored), None, None
         if ended is not None:
@@ -399,7 +424,7 @@ class Dynamics:
             finished_at=finished_at,
             learning=self._upload(active) if learning and before.statistics else None,
             ends_turn=None if ends_turn is None else self._upload(ends_turn),
-            turn_reward=None if turn_reward is None else self._upload(turn_reward),
+            turn_reward=after.turn_reward,
             next=next,
         )
 
