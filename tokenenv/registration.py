@@ -17,6 +17,7 @@ TASKS = {
     "tokenenv/Arithmetic-v0": "tokenenv.envs.tasks.arithmetic:task",
     "tokenenv/Brackets-v0": "tokenenv.envs.tasks.brackets:task",
     "tokenenv/Calculator-v0": "tokenenv.envs.tasks.calculator:task",
+    "tokenenv/ChatGen-v0": "tokenenv.envs.chatgen:task",
     "tokenenv/DelayedKey-v0": "tokenenv.envs.tasks.delayed_key:task",
     "tokenenv/Negation-v0": "tokenenv.envs.tasks.negation:task",
     "tokenenv/PlantedPhrase-v0": "tokenenv.envs.tasks.planted_phrase:task",
