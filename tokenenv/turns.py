@@ -97,12 +97,11 @@ def segments_of(response: Sequence[int] | np.ndarray, own: np.ndarray | None) ->
     ]
 
 
-def readable(segments: Sequence[Segment], tokenizer: Any) -> list[Mapping[str, Any]]:
-    """Return segments as a rule of the user's reads them: {"own": bool, "text": str} each, without
-    special tokens; where tokens have no text, {"own": bool, "tokens": [...]}."""
-    if tokenizer is None:
-        return [{"own": own, "tokens": tokens} for own, tokens in segments]
-    texts = tokenizer.batch_decode([s.tokens for s in segments], skip_special_tokens=True)
+def readable(segments: Sequence[Segment], texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return segments as a rule of the user's reads them: {"own": bool, "text": str} each, with
+    their `texts`; where tokens have no text (None), {"own": bool, "tokens": [...]}."""
+    if texts is None:
+        return [{"own": own, "tokens": list(tokens)} for own, tokens in segments]
     return [{"own": s.own, "text": text} for s, text in zip(segments, texts, strict=True)]
 
 

@@ -116,12 +116,12 @@ class EpisodeScores:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A text that a `RolloutEngine` has written."""
+    """What a `RolloutEngine` has written: a text to its end, or to the end of a turn."""
 
     key: int
     """The key under which the text was begun."""
     tokens: list[int]
-    """The response, with the stop token where there was one."""
+    """The new tokens, with the one that ended the text or the turn where there was one."""
     logprobs: list[float]
     """log pi of each token when it was drawn, in nats, at the sampling temperature."""
 
@@ -140,8 +140,8 @@ class Scorer:
     head: Head
     """Maps states (K, H) to scores (K,) float32."""
     per_token: bool
-    """True: the score of a text is the sum of the scores of its response tokens. False: it is the
-    score at its last token."""
+    """True: the score of a text is the sum of the scores of its response tokens, those that the
+    environment wrote left out. False: it is the score at its last token, whoever wrote it."""
     pad_token_id: int | None = None
     """Where `per_token` is False: the score of a text is read at its last token that is not this
     id. transformers' sequence classifiers read so, also where their pad id is the stop id. None:
@@ -169,7 +169,7 @@ class TextScorer(Protocol):
         ...
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """Return the score of each of the policy's response tokens.
+        """Return the score of each response token, whoever wrote it.
 
         Args:
             texts: B pairs of the token ids, the policy's, of a prompt and a response.
@@ -177,7 +177,9 @@ class TextScorer(Protocol):
 
         Returns:
             (B, width) float32 on any device, zero to the right of each response. Each row's sum is
-            the score of its text: a model that scores whole texts puts it on the last token.
+            the score of its text: a model that scores whole texts puts it on the last token. Where
+            the environment writes into texts, the sum is over the policy's own tokens, if the model
+            scores tokens.
         """
         ...
 
@@ -191,8 +193,10 @@ class RolloutEngine(Protocol):
 
         Args:
             key: a number that no running text has.
-            prompt: token ids, which may end with the beginning of a response.
-            max_tokens: the text ends after so many new tokens, or with a stop token.
+            prompt: token ids, which may end with the beginning of a response. A text that the
+                environment has answered is begun again, with all that has been written.
+            max_tokens: the text ends after so many new tokens, or with a token of
+                `stop_token_ids` or `turn_end_token_ids` (`TokenSpec`).
             seed: of the text's own random numbers.
         """
         ...

@@ -1,10 +1,10 @@
 """GRPO: group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) with per-token
 returns.
 
-What it does: each token's return-to-go minus the group's mean at the same place; what the reward
-terms pay is divided by the deviation of the group's returns; PPO's clip; every text counts alike.
-With R the returns of the terms, K those of the KL penalty, G texts in a group, and R_j0 the whole
-return of text j:
+What it does: each token's return-to-go minus the group's mean at the same place (or in the same
+turn, `baseline="turn"`); what the reward terms pay is divided by the deviation of the group's
+returns; PPO's clip; every text counts alike. With R the returns of the terms, K those of the KL
+penalty, G texts in a group, and R_j0 the whole return of text j:
 
     A_it = (R_it - mean_j R_jt) / s + K_it - mean_j K_jt
     s^2 = sum_j (R_j0 - mean R_j0)^2 / (G - 1),   s = 1 where the R_j0 are the same up to rounding
@@ -37,7 +37,6 @@ from torch import Tensor
 from tokenenv.agents.algorithms.groups import (
     GroupConfig,
     GroupMethod,
-    compared,
     flat_groups,
     group_std,
 )
@@ -125,16 +124,13 @@ class GRPO(GroupMethod):
         returns, scale, lengths_B = self.returns(batch), self.config.scale, batch.response_length_B
         terms = paid(returns) if scale == "source" else [total(paid(returns))]
         # The KL penalty is compared and never divided.
-        advantages_BT = self._compared(returns["kl"], batch)
+        advantages_BT = self.compared(returns["kl"], batch, leave_one_out=False)
         for returns_BT in terms:
-            rest_BT = self._compared(returns_BT, batch)
+            rest_BT = self.compared(returns_BT, batch, leave_one_out=False)
             if scale != "none":
                 rest_BT = rest_BT / group_std(returns_BT, lengths_B, self.group_size)
             advantages_BT = advantages_BT + rest_BT
         return advantages_BT
-
-    def _compared(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
-        return compared(returns_BT, batch.response_length_B, self.group_size, leave_one_out=False)
 
 
 def paid(returns: dict[str, Tensor]) -> list[Tensor]:

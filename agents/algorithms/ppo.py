@@ -29,9 +29,11 @@ from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning import losses
 from tokenenv.agents.learning.advantages import (
     RunningStd,
+    by_turn,
     gae,
     length_adaptive_lambda,
     returns_to_go,
+    turn_ends,
     unshaped,
 )
 from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, state_values
@@ -49,6 +51,10 @@ class PPOConfig(PolicyGradientConfig):
     """Weight of the value loss; 0 or more."""
     lambda_actor: float = 0.95
     """GAE lambda of the policy's advantages, 0 to 1."""
+    lambda_turn: float | None = None
+    """The policy's lambda at the last token of each turn, 0 to 1, where the environment writes into
+    texts: what follows there belongs to another turn. With `lambda_actor=1` a turn is one action.
+    None: a turn's last token is like any other."""
     lambda_critic: float = 0.95
     """GAE lambda of the critic's targets, 0 to 1; 1 gives the plain return."""
     lambda_alpha: float | None = None
@@ -69,7 +75,7 @@ class PPOConfig(PolicyGradientConfig):
         self.check("at least", 0, "vf_coef")
         if self.critic_offset is not None:
             check_choice("critic_offset", self.critic_offset, ("potential",))
-        self.check_share("lambda_actor", "lambda_critic")
+        self.check_share("lambda_actor", "lambda_turn", "lambda_critic")
 
 
 class PPO(PolicyGradient):
@@ -111,9 +117,17 @@ class PPO(PolicyGradient):
             old_value=own_BT1[:, :-1],
             target=own_BT1[:, :-1] + gae(*known, cfg.lambda_critic),
         )
-        if cfg.lambda_alpha is None:
-            return gae(*known, cfg.lambda_actor)
-        return gae(*known, length_adaptive_lambda(lengths_B, cfg.lambda_alpha))
+        return gae(*known, self.policy_lambda(batch))
+
+    def policy_lambda(self, batch: EpisodeBatch) -> float | Tensor:
+        """Return the lambda of the policy's advantages: a number, one per text (B,), or one per
+        token (B, T)."""
+        cfg, lambda_ = self.config, self.config.lambda_actor
+        if cfg.lambda_alpha is not None:
+            lambda_ = length_adaptive_lambda(batch.response_length_B, cfg.lambda_alpha)
+        if cfg.lambda_turn is None:
+            return lambda_
+        return by_turn(lambda_, cfg.lambda_turn, turn_ends(batch.position_BT1))
 
     def offset_rewards(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """Return the rewards (B, T) to learn from, and what is added to the critic's values

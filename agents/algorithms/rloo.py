@@ -2,8 +2,9 @@
 2402.14740).
 
 What it does: each token's return-to-go is compared with the mean of the group's other texts at the
-same place, for every source of reward on its own (each with its discount; PRIME, Cui et al. 2025,
-arXiv 2502.01456). With G texts in a group and R_it^s the return of source s from token t of text i,
+same place (or in the same turn, `baseline="turn"`), for every source of reward on its own (each
+with its discount; PRIME, Cui et al. 2025, arXiv 2502.01456). With G texts in a group and R_it^s the
+return of source s from token t of text i,
 
     A_it = sum_s ( R_it^s - 1 / (G - 1) sum_{j != i} R_jt^s )
 
@@ -21,7 +22,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod, compared
+from tokenenv.agents.algorithms.groups import GroupConfig, GroupMethod
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.keywords import AgentKeywords, takes
 
@@ -42,7 +43,7 @@ class RLOO(GroupMethod):
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return (B, T): unbiased advantages, as no text is part of its own baseline."""
-        lengths_B, advantages_BT = batch.response_length_B, torch.zeros_like(batch.reward_BT)
+        advantages_BT = torch.zeros_like(batch.reward_BT)
         for returns_BT in self.returns(batch).values():
-            advantages_BT += compared(returns_BT, lengths_B, self.group_size, leave_one_out=True)
+            advantages_BT += self.compared(returns_BT, batch, leave_one_out=True)
         return advantages_BT

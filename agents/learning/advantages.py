@@ -1,8 +1,8 @@
 """From rewards to advantages: pure functions of right-padded tensors, and the one running statistic
 that they may need.
 
-Suffixes: B episodes, T response tokens. `lengths_B` counts the response tokens of each row, at
-least 1. What lies right of them is never read, and is zero in every result. `values_BT1` is (B,
+Suffixes: B episodes, T response tokens of the policy's own. `lengths_B` counts those of each row,
+at least 1. What lies right of them is never read, and is zero in every result. `values_BT1` is (B,
 T+1): the value of the state before each token, then of the last state.
 """
 
@@ -30,8 +30,11 @@ def kl_penalised(rewards_BT: Tensor, logprobs_BT: Tensor, kl_coef_B: Tensor) -> 
     return rewards_BT - kl_coef_B[:, None] * logprobs_BT
 
 
-def unshaped(rewards_BT: Tensor, potentials_BT1: Tensor, lengths_B: Tensor, gamma: float) -> Tensor:
-    """Return the rewards (B, T) without potential-based shaping, `gamma Phi(s') - Phi(s)`.
+def unshaped(
+    rewards_BT: Tensor, potentials_BT1: Tensor, lengths_B: Tensor, gamma: float | Tensor
+) -> Tensor:
+    """Return the rewards (B, T) without potential-based shaping, `gamma Phi(s') - Phi(s)`; `gamma`
+    as for `gae`.
 
     With the potential added to the critic instead, advantages stay the same for every lambda
     (Wiewiora 2003).
@@ -45,13 +48,16 @@ def gae(
     values_BT1: Tensor,
     lengths_B: Tensor,
     bootstrap_B: Tensor,
-    gamma: float,
+    gamma: float | Tensor,
     lambda_: float | Tensor,
 ) -> Tensor:
     """Return generalised advantage estimates (B, T) (Schulman et al. 2016, equation 16).
 
-    `lambda_` is a number, or one per row (B,). The value of the last state counts only where
-    `bootstrap_B` (bool) is True; a terminated episode never has it True.
+    `lambda_` is a number, one per row (B,), or one per token (B, T), and `gamma` a number or one
+    per token: those of a token weigh what comes after it. `by_turn` makes such of two numbers, one
+    within turns and one between them. With lambda 1 and gamma 1 within turns, a turn is one action:
+    its first token has the estimate that GAE gives to whole turns (tested). The value of the last
+    state counts only where `bootstrap_B` (bool) is True; a terminated episode never has it True.
     """
     # The value after a text's last token counts where the text might have gone on, and only there.
     steps = torch.arange(rewards_BT.shape[1], device=rewards_BT.device)
@@ -62,14 +68,33 @@ def gae(
     deltas_BT = deltas_BT.masked_fill(~token_mask(lengths_B, len(steps)), 0.0)
     advantages_BT, running_B = torch.zeros_like(deltas_BT), torch.zeros_like(deltas_BT[:, 0])
     for t in reversed(range(len(steps))):
-        running_B = deltas_BT[:, t] + gamma * lambda_ * running_B
+        running_B = deltas_BT[:, t] + _at(gamma, t) * _at(lambda_, t) * running_B
         advantages_BT[:, t] = running_B
     return advantages_BT
 
 
-def returns_to_go(rewards_BT: Tensor, lengths_B: Tensor, gamma: float) -> Tensor:
+def _at(value: float | Tensor, t: int) -> float | Tensor:
+    """What holds at token t: a number, or one per row (B,)."""
+    return value[:, t] if isinstance(value, Tensor) and value.ndim == 2 else value
+
+
+def turn_ends(position_BT1: Tensor) -> Tensor:
+    """Return bool (B, T): the tokens that are the last of their turns, as something was written
+    behind them. `position_BT1` int64 are the places of the tokens in the text, then that of the
+    text's end."""
+    return position_BT1.diff(dim=1) != 1
+
+
+def by_turn(within: float | Tensor, across: float, ends_BT: Tensor) -> Tensor:
+    """Return (B, T) float32: `within`, a number or one per row (B,), and `across` at the last token
+    of each turn, which `ends_BT` (bool) says."""
+    within_B1 = torch.as_tensor(within, dtype=torch.float32).reshape(-1, 1)
+    return torch.where(ends_BT, torch.tensor(float(across)), within_B1)
+
+
+def returns_to_go(rewards_BT: Tensor, lengths_B: Tensor, gamma: float | Tensor) -> Tensor:
     """Return the discounted sum (B, T) of each token's reward and those after it, with nothing
-    beyond the episode."""
+    beyond the episode; `gamma` as for `gae`."""
     B, T = rewards_BT.shape
     # With lambda 1, values of 0 and no bootstrap, GAE is the return.
     return gae(rewards_BT, rewards_BT.new_zeros(B, T + 1), lengths_B, lengths_B < 0, gamma, 1.0)

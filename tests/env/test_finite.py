@@ -70,7 +70,7 @@ def test_a_step_that_pays_it_names_term_row_and_token(mode, value):
     bound(envs, "spoilt").left, bound(envs, "spoilt").value = 2, value
     step(envs, rng)
     envs.unwrapped._ended[:] = False  # so that the row takes a token
-    token = int(envs.unwrapped._texts.response_length[2])
+    token = int(envs.unwrapped._texts.steps[2])
     with pytest.raises(
         NotFinite,
         match=f"the reward term 'spoilt' is {value} in env row 2, at response token {token} ",

@@ -31,6 +31,10 @@ def close(actual: Any, expected: Any) -> None:
 
 def scored(envs: Any, episodes: list[tasks.Played], **options: Any) -> EpisodeScores:
     logprobs = [e.logprobs for e in episodes] if envs.unwrapped.config.kl == "policy" else None
+    if envs.unwrapped.token_spec.responds:
+        options["own"] = [e.own for e in episodes]
+        options["turn_rewards"] = [[i["turn_reward"] for i in e.infos] for e in episodes]
+        options["truncated"] = [e.truncated for e in episodes]
     return envs.unwrapped.score_episodes(
         [e.prompt for e in episodes], [e.response for e in episodes], logprobs=logprobs, **options
     )

@@ -5,6 +5,7 @@ package.
 `max_new_tokens`.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import turn_tasks
 from gymnasium.vector import AutoresetMode
 from memories import Drift, LastTokens
 
@@ -22,6 +24,7 @@ from tokenenv.models.heads import make_scorer
 from tokenenv.registration import TASKS
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.scaling import Clipped
+from tokenenv.rewards.turn import Turn
 from tokenenv.types import Scorer, Task
 
 MODES = tuple(AutoresetMode)
@@ -51,15 +54,19 @@ def toy(
     stops: tuple[int, ...] = STOPS,
     gold: bool = True,
     step_ends: tuple[int, ...] = (),
+    turns: str | None = None,
+    max_new_tokens: int = T,
 ) -> Task:
-    """Tiny random models; `gold` is the number of words in the response."""
+    """Tiny random models; `gold` is the number of words in the response; `turns` names what writes
+    into texts, in `turn_tasks`."""
     return Task(
         tokenizer=tokenizer(),
         reference=reference(),
         prompts=prompts(),
         max_prompt_tokens=P,
-        max_new_tokens=T,
+        max_new_tokens=max_new_tokens,
         stop_token_ids=stops,
+        **turn_tasks.options_of(turns, P + max_new_tokens),
         scorer=scorer_of(scorer) if scorer else None,
         step_end_token_ids=step_ends,
         gold=(lambda prompt, response: float(len(response.split()))) if gold else None,
@@ -136,6 +143,29 @@ TOYS: dict[str, dict[str, Any]] = {
         "score_truncated": False,
     },
     "no stops": {"reward": "delta", "stops": ()},
+    "turns": {"reward": {"dense": "token", "moves": "delta"}, "turns": "fixed"},
+    "turns of a text score": {
+        "reward": {"moves": "delta", "end": "terminal", "shares": "uniform", "m": LastTokens()},
+        "turns": "fixed",
+        "scorer": "sequence",
+        "score_truncated": False,
+    },
+    "random turns": {
+        "reward": {"mean": Drift(), "rule": LENGTH_RULE},
+        "turns": "random",
+        "scorer": None,
+        "kl": "policy",
+    },
+    "turn designs": {
+        "reward": {
+            "task": Turn(gamma=0.5),
+            "gains": (Turn("differences"), 0.5),
+            "moves": Turn("score"),
+        },
+        "turns": "random",
+        "scorer": "sequence",
+        "score_truncated": False,
+    },
     "no reward": {"reward": {}, "kl": "none", "scorer": None},
 }
 
@@ -151,9 +181,23 @@ def textgen_options() -> dict[str, Any]:
     }
 
 
+def chatgen_options() -> dict[str, Any]:
+    """A chat template that closes every message with the stop token, and someone who answers."""
+    chats = copy.deepcopy(tokenizer())
+    chats.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    return textgen_options() | {"tokenizer": chats, "respond": _talk}
+
+
+def _talk(messages: list[dict[str, str]], rng: np.random.Generator) -> Any:
+    if rng.random() < 0.3:
+        return None, 0.5
+    return ("rain", "the cat is")[rng.integers(2)], float(len(messages))
+
+
 def registered(env_id: str) -> dict[str, Any]:
     """Options that make a registered id small and complete."""
-    return {"max_new_tokens": T, **(textgen_options() if "TextGen" in env_id else {})}
+    needed = {"tokenenv/TextGen-v0": textgen_options, "tokenenv/ChatGen-v0": chatgen_options}
+    return {"max_new_tokens": T, **needed.get(env_id, dict)()}
 
 
 def id_cases() -> list[Any]:
@@ -245,10 +289,12 @@ def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
 
 @dataclass
 class Played:
-    """One episode as stepping showed it; `logprobs` are the action's where it carries them."""
+    """One episode as stepping showed it; `logprobs` are the action's where it carries them.
+    `response` holds all tokens, and `own` says which the policy emitted."""
 
     prompt: list[int]
     response: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     infos: list[dict[str, Any]] = field(default_factory=list)
@@ -271,7 +317,6 @@ def play(
         obs, rewards, terminated, truncated, info = envs.step(actions)
         fresh = _begun(obs)
         for row, episode in enumerate(running):
-            episode.response.append(int(tokens_of(actions)[row]))
             episode.logprobs.append(
                 float(actions["logprob"][row]) if isinstance(actions, dict) else 0.0
             )
@@ -279,6 +324,9 @@ def play(
             episode.infos.append(row_of(info, row))
             if terminated[row] or truncated[row]:
                 episode.truncated = bool(info["cut"][row])
+                end = info["final_obs"]
+                episode.response, episode.own = turn_tasks.response_of(end, row)
+                assert len(episode.rewards) == sum(episode.own)
                 done.append(episode)
                 running[row] = fresh[row]
     return done

@@ -30,6 +30,7 @@ WHAT = {
     "shapley": "the score, shared out by the Shapley value of each segment",
     "terminal": "the score of the text at its last token, nothing before",
     "token": "the reward model's own score of each token",
+    "turn": "the task's own reward of each turn, at its last token",
     "uniform": "the score, shared out evenly",
 }
 """Each bundled design in a few words; `describe` prints its formula."""

@@ -17,9 +17,12 @@ from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
-from tokenenv.env.scoring import read_weights, score_episodes
+from tokenenv.env.replies import answer, is_asked
+from tokenenv.env.scoring import score_episodes
+from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted
 from tokenenv.tables import Columns
+from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores
 
 
@@ -165,6 +168,8 @@ class EnvBase(VectorEnv):
         logprobs: Sequence[Sequence[float]] | None = None,
         truncated: Sequence[bool] | None = None,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        own: Sequence[Sequence[bool]] | None = None,
+        turn_rewards: Sequence[Sequence[float]] | None = None,
         kl_coef: float | Sequence[float] | None = None,
         weights: Mapping[str, float | Sequence[float]] | None = None,
         played: bool = False,
@@ -177,13 +182,19 @@ class EnvBase(VectorEnv):
                 messages are taken too.
             responses: B texts or token id sequences, the stop token included where there was one,
                 and nowhere else. A text goes on from its prompt as it stands: a new word begins
-                with a space, and no special tokens are added.
-            logprobs: log pi of every response token, in nats; needed under kl="policy".
+                with a space, and no special tokens are added. Where the environment writes into
+                texts they are token ids, whoever wrote them, and a stop token may stand within.
+            logprobs: log pi of every token of the policy's, in nats; needed under kl="policy".
             truncated: which texts were cut; by default those that do not end in a stop token, and
-                never one that does. A cut text that is shorter than `max_new_tokens` was cut by
-                whoever wrote it, and counts like one that reached it.
+                never one that does (of the policy's, where the environment writes too: a text that
+                the task ended needs False here). A cut text that is shorter than `max_new_tokens`
+                was cut by whoever wrote it, and counts like one that reached it.
             columns: what belongs to the prompts: a list of B values, by name, for each column that
                 the reward or the task's `gold` asks for.
+            own: for each text which of its response tokens are the policy's; by default all. Only
+                where the environment writes into texts.
+            turn_rewards: the task's own rewards of turns, one number for each token of the policy's
+                (`infos["turn_reward"]`); needed where a term of the reward pays them.
             kl_coef: beta of the episodes, 0 or more; by default the env's present one.
             weights: the weights of the reward's terms; by default the present ones, as are the
                 statistics of terms that learn any.
@@ -203,6 +214,8 @@ class EnvBase(VectorEnv):
                 logprobs=logprobs,
                 truncated=truncated,
                 columns=columns,
+                own=own,
+                turn_rewards=turn_rewards,
                 weights=chosen,
                 learning=played,
             )
@@ -213,6 +226,34 @@ class EnvBase(VectorEnv):
             raise
         self.tokens_seen += int(scores.lengths.sum()) if played else 0
         return scores
+
+    def reply(
+        self,
+        prompt: Sequence[int],
+        response: Sequence[int],
+        own: Sequence[bool],
+        *,
+        columns: Columns | None = None,
+        seed: int = 0,
+    ) -> Reply | None:
+        """Return what the environment answers to a text that was written elsewhere, with the tokens
+        as a list of ids; None where it is not asked, or has nothing to say.
+
+        Args:
+            prompt: token ids.
+            response: token ids, the last one the policy's.
+            own: which of them are the policy's.
+            columns: what belongs to the prompt, by name.
+            seed: the text's own number, 0 or more, from which the environment draws.
+        """
+        self._require_open()
+        if not is_asked(self.token_spec, response[-1]):
+            return None
+        segments = segments_of(response, np.asarray(own, dtype=bool))
+        text = TextSoFar(
+            list(prompt), segments, self.token_spec.tokenizer, dict(columns or {}), seed
+        )
+        return answer(self._task, self.token_spec, text)
 
     def save_statistics(self) -> dict[str, np.ndarray]:
         """Return what terms have learned, by name: all that a run on whole texts has to keep of

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv.env.dynamics import Dynamics
 from tokenenv.env.finite import FiniteCheck, require_finite_weight
+from tokenenv.env.replies import Replies
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
-from tokenenv.env.transitions import Dynamics, Ends
+from tokenenv.env.transitions import Ends, transitions
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
@@ -25,7 +27,7 @@ from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
 from tokenenv.rewards.rule import Rule
-from tokenenv.rewards.seen import FinishedTexts, States, Transitions, WholeTexts
+from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions, WholeTexts
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.tables import Columns, require_columns
 from tokenenv.types import Head, Slots
@@ -100,8 +102,7 @@ class RewardEngine:
         parts_of = (part for model in models for part in (model, trunk_of(model)))
         self.modules = list(dict.fromkeys(part for part in parts_of if isinstance(part, nn.Module)))
         """The models, which may be put into train mode between steps; none of them is run in it."""
-        max_length = context.spec.max_prompt_tokens + context.spec.max_new_tokens
-        self.trunks = Trunks(models, num_slots, max_length, **model_options)
+        self.trunks = Trunks(models, num_slots, context.spec.max_length, **model_options)
         self.weights = {name: np.zeros(num_slots, dtype=np.float32) for name in terms}
         shape = (num_slots, len(self.rewards.names), context.spec.max_new_tokens)
         self.token_terms = torch.zeros(shape, dtype=torch.float32, device=context.device)
@@ -185,7 +186,7 @@ class RewardEngine:
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
         given = texts.whole(slots)
         hidden = self._read(slots, given)
-        states = States(hidden, texts.upload(given.length - given.prompt_length))
+        states = States(hidden, texts.upload(given.steps()))
         scorer, score = self.context.causal_scorer, saved["score"]
         if score is not None and scorer is not None:
             # float64 on disk, where a sum is float32 on a device without float64.
@@ -232,19 +233,34 @@ class RewardEngine:
         active: np.ndarray,
         ends: Ends,
         texts: TextBuffer,
+        replies: Replies | None = None,
     ) -> Paid:
-        """Advance each active slot by one token (N,), which `texts` already holds."""
+        """Advance each active slot by one token (N,), and by what the environment wrote behind it.
+        `texts` already holds both; `replies` is None where the environment never writes."""
         assert self.states is not None
         # Models first, since terms read the states before and after the token; then the texts that
         # end, which must be whole before a term sees the transitions.
         before, dynamics = self.states, self.dynamics
         hidden = self.trunks.append(tokens, active)
-        running = texts.running(self.context.spec.tokenizer)
-        self.states = after = dynamics.advance(before, hidden, tokens, running)
+        whole = texts.running(self.context.spec.tokenizer)
+        running = whole if replies is None else replace(whole, length=replies.length)
+        earned = None if replies is None else texts.upload(replies.reward)
+        after = dynamics.advance(before, hidden, tokens, running, earned)
+        self.states = next = self._read_replies(after, replies, texts, whole)
         slots = np.flatnonzero(ends.ended)
         ended = texts.whole(slots) if len(slots) else None
-        batch = dynamics.transitions(
-            tokens, before, after, ends, ended, active=active, learning=True, logprob=logprob
+        batch = transitions(
+            dynamics,
+            tokens,
+            before,
+            after,
+            ends,
+            ended,
+            next=next,
+            active=active,
+            learning=True,
+            logprob=logprob,
+            ends_turn=None if replies is None else replies.wrote | ends.ended,
         )
         assert batch.ref_logprob is not None
         terms = self._pay(batch, active, texts)
@@ -259,6 +275,18 @@ class RewardEngine:
         if self.rewards.shaped:
             potential = self.potential(batch.scored)
         return Paid(reward, terms, watched, batch.ref_logprob, score, potential, batch.finished)
+
+    def _read_replies(
+        self, after: States, replies: Replies | None, texts: TextBuffer, whole: RunningTexts
+    ) -> States:
+        """Have the models read what the environment wrote, in one forward; return the states (N,)
+        in which the policy acts next."""
+        if replies is None or not len(replies.slots):
+            return after
+        lengths = np.asarray([len(ids) for ids in replies.tokens], dtype=np.int64)
+        tokens = texts.upload(replies.padded())
+        hidden = self.trunks.extend(replies.slots, tokens, lengths)
+        return self.dynamics.read(after, hidden, replies.slots, tokens, lengths, whole)
 
     def _pay(self, batch: Transitions, active: np.ndarray, texts: TextBuffer) -> dict[str, Tensor]:
         """The number (N,) of each term for this step, zero in slots that took no token.

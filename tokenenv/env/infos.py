@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenenv.env.engine import Paid, RewardEngine
+from tokenenv.env.replies import Replies
+from tokenenv.env.texts import TextBuffer
 from tokenenv.env.transitions import Ends
 
 Values = Tensor | np.ndarray | dict[str, Tensor]
@@ -100,6 +102,17 @@ def step_infos(
     if watched:
         entries["token_watched"] = engine.placed(watched), ended
     entries["cut"] = ends.truncated, ended
+    return Infos(entries)
+
+
+def reply_infos(
+    replies: Replies, texts: TextBuffer, active: np.ndarray, ended: np.ndarray
+) -> Infos:
+    """Return what a step tells beside where the environment writes into texts: the task's rewards
+    of turns, and whose tokens those of the texts that ended are."""
+    entries: Entries = {"turn_reward": (replies.reward, active)}
+    if ended.any():
+        entries["own_mask"] = texts.own_mask, ended
     return Infos(entries)
 
 

@@ -13,6 +13,7 @@ from tokenenv.tables import Columns, read_columns
 from tokenenv.types import TokenSpec
 
 Seed = int | Sequence[int | None] | None
+KEYS = ("reset_mask", "prompts", "columns", "prefixes", "prefix_own")
 Read = Callable[[Any, TokenSpec, str], list[int]]
 
 
@@ -29,6 +30,8 @@ class ResetOptions:
     prefixes: dict[int, list[int]] = field(default_factory=dict)
     columns: dict[int, Columns] = field(default_factory=dict)
     """What belongs to each of `prompts`."""
+    prefix_own: dict[int, list[bool]] = field(default_factory=dict)
+    """Which tokens of each of `prefixes` count as the policy's, where the caller says so."""
 
 
 def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec) -> ResetOptions:
@@ -40,14 +43,16 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
             "None."
         )
     for key in options:
-        check_choice("options key", key, ("reset_mask", "prompts", "columns", "prefixes"))
+        check_choice("options key", key, KEYS)
     mask = _mask(options, num_envs)
     prompts = _given(options, "prompts", mask, spec, read_prompt)
     prefixes = _given(options, "prefixes", mask, spec, read_continuation)
+    own = _prefix_own(options, mask, prefixes, spec)
     for row, ids in prefixes.items():
-        _check_prefix(ids, spec, f"options['prefixes'][{row}]")
+        _check_prefix(ids, own.get(row), spec, f"options['prefixes'][{row}]")
     columns = _columns(options, list(prompts), num_envs)
-    return ResetOptions(mask, options.get("reset_mask") is not None, prompts, prefixes, columns)
+    masked = options.get("reset_mask") is not None
+    return ResetOptions(mask, masked, prompts, prefixes, columns, own)
 
 
 def read_seed(seed: Seed, num_envs: int) -> list[int | None]:
@@ -128,11 +133,45 @@ def _columns(options: dict[str, Any], slots: list[int], num_envs: int) -> dict[i
     return dict(zip(slots, rows, strict=True))
 
 
-def _check_prefix(ids: list[int], spec: TokenSpec, label: str) -> None:
-    if len(ids) >= spec.max_new_tokens:
+def _prefix_own(
+    options: dict[str, Any], mask: np.ndarray, prefixes: dict[int, list[int]], spec: TokenSpec
+) -> dict[int, list[bool]]:
+    if options.get("prefix_own") is None:
+        return {}
+    if not spec.responds:
         raise InvalidArgument(
-            f"{label} has {len(ids)} tokens; allowed: fewer than "
-            f"max_new_tokens={spec.max_new_tokens}."
+            "options['prefix_own'] is given, and in this env the policy alone writes; leave it out."
         )
-    if set(ids) & set(spec.stop_token_ids):
+
+    given = _given(options, "prefix_own", mask, spec, lambda own, spec, label: own)
+    return {
+        row: read_own(own, len(prefixes.get(row, ())), f"options['prefix_own'][{row}]")
+        for row, own in given.items()
+    }
+
+
+def read_own(own: Any, count: int, label: str) -> list[bool]:
+    """Return a mask of `count` tokens as a list of bool; 0 and 1 are taken too."""
+    values = np.asarray(own.cpu() if isinstance(own, Tensor) else own)
+    if values.shape != (count,) or not np.isin(values, (0, 1)).all():
+        raise InvalidArgument(
+            f"{label}={own!r} must hold {count} entries, one a token: True where the policy wrote "
+            "it."
+        )
+    return values.astype(bool).tolist()
+
+
+def _check_prefix(ids: list[int], own: list[bool] | None, spec: TokenSpec, label: str) -> None:
+    count = len(ids) if own is None else sum(own)
+    if count >= spec.max_new_tokens:
+        raise InvalidArgument(
+            f"{label} has {count} tokens; allowed: fewer than max_new_tokens={spec.max_new_tokens}."
+        )
+    if len(ids) >= spec.max_length - spec.max_prompt_tokens:
+        raise InvalidArgument(
+            f"{label} has {len(ids)} tokens, which leave no room behind a prompt of "
+            f"max_prompt_tokens={spec.max_prompt_tokens} in a context of {spec.max_length}."
+        )
+    # A turn may end with a stop token that the environment has answered.
+    if not spec.responds and set(ids) & set(spec.stop_token_ids):
         raise InvalidArgument(f"{label} holds a stop token; a finished text cannot be continued.")

@@ -122,14 +122,16 @@ def _is(value: Any, expected: int | str) -> bool:
 
 def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
     """Return the layout of a state of `count` slots."""
-    length = spec.max_prompt_tokens + spec.max_new_tokens
+    length = spec.max_length
     integers, floats = ((count,), np.int64), ((count,), np.float32)
+    replies = {"written": ((count, length), np.bool_), "seed": integers}
     return {
         "texts": {
             "tokens": ((count, length), np.int64),
             "length": integers,
             "prompt_length": integers,
             "prefix_length": integers,
+            **(replies if spec.responds else {}),
         },
         "engine": engine,
         "prompt_id": integers,
@@ -180,7 +182,14 @@ def _check_texts(texts: dict[str, np.ndarray], ended: np.ndarray, spec: TokenSpe
         & (texts["prefix_length"] >= 0)
         & (texts["prefix_length"] <= response)
     )
-    valid &= response <= np.where(ended, spec.max_new_tokens, spec.max_new_tokens - 1)
+    steps = response
+    if spec.responds:
+        place, written = np.arange(tokens.shape[1]), texts["written"]
+        outside = (place < prompt[:, None]) | (place >= texts["length"][:, None])
+        steps = response - written.sum(1)
+        valid &= ~(written & outside).any(1) & (texts["seed"] >= 0)
+        valid &= texts["length"] <= np.where(ended, spec.max_length, spec.max_length - 1)
+    valid &= steps <= np.where(ended, spec.max_new_tokens, spec.max_new_tokens - 1)
     if not valid.all() or tokens.min() < 0 or tokens.max() >= spec.vocab_size:
         raise CheckpointError(
             "the state is corrupt, or comes from another task: its texts do not fit this env."

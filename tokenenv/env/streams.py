@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.env.texts import mix
 from tokenenv.prompts import draw
 from tokenenv.types import Slots
 
@@ -49,6 +50,12 @@ class PromptStreams:
         drawn = draw(self.prompts, self.seeds[group], self.begun[group] // self.group_size)
         self.begun[group] += 1
         return drawn
+
+    def text_seed(self, slot: int) -> int:
+        """Return a number of its own for the text that begins next in `slot`, from which all that
+        the environment writes into it is drawn."""
+        group = slot // self.group_size
+        return mix(self.seeds[group], self.begun[group])
 
     def save(self, slots: Slots) -> dict[str, Any]:
         """Return what `load` needs of the groups of `slots`."""

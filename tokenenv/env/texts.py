@@ -1,4 +1,4 @@
-"""N running texts: prompt and response tokens, on the host and on the device."""
+"""N running texts, on the host and on the device: their tokens, and who wrote them."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,13 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.seen import RunningTexts, WholeTexts
 from tokenenv.tables import Columns
+from tokenenv.turns import TextSoFar, segments_of
 from tokenenv.types import Slots
 
 ARRAYS = ("tokens", "length", "prompt_length", "prefix_length")
 """The arrays of a `TextBuffer` that make up its texts."""
+WITH_REPLIES = ("written", "seed")
+"""Further arrays, where the environment writes into texts."""
 
 
 class TextBuffer:
@@ -27,7 +30,12 @@ class TextBuffer:
     """
 
     def __init__(
-        self, num_rows: int, max_length: int, pad_token_id: int, device: torch.device
+        self,
+        num_rows: int,
+        max_length: int,
+        pad_token_id: int,
+        device: torch.device,
+        responds: bool = False,
     ) -> None:
         self.tokens = np.full((num_rows, max_length), pad_token_id, dtype=np.int64)
         self.length = np.zeros(num_rows, dtype=np.int64)
@@ -35,17 +43,33 @@ class TextBuffer:
         self.prefix_length = np.zeros(num_rows, dtype=np.int64)
         self.columns = np.full(num_rows, {}, dtype=object)
         """(N,) of mappings: what belongs to the prompt of each text (`Task.columns`)."""
+        self.written = np.zeros((num_rows, max_length), dtype=bool) if responds else None
+        """(N, L): the tokens that the environment wrote, or that a prefix has in their place; None
+        where it never writes."""
+        self.seed = np.zeros(num_rows, dtype=np.int64)
+        """(N,) a number of each text's own, for what the environment writes."""
+        self._arrays = (*ARRAYS, *(WITH_REPLIES if responds else ()))
         self.device = device
         self._pad = pad_token_id
         self._mirror = None if device.type == "cpu" else torch.from_numpy(self.tokens).to(device)
 
     @property
-    def response_length(self) -> np.ndarray:
-        """(N,) int64: response tokens so far, a prefix included."""
-        return self.length - self.prompt_length
+    def steps(self) -> np.ndarray:
+        """(N,) int64: tokens of the policy's so far, a prefix included."""
+        response = self.length - self.prompt_length
+        return response if self.written is None else response - self.written.sum(1)
+
+    @property
+    def own_mask(self) -> np.ndarray:
+        """(N, L) int8: 1 on the tokens that actions have emitted."""
+        assert self.written is not None
+        place = np.arange(self.tokens.shape[1])
+        first = (self.prompt_length + self.prefix_length)[:, None]
+        emitted = (place >= first) & (place < self.length[:, None]) & ~self.written
+        return emitted.astype(np.int8)
 
     def append(self, tokens: np.ndarray, active: np.ndarray) -> None:
-        """Add tokens (N,) to the texts of the slots where `active` (N,)."""
+        """Add tokens (N,) of the policy's to the texts of the slots where `active` (N,)."""
         rows = np.flatnonzero(active)
         position = self.length[rows]
         self.tokens[rows, position] = tokens[rows]
@@ -53,14 +77,27 @@ class TextBuffer:
         if self._mirror is not None:
             self._mirror[self.upload(rows), self.upload(position)] = self.upload(tokens[rows])
 
+    def write(self, slots: np.ndarray, replies: Sequence[Sequence[int]]) -> None:
+        """Add what the environment writes, 1 or more tokens each, to the texts of `slots` (n,)."""
+        assert self.written is not None
+        for slot, ids in zip(slots, replies, strict=True):
+            places = slice(self.length[slot], self.length[slot] + len(ids))
+            self.tokens[slot, places], self.written[slot, places] = ids, True
+            self.length[slot] = places.stop
+        self._refresh(slots)
+
     def restart(
         self,
         slots: Slots,
         prompts: Sequence[Sequence[int]],
         prefixes: Sequence[Sequence[int]],
         columns: Sequence[Columns],
+        prefix_own: Sequence[Sequence[bool]] = (),
+        seeds: Sequence[int] = (),
     ) -> None:
-        """Begin new texts in `slots`; a prefix is the beginning of the response and is not own."""
+        """Begin new texts in `slots`; a prefix is the beginning of the response and is not own.
+        Where the environment writes, `prefix_own` says which tokens of each prefix count as the
+        policy's (an empty entry: all), and `seeds` are the texts' own."""
         rows = np.asarray(slots)
         for row, one in zip(rows, columns, strict=True):
             self.columns[row] = one
@@ -71,23 +108,32 @@ class TextBuffer:
         given = chain.from_iterable(chain.from_iterable(zip(prompts, prefixes, strict=True)))
         fresh[np.arange(fresh.shape[1]) < self.length[rows, None]] = np.fromiter(given, np.int64)
         self.tokens[rows] = fresh
+        if self.written is not None:
+            self.seed[rows], self.written[rows] = seeds, False
+            for row, own in zip(rows, prefix_own, strict=True):
+                start = self.prompt_length[row]
+                self.written[row, start : start + len(own)] = ~np.asarray(own, dtype=bool)
         self._refresh(slots)
 
     def fork(self, sources: Slots, targets: Slots) -> None:
-        """Copy the texts of `sources` onto the slots `targets`."""
-        for name in (*ARRAYS, "columns"):
+        """Copy the texts of `sources` onto the slots `targets`. What the environment will write
+        into a copy is drawn anew, by a seed that both slots have a part in."""
+        source, target = np.asarray(sources), np.asarray(targets)
+        mixed = [mix(a, b) for a, b in zip(self.seed[source], self.seed[target], strict=True)]
+        for name in (*self._arrays, "columns"):
             array = getattr(self, name)
-            array[targets] = array[sources]
+            array[target] = array[source]
+        self.seed[target] = np.where(source == target, self.seed[target], mixed)
         self._refresh(targets)
 
     def save(self, slots: Slots) -> dict[str, Any]:
         """Return copies of the arrays of `slots`, by name, and of their columns."""
-        arrays = {name: getattr(self, name)[slots].copy() for name in ARRAYS}
+        arrays = {name: getattr(self, name)[slots].copy() for name in self._arrays}
         return arrays | {"columns": copy.deepcopy(self.columns[slots].tolist())}
 
     def load(self, slots: Slots, saved: dict[str, Any]) -> None:
         """Put saved texts into `slots`."""
-        for name in ARRAYS:
+        for name in self._arrays:
             getattr(self, name)[slots] = saved[name]
         for slot, columns in zip(slots, saved["columns"], strict=True):
             self.columns[slot] = copy.deepcopy(columns)
@@ -104,6 +150,25 @@ class TextBuffer:
             prefix_length=self.prefix_length[rows],
             ids=ids,
             columns=self.columns[rows].tolist(),
+            written=self._written_in(rows),
+        )
+
+    def _written_in(self, rows: np.ndarray) -> np.ndarray | None:
+        """What the environment wrote in the texts `rows`, (n, L); None where it is nothing."""
+        if self.written is None or not self.written[rows].any():
+            return None
+        return self.written[rows]
+
+    def so_far(self, slot: int, tokenizer: Any) -> TextSoFar:
+        """Return the text of a slot as `Task.respond` is given it."""
+        assert self.written is not None
+        start, end = self.prompt_length[slot], self.length[slot]
+        return TextSoFar(
+            self.tokens[slot, :start].tolist(),
+            segments_of(self.tokens[slot, start:end], ~self.written[slot, start:end]),
+            tokenizer,
+            self.columns[slot],
+            int(self.seed[slot]),
         )
 
     def running(self, tokenizer: object) -> RunningTexts:
@@ -111,7 +176,7 @@ class TextBuffer:
         copied, tokens are not: later ones are written behind these."""
         slots = np.arange(len(self.tokens))
         lengths = self.prompt_length.copy(), self.length.copy()
-        return RunningTexts(self.tokens, slots, *lengths, tokenizer, self.columns)
+        return RunningTexts(self.tokens, slots, *lengths, tokenizer, self.columns, self.written)
 
     def device_tokens(self) -> Tensor:
         """Return a fresh copy of the tokens (N, L) on the device."""
@@ -125,6 +190,12 @@ class TextBuffer:
         if self._mirror is not None:
             rows = np.asarray(slots)
             self._mirror[self.upload(rows)] = self.upload(self.tokens[rows])
+
+
+def mix(*numbers: int) -> int:
+    """Return a seed, 0 or more, that is a function of other ones."""
+    state = np.random.SeedSequence([int(number) for number in numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
 
 
 def decode(observation: Any, tokenizer: Any) -> list[str]:

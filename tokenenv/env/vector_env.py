@@ -13,7 +13,8 @@ from tokenenv.env import build, render, saved_state
 from tokenenv.env.actions import invalid_action, read_actions, token_codes
 from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.base import EnvBase
-from tokenenv.env.infos import Infos, step_infos
+from tokenenv.env.infos import Infos, reply_infos, step_infos
+from tokenenv.env.replies import reply_all
 from tokenenv.env.reset_options import ResetOptions, Seed, read_options, read_seed
 from tokenenv.env.streams import PromptStreams
 from tokenenv.env.texts import TextBuffer, decode
@@ -21,12 +22,14 @@ from tokenenv.env.transitions import Ends
 from tokenenv.errors import FinishedRow, InvalidArgument, NotReset
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.tables import Columns
+from tokenenv.turns import Segment
 
 
 class TokenVectorEnv(EnvBase):
     """N texts: each step appends one token to each and returns one dense reward for each.
 
-    Observation: `tokens` (N, L) int64 right-padded, `length` and `prompt_length` (N,) int64; with
+    Observation: `tokens` (N, L) int64 right-padded, `length` and `prompt_length` (N,) int64, and
+    where the environment writes into texts `own_mask` (N, L) int8, 1 on emitted tokens; with
     `observation="features"` the reference's last hidden state (N, H) float32. Action: token ids
     (N,); with `kl="policy"` a dict of `token` (N,) and `logprob` (N,) in nats. Rewards are float32
     (N,).
@@ -54,7 +57,7 @@ class TokenVectorEnv(EnvBase):
         super().__init__(num_envs, task, render_mode, max_episode_steps, options)
         num_slots, spec = self.num_envs, self.token_spec
         self._texts = TextBuffer(
-            num_slots, spec.max_prompt_tokens + spec.max_new_tokens, spec.pad_token_id, self.device
+            num_slots, spec.max_length, spec.pad_token_id, self.device, spec.responds
         )
         self._pieces = TokenPieces(spec.tokenizer)
         self._is_stop = np.isin(np.arange(spec.vocab_size), spec.stop_token_ids)
@@ -115,7 +118,7 @@ class TokenVectorEnv(EnvBase):
 
     @ordinary_tensors
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Append one token to each text.
+        """Append one token to each text, and what the environment writes behind it.
 
         Returns:
             (observations, rewards (N,) float32, terminations (N,) bool, truncations (N,) bool,
@@ -166,16 +169,23 @@ class TokenVectorEnv(EnvBase):
         # Texts first: ends are found, and rules and gold metrics read, from the host's own copy.
         texts.append(tokens, active)
         terminated = active & self._is_stop[tokens]
-        full = texts.length - texts.prompt_length >= spec.max_new_tokens
+        full = texts.steps >= spec.max_new_tokens
+        replies = None
+        if spec.responds:
+            replies = reply_all(self._task, spec, texts, tokens, active)
+            terminated = terminated & ~replies.answered | replies.ends
+            full |= replies.cut | (texts.length >= spec.max_length)
         truncated = active & full & ~terminated
         ended = terminated | truncated
         ends = Ends(terminated, truncated, ended if spec.score_truncated else terminated, ended)
         self.tokens_seen += int(active.sum())
-        paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts)
+        paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts, replies)
         self._ended = ended.copy()
         infos = step_infos(
             self._engine, paid, ends, active, self._prompt_id.copy(), self._episode_kl_coef.copy()
         )
+        if replies is not None:
+            infos.overlay(reply_infos(replies, texts, active, ended))
         final: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP and not active.all():
             infos.overlay(self._begin_next(~active))
@@ -281,6 +291,17 @@ class TokenVectorEnv(EnvBase):
         spans = zip(texts.tokens, texts.prompt_length, texts.length, strict=True)
         return [row[start:end].tolist() for row, start, end in spans]
 
+    def segments(self) -> list[list[Segment]]:
+        """Return the responses of the N texts as they stand, in segments: the policy's turns, and
+        what the environment wrote between them."""
+        self._require_reset()
+        return self._texts.running(None).segments()
+
+    @property
+    def ended(self) -> np.ndarray:
+        """(N,) bool: the slots whose text has ended and waits for its reset."""
+        return self._ended.copy()
+
     def decode(self, observation: Mapping[str, Any]) -> list[str]:
         """Return the texts, prompt and response, of a token observation, batched or of one
         text."""
@@ -307,7 +328,10 @@ class TokenVectorEnv(EnvBase):
         slots, own = np.flatnonzero(given.mask), self._task.columns
         prompts: list[Sequence[int]] = []
         columns: list[Columns] = []
+        seeds: list[int] = []
         for slot in map(int, slots):
+            if self.token_spec.responds:
+                seeds.append(self._streams.text_seed(slot))
             index, prompt = self._streams.draw(slot)
             row = own[index] if own else {}
             if slot in given.prompts:
@@ -316,7 +340,8 @@ class TokenVectorEnv(EnvBase):
             prompts.append(prompt)
             columns.append(row)
         prefixes = [given.prefixes.get(int(slot), ()) for slot in slots]
-        self._texts.restart(slots, prompts, prefixes, columns)
+        prefix_own = [given.prefix_own.get(int(slot), ()) for slot in slots]
+        self._texts.restart(slots, prompts, prefixes, columns, prefix_own, seeds)
         self._engine.start(
             slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef)
         )
@@ -350,10 +375,12 @@ class TokenVectorEnv(EnvBase):
         if self.config.observation == "features":
             return export(self._engine.features().clone())
         on_host = self.config.array == "numpy"
+        own = {"own_mask": export(texts.own_mask)} if self.token_spec.responds else {}
         return {
             "tokens": texts.tokens.copy() if on_host else texts.device_tokens(),
             "length": export(texts.length.copy()),
             "prompt_length": export(texts.prompt_length.copy()),
+            **own,
         }
 
     def _export(self, values: Tensor | np.ndarray) -> Any:

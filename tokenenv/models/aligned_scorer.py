@@ -45,7 +45,8 @@ def make_aligned_scorer(
 
     If the prompt is one of `chats` and the reward model's tokenizer has a chat template, the model
     reads the conversation as that template writes it, with the response as the assistant's answer.
-    The end that the template puts to the answer stands for the policy's stop token.
+    The end that the template puts to the answer stands for the policy's stop token. What an
+    environment wrote into a response is read as a part of the answer.
 
     If a text is longer than the reward model's positions, its beginning is left out, with one
     warning. Response tokens there score 0.
@@ -113,8 +114,8 @@ class AlignedScorer:
     """What the model's template writes around the answer, by the tokens of the prompt."""
 
     def token_scores(self, texts: Sequence[TextIds], width: int) -> Tensor:
-        """Return the score of each of the policy's response tokens, (B, width) float32, zero to the
-        right of each response.
+        """Return the score of each response token, whoever wrote it, (B, width) float32, zero to
+        the right of each response.
 
         The score of a text as a whole goes to its last response token, and to the first place where
         the response is empty.

@@ -1,9 +1,12 @@
 """Texts to token ids and back, with care for what tokenizers do where prompt and response meet."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
-from .alignment import common_length
+from tokenenv.turns import Segment
+
+from .alignment import common_length, token_ends
 
 BEFORE = ("\n", ".")
 """The texts that a continuation is encoded behind, tried in this order. No tokenizer that we know
@@ -52,6 +55,16 @@ def decode_pairs(
     prompts, wholes = flat[0::2], flat[1::2]
     ends = [common_length(prompt, whole) for prompt, whole in zip(prompts, wholes, strict=True)]
     return [(whole[:end], whole[end:]) for whole, end in zip(wholes, ends, strict=True)]
+
+
+def decode_segments(
+    prompt: Sequence[int], segments: Sequence[Segment], tokenizer: Any
+) -> list[str]:
+    """Return the text of each segment of a response, without special tokens. Joined they are the
+    response as it is decoded behind the prompt: each is cut out of the whole text."""
+    beginnings = accumulate((segment.tokens for segment in segments), initial=list(prompt))
+    texts = tokenizer.batch_decode(list(beginnings), skip_special_tokens=True)
+    return [texts[-1][start:end] for start, end in pairwise(token_ends(texts).tolist())]
 
 
 def special_ids(tokenizer: Any) -> set[int]:

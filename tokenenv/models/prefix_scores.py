@@ -17,7 +17,10 @@ from tokenenv.types import Scorer, TextIds, TextScorer
 
 @torch.no_grad()
 def score_texts(
-    scorer: Scorer | TextScorer, texts: Sequence[TextIds], max_batch_tokens: int = 16384
+    scorer: Scorer | TextScorer,
+    texts: Sequence[TextIds],
+    max_batch_tokens: int = 16384,
+    own: Sequence[np.ndarray] | None = None,
 ) -> Tensor:
     """Return the sequence score (B,) float32 of each of B texts, whichever kind the scorer is.
 
@@ -28,11 +31,21 @@ def score_texts(
         scorer: of either kind.
         texts: B pairs of the token ids of a prompt and a response.
         max_batch_tokens: tokens of one forward, padding included.
+        own: for each text a mask (R,) bool of the response tokens that are the policy's; the scores
+            of other tokens are no part of the score, if the scorer scores tokens. None: all are.
     """
     if not isinstance(scorer, Scorer):
-        return scorer.token_scores(texts, max(1, *(len(response) for _, response in texts))).sum(1)
+        width = max(1, *(len(response) for _, response in texts))
+        scores = scorer.token_scores(texts, width)
+        if own is not None and scorer.per_token:
+            scores = torch.where(upload(padded(own, width), scores.device), scores, 0.0)
+        return scores.sum(1)
     lengths = np.asarray([len(prompt) + len(response) for prompt, response in texts])
     starts = np.asarray([len(prompt) for prompt, _ in texts])
+    masks = None
+    if own is not None:
+        pairs = zip(starts, own, strict=True)
+        masks = [np.concatenate([np.zeros(start, dtype=bool), mask]) for start, mask in pairs]
     ends = np.asarray(
         [read_length([*prompt, *response], scorer.pad_token_id) for prompt, response in texts]
     )
@@ -42,7 +55,8 @@ def score_texts(
         for row, i in enumerate(group):
             tokens[row, : lengths[i]] = [*texts[i][0], *texts[i][1]]
         states = text_states(scorer.model, upload(tokens, scores.device), lengths[group])
-        found = read_scores(scorer, states, starts[group], ends[group])
+        counted = None if masks is None else padded([masks[i] for i in group], tokens.shape[1])
+        found = read_scores(scorer, states, starts[group], ends[group], counted)
         scores[upload(group, scores.device)] = found
     return scores
 
@@ -72,7 +86,13 @@ def read_length(ids: Sequence[int] | np.ndarray, pad_token_id: int | None) -> in
     return int(read_lengths(ids, pad_token_id)[-1])
 
 
-def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.ndarray) -> Tensor:
+def read_scores(
+    scorer: Scorer,
+    states: Tensor,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    own: np.ndarray | None = None,
+) -> Tensor:
     """Return the sequence scores (b,) float32 from a scorer's states, with the ambient grad mode.
 
     Args:
@@ -80,10 +100,13 @@ def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.nda
         states: (b, L, ...) of its model.
         starts: (b,) host data, the length of each prompt.
         ends: (b,) host data, the `read_length` of each text.
+        own: (b, L) bool, the response tokens that are the policy's: a scorer of tokens adds up
+            these alone. None: all are.
     """
     position = np.arange(states.shape[1])
     if scorer.per_token:
         wanted = (position >= starts[:, None]) & (position < ends[:, None])
+        wanted = wanted if own is None else wanted & own
     else:
         wanted = position == ends[:, None] - 1
     # The head sees only the states that count: K of them, from all texts, flat.
@@ -91,6 +114,14 @@ def read_scores(scorer: Scorer, states: Tensor, starts: np.ndarray, ends: np.nda
     scores = scorer.head(states[row, column])
     total = torch.zeros(len(states), dtype=sum_dtype(scores.device), device=scores.device)
     return total.index_add(0, row, scores.to(total.dtype)).float()
+
+
+def padded(masks: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Return masks of at most `width` bools each as one array (b, width), False to the right."""
+    out = np.zeros((len(masks), width), dtype=bool)
+    for row, mask in enumerate(masks):
+        out[row, : len(mask)] = mask
+    return out
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from tokenenv.rewards.shapley import Shapley
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
+from tokenenv.rewards.turn import Turn
 from tokenenv.rewards.uniform import Uniform
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Token",
     "TokenRule",
     "Transitions",
+    "Turn",
     "Uniform",
     "Wrapper",
     "progressive",

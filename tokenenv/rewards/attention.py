@@ -13,7 +13,7 @@ from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.cached_lm import acting
 from tokenenv.models.prefix_scores import read_length
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows
+from tokenenv.rewards.redistribute import Redistribution, at_places, read_rows
 from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.rewards.term import Context
 
@@ -24,9 +24,10 @@ CAPTURING = "_output_capturing_hooks_installed"
 class Attention(Redistribution):
     """The score, shared out by attention: r_t = score * a_t.
 
-    a_t is the attention to y_t from the token that the score is read at (the text's last one), in
-    the reward model's last attention layer. It is the mean over the heads, divided by its sum over
-    the own tokens.
+    a_t is the attention to y_t from the token that the score is read at (the text's last one,
+    whoever wrote it), in the reward model's last attention layer. It is the mean over the heads,
+    divided by its sum over the own tokens: attention to the prompt, and to what the environment
+    wrote, is left out.
 
     This is attention-based credit (ABC, Chan et al. 2024, arXiv 2402.00782) with the whole score
     redistributed. The paper's mixture with a terminal reward is `{"dense": ("attention", 0.8),
@@ -59,16 +60,14 @@ class Attention(Redistribution):
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the score in the shares of the attention."""
         assert texts.score is not None
-        own = texts.own_mask(max_new_tokens).float()
+        own, places = texts.own_mask(max_new_tokens).float(), texts.positions(max_new_tokens)
         weights = torch.zeros_like(own)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             ends = np.asarray(
                 [read_length(texts.ids[row][: texts.length[row]], self._pad_id) for row in rows]
             )
             seen = last_attention(self._trunk, read_rows(self._trunk, texts, rows), ends)
-            weights[upload(rows, weights.device)] = at_response(
-                seen, texts.prompt_length[rows], max_new_tokens
-            )
+            weights[upload(rows, weights.device)] = at_places(seen, places[rows])
         return shares(weights * own, own) * texts.score[:, None]
 
 

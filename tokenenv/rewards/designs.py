@@ -23,6 +23,7 @@ from tokenenv.rewards.shapley import Shapley
 from tokenenv.rewards.term import RewardTerm, Weight
 from tokenenv.rewards.terminal import Terminal
 from tokenenv.rewards.token import Token
+from tokenenv.rewards.turn import Turn
 from tokenenv.rewards.uniform import Uniform
 
 Design = str | RewardTerm | Callable[..., Any]
@@ -43,6 +44,7 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "shapley": Shapley,
     "terminal": Terminal,
     "token": Token,
+    "turn": Turn,
     "uniform": Uniform,
 }
 

@@ -1,7 +1,7 @@
 """Calling a user's function of texts: its parameters say what it is given.
 
-The first two are prompt and response. Any further one is filled by its name: `messages`, or a
-column of the prompt's row.
+The first two are prompt and response. Any further one is filled by its name: `messages`, `turns`,
+or a column of the prompt's row.
 """
 
 import copy
@@ -39,17 +39,28 @@ class Parameters:
         return "messages" in (*self.required, *self.optional)
 
     @property
+    def turns(self) -> bool:
+        """Whether it asks for the segments of the response."""
+        return "turns" in (*self.required, *self.optional)
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names that no column fills. A table may have `turns` of its own, for those functions
+        that do not ask for the text's."""
+        return (*GIVEN, "turns") if self.turns else GIVEN
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that there must be."""
-        return tuple(name for name in self.required if name not in GIVEN)
+        return tuple(name for name in self.required if name not in self.given)
 
     def of_row(self, row: Columns) -> Columns:
         """The columns of a row that the function takes."""
-        taken = (*self.required, *self.optional)
+        taken, given = (*self.required, *self.optional), self.given
         return {
             name: value
             for name, value in row.items()
-            if name not in GIVEN and (self.whole_row or name in taken)
+            if name not in given and (self.whole_row or name in taken)
         }
 
 
@@ -95,6 +106,9 @@ def keywords_of(parameters: Parameters, texts: Texts, chats: Chats | None) -> li
     if parameters.messages:
         for keywords, messages in zip(found, conversations(texts, chats), strict=True):
             keywords["messages"] = messages
+    if parameters.turns:
+        for keywords, turns in zip(found, texts.turns(), strict=True):
+            keywords["turns"] = turns
     return found
 
 

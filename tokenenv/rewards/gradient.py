@@ -12,7 +12,13 @@ from tokenenv.models.batching import hidden_states, micro_batches, upload
 from tokenenv.models.cached_lm import acting
 from tokenenv.models.prefix_scores import read_length, read_scores
 from tokenenv.models.trunks import trunk_of
-from tokenenv.rewards.redistribute import Redistribution, at_response, read_rows, rest_on_last
+from tokenenv.rewards.redistribute import (
+    Redistribution,
+    at_places,
+    own_places,
+    read_rows,
+    rest_on_last,
+)
 from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.rewards.term import Context
 from tokenenv.types import Scorer
@@ -30,7 +36,8 @@ class Gradient(Redistribution):
     r_t lacks to the score.
 
     These are integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) along the straight
-    line from zero embeddings; the embeddings of the prompt, and of a prefix, stay as they are. The
+    line from zero embeddings; the embeddings of the prompt, of a prefix and of what the environment
+    wrote stay as they are. The
     integral's sum is score - f(zero embeddings). A text for which `steps` points miss that by more
     than `tolerance` of the sum of |r_t| gets twice as many points, up to 8 times as many, and then
     a warning. The points are Gauss-Legendre's in a**(1/3), which are dense near zero: layers that
@@ -93,18 +100,16 @@ class Gradient(Redistribution):
         """(B, T): the attributions of the texts `rows` (n,) from so many points each; zero for the
         others."""
         points, weights = (np.tile(column, len(rows)) for column in quadrature(steps))
-        rows = np.repeat(rows, steps)
+        rows, places = np.repeat(rows, steps), texts.positions(max_new_tokens)
         placed = torch.zeros(
             len(texts.ids), max_new_tokens, dtype=torch.float32, device=texts.tokens.device
         )
         for group in micro_batches(texts.length[rows], self._max_batch_tokens):
             slopes = self._slopes(texts, rows[group], points[group])
             weight = upload(weights[group], placed.device)[:, None]
-            values = at_response(
-                slopes.to(placed.device) * weight, texts.prompt_length[rows[group]], max_new_tokens
-            )
+            values = at_places(slopes.to(placed.device) * weight, places[rows[group]])
             placed.index_add_(0, upload(rows[group], placed.device), values)
-        return placed
+        return torch.where(texts.own_mask(max_new_tokens), placed, 0.0)
 
     def _slopes(self, texts: FinishedTexts, rows: np.ndarray, points: np.ndarray) -> Tensor:
         """(n, W): e_t . d score / d e_t of each paid token at `points` (n,) of the line; zero for
@@ -131,9 +136,8 @@ class Gradient(Redistribution):
         """The embeddings (n, W, H) of the tokens that may be paid, zero elsewhere, and the inputs
         at `points` (n,)."""
         embeddings = self._trunk.get_input_embeddings()(read_rows(self._trunk, texts, rows))
-        position = np.arange(embeddings.shape[1])
-        start = texts.prompt_length[rows] + texts.prefix_length[rows]
-        paid = (position >= start[:, None]) & (position < texts.length[rows][:, None])
+        paid, place = own_places(texts, rows, embeddings.shape[1]), np.arange(embeddings.shape[1])
+        paid &= place >= (texts.prompt_length + texts.prefix_length)[rows, None]
         moving = embeddings * upload(paid, embeddings.device)[..., None]
         return moving, embeddings - moving * upload(1 - points, embeddings.device).to(
             embeddings.dtype
@@ -147,7 +151,8 @@ class Gradient(Redistribution):
         ends = np.asarray(
             [read_length(texts.ids[row][: texts.length[row]], pad_id) for row in rows]
         )
-        return read_scores(self._scorer, states, texts.prompt_length[rows], ends)
+        own = own_places(texts, rows, inputs.shape[1])
+        return read_scores(self._scorer, states, texts.prompt_length[rows], ends, own)
 
     def _warn(self, count: int, error: float) -> None:
         if not self._warned:

@@ -19,7 +19,8 @@ class Implicit(RewardTerm):
     A model that was tuned with DPO on beta is its own reward model. At the exact optimum of score -
     beta KL, with coef = beta, the log-ratio equals r + V*(s_{t+1}) - V*(s_t). It then adds up to
     score - V*(prompt) and is the reward of `Oracle`; only there are return and gradient preserved.
-    Elsewhere it pays for fluent filler, and its sum drifts with the length.
+    Elsewhere it pays for fluent filler, and its sum drifts with the length. It pays the policy's
+    own tokens; the models read what the environment writes, and nothing is paid for that.
 
     With clip = 0.05 and mix = 1 it is the reward of RTO (Zhong et al. 2024, arXiv 2404.18922): no
     token dominates, and what the score prefers is paid twice. With a model trained on outcomes it

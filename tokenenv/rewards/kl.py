@@ -13,7 +13,8 @@ class ReferenceKL(RewardTerm):
 
     The learner adds the other half, -beta log pi, before its advantage estimate; docs/contract.md
     says why, and what a learner that leaves it out optimises. Both halves together are exactly k1.
-    In the max-ent view this is the reward r + beta log pi_ref with an entropy bonus.
+    In the max-ent view this is the reward r + beta log pi_ref with an entropy bonus. Tokens that
+    the environment writes cost nothing: no policy chose them.
     """
 
     name = "kl"

@@ -8,7 +8,7 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.prefix_scores import read_lengths
 from tokenenv.models.trunks import text_states
-from tokenenv.rewards.redistribute import at_response
+from tokenenv.rewards.redistribute import at_places
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.term import Context, RewardTerm
 
@@ -26,7 +26,8 @@ class Process(RewardTerm):
     - "min": r = softmax(-q / temperature)_k q_k (PURE, Cheng et al. 2025, arXiv 2504.15275)
 
     A step ends with one of the task's `step_end_token_ids`, and where a scored text ends. An
-    unscored truncation ends no step.
+    unscored truncation ends no step. Steps are the policy's own: where the environment writes such
+    a token, "delta" alone pays the difference, on the token before, so that differences add up.
 
     The rewards add up to something other than the score, so neither return nor gradient is
     preserved. One case preserves both: "delta" on the sequence score itself, which is `Shaping`
@@ -77,13 +78,16 @@ class Process(RewardTerm):
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what a step is worth at its last token."""
+        if self.form == "delta":
+            return self._gained(batch)
         q = self._score(batch.after)
-        paid = {
-            "sum": lambda: q,
-            "delta": lambda: q - batch.before.memory[self.name],
-            "clip": lambda: self._clipped(q),
-        }
-        return torch.where(self._ends_step[batch.tokens] | batch.scored, paid[self.form](), 0.0)
+        paid = q if self.form == "sum" else self._clipped(q)
+        return torch.where(self._ends_step[batch.tokens] | batch.scored, paid, 0.0)
+
+    def _gained(self, batch: Transitions) -> Tensor:
+        """(K,): what the score after the last step gained, up to where the policy acts next."""
+        now = torch.where(batch.scored, self._score(batch.next), batch.next.memory[self.name])
+        return now - batch.before.memory[self.name]
 
     def remember(self, memory: Tensor | None, tokens: Tensor, states: States) -> Tensor:
         """(K,): the score after the last step; where a text begins, that of its prompt."""
@@ -95,15 +99,12 @@ class Process(RewardTerm):
         return states.memory[self.name]
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): each step's score at its last token, weighted towards the worst."""
-        own = texts.own_mask(max_new_tokens)
-        last = upload(texts.length - texts.prompt_length - 1, own.device)
-        tokens = at_response(texts.tokens, texts.prompt_length, max_new_tokens)
-        ends = own & (
-            self._ends_step[tokens]
-            | (torch.arange(max_new_tokens, device=last.device) == last[:, None])
-        )
-        q = self._text_scores(texts, max_new_tokens)
+        """(B, T): each step's score at its last own token, weighted towards the worst."""
+        own, places = texts.own_mask(max_new_tokens), texts.positions(max_new_tokens)
+        last = np.arange(max_new_tokens) == texts.steps()[:, None] - 1
+        tokens = at_places(texts.tokens, places)
+        ends = own & (self._ends_step[tokens] | upload(last, own.device))
+        q = self._text_scores(texts, places)
         share = torch.where(ends, -q / self.temperature, -torch.inf).softmax(1)
         return torch.where(ends, share * q, 0.0)
 
@@ -118,11 +119,9 @@ class Process(RewardTerm):
     def _clipped(self, q: Tensor) -> Tensor:
         return (q - self.floor).clamp(max=0.0)
 
-    def _text_scores(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): the step scorer's score after each response token."""
-        scores = torch.zeros(
-            len(texts.length), max_new_tokens, dtype=torch.float32, device=texts.tokens.device
-        )
+    def _text_scores(self, texts: FinishedTexts, places: np.ndarray) -> Tensor:
+        """(B, T): the step scorer's score after the tokens at `places` (B, T) of each text."""
+        scores = torch.zeros(places.shape, dtype=torch.float32, device=texts.tokens.device)
         for rows in micro_batches(texts.length, self._max_batch_tokens):
             at, width = upload(rows, scores.device), int(texts.length[rows].max())
             states = text_states(self.models[0], texts.tokens[at, :width], texts.length[rows])
@@ -135,5 +134,5 @@ class Process(RewardTerm):
                         read_lengths(texts.ids[row][: texts.length[row]], pad_id) - 1
                     )
                 each = each.gather(1, upload(ends, each.device))
-            scores[at] = at_response(each, np.asarray(texts.prompt_length[rows]), max_new_tokens)
+            scores[at] = at_places(each, places[rows])
         return scores

@@ -51,7 +51,13 @@ class _RuleTerm(RewardTerm):
         # Where the task has no scorer, a sequence score is that of the only rule that is paid.
         self._scored_by_rules = context.scorer is None and not context.watched
         misplaced = set(self._parameters.first) - {"prompt", "response"}
-        for name in misplaced & set(context.task.columns[0] if context.task.columns else ()):
+        columns = set(context.task.columns[0] if context.task.columns else ())
+        if self._parameters.turns and "turns" in columns:
+            raise InvalidArgument(
+                f"the function {name_of(self.function)!r} asks for turns, the segments of the "
+                "response, and the prompts have a column of that name too; rename the column."
+            )
+        for name in misplaced & columns:
             raise InvalidArgument(
                 f"the function {name_of(self.function)!r} has its parameter {name!r} where the "
                 "prompt and the response are given; put the column's name behind these two."
@@ -111,16 +117,20 @@ class Rule(_RuleTerm):
     Causal; preserves the return and the policy gradient, being the return.
 
     Further parameters are filled by name: `messages` is the conversation (a list of {"role",
-    "content"}; without a chat template one message of the user's), any other name is the column of
-    the prompt's row that is called so (`def right(prompt, response, answer)`), and `**row` takes
-    all columns. A parameter with a default keeps it where there is no such column.
+    "content"}; without a chat template one message of the user's), `turns` is the response in
+    segments (a list of {"own", "text"}, whose texts joined are the response; "own" is False where
+    the environment wrote; "tokens" in the place of "text" where tokens have no text), any other
+    name is the column of the prompt's row that is called so (`def right(prompt, response,
+    answer)`), and `**row` takes all columns. A parameter with a default keeps it where there is no
+    such column. `response` is the whole response, whoever wrote it.
 
     With dense=True the same reward is paid while the text is written: r_t = function(prompt,
-    response up to y_t) - function(prompt, response before y_t), which adds up to function(prompt,
-    response) - function(prompt, ""). It is potential-based shaping of the rule, as `Delta` is of
-    a score, and preserves what the rule preserves. The function is called once for each token of
-    each text, and once where a text begins, so it should be fast. It must make sense of unfinished
-    texts, cannot tell them from finished ones, and must return the same number for the same text.
+    response up to y_t, and what the environment writes behind it) - function(prompt, response
+    before y_t), which adds up to function(prompt, response) - function(prompt, ""). It is
+    potential-based shaping of the rule, as `Delta` is of a score, and preserves what the rule
+    preserves. The function is called once for each token of each text, whoever wrote it, and once
+    where a text begins, so it should be fast. It must make sense of unfinished texts, cannot tell
+    them from finished ones, and must return the same number for the same text.
 
     At an unscored truncation (score_truncated=False) the rule pays nothing; its dense form keeps
     what it has paid so far, as the learner's bootstrap goes on from there.
@@ -156,7 +166,7 @@ class Rule(_RuleTerm):
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the rule's number where a text ends and is scored, or what each token added."""
         if self.dense:
-            return batch.after.memory[self.name] - batch.before.memory[self.name]
+            return batch.next.memory[self.name] - batch.before.memory[self.name]
         if batch.finished is None:
             return torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
         if self._scored_by_rules and batch.finished.score is not None:
@@ -184,8 +194,10 @@ class TokenRule(_RuleTerm):
     function(prompt, response)[t].
 
     The function gets what that of a `Rule` gets, and returns one finite number for every response
-    token, the stop token included; with batched=True, a list of such numbers for each text.
-    Hindsight: their sum is paid at the end and each number stands on its token in `token_rewards`.
+    token, whoever wrote it, the stop token included; with batched=True, a list of such numbers for
+    each text. Numbers of tokens that are not own (a prefix's, and those that the environment wrote)
+    are left out. Hindsight: the sum of the others is paid at the end, and each number stands on its
+    token in `token_rewards`.
     It defines its own return.
     """
 
@@ -194,11 +206,13 @@ class TokenRule(_RuleTerm):
     pays_score = True
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
-        """(B, T): the rule's numbers, right-padded with zeros."""
+        """(B, T): the rule's numbers of the policy's tokens, right-padded with zeros."""
         out = torch.zeros(len(texts.ids), max_new_tokens, dtype=torch.float32)
-        counts = texts.length - texts.prompt_length
+        counts, steps = texts.length - texts.prompt_length, texts.steps()
+        places = texts.positions(max_new_tokens) - texts.prompt_length[:, None]
         for row, (answer, count) in enumerate(zip(self._answers(texts), counts, strict=True)):
-            out[row, :count] = self._one_each(*answer, int(count))
+            numbers = self._one_each(*answer, int(count))
+            out[row, : steps[row]] = numbers[torch.from_numpy(places[row, : steps[row]])]
         return out.to(texts.tokens.device, non_blocking=True)
 
     def _one_each(self, numbers: Any, response: Any, count: int) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.models.encoding import decode_pairs
+from tokenenv.models.encoding import decode_pairs, decode_segments
 from tokenenv.models.trunks import trunk_of
 from tokenenv.tables import Columns
 from tokenenv.turns import Segment, readable, segments_of
@@ -68,9 +68,9 @@ class RunningTexts:
         pairs = self.prompt_and_response_ids()
         return _segments(pairs, written, self.prompt_length, self.length)
 
-    def turns(self) -> list[list[Any]]:
+    def turns(self) -> list[list[dict[str, Any]]]:
         """Return the segments of the K responses as readable mappings (`turns.readable`)."""
-        return [readable(some, self.tokenizer) for some in self.segments()]
+        return _turns(self.prompt_and_response_ids(), self.segments(), self.tokenizer)
 
     def at(self, index: Tensor | np.ndarray) -> "RunningTexts":
         """Return the texts of `index`, (n,) numbers or (K,) bool. An index on a GPU is waited
@@ -102,6 +102,18 @@ def _segments(
     return [segments_of(pair[1], ~mask[start:end]) for pair, mask, start, end in spans]
 
 
+def _turns(
+    pairs: list[TextIds], segments: list[list[Segment]], tokenizer: Any
+) -> list[list[dict[str, Any]]]:
+    """The segments of the responses of `pairs` as readable mappings."""
+    if tokenizer is None:
+        return [readable(some, None) for some in segments]
+    return [
+        readable(some, decode_segments(prompt, some, tokenizer))
+        for (prompt, _), some in zip(pairs, segments, strict=True)
+    ]
+
+
 @dataclass(slots=True)
 class States:
     """K texts as the models see them after their last token."""
@@ -122,6 +134,10 @@ class States:
     texts: RunningTexts | None = None
     """The texts themselves, on the host. They are no tensor, so `tensors` and `put` leave them
     aside."""
+    turn_reward: Tensor | None = None
+    """(K,) float32: the task's own reward for the turn that the policy's last token ended, else 0,
+    for `remember` to read while the turn is answered; `tensors` and `put` leave it aside. None
+    where the environment never writes, in a prefix, and where it is not given."""
 
     def of(self, model: Any) -> Tensor:
         """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
@@ -147,6 +163,7 @@ class States:
             {name: memory[index] for name, memory in self.memory.items()},
             {name: statistics[index] for name, statistics in self.statistics.items()},
             None if self.texts is None else self.texts.at(index),
+            None if self.turn_reward is None else self.turn_reward[index],
         )
 
     def put(self, slots: Tensor, other: "States") -> None:
@@ -210,17 +227,29 @@ class WholeTexts:
                 after_prompt[row, len(own) :] = end + np.arange(max_new_tokens - len(own))
         return np.minimum(after_prompt, last)
 
-    def own_mask(self, max_new_tokens: int) -> Tensor:
-        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed: not
-        those of a prefix."""
+    def own_columns(self, max_new_tokens: int) -> np.ndarray:
+        """Return the mask of `own_mask` on the host."""
         column = np.arange(max_new_tokens)
         if self.written is None:
             first = self.prefix_length[:, None]
         else:
             begin = (self.prompt_length + self.prefix_length)[:, None]
             first = (self.positions(max_new_tokens) < begin).sum(1, keepdims=True)
-        mask = (column >= first) & (column < self.steps()[:, None])
-        return torch.from_numpy(mask).to(self.tokens.device, non_blocking=True)
+        return (column >= first) & (column < self.steps()[:, None])
+
+    def own_mask(self, max_new_tokens: int) -> Tensor:
+        """Return a mask (B, T) bool of the own response tokens, on which rewards may be placed: not
+        those of a prefix."""
+        mask = torch.from_numpy(self.own_columns(max_new_tokens))
+        return mask.to(self.tokens.device, non_blocking=True)
+
+    def own_responses(self) -> list[np.ndarray] | None:
+        """Return for each text which of its response tokens are the policy's, a prefix included,
+        (R,) bool; None where the environment wrote none."""
+        if self.written is None:
+            return None
+        spans = zip(self.written, self.prompt_length, self.length, strict=True)
+        return [~np.asarray(mask[start:end], dtype=bool) for mask, start, end in spans]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,9 +275,9 @@ class FinishedTexts(WholeTexts):
         tokenizer decodes it."""
         return decode_pairs(self.prompt_and_response_ids(), self.tokenizer)
 
-    def turns(self) -> list[list[Any]]:
+    def turns(self) -> list[list[dict[str, Any]]]:
         """Return the segments of the B responses as readable mappings (`turns.readable`)."""
-        return [readable(some, self.tokenizer) for some in self.segments()]
+        return _turns(self.prompt_and_response_ids(), self.segments(), self.tokenizer)
 
     def earning_mask(self, term: "RewardTerm", max_new_tokens: int) -> Tensor:
         """Return a mask (B, T) bool of the tokens on which `term` may place rewards. It is empty in

@@ -19,7 +19,8 @@ class Segment(Shaping):
     threshold in nats, and where a scored text ends (Yin et al. 2025, arXiv 2501.02790). The design
     is `Shaping` with Phi = the score at the end of the last segment. It adds up to score -
     f(prompt) and preserves what `Shaping` preserves. An unscored truncation ends no segment and
-    keeps Phi.
+    keeps Phi. Where a segment ends within what the environment writes, its change is paid on the
+    token before that.
 
     The paper pays something else: the scores of a model trained on segments, not their differences,
     each normalised by the segment's position and spread evenly over its tokens. That preserves

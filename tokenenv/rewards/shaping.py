@@ -24,6 +24,10 @@ class Shaping(RewardTerm):
     the policy gradient. A potential that changes while a text runs, or rewards that are clipped or
     shifted afterwards, break both.
 
+    Where the environment writes into texts, s_{t+1} is the state in which the policy acts next. A
+    turn's last token is then also paid what the reply changed in Phi: without it the rewards would
+    not add up. It is no merit of the token's, and adds variance where the reply is left to chance.
+
     The design equals a critic shifted by Phi, for every lambda (Wiewiora 2003); docs/rewards.md
     says how to compare with that.
 
@@ -54,8 +58,8 @@ class Shaping(RewardTerm):
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): what the token added to the potential, and the score where a text ends and is
         scored."""
-        after = torch.where(batch.scored, 0.0, self.potential(batch.after))
-        return batch.final_score() + self.gamma * after - self.potential(batch.before)
+        following = torch.where(batch.scored, 0.0, self.potential(batch.next))
+        return batch.final_score() + self.gamma * following - self.potential(batch.before)
 
     def potential(self, states: States) -> Tensor:
         """(K,): Phi of the text so far."""
@@ -70,7 +74,8 @@ class Delta(Shaping):
     2411.08302): r_t = f(x, y_<=t) - f(x, y_<t).
 
     The rewards add up to score - f(prompt). The design is `Shaping` with Phi = f, undiscounted, and
-    preserves what that preserves. A reward model that was trained on whole texts only scores
+    preserves what that preserves. What the environment writes behind a token belongs to its
+    difference (`Shaping` says why). A reward model that was trained on whole texts only scores
     prefixes badly; that costs variance, never bias.
     """
 
@@ -80,11 +85,11 @@ class Delta(Shaping):
         super().__init__()
 
     def reward(self, batch: Transitions) -> Tensor:
-        """(K,): what the token added to the score."""
+        """(K,): what the token, and what was written behind it, added to the score."""
         # The formula of `Shaping`, without the score that it adds and subtracts where a text ends.
-        assert batch.after.score is not None
+        assert batch.next.score is not None
         assert batch.before.score is not None
-        return batch.after.score - batch.before.score
+        return batch.next.score - batch.before.score
 
 
 class Oracle(Shaping):
@@ -94,7 +99,8 @@ class Oracle(Shaping):
     At the optimum r_t equals beta log pi*/pi_ref token by token, so that every token is paid its
     own advantage (Rafailov et al. 2024, arXiv 2404.12358). It is for tasks whose optimum is known,
     as the ceiling that learned dense rewards can be measured against. Preserves the return up to
-    V*(prompt), and the gradient.
+    V*(prompt), and the gradient. A token that the environment answers is also paid how much better
+    the answer was than the expected one, which is 0 on average.
 
     Args:
         beta: the coefficient of the KL in the objective score - beta KL whose value V* is, reward

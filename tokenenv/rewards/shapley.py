@@ -22,10 +22,12 @@ class Shapley(Redistribution):
 
     This is SCAR (Cao et al. 2025, arXiv 2505.20417) with consecutive segments of equal length as
     players. A coalition is worth the score of the prompt followed by its segments alone; a prefix
-    given to reset is always there. All m! orders are walked if they are no more than
-    `permutations`. Otherwise that many are drawn, each with its reverse (Mitchell et al. 2022,
-    arXiv 2104.12199), from a generator seeded with the text: an estimate whose mean is phi.
-    Whichever orders are drawn, the sum is score - f(prompt), with f the score without own tokens.
+    given to reset, and what the environment wrote, are always there. Segments are cut from the own
+    tokens one after the other, so one may span what was written between them. All m! orders are
+    walked if they are no more than `permutations`. Otherwise that many are drawn, each with its
+    reverse (Mitchell et al. 2022, arXiv 2104.12199), from a generator seeded with the text: an
+    estimate whose mean is phi. Whichever orders are drawn, the sum is score - f(prompt), with f the
+    score without own tokens.
 
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by
@@ -53,25 +55,31 @@ class Shapley(Redistribution):
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the value of each token's segment, in equal shares."""
         assert texts.score is not None
-        pairs = texts.prompt_and_response_ids()
-        players = [
-            self._players(int(given), len(response))
-            for given, (_, response) in zip(texts.prefix_length, pairs, strict=True)
-        ]
+        pairs, own = texts.prompt_and_response_ids(), texts.own_responses()
+        places = texts.positions(max_new_tokens) - texts.prompt_length[:, None]
+        players = [self._players(mask) for mask in texts.own_columns(max_new_tokens)]
         orders = [
-            _orders(len(own), self.permutations, pair)
-            for own, pair in zip(players, pairs, strict=True)
+            _orders(len(each), self.permutations, pair)
+            for each, pair in zip(players, pairs, strict=True)
         ]
-        before = [
-            text for each in zip(pairs, players, orders, strict=True) for text in _coalitions(*each)
+        kept = [
+            (row, left)
+            for row, (_, response) in enumerate(pairs)
+            for left in _coalitions(
+                len(response), [places[row, columns] for columns in players[row]], orders[row]
+            )
         ]
-        worth = distinct_scores(self._scorer, before, self._max_batch_tokens).to(texts.score.device)
+        before = [(pairs[row][0], [pairs[row][1][t] for t in left]) for row, left in kept]
+        masks = None if own is None else [own[row][left] for row, left in kept]
+        worth = distinct_scores(self._scorer, before, self._max_batch_tokens, masks)
+        worth = worth.to(texts.score.device)
         values = _mean_gains(worth, texts.score, orders, self.max_segments)
         return _spread(values, players, max_new_tokens)
 
-    def _players(self, start: int, end: int) -> list[np.ndarray]:
-        """The places in the response of each segment's tokens."""
-        return np.array_split(np.arange(start, end), min(self.max_segments, end - start))
+    def _players(self, own: np.ndarray) -> list[np.ndarray]:
+        """The columns of each segment's tokens, among those of `own` (T,) bool."""
+        columns = np.flatnonzero(own)
+        return np.array_split(columns, min(self.max_segments, len(columns)))
 
 
 def _orders(num_players: int, count: int, text: TextIds) -> np.ndarray:
@@ -83,14 +91,13 @@ def _orders(num_players: int, count: int, text: TextIds) -> np.ndarray:
     return np.concatenate([drawn, drawn[:, ::-1]])
 
 
-def _coalitions(text: TextIds, players: list[np.ndarray], orders: np.ndarray) -> Iterator[TextIds]:
-    """The text that each player joins, order by order."""
-    prompt, response = text
-    given = response[: players[0][0]]
+def _coalitions(length: int, players: list[np.ndarray], orders: np.ndarray) -> Iterator[np.ndarray]:
+    """The places in a response of `length` tokens that each player joins, order by order; `players`
+    are the places of each. What belongs to none of them is always there."""
+    given = np.setdiff1d(np.arange(length), np.concatenate(players))
     for order in orders:
         for k in range(len(order)):
-            kept = [players[player] for player in sorted(order[:k])]
-            yield prompt, given + [response[t] for places in kept for t in places]
+            yield np.sort(np.concatenate([given, *(players[player] for player in order[:k])]))
 
 
 def _mean_gains(

@@ -77,6 +77,7 @@ class Context:
             "step scorer": self.step_scorer is not None,
             "step ends": bool(self.task.step_end_token_ids),
             "oracle": self.task.oracle is not None,
+            "turns": self.spec.responds,
         }[need]
 
 
@@ -95,6 +96,7 @@ NEEDS = {
     ),
     "step ends": "tokens that end a step (step_end_token_ids=)",
     "oracle": "a task whose optimum is known, such as tokenenv/DelayedKey-v0",
+    "turns": "a task that answers the policy's turns (Task.respond)",
 }
 """What a term may need of an env, and the words in which an error names it."""
 

@@ -7,8 +7,8 @@ from tokenenv.rewards.term import RewardTerm
 
 
 class Terminal(RewardTerm):
-    """The score of the text at its last token, else 0. With KL this is the reward of InstructGPT,
-    OpenRLHF and TRL.
+    """The score of the text at the policy's last token, else 0. With KL this is the reward of
+    InstructGPT, OpenRLHF and TRL. What the environment wrote behind that token is scored too.
 
     Preserves the return and the policy gradient (it is the return). The signal that reaches token t
     through GAE decays as lambda^(T-t), so compare with lambda = 1 before you blame sparsity.

@@ -7,7 +7,8 @@ from tokenenv.rewards.term import Context, RewardTerm
 
 
 class Token(RewardTerm):
-    """The reward model's score of each token: r_t = f(x, y_<=t). The sequence score is their sum.
+    """The reward model's score of each of the policy's own tokens: r_t = f(x, y_<=t). The sequence
+    score is their sum. Tokens that the environment writes are read, and not scored.
 
     Preserves the return (the sum is the score) and the policy gradient. A model whose scores add up
     to something unbounded rewards length; the model cards say how the bundled ones avoid it.

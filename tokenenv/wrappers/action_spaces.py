@@ -104,7 +104,7 @@ class TopKActions(VectorWrapper):
                 f"actions are {self.num_envs} integers, 0 to {self.k - 1}, one for each env."
             )
         for row in map(int, np.flatnonzero((picks < 0) | (picks >= self.k))):
-            if not _rests(self._core, row):
+            if not self._core.ended[row]:
                 raise InvalidAction(
                     f"actions[{row}]={picks[row]} is no choice; allowed: 0 to {self.k - 1}."
                 )
@@ -128,13 +128,19 @@ class ActionMask(VectorWrapper):
     expression have no token in common, the expression decides alone. `fork` and `load_state` of the
     env itself return observations without masks; those of the wrapper have them.
 
+    Where the environment writes into texts, the expression begins anew with each turn: it never
+    reads what the environment wrote. A token that ends a turn and has no text (`<|im_end|>`, say)
+    is allowed where a stop token is, and the expression begins anew behind it, answered or not. Any
+    other token is matched by its text, also one that ends a turn: the turn may be unfinished there.
+
     Args:
         envs: a vector env of this package, wrapped or not.
         top_p: keeps the fewest likeliest tokens that hold this probability under the reference;
             above 0, below 1.
-        regex: what the whole response must match; a space before its first word is allowed.
-        grammar: what the response must match, as a Lark grammar of llguidance. It has to allow a
-            space before the first word itself (`start: " "? ...`).
+        regex: what the whole response must match; a space before its first word is allowed. Where
+            the environment writes into texts, what each turn of the policy's must match.
+        grammar: what the response, or each turn, must match, as a Lark grammar of llguidance. It
+            has to allow a space before the first word itself (`start: " "? ...`).
 
     Raises:
         InvalidArgument: `envs` is no vector env of this package, has such a mask already, or takes
@@ -223,7 +229,7 @@ class ActionMask(VectorWrapper):
         inside = (tokens >= 0) & (tokens < self._masks.shape[1])
         allowed = self._masks[np.arange(self.num_envs), np.where(inside, tokens, 0)] | ~inside
         for row in map(int, np.flatnonzero(~allowed)):
-            if not _rests(self._core, row):
+            if not self._core.ended[row]:
                 raise InvalidAction(
                     f"actions[{row}]={tokens[row]} is ruled out by the action mask; action_masks() "
                     f"says what is not."
@@ -245,12 +251,18 @@ class ActionMask(VectorWrapper):
             self._masks = self._allowed()
             self._masks_of = changes
 
+    def _to_match(self) -> list[list[int]]:
+        """Return what each of the N texts holds since its expression began."""
+        if not self._core.token_spec.responds:
+            return self._core.responses()
+        ends = grammars.end_ids(self._core.token_spec)
+        return [grammars.current_turn(segments, ends) for segments in self._core.segments()]
+
     def _allowed(self) -> np.ndarray:
         allowed = np.ones_like(self._masks)
-        for row, (follower, response) in enumerate(
-            zip(self._followers, self._core.responses(), strict=False)
-        ):
-            follower.follow(response)
+        to_match = self._to_match() if self._followers else []
+        for row, (follower, tokens) in enumerate(zip(self._followers, to_match, strict=True)):
+            follower.follow(tokens)
             allowed[row] = follower.allowed(self._beginnings)
         if self.top_p is None:
             return allowed
@@ -291,15 +303,6 @@ def _check_mask_options(top_p: float | None, regex: str | None, grammar: str | N
         raise InvalidArgument("give regex= or grammar=, not both.")
     if top_p is not None and not 0.0 < top_p < 1.0:
         raise InvalidArgument(f"top_p={top_p} is not allowed; it must lie above 0 and below 1.")
-
-
-def _rests(core: TokenVectorEnv, row: int) -> bool:
-    """Whether the text of this slot has ended and waits for its reset. The action is then no
-    concern of a wrapper: the env ignores or refuses it."""
-    response, spec = core.responses()[row], core.token_spec
-    return len(response) == spec.max_new_tokens or bool(
-        set(response[-1:]) & set(spec.stop_token_ids)
-    )
 
 
 def _mask_of(envs: Any) -> "ActionMask | None":

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, missing
+from tokenenv.models.encoding import special_ids
 from tokenenv.models.pieces import TokenPieces
+from tokenenv.turns import Segment
 from tokenenv.types import TokenSpec
 
 SPECIAL = b"\xff"
@@ -19,9 +21,9 @@ SPECIAL = b"\xff"
 def compile_matcher(
     spec: TokenSpec, *, regex: str | None = None, grammar: str | None = None
 ) -> Any:
-    """Make a matcher that stands at the start of a response.
+    """Make a matcher that stands at the start of a response, or of a turn of it.
 
-    It matches the response's text. A space before the first word is allowed under `regex`; a
+    It matches its text. A space before the first word is allowed under `regex`; a
     grammar has to allow it itself.
 
     Raises:
@@ -51,7 +53,7 @@ def compile_matcher(
 
 
 class Follower:
-    """The tokens that may follow the response of one running text.
+    """The tokens that may follow the response of one running text, or its present turn.
 
     Tokens are matched by their text alone. Where every word is one token, a token whose text is the
     beginning of another's (" a" of " amazing") may fit and still lead nowhere. Such tokens are
@@ -60,7 +62,7 @@ class Follower:
 
     def __init__(self, start: Any, spec: TokenSpec) -> None:
         self._start, self._matcher = start, start.deep_copy()
-        self._stops = list(spec.stop_token_ids)
+        self._stops = sorted(end_ids(spec))
         self._vocab_size = spec.vocab_size
         self._read: list[int] | None = []
 
@@ -101,6 +103,22 @@ class Follower:
         fitting = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         fitting[self._stops] = False
         return fitting
+
+
+def end_ids(spec: TokenSpec) -> set[int]:
+    """Return the ids that end what is matched: stop tokens, and those without text that end a
+    turn."""
+    special = special_ids(spec.tokenizer) | set(spec.tokenizer.all_special_ids)
+    return set(spec.stop_token_ids) | (special & set(spec.turn_end_token_ids or ()))
+
+
+def current_turn(segments: Sequence[Segment], ends: set[int]) -> list[int]:
+    """Return the policy's tokens since the environment wrote last, or since the last of `ends`."""
+    if not segments or not segments[-1].own:
+        return []
+    tokens = segments[-1].tokens
+    start = max((i + 1 for i, token in enumerate(tokens) if token in ends), default=0)
+    return tokens[start:]
 
 
 def beginnings(spec: TokenSpec) -> np.ndarray:
