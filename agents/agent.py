@@ -23,7 +23,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.config import AgentConfig, build_config, learning_rate, run_progress
-from tokenenv.agents.episodes import Episode, EpisodeBatch, summary
+from tokenenv.agents.episodes import Episode, EpisodeBatch, summary, turn_summary
 from tokenenv.agents.hooks import check_config_class, check_statistics, described
 from tokenenv.agents.learning.kl_rewards import adapted, by_source, with_penalty
 from tokenenv.agents.learning.learner import FrozenLM, Metrics
@@ -34,7 +34,7 @@ from tokenenv.agents.learning.update_kl import warn_if_far
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Stopped
 from tokenenv.agents.rollout.ending import Ending
-from tokenenv.agents.rollout.env_rows import env_core, reference_of, wants_logprob
+from tokenenv.agents.rollout.env_rows import env_core, reference_of, responds, wants_logprob
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
 from tokenenv.agents.rollout.make import default_policy, make_collector
 from tokenenv.agents.rollout.requirements import (
@@ -257,6 +257,7 @@ class Agent:
             metrics = summary(episodes) | rollout_metrics(
                 batch, self.policy, self.config, self.updates, self.collector.waiting
             )
+            metrics |= turn_summary(episodes) if responds(self.envs) else {}
             found = self.update(batch)
             if not isinstance(found, Mapping):
                 raise InvalidArgument(
@@ -342,7 +343,12 @@ class Agent:
 
     def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
         """Continue each prompt, read as the env reads its own, with the current policy; see
-        `rollout.generate.generate` for the options."""
+        `rollout.generate.generate` for the options.
+
+        Where the env writes into texts, this is the policy's first turn: it ends with a token after
+        which the env would be asked. `run.evaluate.evaluate(agent, envs, prompts=...)` plays whole
+        texts.
+        """
         defaults = {"temperature": self.config.temperature} | options_of(self.spec)
         return generate(self.policy, prompts, **(defaults | options))
 

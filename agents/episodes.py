@@ -2,8 +2,10 @@
 
 Suffixes: B episodes, L tokens of the longest text, T response tokens of the longest response.
 
-A text is a prompt and a response. The response holds the tokens that the policy emitted. A prefix
-given at reset was not emitted, so it belongs to the prompt here.
+A text is a prompt and what follows it. The response holds the tokens that the policy emitted, and
+every column over T has one entry for each of them. A prefix given at reset was not emitted, so it
+belongs to the prompt here. Where the environment writes into texts (`Task.respond`), what it wrote
+after the first emitted token is kept beside the response, with the places of both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from tokenenv.errors import NotFinite
 from tokenenv.tables import Columns
+from tokenenv.turns import Segment, segments_of, turn_numbers
 
 # The fields of an `Episode` by what they have a number for. `stack` and `unstack` go through these
 # lists, and so does everything that keeps episodes (checkpoints, replay, groups that wait): a field
@@ -105,6 +108,49 @@ class Episode:
     action_mask: np.ndarray | None = None
     """(T, M) uint8: the tokens that were allowed, eight to a byte (`masks.pack`); None where all
     were."""
+    position: np.ndarray | None = None
+    """(T,) int64: the place of each response token in `text`; None where they follow the prompt,
+    one after the other."""
+    written: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(W,) int64: the tokens that the environment wrote after the first response token, in
+    order."""
+
+    @property
+    def places(self) -> np.ndarray:
+        """(T,) int64: the place of each response token in `text`."""
+        if self.position is not None:
+            return self.position
+        return len(self.prompt) + np.arange(len(self.response))
+
+    @property
+    def own(self) -> np.ndarray:
+        """(T + W,) bool: which of the tokens behind the prompt are the policy's."""
+        own = np.zeros(len(self.response) + len(self.written), bool)
+        own[self.places - len(self.prompt)] = True
+        return own
+
+    @property
+    def after_prompt(self) -> np.ndarray:
+        """(T + W,) int64: the tokens behind the prompt, whoever wrote them."""
+        tokens, own = np.zeros(len(self.own), np.int64), self.own
+        tokens[own], tokens[~own] = self.response, self.written
+        return tokens
+
+    @property
+    def text(self) -> np.ndarray:
+        """(P + T + W,) int64: the whole text."""
+        return np.concatenate([self.prompt, self.after_prompt])
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What is behind the prompt: the policy's turns, and what the environment wrote between
+        them."""
+        return segments_of(self.after_prompt, self.own)
+
+    @property
+    def turns(self) -> int:
+        """How many turns of the policy's there are."""
+        return int(turn_numbers(self.places)[-1]) + 1
 
     @property
     def token_kl(self) -> np.ndarray | None:
@@ -130,9 +176,9 @@ class EpisodeBatch:
     tokens_BL: Tensor
     """int64 whole texts."""
     length_B: Tensor
-    """int64: tokens of each text."""
+    """int64: tokens of each text, whoever wrote them."""
     response_length_B: Tensor
-    """int64: tokens of each response, at least 1."""
+    """int64: tokens of each response, at least 1: those that the policy emitted."""
     logprob_BT: Tensor
     ref_logprob_BT: Tensor
     reward_BT: Tensor
@@ -160,6 +206,17 @@ class EpisodeBatch:
     learned: dict[str, Tensor] = field(default_factory=dict)
     """(B, T) of what a learner makes of each token; "advantage" and "value" go into the
     episodes."""
+    position_BT1: Tensor = None  # type: ignore[assignment]
+    """int64: the place of each response token in its text, then the text's length; 0 to the right.
+    The state that a token is chosen in, and the last state, are at the place before. By default
+    responses follow their prompts, one token after the other."""
+
+    def __post_init__(self) -> None:
+        if self.position_BT1 is None:
+            lengths_B, width = self.response_length_B, self.reward_BT.shape[1] + 1
+            place_BT1 = (self.length_B - lengths_B)[:, None] + torch.arange(width)
+            place_BT1 = place_BT1.masked_fill(~token_mask(lengths_B + 1, width), 0)
+            object.__setattr__(self, "position_BT1", place_BT1)
 
     @property
     def mask_BT(self) -> Tensor:
@@ -172,7 +229,7 @@ class EpisodeBatch:
     @classmethod
     def stack(cls, episodes: Sequence[Episode]) -> "EpisodeBatch":
         """Pad and stack at least one episode."""
-        texts = [np.concatenate([e.prompt, e.response]) for e in episodes]
+        texts = [e.text for e in episodes]
         masks = [e.action_mask for e in episodes if e.action_mask is not None]
         numbers: dict[str, Any] = {
             f"{name}_BT": _pad([getattr(e, name) for e in episodes]) for name in PER_TOKEN
@@ -185,6 +242,7 @@ class EpisodeBatch:
             tokens_BL=_pad(texts),
             length_B=torch.tensor([len(text) for text in texts]),
             response_length_B=torch.tensor([len(e.response) for e in episodes]),
+            position_BT1=_pad([np.append(e.places, len(e.text)) for e in episodes]),
             potential_BT1=_pad([e.potential for e in episodes]),
             columns=[dict(e.columns) for e in episodes],
             action_mask_BTM=_pad(masks) if masks else None,
@@ -201,20 +259,31 @@ class EpisodeBatch:
         def tokens(values_BT: Tensor, extra: int = 0) -> np.ndarray:
             return values_BT[row, : length + extra].numpy()
 
-        text = self.tokens_BL[row, :end].numpy()
+        text, places = self.tokens_BL[row, :end].numpy(), tokens(self.position_BT1)
         numbers: dict[str, Any] = {name: tokens(getattr(self, f"{name}_BT")) for name in PER_TOKEN}
         for name in PER_TOKEN_BY_NAME:
             numbers[name] = {key: tokens(values) for key, values in getattr(self, name).items()}
         numbers |= {name: tokens(self.learned[name]) for name in LEARNED if name in self.learned}
         numbers |= {name: getattr(self, f"{name}_B")[row].item() for name in PER_EPISODE}
         return Episode(
-            prompt=text[: end - length],
-            response=text[end - length :],
+            prompt=text[: places[0]],
+            **told_apart(text, places),
             potential=tokens(self.potential_BT1, 1),
             columns=self.columns[row] if self.columns else {},
             action_mask=None if self.action_mask_BTM is None else tokens(self.action_mask_BTM),
             **numbers,
         )
+
+
+def told_apart(text: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the fields of an `Episode` that say who wrote what is behind its prompt, from the
+    whole text and the places (T,) of the policy's tokens in it. Where nobody else wrote, that is
+    the response alone."""
+    if len(text) - places[0] == len(places):
+        return {"response": text[places[0] :]}
+    own = np.zeros(len(text), bool)
+    own[: places[0]], own[places] = True, True
+    return {"response": text[places], "position": places, "written": text[~own]}
 
 
 def _pad(rows: Sequence[np.ndarray]) -> Tensor:
@@ -356,6 +425,15 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
         "episode/terminated": mean_of([float(e.terminated) for e in episodes]),
         **{f"reward/{name}": mean_of(term_sums(episodes, name)) for name in term_names(episodes)},
         **{f"watch/{name}": mean_of(values_K) for name, values_K in watched.items()},
+    }
+
+
+def turn_summary(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return the scalars of texts that an environment writes into: means per text of the policy's
+    turns, and of the tokens that the environment wrote."""
+    return {
+        "episode/turns": mean_of([e.turns for e in episodes]),
+        "episode/written": mean_of([len(e.written) for e in episodes]),
     }
 
 

@@ -30,7 +30,7 @@ class TokenReward:
 
     def __call__(self, r, kl_coef, kl, action_mask=None, reward_clip_range=None):
         """Return rewards (B, A): -beta KL everywhere, and the token rewards where the action mask
-        says that there is a response token."""
+        says that there is a token of the policy's (OpenRLHF's `action_ranges`)."""
         batch = padded(self.rows())
         mask, rewards = action_mask.bool(), batch["token_rewards"][batch["response_mask"]]
         if reward_clip_range:

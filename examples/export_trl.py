@@ -5,7 +5,8 @@ each token.
 
 GRPO's loss takes advantages (B, T) as well as (B,): here each token's return-to-go, minus its mean
 over the batch. TRL's own KL to the reference is its `beta`, a loss; the rewards in the file leave
-it out. Checked with TRL 1.16.0 and transformers 5.23: steps on the bundled reviews model, on a CPU.
+it out. What an environment wrote is read and not learned from, by TRL's `tool_mask`. Checked with
+TRL 1.16.0 and transformers 5.23: steps on the bundled reviews model, on a CPU.
 
 What it leaves out: generating. The texts are the file's; `old_per_token_logps` are the log-probs
 they were drawn with.
@@ -25,7 +26,8 @@ def inputs_of(rows, pad_token_id=0):
         "prompt_ids": t["prompt_ids"],
         "prompt_mask": t["prompt_mask"].long(),
         "completion_ids": t["response_ids"],
-        "completion_mask": t["response_mask"].long(),
+        "completion_mask": t["text_mask"].long(),
+        "tool_mask": t["response_mask"].long(),
         "advantages": advantages,
         "old_per_token_logps": t["logprobs"],
         "num_items_in_batch": t["response_mask"].sum(),

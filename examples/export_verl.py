@@ -20,7 +20,8 @@ from tokenenv.agents.run.export import padded, read_episodes
 def tensors_of(rows, pad_token_id=0):
     """Return the columns of a verl batch."""
     t = padded(rows, pad_token_id)
-    attention_mask = torch.cat([t["prompt_mask"], t["response_mask"]], 1).long()
+    # verl's own words: the attention mask holds all tokens, the response mask those of the policy.
+    attention_mask = torch.cat([t["prompt_mask"], t["text_mask"]], 1).long()
     return {
         "prompts": t["prompt_ids"],
         "responses": t["response_ids"],

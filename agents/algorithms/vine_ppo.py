@@ -30,7 +30,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
-from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.advantages import returns_to_go
 from tokenenv.agents.learning.learner import Metrics
@@ -94,7 +94,7 @@ class VinePPO(PolicyGradient):
         episodes, segments = batch.unstack(), self.config.segments
         starts = [cuts(len(e.response), segments, self.max_new_tokens) for e in episodes]
         pairs = zip(episodes, starts, strict=True)
-        states = [(e.prompt, e.response[:t]) for e, places in pairs for t in places]
+        states = [state_before(e, t) for e, places in pairs for t in places]
         # The continuations of all states are drawn at once, and handed out in the same order.
         columns = [e.columns for e, places in zip(episodes, starts, strict=True) for _ in places]
         values = iter(self.values(states, columns))
@@ -117,6 +117,14 @@ class VinePPO(PolicyGradient):
         rewards_BT, lengths_B = self.rewards(batch), batch.response_length_B
         returns_B = returns_to_go(rewards_BT, lengths_B, self.config.gamma)[:, 0]
         return returns_B.unflatten(0, (len(states), -1)).mean(1).tolist()
+
+
+def state_before(episode: Episode, token: int) -> Prefix:
+    """Return the state that the response token of this number was chosen in, with all that the
+    environment has written by then."""
+    behind = int(episode.places[token]) - len(episode.prompt)
+    own = episode.own[:behind]
+    return Prefix(episode.prompt, episode.after_prompt[:behind], None if own.all() else own)
 
 
 def cuts(length: int, segments: int, longest: int) -> list[int]:

@@ -98,10 +98,10 @@ class _Texts:
         self.tokens_BL = batch.tokens_BL[index, : int(lengths.max())].to(device)
         row_K, self.steps = token_mask(responses + extra, width).nonzero(as_tuple=True)
         self.rows = index[row_K]
-        # A token is chosen at the state of the token before it: response token 0 at the prompt's
-        # last token. The place counts in the flattened (B * L,) texts.
-        place_K = row_K * self.tokens_BL.shape[1] + (lengths - responses)[row_K] + self.steps - 1
-        self.place_K = place_K.to(device)
+        # A token is chosen at the state of the token before it, whoever wrote that: response token
+        # 0 at the prompt's last token. The place counts in the flattened (B * L,) texts.
+        place_K = batch.position_BT1[self.rows, self.steps] - 1
+        self.place_K = (row_K * self.tokens_BL.shape[1] + place_K).to(device)
 
     def at(self, states_BLH: Tensor) -> Tensor:
         """Return the states (K, H) that the response tokens were chosen at."""

@@ -7,7 +7,7 @@ torch, in any autoreset mode. Suffixes: N slots.
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -23,8 +23,16 @@ from tokenenv.agents.rollout.recorder import Recorder
 from tokenenv.errors import InvalidAction, NotFinite
 from tokenenv.tables import Columns, by_name
 
-Prefix = tuple[np.ndarray, np.ndarray]
-"""The token ids of a prompt and of the response so far."""
+
+class Prefix(NamedTuple):
+    """A text that is to be played on from."""
+
+    prompt: np.ndarray
+    """(P,) int64."""
+    response: np.ndarray
+    """(R,) int64: the tokens behind the prompt so far, whoever wrote them."""
+    own: np.ndarray | None = None
+    """(R,) bool: which of these are the policy's; None: all."""
 
 
 class Stopped(Exception):
@@ -201,7 +209,7 @@ class Collector:
         check_finite(episodes, self.version)
         numbers = self.pairing.number[slots].tolist()
         self.finished[slots] += 1
-        self.recorder.age[slots] = 0
+        self.recorder.end(slots)
         self.pairing.begin(slots)
         return dict(zip(numbers, episodes, strict=True))
 
@@ -218,7 +226,7 @@ class Collector:
             options = options | {"columns": by_name(columns)}
         self._obs, infos = self.envs.reset(seed=seed, options=options)
         self._seeded = True
-        self.recorder.restart(self._obs, infos, columns)
+        self.recorder.restart(self._obs, infos, columns, own_tokens(options or {}))
         self._resetting[:] = False
         self.pairing.restart()
         self.running = True
@@ -300,14 +308,12 @@ class Collector:
         copies = np.flatnonzero(np.arange(wanted) % rollouts)
         # Slots that are left over play on from the last state, and what they write is not used.
         state_of = [min(slot // rollouts, len(states) - 1) for slot in slots.tolist()]
-        given = [states[state] for state in state_of]
+        given = [Prefix(*states[state]) for state in state_of]
         rows = [columns[state] for state in state_of] if columns else []
         # A collector of its own, so that this one's record of the running texts stays.
         collector = Collector(self.envs, self.actor)
         collector._seeded = self._seeded
-        prompts, prefixes = [prompt for prompt, _ in given], [prefix for _, prefix in given]
-        mask = ~np.isin(slots, copies)
-        collector.reset({"reset_mask": mask, "prompts": prompts, "prefixes": prefixes}, rows)
+        collector.reset({"reset_mask": ~np.isin(slots, copies)} | texts_of(given), rows)
         if len(copies):
             fork = method(self.envs, "fork")
             collector.resume(fork(copies // rollouts * rollouts, copies)[0])
@@ -318,3 +324,22 @@ class Collector:
             self.on_tokens(self.tokens_seen + collector.tokens_seen)
         self.tokens_seen += collector.tokens_seen
         return [found[slot] for slot in range(wanted)]
+
+
+def texts_of(states: Sequence[Prefix]) -> dict[str, Any]:
+    """Return the options of a reset that begins a text in each slot from these states (N)."""
+    options: dict[str, Any] = {
+        "prompts": [state.prompt for state in states],
+        "prefixes": [state.response for state in states],
+    }
+    if all(state.own is None for state in states):
+        return options
+    own = [np.ones(len(s.response), bool) if s.own is None else s.own for s in states]
+    return options | {"prefix_own": own}
+
+
+def own_tokens(options: Mapping[str, Any]) -> np.ndarray | int:
+    """Return how many tokens of the prefix that each slot is given count as the policy's (N,)."""
+    prefixes = options.get("prefixes", ())
+    given = options.get("prefix_own", [np.ones(len(prefix), bool) for prefix in prefixes])
+    return np.array([np.sum(own, dtype=np.int64) for own in given]) if len(given) else 0

@@ -42,6 +42,12 @@ def wants_logprob(envs: VectorEnv) -> bool:
     return isinstance(envs.single_action_space, gym.spaces.Dict)
 
 
+def responds(envs: VectorEnv) -> bool:
+    """Return whether the environment writes into texts: its observation then says which tokens are
+    the policy's (`own_mask`)."""
+    return "own_mask" in getattr(envs.single_observation_space, "spaces", {})
+
+
 def num_actions(envs: VectorEnv) -> int:
     """Return V."""
     space: Any = envs.single_action_space
@@ -113,11 +119,11 @@ def take(values: Any, rows: np.ndarray) -> np.ndarray:
 
 def take_obs(obs: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return `rows` of a batched observation, or of Gymnasium's object array of single ones
-    (`final_obs`)."""
-    keys = ("tokens", "length", "prompt_length")
+    (`final_obs`): the texts, with their `own_mask` where there is one."""
+    keys = ("tokens", "length", "prompt_length", "own_mask")
     if isinstance(obs, Mapping):
-        return {key: take(obs[key], rows) for key in keys}
-    return {key: np.stack([obs[i][key] for i in rows]) for key in keys}
+        return {key: take(obs[key], rows) for key in keys if key in obs}
+    return {key: np.stack([obs[i][key] for i in rows]) for key in keys if key in obs[rows[0]]}
 
 
 def take_info(infos: Mapping[str, Any], key: str, rows: np.ndarray, default: Any) -> np.ndarray:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.agents.episodes import Episode
+from tokenenv.agents.episodes import Episode, told_apart
 from tokenenv.agents.rollout.env_rows import take, take_by_name, take_info, take_obs
+from tokenenv.errors import ContractError
 from tokenenv.tables import Columns
 
 LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
@@ -30,7 +31,7 @@ INFO_DEFAULTS: dict[str, float] = {
     "prompt_id": -1,
 }
 """What an env may say about a finished text, and what an episode has where the env does not."""
-STATE = ("age", "version", "_ring", "_clock", "_masks", "_potential")
+STATE = ("age", "version", "prefix", "_ring", "_clock", "_masks", "_potential")
 """The attributes that a checkpoint holds."""
 
 
@@ -46,6 +47,9 @@ class Recorder:
         """(N,) tokens that the policy has emitted in each slot's text."""
         self.version = np.zeros(num_slots, np.int64)
         """(N,) updates that the policy had had when each slot's text began."""
+        self.prefix = np.zeros(num_slots, np.int64)
+        """(N,) tokens of the prefix that each slot's text began with, of those that count as the
+        policy's; of envs that write into texts only, the others have them in the observation."""
         self.has_potential = False
         """Whether the env has reported a potential."""
         # A ring of L steps: no text is longer than the context, so what is overwritten belongs to
@@ -61,17 +65,25 @@ class Recorder:
         """(N,) the env's Phi of the texts as they stand."""
 
     def restart(
-        self, obs: Mapping[str, Any], infos: Mapping[str, Any], given: Sequence[Columns] = ()
+        self,
+        obs: Mapping[str, Any],
+        infos: Mapping[str, Any],
+        given: Sequence[Columns] = (),
+        prefix: np.ndarray | int = 0,
     ) -> None:
         """Begin a text in every slot, from what a full reset returned; `given` (N) are the columns
-        of the prompts that it was given."""
+        of the prompts that it was given, `prefix` (N,) is what the attribute of this name says."""
         num_slots, length = obs["tokens"].shape
         self._given = list(given) or [{}] * num_slots
         device = _device(obs)
         self._ring = torch.zeros(length, 4, num_slots, device=device)
         self._potential = torch.zeros(num_slots, device=device)
         self.note_potential(infos)
-        self.age[:] = 0
+        self.age[:], self.prefix[:] = 0, prefix
+
+    def end(self, slots: np.ndarray) -> None:
+        """Begin the next texts of `slots`, which have no token and no prefix yet."""
+        self.age[slots] = self.prefix[slots] = 0
 
     def record(
         self,
@@ -153,21 +165,19 @@ class Recorder:
         watched: dict[str, np.ndarray],
     ) -> Episode:
         """Cut one text out of its slot's record (L, 4); `terms` and `watched` are by name, (T,)."""
-        age, length, prompt_length = (
-            int(n) for n in (self.age[slot], end["length"], end["prompt_length"])
-        )
+        age, text = int(self.age[slot]), end["tokens"][: end["length"]]
+        places, prefix = self._places(slot, end)
         # The tokens of a prefix were given at reset and not emitted. They stand before the first
         # recorded token, belong to the prompt here, and what the env places on them is dropped.
-        start = length - age
-        own = slice(start - prompt_length, length - prompt_length)
+        own = slice(prefix, prefix + age)
         lines = (self._clock - np.arange(age)[::-1]) % len(record)
         record = record[lines]
         if not np.isnan(end["token_rewards"]).all():
             # Hindsight terms are paid at the last step, and placed where they belong only here.
             record[:, REWARD] = end["token_rewards"][own]
         return Episode(
-            prompt=end["tokens"][:start],
-            response=end["tokens"][start:length],
+            prompt=text[: places[0]],
+            **told_apart(text, places),
             logprob=record[:, LOGPROB],
             ref_logprob=record[:, REF_LOGPROB],
             reward=record[:, REWARD],
@@ -187,6 +197,20 @@ class Recorder:
             columns=dict(self._columns(int(end["prompt_id"]), slot)),
             action_mask=self._masks[lines, slot] if self._masks.size else None,
         )
+
+    def _places(self, slot: int, end: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """Return the places of a text's emitted tokens (T,), and how many columns the policy's
+        tokens of its prefix have before theirs."""
+        age, length = int(self.age[slot]), int(end["length"])
+        if "own_mask" not in end:
+            return np.arange(length - age, length), length - age - int(end["prompt_length"])
+        places = np.flatnonzero(end["own_mask"][:length])
+        if len(places) != age:
+            raise ContractError(
+                f"own_mask marks {len(places)} tokens of the text that ended in slot {slot}, and "
+                f"actions emitted {age}: it must be 1 on these and on no others."
+            )
+        return places, int(self.prefix[slot])
 
     def _columns(self, prompt_id: int, slot: int) -> Columns:
         """What belongs to a text's prompt: the env's own, or one that the slot was given."""

@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.rollout.env_rows import num_actions
+from tokenenv.agents.rollout.env_rows import num_actions, responds
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import shared_weight
 
@@ -35,6 +35,12 @@ def check_env(envs: Any) -> None:
         raise InvalidArgument(
             'envs must observe "tokens", "length" and "prompt_length"; agents read texts, not '
             "features."
+        )
+    spec = getattr(envs.unwrapped, "token_spec", None)
+    if getattr(spec, "responds", False) and not responds(envs):
+        raise InvalidArgument(
+            'this env writes into texts, and a wrapper has taken "own_mask" out of what it '
+            "observes; without it an agent cannot tell its own tokens from the env's."
         )
 
 

@@ -2,7 +2,8 @@
 tensors.
 
 The KL term is left out of the rewards, because every trainer has a KL penalty of its own; log
-pi_ref and beta are in columns beside them.
+pi_ref and beta are in columns beside them. A response holds all that came after the prompt, whoever
+wrote it, and `own` says which of it is the policy's.
 """
 
 import json
@@ -22,6 +23,7 @@ from tokenenv.models.encoding import decode_pairs
 COLUMNS = {
     "prompt_ids": "list<int64>",
     "response_ids": "list<int64>",
+    "own": "list<bool>",
     "token_rewards": "list<float32>",
     "logprobs": "list<float32>",
     "ref_logprobs": "list<float32>",
@@ -38,8 +40,9 @@ COLUMNS = {
 }
 """The columns of a file and their Arrow types; docs/export.md explains each."""
 MAPS = [name for name, kind in COLUMNS.items() if kind.startswith("map")]
-NEWER = {"watched"}
-"""Mappings that files of version 0.1.0 do not have; they are read as empty."""
+NEWER = {"watched", "own"}
+"""Columns that files of earlier versions do not have. They watched nothing, and wrote down what the
+policy alone had written."""
 SUFFIXES = (".jsonl", ".arrow")
 
 Row = dict[str, Any]
@@ -83,7 +86,7 @@ def read_episodes(path: str | os.PathLike[str]) -> list[Row]:
 
 
 def _complete(row: Row) -> Row:
-    row = {name: {} for name in NEWER} | row
+    row = {"watched": {}, "own": [True] * len(row["response_ids"])} | row
     return {name: row[name] for name in COLUMNS} | row
 
 
@@ -108,16 +111,26 @@ def episode_row(episode: Episode, tokenizer: Any = None) -> Row:
     rewards = np.sum(list(terms.values()), axis=0) if terms else episode.reward
     texts: tuple[str | None, str | None] = (None, None)
     if tokenizer is not None:
-        texts = decode_pairs([(episode.prompt.tolist(), episode.response.tolist())], tokenizer)[0]
+        pair = episode.prompt.tolist(), episode.after_prompt.tolist()
+        texts = decode_pairs([pair], tokenizer)[0]
+    own = episode.own
+
+    def spread(values: np.ndarray, fill: float = 0.0) -> list[float]:
+        """The values of the policy's tokens, with `fill` at tokens that others wrote."""
+        filled = np.full(len(own), fill, values.dtype)
+        filled[own] = values
+        return filled.tolist()
+
     return {
         "prompt_ids": episode.prompt.tolist(),
-        "response_ids": episode.response.tolist(),
-        "token_rewards": rewards.tolist(),
-        "logprobs": episode.logprob.tolist(),
-        "ref_logprobs": episode.ref_logprob.tolist(),
-        "terms": {name: values.tolist() for name, values in terms.items()},
+        "response_ids": episode.after_prompt.tolist(),
+        "own": own.tolist(),
+        "token_rewards": spread(rewards),
+        "logprobs": spread(episode.logprob),
+        "ref_logprobs": spread(episode.ref_logprob),
+        "terms": {name: spread(values) for name, values in terms.items()},
         "watched": {
-            name: [value if np.isfinite(value) else None for value in values.tolist()]
+            name: [value if np.isfinite(value) else None for value in spread(values, np.nan)]
             for name, values in episode.watched.items()
         },
         "kl_coef": episode.kl_coef,
@@ -136,8 +149,10 @@ def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str
     responses (B, T) on the right.
 
     Returns:
-        `prompt_ids`, `response_ids` int64; `prompt_mask`, `response_mask` bool; `token_rewards`,
-        `logprobs`, `ref_logprobs` float32, zero where there is no token.
+        `prompt_ids`, `response_ids` int64; bool: `prompt_mask` and `text_mask` where there is a
+        token of the prompt and of the response, and `response_mask` (B, T) where the policy wrote
+        it, which alone is learned from; `token_rewards`, `logprobs`, `ref_logprobs` float32, zero
+        everywhere else.
     """
     lengths = torch.tensor([len(row["response_ids"]) for row in rows])
     prompts = [torch.tensor(row["prompt_ids"][::-1]) for row in rows]
@@ -146,7 +161,8 @@ def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str
         "prompt_ids": _pad(prompts, pad_token_id).flip(1),
         "prompt_mask": token_mask(prompt_lengths, int(prompt_lengths.max())).flip(1),
         "response_ids": _pad([torch.tensor(row["response_ids"]) for row in rows], pad_token_id),
-        "response_mask": token_mask(lengths, int(lengths.max())),
+        "text_mask": token_mask(lengths, int(lengths.max())),
+        "response_mask": _pad([torch.tensor(row["own"]) for row in rows], False),
     }
     for name in ("token_rewards", "logprobs", "ref_logprobs"):
         out[name] = _pad([torch.tensor(row[name], dtype=torch.float32) for row in rows], 0.0)
@@ -182,6 +198,7 @@ def _write_arrow(path: Path, rows: list[Row]) -> None:
     types = {
         "list<int64>": pa.list_(pa.int64()),
         "list<float32>": pa.list_(pa.float32()),
+        "list<bool>": pa.list_(pa.bool_()),
         "map<string, list<float32>>": pa.map_(pa.string(), pa.list_(pa.float32())),
         "float32": pa.float32(),
         "int64": pa.int64(),

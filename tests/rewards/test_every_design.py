@@ -20,12 +20,14 @@ AUTOMATON = CAUSAL | {"oracle", "tokenizer"}
 HAS = {
     "Arithmetic": CAUSAL | {"step ends", "tokenizer"},
     "Brackets": AUTOMATON,
+    "Calculator": CAUSAL | {"step ends", "tokenizer"},
     "DelayedKey": AUTOMATON,
     "Negation": AUTOMATON,
     "PlantedPhrase": AUTOMATON,
     "PyDocs": TRANSFORMER,
     "Reviews": TRANSFORMER,
     "TextGen": TRANSFORMER | {"implicit model", "step ends"},
+    "Twenty": AUTOMATON,
 }
 """What each id has for a design to build on."""
 CASES = [

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv.env.dynamics import Dynamics
 from tokenenv.env.finite import FiniteCheck, require_finite_weight
 from tokenenv.env.replies import Replies
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
-from tokenenv.env.transitions import Dynamics, Ends
+from tokenenv.env.transitions import Ends, transitions
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
@@ -248,7 +249,8 @@ class RewardEngine:
         self.states = next = self._read_replies(after, replies, texts, whole)
         slots = np.flatnonzero(ends.ended)
         ended = texts.whole(slots) if len(slots) else None
-        batch = dynamics.transitions(
+        batch = transitions(
+            dynamics,
             tokens,
             before,
             after,

@@ -104,8 +104,8 @@ def test_continuations_are_scored_by_the_row_of_their_text(rollout):
     learned = []
     agent.learn(60, on_update=lambda metrics, episodes: learned.extend(episodes))
     check(learned)
-    assert {len(prefix) for _, (_, prefix) in found} > {0}
-    answers = {check([e], prefix=len(prefix)).pop() for e, (_, prefix) in found}
+    assert {len(state.response) for _, state in found} > {0}
+    answers = {check([e], prefix=len(state.response)).pop() for e, state in found}
     assert len(answers) > 1
 
 

@@ -128,6 +128,7 @@ def row_of(prompt, rewards):
     return {
         "prompt_ids": prompt,
         "response_ids": list(range(10, 10 + len(rewards))),
+        "own": [True] * len(rewards),
         "token_rewards": rewards,
         "logprobs": [-1.0] * len(rewards),
         "ref_logprobs": [-2.0] * len(rewards),
