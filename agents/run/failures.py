@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.run.tracking import token_columns
+from tokenenv.agents.run.tracking import segments, token_columns
 from tokenenv.errors import NotFinite
 from tokenenv.models.pieces import TokenPieces
 from tokenenv.safety.trust import refuse_link
@@ -33,9 +33,15 @@ def write_failures(
 
 def _record(text: Any, tokenizer: Any) -> dict[str, Any]:
     ids = {name: [int(token) for token in getattr(text, name)] for name in ("prompt", "response")}
+    ended = isinstance(text, Episode)
+    if ended:
+        ids["response"] = text.after_prompt.tolist()
     known: dict[str, Any] = {f"{name}_tokens": tokens for name, tokens in ids.items()}
     known["slot"] = getattr(text, "slot", None)
     if tokenizer is not None:
         known |= {name: tokenizer.decode(tokens) for name, tokens in ids.items()}
-    ended = isinstance(text, Episode)
-    return known | (token_columns(text, TokenPieces(tokenizer)) if ended else {})
+    if not ended:
+        return known
+    pieces = TokenPieces(tokenizer)
+    turns = {"segments": segments(text, pieces)} if len(text.written) else {}
+    return known | turns | token_columns(text, pieces)

@@ -107,6 +107,7 @@ def _is_episode(found: dict[str, Any]) -> bool:
         and _are_numbers(numbers)
         and all(is_one(found[name]) for name, is_one in OPTIONAL.items() if name in found)
         and ("tokens" not in found or _are_columns(found))
+        and ("segments" not in found or _fit(found["segments"], found))
     )
 
 
@@ -130,6 +131,22 @@ def _are_columns(found: dict[str, Any]) -> bool:
     )
 
 
+def _are_segments(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, dict)
+        and isinstance(value.get("own"), bool)
+        and isinstance(value.get("text"), str)
+        and _is_count(value.get("length"))
+        for value in values
+    )
+
+
+def _fit(segments: list[dict[str, Any]], found: dict[str, Any]) -> bool:
+    """Return whether the policy's segments are cut out of just the tokens that there are."""
+    own = sum(segment["length"] for segment in segments if segment["own"])
+    return "tokens" not in found or own == len(found["tokens"])
+
+
 def _are_numbers(values: Sequence[Any]) -> bool:
     return all(
         value is None or (isinstance(value, int | float) and abs(value) <= MOST) for value in values
@@ -139,6 +156,7 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "message": lambda value: isinstance(value, str),
     "group": _is_count,
+    "segments": _are_segments,
     "special": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "terms": lambda value: isinstance(value, dict) and _are_numbers(list(value.values())),
     "columns": lambda value: isinstance(value, dict),

@@ -92,6 +92,8 @@ class RunFolder:
         lines, groups = [], group_numbers(episodes, self._group_size)
         for number, episode in enumerate(episodes):
             record = {"tokens_seen": step, **episode_record(episode, self._tokenizer)}
+            if len(episode.written):
+                record["segments"] = segments(episode, self._pieces)
             # A group is written token by token as a whole.
             if number - number % self._group_size < DETAILED:
                 record |= groups[number] | self._for_the_page(episode)
@@ -127,7 +129,7 @@ class RunFolder:
         ranked = sorted(episodes, key=lambda e: -e.score if np.isfinite(e.score) else 0.0)
         chosen = ranked if len(ranked) <= count else ranked[: count // 2] + ranked[-(count // 2) :]
         texts = [
-            tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.response))
+            tuple(markdown("".join(self._pieces(ids))) for ids in (e.prompt, e.after_prompt))
             for e in chosen
         ]
         return "\n\n".join(
@@ -260,10 +262,11 @@ def by_position(episodes: Sequence[Episode]) -> Any:
 def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
     """Return what a reader wants to know of an episode, as JSON values.
 
-    Prompt and response are texts where there is a tokenizer, else token ids. A number that is not
-    known is None.
+    Prompt and response are texts where there is a tokenizer, else token ids. The response is all
+    that came after the prompt, whoever wrote it; its length is that of the policy's tokens. A
+    number that is not known is None.
     """
-    texts: tuple[Any, Any] = (episode.prompt.tolist(), episode.response.tolist())
+    texts: tuple[Any, Any] = (episode.prompt.tolist(), episode.after_prompt.tolist())
     if tokenizer is not None:
         texts = decode_pairs([texts], tokenizer, skip_special_tokens=False)[0]
     numbers = {
@@ -283,6 +286,15 @@ def episode_record(episode: Episode, tokenizer: Any) -> dict[str, Any]:
         **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
         **({"terms": {name: _digits(value) for name, value in terms.items()}} if terms else {}),
     }
+
+
+def segments(episode: Episode, pieces: TokenPieces) -> list[dict[str, Any]]:
+    """Return the response in turns and what was written between them: whose each segment is, its
+    number of tokens, and its text."""
+    return [
+        {"own": own, "length": len(tokens), "text": "".join(pieces(tokens))}
+        for own, tokens in episode.segments
+    ]
 
 
 def group_numbers(episodes: Sequence[Episode], size: int) -> list[dict[str, int]]:

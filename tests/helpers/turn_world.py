@@ -62,6 +62,7 @@ class TurnWorld(World):
         self.scores = self.normal(NUM_HISTORIES)
         # A mean that is not 0 is what centring by turn takes away.
         self.turn_rewards = 1.0 + self.normal(NUM_HISTORIES)
+        self.share_table = self.normal(NUM_HISTORIES, L)
         answers = self.normal(NUM_HISTORIES, len(ANSWERS))
         self.answers = (answers if random else 1e4 * answers).softmax(-1)
         self.outcomes = [one for one in self._grow(Outcome()) if one.chance > 0]

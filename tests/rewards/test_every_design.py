@@ -20,12 +20,15 @@ AUTOMATON = CAUSAL | {"oracle", "tokenizer"}
 HAS = {
     "Arithmetic": CAUSAL | {"step ends", "tokenizer"},
     "Brackets": AUTOMATON,
+    "Calculator": CAUSAL | {"step ends", "tokenizer"},
+    "ChatGen": TRANSFORMER | {"implicit model", "step ends"},
     "DelayedKey": AUTOMATON,
     "Negation": AUTOMATON,
     "PlantedPhrase": AUTOMATON,
     "PyDocs": TRANSFORMER,
     "Reviews": TRANSFORMER,
     "TextGen": TRANSFORMER | {"implicit model", "step ends"},
+    "Twenty": AUTOMATON,
 }
 """What each id has for a design to build on."""
 CASES = [
@@ -37,7 +40,7 @@ CASES = [
 
 def make(env_id: str, design: str) -> Any:
     options = tasks.registered(env_id)
-    if "TextGen" in env_id:
+    if "Gen" in env_id:
         options |= {
             "implicit_model": fakes.causal_lm(seed=5, num_hidden_layers=1),
             "step_end_token_ids": [4, 5, 6],
