@@ -134,7 +134,7 @@ def check_texts(step: Step, running: Running) -> None:
         "prompt_length": step.before["prompt_length"],
     }
     if running.spec.responds:
-        grown |= _with_reply(step, running, tokens)
+        grown |= _with_reply(step, running, tokens, slots)
     for key, expected in grown.items():
         require(
             (step.end[key] == expected)[slots].all(),
@@ -155,14 +155,16 @@ def check_texts(step: Step, running: Running) -> None:
     )
 
 
-def _with_reply(step: Step, running: Running, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _with_reply(
+    step: Step, running: Running, tokens: np.ndarray, slots: np.ndarray
+) -> dict[str, np.ndarray]:
     """What a token observation holds behind the actions: whatever the environment wrote, where it
-    was asked. `tokens` (N, L) are the texts with the actions."""
+    was asked. `tokens` (N, L) are the texts with the actions that `slots` took."""
     length, place = step.before["length"] + 1, np.arange(tokens.shape[1])
     free = asked(step.action[0], running.spec)
     after = np.where(free, np.maximum(step.end["length"], length), length)
     written = (place >= length[:, None]) & (place < after[:, None])
-    own, slots = step.before["own_mask"].copy(), np.flatnonzero(step.active)
+    own = step.before["own_mask"].copy()
     own[slots, step.before["length"][slots]] = 1
     return {
         "tokens": np.where(written, step.end["tokens"], tokens),
