@@ -24,6 +24,7 @@ from tokenenv.models.heads import make_scorer
 from tokenenv.registration import TASKS
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.scaling import Clipped
+from tokenenv.rewards.turn import Turn
 from tokenenv.types import Scorer, Task
 
 MODES = tuple(AutoresetMode)
@@ -154,6 +155,16 @@ TOYS: dict[str, dict[str, Any]] = {
         "turns": "random",
         "scorer": None,
         "kl": "policy",
+    },
+    "turn designs": {
+        "reward": {
+            "task": Turn(gamma=0.5),
+            "gains": (Turn("differences"), 0.5),
+            "moves": Turn("score"),
+        },
+        "turns": "random",
+        "scorer": "sequence",
+        "score_truncated": False,
     },
     "no reward": {"reward": {}, "kl": "none", "scorer": None},
 }

@@ -178,17 +178,17 @@ def check_replies(step: Step, running: Running) -> None:
     was not asked, and the end of a text says whose its tokens are."""
     if not running.spec.responds:
         return
-    paid = step.info.get("turn_reward", np.full(len(step.active), np.nan))
-    quiet = ~(step.active & asked(step.action[0], running.spec))
+    none = np.zeros_like(step.active)
+    paid, told = (step.info.get(key, none) for key in ("turn_reward", "_turn_reward"))
     require(
-        np.isfinite(paid).all() and (step.info["_turn_reward"] == step.active).all(),
+        np.isfinite(paid).all() and (told == step.active).all(),
         "infos['turn_reward'] is not a finite number exactly where a token was taken; give it so.",
     )
     require(
-        not paid[quiet].any(),
+        not paid[~asked(step.action[0], running.spec)].any(),
         "infos['turn_reward'] is not 0 where the environment was not asked; make it 0.",
     )
-    told = step.info.get("_own_mask", np.zeros_like(step.ended))
+    told = step.info.get("_own_mask", none)
     require(
         (told == step.ended).all(),
         "infos['own_mask'] is not there exactly where texts end; give it there and only there.",
