@@ -119,11 +119,18 @@ class Dynamics:
     # -------------------------------------------------------------- advancing
 
     def advance(
-        self, before: States, hidden: dict[object, Tensor], tokens: Tensor, texts: RunningTexts
+        self,
+        before: States,
+        hidden: dict[object, Tensor],
+        tokens: Tensor,
+        texts: RunningTexts,
+        turn_reward: Tensor | None = None,
     ) -> States:
         """Return the states (K,) of K texts after one more token (K,) each, which `texts` already
-        holds; `hidden` is a state (K, H) after it for every trunk."""
+        holds; `hidden` is a state (K, H) after it for every trunk, and `turn_reward` (K,) what the
+        task pays for the turn that it ends."""
         after = States(hidden, before.step + 1, statistics=before.statistics, texts=texts)
+        after.turn_reward = turn_reward
         if self.scorer is not None and before.score is not None:
             scores = self.scorer.head(after.of(self.scorer.model))
             after.score = running_scores(
@@ -179,6 +186,7 @@ class Dynamics:
                 after.step[some],
                 None if after.score is None else after.score[some],
                 statistics={name: s[some] for name, s in after.statistics.items()},
+                turn_reward=None if after.turn_reward is None else after.turn_reward[some],
                 texts=shortened(texts.at(slots[rows]), (lengths[rows] - 1 - j)),
             )
             if scores is not None:

@@ -244,7 +244,8 @@ class RewardEngine:
         hidden = self.trunks.append(tokens, active)
         whole = texts.running(self.context.spec.tokenizer)
         running = whole if replies is None else replace(whole, length=replies.length)
-        after = dynamics.advance(before, hidden, tokens, running)
+        earned = None if replies is None else texts.upload(replies.reward)
+        after = dynamics.advance(before, hidden, tokens, running, earned)
         self.states = next = self._read_replies(after, replies, texts, whole)
         slots = np.flatnonzero(ends.ended)
         ended = texts.whole(slots) if len(slots) else None
@@ -260,7 +261,6 @@ class RewardEngine:
             learning=True,
             logprob=logprob,
             ends_turn=None if replies is None else replies.wrote | ends.ended,
-            turn_reward=None if replies is None else replies.reward,
         )
         assert batch.ref_logprob is not None
         terms = self._pay(batch, active, texts)

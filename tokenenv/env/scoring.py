@@ -70,10 +70,10 @@ def score_episodes(
         by = [masks[i] for i in group] if masks else None
         texts = _pad(engine, begun, written, [rows[i] for i in group], by)
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
-        walk = walk_texts(engine.dynamics, texts, known, engine.trunks)
+        earned = None if turns is None else np.concatenate([turns[i] for i in group])
+        walk = walk_texts(engine.dynamics, texts, known, engine.trunks, earned)
         drawn = None if logprobs is None else [logprobs[i] for i in group]
-        earned = None if turns is None else [turns[i] for i in group]
-        batch = _transitions(engine, texts, walk, cut[group], drawn, earned, learning)
+        batch = _transitions(engine, texts, walk, cut[group], drawn, learning)
         now = {name: to_device(w[group], engine.context.device) for name, w in each.items()}
         _fill(out, group, engine, walk, batch, now)
         if out.gold is not None and engine.gold is not None:
@@ -112,7 +112,6 @@ def _transitions(
     walk: Walk,
     cut: np.ndarray,
     logprobs: list[Sequence[float]] | None,
-    turn_rewards: list[Sequence[float]] | None,
     learning: bool,
 ) -> Transitions:
     """What terms see of whole texts, of which those of `cut` (b,) were cut."""
@@ -120,10 +119,9 @@ def _transitions(
     cut_K = cut[walk.row]
     scored = walk.last if engine.context.spec.score_truncated else walk.last & ~cut_K
     ends = Ends(walk.last & ~cut_K, walk.last & cut_K, scored, walk.last)
-    drawn, earned = (
-        None if rows is None else np.asarray([x for one in rows for x in one], dtype=np.float32)
-        for rows in (logprobs, turn_rewards)
-    )
+    drawn = None
+    if logprobs is not None:
+        drawn = np.asarray([x for one in logprobs for x in one], dtype=np.float32)
     responds = engine.context.spec.responds
     return transitions(
         engine.dynamics,
@@ -137,7 +135,6 @@ def _transitions(
         learning=learning,
         logprob=None if drawn is None else to_device(drawn, engine.context.device),
         ends_turn=(walk.last if walk.ends_turn is None else walk.ends_turn) if responds else None,
-        turn_reward=earned,
     )
 
 

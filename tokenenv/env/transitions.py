@@ -43,7 +43,6 @@ def transitions(
     learning: bool,
     logprob: Tensor | None,
     ends_turn: np.ndarray | None = None,
-    turn_reward: np.ndarray | None = None,
 ) -> Transitions:
     """Return K transitions as reward terms see them.
 
@@ -58,8 +57,7 @@ def transitions(
         active: (K,) bool: the transitions that are data.
         learning: whether terms may learn statistics from them.
         logprob: (K,) log pi of the tokens in nats, where it is known.
-        ends_turn: (K,) bool, and
-        turn_reward: (K,) float32, both on the host, where the environment may write.
+        ends_turn: (K,) bool on the host, where the environment may write.
     """
     scored, finished, finished_at = dynamics.upload(ends.scored), None, None
     if ended is not None:
@@ -82,7 +80,7 @@ def transitions(
         finished_at=finished_at,
         learning=dynamics.upload(active) if learning and before.statistics else None,
         ends_turn=None if ends_turn is None else dynamics.upload(ends_turn),
-        turn_reward=None if turn_reward is None else dynamics.upload(turn_reward),
+        turn_reward=after.turn_reward,
         next=next,
     )
 

@@ -59,11 +59,16 @@ class Path:
 
 
 def walk_texts(
-    dynamics: "Dynamics", texts: WholeTexts, statistics: dict[str, Tensor], trunks: Trunks
+    dynamics: "Dynamics",
+    texts: WholeTexts,
+    statistics: dict[str, Tensor],
+    trunks: Trunks,
+    turn_reward: np.ndarray | None = None,
 ) -> Walk:
-    """Return every token of the policy's in whole texts, with the states around it;
-    `statistics` (B, p) are those that the texts begin with."""
-    path = along(dynamics, texts, statistics, trunks)
+    """Return every token of the policy's in whole texts, with the states around it; `statistics`
+    (B, p) are those that the texts begin with, and `turn_reward` (K,) float32 on the host what the
+    task pays for the turn that each token of the policy's ends."""
+    path = along(dynamics, texts, statistics, trunks, turn_reward)
     if path.own is None:
         return Walk(path.row, path.t, path.tokens, path.before, path.after, path.after, None)
     own = np.flatnonzero(path.own)
@@ -82,9 +87,14 @@ def walk_texts(
 
 
 def along(
-    dynamics: "Dynamics", texts: WholeTexts, statistics: dict[str, Tensor], trunks: Trunks
+    dynamics: "Dynamics",
+    texts: WholeTexts,
+    statistics: dict[str, Tensor],
+    trunks: Trunks,
+    turn_reward: np.ndarray | None = None,
 ) -> Path:
-    """Every response token of whole texts, whoever wrote it, with the states around it."""
+    """Every response token of whole texts, whoever wrote it, with the states around it;
+    `turn_reward` as for `walk_texts`."""
     prompt, response = texts.prompt_length, texts.length - texts.prompt_length
     rows, places = np.nonzero(np.arange(response.max()) < response[:, None])
     own, steps, moved = None, places, places + 1
@@ -93,6 +103,10 @@ def along(
         own = np.concatenate(by)
         steps = np.concatenate([mask.cumsum() - mask for mask in by])
         moved = steps + own
+        if turn_reward is not None:
+            # What is written behind a token of the policy's still belongs to its turn.
+            earned = turn_reward[np.maximum(own.cumsum() - 1, 0)]
+            turn_reward = np.where(moved > 0, earned, np.float32(0))
     row, s, at = (
         dynamics.upload(rows),
         dynamics.upload(places),
@@ -111,6 +125,7 @@ def along(
     t, t_after = dynamics.upload(steps), dynamics.upload(moved)
     before = States({key: h[row, at - 1] for key, h in hidden.items()}, t, statistics=known)
     after = States({key: h[row, at] for key, h in hidden.items()}, t_after, statistics=known)
+    after.turn_reward = None if turn_reward is None else dynamics.upload(turn_reward)
     before.texts = dynamics.running(texts, rows, prompt[rows] + places)
     after.texts = dynamics.running(texts, rows, prompt[rows] + places + 1)
     tokens = texts.tokens[row, at]
@@ -146,6 +161,7 @@ def _remember_along(
         before.memory[name] = memory.new_empty(len(places), *memory.shape[1:])
         after.memory[name] = torch.empty_like(before.memory[name])
     bare = States(after.hidden, after.step, after.score, {}, after.statistics)
+    bare.turn_reward = after.turn_reward
     # What is remembered follows from what was, so the texts go on side by side, a token at a
     # time; `at` are the tokens with so many response tokens before them, known to the host.
     order = np.argsort(places, kind="stable")
