@@ -1,4 +1,5 @@
-"""The models of TextGen-v0: load those that the user brings, and check that they fit together."""
+"""The models of TextGen-v0 and ChatGen-v0: load those that the user brings, and check that they fit
+together."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from tokenenv.models.loading import (
 from tokenenv.models.probing import looks_ahead
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
-from tokenenv.types import Scorer, TextScorer
+from tokenenv.types import Scorer, Task, TextScorer
 
 logger = logging.getLogger("tokenenv")
 
@@ -105,6 +106,34 @@ def frozen(model: Any, role: str, lengths: Lengths) -> Any:
     """The model in eval mode and without gradients, if it has positions for the texts."""
     lengths.require_room(model, role)
     return model.eval().requires_grad_(False)
+
+
+def require_context(task: Task, given: int | None) -> int:
+    """L, the most tokens of a text into which others write: the number that was given, or by
+    default P + 2 T, at most what every model has positions for.
+
+    Raises:
+        InvalidArgument: it leaves no room behind the prompts, or a model has fewer positions.
+    """
+    scorer = task.scorer.model if isinstance(task.scorer, Scorer) else None
+    models = (task.reference, task.model, task.implicit_model, scorer)
+    configs = [config for model in models if (config := getattr(model, "config", None))]
+    known = [max_positions(config.get_text_config()) for config in configs]
+    positions = min((number for number in known if number is not None), default=None)
+    if given is None:
+        wanted = task.max_prompt_tokens + 2 * task.max_new_tokens
+        return wanted if positions is None else min(wanted, positions)
+    if not isinstance(given, int | np.integer) or given <= task.max_prompt_tokens:
+        raise InvalidArgument(
+            f"max_context_tokens={given!r} must be a whole number above max_prompt_tokens="
+            f"{task.max_prompt_tokens}."
+        )
+    if positions is not None and given > positions:
+        raise InvalidArgument(
+            f"max_context_tokens={given}, but a model has {positions} positions; give "
+            f"{positions} or less."
+        )
+    return int(given)
 
 
 def load_language_model(source: Any, argument: str, policy: Policy, known: Loaded) -> Any:

@@ -3,7 +3,7 @@ itself, so that no page can be out of date. `scripts/site.py` puts them into the
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -161,12 +161,15 @@ OBSERVED = {
     "tokens": "prompt and response, padded on the right",
     "length": "how many of `tokens` are valid",
     "prompt_length": "how many of those are the prompt",
+    "own_mask": "1 on the tokens of the policy's, 0 on those that the environment wrote",
 }
 
 
 def _rows(name: str, space: gym.Space, envs: TokenVectorEnv, what: str) -> Iterator[str]:
     if isinstance(space, spaces.Discrete):
         low, high = space.start, space.start + space.n - 1
+    elif isinstance(space, spaces.MultiBinary):
+        low, high = 0, 1
     else:
         low, high = space.low.min(), space.high.max()
     one, many = str(space.shape or "()"), f"({', '.join(['N', *map(str, space.shape)])})"
@@ -181,10 +184,8 @@ def _facts(envs: TokenVectorEnv) -> str:
         ("vocabulary V", f"{spec.vocab_size:,} token ids"),
         ("prompts", f"{len(task.prompts):,}, of up to P = {spec.max_prompt_tokens} tokens"),
         ("response", f"up to T = {spec.max_new_tokens} tokens (`max_new_tokens`)"),
-        (
-            "a text ends with",
-            ", ".join(_token(envs, i) for i in spec.stop_token_ids) or "the cut at T",
-        ),
+        *_turns(envs),
+        ("a text ends with", _ends(envs)),
         ("reference", f"`{type(task.reference).__name__}`"),
         ("score", _score(task)),
         ("gold metric", _gold(task)),
@@ -195,6 +196,32 @@ def _facts(envs: TokenVectorEnv) -> str:
         best, start = task.oracle.optimal_objective(task.kl_coef), task.oracle.reference_objective()
         rows.append(("exact optimum", f"J* = {best:.4f}; the reference has J = {start:.4f}"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _turns(envs: TokenVectorEnv) -> Iterator[tuple[str, str]]:
+    """Rows on what the environment writes, where it does."""
+    spec = envs.token_spec
+    if not spec.responds:
+        return
+    ends = spec.turn_end_token_ids
+    after = "every token" if ends is None else _some(_token(envs, i) for i in ends)
+    yield "the environment may write after", after
+    yield "a text", f"up to L = {spec.max_length} tokens, whoever wrote them"
+
+
+def _ends(envs: TokenVectorEnv) -> str:
+    """What ends a text."""
+    spec = envs.token_spec
+    stops = ", ".join(_token(envs, i) for i in spec.stop_token_ids) or "the cut at T"
+    return f"{stops}, or where the environment ends it" if spec.responds else stops
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    """Names in a row, of which the middle is left out where there are many."""
+    listed = list(names)
+    if len(listed) > most:
+        listed[2:-1] = ["…"]
+    return ", ".join(listed)
 
 
 def _token(envs: TokenVectorEnv, token: int) -> str:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import training
 from rich import print
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,15 +38,7 @@ The reference of `tokenenv/Arithmetic-v0`: a Llama of {parameters:,} parameters 
 
 def make_tokenizer() -> Any:
     """Make the tokenizer: a token for each character."""
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(TOKENS)}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
-    )
+    return training.character_tokenizer(TOKENS)
 
 
 def pupils_answer(a: int, b: int, rng: random.Random) -> str:

@@ -46,6 +46,21 @@ def set_up(seed: int = 0) -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def character_tokenizer(tokens: Sequence[str]) -> Any:
+    """Make a tokenizer with a token for each character; id i is `tokens[i]`."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
 def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch.long) -> Tensor:
     """Make one right-padded tensor (B, L) of ragged rows."""
     length = max(map(len, rows))

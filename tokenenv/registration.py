@@ -16,12 +16,15 @@ from tokenenv.types import Task
 TASKS = {
     "tokenenv/Arithmetic-v0": "tokenenv.envs.tasks.arithmetic:task",
     "tokenenv/Brackets-v0": "tokenenv.envs.tasks.brackets:task",
+    "tokenenv/Calculator-v0": "tokenenv.envs.tasks.calculator:task",
+    "tokenenv/ChatGen-v0": "tokenenv.envs.chatgen:task",
     "tokenenv/DelayedKey-v0": "tokenenv.envs.tasks.delayed_key:task",
     "tokenenv/Negation-v0": "tokenenv.envs.tasks.negation:task",
     "tokenenv/PlantedPhrase-v0": "tokenenv.envs.tasks.planted_phrase:task",
     "tokenenv/PyDocs-v0": "tokenenv.envs.tasks.pydocs:task",
     "tokenenv/Reviews-v0": "tokenenv.envs.tasks.reviews:task",
     "tokenenv/TextGen-v0": "tokenenv.envs.textgen:task",
+    "tokenenv/Twenty-v0": "tokenenv.envs.tasks.twenty:task",
 }
 """The bundled ids, and the function that makes each one's task."""
 

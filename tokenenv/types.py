@@ -116,12 +116,12 @@ class EpisodeScores:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A text that a `RolloutEngine` has written."""
+    """What a `RolloutEngine` has written: a text to its end, or to the end of a turn."""
 
     key: int
     """The key under which the text was begun."""
     tokens: list[int]
-    """The response, with the stop token where there was one."""
+    """The new tokens, with the one that ended the text or the turn where there was one."""
     logprobs: list[float]
     """log pi of each token when it was drawn, in nats, at the sampling temperature."""
 
@@ -193,8 +193,10 @@ class RolloutEngine(Protocol):
 
         Args:
             key: a number that no running text has.
-            prompt: token ids, which may end with the beginning of a response.
-            max_tokens: the text ends after so many new tokens, or with a stop token.
+            prompt: token ids, which may end with the beginning of a response. A text that the
+                environment has answered is begun again, with all that has been written.
+            max_tokens: the text ends after so many new tokens, or with a token of
+                `stop_token_ids` or `turn_end_token_ids` (`TokenSpec`).
             seed: of the text's own random numbers.
         """
         ...

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.learning.masks import allowed_of, rule_out
-from tokenenv.models.batching import upload
+from tokenenv.models.batching import in_order, last_states, upload
 from tokenenv.models.same_texts import prefill_once
+from tokenenv.models.trunks import extend_slots
 from tokenenv.types import SlotModel
 
 
@@ -75,8 +76,9 @@ class Actor:
     """Samples a policy's next token in each of N running texts, and keeps their caches.
 
     It knows what happened from the observation alone. A slot whose text is the last one plus the
-    token that was emitted is continued by that token. In any other slot (reset, forked, restored,
-    or seen for the first time) the text is read from its start.
+    token that was emitted is continued by that token. Where more tokens stand behind it, which the
+    environment wrote, the slot is continued by all of them at once. In any other slot (reset,
+    forked, restored, or seen for the first time) the text is read from its start.
     """
 
     def __init__(self, policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> None:
@@ -108,7 +110,8 @@ class Actor:
         """Have every text read again before the next token; to be called when the weights have
         changed."""
         if self._slots is not None:
-            self._lengths.fill_(-1)
+            # A text shorter than the expected one does not run on, and none is as long as this.
+            self._lengths.fill_(self._texts.shape[1] + 1)
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
@@ -116,36 +119,74 @@ class Actor:
         # The observation that is expected next if a slot's text runs on. One column more than
         # observations have, for the token that is emitted after a full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)
-        self._lengths = torch.full((num_rows,), -1, device=device)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._places = torch.arange(max_length, device=device)
         self._slots = slots
+        self.refresh()
 
     def _read(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
-        """Return the states (N, H) after each text: by one appended token or, where the text is not
-        the expected one, from its start."""
+        """Return the states (N, H) after each text: by one appended token, by several where the
+        environment wrote behind it or, where the text is not the expected one, from its start."""
         assert self._slots is not None
-        changed_N = (texts_NL != self._texts[:, :-1]).any(1) | (lengths_N != self._lengths)
-        same_N = torch.zeros_like(changed_N)
-        same_N[1:] = (texts_NL[1:] == texts_NL[:-1]).all(1) & (lengths_N[1:] == lengths_N[:-1])
-        # The length to read, 0 where the text runs on, and whether the slot before holds the same
-        # text: one small copy tells the host all of it.
-        fresh, same = to_host(torch.stack([changed_N * lengths_N, same_N.long()]))
+        # One small copy tells the host all of it.
+        news, same = to_host(self._news(texts_NL, lengths_N))
         # From here to `_expect` the caches change. If anything interrupts that, no text is expected
         # to run on, and all are read again.
         self.refresh()
-        slots = np.flatnonzero(fresh)
-        if not len(slots):
+        if not news.any():
             return self._slots.append(self._tokens)
-        rows = upload(slots, texts_NL.device)
-        begun, lengths = texts_NL[rows, : int(fresh.max())], fresh[slots]
+        slots = begun, longer, on = [
+            np.flatnonzero(which) for which in (news > 0, news < 0, news == 0)
+        ]
+        states = []
+        if len(begun):
+            states.append(self._begin(begun, texts_NL, news[begun], same[begun]))
+        if len(longer):
+            states.append(self._extend(longer, texts_NL, lengths_N, 1 - news[longer]))
+        # The slots that have just been read take no part in the append.
+        if len(on):
+            after = self._slots.append(self._tokens, news == 0)
+            states.append(after[upload(on, after.device)])
+        return in_order(states, slots)
+
+    def _news(self, texts_NL: Tensor, lengths_N: Tensor) -> Tensor:
+        """Return (2, N) int64: how each text goes on, and whether the slot before holds the same
+        text.
+
+        It goes on with 0 where it is the expected one, with -k where k tokens were written behind
+        that, and with its length where it has to be read from its start.
+        """
+        differs_NL = (texts_NL != self._texts[:, :-1]) & (self._places < self._lengths[:, None])
+        fewer_N = self._lengths - lengths_N
+        changed_N = differs_NL.any(1) | (fewer_N > 0)
+        same_N = torch.zeros_like(changed_N)
+        same_N[1:] = (texts_NL[1:] == texts_NL[:-1]).all(1) & (lengths_N[1:] == lengths_N[:-1])
+        return torch.stack([torch.where(changed_N, lengths_N, fewer_N), same_N.long()])
+
+    def _begin(
+        self, slots: np.ndarray, texts_NL: Tensor, lengths: np.ndarray, same: np.ndarray
+    ) -> Tensor:
+        """Read the texts of some slots (n,) from their start, and return the states (n, H)."""
+        assert self._slots is not None
+        begun = texts_NL[upload(slots, texts_NL.device), : int(lengths.max())]
         # What a group begins with is read once: its slots are neighbours.
-        alike = (same[slots] == 1) & (np.diff(slots, prepend=-2) == 1)
+        alike = (same == 1) & (np.diff(slots, prepend=-2) == 1)
         first = np.maximum.accumulate(np.where(alike, 0, np.arange(len(slots))))
-        fresh_states = prefill_once(self._slots, slots, begun, lengths, first)
-        if len(slots) == len(fresh):
-            return fresh_states
-        # The slots that were just filled take no part in the append.
-        return self._slots.append(self._tokens, fresh == 0).index_copy(0, rows, fresh_states)
+        return prefill_once(self._slots, slots, begun, lengths, first)
+
+    def _extend(
+        self, slots: np.ndarray, texts_NL: Tensor, lengths_N: Tensor, counts: np.ndarray
+    ) -> Tensor:
+        """Read the last `counts` (n,) tokens of some slots (n,): the policy's own and those that
+        were written behind it. Return the states (n, H) after each text."""
+        assert self._slots is not None
+        rows = upload(slots, texts_NL.device)
+        starts = lengths_N[rows] - upload(counts, texts_NL.device)
+        places = starts[:, None] + self._places[: int(counts.max())]
+        # A row with fewer tokens is padded by whatever stands behind them.
+        new = texts_NL[rows].gather(1, places.clamp(max=texts_NL.shape[1] - 1))
+        return last_states(extend_slots(self._slots, len(texts_NL), slots, new, counts), counts)
 
     def _expect(self, texts_NL: Tensor, lengths_N: Tensor, tokens_N: Tensor) -> None:
         self._texts[:, :-1] = texts_NL

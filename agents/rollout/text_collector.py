@@ -2,13 +2,17 @@
 
 It does what `Collector` does, for texts that are generated outside the env. The engine is kept
 busy: a text may be begun under one version of the weights and ended under a later one, and its
-later tokens then have log-probs of the later one. Suffixes: B episodes, T response tokens.
+later tokens then have log-probs of the later one.
+
+Where the environment writes into texts, the engine writes a turn at a time. The environment is
+asked at the end of each, and the engine goes on behind its answer. What has been written stays the
+tokens that it is: no text is decoded and encoded again.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,9 +24,11 @@ from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.pairing import whole_groups
+from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
+from tokenenv.agents.rollout.text_scores import episode_of, score_texts
 from tokenenv.errors import InvalidArgument, NotFinite
-from tokenenv.tables import Columns, by_name
-from tokenenv.types import EpisodeScores, RolloutEngine, TokenSpec
+from tokenenv.tables import Columns
+from tokenenv.types import RolloutEngine, TokenSpec, Written
 
 ENGINES = {
     "vllm": "tokenenv.rollout.vllm:VLLMEngine",
@@ -32,35 +38,14 @@ ENGINES = {
 An engine is imported when it is made, because vLLM need not be installed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text, running or finished."""
-
-    number: int
-    """How many texts of the run were begun before it. Continuations (`play_on`) have numbers of
-    their own, -1, -2 and so on."""
-    version: int
-    """Updates that the policy had had when it was begun."""
-    prompt: list[int]
-    prompt_id: int
-    weights: dict[str, float]
-    """Those of the reward terms when it was begun."""
-    prefix: list[int] = field(default_factory=list)
-    """The beginning of the response, where it was given and not written."""
-    response: list[int] = field(default_factory=list)
-    """The tokens that were written, without the prefix."""
-    logprob: list[float] = field(default_factory=list)
-    columns: Columns = field(default_factory=dict)
-    """What belongs to the prompt, by name."""
-
-
 class TextCollector:
     """Keeps `num_texts` texts running in an engine, in groups that share a prompt, and has finished
     ones scored.
 
-    A text's prompt and its sampling seed depend on the run's seed and on the text's number alone,
-    so a text that is begun again has the same prompt. Where anything interrupts the engine, the
-    next `collect` begins the running texts again; those that had ended are kept.
+    A text's prompt, its sampling seeds and the seed of what the environment writes into it depend
+    on the run's seed and on the text's number alone, so a text that is begun again has the same
+    prompt. Where anything interrupts the engine, or asking the environment, the next `collect`
+    begins the running texts again, from their prompts; those that had ended are kept.
     """
 
     def __init__(
@@ -80,7 +65,7 @@ class TextCollector:
         self.num_texts = max(num_texts, group_size)
         self.spec: TokenSpec = self.core.token_spec
         self.tokens_seen = 0
-        """Tokens of the texts that have ended."""
+        """The policy's tokens of the texts that have ended."""
         self.version = 0
         """Updates that the policy has had."""
         self.has_potential = False
@@ -164,23 +149,28 @@ class TextCollector:
         numbers = []
         with self._stopping():
             rows = columns or [{}] * len(states)
-            for (prompt, prefix, *_), row in zip(states, rows, strict=True):
+            for state, row in zip(states, rows, strict=True):
                 for _ in range(rollouts):
-                    self._continued += 1
-                    text = Text(
-                        -self._continued,
-                        self.version,
-                        prompt.tolist(),
-                        -1,
-                        self.core.weights,
-                        prefix.tolist(),
-                        columns=row,
-                    )
+                    text = self._continuation(Prefix(*state), row)
                     self._begin(text)
                     numbers.append(text.number)
             while not all(number in self._continuations for number in numbers):
                 self._wait()
         return self._score([self._continuations.pop(number) for number in numbers])
+
+    def _continuation(self, state: Prefix, columns: Columns) -> Text:
+        self._continued += 1
+        own = np.ones(len(state.response), bool) if state.own is None else state.own
+        return Text(
+            -self._continued,
+            self.version,
+            state.prompt.tolist(),
+            -1,
+            self.core.weights,
+            state.response.tolist(),
+            own.tolist(),
+            columns=columns,
+        )
 
     def save_env(self) -> dict[str, Any]:
         """Return what the env keeps beside the texts."""
@@ -200,7 +190,8 @@ class TextCollector:
         texts = {
             "waiting": list(self._waiting.values()),
             "ready": self._ready,
-            "cut": self._unfinished(),
+            # As they were begun: what had been written of them by now is not gone on with.
+            "cut": [afresh(text, text.version, text.weights) for text in self._unfinished()],
         }
         names = ("tokens_seen", "version", "_begun", "_continued")
         kept: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -234,7 +225,7 @@ class TextCollector:
     def _begin_cut(self) -> None:
         while self._cut:
             text = next(iter(self._cut.values()))
-            self._begin(replace(text, version=self.version, weights=self.core.weights))
+            self._begin(afresh(text, self.version, self.core.weights))
             # Last: an interruption finds the text in both places, and never in neither.
             del self._cut[text.number]
 
@@ -260,22 +251,24 @@ class TextCollector:
         return int(np.random.default_rng([self.seed, group]).integers(len(self.core.prompts)))
 
     def _begin(self, text: Text) -> None:
-        # A stream of random numbers for each text, so that what it becomes does not depend on what
-        # runs beside it.
-        stream = [self.seed, int(text.number < 0), abs(text.number)]
-        seed = int(np.random.SeedSequence(stream).generate_state(1)[0])
-        max_tokens = self.spec.max_new_tokens - len(text.prefix)
+        """Have the engine write the text's next turn."""
         self._running[text.number] = text
-        self.engine.begin(text.number, [*text.prompt, *text.prefix], max_tokens, seed)
+        # Streams of random numbers for each text and turn, so that what a text becomes does not
+        # depend on what runs beside it. A turn with the numbers of the one before would repeat it.
+        turn = [len(text.tokens)] if text.tokens else []
+        seed, limit = self._seed_of(text, *turn), turn_limit(text, self.spec)
+        self.engine.begin(text.number, text.so_far, limit, seed)
+
+    def _seed_of(self, text: Text, *purpose: int) -> int:
+        stream = [self.seed, int(text.number < 0), abs(text.number), *purpose]
+        return int(np.random.SeedSequence(stream).generate_state(1)[0])
 
     def _wait(self) -> None:
-        """Wait for the texts that end next, and take them in."""
-        written = {one.key: one for one in self.engine.ended()}
-        ended = {
-            n: replace(self._running[n], response=one.tokens, logprob=one.logprobs)
-            for n, one in written.items()
-        }
-        running = {n: text for n, text in self._running.items() if n not in ended}
+        """Wait for the turns that end next, and take them in: texts that have ended, and texts that
+        go on."""
+        now = {one.key: self._answered(one) for one in self.engine.ended()}
+        ended = {n: text for n, text in now.items() if text.ended}
+        running = {n: now.get(n, text) for n, text in self._running.items() if n not in ended}
         waiting = self._waiting | {n: text for n, text in ended.items() if n >= 0}
         continuations = self._continuations | {n: text for n, text in ended.items() if n < 0}
         ready = self._ready + [waiting.pop(n) for n in whole_groups(waiting, self.group_size)]
@@ -283,7 +276,26 @@ class TextCollector:
         # All at once, from values made before: no interruption finds a text in none of them.
         self._running, self._waiting, self._ready = running, waiting, ready
         self._continuations, self.tokens_seen = continuations, seen
+        for number, text in now.items():
+            if number not in ended:
+                self._begin(text)
         self.on_tokens(seen)
+
+    def _answered(self, written: Written) -> Text:
+        """Return a running text with the turn that the engine has written, and with what the
+        environment answers."""
+        text, reply = self._running[written.key], None
+        text = with_turn(text, written.tokens, written.logprobs)
+        if self.spec.responds:
+            reply = self.core.reply(
+                text.prompt,
+                [*text.prefix, *text.tokens],
+                [*text.prefix_own, *text.own],
+                columns=text.columns,
+                # A stream that none of its turns has.
+                seed=self._seed_of(text, 0, 1),
+            )
+        return answered(text, reply, self.spec)
 
     def _sync(self) -> None:
         """Hand the engine the present weights. Where that fails, the next `collect` tries again
@@ -310,60 +322,14 @@ class TextCollector:
     # ---------------------------------------------------------------- scores
 
     def _score(self, texts: list[Text]) -> list[Episode]:
-        logprobs = None
-        if self.pays_logprob:
-            # A prefix was not drawn. Its penalty is dropped below, so any number will do.
-            logprobs = [[*(0.0 for _ in text.prefix), *text.logprob] for text in texts]
-        columns = by_name([text.columns for text in texts])
-        try:
-            scores = self.core.score_episodes(
-                [text.prompt for text in texts],
-                [[*text.prefix, *text.response] for text in texts],
-                logprobs=logprobs,
-                **({"columns": columns} if columns else {}),
-                weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
-                played=True,
-            )
-        except NotFinite as error:
-            error.texts = [texts[row] for row in error.rows]
-            raise
+        scores = score_texts(self.core, texts, pays_logprob=self.pays_logprob)
         self.has_potential = scores.potentials is not None
-        episodes = [self._episode(text, scores, row) for row, text in enumerate(texts)]
+        episodes = [
+            episode_of(text, scores, row, self.spec, self.num_texts)
+            for row, text in enumerate(texts)
+        ]
         check_finite(episodes, self.version)
         return episodes
-
-    def _episode(self, text: Text, scores: EpisodeScores, row: int) -> Episode:
-        # Rewards and the like of a prefix are dropped: it belongs to the prompt of an episode.
-        start, end = len(text.prefix), len(text.prefix) + len(text.response)
-        terminated = text.response[-1] in self.spec.stop_token_ids
-        potential = np.zeros(end - start + 1, np.float32)
-        if scores.potentials is not None:
-            potential = scores.potentials[row, start : end + 1]
-
-        def own_tokens(by_name: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {name: values[row, start:end] for name, values in by_name.items()}
-
-        return Episode(
-            prompt=np.asarray([*text.prompt, *text.prefix], np.int64),
-            response=np.asarray(text.response, np.int64),
-            logprob=np.asarray(text.logprob, np.float32),
-            ref_logprob=scores.ref_logprobs[row, start:end],
-            reward=scores.token_rewards[row, start:end],
-            potential=potential,
-            kl_coef=text.weights.get("kl", 0.0),
-            terminated=terminated,
-            truncated=not terminated,
-            score=float("nan") if scores.score is None else float(scores.score[row]),
-            gold=float("nan") if scores.gold is None else float(scores.gold[row]),
-            prompt_id=text.prompt_id,
-            slot=text.number % self.num_texts,
-            index=text.number // self.num_texts,
-            version=text.version,
-            bootstraps=not terminated and not self.spec.score_truncated,
-            terms=own_tokens(scores.token_reward_terms),
-            watched=own_tokens(scores.watched),
-            columns=text.columns,
-        )
 
 
 def check_text_env(envs: VectorEnv) -> Any:

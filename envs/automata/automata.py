@@ -1,8 +1,9 @@
 """The parts that automaton tasks share: a random bigram as the reference, and a score that a finite
 automaton computes from the text.
 
-Texts have exactly `max_new_tokens` tokens: there is no stop token, and a text is scored where it is
-cut. The prompt is always "<s>". docs/your-task.md shows how to make such a task.
+Texts have exactly `max_new_tokens` tokens of the policy's: there is no stop token, and a text is
+scored where it is cut. A source may answer. The prompt is always "<s>". docs/your-task.md shows how
+to make such a task.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.envs.automata.oracle import AutomatonOracle
+from tokenenv.envs.automata.source import Source
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
@@ -62,7 +64,11 @@ def seeded(task_seed: int, *stream: int) -> np.random.Generator:
 
 
 def automaton_task(
-    words: Sequence[str], probs: np.ndarray, automaton: Automaton, max_new_tokens: int
+    words: Sequence[str],
+    probs: np.ndarray,
+    automaton: Automaton,
+    max_new_tokens: int,
+    source: Source | None = None,
 ) -> Task:
     """Make the task in which an automaton scores texts and a bigram is the reference.
 
@@ -70,9 +76,11 @@ def automaton_task(
         words: V of them; word i has the token id i.
         probs: p(next | last), (V + 1, V), positive; the last row is for the first word.
         automaton: reads V tokens; its payoff in the last state is the score of a text.
-        max_new_tokens: T, the tokens of every text.
+        max_new_tokens: T, the tokens of every text that are the policy's.
+        source: what writes into the texts, and reads them with this automaton; None: nothing does.
     """
     reference = Bigram(probs, automaton.device)
+    oracle = AutomatonOracle(automaton, reference, max_new_tokens, source)
     return Task(
         tokenizer=word_tokenizer(tuple(words)),
         reference=reference,
@@ -81,9 +89,13 @@ def automaton_task(
         max_prompt_tokens=1,
         max_new_tokens=max_new_tokens,
         stop_token_ids=(),
+        respond=source and source.respond,
+        turn_end_token_ids=source and source.turn_end_token_ids,
+        # A text in which every token is answered fits, so that this limit never cuts one.
+        max_context_tokens=source and oracle.max_length,
         scorer=Scorer(model=automaton, head=automaton.score, per_token=False),
         gold="score",
-        oracle=AutomatonOracle(automaton, reference, max_new_tokens),
+        oracle=oracle,
         features=OneHot(automaton, reference, max_new_tokens),
         num_features=automaton.num_states + len(probs) + max_new_tokens + 1,
         reward="terminal",

@@ -1,5 +1,5 @@
-"""The exact optimum of score - beta KL(pi || pi_ref), where an automaton scores texts and a bigram
-is the reference."""
+"""The exact optimum of score - beta KL(pi || pi_ref), where an automaton scores texts, a bigram is
+the reference, and a source may answer."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.envs.automata.running import Game, Running
+from tokenenv.envs.automata.source import Source
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
@@ -17,8 +19,9 @@ from tokenenv.types import TrunkStates
 
 Table = TypeVar("Table")
 PolicyFunction = Callable[[dict[str, np.ndarray]], Any]
-"""A policy as a function: it maps an observation of K running texts (NumPy `tokens` (K, T + 1),
-`length` and `prompt_length` (K,)) to the probabilities of the next token, (K, V)."""
+"""A policy as a function: it maps an observation of K running texts (NumPy `tokens` (K, L),
+`length` and `prompt_length` (K,); where a source answers, `own_mask` (K, L) too) to the
+probabilities of the next token, (K, V)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +53,37 @@ class AutomatonOracle:
     (soft value iteration: Todorov 2006; Rafailov et al. 2024, arXiv 2404.12358). In general Q* = r
     + V*(s'); here no reward comes before the end, and the KL term is not part of Q*.
 
+    Where a source answers after a token that ends a turn, s' is random, and Q*(s, a) is the
+    expectation of V*(s') over what is written. The KL is that of the policy's tokens alone, so the
+    optimum is soft over those and an expectation over the others.
+
     In all methods, `obs` holds N texts as the env observes them, as NumPy arrays or tensors, with a
-    prompt of one token, and beta is in reward per nat, 0 or more. The tables of the last two betas
-    are kept.
+    prompt of one token, and beta is in reward per nat, 0 or more. Tokens of a prefix, which
+    `own_mask` does not tell apart, are taken for the policy's. The tables of the last two betas are
+    kept.
 
     Raises:
         InvalidArgument: an observation is not of this task, or a next token is asked for after a
             text has ended.
     """
 
-    def __init__(self, automaton: Automaton, reference: Bigram, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        automaton: Automaton,
+        reference: Bigram,
+        max_new_tokens: int,
+        source: Source | None = None,
+    ) -> None:
         if automaton.vocab_size != reference.vocab_size:
             raise InvalidArgument(
                 f"automaton reads {automaton.vocab_size} tokens, reference has "
                 f"{reference.vocab_size}."
             )
-        self.automaton, self.reference = automaton, reference
+        self.automaton, self.reference, self.source = automaton, reference, source
         self.max_new_tokens, self.vocab_size = max_new_tokens, reference.vocab_size
-        self._tables: dict[float, np.ndarray] = {}
+        self.max_length = 1 + max_new_tokens * (1 + (source.width if source else 0))
+        """The most tokens that a text can have, when every token of the policy's is answered."""
+        self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
         self._device_tables: dict[float, Tensor] = {}
 
     def value(self, obs: Mapping[str, Any], beta: float) -> np.ndarray:
@@ -130,16 +146,16 @@ class AutomatonOracle:
         """
         if not markov and num_texts < 2:
             raise InvalidArgument(f"num_texts={num_texts} must be at least 2.")
-        rng = np.random.default_rng(seed)
-        texts = self._beginnings(1 if markov else num_texts)
+        rng, game = np.random.default_rng(seed), Game(self.automaton, self.source, self.max_length)
+        texts = game.beginnings(1 if markov else num_texts)
         masses, kls, losses = [], [], []
-        for _ in range(self.max_new_tokens):
+        for step in range(self.max_new_tokens):
             probs = self._ask(policy_fn, texts)
-            kl, loss = self._costs(probs, texts, beta)
+            kl, loss = self._costs(probs, texts, step, beta)
             masses.append(texts.mass)
             kls.append(kl)
             losses.append(loss)
-            texts = self._all_next(texts, probs) if markov else self._drawn_next(texts, probs, rng)
+            texts = game.all_next(texts, probs) if markov else game.drawn_next(texts, probs, rng)
         regret, total_kl = (float(sum(map(np.dot, masses, costs))) for costs in (losses, kls))
         error = 0.0 if markov else float(np.sum(losses, axis=0).std(ddof=1) / math.sqrt(num_texts))
         score = float(texts.mass @ self.automaton.payoff[texts.state])
@@ -148,20 +164,23 @@ class AutomatonOracle:
     # ------------------------------------------------------------------- tables
 
     def _values(self, beta: float) -> np.ndarray:
-        """Return V* of all states, (T + 1, Q, V + 1)."""
-        return _kept(self._tables, 2, beta, self._solve)
+        """Return V* of all states in which the policy acts, (T + 1, Q, V + 1)."""
+        return _kept(self._tables, 2, beta, self._solve)[0]
 
     def _device_values(self, beta: float) -> Tensor:
         """Return V* of all states on the device, (T + 1, Q, V + 1) float32."""
         return _kept(self._device_tables, 1, beta, self._upload)
 
-    def _solve(self, beta: float) -> np.ndarray:
+    def _solve(self, beta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return V* of all states in which the policy acts, and of all states right after its
+        tokens, before they are answered; (T + 1, Q, V + 1) both."""
         if not 0.0 <= beta < math.inf:
             raise InvalidArgument(f"beta={beta} is not allowed; it must be 0 or more, and finite.")
         values = [self._end()]
         for _ in range(self.max_new_tokens):
             values.append(soft_max(self._successors(values[-1]), self.reference.probs, beta))
-        return np.stack(values[::-1])
+        table = np.stack(values[::-1])
+        return table, table if self.source is None else np.stack(list(map(self._asked, table)))
 
     def _end(self) -> np.ndarray:
         """Return the scores (Q, V + 1) of texts that end in a state."""
@@ -169,11 +188,21 @@ class AutomatonOracle:
 
     def _successors(self, values: np.ndarray) -> np.ndarray:
         """Return the values (Q, V) of the states that each token leads to from each state."""
-        return values[self.automaton.transitions, np.arange(self.vocab_size)]
+        return self._asked(values)[self.automaton.transitions, np.arange(self.vocab_size)]
+
+    def _asked(self, values: np.ndarray) -> np.ndarray:
+        """Return the values (Q, V + 1) of states right after a token of the policy's, of those in
+        which it acts next: where the token is answered, the expectation over the answers."""
+        if self.source is None:
+            return values
+        asked = values.copy()
+        asked[:, list(self.source.turn_end_token_ids)] = self.source.expected(values)[:, None]
+        return asked
 
     def _next(self, step: np.ndarray, state: np.ndarray, beta: float) -> np.ndarray:
-        """Return V* (K, V) of the states that each token leads to from K states."""
-        return self._values(beta)[
+        """Return V* (K, V) of the states that each token leads to from K states; where it is
+        answered, the expectation over the answers."""
+        return _kept(self._tables, 2, beta, self._solve)[1][
             step[:, None] + 1, self.automaton.transitions[state], np.arange(self.vocab_size)
         ]
 
@@ -184,22 +213,19 @@ class AutomatonOracle:
 
     def _read(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return step, automaton state and last token of N texts, (N,) each."""
-        if not isinstance(obs, Mapping) or not {"tokens", "length", "prompt_length"} <= set(obs):
+        keys = ["tokens", "length", "prompt_length", *(["own_mask"] if self.source else [])]
+        if not isinstance(obs, Mapping) or not set(keys) <= set(obs):
             raise InvalidArgument(
-                "obs must be a token observation: tokens, length and prompt_length."
+                f"obs must be a token observation: {', '.join(keys[:-1])} and {keys[-1]}."
             )
         tokens = np.atleast_2d(_host(obs["tokens"]))
         length, prompt_length = (
             np.atleast_1d(_host(obs[key])) for key in ("length", "prompt_length")
         )
-        if (
-            (prompt_length != 1).any()
-            or (length < 1).any()
-            or (length > self.max_new_tokens + 1).any()
-        ):
+        if (prompt_length != 1).any() or (length < 1).any() or (length > self.max_length).any():
             raise InvalidArgument(
                 f"obs has prompts of {prompt_length.tolist()} and texts of {length.tolist()} "
-                f"tokens; allowed: 1, and 1 to {self.max_new_tokens + 1}."
+                f"tokens; allowed: 1, and 1 to {self.max_length}."
             )
         valid = np.arange(tokens.shape[1]) < length[:, None]
         if (valid & ((tokens < 0) | (tokens >= self.vocab_size))).any():
@@ -207,7 +233,23 @@ class AutomatonOracle:
                 f"obs has token ids out of range; allowed: 0 to {self.vocab_size - 1}."
             )
         last = np.where(length == 1, self.vocab_size, tokens[np.arange(len(tokens)), length - 1])
-        return length - 1, self.automaton.read(np.where(valid, tokens, 0), length), last
+        step = self._steps(obs, length)
+        return step, self.automaton.read(np.where(valid, tokens, 0), length), last
+
+    def _steps(self, obs: Mapping[str, Any], length: np.ndarray) -> np.ndarray:
+        """Return how many tokens of N texts are the policy's, (N,)."""
+        if self.source is None:
+            return length - 1
+        own = np.atleast_2d(_host(obs["own_mask"])).astype(bool)
+        # A reply follows a token of the policy's, so what comes before the first one is a prefix.
+        prefix = np.where(own.any(1), own.argmax(1), length) - 1
+        step = prefix + own.sum(1)
+        if (step > self.max_new_tokens).any():
+            raise InvalidArgument(
+                f"obs has texts with {step.tolist()} tokens of the policy's; allowed: up to "
+                f"{self.max_new_tokens}."
+            )
+        return step
 
     def _read_running(self, obs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         step, state, last = self._read(obs)
@@ -218,16 +260,14 @@ class AutomatonOracle:
 
     # --------------------------------------------------------------- evaluation
 
-    def _beginnings(self, count: int) -> "_Texts":
-        tokens, state = np.zeros((count, 1), dtype=np.int64), np.zeros(count, dtype=np.int64)
-        return _Texts(tokens, state, np.full(count, self.vocab_size), np.full(count, 1 / count))
-
-    def _ask(self, policy_fn: PolicyFunction, texts: "_Texts") -> np.ndarray:
+    def _ask(self, policy_fn: PolicyFunction, texts: Running) -> np.ndarray:
         """Ask for pi (K, V) float64, and normalise it again to take out its rounding."""
-        count, length = texts.tokens.shape
-        tokens = np.pad(texts.tokens, ((0, 0), (0, self.max_new_tokens + 1 - length)))
-        counts = {"length": np.full(count, length), "prompt_length": np.ones(count, dtype=np.int64)}
-        probs = _host(policy_fn({"tokens": tokens, **counts})).astype(np.float64)
+        count = len(texts.length)
+        obs = {"tokens": texts.tokens, "length": texts.length}
+        obs["prompt_length"] = np.ones(count, dtype=np.int64)
+        if self.source is not None:
+            obs["own_mask"] = texts.own.astype(np.int8)
+        probs = _host(policy_fn(obs)).astype(np.float64)
         if (
             probs.shape != (count, self.vocab_size)
             or not (probs >= 0).all()
@@ -240,58 +280,19 @@ class AutomatonOracle:
         return probs / probs.sum(1, keepdims=True)
 
     def _costs(
-        self, probs: np.ndarray, texts: "_Texts", beta: float
+        self, probs: np.ndarray, texts: Running, step: int, beta: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return KL(pi || pi_ref) of the next token, and what pi loses there against pi*, (K,)
         each."""
-        step = np.full(len(probs), texts.tokens.shape[1] - 1)
+        steps = np.full(len(probs), step)
         # Where pi is 0 the summand is 0 whatever the ratio is; 1 keeps its log finite.
         ratio = np.where(probs > 0, probs, 1.0) / self.reference.probs[texts.last]
         kl = (probs * np.log(ratio)).sum(1)
-        gain = (probs * self._next(step, texts.state, beta)).sum(1) - beta * kl
-        return kl, np.maximum(self._values(beta)[step, texts.state, texts.last] - gain, 0.0)
-
-    def _all_next(self, texts: "_Texts", probs: np.ndarray) -> "_Texts":
-        """Return one text for every (automaton state, last token) that comes next, with its
-        probability.
-
-        Texts that meet in the same combination have the same future, so one of them stands for all.
-        """
-        flow = texts.mass[:, None] * probs
-        place = self.automaton.transitions[texts.state] * self.vocab_size + np.arange(
-            self.vocab_size
-        )
-        mass = np.bincount(place.ravel(), flow.ravel())
-        source = np.zeros(len(mass), dtype=np.int64)
-        source[place[flow > 0]] = np.nonzero(flow > 0)[0]
-        reached = np.flatnonzero(mass)
-        state, last = np.divmod(reached, self.vocab_size)
-        return _Texts(
-            np.column_stack([texts.tokens[source[reached]], last]), state, last, mass[reached]
-        )
-
-    def _drawn_next(self, texts: "_Texts", probs: np.ndarray, rng: np.random.Generator) -> "_Texts":
-        """Return every text with one more token, drawn from pi."""
-        # Scaled by the sum, so that rounding cannot lead beyond the last token.
-        cumulative = probs.cumsum(1)
-        drawn = rng.random((len(probs), 1)) * cumulative[:, -1:]
-        token = (cumulative <= drawn).sum(1)
-        state = self.automaton.transitions[texts.state, token]
-        return _Texts(np.column_stack([texts.tokens, token]), state, token, texts.mass)
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """K running texts of one length, with their states."""
-
-    tokens: np.ndarray
-    """(K, t + 1) int64."""
-    state: np.ndarray
-    """(K,) the automaton's states."""
-    last: np.ndarray
-    """(K,) the last token; V at the beginning."""
-    mass: np.ndarray
-    """(K,) the probability of each."""
+        gain = (probs * self._next(steps, texts.state, beta)).sum(1) - beta * kl
+        loss = np.maximum(self._values(beta)[steps, texts.state, texts.last] - gain, 0.0)
+        # A text that has ended stands among the others until the last step, and costs nothing.
+        runs = 1.0 if self.source is None else ~self.source.ended[texts.state]
+        return kl * runs, loss * runs
 
 
 def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:

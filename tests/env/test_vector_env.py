@@ -352,7 +352,7 @@ def test_prefixes_earn_nothing_use_up_tokens_and_are_scored() -> None:
         ({"prefixes": [None, [11, STOPS[1]]]}, "options['prefixes'][1] holds a stop token"),
         (
             {"prompt": [[11]] * 2},
-            "options key='prompt' is not known; allowed: columns, prefixes, prompts, reset_mask. "
+            "options key='prompt' is not known; allowed: columns, prefix_own, prefixes, prompts, reset_mask. "
             "Did you mean 'prompts'",
         ),
         (
@@ -647,7 +647,7 @@ def test_numpys_numbers_are_sizes_too(kind: Any) -> None:
         ({"scorrer": "token"}, "option='scorrer' is not known. Did you mean 'scorer'"),
         (
             {"reward": "tokn"},
-            "reward='tokn' is not known; allowed: .*terminal, token, uniform. Did you mean 'token'",
+            "reward='tokn' is not known; allowed: .*terminal, token, turn, uniform. Did you mean 'token'",
         ),
         ({"reward": 3}, "reward=3 must be a design's name, a RewardTerm, a function"),
         ({"reward": {"kl": "token"}}, "the term name 'kl' is taken; use kl= and kl_coef= instead"),

@@ -5,7 +5,8 @@ import json
 import math
 import random
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ import torch
 from tokenenv.envs.language.bundled import ASSETS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-MODELS = ("arithmetic-lm", "pydocs-lm", "pydocs-reward", "reviews-lm", "reviews-reward")
+MODELS = (
+    "arithmetic-lm",
+    "calculator-lm",
+    "pydocs-lm",
+    "pydocs-reward",
+    "reviews-lm",
+    "reviews-reward",
+)
 
 
 def test_all_models_together_stay_below_ten_megabytes() -> None:
@@ -106,6 +114,38 @@ def test_sums_depend_on_the_seed_alone_and_are_often_wrong(script: ModuleType) -
     questions = [tokenizer.decode(text, skip_special_tokens=True).split("=") for text in first]
     right = [sum(map(int, question.split("+"))) == int(answer) for question, answer in questions]
     assert 0.6 < sum(right) / len(right) < 0.85
+
+
+@pytest.mark.parametrize("script", ["make_calculator"], indirect=True)
+def test_pupils_call_the_calculator_and_copy_what_it_writes(script: ModuleType) -> None:
+    tokenizer = script.make_tokenizer()
+    first, again, other = (
+        script.make_texts("train", 400, 0.5, random.Random(seed), tokenizer) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    saved = json.loads((ASSETS / "calculator-lm" / "tokenizer.json").read_text())
+    assert tokenizer.get_vocab() == saved["model"]["vocab"]
+    calling = [segments for _, segments in first if len(segments) == 3]
+    assert 0.4 < len(calling) / len(first) < 0.6
+    for call, written, answer in calling:
+        assert [call.own, written.own, answer.own] == [True, False, True]
+        result = tokenizer.decode(written.tokens)
+        assert result == "?" or result == f"{{{tokenizer.decode(answer.tokens[:-1])}}}"
+
+
+@pytest.mark.parametrize("script", ["make_calculator"], indirect=True)
+def test_no_loss_is_taken_of_what_the_calculator_writes(script: ModuleType) -> None:
+    """A model that never expects the characters which it alone writes loses nothing by that."""
+    tokenizer, never = script.make_tokenizer(), [*"{}?"]
+
+    def model(input_ids: torch.Tensor, use_cache: bool) -> Any:
+        assert any(tokenizer.convert_tokens_to_ids(one) in input_ids for one in never)
+        logits = torch.zeros(*input_ids.shape, len(tokenizer))
+        logits[..., tokenizer.convert_tokens_to_ids(never)] = -100.0
+        return SimpleNamespace(logits=logits)
+
+    texts = script.make_texts("train", 80, 1.0, random.Random(1), tokenizer)
+    assert float(script.own_loss(model, texts)) == pytest.approx(math.log(len(tokenizer) - 3))
 
 
 @pytest.mark.parametrize("script", ["make_pydocs"], indirect=True)

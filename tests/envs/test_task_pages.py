@@ -19,7 +19,7 @@ SECTIONS = [
     "Arguments",
     "Version History",
 ]
-OWN = sorted(set(TASKS) - {"tokenenv/TextGen-v0"})
+OWN = sorted(set(TASKS) - {"tokenenv/ChatGen-v0", "tokenenv/TextGen-v0"})
 
 
 def page_of(env_id):
@@ -54,7 +54,9 @@ def test_spaces_and_numbers_are_those_of_the_env(env_id):
     envs = gym.make_vec(env_id, num_envs=2).unwrapped
     spec, page = envs.token_spec, sections_of(env_id)
     space = envs.single_observation_space
-    order = ("tokens", "length", "prompt_length")
+    order = [
+        one for one in ("tokens", "length", "prompt_length", "own_mask") if one in space.spaces
+    ]
     said = ", ".join(f"{key}={space[key]}" for key in order)
     assert f"`Dict({said})`" in page["Observation Space"]
     assert f"P = {spec.max_prompt_tokens}" in page["Observation Space"]

@@ -32,9 +32,15 @@ def texts(seed: int = 0) -> tuple[list[TextIds], list[int]]:
 
 
 def finished(
-    pairs: list[TextIds], prefix_length: list[int], score: Tensor, padding: int = 2
+    pairs: list[TextIds],
+    prefix_length: list[int],
+    score: Tensor | None,
+    padding: int = 2,
+    own: list[np.ndarray] | None = None,
+    **options: Any,
 ) -> FinishedTexts:
-    """Return texts as reward terms see them, with some more padding than is needed."""
+    """Return texts as reward terms see them, with some more padding than is needed; `own` are masks
+    of the response tokens that are the policy's."""
     ids = [np.asarray([*prompt, *response]) for prompt, response in pairs]
     tokens = np.zeros((len(ids), max(map(len, ids)) + padding), dtype=np.int64)
     for row, text in enumerate(ids):
@@ -48,7 +54,18 @@ def finished(
         prefix_length=np.asarray(prefix_length),
         score=score,
         ids=ids,
+        written=None if own is None else written_of(pairs, own),
+        **options,
     )
+
+
+def written_of(pairs: list[TextIds], own: list[np.ndarray]) -> list[np.ndarray]:
+    """Return for each text the mask of the tokens that the environment wrote, with some more
+    entries than the text has tokens."""
+    return [
+        np.concatenate([np.zeros(len(prompt), bool), ~mask, np.zeros(3, bool)])
+        for (prompt, _), mask in zip(pairs, own, strict=True)
+    ]
 
 
 def bound(term: Any, scorer: Any, max_batch_tokens: int = 30) -> Any:

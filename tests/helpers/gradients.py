@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from tabular import NUM_HISTORIES, Histories, T, V, World, to_go
+from tabular import Histories, World, to_go
 from torch import Tensor, nn
 from toy_env import ToyEnv
 
@@ -54,17 +54,18 @@ CASES = {
 class Table(nn.Module, Histories):
     """A policy with a logit for every token after every history, and a value for every history."""
 
-    vocab_size, uses_bfloat16 = V, False
+    uses_bfloat16 = False
 
-    def __init__(self, logits: Tensor) -> None:
+    def __init__(self, world: World) -> None:
         super().__init__()
-        self.logits = nn.Parameter(logits.float().clone())
-        self.values = nn.Parameter(torch.linspace(-1.0, 1.0, NUM_HISTORIES))
+        self.logits = nn.Parameter(world.policy.float().clone())
+        self.values = nn.Parameter(torch.linspace(-1.0, 1.0, len(world.policy)))
+        self.vocab_size, self.histories = world.policy.shape[1], world.states
         self.model = self
 
     def states(self, tokens: Tensor, lengths: Any) -> Any:
         """Histories (B, L), twice."""
-        return (Histories.states(self, tokens, lengths),) * 2
+        return (self.histories(tokens),) * 2
 
     def head(self, states: Tensor) -> Tensor:
         return self.logits[states]
@@ -116,7 +117,7 @@ def grpo_gradient(world: World, terms: Tensor, beta: float) -> Tensor:
     distribution of how many of the G - 1 others earn 1. With `terms` (B, T) on the last token alone
     it is the gradient of E_x[F(P(score = 1))] - beta (G - 1)/G KL, with F increasing: J with each
     prompt's score on another scale."""
-    returns, probs = to_go(terms), world.logprob(world.policy).sum(1).exp()
+    returns, probs = to_go(terms), world.probs(world.policy)
     won = world.rewards(per_token=False).sum(1) > 0.5
     win = float(probs[won].sum())
     mean_won, mean_lost = (
@@ -153,7 +154,7 @@ def found_gradient(
         )
         values = value_table(world, earned)
         agent.values = lambda states, columns=(): [
-            float(values[history_of(response)]) for _, response in states
+            float(values[history_of(world, response)]) for _, response, *_ in states
         ]
     if case.algorithm == "klq":  # its replay would draw the whole batch
         agent.estimate(batch)
@@ -166,7 +167,8 @@ def found_gradient(
 def agent_of(case: Case, world: World) -> Any:
     """An agent whose policy is the world's, for a single step on the whole batch."""
     envs = ToyEnv(G)
-    envs.group_size, envs.single_action_space = G, gym.spaces.Discrete(V)
+    envs.group_size, envs.single_action_space = G, gym.spaces.Discrete(world.policy.shape[1])
+    envs.reference = world.reference
     envs.fork = lambda *_: None  # what VinePPO asks for; its values come from the table
     settings = {
         "epochs": 1,
@@ -175,7 +177,7 @@ def agent_of(case: Case, world: World) -> Any:
         "max_batch_tokens": 10**7,
         **case.settings,
     }
-    agent: Any = ALGORITHMS[case.algorithm](envs, policy=Table(world.policy), **settings)
+    agent: Any = ALGORITHMS[case.algorithm](envs, policy=Table(world), **settings)
     return agent
 
 
@@ -183,16 +185,15 @@ def batch_of(world: World, design: str, beta: float, count: int, logits: Tensor)
     """So many texts, each as often as the policy with `logits` writes it, in a random order; paid
     by an env of the world."""
     paid = world.score(world.env(reward=design, kl_coef=beta))
-    rows = spread(world.logprob(logits).sum(1).exp(), count // G * G)
+    rows = spread(world.probs(logits), count // G * G)
     nothing = torch.zeros(len(rows))
     return EpisodeBatch(
-        tokens_BL=torch.cat([torch.zeros(len(rows), 1, dtype=torch.int64), world.tokens[rows]], 1),
-        length_B=world.length[rows] + 1,
+        **world.texts_of(rows),
         response_length_B=world.length[rows],
         logprob_BT=world.logprob(logits).float()[rows],
         ref_logprob_BT=world.logprob(world.reference.logprobs).float()[rows],
         reward_BT=torch.from_numpy(paid.token_rewards)[rows],
-        potential_BT1=torch.zeros(len(rows), T + 1),
+        potential_BT1=torch.zeros(len(rows), world.tokens.shape[1] + 1),
         kl_coef_B=torch.full((len(rows),), beta),
         terminated_B=nothing == 0,
         truncated_B=nothing > 0,
@@ -223,21 +224,19 @@ def spread(probs: Tensor, count: int) -> Tensor:
 def value_table(world: World, rewards: Tensor) -> Tensor:
     """What the policy still earns, on average, after every history, from what all texts earn token
     by token (B, T)."""
-    probs, to_come = world.logprob(world.policy).sum(1).exp(), to_go(rewards)
-    total, weight = (torch.zeros(NUM_HISTORIES, dtype=torch.float64) for _ in range(2))
-    for t in range(T):
+    probs, to_come = world.probs(world.policy), to_go(rewards)
+    total, weight = (torch.zeros(len(world.policy), dtype=torch.float64) for _ in range(2))
+    for t in range(world.tokens.shape[1]):
         here = world.mask[:, t]
         total.index_add_(0, world.before[here, t], (probs * to_come[:, t])[here])
         weight.index_add_(0, world.before[here, t], probs[here])
     return total / weight.clamp(min=1e-300)
 
 
-def history_of(response: Any) -> int:
-    """Its number in the tree."""
-    number = 0
-    for token in response:
-        number = V * number + 1 + int(token)
-    return number
+def history_of(world: World, response: Any) -> int:
+    """Its number."""
+    tokens = torch.tensor([[0, *map(int, response)]])
+    return int(world.states(tokens)[0, -1])
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

@@ -1,4 +1,5 @@
-"""A rollout engine in a few lines: the policy's own model, one full forward a token."""
+"""Rollout engines in a few lines: the policy's own model, one full forward a token; and given
+tokens."""
 
 import copy
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenenv.agents.rollout.actor import sample
+from tokenenv.rollout.stops import stop_ids
 from tokenenv.rollout.weights import transformers_model
 from tokenenv.types import Written
 
@@ -23,6 +25,8 @@ class Running:
 class LocalEngine:
     """Takes the weights at `sync`, as vLLM does, and draws each text from a stream of its own.
 
+    `asked` holds what a text was begun with, by its key, and `turns` each of its turns, by the key
+    and the tokens before it.
     `down` says what fails once and when: {"ended": 2} is the third step of `ended` from now on.
     Texts in `slow` take a token at every third step. `note(key)` is called when a text's first
     token is drawn.
@@ -31,9 +35,10 @@ class LocalEngine:
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):
         transformers_model(model)
         self.policy, self.model = model, copy.deepcopy(model)
-        self.stops, self.temperature, self.num_texts = spec.stop_token_ids, temperature, num_texts
+        self.stops, self.temperature, self.num_texts = stop_ids(spec), temperature, num_texts
         self.running: dict[int, Running] = {}
         self.asked: dict[int, tuple[list[int], int, int]] = {}
+        self.turns: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
         self.most = 0
         self.steps = 0
         self.slow: set[int] = set()
@@ -51,7 +56,11 @@ class LocalEngine:
         self._may_fail("begin")
         assert key not in self.running
         asked = list(prompt), max_tokens, seed
-        assert self.asked.setdefault(key, asked) == asked  # a text that is begun again is the same
+        first = self.asked.setdefault(key, asked)[0]
+        assert prompt[: len(first)] == first
+        # A text that is begun again is the same, and so is a turn of it.
+        turn = self.turns.setdefault((key, tuple(prompt)), asked[1:])
+        assert turn == asked[1:]
         self.running[key] = Running(list(prompt), max_tokens, torch.Generator().manual_seed(seed))
         self.most = max(self.most, len(self.running))
 
@@ -82,3 +91,30 @@ class LocalEngine:
 
     def abort(self):
         self.running.clear()
+
+
+class GivenEngine:
+    """Writes given tokens behind each prompt of a text, up to a stop id or the limit."""
+
+    def __init__(self, spec, tokens):
+        self.stops, self.tokens = stop_ids(spec), iter(tokens)
+        self.asked: list[tuple[list[int], int]] = []
+        self.running: list[Written] = []
+
+    def begin(self, key, prompt, max_tokens, seed):
+        assert max_tokens > 0
+        self.asked.append((list(prompt), max_tokens))
+        tokens = []
+        while not tokens or (len(tokens) < max_tokens and tokens[-1] not in self.stops):
+            tokens.append(next(self.tokens))
+        self.running.append(Written(key, tokens, [-1.0] * len(tokens)))
+
+    def ended(self):
+        running, self.running = self.running, []
+        return running
+
+    def sync(self):
+        pass
+
+    def abort(self):
+        self.running = []

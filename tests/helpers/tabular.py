@@ -81,7 +81,8 @@ class World:
     scores of all histories.
 
     B finished texts, all there are: `tokens`, `before` and `after` (the histories around each
-    token), `mask`, (B, T) each.
+    token), `mask`, (B, T) each. `chance` (B,) is the probability of all in them that is not the
+    policy's; here nothing is.
     """
 
     def __init__(self, seed: int, stops: tuple[int, ...] = ()) -> None:
@@ -101,6 +102,7 @@ class World:
         self.before, self.after = histories[:, :-1] * self.mask, histories[:, 1:] * self.mask
         self.final = self.mask & (torch.arange(T) == self.length[:, None] - 1)
         self.truncated = torch.tensor([text[-1] not in stops for text in self.texts])
+        self.chance = torch.ones(len(self.texts), dtype=torch.float64)
         self.share_table = self.normal(NUM_HISTORIES, T)
         self.shares = self.share_table[self.after.max(1).values]
 
@@ -122,6 +124,16 @@ class World:
     def rewards(self, per_token: bool) -> Tensor:
         """r (B, T): each token's score, or the text's on its last token."""
         return self.scores[self.after] * (self.mask if per_token else self.final)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """The histories (B, L) of right-padded `tokens` (B, L), of which the first is the
+        prompt."""
+        return self.reference.states(tokens, None)
+
+    def texts_of(self, rows: Tensor) -> dict[str, Tensor]:
+        """The fields of an `EpisodeBatch` that hold the texts `rows` (B,): prompt and response."""
+        tokens = torch.cat([torch.zeros_like(self.tokens[:, :1]), self.tokens], 1)
+        return {"tokens_BL": tokens[rows], "length_B": self.length[rows] + 1}
 
     def env(self, scorer: str = "sequence", **options: Any) -> TokenVectorEnv:
         """A vector env of this world; `scorer` names one of `SCORERS`, `oracle` maps beta to a
@@ -149,6 +161,10 @@ class World:
         """All texts, scored by `envs`."""
         return envs.score_episodes([[0]] * len(self.texts), self.texts, **options)
 
+    def probs(self, logits: Tensor) -> Tensor:
+        """(B,) the probability of every text under the policy with `logits`."""
+        return self.logprob(logits).sum(1).exp() * self.chance
+
     def logprob(self, logits: Tensor) -> Tensor:
         """log pi (B, T) of every token under the policy with `logits` (histories, V); zero beyond
         the text."""
@@ -158,8 +174,8 @@ class World:
         """The gradient of E_pi[value] by the policy's logits; `value` maps log pi (B, T) to (B,)
         and is differentiated too."""
         logits = self.policy.clone().requires_grad_()
-        logprob = self.logprob(logits)
-        return torch.autograd.grad((logprob.sum(1).exp() * value(logprob)).sum(), logits)[0]
+        each = self.probs(logits) * value(self.logprob(logits))
+        return torch.autograd.grad(each.sum(), logits)[0]
 
     def objective_gradient(self) -> Tensor:
         """The gradient of E[score - BETA KL(pi || pi_ref)], with the "sequence" scorer's score."""
@@ -176,10 +192,8 @@ class World:
         T) of each token, and E_pi[grad own], with `own` of log pi's logits (B,) a loss that is
         differentiated directly."""
         logits = self.policy.clone().requires_grad_()
-        logprob = self.logprob(logits)
-        probs = logprob.detach().sum(1).exp()
-        each = (logprob * credit).sum(1) + (own(logits) if own else 0.0)
-        return torch.autograd.grad((probs * each).sum(), logits)[0]
+        each = (self.logprob(logits) * credit).sum(1) + (own(logits) if own else 0.0)
+        return torch.autograd.grad((self.probs(self.policy) * each).sum(), logits)[0]
 
 
 @cache

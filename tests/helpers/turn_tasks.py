@@ -45,7 +45,7 @@ def options_of(turns: str | None, max_length: int) -> dict[str, Any]:
     return {
         "respond": RESPOND[turns],
         "turn_end_token_ids": (7, *ENDS),
-        "max_context_tokens": max_length + ROOM,
+        "max_context_tokens": max_length + (0 if turns == "silent" else ROOM),
     }
 
 

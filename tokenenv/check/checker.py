@@ -6,7 +6,7 @@ is in `step_checks`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from tokenenv.check.driver import (
     Action,
     Step,
     as_action,
+    asked,
     bad_actions,
     close,
     difference,
@@ -34,6 +35,7 @@ from tokenenv.check.driver import (
 )
 from tokenenv.check.step_checks import SCORED_KEYS, check_infos, check_steps, contract_infos
 from tokenenv.tables import Columns, by_name
+from tokenenv.types import TokenSpec
 
 
 def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> None:
@@ -102,10 +104,12 @@ class Trial:
 
     def midway(self) -> tuple[Any, int]:
         """Return the observation of running texts and how many response tokens they have: two, or
-        fewer where two would end them."""
-        obs, age = self.start(), min(2, self.envs.unwrapped.token_spec.max_new_tokens - 1)
-        taken = run(self.envs, obs, [self.draw(stop=0.0) for _ in range(age)])
-        return (taken[-1].after if taken else obs), age
+        fewer where two would end one of them."""
+        for age in range(min(2, self.envs.unwrapped.token_spec.max_new_tokens - 1), 0, -1):
+            taken = run(self.envs, self.start(), [self.draw(stop=0.0) for _ in range(age)])
+            if not any(step.ended.any() for step in taken):
+                return taken[-1].after, age
+        return self.start(), 0
 
     def require_same(
         self, a: list[Step], b: list[Step], sentence: str, slots: Any = slice(None)
@@ -142,10 +146,10 @@ def check_spaces(trial: Trial) -> None:
             f"{kind}_space is not {envs.num_envs} of single_{kind}_space; make it with "
             "gymnasium.vector.utils.batch_space.",
         )
-    length = spec.max_prompt_tokens + spec.max_new_tokens
-    tokens = spaces.Box(0, spec.vocab_size - 1, (length,), np.int64)
-    count = spaces.Discrete(length + 1)
-    texts = spaces.Dict(tokens=tokens, length=count, prompt_length=count)
+    tokens = spaces.Box(0, spec.vocab_size - 1, (spec.max_length,), np.int64)
+    count = spaces.Discrete(spec.max_length + 1)
+    own = {"own_mask": spaces.MultiBinary(spec.max_length)} if spec.responds else {}
+    texts = spaces.Dict(tokens=tokens, length=count, prompt_length=count, **own)
     seen = envs.single_observation_space
     features = isinstance(seen, spaces.Box) and seen.dtype == np.float32 and len(seen.shape) == 1
     require(
@@ -213,18 +217,26 @@ def check_slots_are_independent(trial: Trial) -> None:
 
 
 def check_prefixes_and_cuts(trial: Trial) -> None:
-    """A prefix uses up max_new_tokens and earns nothing, and a slot whose text was cut is finished
-    like any other."""
+    """A prefix uses up max_new_tokens, if its tokens count as the policy's, and earns nothing, and
+    a slot whose text was cut is finished like any other."""
     envs, limit = trial.envs, trial.envs.unwrapped.token_spec.max_new_tokens
     given = max(limit - 2, 0)
     plan = [trial.draw(stop=0.0) for _ in range(limit - given)]
     obs = trial.start(prefixes=_prefixes(trial, given))
     steps = run(envs, obs, plan, given)
     check_steps(envs, steps, trial.tolerance)
-    require(
-        not steps[-1].info["token_rewards"][:, :given].any(),
-        "a prefix earns rewards; place none on the tokens that reset() was given.",
-    )
+    prefixed = np.ones(envs.num_envs, bool)
+    for step in steps:
+        placed = step.info.get("token_rewards", np.zeros((envs.num_envs, limit)))
+        require(
+            not placed[prefixed & step.ended, :given].any(),
+            "a prefix earns rewards; place none on the tokens that reset() was given.",
+        )
+        prefixed &= ~step.ended
+    if envs.unwrapped.token_spec.responds:
+        others = [[False] * given] * envs.num_envs
+        obs = trial.start(prefixes=_prefixes(trial, given), prefix_own=others)
+        check_steps(envs, run(envs, obs, plan), trial.tolerance)
     if mode_of(envs) == AutoresetMode.DISABLED:
         envs.reset(options={"prefixes": _prefixes(trial, limit - 1)})
         envs.step(as_action(envs, plan[0]))
@@ -272,17 +284,23 @@ def check_saved_state(trial: Trial) -> None:
 
 
 def check_fork(trial: Trial) -> None:
-    """A copy shows and earns what its original does under the same actions, until both end."""
+    """A copy shows and earns what its original does under the same actions, until both end, or the
+    environment answers them differently."""
     if trial.envs.num_envs == 1:
         return
+    spec = trial.envs.unwrapped.token_spec
     _, age = trial.midway()
     obs = host(trial.envs.unwrapped.fork([0], [1])[0])
-    plan = [(_twins(tokens), _twins(logprobs)) for tokens, logprobs in trial.plan]
+    # Before the environment may answer, nothing that a copy shows is drawn anew.
+    quiet = [trial.draw(stop=0.0) for _ in range(2 * spec.responds)]
+    plan = [(_twins(tokens), _twins(logprobs)) for tokens, logprobs in [*quiet, *trial.plan]]
     for step in run(trial.envs, obs, plan, age):
         one, other = (
             {"obs": rows_of(step.end, [i]), "reward": step.reward[[i]], "ended": step.ended[[i]]}
             for i in (0, 1)
         )
+        if _answered_apart(step, spec):
+            return
         require(
             difference(one, other, trial.tolerance) is None,
             "after fork([0], [1]) the slots differ under the same actions; copy all that later "
@@ -290,6 +308,20 @@ def check_fork(trial: Trial) -> None:
         )
         if step.ended[0]:
             return
+
+
+def _answered_apart(step: Step, spec: TokenSpec) -> bool:
+    """Whether the environment answered slots 0 and 1 differently: what it writes into a copy is
+    drawn anew."""
+    if not asked(step.action[0][:1], spec)[0]:
+        return False
+    if not isinstance(step.end, Mapping):
+        return True  # features do not tell
+    place = np.arange(spec.max_length) < step.before["length"][:2, None] + 1
+    given = np.where(place, step.end["tokens"][:2], -1)
+    answers = (step.end["tokens"], step.terminated, step.info["turn_reward"])
+    same = all((answer[0] == answer[1]).all() for answer in answers)
+    return bool((given[0] == given[1]).all()) and not same
 
 
 def check_bad_actions(trial: Trial) -> None:
@@ -368,13 +400,20 @@ def _check_scored_text(
 ) -> None:
     """Raise `ContractError` unless a text of `slot` was paid as `score_episodes` says."""
     tokens, logprobs = ([float(step.action[part][slot]) for step in steps] for part in (0, 1))
+    response, options = list(map(int, tokens)), {"columns": columns} if columns else {}
+    if trial.envs.unwrapped.token_spec.responds:
+        if not isinstance(steps[-1].end, Mapping):
+            return  # features do not show what the environment wrote
+        response, own = _with_replies(steps[-1].end, slot)
+        turns = [float(step.info["turn_reward"][slot]) for step in steps]
+        options |= {"own": [own], "turn_rewards": [turns]}
     last = steps[-1].info
     said = trial.envs.unwrapped.score_episodes(
         [prompt],
-        [list(map(int, tokens))],
+        [response],
         logprobs=[logprobs],
         truncated=[bool(last["cut"][slot])],
-        **({"columns": columns} if columns else {}),
+        **options,
     )
     paid = np.array([step.reward[slot] for step in steps])
     require(
@@ -387,6 +426,13 @@ def _check_scored_text(
     for name in {*watched, *(key for key in shown if not key.startswith("_"))}:
         what = f"infos['token_watched'][{name!r}]"
         _require_said(trial, what, shown.get(name), watched.get(name), slot)
+
+
+def _with_replies(end: Mapping[str, np.ndarray], slot: int) -> tuple[list[int], list[bool]]:
+    """Return the response of a slot in a token observation, and which of its tokens were
+    emitted."""
+    span = slice(end["prompt_length"][slot], end["length"][slot])
+    return end["tokens"][slot, span].tolist(), end["own_mask"][slot, span].astype(bool).tolist()
 
 
 def _require_said(trial: Trial, what: str, shown: Any, said: Any, slot: int) -> None:

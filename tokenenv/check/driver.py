@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from tokenenv.errors import ContractError
+from tokenenv.types import TokenSpec
 
 Action = tuple[np.ndarray, np.ndarray]
 """The tokens (N,) int64 and, for envs that take them, their log-probs (N,) float32."""
@@ -25,7 +26,7 @@ class Step:
     active: np.ndarray
     """(N,) bool: the slots that took a token; all except those that NEXT_STEP only resets."""
     age: np.ndarray
-    """(N,) int64: response tokens at the end of the step, a prefix included."""
+    """(N,) int64: tokens of the policy's at the end of the step, a prefix's included."""
     before: Any
     """The observation before the step."""
     after: Any
@@ -60,9 +61,10 @@ def mode_of(envs: Any) -> Any:
 
 
 def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
-    """Draw random tokens, of which about the share `stop` are stop tokens, and log-probs."""
+    """Draw random tokens, of which about the share `stop` end a text or a turn, and log-probs."""
     tokens = np.array(draw_ids(envs, rng, envs.num_envs))
-    stops = envs.unwrapped.token_spec.stop_token_ids
+    spec = envs.unwrapped.token_spec
+    stops = spec.stop_token_ids if stop == 1.0 else closing_ids(spec)
     if stops:
         stopping = rng.random(envs.num_envs) < stop
         tokens = np.where(stopping, rng.choice(stops, envs.num_envs), tokens)
@@ -70,9 +72,27 @@ def draw(envs: Any, rng: np.random.Generator, stop: float = 0.15) -> Action:
 
 
 def draw_ids(envs: Any, rng: np.random.Generator, count: int) -> list[int]:
-    """Draw `count` random tokens, none of which ends a text."""
+    """Draw `count` random tokens, none of which ends a text, or a turn if there are others."""
     spec = envs.unwrapped.token_spec
-    return rng.choice(np.setdiff1d(np.arange(spec.vocab_size), spec.stop_token_ids), count).tolist()
+    ids = np.arange(spec.vocab_size)
+    quiet = np.setdiff1d(ids, closing_ids(spec))
+    if not len(quiet):
+        quiet = np.setdiff1d(ids, spec.stop_token_ids)
+    return rng.choice(quiet, count).tolist()
+
+
+def closing_ids(spec: TokenSpec) -> tuple[int, ...]:
+    """Return the ids that end a text, and those after which the environment may write into it."""
+    turn_ends = spec.turn_end_token_ids if spec.responds else ()
+    return (*spec.stop_token_ids, *(turn_ends or ()))
+
+
+def asked(tokens: np.ndarray, spec: TokenSpec) -> np.ndarray:
+    """Return bool: the tokens (N,) after which the environment may write into the text, or end
+    it."""
+    if not spec.responds or spec.turn_end_token_ids is None:
+        return np.full(tokens.shape, spec.responds)
+    return np.isin(tokens, spec.turn_end_token_ids)
 
 
 def as_action(envs: Any, action: Action) -> Any:
@@ -119,7 +139,7 @@ def run(
         envs: the env.
         obs: the observation of the state.
         plan: an action for each step.
-        age: how many response tokens each slot holds.
+        age: how many tokens of the policy's each slot holds.
         after_step: called with what each step returned, after it was copied.
     """
     mode, steps = mode_of(envs), []

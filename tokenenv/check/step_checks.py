@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from tokenenv.check.driver import Step, close, difference, mode_of, require, rows_of
+from tokenenv.check.driver import Step, asked, close, difference, mode_of, require, rows_of
 
 SCORED_KEYS = ("score", "gold", "token_rewards")
 """Infos of a text's end that are also fields of `EpisodeScores`."""
-END_KEYS = (*SCORED_KEYS, "token_reward_terms", "token_watched", "cut")
+END_KEYS = (*SCORED_KEYS, "token_reward_terms", "token_watched", "cut", "own_mask")
 """Infos of a text's end."""
-STEP_KEYS = ("reward_terms", "watched")
+STEP_KEYS = ("reward_terms", "watched", "turn_reward")
 """Infos of every step that belong to the text, and so are in `final_info` too."""
 KEYS = (*STEP_KEYS, "ref_logprob", "kl_coef", "prompt_id", "potential", *END_KEYS, "final_info")
 """The infos that belong to the contract. Wrappers may add others."""
@@ -65,9 +65,17 @@ def check_observation(step: Step, running: Running) -> None:
 
 
 def check_ends(step: Step, running: Running) -> None:
-    """A text terminates at a stop token, is cut at max_new_tokens, and ends nowhere else."""
+    """A text terminates at a stop token, is cut at max_new_tokens, and ends nowhere else. Where the
+    environment is asked, it may end the text, or let it go on after a stop token."""
     stopped = step.active & np.isin(step.action[0], running.spec.stop_token_ids)
-    full = step.active & (step.age >= running.spec.max_new_tokens) & ~stopped
+    full = step.active & (step.age >= running.spec.max_new_tokens)
+    free = step.active & asked(step.action[0], running.spec)
+    if running.spec.responds:
+        # Features do not show whether a text has reached the limit of its context.
+        seen = isinstance(step.end, Mapping)
+        full |= step.active & (step.end["length"] >= running.spec.max_length if seen else False)
+        free = free if seen else step.active
+    stopped, full = stopped & ~free, full & ~(stopped & ~free)
     require(
         not (step.terminated & step.truncated).any(),
         "a slot is terminated and truncated at once; set one of the two.",
@@ -80,7 +88,7 @@ def check_ends(step: Step, running: Running) -> None:
         step.ended[full].all(), "a slot goes on after max_new_tokens tokens; end the text there."
     )
     require(
-        (step.ended == stopped | full).all(),
+        (step.ended == stopped | full)[~free].all(),
         "a slot ends without a stop token, before max_new_tokens tokens; let it go on.",
     )
     told = step.info.get("_cut", np.zeros_like(full))
@@ -89,7 +97,7 @@ def check_ends(step: Step, running: Running) -> None:
         "infos['cut'] is not there exactly where texts end; give it there and only there.",
     )
     require(
-        (step.info.get("cut", full) == full).all(),
+        (step.info.get("cut", full) == full)[~free].all(),
         "infos['cut'] is not True exactly where max_new_tokens ends a text; make it False at stop "
         "tokens.",
     )
@@ -101,8 +109,8 @@ def check_masks(step: Step, running: Running) -> None:
 
 
 def check_texts(step: Step, running: Running) -> None:
-    """A running text grows by its action, and a slot that begins anew holds a prompt and nothing
-    else."""
+    """A running text grows by its action, and by what the environment writes behind it where it is
+    asked; a slot that begins anew holds a prompt and nothing else."""
     same_step = mode_of(running.envs) == AutoresetMode.SAME_STEP
     anew = step.ended if same_step else ~step.active
     has_final = all(key in step.info for key in ("final_obs", "final_info"))
@@ -125,11 +133,17 @@ def check_texts(step: Step, running: Running) -> None:
         "length": step.before["length"] + 1,
         "prompt_length": step.before["prompt_length"],
     }
+    if running.spec.responds:
+        grown |= _with_reply(step, running, tokens, slots)
     for key, expected in grown.items():
         require(
             (step.end[key] == expected)[slots].all(),
             f"{key!r} is not that of the text before with the action appended; append it.",
         )
+    require(
+        not running.spec.responds or not step.after["own_mask"][anew].any(),
+        "'own_mask' has tokens in a slot that begins anew; make it 1 on emitted tokens alone.",
+    )
     require(
         (step.after["length"] == step.after["prompt_length"])[anew].all(),
         "a slot that begins anew holds more than a prompt; make length its prompt_length.",
@@ -139,6 +153,51 @@ def check_texts(step: Step, running: Running) -> None:
         (step.after["tokens"] == running.spec.pad_token_id)[blank].all(),
         "tokens beyond length are not pad_token_id; fill them with it.",
     )
+
+
+def _with_reply(
+    step: Step, running: Running, tokens: np.ndarray, slots: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What a token observation holds behind the actions: whatever the environment wrote, where it
+    was asked. `tokens` (N, L) are the texts with the actions that `slots` took."""
+    length, place = step.before["length"] + 1, np.arange(tokens.shape[1])
+    free = asked(step.action[0], running.spec)
+    after = np.where(free, np.maximum(step.end["length"], length), length)
+    written = (place >= length[:, None]) & (place < after[:, None])
+    own = step.before["own_mask"].copy()
+    own[slots, step.before["length"][slots]] = 1
+    return {
+        "tokens": np.where(written, step.end["tokens"], tokens),
+        "length": after,
+        "own_mask": own,
+    }
+
+
+def check_replies(step: Step, running: Running) -> None:
+    """Where the environment writes into texts, every step gives the reward of the turn, 0 where it
+    was not asked, and the end of a text says whose its tokens are."""
+    if not running.spec.responds:
+        return
+    none = np.zeros_like(step.active)
+    paid, told = (step.info.get(key, none) for key in ("turn_reward", "_turn_reward"))
+    require(
+        np.isfinite(paid).all() and (told == step.active).all(),
+        "infos['turn_reward'] is not a finite number exactly where a token was taken; give it so.",
+    )
+    require(
+        not paid[~asked(step.action[0], running.spec)].any(),
+        "infos['turn_reward'] is not 0 where the environment was not asked; make it 0.",
+    )
+    told = step.info.get("_own_mask", none)
+    require(
+        (told == step.ended).all(),
+        "infos['own_mask'] is not there exactly where texts end; give it there and only there.",
+    )
+    if told.any() and isinstance(step.end, Mapping):
+        require(
+            (step.info["own_mask"] == step.end["own_mask"])[told].all(),
+            "infos['own_mask'] is not that of the last observation; give the same mask.",
+        )
 
 
 def check_final_infos(step: Step, running: Running) -> None:
@@ -219,6 +278,7 @@ STEP_CHECKS: tuple[Callable[[Step, Running], None], ...] = (
     check_ends,
     check_masks,
     check_texts,
+    check_replies,
     check_final_infos,
     check_reward,
     check_watched,

@@ -58,7 +58,35 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
             f"the task has {len(built.prompts)} prompts and {len(built.columns)} rows of columns; "
             "give one for each prompt, or none."
         )
+    check_replies(built)
     return config, with_max_new_tokens(built, config.max_new_tokens)
+
+
+def check_replies(task: Task) -> None:
+    """Raise `InvalidArgument` unless what the task says of its replies fits together."""
+    ends, context, vocab_size = (
+        task.turn_end_token_ids,
+        task.max_context_tokens,
+        vocab_size_of(task.model or task.reference),
+    )
+    if task.respond is None:
+        if ends is not None or context is not None:
+            raise InvalidArgument(
+                "turn_end_token_ids and max_context_tokens are of no use without respond."
+            )
+        return
+    if not callable(task.respond):
+        raise InvalidArgument(f"respond={task.respond!r} must be a function of a TextSoFar.")
+    if ends is not None and not (ends and all(0 <= token < vocab_size for token in ends)):
+        raise InvalidArgument(
+            f"turn_end_token_ids={ends} must be token ids, 0 to {vocab_size - 1}, at least one; "
+            "None asks after every token."
+        )
+    if context is not None and context <= task.max_prompt_tokens:
+        raise InvalidArgument(
+            f"max_context_tokens={context} must be more than "
+            f"max_prompt_tokens={task.max_prompt_tokens}."
+        )
 
 
 def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
@@ -148,11 +176,12 @@ def single_spaces(
         size = task.num_features if task.features is not None else hidden_size_of(task.reference)
         observation = spaces.Box(-math.inf, math.inf, (size,), np.float32)
     else:
+        own: dict[str, Any] = {"own_mask": spaces.MultiBinary(length)} if spec.responds else {}
         observation = spaces.Dict(
             tokens=spaces.Box(0, spec.vocab_size - 1, (length,), np.int64),
             length=spaces.Discrete(length + 1),
             prompt_length=spaces.Discrete(length + 1),
-            **({"own_mask": spaces.MultiBinary(length)} if spec.responds else {}),
+            **own,
         )
     token = spaces.Discrete(spec.vocab_size)
     if config.kl != "policy":

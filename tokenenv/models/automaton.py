@@ -175,6 +175,15 @@ def explore(
         vocab_size: V.
         device: of the automaton.
     """
+    states, transitions = reachable(start, step, vocab_size)
+    return Automaton(transitions, np.array([payoff(state) for state in states]), device)
+
+
+def reachable(
+    start: StateT, step: Callable[[StateT, int], StateT], vocab_size: int
+) -> tuple[list[StateT], np.ndarray]:
+    """Return all Q states that can be reached from a start, which is the first of them, and the
+    number (Q, V) of the state that follows a state and a token; see `explore`."""
     number, states, rows = {start: 0}, [start], []
     # The list of states grows while it is read: it is the queue of a breadth-first search.
     for state in states:
@@ -184,4 +193,4 @@ def explore(
                 number[after] = len(states)
                 states.append(after)
         rows.append([number[after] for after in row])
-    return Automaton(np.array(rows), np.array([payoff(state) for state in states]), device)
+    return states, np.array(rows)

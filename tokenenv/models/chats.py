@@ -157,10 +157,13 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return first[0] if first and first[0] in special_ids(tokenizer) else None
 
 
-def render(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """Return the text that the tokenizer's template makes of a conversation."""
+def render(
+    tokenizer: Any, messages: Messages, *, add_generation_prompt: bool = False, **variables: Any
+) -> str:
+    """Return the text that the tokenizer's template makes of a conversation. `variables` are those
+    that the template gets beside it, by name."""
     return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
     )
 
 

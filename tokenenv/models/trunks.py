@@ -150,9 +150,9 @@ def extend_slots(
     Returns:
         (n, K, H) the states after each token; those to the right of a row's last one mean nothing.
     """
-    if hasattr(model, "extend"):
-        return model.extend(slots, tokens, lengths)
     slots, lengths = np.asarray(slots), np.asarray(lengths)
+    if hasattr(model, "extend"):
+        return model.extend(slots, tokens, lengths.tolist())
     rows, states = upload(slots, tokens.device), []
     for t, column in enumerate(tokens.unbind(1)):
         active = np.zeros(num_slots, dtype=bool)

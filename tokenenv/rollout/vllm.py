@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenenv.errors import check_choice, missing
 from tokenenv.types import TokenSpec, Written
 
+from .stops import stop_ids
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
 
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -93,17 +94,17 @@ class VLLMEngine:
         save_weights(self.model, Path(self._folder.name))
         # The user's options win over the sizes, and what the log-probs depend on wins over them.
         sizes = {
-            "max_model_len": spec.max_prompt_tokens + spec.max_new_tokens,
+            "max_model_len": spec.max_length,
             "max_num_seqs": num_texts,
         }
         fixed = {"dtype": dtype, "logprobs_mode": "processed_logprobs"}
         fixed |= self._lora_options() | transfer_options(weight_sync)
         self.llm = start_vllm(self._folder.name, **(sizes | options | fixed))
         self.weight_sync = self._choose(weight_sync)
-        # The env's stop ids alone end a text: the model's own may be others.
+        # The env's ids alone end a text: the model's own may be others.
         self._sampling = {
             "temperature": temperature,
-            "stop_token_ids": list(spec.stop_token_ids),
+            "stop_token_ids": stop_ids(spec),
             "ignore_eos": True,
         }
         self._running: set[int] = set()
