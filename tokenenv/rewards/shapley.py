@@ -33,8 +33,8 @@ class Shapley(Redistribution):
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by
     default), of responses that are half as long on average, and one more where the environment
-    wrote. It fails where the scorer has never
-    seen texts with holes, and where credit belongs to a part of a segment.
+    wrote. It fails where the scorer has never seen texts with holes, and where credit belongs to a
+    part of a segment.
 
     Args:
         max_segments: the players of a text, m; a response of fewer tokens has one player a token.
