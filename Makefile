@@ -104,6 +104,7 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/group_start.py
 	$(BIN)/python benchmarks/cached_lm.py
+	$(BIN)/python benchmarks/turns_cache.py
 	$(BIN)/python benchmarks/automata.py
 	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py

@@ -306,7 +306,10 @@ def test_a_task_that_does_not_fit(changes: Any, message: str) -> None:
         ({"prefixes": [[1, 2]], "prefix_own": [[1]]}, "must hold 2 entries, one a token"),
         ({"prefixes": [[1, 2]], "prefix_own": [[1, 2]]}, "must hold 2 entries"),
         ({"prefixes": [[1] * T]}, f"has {T} tokens; allowed: fewer than max_new_tokens={T}"),
-        ({"prefixes": [[1] * 20], "prefix_own": [[0] * 20]}, "leave no room behind a prompt"),
+        (
+            {"prefixes": [[1] * 20], "prefix_own": [[0] * 20]},
+            "has 20 tokens; allowed: fewer than 13, which is what the context",
+        ),
     ],
 )
 def test_a_bad_prefix(options: Any, message: str) -> None:

@@ -49,9 +49,9 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     prefixes = _given(options, "prefixes", mask, spec, read_continuation)
     own = _prefix_own(options, mask, prefixes, spec)
     for row, ids in prefixes.items():
-        # The prompt that the env draws may be as long as any.
-        behind = len(prompts[row]) if row in prompts else spec.max_prompt_tokens
-        _check_prefix(ids, own.get(row), behind, spec, f"options['prefixes'][{row}]")
+        # A prompt that the env draws may be of any length.
+        room = spec.max_length - len(prompts.get(row, [0] * spec.max_prompt_tokens))
+        _check_prefix(ids, own.get(row), room, spec, f"options['prefixes'][{row}]")
     columns = _columns(options, list(prompts), num_envs)
     masked = options.get("reset_mask") is not None
     return ResetOptions(mask, masked, prompts, prefixes, columns, own)
@@ -164,18 +164,17 @@ def read_own(own: Any, count: int, label: str) -> list[bool]:
 
 
 def _check_prefix(
-    ids: list[int], own: list[bool] | None, behind: int, spec: TokenSpec, label: str
+    ids: list[int], own: list[bool] | None, room: int, spec: TokenSpec, label: str
 ) -> None:
-    """Raises unless a prefix behind a prompt of so many tokens can be gone on with."""
     count = len(ids) if own is None else sum(own)
     if count >= spec.max_new_tokens:
         raise InvalidArgument(
             f"{label} has {count} tokens; allowed: fewer than max_new_tokens={spec.max_new_tokens}."
         )
-    if behind + len(ids) >= spec.max_length:
+    if len(ids) >= room:
         raise InvalidArgument(
-            f"{label} has {len(ids)} tokens, which leave no room behind a prompt of {behind} "
-            f"tokens in a context of {spec.max_length}."
+            f"{label} has {len(ids)} tokens; allowed: fewer than {room}, which is what the context "
+            f"of {spec.max_length} tokens leaves behind the prompt."
         )
     # A turn may end with a stop token that the environment has answered.
     if not spec.responds and set(ids) & set(spec.stop_token_ids):

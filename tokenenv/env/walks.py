@@ -65,9 +65,9 @@ def walk_texts(
     trunks: Trunks,
     turn_reward: np.ndarray | None = None,
 ) -> Walk:
-    """Return every token of the policy's in whole texts, with the states around it;
-    `statistics` (B, p) are those that the texts begin with, and `turn_reward` (K,) float32 on the
-    host what the task pays for the turn that each token of the policy's ends."""
+    """Return every token of the policy's in whole texts, with the states around it; `statistics`
+    (B, p) are those that the texts begin with, and `turn_reward` (K,) float32 on the host what the
+    task pays for the turn that each token of the policy's ends."""
     path = along(dynamics, texts, statistics, trunks, turn_reward)
     if path.own is None:
         return Walk(path.row, path.t, path.tokens, path.before, path.after, path.after, None)
@@ -93,7 +93,8 @@ def along(
     trunks: Trunks,
     turn_reward: np.ndarray | None = None,
 ) -> Path:
-    """Every response token of whole texts, whoever wrote it, with the states around it."""
+    """Every response token of whole texts, whoever wrote it, with the states around it;
+    `turn_reward` as for `walk_texts`."""
     prompt, response = texts.prompt_length, texts.length - texts.prompt_length
     rows, places = np.nonzero(np.arange(response.max()) < response[:, None])
     own, steps, moved = None, places, places + 1

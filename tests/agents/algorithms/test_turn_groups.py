@@ -80,7 +80,7 @@ class Groups:
     def __init__(self, world: TurnWorld, size: int) -> None:
         self.world, self.size = world, size
         rows = torch.cartesian_prod(*[torch.arange(len(world.texts))] * size)
-        self.probs = world.probs(world.logprob(world.policy))[rows].prod(1)
+        self.probs = world.probs(world.policy)[rows].prod(1)
         self.flat = rows.flatten()
 
     def batch(self, rewards: Tensor) -> EpisodeBatch:
@@ -116,7 +116,7 @@ class Groups:
         weighted = self.probs.repeat_interleave(self.size)[:, None] * advantages / self.size
         credit = torch.zeros(self.world.mask.shape, dtype=torch.float64)
         credit = credit.index_add(0, self.flat, weighted.double())
-        each = self.world.probs(self.world.logprob(self.world.policy))
+        each = self.world.probs(self.world.policy)
         return self.world.policy_gradient(credit / each[:, None] * self.world.mask)
 
 
@@ -187,7 +187,7 @@ def test_rewards_centred_by_turn_are_biased_by_the_mean_reward_of_a_turn(
     groups, exact = Groups(world, size), exact_gradient(world)
     found = groups.gradient(centred(groups))
     rewards, has = by_turns(world)
-    probs = world.probs(world.logprob(world.policy))
+    probs = world.probs(world.policy)
     chance = probs @ has.double()
     mean = (probs @ (rewards * has)) / chance
     # Of G - 1 others none may have the turn, and then nothing is taken away.
@@ -213,10 +213,6 @@ class SameTurns(World):
         super().__init__(0)
         self.turns = torch.tensor([0, 0, 1, 1]).expand(len(self.texts), -1)
         self.earned = (self.scores + 1.0)[self.after] * torch.tensor([0.0, 1.0, 0.0, 0.0])
-
-    def probs(self, logprob: Tensor) -> Tensor:
-        """(B,)."""
-        return logprob.sum(1).exp()
 
     def score_of(self, scorer: str) -> Tensor:
         """(B,)."""
