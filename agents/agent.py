@@ -343,7 +343,12 @@ class Agent:
 
     def generate(self, prompts: Prompts, **options: Any) -> list[list[int]]:
         """Continue each prompt, read as the env reads its own, with the current policy; see
-        `rollout.generate.generate` for the options."""
+        `rollout.generate.generate` for the options.
+
+        Where the env writes into texts, this is the policy's first turn: it ends with a token after
+        which the env would be asked. `run.evaluate.evaluate(agent, envs, prompts=...)` plays whole
+        texts.
+        """
         defaults = {"temperature": self.config.temperature} | options_of(self.spec)
         return generate(self.policy, prompts, **(defaults | options))
 

@@ -185,10 +185,7 @@ def _facts(envs: TokenVectorEnv) -> str:
         ("prompts", f"{len(task.prompts):,}, of up to P = {spec.max_prompt_tokens} tokens"),
         ("response", f"up to T = {spec.max_new_tokens} tokens (`max_new_tokens`)"),
         *_turns(envs),
-        (
-            "a text ends with",
-            ", ".join(_token(envs, i) for i in spec.stop_token_ids) or "the cut at T",
-        ),
+        ("a text ends with", _ends(envs)),
         ("reference", f"`{type(task.reference).__name__}`"),
         ("score", _score(task)),
         ("gold metric", _gold(task)),
@@ -210,6 +207,13 @@ def _turns(envs: TokenVectorEnv) -> Iterator[tuple[str, str]]:
     after = "every token" if ends is None else _some(_token(envs, i) for i in ends)
     yield "the environment may write after", after
     yield "a text", f"up to L = {spec.max_length} tokens, whoever wrote them"
+
+
+def _ends(envs: TokenVectorEnv) -> str:
+    """What ends a text."""
+    spec = envs.token_spec
+    stops = ", ".join(_token(envs, i) for i in spec.stop_token_ids) or "the cut at T"
+    return f"{stops}, or where the environment ends it" if spec.responds else stops
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

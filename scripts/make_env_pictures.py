@@ -8,6 +8,7 @@ from env_pages import dense, make, slug
 from PIL import Image
 
 from tokenenv.agents import PPO
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.registration import TASKS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "environments"
@@ -20,20 +21,20 @@ def picture(env_id: str) -> Image.Image:
     oracle = make(env_id, 1).oracle
     prompt, response = _best_text(env_id) if oracle is None else _optimal_text(env_id)
     env = make(env_id, 1, render_mode="rgb_array", kl="none", reward=dense(env_id))
-    env.reset(options={"prompts": [prompt]})
+    # The seed of `_optimal_text`, so that the environment answers as it did there.
+    env.reset(seed=0, options={"prompts": [prompt]})
     for token in response:
         env.step(np.array([token]))
     return _cropped(env.render()[0])
 
 
 def _best_text(env_id: str) -> tuple[list[int], list[int]]:
-    """Of many texts by the reference the one with the highest score."""
+    """Of many texts by the reference the one with the highest score: its prompt, and the policy's
+    own tokens."""
     envs = make(env_id, 8, autoreset_mode="SameStep")
-    drawn = np.random.default_rng(0).integers(len(envs.prompts), size=DRAWN)
-    prompts = [list(envs.prompts[i]) for i in drawn]
-    responses = [list(map(int, response)) for response in PPO(envs).generate(prompts, seed=0)]
-    best = int(np.argmax(envs.score_episodes(prompts, responses).score))
-    return prompts[best], responses[best]
+    found = evaluate(PPO(envs), envs, num_texts=DRAWN).episodes
+    best = found[int(np.argmax([episode.score for episode in found]))]
+    return best.prompt.tolist(), best.response.tolist()
 
 
 def _optimal_text(env_id: str) -> tuple[list[int], list[int]]:

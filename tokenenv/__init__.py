@@ -6,6 +6,7 @@ Importing the package registers its ids with Gymnasium.
 from tokenenv.registration import register, register_envs
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
 from tokenenv.rewards.term import RewardTerm
+from tokenenv.turns import Reply, TextSoFar
 from tokenenv.types import EpisodeScores, Scorer, Task, TokenSpec
 
 __version__ = "0.1.0"
@@ -13,10 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "EpisodeScores",
     "FinishedTexts",
+    "Reply",
     "RewardTerm",
     "Scorer",
     "States",
     "Task",
+    "TextSoFar",
     "TokenSpec",
     "Transitions",
     "register",

@@ -18,9 +18,10 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.agents.keywords import AgentKeywords, takes
 from tokenenv.agents.learning.learner import Metrics
-from tokenenv.agents.rollout.env_rows import wants_logprob
+from tokenenv.agents.rollout.env_rows import responds, wants_logprob
 from tokenenv.agents.rollout.generate import Prompts, as_list
 from tokenenv.agents.run.evaluate import best_of_each, best_of_n_kl
+from tokenenv.errors import InvalidArgument
 
 
 class BestOfN(Agent):
@@ -57,7 +58,16 @@ class BestOfN(Agent):
         **options: Any,
     ) -> list[list[int]]:
         """Return the best of n continuations of each prompt, by the env's score; `columns` are what
-        belongs to the prompts, where the score asks for it: a list by name."""
+        belongs to the prompts, where the score asks for it: a list by name.
+
+        Raises `InvalidArgument` where the env writes into texts: what is scored are whole texts,
+        and those are written with the env (`run.evaluate.evaluate`).
+        """
+        if responds(self.envs):
+            raise InvalidArgument(
+                "BestOfN.generate writes one turn, and this env scores whole texts, into which it "
+                "writes; evaluate(agent, envs, prompts=...).episodes are the best whole texts."
+            )
         repeated = [prompt for prompt in as_list(prompts) for _ in range(self.best_of)]
         rows = {
             name: [value for value in values for _ in range(self.best_of)]

@@ -1,4 +1,6 @@
-"""Texts from a policy outside any env: sampling with temperature, top-k and top-p, or greedy."""
+"""Texts from a policy outside any env: sampling with temperature, top-k and top-p, or greedy.
+
+Nobody answers here. With the options of an env that writes into texts, a response is one turn."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -117,9 +119,15 @@ def keep_likely(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def options_of(spec: TokenSpec | None) -> dict[str, Any]:
-    """Return the options of `generate` that an env's `token_spec` gives."""
+    """Return the options of `generate` that an env's `token_spec` gives. Where the environment
+    writes into texts, a response also stops where it would be asked to."""
+    if spec is None:
+        return {}
     names = ("max_new_tokens", "stop_token_ids", "tokenizer", "chats")
-    return {} if spec is None else {name: getattr(spec, name) for name in names}
+    options = {name: getattr(spec, name) for name in names}
+    if spec.responds:
+        options["stop_token_ids"] += spec.turn_end_token_ids or ()
+    return options
 
 
 def as_list(prompts: Prompts) -> Sequence[Any]:

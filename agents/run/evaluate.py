@@ -2,7 +2,7 @@
 signs of collapse."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from tokenenv.agents.episodes import (
     mean_of,
     term_names,
     term_sums,
+    turn_summary,
     watched_names,
     watched_tokens,
 )
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.rollout.env_rows import responds
 from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
@@ -56,6 +58,10 @@ class Evaluation:
     """Means per text of what each term of the reward paid, weighted, by name."""
     reward_errors: Mapping[str, float] = field(default_factory=dict)
     """Their standard errors."""
+    turns: float = float("nan")
+    """Turns of the policy's per text, where the env writes into texts; else NaN."""
+    written: float = float("nan")
+    """Tokens that the env wrote into a text; NaN where it never does."""
 
 
 def evaluate(
@@ -114,21 +120,26 @@ def evaluate(
         if on_text is not None:
             on_text(written, asked)
 
-    def texts(actor_seed: int) -> list[Episode]:
-        actor = Actor(policy, temperature=temperature, seed=actor_seed)
-        collector = Collector(envs, actor, seed=seed)
+    draws: list[list[Episode]] = []
+    for draw in range(seed * best_of, (seed + 1) * best_of):
+        actor = Actor(policy, temperature=temperature, seed=draw)
         if prompts is None:
-            found = first_texts(collector, num_texts, count)
+            # Each draw goes through all prompts: the same seed of the env gives the same again.
+            found = first_texts(Collector(envs, actor, seed=seed), num_texts, count)
         else:
-            found = _texts_of(collector, prompts, rows, count)
+            found = _texts_of(Collector(envs, actor, seed=draw), prompts, rows, count)
+        draws.append(found)
         check_scores([e.score for e in found], best_of)  # before more are written in vain
-        return found
-
-    # Each draw goes through all prompts: the same seed of the env gives the same prompts again.
-    draws = [texts(seed * best_of + draw) for draw in range(best_of)]
+        if responds(envs) and prompts is None:
+            # What an env writes is drawn by its seed too, and anew for each text of a prompt.
+            prompts, rows = [e.prompt for e in found], [e.columns for e in found]
     drawn = [episode for candidates in zip(*draws, strict=True) for episode in candidates]
     chosen = [drawn[i] for i in best_of_each([e.score for e in drawn], best_of)]
-    return summarise(chosen, best_of_n_kl(best_of))
+    evaluation = summarise(chosen, best_of_n_kl(best_of))
+    if not responds(envs):
+        return evaluation
+    turns = turn_summary(chosen)
+    return replace(evaluation, turns=turns["episode/turns"], written=turns["episode/written"])
 
 
 def _texts_of(
@@ -229,12 +240,18 @@ def summarise(episodes: Sequence[Episode], extra_kl: float = 0.0) -> Evaluation:
         kl=mean_of([e.kl for e in episodes]) + extra_kl,
         length=mean_of([len(e.response) for e in episodes]),
         terminated=mean_of([e.terminated for e in episodes]),
-        distinct_bigrams=distinct_bigrams([e.response for e in episodes]),
+        distinct_bigrams=distinct_bigrams([turn for e in episodes for turn in turns_of(e)]),
         episodes=tuple(episodes),
         watched={name: mean_of(watched_tokens(episodes, name)) for name in watched_names(episodes)},
         rewards={name: mean_of(values) for name, values in sums.items()},
         reward_errors={name: standard_error(values) for name, values in sums.items()},
     )
+
+
+def turns_of(episode: Episode) -> list[np.ndarray]:
+    """Return the policy's turns: tokens of different ones are no neighbours."""
+    ends = np.flatnonzero(np.diff(episode.places) != 1) + 1
+    return np.split(episode.response, ends)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -6,9 +6,9 @@ The environment thinks of a number from 1 to 20 (`numbers`). The policy writes t
 "below 8" asks whether the number is below 8, and the environment writes "yes" or "no" behind it;
 "is 5" says that it is 5, and the environment writes "right" or "wrong" and ends the text. Behind a
 number without "below" or "is" in front of it, the environment writes "what". With the default of
-T = 10 words of the policy's there are four questions before the guess, so a guess at once is right
-in 1 of 20 texts, and the best player's is in 16. The reference is a bigram over the words that asks
-and guesses at random (`task_seed`), and the policy starts from it.
+T = 10 words of the policy's there is room for four questions before the guess: a guess at once is
+right in 1 of 20 texts, that of the best player in 16 of 20. The reference is a bigram over the
+words that asks and guesses at random (`task_seed`), and the policy starts from it.
 
 The number is a function of the episode's seed, drawn uniformly, and no model reads it. In a text
 that was forked, or that began with answers given at reset, it is drawn from the numbers that the

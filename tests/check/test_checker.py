@@ -1,6 +1,7 @@
 """`check_vector_env`: passes on every env of the package, and names what a broken one breaks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import ArrayConversion, RecordEpisodeStatistics
-from tasks import MODES, TOYS, assert_equal, make_vec, some_modes
+from tasks import MODES, TOYS, assert_equal, make_vec, some_modes, toy
 
 from tokenenv.check import check_vector_env
 from tokenenv.check.driver import close
@@ -443,3 +444,107 @@ def test_an_env_that_watches_keeps_the_contract(mode: AutoresetMode) -> None:
     envs = make_vec(3, mode, watch={"change": "delta", "share": "uniform"})
     check_vector_env(envs, steps=8)
     assert "token_watched" in envs.step(np.full(3, envs.unwrapped.token_spec.stop_token_ids[0]))[-1]
+
+
+# ------------------------------------------------- texts that others write into
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_features_and_answers_after_every_token_keep_the_contract(mode: AutoresetMode) -> None:
+    check_vector_env(make_vec(3, mode, observation="features", **TOYS["turns"]), steps=9)
+    envs = make_vec(2, mode, array="torch", **TOYS["random turns"] | {"task": always})
+    check_vector_env(envs, steps=9)
+
+
+def always(*, scorer: str | None = "token", turns: str | None = None) -> Any:
+    """The toy whose environment is asked after every token."""
+    return replace(toy(scorer=scorer, turns=turns), turn_end_token_ids=None)
+
+
+def told(key: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Another value in the observation, and in that of texts that have ended."""
+
+    def put(now: Any) -> None:
+        for obs in (now["obs"], now["info"].get("final_obs", now["obs"])):
+            obs[key] = change(obs)
+
+    return put
+
+
+TURNS = {
+    "all own": (
+        told("own_mask", lambda obs: (obs["tokens"] > 0).astype(np.int8)),
+        "'own_mask' is not that of the text before with the action appended",
+    ),
+    "reward": (
+        info_value("turn_reward", lambda values: values + 1),
+        "infos['turn_reward'] is not 0 where the environment was not asked",
+    ),
+    "no reward": (
+        without("turn_reward"),
+        "infos['turn_reward'] is not a finite number exactly where a token was taken",
+    ),
+    "no mask": (without("own_mask"), "infos['own_mask'] is not there exactly where texts end"),
+    "mask": (
+        info_value("own_mask", lambda mask: mask[:, ::-1] * now_ended(mask)),
+        "infos['own_mask'] is not that of the last observation",
+    ),
+    "ended": (
+        lambda now: now.update(terminated=now["terminated"] | ~now["truncated"]),
+        "a slot ends without a stop token, before max_new_tokens tokens",
+    ),
+}
+
+
+def now_ended(mask: np.ndarray) -> np.ndarray:
+    return mask.any(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("change", "message"), TURNS.values(), ids=TURNS)
+def test_names_what_is_wrong_in_texts_that_others_write_into(
+    change: Callable[[Any], Any], message: str
+) -> None:
+    with pytest.raises(ContractError) as error:
+        check_vector_env(Changed(make_vec(3, SAME, **TOYS["turns"]), change), steps=9)
+    assert message in str(error.value)
+
+
+def talkative(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    """Writes after every token, and says that it is asked after some."""
+    patch.setattr("tokenenv.env.replies.is_asked", lambda spec, token: True)
+
+
+def all_own(envs: Any, patch: pytest.MonkeyPatch) -> None:
+    """Counts every token of a prefix as the policy's."""
+    restart = envs._texts.restart
+    patch.setattr(
+        envs._texts,
+        "restart",
+        lambda *given: restart(*given[:4], [()] * len(given[0]), *given[5:]),
+    )
+
+
+INSIDE_TURNS = {
+    "talkative": (talkative, "is not that of the text before with the action appended"),
+    "all own": (all_own, "a slot ends without a stop token, before max_new_tokens tokens"),
+    "fork": (attribute("_engine.fork", nothing), "after fork([0], [1]) the slots differ"),
+    "seed": (
+        attribute("_streams.text_seed", lambda slot: np.random.randint(2**31)),
+        "reset(seed=0) and the same actions do not give the same run",
+    ),
+    "state": (
+        attribute("_texts.load", nothing),
+        "load_state() does not show the texts that were saved",
+    ),
+}
+
+
+@pytest.mark.parametrize(("put", "message"), INSIDE_TURNS.values(), ids=INSIDE_TURNS)
+def test_names_what_is_wrong_inside_an_env_that_writes(
+    put: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    envs = make_vec(3, SAME, **TOYS["turns"] | {"turns": "random"})
+    put(envs.unwrapped, monkeypatch)
+    with pytest.raises(ContractError) as error:
+        check_vector_env(envs, steps=9)
+    assert message in str(error.value)

@@ -157,16 +157,17 @@ def test_a_fresh_env_continues_a_saved_one(
     envs = running(options, mode, env_id=env_id)
     envs.unwrapped.kl_coef = 0.4
     follow(envs, [plan_of(envs, 1, stop=0.5)[0]])
+    seen = envs.unwrapped.tokens_seen
     saved = pickle.loads(pickle.dumps(envs.unwrapped.save_state()))
     plan = plan_of(envs, 12)
     expected = follow(envs, plan)
     fresh, again = (make_vec(N, mode, env_id, **options) for _ in range(2))
     loaded, _ = fresh.unwrapped.load_state(saved)
     assert fresh.unwrapped.kl_coef == 0.4
-    assert fresh.unwrapped.tokens_seen == 3 * N
+    assert fresh.unwrapped.tokens_seen == seen > N
     again.unwrapped.load_state(saved)
     assert (
-        set(loaded) - {"own_mask"} == {"tokens", "length", "prompt_length"}
+        set(loaded) == set(fresh.single_observation_space.spaces)
         if isinstance(loaded, dict)
         else loaded.dtype == np.float32
     )

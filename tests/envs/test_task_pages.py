@@ -19,7 +19,7 @@ SECTIONS = [
     "Arguments",
     "Version History",
 ]
-OWN = sorted(set(TASKS) - {"tokenenv/TextGen-v0"})
+OWN = sorted(set(TASKS) - {"tokenenv/ChatGen-v0", "tokenenv/TextGen-v0"})
 
 
 def page_of(env_id):

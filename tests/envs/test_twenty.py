@@ -314,7 +314,7 @@ def test_the_env_keeps_the_contract(reward):
 
 def test_the_optimal_policy_earns_the_optimum():
     """As stepping pays it; so the value that the oracle knows is the env's."""
-    envs = tasks.make_vec(512, AutoresetMode.SAME_STEP, ID, numbers=8, kl="none").unwrapped
+    envs = tasks.make_vec(512, AutoresetMode.SAME_STEP, ID, kl="none").unwrapped
     oracle, beta, rng = envs.oracle, 0.01, np.random.default_rng(0)
     obs, ended = envs.reset(seed=0)[0], np.zeros(512, bool)
     score = np.zeros(512)
@@ -326,4 +326,4 @@ def test_the_optimal_policy_earns_the_optimum():
         score += np.where(ended, 0, rewards)
         ended |= terminated | truncated
     best = oracle.evaluate(lambda seen: oracle.policy(seen, beta), beta, markov=True)
-    assert score.mean() == pytest.approx(best.score, abs=4 * score.std() / math.sqrt(512))
+    assert score.mean() == pytest.approx(best.score, abs=3 * score.std() / math.sqrt(512))

@@ -5,6 +5,7 @@ package.
 `max_new_tokens`.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +24,7 @@ from tokenenv.models.heads import make_scorer
 from tokenenv.registration import TASKS
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.scaling import Clipped
+from tokenenv.rewards.turn import Turn
 from tokenenv.types import Scorer, Task
 
 MODES = tuple(AutoresetMode)
@@ -154,6 +156,16 @@ TOYS: dict[str, dict[str, Any]] = {
         "scorer": None,
         "kl": "policy",
     },
+    "turn designs": {
+        "reward": {
+            "task": Turn(gamma=0.5),
+            "gains": (Turn("differences"), 0.5),
+            "moves": Turn("score"),
+        },
+        "turns": "random",
+        "scorer": "sequence",
+        "score_truncated": False,
+    },
     "no reward": {"reward": {}, "kl": "none", "scorer": None},
 }
 
@@ -169,9 +181,23 @@ def textgen_options() -> dict[str, Any]:
     }
 
 
+def chatgen_options() -> dict[str, Any]:
+    """A chat template that closes every message with the stop token, and someone who answers."""
+    chats = copy.deepcopy(tokenizer())
+    chats.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    return textgen_options() | {"tokenizer": chats, "respond": _talk}
+
+
+def _talk(messages: list[dict[str, str]], rng: np.random.Generator) -> Any:
+    if rng.random() < 0.3:
+        return None, 0.5
+    return ("rain", "the cat is")[rng.integers(2)], float(len(messages))
+
+
 def registered(env_id: str) -> dict[str, Any]:
     """Options that make a registered id small and complete."""
-    return {"max_new_tokens": T, **(textgen_options() if "TextGen" in env_id else {})}
+    needed = {"tokenenv/TextGen-v0": textgen_options, "tokenenv/ChatGen-v0": chatgen_options}
+    return {"max_new_tokens": T, **needed.get(env_id, dict)()}
 
 
 def id_cases() -> list[Any]:

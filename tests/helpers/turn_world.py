@@ -5,7 +5,6 @@ The policy's token 1 ends a turn. The environment then gives one of `ANSWERS`, w
 and a reward that depend on all that came before. B texts, T tokens of the policy's own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -63,6 +62,7 @@ class TurnWorld(World):
         # A mean that is not 0 is what centring by turn takes away.
         self.turn_rewards = 1.0 + self.normal(NUM_HISTORIES)
         answers = self.normal(NUM_HISTORIES, len(ANSWERS))
+        self.share_table = self.normal(NUM_HISTORIES, L)
         self.answers = (answers if random else 1e4 * answers).softmax(-1)
         self.outcomes = [one for one in self._grow(Outcome()) if one.chance > 0]
         self._lay_out()
@@ -171,25 +171,6 @@ class TurnWorld(World):
             "truncated": self.truncated.tolist(),
         } | options
         return envs.score_episodes([[0]] * len(self.texts), self.texts, **options)
-
-    def probs(self, logprob: Tensor) -> Tensor:
-        """(B,): how likely each text is, with log pi (B, T) of its own tokens."""
-        return logprob.sum(1).exp() * self.chance
-
-    def gradient_of_mean(self, value: Callable[[Tensor], Tensor]) -> Tensor:
-        """As `World`'s; the environment's draws do not depend on the policy's logits."""
-        logits = self.policy.clone().requires_grad_()
-        logprob = self.logprob(logits)
-        return torch.autograd.grad((self.probs(logprob) * value(logprob)).sum(), logits)[0]
-
-    def policy_gradient(
-        self, credit: Tensor, own: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """As `World`'s."""
-        logits = self.policy.clone().requires_grad_()
-        logprob = self.logprob(logits)
-        each = (logprob * credit).sum(1) + (own(logits) if own else 0.0)
-        return torch.autograd.grad((self.probs(logprob.detach()) * each).sum(), logits)[0]
 
 
 @cache

@@ -20,14 +20,15 @@ AUTOMATON = CAUSAL | {"oracle", "tokenizer"}
 HAS = {
     "Arithmetic": CAUSAL | {"step ends", "tokenizer"},
     "Brackets": AUTOMATON,
-    "Calculator": CAUSAL | {"step ends", "tokenizer"},
+    "Calculator": CAUSAL | {"step ends", "tokenizer", "turns"},
+    "ChatGen": TRANSFORMER | {"implicit model", "step ends", "turns"},
     "DelayedKey": AUTOMATON,
     "Negation": AUTOMATON,
     "PlantedPhrase": AUTOMATON,
     "PyDocs": TRANSFORMER,
     "Reviews": TRANSFORMER,
     "TextGen": TRANSFORMER | {"implicit model", "step ends"},
-    "Twenty": AUTOMATON,
+    "Twenty": AUTOMATON | {"turns"},
 }
 """What each id has for a design to build on."""
 CASES = [
@@ -39,7 +40,7 @@ CASES = [
 
 def make(env_id: str, design: str) -> Any:
     options = tasks.registered(env_id)
-    if "TextGen" in env_id:
+    if "Gen" in env_id:
         options |= {
             "implicit_model": fakes.causal_lm(seed=5, num_hidden_layers=1),
             "step_end_token_ids": [4, 5, 6],
@@ -71,11 +72,16 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
         if design == "progressive"
         else tasks.play(envs, steps=22)
     )
+    turns: dict[str, Any] = {}
+    if envs.unwrapped.token_spec.responds:
+        turns["own"] = [e.own for e in episodes]
+        turns["turn_rewards"] = [[info["turn_reward"] for info in e.infos] for e in episodes]
     paid = envs.unwrapped.score_episodes(
         [e.prompt for e in episodes],
         [e.response for e in episodes],
         truncated=[e.truncated for e in episodes],
         weights={"terminal": 1.0, "delta": 0.0} if design == "progressive" else None,
+        **turns,
     )
     placed = np.stack([e.infos[-1]["token_rewards"] for e in episodes])
     stepped = np.stack([e.padded(e.rewards, tasks.T) for e in episodes])

@@ -1,6 +1,7 @@
 """What each reward design keeps, the return and the policy gradient, by enumeration of every text
-of a small world."""
+of small worlds: where the policy alone writes, and where an environment answers at random."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tabular import BETA, SCORERS, World, relative_error, to_go, worlds
 from torch import Tensor
+from turn_world import turn_worlds
 
 from tokenenv.rewards.designs import DESIGNS, RewardSpec, make_terms
 from tokenenv.rewards.process import FORMS, Process
@@ -16,6 +18,7 @@ from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Shaping
 from tokenenv.rewards.term import RewardTerm
+from tokenenv.rewards.turn import Turn
 
 HOLDS, BROKEN = 1e-5, 0.05
 """Relative errors: of float32 rewards, and of a promise that does not hold in some world."""
@@ -45,21 +48,32 @@ REWARDS: dict[str, RewardSpec] = {
     "another potential": Shaping(lambda states: states.step.float().sin()),
     "short segments": Segment(threshold=0.8),
     **{f"steps, {form}": Process(form) for form in FORMS},
+    "turns, score": Turn("score"),
+    "turns, differences": Turn("differences"),
+    "turns, discounted score": Turn("score", gamma=0.5),
 }
 """Every design that is registered, and a few terms more; the default segments are longer than these
 texts."""
+WORLDS: dict[str, Callable[[], Sequence[World]]] = {"alone": worlds, "answered": turn_worlds}
 
 
-def fits(scorer: str, name: str) -> bool:
-    """Whether an env with this scorer has what the design needs."""
-    parts = worlds()[0].env(scorer, reward="terminal")._engine.context
-    return all(
+def fits(kind: str, scorer: str, name: str) -> bool:
+    """Whether an env of these worlds with this scorer has what the design needs."""
+    parts = WORLDS[kind]()[0].env(scorer, reward="terminal")._engine.context
+    # A discount of turns is none where there is one.
+    return (kind == "answered" or name != "turns, discounted score") and all(
         parts.has(need) for term in make_terms(REWARDS[name]).values() for need in term.needs
     )
 
 
-CASES = [(name, scorer) for name in REWARDS for scorer in SCORERS if fits(scorer, name)]
-cases = pytest.mark.parametrize(("name", "scorer"), CASES)
+CASES = [
+    (name, scorer, kind)
+    for name in REWARDS
+    for scorer in SCORERS
+    for kind in WORLDS
+    if fits(kind, scorer, name)
+]
+cases = pytest.mark.parametrize(("name", "scorer", "kind"), CASES)
 
 
 @dataclass
@@ -76,9 +90,9 @@ class Measured:
 
 
 @cache
-def measured(name: str, scorer: str) -> list[Measured]:
+def measured(name: str, scorer: str, kind: str = "alone") -> list[Measured]:
     """The design in each world; one of several terms pays their mean."""
-    return [measure(world, name, scorer) for world in worlds()]
+    return [measure(world, name, scorer) for world in WORLDS[kind]()]
 
 
 def measure(world: World, name: str, scorer: str) -> Measured:
@@ -107,28 +121,31 @@ def stated(flags: list[bool | None]) -> bool:
 
 
 def test_no_design_is_left_out() -> None:
-    assert {name for name, _ in CASES} == set(REWARDS)
+    assert {name for name, _, _ in CASES} == set(REWARDS)
+    assert {name for name, _, kind in CASES if kind == "answered"} == set(REWARDS)
 
 
 @cases
-def test_the_return_is_kept_where_a_design_says_so(name: str, scorer: str) -> None:
-    errors = [m.return_error for m in measured(name, scorer)]
-    assert max(errors) < HOLDS if measured(name, scorer)[0].keeps_return else max(errors) > BROKEN
+def test_the_return_is_kept_where_a_design_says_so(name: str, scorer: str, kind: str) -> None:
+    found = measured(name, scorer, kind)
+    errors = [m.return_error for m in found]
+    assert max(errors) < HOLDS if found[0].keeps_return else max(errors) > BROKEN
 
 
 @cases
-def test_the_gradient_is_kept_where_a_design_says_so(name: str, scorer: str) -> None:
-    errors = [m.gradient_error for m in measured(name, scorer)]
-    assert max(errors) < HOLDS if measured(name, scorer)[0].keeps_gradient else max(errors) > BROKEN
+def test_the_gradient_is_kept_where_a_design_says_so(name: str, scorer: str, kind: str) -> None:
+    found = measured(name, scorer, kind)
+    errors = [m.gradient_error for m in found]
+    assert max(errors) < HOLDS if found[0].keeps_gradient else max(errors) > BROKEN
 
 
 @cases
 def test_the_whole_return_at_every_token_is_exact_where_the_return_is_kept(
-    name: str, scorer: str
+    name: str, scorer: str, kind: str
 ) -> None:
     """In hindsight placements too: what biases them is that reward-to-go leaves earlier shares
     out."""
-    for world, m in zip(worlds(), measured(name, scorer), strict=True):
+    for world, m in zip(WORLDS[kind](), measured(name, scorer, kind), strict=True):
         whole = m.rewards.sum(1, keepdim=True).expand_as(m.rewards)
         error = relative_error(world.policy_gradient(whole), m.exact)
         assert error < HOLDS or not m.keeps_return

@@ -107,26 +107,16 @@ def test_the_score_is_placed_on_own_columns_alone(design, scorer):
 
 
 @quiet
-@pytest.mark.parametrize("prompt_takes", ["prompt", "prefix"])
-@pytest.mark.parametrize(("design", "scorer"), CASES)
-def test_written_tokens_at_the_beginning_are_like_ones_of_the_prompt(design, scorer, prompt_takes):
-    """And like those of a prefix, where the scorer adds nothing up."""
+@pytest.mark.parametrize(("design", "scorer"), [case for case in CASES if case[1] != "text"])
+def test_written_tokens_at_the_beginning_are_like_ones_of_the_prompt(design, scorer):
     scorer = SCORERS[scorer]()
-    pairs = [(prompt + response[:2], response[2:]) for prompt, response in PAIRS]
     own = [np.arange(len(response)) >= 2 for _, response in PAIRS]
-    if prompt_takes == "prefix":
-        same, prefix = PAIRS, [2] * len(PAIRS)
-        if isinstance(scorer, Scorer) and scorer.per_token:
-            return
-    else:
-        same, prefix = pairs, [0] * len(PAIRS)
-    score = score_texts(scorer, PAIRS, own=own)
-    close(score, score_texts(scorer, pairs))
+    pairs = [(prompt + response[:2], response[2:]) for prompt, response in PAIRS]
+    score, prefix = score_texts(scorer, pairs), [0] * len(PAIRS)
+    close(score_texts(scorer, PAIRS, own=own), score)
     term = bound(DESIGNS[design](), scorer)
-    written = term.place(finished(PAIRS, [0] * len(PAIRS), score, own=own), T)
-    given = term.place(finished(same, prefix, score), T)
-    shift = 2 if prompt_takes == "prefix" else 0
-    close(written[:, : T - 2], given[:, shift : T - 2 + shift])
+    written = term.place(finished(PAIRS, prefix, score, own=own), T)
+    close(written, term.place(finished(pairs, prefix, score), T))
 
 
 @quiet

@@ -291,7 +291,9 @@ def check_fork(trial: Trial) -> None:
     spec = trial.envs.unwrapped.token_spec
     _, age = trial.midway()
     obs = host(trial.envs.unwrapped.fork([0], [1])[0])
-    plan = [(_twins(tokens), _twins(logprobs)) for tokens, logprobs in trial.plan]
+    # Before the environment may answer, nothing that a copy shows is drawn anew.
+    quiet = [trial.draw(stop=0.0) for _ in range(2 * spec.responds)]
+    plan = [(_twins(tokens), _twins(logprobs)) for tokens, logprobs in [*quiet, *trial.plan]]
     for step in run(trial.envs, obs, plan, age):
         one, other = (
             {"obs": rows_of(step.end, [i]), "reward": step.reward[[i]], "ended": step.ended[[i]]}

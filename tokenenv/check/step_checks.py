@@ -134,7 +134,7 @@ def check_texts(step: Step, running: Running) -> None:
         "prompt_length": step.before["prompt_length"],
     }
     if running.spec.responds:
-        grown |= _with_reply(step, running, tokens)
+        grown |= _with_reply(step, running, tokens, slots)
     for key, expected in grown.items():
         require(
             (step.end[key] == expected)[slots].all(),
@@ -155,15 +155,17 @@ def check_texts(step: Step, running: Running) -> None:
     )
 
 
-def _with_reply(step: Step, running: Running, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _with_reply(
+    step: Step, running: Running, tokens: np.ndarray, slots: np.ndarray
+) -> dict[str, np.ndarray]:
     """What a token observation holds behind the actions: whatever the environment wrote, where it
-    was asked. `tokens` (N, L) are the texts with the actions."""
+    was asked. `tokens` (N, L) are the texts with the actions that `slots` took."""
     length, place = step.before["length"] + 1, np.arange(tokens.shape[1])
     free = asked(step.action[0], running.spec)
     after = np.where(free, np.maximum(step.end["length"], length), length)
     written = (place >= length[:, None]) & (place < after[:, None])
     own = step.before["own_mask"].copy()
-    own[np.arange(len(own)), length - 1] = 1
+    own[slots, step.before["length"][slots]] = 1
     return {
         "tokens": np.where(written, step.end["tokens"], tokens),
         "length": after,
@@ -176,17 +178,17 @@ def check_replies(step: Step, running: Running) -> None:
     was not asked, and the end of a text says whose its tokens are."""
     if not running.spec.responds:
         return
-    paid = step.info.get("turn_reward", np.full(len(step.active), np.nan))
-    quiet = ~(step.active & asked(step.action[0], running.spec))
+    none = np.zeros_like(step.active)
+    paid, told = (step.info.get(key, none) for key in ("turn_reward", "_turn_reward"))
     require(
-        np.isfinite(paid).all() and (step.info["_turn_reward"] == step.active).all(),
+        np.isfinite(paid).all() and (told == step.active).all(),
         "infos['turn_reward'] is not a finite number exactly where a token was taken; give it so.",
     )
     require(
-        not paid[quiet].any(),
+        not paid[~asked(step.action[0], running.spec)].any(),
         "infos['turn_reward'] is not 0 where the environment was not asked; make it 0.",
     )
-    told = step.info.get("_own_mask", np.zeros_like(step.ended))
+    told = step.info.get("_own_mask", none)
     require(
         (told == step.ended).all(),
         "infos['own_mask'] is not there exactly where texts end; give it there and only there.",

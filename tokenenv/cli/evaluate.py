@@ -162,9 +162,13 @@ def comparison(found: Mapping[str, Evaluation], title: str = "") -> Table:
         "score": lambda e: f"{e.score:.3f} ± {e.score_error:.3f}",
         "KL, nats per text": lambda e: f"{e.kl:z.2f}",
         "mean length, tokens": lambda e: f"{e.length:.1f}",
+        "turns": lambda e: f"{e.turns:.1f}",
+        "tokens that the env wrote": lambda e: f"{e.written:.1f}",
         "distinct bigrams": lambda e: f"{e.distinct_bigrams:.3f}",
     }
-    for label, name in {"gold": "gold", "score": "score", "KL, nats per text": "kl"}.items():
+    names = {"gold": "gold", "score": "score", "KL, nats per text": "kl"}
+    names |= {"turns": "turns", "tokens that the env wrote": "written"}
+    for label, name in names.items():
         if all(math.isnan(getattr(evaluation, name)) for evaluation in both):
             del rows[label]
     for label, cell in rows.items():
@@ -209,7 +213,7 @@ def show_examples(found: Mapping[str, Evaluation], spec: TokenSpec, count: int) 
             figures = {"gold": episode.gold, "score": episode.score}
             known = [f"{what} {value:.1f}" for what, value in figures.items() if value == value]
             figure = f" ({known[0]})" if known else ""
-            say(f"  {name}{figure}: {text_of(episode.response.tolist(), spec.tokenizer)}")
+            say(f"  {name}{figure}: {text_of(episode.after_prompt.tolist(), spec.tokenizer)}")
 
 
 def prompt_text(tokens: list[int], spec: TokenSpec) -> str:

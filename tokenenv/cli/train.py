@@ -373,7 +373,7 @@ def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def known_options(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the type of each option that the env, or the task that `options` name, takes."""
-    if "task" in options:
+    if "task" in options or "respond" in options:
         make_importable()
     source = options.get("task", task_source(env_id))
     task = load_task(source) if isinstance(source, str) else source

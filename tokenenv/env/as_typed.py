@@ -60,6 +60,8 @@ def as_typed(envs: Any) -> AsTyped:
     task = given.pop("task", None)
     if envs.spec is not None and task != gym.registry[envs.spec.id].kwargs["task"]:
         given["task"] = words("options.task", _function, task)
+    if "respond" in given:
+        given["respond"] = words("options.respond", _function, given["respond"])
     if "watch" in given:
         given["watch"] = words("options.watch", _reward, given["watch"])
     options = {
@@ -89,7 +91,7 @@ def _sentence(name: str, what: str) -> str:
     kind = "module:Name" if name in ("reward", "options.watch") else "module:function"
     if name == "env":
         flag = "--env module:id, where importing the module registers the id"
-    elif part == "options" and key not in ("task", "watch"):
+    elif part == "options" and key not in ("task", "watch", "respond"):
         flag = f"--options {key} " + ("FILE" if key == "prompts" else "NAME_OR_FOLDER")
     else:
         flag = f"--options {key} {kind}" if part else f"--{name} {kind}"

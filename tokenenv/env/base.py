@@ -18,7 +18,8 @@ from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
 from tokenenv.env.replies import answer, is_asked
-from tokenenv.env.scoring import read_weights, score_episodes
+from tokenenv.env.scoring import score_episodes
+from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv.env.dynamics import Dynamics
 from tokenenv.env.finite import FiniteCheck, require_finite_weight
 from tokenenv.env.replies import Replies
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
-from tokenenv.env.transitions import Dynamics, Ends
+from tokenenv.env.transitions import Ends, transitions
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
@@ -243,11 +244,13 @@ class RewardEngine:
         hidden = self.trunks.append(tokens, active)
         whole = texts.running(self.context.spec.tokenizer)
         running = whole if replies is None else replace(whole, length=replies.length)
-        after = dynamics.advance(before, hidden, tokens, running)
+        earned = None if replies is None else texts.upload(replies.reward)
+        after = dynamics.advance(before, hidden, tokens, running, earned)
         self.states = next = self._read_replies(after, replies, texts, whole)
         slots = np.flatnonzero(ends.ended)
         ended = texts.whole(slots) if len(slots) else None
-        batch = dynamics.transitions(
+        batch = transitions(
+            dynamics,
             tokens,
             before,
             after,
@@ -258,7 +261,6 @@ class RewardEngine:
             learning=True,
             logprob=logprob,
             ends_turn=None if replies is None else replies.wrote | ends.ended,
-            turn_reward=None if replies is None else replies.reward,
         )
         assert batch.ref_logprob is not None
         terms = self._pay(batch, active, texts)

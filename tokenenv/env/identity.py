@@ -47,7 +47,13 @@ def identity(
     options |= {"kl_coef": kl_coef, "max_new_tokens": spec.max_new_tokens}
     del options["reward"]  # the terms say it
     models = ("reference", "model", "scorer", "implicit_model", "step_scorer")
-    columns = {"columns": columns_digest(task.columns)} if task.columns else {}
+    more: dict[str, Any] = {"columns": columns_digest(task.columns)} if task.columns else {}
+    if task.respond is not None:
+        more["replies"] = {
+            "respond": plain(task.respond),
+            "turn_end_token_ids": plain(task.turn_end_token_ids),
+            "max_context_tokens": spec.max_length,
+        }
     return {
         "id": env_id,
         "options": plain(options),
@@ -57,7 +63,7 @@ def identity(
             "max_prompt_tokens": spec.max_prompt_tokens,
         },
         "prompts": prompts_digest(task.prompts),
-        **columns,
+        **more,
         "models": {
             name: digest(getattr(task, name)) for name in models if getattr(task, name) is not None
         },

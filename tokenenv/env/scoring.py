@@ -8,18 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.env.actions import LOGPROB_SLACK
 from tokenenv.env.engine import RewardEngine, in_eval_mode
 from tokenenv.env.finite import require_finite_scores
-from tokenenv.env.reset_options import read_own
+from tokenenv.env.scoring_arguments import (
+    check_logprobs,
+    check_texts,
+    read_own_masks,
+    read_texts,
+    read_truncated,
+    read_turn_rewards,
+    read_weight,
+)
 from tokenenv.env.texts import to_device
-from tokenenv.env.transitions import Ends, Walk
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.env.transitions import Ends, transitions
+from tokenenv.env.walks import Walk, walk_texts
 from tokenenv.models.batching import micro_batches
-from tokenenv.prompts import read_continuation, read_prompt
 from tokenenv.rewards.seen import Transitions, WholeTexts
 from tokenenv.tables import Columns, read_columns
-from tokenenv.types import EpisodeScores, TokenSpec
+from tokenenv.types import EpisodeScores
 
 
 @torch.no_grad()
@@ -44,18 +50,16 @@ def score_episodes(
     had before.
     """
     spec = engine.context.spec
-    prompt_ids, response_ids = _read_texts(prompts, responses, spec)
+    prompt_ids, response_ids = read_texts(prompts, responses, spec)
     masks = read_own_masks(own, response_ids, spec)
     steps = [sum(mask) for mask in masks] if masks else [len(ids) for ids in response_ids]
-    for i, (ids, count) in enumerate(zip(response_ids, steps, strict=True)):
-        _check_response(ids, count, spec, f"responses[{i}]")
-    _check_context(prompt_ids, response_ids, spec)
+    check_texts(prompt_ids, response_ids, steps, spec)
     rows = read_columns(columns, range(len(prompt_ids)), len(prompt_ids), "columns")
     engine.require_columns(rows, "prompts to score (columns=)")
-    cut = _read_truncated(truncated, response_ids, masks, spec)
-    _check_logprobs(engine, logprobs, steps)
-    turns = _read_turn_rewards(engine, turn_rewards, steps)
-    each = {name: _read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
+    cut = read_truncated(truncated, response_ids, masks, spec)
+    check_logprobs(engine, logprobs, steps)
+    turns = read_turn_rewards(engine, turn_rewards, steps)
+    each = {name: read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
     out = _zeros(engine, steps)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
@@ -66,10 +70,10 @@ def score_episodes(
         by = [masks[i] for i in group] if masks else None
         texts = _pad(engine, begun, written, [rows[i] for i in group], by)
         known = {name: s.expand(len(group), -1) for name, s in statistics.items()}
-        walk = engine.dynamics.walk(texts, known, engine.trunks)
+        earned = None if turns is None else np.concatenate([turns[i] for i in group])
+        walk = walk_texts(engine.dynamics, texts, known, engine.trunks, earned)
         drawn = None if logprobs is None else [logprobs[i] for i in group]
-        earned = None if turns is None else [turns[i] for i in group]
-        batch = _transitions(engine, texts, walk, cut[group], drawn, earned, learning)
+        batch = _transitions(engine, texts, walk, cut[group], drawn, learning)
         now = {name: to_device(w[group], engine.context.device) for name, w in each.items()}
         _fill(out, group, engine, walk, batch, now)
         if out.gold is not None and engine.gold is not None:
@@ -108,7 +112,6 @@ def _transitions(
     walk: Walk,
     cut: np.ndarray,
     logprobs: list[Sequence[float]] | None,
-    turn_rewards: list[Sequence[float]] | None,
     learning: bool,
 ) -> Transitions:
     """What terms see of whole texts, of which those of `cut` (b,) were cut."""
@@ -116,12 +119,12 @@ def _transitions(
     cut_K = cut[walk.row]
     scored = walk.last if engine.context.spec.score_truncated else walk.last & ~cut_K
     ends = Ends(walk.last & ~cut_K, walk.last & cut_K, scored, walk.last)
-    drawn, earned = (
-        None if rows is None else np.asarray([x for one in rows for x in one], dtype=np.float32)
-        for rows in (logprobs, turn_rewards)
-    )
+    drawn = None
+    if logprobs is not None:
+        drawn = np.asarray([x for one in logprobs for x in one], dtype=np.float32)
     responds = engine.context.spec.responds
-    return engine.dynamics.transitions(
+    return transitions(
+        engine.dynamics,
         walk.tokens,
         walk.before,
         walk.after,
@@ -132,7 +135,6 @@ def _transitions(
         learning=learning,
         logprob=None if drawn is None else to_device(drawn, engine.context.device),
         ends_turn=(walk.last if walk.ends_turn is None else walk.ends_turn) if responds else None,
-        turn_reward=earned,
     )
 
 
@@ -183,198 +185,6 @@ def _fill(
         # Phi of the last state, which is zero where the text is scored.
         end = torch.where(batch.scored, 0.0, next)[batch.finished_at]
         out.potentials[group, steps] = end.cpu().numpy()
-
-
-def _read_texts(
-    prompts: Sequence[Any], responses: Sequence[Any], spec: TokenSpec
-) -> tuple[list[list[int]], list[list[int]]]:
-    for key, texts in (("prompts", prompts), ("responses", responses)):
-        if isinstance(texts, str):
-            raise InvalidArgument(
-                f"{key}={texts!r} is one text; give a list of texts or of token id sequences."
-            )
-        _check_listed(key, texts)
-    if len(prompts) != len(responses) or not len(prompts):
-        raise InvalidArgument(
-            f"got {len(prompts)} prompts and {len(responses)} responses; allowed: as many, at "
-            f"least one."
-        )
-    prompt_ids = [read_prompt(text, spec, f"prompts[{i}]") for i, text in enumerate(prompts)]
-    response_ids = [
-        read_continuation(text, spec, f"responses[{i}]") for i, text in enumerate(responses)
-    ]
-    return prompt_ids, response_ids
-
-
-def _check_listed(key: str, values: Any) -> None:
-    """Raises unless `values` is something like a list."""
-    listed = (
-        hasattr(values, "__len__")
-        and hasattr(values, "__getitem__")
-        and not isinstance(values, str | Mapping)
-    )
-    if not listed or getattr(values, "ndim", 1) == 0:
-        raise InvalidArgument(f"{key}={values!r} is not allowed; it must be a list.")
-
-
-def read_own_masks(
-    own: Sequence[Sequence[bool]] | None, responses: list[list[int]], spec: TokenSpec
-) -> list[list[bool]] | None:
-    """Return for each response which of its tokens are the policy's; None where all are."""
-    if own is None:
-        return None
-    if not spec.responds:
-        raise InvalidArgument(
-            "own= is given, and in this env the policy alone writes; leave it out."
-        )
-    _check_listed("own", own)
-    if len(own) != len(responses):
-        raise InvalidArgument(
-            f"own has {len(own)} entries; allowed: one a text ({len(responses)})."
-        )
-    pairs = zip(own, responses, strict=True)
-    return [read_own(mask, len(ids), f"own[{i}]") for i, (mask, ids) in enumerate(pairs)]
-
-
-def _check_response(ids: list[int], steps: int, spec: TokenSpec, label: str) -> None:
-    """Raises unless stepping could have written it, with `steps` tokens of the policy's."""
-    if not 1 <= steps <= spec.max_new_tokens:
-        raise InvalidArgument(
-            f"{label} has {steps} tokens{' of the policy' if spec.responds else ''}; allowed: 1 to "
-            f"max_new_tokens={spec.max_new_tokens}."
-        )
-    place = next((t for t, token in enumerate(ids[:-1]) if token in spec.stop_token_ids), None)
-    if place is not None and not spec.responds:
-        raise InvalidArgument(
-            f"{label} holds the stop token {ids[place]} as number {place + 1} of its {len(ids)} "
-            f"tokens; "
-            "allowed: as its last alone."
-        )
-
-
-def _check_context(prompts: list[list[int]], responses: list[list[int]], spec: TokenSpec) -> None:
-    """Raises where a text has more tokens than the context."""
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if len(prompt) + len(response) > spec.max_length:
-            raise InvalidArgument(
-                f"prompts[{i}] and responses[{i}] have {len(prompt) + len(response)} tokens "
-                f"together; allowed: at most {spec.max_length}."
-            )
-
-
-def read_weights(
-    now: dict[str, float],
-    weights: Mapping[str, float | Sequence[float]] | None,
-    kl_coef: float | Sequence[float] | None,
-    kl: str,
-) -> dict[str, Any]:
-    """Return the weight of each term for texts to score: the given ones, or those of `now`. `kl` is
-    the env's option."""
-    if kl_coef is not None and kl == "none":
-        raise InvalidArgument(
-            f"kl_coef={kl_coef} has no term to weigh: this env was made with kl='none'."
-        )
-    weights = {} if weights is None else weights
-    if not isinstance(weights, Mapping):
-        raise InvalidArgument(
-            f"weights={weights!r} is not allowed; it must map names of terms to weights."
-        )
-    for name in weights:
-        check_choice("weights key", name, now)
-    chosen: dict[str, Any] = {**now, **({} if kl_coef is None else {"kl": kl_coef}), **weights}
-    return {name: chosen[name] for name in now}
-
-
-def _read_weight(name: str, weight: float | Sequence[float], count: int) -> np.ndarray:
-    try:
-        array = np.asarray(weight, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"the weight of {name!r} is {weight!r}; allowed: a number, or one a text ({count})."
-        ) from error
-    if array.shape not in ((), (count,)):
-        raise InvalidArgument(
-            f"the weight of {name!r} has shape {array.shape}; allowed: a number, or one a text "
-            f"({count})."
-        )
-    if not np.isfinite(array).all() or (name == "kl" and (array < 0).any()):
-        allowed = (
-            "kl_coef=) must be finite and 0 or more" if name == "kl" else "weights=) must be finite"
-        )
-        raise InvalidArgument(f"the weight of {name!r} is {array.tolist()}; it ({allowed}.")
-    return np.broadcast_to(array, count).copy()
-
-
-def _read_truncated(
-    truncated: Sequence[bool] | None,
-    responses: list[list[int]],
-    masks: list[list[bool]] | None,
-    spec: TokenSpec,
-) -> np.ndarray:
-    stopped = np.asarray([response[-1] in spec.stop_token_ids for response in responses])
-    if masks is not None:
-        stopped &= np.asarray([mask[-1] for mask in masks])
-    if truncated is None:
-        return ~stopped
-    _check_listed("truncated", truncated)
-    if len(truncated) != len(responses):
-        raise InvalidArgument(
-            f"truncated has {len(truncated)} entries; allowed: one a text ({len(responses)})."
-        )
-    cut = np.asarray(truncated, dtype=bool)
-    # A stop token that the environment would have answered, had there been room, ends no text.
-    for i in np.flatnonzero(cut & stopped & (not spec.responds)):
-        raise InvalidArgument(
-            f"truncated[{i}]=True, but responses[{i}] ends by itself, in the stop token "
-            f"{responses[i][-1]}."
-        )
-    return cut
-
-
-def _read_turn_rewards(
-    engine: RewardEngine, turn_rewards: Any, steps: list[int]
-) -> list[np.ndarray] | None:
-    if turn_rewards is None:
-        return None
-    if not engine.context.spec.responds:
-        raise InvalidArgument(
-            "turn_rewards= is given, and in this env the policy alone writes; leave it out."
-        )
-    rows = _numbers("turn_rewards", turn_rewards, steps)
-    for i, values in enumerate(rows):
-        if not np.isfinite(values).all():
-            raise InvalidArgument(f"turn_rewards[{i}] holds a number that is not finite.")
-    return rows
-
-
-def _numbers(key: str, values: Any, steps: list[int]) -> list[np.ndarray]:
-    """Return one array of float32 for each text, with a number for each of its `steps` tokens."""
-    _check_listed(key, values)
-    try:
-        rows = [np.asarray(row, np.float32) for row in values]
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"{key}={values!r} is not allowed; it must hold numbers.") from error
-    if [row.shape for row in rows] != [(count,) for count in steps]:
-        raise InvalidArgument(f"{key} must hold one number for every response token of every text.")
-    return rows
-
-
-def _check_logprobs(engine: RewardEngine, logprobs: Any, steps: list[int]) -> None:
-    both = engine.rewards.terms | engine.rewards.watched
-    policy_terms = [name for name, term in both.items() if term.kind == "policy"]
-    if logprobs is None:
-        if policy_terms:
-            raise InvalidArgument(
-                f"logprobs is missing; {policy_terms} need log pi of every response token (nats)."
-            )
-        return
-    rows = _numbers("logprobs", logprobs, steps)
-    for i, values in enumerate(rows):
-        if not (np.isfinite(values) & (values <= LOGPROB_SLACK)).all():
-            raise InvalidArgument(
-                f"logprobs[{i}] holds a number that is not finite or above 0; allowed: 0 or less "
-                f"(nats)."
-            )
 
 
 def _pad(

@@ -134,6 +134,10 @@ class States:
     texts: RunningTexts | None = None
     """The texts themselves, on the host. They are no tensor, so `tensors` and `put` leave them
     aside."""
+    turn_reward: Tensor | None = None
+    """(K,) float32: the task's own reward for the turn that the policy's last token ended, else 0,
+    for `remember` to read while the turn is answered; `tensors` and `put` leave it aside. None
+    where the environment never writes, in a prefix, and where it is not given."""
 
     def of(self, model: Any) -> Tensor:
         """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
@@ -159,6 +163,7 @@ class States:
             {name: memory[index] for name, memory in self.memory.items()},
             {name: statistics[index] for name, statistics in self.statistics.items()},
             None if self.texts is None else self.texts.at(index),
+            None if self.turn_reward is None else self.turn_reward[index],
         )
 
     def put(self, slots: Tensor, other: "States") -> None:
