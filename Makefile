@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test examples docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,9 @@ demo: $(STAMP)  ## PPO on real prose, three minutes on two cores
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/pytest -n auto --dist worksteal
+
+examples: $(STAMP)  ## the examples and the code of the pages, run from top to bottom
+	EXAMPLES=1 $(BIN)/pytest -n auto --dist worksteal tests/with_examples
 
 docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
 	@rm -rf build/site
@@ -61,7 +64,7 @@ fuzz: $(STAMP)  ## 10,000 cases drawn at random against all that reads input: wh
 	FUZZ_CASES=10000 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest -s tests/test_fuzz.py
 
 kill-test: $(STAMP)  ## fifty SIGKILLs, each run gone on with: what docs/reliability.md quotes
-	KILLS=50 $(BIN)/pytest tests/test_kills.py
+	KILLS=50 $(BIN)/pytest tests/agents/run/test_kills.py
 
 WHEEL := .venv-wheel/bin
 

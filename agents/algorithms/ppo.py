@@ -122,7 +122,8 @@ class PPO(PolicyGradient):
     def policy_lambda(self, batch: EpisodeBatch) -> float | Tensor:
         """Return the lambda of the policy's advantages: a number, one per text (B,), or one per
         token (B, T)."""
-        cfg, lambda_ = self.config, self.config.lambda_actor
+        cfg = self.config
+        lambda_: float | Tensor = cfg.lambda_actor
         if cfg.lambda_alpha is not None:
             lambda_ = length_adaptive_lambda(batch.response_length_B, cfg.lambda_alpha)
         if cfg.lambda_turn is None:

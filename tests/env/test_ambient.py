@@ -47,6 +47,7 @@ def calls(env_id: str, options: dict[str, Any], around: Callable[[], Any]) -> di
     core, rng = envs.unwrapped, np.random.default_rng(0)
     shown = [copied(core.reset(seed=0)[0])]
     pays = {"logprobs": [[-1.0, -1.0]]} if core.config.kl == "policy" else {}
+    pays |= {"turn_rewards": [[0.5, 1.0]]} if core.token_spec.responds else {}
     for number in range(5):
         actions = random_actions(rng, envs, stop=0.2)
         if number % 2:

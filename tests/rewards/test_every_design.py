@@ -72,16 +72,16 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
         if design == "progressive"
         else tasks.play(envs, steps=22)
     )
-    turns: dict[str, Any] = {
-        "own": [e.own for e in episodes],
-        "turn_rewards": [[info["turn_reward"] for info in e.infos] for e in episodes],
-    }
+    turns: dict[str, Any] = {}
+    if envs.unwrapped.token_spec.responds:
+        turns["own"] = [e.own for e in episodes]
+        turns["turn_rewards"] = [[info["turn_reward"] for info in e.infos] for e in episodes]
     paid = envs.unwrapped.score_episodes(
         [e.prompt for e in episodes],
         [e.response for e in episodes],
         truncated=[e.truncated for e in episodes],
         weights={"terminal": 1.0, "delta": 0.0} if design == "progressive" else None,
-        **(turns if envs.unwrapped.token_spec.responds else {}),
+        **turns,
     )
     placed = np.stack([e.infos[-1]["token_rewards"] for e in episodes])
     stepped = np.stack([e.padded(e.rewards, tasks.T) for e in episodes])

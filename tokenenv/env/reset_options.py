@@ -49,7 +49,9 @@ def read_options(options: dict[str, Any] | None, num_envs: int, spec: TokenSpec)
     prefixes = _given(options, "prefixes", mask, spec, read_continuation)
     own = _prefix_own(options, mask, prefixes, spec)
     for row, ids in prefixes.items():
-        _check_prefix(ids, own.get(row), spec, f"options['prefixes'][{row}]")
+        # A prompt that the env draws may be of any length.
+        room = spec.max_length - len(prompts.get(row, [0] * spec.max_prompt_tokens))
+        _check_prefix(ids, own.get(row), room, spec, f"options['prefixes'][{row}]")
     columns = _columns(options, list(prompts), num_envs)
     masked = options.get("reset_mask") is not None
     return ResetOptions(mask, masked, prompts, prefixes, columns, own)
@@ -161,16 +163,18 @@ def read_own(own: Any, count: int, label: str) -> list[bool]:
     return values.astype(bool).tolist()
 
 
-def _check_prefix(ids: list[int], own: list[bool] | None, spec: TokenSpec, label: str) -> None:
+def _check_prefix(
+    ids: list[int], own: list[bool] | None, room: int, spec: TokenSpec, label: str
+) -> None:
     count = len(ids) if own is None else sum(own)
     if count >= spec.max_new_tokens:
         raise InvalidArgument(
             f"{label} has {count} tokens; allowed: fewer than max_new_tokens={spec.max_new_tokens}."
         )
-    if len(ids) >= spec.max_length - spec.max_prompt_tokens:
+    if len(ids) >= room:
         raise InvalidArgument(
-            f"{label} has {len(ids)} tokens, which leave no room behind a prompt of "
-            f"max_prompt_tokens={spec.max_prompt_tokens} in a context of {spec.max_length}."
+            f"{label} has {len(ids)} tokens; allowed: fewer than {room}, which is what the context "
+            f"of {spec.max_length} tokens leaves behind the prompt."
         )
     # A turn may end with a stop token that the environment has answered.
     if not spec.responds and set(ids) & set(spec.stop_token_ids):

@@ -2,20 +2,30 @@
 equals."""
 
 import itertools
+import math
+from typing import Any
 
+import pytest
+import tasks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from toy_env import ToyEnv
 
+from tokenenv.agents import GRPO, PPO, RLOO
+from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning.advantages import (
     by_turn,
     gae,
+    length_adaptive_lambda,
     returns_to_go,
     token_mask,
     turn_ends,
     unshaped,
 )
+from tokenenv.agents.learning.learner import state_values
+from tokenenv.errors import InvalidArgument
 
 # Row 0: two turns of two tokens. Row 1: three turns of one, the last of which was answered too.
 POSITIONS = torch.tensor([[3, 4, 7, 8, 9], [2, 4, 7, 9, 0]])
@@ -148,3 +158,76 @@ def test_lambdas_of_one_are_returns_whatever_the_values() -> None:
     found = gae(d.rewards, d.values, d.lengths, never, 1.0, by_turn(1.0, 1.0, d.ends))
     expected = returns_to_go(d.rewards, d.lengths, 1.0) - d.values[:, :-1]
     close(found, expected * d.mask)
+
+
+# ---------------------------------------------------------------- in an agent
+
+
+def estimates(**config: Any) -> tuple[PPO, EpisodeBatch, Tensor]:
+    """A PPO on texts that an environment writes into, some of which are cut without a score, its
+    first batch, and the advantages in it."""
+    shaped = {"reward": "delta", "scorer": "sequence", "score_truncated": False}
+    envs = tasks.make_vec(4, "SameStep", turns="fixed", **shaped)
+    agent = PPO(envs, scale_rewards=False, whiten=False, seed=3, **config)
+    generator = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(agent.policy.value_head.weight, std=0.1, generator=generator)
+    batch = EpisodeBatch.stack(agent.collector.collect(150))
+    return agent, batch, agent.advantages(batch)
+
+
+def test_ppo_weighs_turns_and_tokens_apart() -> None:
+    agent, batch, found = estimates(lambda_actor=0.5, lambda_turn=0.9)
+    ends, mask = turn_ends(batch.position_BT1), batch.mask_BT
+    last = torch.arange(mask.shape[1]) == batch.response_length_B[:, None] - 1
+    assert (ends & mask & ~last).sum() > 5
+    assert {bool(b) for b in batch.bootstraps_B} == {True, False}
+    values = state_values(agent.policy, batch, 10_000)
+    known = batch.response_length_B, batch.bootstraps_B, 1.0
+    lambdas = torch.where(ends, 0.9, 0.5)
+    torch.testing.assert_close(agent.policy_lambda(batch)[mask], lambdas[mask])
+    expected = gae(agent.rewards(batch), values, *known, lambdas)
+    torch.testing.assert_close(found[mask], expected[mask])
+    # The critic's targets have a lambda of their own, whatever turns there are.
+    targets = values[:, :-1] + gae(agent.rewards(batch), values, *known, 0.95)
+    torch.testing.assert_close(batch.learned["target"][mask], targets[mask])
+    plain, same = estimates(lambda_actor=0.5)[2], estimates(lambda_actor=0.5, lambda_turn=0.5)[2]
+    torch.testing.assert_close(same, plain)
+    assert (found - plain)[mask].abs().max() > 0.05
+
+
+def test_with_an_adaptive_lambda_turns_keep_their_own() -> None:
+    agent, batch, _ = estimates(lambda_alpha=1.0, lambda_turn=0.25)
+    ends, mask = turn_ends(batch.position_BT1), batch.mask_BT
+    within = length_adaptive_lambda(batch.response_length_B, 1.0)[:, None]
+    found = agent.policy_lambda(batch)
+    torch.testing.assert_close(found[mask], torch.where(ends, 0.25, within)[mask])
+
+
+def test_a_critic_that_is_given_the_potential_changes_no_advantage() -> None:
+    options = {"lambda_actor": 0.5, "lambda_turn": 0.9}
+    (_, batch, found), (_, _, shifted) = (
+        estimates(critic_offset=offset, **options) for offset in (None, "potential")
+    )
+    assert batch.potential_BT1.abs().max() > 0.1
+    torch.testing.assert_close(shifted[batch.mask_BT], found[batch.mask_BT], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [(PPO, {"lambda_turn": 0.9}), (RLOO, {"baseline": "turn"}), (GRPO, {"baseline": "turn"})],
+)
+def test_agents_learn_by_turns_where_there_are_any(algorithm: Any, options: Any) -> None:
+    """And where there are none: then every text is one turn."""
+    for turns in ("random", None):
+        task = {"reward": {"end": "terminal", "moves": "delta"}, "turns": turns}
+        envs = tasks.make_vec(4, "SameStep", group_size=2, **task)
+        seen: list[dict[str, float]] = []
+        agent = algorithm(envs, batch_tokens=40, **options)
+        agent.learn(80, on_update=lambda metrics, episodes, seen=seen: seen.append(metrics))
+        assert seen
+        assert all(math.isfinite(metrics["loss/policy"]) for metrics in seen)
+
+
+def test_a_lambda_of_turns_is_a_share() -> None:
+    with pytest.raises(InvalidArgument, match=r"lambda_turn=1.5 is not allowed; it must lie"):
+        PPO(ToyEnv(2), lambda_turn=1.5)

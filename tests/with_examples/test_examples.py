@@ -16,7 +16,7 @@ import pytest
 import tokenenv
 from tokenenv.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
