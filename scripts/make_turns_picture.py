@@ -40,10 +40,22 @@ def main() -> None:
     column = 0
     for place, (word, author) in enumerate(zip(words, authors, strict=True)):
         axes.add_patch(Rectangle((place, 0), 0.94, 1, color=COLOURS[author]))
-        axes.text(place + 0.47, 0.5, word, ha="center", va="center", family="monospace", size=11 if len(word) < 3 else 8)
+        axes.text(
+            place + 0.47,
+            0.5,
+            word,
+            ha="center",
+            va="center",
+            family="monospace",
+            size=11 if len(word) < 3 else 8,
+        )
         if author != "policy":
             continue
-        rows = [f"{column}", f"{paid[column]:.1f}" if paid[column] else "", f"{round(kl[column], 2) + 0.0:.2f}"]
+        rows = [
+            f"{column}",
+            f"{paid[column]:.1f}" if paid[column] else "",
+            f"{round(kl[column], 2) + 0.0:.2f}",
+        ]
         for row, number in enumerate(rows):
             axes.text(place + 0.47, -0.55 - 0.6 * row, number, ha="center", va="center", size=7.5)
         column += 1

@@ -20,6 +20,7 @@ TASKS = {
     "tokenenv/ChatGen-v0": "tokenenv.envs.chatgen:task",
     "tokenenv/DelayedKey-v0": "tokenenv.envs.tasks.delayed_key:task",
     "tokenenv/Negation-v0": "tokenenv.envs.tasks.negation:task",
+    "tokenenv/Dialogue-v0": "tokenenv.envs.tasks.dialogue:task",
     "tokenenv/PlantedPhrase-v0": "tokenenv.envs.tasks.planted_phrase:task",
     "tokenenv/PyDocs-v0": "tokenenv.envs.tasks.pydocs:task",
     "tokenenv/Reviews-v0": "tokenenv.envs.tasks.reviews:task",

@@ -50,9 +50,14 @@ class Text:
         return [token for token, own in zip(self.tokens, self.own, strict=True) if own]
 
     @property
+    def after_prompt(self) -> list[int]:
+        """What is behind the prompt, whoever wrote it."""
+        return [*self.prefix, *self.tokens]
+
+    @property
     def so_far(self) -> list[int]:
         """The whole text."""
-        return [*self.prompt, *self.prefix, *self.tokens]
+        return [*self.prompt, *self.after_prompt]
 
     @property
     def ended(self) -> bool:

@@ -32,15 +32,14 @@ def write_failures(
 
 
 def _record(text: Any, tokenizer: Any) -> dict[str, Any]:
-    ids = {name: [int(token) for token in getattr(text, name)] for name in ("prompt", "response")}
-    ended = isinstance(text, Episode)
-    if ended:
-        ids["response"] = text.after_prompt.tolist()
+    # Of a text that an environment writes into, the response alone would be the policy's tokens.
+    pair = {"prompt": text.prompt, "response": getattr(text, "after_prompt", text.response)}
+    ids = {name: [int(token) for token in tokens] for name, tokens in pair.items()}
     known: dict[str, Any] = {f"{name}_tokens": tokens for name, tokens in ids.items()}
     known["slot"] = getattr(text, "slot", None)
     if tokenizer is not None:
         known |= {name: tokenizer.decode(tokens) for name, tokens in ids.items()}
-    if not ended:
+    if not isinstance(text, Episode):
         return known
     pieces = TokenPieces(tokenizer)
     turns = {"segments": segments(text, pieces)} if len(text.written) else {}

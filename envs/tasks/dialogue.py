@@ -14,11 +14,12 @@ is good: a text need not end with an answer. The reference is a random bigram ov
 
 ## Observation Space
 
-`Dict(tokens=Box(0, 31, (49,), int64), length=Discrete(50), prompt_length=Discrete(50))`: the prompt
-and the response so far, padded on the right, and `own_mask=MultiBinary(49)`, 1 on the policy's
-words. P = 1 and T = 16 by default (`max_new_tokens`), and L = 49 has room for an answer of two
-words to every word. With `observation="features"` it is `Box(-inf, inf, (66,), float32)`: one-hot
-automaton state (16), last token (33) and step (17), which is all that the optimum depends on.
+`Dict(tokens=Box(0, 31, (49,), int64), length=Discrete(50), prompt_length=Discrete(50),
+own_mask=MultiBinary(49))`: the prompt and the response so far, padded on the right, and which words
+are the policy's. P = 1 and T = 16 by default (`max_new_tokens`), and L = 49 has room for an answer
+of two words to every word. With `observation="features"` it is `Box(-inf, inf, (66,), float32)`:
+one-hot automaton state (16), last token (33) and step (17), which is all that the optimum depends
+on.
 
 ## Action Space
 

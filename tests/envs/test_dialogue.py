@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from dialogues import NOISES, Said, Small, replies, score, small
+from dialogues import NOISES, Said, Small, mood, replies, score, small, turn_rewards
 
 from tokenenv.envs.automata.source import Source
 from tokenenv.envs.tasks import dialogue
@@ -290,3 +291,122 @@ def test_observations_that_make_no_sense_are_refused() -> None:
     del obs["own_mask"]
     with pytest.raises(InvalidArgument, match="tokens, length, prompt_length and own_mask"):
         s.oracle.value(obs, 0.1)
+
+
+# ------------------------------------------------------------------------ envs
+
+
+def play(kind: str, words: np.ndarray, seed: int = 3, **options: Any) -> dict[str, Any]:
+    """An episode a row with `words` (N, T) of the policy's, and what stepping gave, (N, T) each."""
+    s = small(kind, max_new_tokens=words.shape[1])
+    envs = gym.make_vec(
+        "tokenenv/Dialogue-v0",
+        num_envs=len(words),
+        autoreset_mode="Disabled",
+        **s.options | options,
+    )
+    obs, _ = envs.reset(seed=seed)
+    found: dict[str, Any] = {"s": s, "envs": envs.unwrapped, "rewards": [], "turns": []}
+    ids = np.vectorize(s.words.index)(words)
+    for column in ids.T:
+        obs, reward, terminated, truncated, infos = envs.step(column)
+        found["rewards"].append(reward)
+        found["turns"].append(infos["turn_reward"])
+    assert terminated.all()
+    assert not truncated.any()
+    found["rewards"], found["turns"] = (np.stack(found[k], 1) for k in ("rewards", "turns"))
+    found["said"] = [s.said(obs, row) for row in range(len(words))]
+    return found | {"infos": infos, "obs": obs, "words": ids}
+
+
+def random_words(count: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).choice([".", "kind1", "kind2", "w1"], (count, length))
+
+
+@each_kind
+def test_an_env_pays_what_the_words_say(kind: str) -> None:
+    played = play(kind, random_words(40, 9), kl_coef=0.1)
+    s, said = played["s"], played["said"]
+    np.testing.assert_allclose(played["infos"]["score"], [score(one) for one in said])
+    np.testing.assert_allclose(played["turns"], [turn_rewards(one) for one in said])
+    for one, words, paid in zip(said, played["words"], played["rewards"], strict=True):
+        ids, places = s.ids(one), np.flatnonzero(one.own)
+        assert [ids[place] for place in places] == words.tolist()
+        before = [s.reference(Said(one.words[:place], one.own[:place])) for place in places]
+        expected = 0.1 * np.log(
+            [row[ids[place]] for row, place in zip(before, places, strict=True)]
+        )
+        expected[-1] += score(one)
+        np.testing.assert_allclose(paid, expected, atol=1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("reward", ["terminal", "turn", "delta", "oracle"])
+def test_every_design_pays_the_score_up_to_a_constant(kind: str, reward: str) -> None:
+    played = play(kind, random_words(40, 9), reward=reward, kl="none", kl_coef=0.1)
+    start = played["envs"].oracle.optimal_objective(0.0) if reward == "oracle" else 0.0
+    total = played["rewards"].sum(1)
+    np.testing.assert_allclose(total, played["infos"]["score"] - start, atol=1e-5)
+
+
+@each_kind
+def test_scoring_pays_what_stepping_paid(kind: str) -> None:
+    played = play(kind, random_words(40, 9), reward="oracle", kl_coef=0.1)
+    s, said = played["s"], played["said"]
+    own = [one.own for one in said]
+    responses = [s.ids(one) for one in said]
+    found = played["envs"].score_episodes([[0]] * 40, responses, own=own)
+    np.testing.assert_allclose(found.token_rewards, played["rewards"], atol=1e-5)
+    np.testing.assert_allclose(found.score, played["infos"]["score"])
+
+
+def test_answers_are_drawn_anew_in_every_slot_and_again_with_the_seed() -> None:
+    words = np.array([["kind1", ".", "kind2", "."]] * 600)
+    first, again, other = (play("stochastic", words, seed)["said"] for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+    raised = np.array([one.words[2] == "oh" for one in first])
+    kept = np.array([mood(one) == 2 for one in first])
+    deviations = 4 * (0.15 * 0.85 / 600) ** 0.5
+    assert raised.mean() == pytest.approx(0.85, abs=deviations)
+    # A second word pleases only where the first answer was the good one.
+    assert kept[raised].mean() == pytest.approx(0.85, abs=deviations / 0.9)
+    assert kept[~raised].mean() == pytest.approx(0.15, abs=4 * (0.15 * 0.85 / 60) ** 0.5)
+
+
+def test_answers_of_a_fork_are_its_own() -> None:
+    s = small("stochastic", max_new_tokens=9)
+    envs: Any = gym.make_vec("tokenenv/Dialogue-v0", num_envs=200, **s.options).unwrapped
+    envs.reset(seed=0)
+    envs.fork(np.zeros(199, int), np.arange(1, 200))
+    envs.step(np.full(200, s.words.index("kind1")))
+    obs, *_ = envs.step(np.full(200, s.words.index(".")))
+    raised = np.mean([s.said(obs, row).words[-1] == "mood2" for row in range(200)])
+    assert raised == pytest.approx(0.85, abs=4 * (0.15 * 0.85 / 200) ** 0.5)
+
+
+@each_kind
+def test_a_text_in_which_every_word_is_answered_fits(kind: str) -> None:
+    """The mood changes with each answer where every turn is answered with noise, so that answers
+    have up to two words."""
+    played = play(kind, np.full((30, 12), "."), noise=1.0)
+    lengths = played["obs"]["length"]
+    assert (played["obs"]["own_mask"].sum(1) == 12).all()
+    assert 1 + 12 * 2 < lengths.max() <= played["envs"].token_spec.max_length == 1 + 12 * 3
+
+
+def test_features_are_three_one_hots_of_the_state_after_the_answer() -> None:
+    s = small("stochastic", max_new_tokens=6)
+    envs: Any = gym.make_vec(
+        "tokenenv/Dialogue-v0", num_envs=20, observation="features", **s.options
+    ).unwrapped
+    envs.reset(seed=0)
+    for word in ("kind1", "."):
+        features, *_ = envs.step(np.full(20, s.words.index(word)))
+    states = s.oracle.automaton.num_states
+    state, last, step = np.split(features, [states, states + s.V + 1], axis=1)
+    assert (step.argmax(1) == 2).all()
+    moods = {s.words.index(word) for word in ("mood1", "mood2")}
+    assert set(last.argmax(1)) == moods
+    payoff = s.oracle.automaton.payoff[state.argmax(1)]
+    assert ((last.argmax(1) == s.words.index("mood2")) == (payoff == 1.0)).all()

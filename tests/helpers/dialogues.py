@@ -73,6 +73,8 @@ class Small:
 
     task: Any
     noise: float
+    options: dict[str, Any]
+    """Of the task."""
 
     @property
     def oracle(self) -> Any:
@@ -173,5 +175,5 @@ class Small:
 @cache
 def small(kind: str, **options: Any) -> Small:
     """The small dialogue, "deterministic" or "stochastic"."""
-    noise = NOISES[kind]
-    return Small(dialogue.task(**SMALL | {"noise": noise} | options), noise)
+    chosen = SMALL | {"noise": NOISES[kind]} | options
+    return Small(dialogue.task(**chosen), NOISES[kind], chosen)

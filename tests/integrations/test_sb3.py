@@ -348,9 +348,14 @@ def test_beneath_sb3s_own_wrappers() -> None:
 # ---------------------------------------------------------------------------------------------------- the same objective
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
-def test_the_log_prob_paid_for_is_the_one_stored_and_the_one_recomputed(masked: bool) -> None:
-    envs = make(kl="policy", kl_coef=BETA, **({"stops": (STOPS[0],)} if masked else {}))
+@pytest.mark.parametrize("case", ["all tokens", "masked", "turns"])
+def test_the_log_prob_paid_for_is_the_one_stored_and_the_one_recomputed(case: str) -> None:
+    """Also of a text that an environment writes into: a step is one token of the policy's."""
+    masked, options = (
+        case == "masked",
+        {"masked": {"stops": (STOPS[0],)}, "turns": {"turns": "fixed"}},
+    )
+    envs = make(kl="policy", kl_coef=BETA, **options.get(case, {}))
     envs = (
         ActionMask(envs, regex="(the|a) (cat|dog) (is|was) (very )*good", top_p=0.95)
         if masked
@@ -368,6 +373,13 @@ def test_the_log_prob_paid_for_is_the_one_stored_and_the_one_recomputed(masked: 
         allowed = obs["action_mask"].gather(1, actions[:, :1].long())
         assert allowed.all()
         assert (logprobs == 0).any()
+    if case == "turns":
+        ends = [info for row in steps.infos for info in row if "episode" in info]
+        last = [info["terminal_observation"] for info in ends]
+        lengths = [int(obs["length"] - obs["prompt_length"]) for obs in last]
+        own = [info["episode"]["l"] for info in ends]
+        assert own == [int(obs["own_mask"].sum()) for obs in last]
+        assert sum(lengths) > sum(own)
 
 
 def test_the_kl_term_is_the_k1_penalty() -> None:

@@ -15,6 +15,7 @@ from turn_world import STOP, TurnWorld, history_of, turn_worlds
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.process import Process
+from tokenenv.rewards.scaling import Clipped
 from tokenenv.rewards.segment import Segment
 from tokenenv.rewards.shaping import Oracle, Shaping
 from tokenenv.rewards.turn import OF, Turn
@@ -129,11 +130,11 @@ def test_undiscounted_differences_add_up_to_the_last_number() -> None:
 
 
 def test_a_number_of_0_is_one_where_something_is_written_and_none_at_the_end() -> None:
-    """Four texts of two turns and a last token; the environment says 2, then 0 or nothing."""
+    """Four texts of several turns, in the first of which the environment says 2."""
     world = turn_worlds()[0]
     envs = world.env(reward=Turn("differences"), kl="none")
     texts = {
-        "0 is written": ([1, 2, 1, 2, 2], [2.0, 0.0, 0.0], [2, -2, 0]),
+        "0 is written": ([1, 2, 1, 2, STOP], [2.0, 0.0, 3.0], [2, -2, 3]),
         "5 without writing": ([1, 2, 2, 2], [2.0, 5.0, 0.0], [2, 3, 0]),
         "0 without writing": ([1, 2, 2, 2], [2.0, 0.0, 0.0], [2, 0, 0]),
         "5 at the end": ([1, 2, 2, STOP], [2.0, 0.0, 5.0], [2, 0, 3]),
@@ -294,3 +295,40 @@ def test_steps_are_the_policys_own_and_their_differences_add_up() -> None:
         found = paid(world, "sequence", Process("delta"))
         close(found, by_hand(world, "sequence", lambda w: step_differences(w.world, w.row)))
         close(found.sum(1), world.score_of("sequence") - world.scores[0])
+
+
+# ---------------------------------------------------------------- with what it meets
+
+
+def test_a_wrapper_keeps_what_the_term_remembers() -> None:
+    world = turn_worlds()[0]
+    for of in OF:
+        plain = paid(world, "sequence", Turn(of, gamma=0.5))
+        close(
+            paid(world, "sequence", Clipped(Turn(of, gamma=0.5), -0.5, 0.5)), plain.clamp(-0.5, 0.5)
+        )
+
+
+def test_what_follows_a_prefix_is_paid_as_in_the_whole_text() -> None:
+    """The turns of the prefix count, and the score stands where its last turn has left it."""
+    reward = {"task": Turn(gamma=0.5), "moves": Turn("score", gamma=0.5)}
+    options = {"reward": reward, "turns": "fixed", "scorer": "sequence", "kl": "none"}
+    envs = tasks.make_vec(1, AutoresetMode.SAME_STEP, **options)
+    compared = 0
+    for seed in range(6):
+        for whole in tasks.play(envs, seed=seed, steps=40, stop=0.0):
+            own = np.asarray(whole.own)
+            cut = 0 if own.all() else int(np.flatnonzero(~own)[-1]) + 1  # behind the last reply
+            rest = np.flatnonzero(own[cut:]) + cut
+            if cut == 0 or not len(rest):
+                continue
+            begun = {
+                "prompts": [whole.prompt],
+                "prefixes": [whole.response[:cut]],
+                "prefix_own": [whole.own[:cut]],
+            }
+            envs.reset(options=begun)
+            found = [float(envs.step(np.array([whole.response[t]]))[1][0]) for t in rest]
+            np.testing.assert_allclose(found, whole.rewards[-len(rest) :], atol=1e-5)
+            compared += sum(np.abs(found) > 1e-4)
+    assert compared > 5

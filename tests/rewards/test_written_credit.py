@@ -72,6 +72,12 @@ def texts_of(scorer: Any, own: Any = OWN) -> FinishedTexts:
     return finished(PAIRS, PREFIX, torch.tensor(score), own=own)
 
 
+def begun(scorer: Any, row: int) -> float:
+    """The score of a text before the first token that may be paid."""
+    first = columns_of(row)[0][1]
+    return score_of(scorer, PAIRS[row][0], PAIRS[row][1][:first], OWN[row][:first])
+
+
 def columns_of(row: int) -> list[tuple[int, int]]:
     """(column, place in the response) of the tokens that may be paid."""
     places = np.flatnonzero(OWN[row]).tolist()
@@ -95,12 +101,8 @@ def test_the_score_is_placed_on_own_columns_alone(design, scorer):
         paid = [column for column, _ in columns_of(row)]
         assert not np.delete(rewards[row].numpy(), paid).any()
     if design == "shapley":
-        rest = [
-            score_of(scorer, p, [r[t] for t in kept], own[kept])
-            for row, ((p, r), own, _) in enumerate(scores())
-            for kept in [np.delete(np.arange(len(r)), [t for _, t in columns_of(row)])]
-        ]
-        close(rewards.sum(1), texts.score - torch.tensor(rest))
+        first = [begun(scorer, row) for row in range(len(PAIRS))]
+        close(rewards.sum(1), texts.score - torch.tensor(first))
     else:
         close(rewards.sum(1), texts.score)
     assert (rewards != 0).sum() > 0.6 * sum(len(columns_of(row)) for row in range(len(PAIRS)))
@@ -189,8 +191,11 @@ def test_shapley_values_are_of_own_segments_and_what_was_written_stays(scorer):
                 ]
                 expected[players[player][:, 0]] += (worth[1] - worth[0]) / len(players[player])
                 kept = joined
-        orders = len(list(permutations(range(len(players)))))
-        close(rewards[row], expected / orders)
+        expected /= len(list(permutations(range(len(players)))))
+        # What was written changes the score by itself, which no player does.
+        rest = score_of(scorer, prompt, response, own) - begun(scorer, row) - expected.sum()
+        expected[STEPS[row] - 1] += rest
+        close(rewards[row], expected)
 
 
 @quiet

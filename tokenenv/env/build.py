@@ -176,11 +176,12 @@ def single_spaces(
         size = task.num_features if task.features is not None else hidden_size_of(task.reference)
         observation = spaces.Box(-math.inf, math.inf, (size,), np.float32)
     else:
+        own: dict[str, Any] = {"own_mask": spaces.MultiBinary(length)} if spec.responds else {}
         observation = spaces.Dict(
             tokens=spaces.Box(0, spec.vocab_size - 1, (length,), np.int64),
             length=spaces.Discrete(length + 1),
             prompt_length=spaces.Discrete(length + 1),
-            **({"own_mask": spaces.MultiBinary(length)} if spec.responds else {}),
+            **own,
         )
     token = spaces.Discrete(spec.vocab_size)
     if config.kl != "policy":

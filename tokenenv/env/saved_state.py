@@ -8,7 +8,7 @@ import numpy as np
 from tokenenv.errors import CheckpointError, InvalidArgument
 from tokenenv.types import TokenSpec
 
-FORMAT = 5
+FORMAT = 6
 Layout = dict[str, Any]
 """What a state must hold, by name: a (shape, dtype), None for what must be absent, or a further
 layout. A size of -1 in a shape is any size."""
@@ -21,6 +21,7 @@ KEYS = (
     "prompt_id",
     "episode_kl_coef",
     "ended",
+    "scored",
     "streams",
     "kl_coef",
     "tokens_seen",
@@ -93,6 +94,8 @@ def check_state(
         )
     _check_arrays(saved, _layout(len(slots), spec, engine(len(slots))), "state")
     _check_texts(saved["texts"], saved["ended"], spec)
+    if (saved["scored"] & ~saved["ended"]).any():
+        raise CheckpointError("the state is corrupt: a text is scored that has not ended.")
     _check_columns(saved["texts"].get("columns"), len(slots))
     _check_streams(saved["streams"], len(slots), group_size)
     _check_numbers(saved)
@@ -137,6 +140,7 @@ def _layout(count: int, spec: TokenSpec, engine: Layout) -> Layout:
         "prompt_id": integers,
         "episode_kl_coef": floats,
         "ended": ((count,), np.bool_),
+        "scored": ((count,), np.bool_),
     }
 
 

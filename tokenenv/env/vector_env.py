@@ -64,6 +64,8 @@ class TokenVectorEnv(EnvBase):
         self._prompt_id = np.zeros(num_slots, dtype=np.int64)
         self._episode_kl_coef = np.zeros(num_slots, dtype=np.float32)
         self._ended = np.zeros(num_slots, dtype=bool)
+        self._scored = np.zeros(num_slots, dtype=bool)
+        """(N,) the texts that have ended and whose score counts."""
         self._streams = PromptStreams(self._task.prompts, num_slots, self.config.group_size)
         self._streams.reseed(
             read_seed(np_random()[1] % 2**31, num_slots), np.ones(num_slots, dtype=bool)
@@ -180,7 +182,7 @@ class TokenVectorEnv(EnvBase):
         ends = Ends(terminated, truncated, ended if spec.score_truncated else terminated, ended)
         self.tokens_seen += int(active.sum())
         paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts, replies)
-        self._ended = ended.copy()
+        self._ended, self._scored = ended.copy(), ends.scored.copy()
         infos = step_infos(
             self._engine, paid, ends, active, self._prompt_id.copy(), self._episode_kl_coef.copy()
         )
@@ -220,7 +222,7 @@ class TokenVectorEnv(EnvBase):
         with self._changing("fork"):
             self._texts.fork(source, target)
             self._engine.fork(source, target, self._texts)
-            for array in (self._prompt_id, self._episode_kl_coef, self._ended):
+            for array in (self._prompt_id, self._episode_kl_coef, self._ended, self._scored):
                 array[target] = array[source]
             return self._observation(), self._start_infos(target).to_dict(self._export)
 
@@ -240,6 +242,7 @@ class TokenVectorEnv(EnvBase):
             "prompt_id": self._prompt_id[chosen],
             "episode_kl_coef": self._episode_kl_coef[chosen],
             "ended": self._ended[chosen],
+            "scored": self._scored[chosen],
             "streams": self._streams.save(chosen),
             "kl_coef": self._kl_coef,
             "tokens_seen": self.tokens_seen,
@@ -270,6 +273,7 @@ class TokenVectorEnv(EnvBase):
                 self._kl_coef, self.tokens_seen = float(saved["kl_coef"]), int(saved["tokens_seen"])
             self._engine.load(slots, self._texts, saved["engine"])
             self._prompt_id[slots], self._ended[slots] = saved["prompt_id"], saved["ended"]
+            self._scored[slots] = saved["scored"]
             self._episode_kl_coef[slots] = saved["episode_kl_coef"]
             self._streams.load(slots, saved["streams"])
             # Under SAME_STEP no text stands at its end, as one that was saved elsewhere may.
@@ -346,7 +350,7 @@ class TokenVectorEnv(EnvBase):
             slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef)
         )
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
-        self._ended[given.mask] = False
+        self._ended[given.mask] = self._scored[given.mask] = False
         return self._start_infos(slots)
 
     # ------------------------------------------------------------------- infos
@@ -358,9 +362,8 @@ class TokenVectorEnv(EnvBase):
         entries: dict[str, Any] = {"prompt_id": (self._prompt_id.copy(), rows)}
         if self._engine.rewards.shaped:
             # Slots that have ended and were scored wait for their reset, outside SAME_STEP.
-            last = self._texts.tokens[np.arange(self.num_envs), self._texts.length - 1]
-            scored = self._ended & (self.token_spec.score_truncated | self._is_stop[last])
-            entries["potential"] = self._engine.potential(self._texts.upload(scored)), rows
+            scored = self._texts.upload(self._scored)
+            entries["potential"] = self._engine.potential(scored), rows
         return Infos(entries)
 
     def _final(self, infos: Infos, ended: np.ndarray) -> dict[str, Any]:

@@ -26,13 +26,15 @@ class Shapley(Redistribution):
     tokens one after the other, so one may span what was written between them. All m! orders are
     walked if they are no more than `permutations`. Otherwise that many are drawn, each with its
     reverse (Mitchell et al. 2022, arXiv 2104.12199), from a generator seeded with the text: an
-    estimate whose mean is phi. Whichever orders are drawn, the sum is score - f(prompt), with f the
-    score without own tokens.
+    estimate whose mean is phi. What the environment wrote changes the score by itself, without own
+    tokens; that stands on the last own token. So the sum is score - f(prompt), whichever orders are
+    drawn.
 
     Hindsight: preserves the return, not the gradient of reward-to-go (early shares depend on tokens
     not yet chosen). Costs at most permutations * (max_segments - 1) + 1 scores a text (57 by
-    default), of responses that are half as long on average. It fails where the scorer has never
-    seen texts with holes, and where credit belongs to a part of a segment.
+    default), of responses that are half as long on average, and one more where the environment
+    wrote. It fails where the scorer has never seen texts with holes, and where credit belongs to a
+    part of a segment.
 
     Args:
         max_segments: the players of a text, m; a response of fewer tokens has one player a token.
@@ -55,26 +57,46 @@ class Shapley(Redistribution):
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """(B, T): the value of each token's segment, in equal shares."""
         assert texts.score is not None
-        pairs, own = texts.prompt_and_response_ids(), texts.own_responses()
-        places = texts.positions(max_new_tokens) - texts.prompt_length[:, None]
         players = [self._players(mask) for mask in texts.own_columns(max_new_tokens)]
         orders = [
             _orders(len(each), self.permutations, pair)
-            for each, pair in zip(players, pairs, strict=True)
+            for each, pair in zip(players, texts.prompt_and_response_ids(), strict=True)
         ]
-        kept = [
+        worth, begun = self._worth(texts, players, orders, max_new_tokens)
+        values = _mean_gains(worth, texts.score, orders, self.max_segments)
+        placed = _spread(values, players, max_new_tokens)
+        # What no player adds was added by what the environment wrote.
+        without = np.cumsum([0, *(order.size for order in orders[:-1])])
+        alone = worth[upload(without, worth.device)] - begun
+        last = upload(texts.steps() - 1, placed.device)
+        return placed.scatter_add(1, last[:, None], alone[:, None])
+
+    def _worth(
+        self,
+        texts: FinishedTexts,
+        players: list[list[np.ndarray]],
+        orders: list[np.ndarray],
+        max_new_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores of what each player joins, in the sequence of `_coalitions`, and those (B,) of
+        the texts before their first own token."""
+        assert texts.score is not None
+        pairs, own = texts.prompt_and_response_ids(), texts.own_responses()
+        places = texts.positions(max_new_tokens) - texts.prompt_length[:, None]
+        joined = [
             (row, left)
             for row, (_, response) in enumerate(pairs)
             for left in _coalitions(
                 len(response), [places[row, columns] for columns in players[row]], orders[row]
             )
         ]
-        before = [(pairs[row][0], [pairs[row][1][t] for t in left]) for row, left in kept]
+        first = [(row, np.arange(places[row, each[0][0]])) for row, each in enumerate(players)]
+        kept = [*joined, *first]
+        some = [(pairs[row][0], [pairs[row][1][t] for t in left]) for row, left in kept]
         masks = None if own is None else [own[row][left] for row, left in kept]
-        worth = distinct_scores(self._scorer, before, self._max_batch_tokens, masks)
-        worth = worth.to(texts.score.device)
-        values = _mean_gains(worth, texts.score, orders, self.max_segments)
-        return _spread(values, players, max_new_tokens)
+        scores = distinct_scores(self._scorer, some, self._max_batch_tokens, masks)
+        worth, begun = scores.to(texts.score.device).split([len(joined), len(first)])
+        return worth, begun
 
     def _players(self, own: np.ndarray) -> list[np.ndarray]:
         """The columns of each segment's tokens, among those of `own` (T,) bool."""

@@ -472,3 +472,23 @@ def test_turn_toys_are_written_into_in_every_way() -> None:
     assert any(not e.own[-1] or e.response[-1] not in spec.stop_token_ids for e in ended)
     asked = [TextSoFar([1], [Segment(True, [number])]) for number in range(5)]
     assert any(turn_tasks.answers(text) is None for text in asked)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_text_that_waits_for_its_reset_has_the_potential_of_its_end(scored: bool) -> None:
+    """Whether a text counts as scored is what ended it, not its last token: the first is ended by
+    the environment, the second is cut behind a stop token that had no room for its answer."""
+    envs = env_of(
+        lambda text: Reply([30], ends=True) if text.turn[-1] == END else Reply([31, 32]),
+        2,
+        AutoresetMode.DISABLED,
+        reward="delta",
+        score_truncated=scored,
+        max_context_tokens=P + 1,
+    )
+    envs.reset(options={"prompts": [[20, 21], [20, 21, 22, 23]]})
+    *_, infos = envs.step(np.array([END, STOP]))
+    assert infos["cut"].tolist() == [False, True]
+    assert (infos["potential"] == 0).tolist() == [True, scored]
+    loaded = envs.load_state(envs.save_state())[1]
+    np.testing.assert_allclose(loaded["potential"], infos["potential"], atol=1e-6)
