@@ -275,7 +275,7 @@ class EpisodeBatch:
         )
 
 
-def told_apart(text: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+def told_apart(text: np.ndarray, places: np.ndarray) -> dict[str, Any]:
     """Return the fields of an `Episode` that say who wrote what is behind its prompt, from the
     whole text and the places (T,) of the policy's tokens in it. Where nobody else wrote, that is
     the response alone."""

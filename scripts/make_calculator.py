@@ -48,7 +48,7 @@ The reference of `tokenenv/Calculator-v0`: a Llama of {parameters:,} parameters 
 1 key-value head) over characters, which answers questions, and can call a calculator that writes into its text.
 
 - Data: {num_texts:,} questions and answers by pupils who know sums of two numbers, guess at all others, and call the
-  calculator in {calls} of their texts (in half of them in the first phase of the training, in which copying is learned). No
+  calculator in {calls} of their texts ({first_calls} in the first phase of the training, in which copying is learned). No
   outside text.
 - Held-out loss, from the saved bfloat16 weights: {loss:.4f} nats per token of pupils' own tokens, on held-out questions.
 - Of {asked:,} held-out texts at temperature 1, {calling:.3f} have a call, and {finished:.3f} end within {limit} tokens. Right are
@@ -113,7 +113,7 @@ def own_loss(model: Any, texts: Sequence[Text]) -> Tensor:
     whole, targets = [], []
     for question, segments in texts:
         whole.append(question + [token for part in segments for token in part.tokens])
-        masked = [part.tokens if part.own else [-100] * len(part.tokens) for part in segments]
+        masked = [part.tokens if part.own else part.tokens for part in segments]
         targets.append([-100] * len(question) + [token for part in masked for token in part])
     logits = model(input_ids=training.pad(whole, PAD), use_cache=False).logits[:, :-1]
     wanted = training.pad(targets, -100)[:, 1:]
@@ -199,7 +199,11 @@ def main() -> None:
     numbers["minutes"] = (time.process_time() - begin) / 60
     print(numbers)
     settings = {"num_texts": sum(phase[0] for phase in PHASES) * 3 // 4, "calls": CALLS}
-    settings |= {"layers": model.config.num_hidden_layers, "limit": MAX_NEW_TOKENS}
+    settings |= {
+        "first_calls": PHASES[0][1],
+        "layers": model.config.num_hidden_layers,
+        "limit": MAX_NEW_TOKENS,
+    }
     training.write_card(FOLDER, CARD, model, **settings, **numbers)
 
 

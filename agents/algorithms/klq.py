@@ -7,9 +7,10 @@ regressed on
 
     Q(s_t, y_t) + sum_k lambda^k (r_{t+k} + V(s_{t+k+1}) - Q(s_{t+k}, y_{t+k}))
 
-The errors in this sum are zero at the optimum along every text, whoever wrote it. Old texts are
-therefore as good as new ones, and no ratios are needed: whole episodes are replayed, targets are
-made with the present policy, and one loss trains policy and critic.
+The errors in this sum are zero at the optimum along every text, whichever policy wrote it (on
+average, where an environment draws what it writes into texts). Old texts are therefore as good as
+new ones, and no ratios are needed: whole episodes are replayed, targets are made with the present
+policy, and one loss trains policy and critic.
 
 What it leaves out: beta = 0 (Q would say nothing about the policy), a target network, and an env
 that pays the policy's part of the penalty itself (`kl="policy"`: it was paid for another policy).

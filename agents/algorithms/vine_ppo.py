@@ -13,7 +13,8 @@ included; otherwise the gradient is biased.
 The continuations run in the env of the texts. One slot reads a prefix, `fork` copies it (caches
 included) to its neighbours, and all play to the end; then the running texts go on where they were.
 With `rollout="vllm"` vLLM writes the continuations, beside the running texts. Their tokens count as
-seen.
+seen. Where an environment writes into texts, a state holds all that it has written so far, and what
+it answers from there on is drawn anew in each continuation: V is the mean over both.
 
 What it leaves out: a trained critic, and a value of the last state of a text that was cut without a
 score (`score_truncated=False`). No text can be played on from there, so it counts as 0.

@@ -8,16 +8,16 @@ goes on. Behind a call that makes no sense, such as "[37*]", it writes "?". The 
 multiplies whole numbers, and does what it is told: whether the call fits the question is up to the
 policy.
 
-A quarter of the questions are sums of two numbers from 0 to 99, which the reference knows quite
-well. The others, products of a number up to 999 and one up to 99 and sums of three or four numbers,
-it can only guess. It calls the calculator in one text of eight. It is bundled (0.2 million
-parameters), and the policy starts from it.
+A quarter of the questions are sums of a number up to 99 and one up to 9, which the reference knows
+quite well. The others it can only guess: products of a number from 10 to 999 and one from 10 to 99,
+and sums of three numbers from 10 to 99. It calls the calculator in one text of nine. It is bundled
+(0.2 million parameters), and the policy starts from it.
 
 ## Observation Space
 
-`Dict(tokens=Box(0, 19, (60,), int64), length=Discrete(61), prompt_length=Discrete(61),
-own_mask=MultiBinary(60))`: the prompt and the response so far, padded on the right, and a mask that
-is 1 on the policy's tokens. P = 12, and T = 24 by default (`max_new_tokens`). L = P + 2T = 60 has
+`Dict(tokens=Box(0, 19, (49,), int64), length=Discrete(50), prompt_length=Discrete(50),
+own_mask=MultiBinary(49))`: the prompt and the response so far, padded on the right, and a mask that
+is 1 on the policy's tokens. P = 9, and T = 20 by default (`max_new_tokens`). L = P + 2T = 49 has
 room for every reply, for none is longer than the turn in front of it. With `observation="features"`
 it is the reference's last hidden state, `Box(-inf, inf, (96,), float32)`.
 
@@ -38,16 +38,18 @@ once in a text, and the score for the turn that ends the text. For a dense rewar
 is no learned model but a rule, with which a "step" of a text is a token: `Process("delta")` pays
 what each token changes in the share of the right answer that stands in the text so far.
 
-REFERENCE
+On the questions of "test" the reference's mean score is 0.29: 0.86 on sums of two numbers, and on
+the others 0.86 with a call and 0.002 without one. A policy that always calls as well as it does
+scores about 0.86.
 
 ## Starting State
 
-A question drawn uniformly from those of `split`. "train" has 8,659 questions and "test" 2,824;
+A question drawn uniformly from those of `split`. "train" has 8,914 questions and "test" 3,086;
 questions that differ only in the order of their numbers are in the same split.
 
 ## Episode End
 
-A text ends with `<eos>`, or is cut after T tokens of the policy's. A call and an answer take 20
+A text ends with `<eos>`, or is cut after T tokens of the policy's. A call and an answer take 16
 tokens at most.
 
 ## Arguments
@@ -81,23 +83,23 @@ from tokenenv.envs.language.calculator import (
 from tokenenv.turns import Reply, TextSoFar
 from tokenenv.types import Scorer, Task
 
-MAX_PROMPT_TOKENS = len("123+456+789=")
+MAX_PROMPT_TOKENS = len("12+34+56=")
 CALL_REWARD = 0.2
 
 
 def task(
     *,
     split: str = "train",
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 20,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Task:
     """Make the task.
 
     Args:
-        split: the questions, "train" (8,659) or "test" (2,824); no question is in both.
+        split: the questions, "train" (8,914) or "test" (3,086); no question is in both.
         max_new_tokens: T, the most tokens of a text that are the policy's, `<eos>` included. Fewer
-            than 20 cannot hold every call and its answer.
+            than 16 cannot hold every call and its answer.
         device: where the models are put.
         dtype: the data type of the models.
 

@@ -59,6 +59,27 @@ def test_strings_hold_every_token_on_the_colour_of_what_was_paid(env_id):
         assert "".join(token[3] for token in tokens).strip() == decoded.strip()
 
 
+def test_what_the_env_wrote_is_dim_and_paid_nothing():
+    envs = gym.make_vec(
+        "tokenenv/Dialogue-v0", num_envs=2, render_mode="ansi", autoreset_mode="Disabled", noise=0.0
+    )
+    envs.reset(seed=0)
+    words = envs.unwrapped.token_spec.tokenizer.convert_tokens_to_ids(["kind1", ".", "w1"])
+    paid = np.stack([envs.step(np.full(2, word))[1] for word in words], 1)
+    for string, rewards in zip(envs.render(), paid, strict=True):
+        assert [token[3].strip() for token in ANSI.findall(string)] == ["kind1", ".", "w1"]
+        assert [tuple(map(int, t[:3])) for t in ANSI.findall(string)] == [
+            colour(r) for r in rewards
+        ]
+        assert re.findall(r"\033\[2m ?(\S+?)\033", string) == ["<s>", "oh", "mood2"]
+        assert "3 tokens" in string
+    wrote = RunningText("", [" a", " b"], [0.5, None], None)
+    assert [part[2:] for _, part in render._placed(wrote)][-2:] == [
+        (colour(0.5), "black"),
+        (None, render.GREY),
+    ]
+
+
 def test_a_picture_has_one_size_and_the_tokens_colours():
     short, long = picture(text()), picture(text(pieces=[" word"] * 900, rewards=[0.1] * 900))
     assert short.dtype == np.uint8

@@ -140,6 +140,7 @@ def test_a_call_that_fits_is_paid_once(terms):
         ("37*46=", ["1703$"], 0),
         ("37*46=", ["[37*46]", "{1702}", "1702$"], 1),
         ("37*46=", ["[36*46]", "{1656}", "1702$"], 1),
+        ("37*46=", ["[37*]", "?", "1702$"], 1),
         ("37*46=", ["17[37*46]", "{1702}", "02$"], 0),
         ("37*46=", ["[37*46]", "{1702}", "$"], 0),
         ("37*=", ["$"], 0),
@@ -189,7 +190,7 @@ def test_the_grader_reads_any_tokens(tokens):
 def test_rows_read_what_whole_texts_say(data):
     texts = [ids(data.draw(st.sampled_from(questions("test")))) for _ in range(3)]
     slots = GRADER.slots(3, 60)
-    padded = torch.tensor([text + [0] * (12 - len(text)) for text in texts])
+    padded = torch.tensor([text + [0] * (9 - len(text)) for text in texts])
     slots.prefill([0, 1, 2], padded, [len(text) for text in texts])
     for _ in range(5):
         new = [data.draw(st.integers(0, len(TOKENS) - 1)) for _ in range(3)]
@@ -205,8 +206,7 @@ def test_questions_are_of_three_kinds_and_in_one_split():
     train, test = (questions(split) for split in ("train", "test"))
     assert not set(train) & set(test)
     for asked in (train, test):
-        assert len(set(asked)) == len(asked)
-        assert max(map(len, asked)) == 12
+        assert max(map(len, asked)) == len("12+34+56=")
         known = sum(question.count("+") == 1 for question in asked) / len(asked)
         products = sum("*" in question for question in asked) / len(asked)
         assert known == pytest.approx(calculator.KINDS["sum"], abs=0.03)
@@ -253,11 +253,12 @@ def test_the_env_keeps_the_contract(reward):
 def test_the_longest_texts_fit():
     """A text of calls alone is cut by T, never by the context."""
     envs = tasks.make_vec(2, AutoresetMode.DISABLED, ID, max_new_tokens=20)
-    envs.reset(seed=0, options={"prompts": ["123+456+789="] * 2})
+    envs.reset(seed=0, options={"prompts": ["12+34+56="] * 2})
     for calling, breaking in zip(ids("[999]" * 4), ids("]" * 20), strict=True):
-        obs, _, _, truncated, _ = envs.step(np.array([calling, breaking]))
-    assert obs["length"].tolist() == [12 + 20 + 4 * 5, 12 + 20 + 20]
-    assert truncated.all()
+        obs, _, terminated, truncated, _ = envs.step(np.array([calling, breaking]))
+    assert obs["length"].tolist() == [9 + 20 + 4 * 5, 9 + 20 + 20]
+    assert terminated.all()
+    assert not truncated.any()
 
 
 def test_the_reference_calls_seldom_and_is_right_where_it_does():

@@ -85,7 +85,9 @@ def test_the_optimum_is_the_one_that_is_said(env_id):
     assert int(states[1]) == envs.oracle.automaton.num_states
 
 
-@pytest.mark.parametrize("env_id", ["tokenenv/Reviews-v0", "tokenenv/Arithmetic-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["tokenenv/Reviews-v0", "tokenenv/Arithmetic-v0", "tokenenv/Calculator-v0"]
+)
 def test_the_numbers_of_prompts_are_those_that_are_said(env_id):
     """PyDocs-v0 has other prompts in other versions of Python."""
     start = sections_of(env_id)["Starting State"]

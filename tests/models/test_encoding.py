@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from makes import MAKES, word_level, wrapped
 from tokenizers import processors
 
-from tokenenv.models.encoding import decode_pairs, encode_continuation, encode_prompt, special_ids
+from tokenenv.models.encoding import (
+    decode_pairs,
+    decode_segments,
+    encode_continuation,
+    encode_prompt,
+    special_ids,
+)
 from tokenenv.prompts import load_prompts
 from tokenenv.rewards.rule import Rule
+from tokenenv.turns import Segment
 
 LITERAL = [name for name in MAKES if name != "words"]
 WORDS = st.sampled_from(["the", "cat", "walk", "ing", "good", "a", ",", "x9"])
@@ -173,6 +180,22 @@ def test_prompt_and_response_are_cut_out_of_the_whole(make, data):
     prompt, response = decode_pairs([(ids[:at], ids[at:])], tokenizer)[0]
     assert prompt + response == decoded(ids, tokenizer)
     assert decoded(ids[:at], tokenizer).startswith(prompt)
+
+
+@pytest.mark.parametrize("make", MAKES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_segments_are_cut_out_of_the_whole(make, data):
+    tokenizer = MAKES[make]()
+    parts = data.draw(
+        st.lists(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=4), max_size=4)
+    )
+    prompt, *others = parts or [[]]
+    segments = [Segment(i % 2 == 0, ids) for i, ids in enumerate(others)]
+    texts = decode_segments(prompt, segments, tokenizer)
+    response = decode_pairs([(prompt, [token for ids in others for token in ids])], tokenizer)[0][1]
+    assert len(texts) == len(segments)
+    assert "".join(texts) == (response if segments else "")
 
 
 def test_a_character_that_begins_in_the_prompt_belongs_to_the_response():

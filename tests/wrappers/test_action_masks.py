@@ -1,21 +1,26 @@
 """`ActionMask`: what may follow each text, by the reference's nucleus, a regular expression or a
 grammar."""
 
+import copy
 import re
 import sys
+from dataclasses import replace
 from typing import Any
 
 import fakes
 import gymnasium as gym
 import numpy as np
 import pytest
+import tasks
 import torch
 from gymnasium.vector import AutoresetMode
 from tasks import MODES, STOPS, TOYS, T, assert_equal, copied, make_vec
 
 from tokenenv.agents import PPO
+from tokenenv.check import check_vector_env
 from tokenenv.errors import FinishedRow, InvalidAction, InvalidArgument, MissingDependency, NotReset
-from tokenenv.wrappers.action_spaces import ActionMask, nucleus
+from tokenenv.turns import Reply
+from tokenenv.wrappers.action_spaces import ActionMask, TopKActions, nucleus
 
 V, N = fakes.VOCAB_SIZE, 4
 NEXT_STEP, SAME_STEP, DISABLED = (
@@ -506,3 +511,114 @@ def test_masks_keep_up_with_what_happens_beneath_and_with_what_was_interrupted(
     np.testing.assert_array_equal(
         ActionMask(envs.env, **options).action_masks(), twin.action_masks()
     )
+
+
+# ------------------------------------------------- texts that others write into
+
+TURN = "(the|a) (cat|dog)( is (good|bad))?"
+ASK = 9
+"""A token that ends a turn: one that has a text, or, by `asking`, one that has none."""
+
+
+def asking(*, textless: bool = True) -> Any:
+    """A task whose environment answers with what no turn matches, and pays alone now and then."""
+    toy = tasks.toy(stops=(fakes.EOS,), turns="fixed", max_new_tokens=12)
+    words = copy.deepcopy(toy.tokenizer)
+    if textless:
+        words.add_special_tokens({"additional_special_tokens": [words.convert_ids_to_tokens(ASK)]})
+
+    def respond(text: Any) -> Any:
+        number = len(text.response) + len(text.prompt)
+        return [None, Reply(), Reply([30, 31]), Reply([40], ends=text.turns_before > 1)][number % 4]
+
+    return replace(toy, tokenizer=words, respond=respond, turn_end_token_ids=(ASK, fakes.EOS))
+
+
+def turn_of(segments: Any, *ends: int) -> list[int]:
+    """The policy's tokens since the environment wrote, or since one of `ends`."""
+    tokens: list[int] = []
+    for segment in segments:
+        for token in segment.tokens:
+            tokens = [] if not segment.own or token in ends else [*tokens, token]
+    return tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_expression_begins_anew_with_each_turn(mode: Any) -> None:
+    envs = ActionMask(make_vec(N, mode, task=asking), regex=TURN)
+    rng, tokenizer = np.random.default_rng(0), envs.unwrapped.token_spec.tokenizer
+    obs, _ = envs.reset(seed=0)
+    turns: list[str] = []
+    answered = 0
+    for _ in range(40):
+        mask, ended = envs.action_masks(), envs.unwrapped.ended
+        np.testing.assert_array_equal(obs["action_mask"], mask)
+        assert obs["own_mask"].shape == obs["tokens"].shape
+        for row in np.flatnonzero(~ended):
+            segments = envs.unwrapped.segments()[row]
+            text = tokenizer.decode(turn_of(segments, ASK, fakes.EOS))
+            # What ends a turn is allowed exactly where a turn is finished.
+            assert set(mask[row, [ASK, fakes.EOS]]) == {bool(re.fullmatch(TURN, text))}
+            answered += len(segments) > 1 and not segments[-1].own
+            turns.append(text)
+        if mode == DISABLED and ended.any():
+            obs, _ = envs.reset(options={"reset_mask": ended})
+        else:
+            obs, *_ = envs.step(draw(rng, mask))
+    assert answered >= 10
+    assert {"", "the", "the cat"} <= set(turns)
+    assert any(re.fullmatch(TURN, turn) and " is " in turn for turn in turns)
+
+
+def test_a_turn_end_that_has_a_text_is_matched_by_it() -> None:
+    envs = make_vec(N, SAME_STEP, task=asking, textless=False)
+    word = envs.unwrapped.token_spec.tokenizer.convert_ids_to_tokens(ASK)
+    envs, rng = ActionMask(envs, regex=f"the cat {word}( is)?"), np.random.default_rng(0)
+    envs.reset(seed=0)
+    begun = 0
+    for _ in range(30):
+        mask = envs.action_masks()
+        for row, segments in enumerate(envs.unwrapped.segments()):
+            turn = turn_of(segments, fakes.EOS)
+            assert mask[row, ASK] == (len(turn) == 2)
+            begun += bool(segments) and not segments[-1].own
+        envs.step(draw(rng, mask))
+    assert begun >= 8
+
+
+def test_slots_that_rest_take_any_choice_and_others_none_that_is_ruled_out() -> None:
+    """A text that the environment ended does not show it by its last token."""
+    envs = TopKActions(ActionMask(make_vec(N, NEXT_STEP, task=asking), regex=TURN), k=3)
+    rng, seen = np.random.default_rng(0), 0
+    envs.reset(seed=0)
+    for _ in range(40):
+        ended, allowed = envs.unwrapped.ended, envs.action_masks()
+        picks = np.where(ended, 99, draw(rng, allowed))
+        written = [bool(s) and not s[-1].own for s in envs.unwrapped.segments()]
+        seen += sum(ended & written)
+        envs.step(picks)
+        if not ended.all():
+            bad = np.where(envs.unwrapped.ended, 0, 99)
+            if bad.any():
+                with pytest.raises(InvalidAction, match="is no choice"):
+                    envs.step(bad)
+    assert seen >= 2
+
+
+def test_the_mask_travels_beside_the_own_tokens() -> None:
+    envs = ActionMask(make_vec(N, SAME_STEP, task=asking), regex=TURN)
+    assert set(envs.single_observation_space.spaces) == {
+        "tokens",
+        "length",
+        "prompt_length",
+        "own_mask",
+        "action_mask",
+    }
+    rng = np.random.default_rng(0)
+    envs.reset(seed=0)
+    for _ in range(14):
+        obs, *_, infos = envs.step(draw(rng, envs.action_masks()))
+        assert obs in envs.observation_space
+        if "final_obs" in infos:
+            assert infos["final_obs"] in envs.observation_space
+    check_vector_env(make_vec(N, SAME_STEP, task=asking), steps=9)

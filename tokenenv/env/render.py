@@ -23,6 +23,8 @@ RENDER_MODES = ("ansi", "rgb_array", "human")
 FULL = 1.0
 """The reward whose colour is full."""
 UP, DOWN = (230, 126, 20), (66, 133, 222)
+GREY = "#5b6270"
+"""Of what the policy has not written."""
 WIDTH, COLUMNS, LINES, LINE_HEIGHT = 720, 82, 14, 20
 """A picture's width in pixels, and the text it has room for: the last lines, if there are more."""
 MARGIN, HEADER = 12, 30
@@ -34,10 +36,10 @@ class RunningText:
 
     prompt: str
     pieces: Sequence[str]
-    """What each response token adds."""
-    rewards: Sequence[float]
-    """(T,) what the env has paid for each response token; hindsight terms are placed once the text
-    has ended."""
+    """What each response token adds, whoever wrote it."""
+    rewards: Sequence[float | None]
+    """What the env has paid for each of these tokens, None for one that it wrote itself; hindsight
+    terms are placed once the text has ended."""
     score: float | None
     """The scorer's score of the text so far, where it scores prefixes."""
     kl: float | None = None
@@ -48,17 +50,23 @@ class RunningText:
         """Return the figures of the text in one line."""
         score = "" if self.score is None else f"score {self.score:.2f}   "
         kl = "" if self.kl is None else f", of which kl {self.kl:.2f}"
-        return f"{score}reward {sum(self.rewards):.2f}{kl}   {len(self.pieces)} tokens"
+        paid = [reward for reward in self.rewards if reward is not None]
+        return f"{score}reward {sum(paid):.2f}{kl}   {len(paid)} tokens"
 
 
 def ansi(text: RunningText) -> str:
-    """Return the text with terminal colours: the prompt dim, each token on the colour of its
-    reward."""
-    tokens = "".join(
-        f"\033[48;2;{r};{g};{b}m\033[38;2;0;0;0m{_visible(piece)}\033[0m"
-        for piece, (r, g, b) in zip(text.pieces, map(colour, text.rewards), strict=True)
-    )
+    """Return the text with terminal colours: the prompt and what the env wrote dim, each token of
+    the policy's on the colour of its reward."""
+    pairs = zip(text.pieces, text.rewards, strict=True)
+    tokens = "".join(_ansi_token(_visible(piece), reward) for piece, reward in pairs)
     return f"{text.header}\n\033[2m{_drawn(text.prompt)}\033[0m{tokens}"
+
+
+def _ansi_token(piece: str, reward: float | None) -> str:
+    if reward is None:
+        return f"\033[2m{piece}\033[0m"
+    r, g, b = colour(reward)
+    return f"\033[48;2;{r};{g};{b}m\033[38;2;0;0;0m{piece}\033[0m"
 
 
 def picture(text: RunningText) -> np.ndarray:
@@ -96,11 +104,12 @@ def _placed(text: RunningText) -> list[tuple[int, tuple[int, str, Any, str]]]:
     `COLUMNS`."""
     parts: list[tuple[str, Any, str]]
     parts = [
-        (piece, None, "#5b6270")
+        (piece, None, GREY)
         for piece in textwrap.wrap(_drawn(text.prompt), COLUMNS, drop_whitespace=False) or [""]
     ]
     parts += [
-        (_visible(p), colour(r), "black") for p, r in zip(text.pieces, text.rewards, strict=True)
+        (_visible(p), None, GREY) if r is None else (_visible(p), colour(r), "black")
+        for p, r in zip(text.pieces, text.rewards, strict=True)
     ]
     placed, line, column = [], 0, 0
     for piece, background, ink in parts:
@@ -124,8 +133,8 @@ def _legend(draw: Any) -> None:
     for i in range(41):
         x = left + i * cell
         draw.rectangle((x, 10, x + cell, 20), fill=colour((i - 20) / 20 * FULL))
-    draw.text((left - 26, 7), f"-{FULL:g}", fill="#5b6270", font=_font())
-    draw.text((left + 41 * cell + 8, 7), f"+{FULL:g}", fill="#5b6270", font=_font())
+    draw.text((left - 26, 7), f"-{FULL:g}", fill=GREY, font=_font())
+    draw.text((left + 41 * cell + 8, 7), f"+{FULL:g}", fill=GREY, font=_font())
 
 
 def _visible(piece: str) -> str:
@@ -170,8 +179,13 @@ def running_texts(
     for row, (start, end) in enumerate(zip(buffer.prompt_length, buffer.length, strict=True)):
         prompt, response = buffer.tokens[row, :start], buffer.tokens[row, start:end]
         prompt_text = "".join(pieces(prompt)).lstrip()
-        rewards = rewards_NT[row, : end - start].tolist()
-        texts.append(RunningText(prompt_text, pieces(response), rewards, scores[row], kl_N[row]))
+        rewards = np.full(end - start, None)
+        own = np.ones(end - start, bool)
+        if buffer.written is not None:
+            own = ~buffer.written[row, start:end]
+        rewards[own] = rewards_NT[row, : own.sum()].tolist()
+        numbers = rewards.tolist(), scores[row], kl_N[row]
+        texts.append(RunningText(prompt_text, pieces(response), *numbers))
     return texts
 
 

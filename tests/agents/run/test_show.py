@@ -133,6 +133,11 @@ BAD_LINES = {
     "special places that are none": json.dumps(episode(special=["a"])),
     "sums that are none": json.dumps(episode(terms={"a": "high"})),
     "columns that are none": json.dumps(episode(columns=["a"])),
+    "segments that are none": json.dumps(episode(segments=[{"own": 1, "length": 2, "text": "a"}])),
+    "segments without a text": json.dumps(episode(segments=[{"own": True, "length": 2}])),
+    "segments of other tokens": json.dumps(
+        episode(segments=[{"own": True, "length": 3, "text": "a"}])
+    ),
 }
 
 

@@ -171,6 +171,33 @@ def test_special_tokens_stand_apart(show):
     assert page.locator("#list .text").inner_text() == "a b c d"
 
 
+def test_a_turn_is_a_line_and_what_was_written_after_it_is_grey_and_has_no_numbers(show):
+    own, others = {"own": True}, {"own": False}
+    segments = [
+        own | {"length": 2, "text": " a b"},
+        others | {"length": 3, "text": "\n{<42>}\n"},
+        own | {"length": 3, "text": " c d<eos>"},
+    ]
+    page = show([FIVE | {"segments": segments, "special": [4], "length": 5}, FIVE | {"score": 0.5}])
+    lines = page.locator(".open .response > div")
+    assert lines.evaluate_all("all => all.map(e => [e.className, e.textContent])") == [
+        ["turn", "a b"],
+        ["written", "{<42>}"],
+        ["turn", "c d<eos>"],
+    ]
+    assert strengths(page, ".open .token") == [-0.9, -0.45, 0.0, 0.45, 0.9]
+    tops = lines.evaluate_all("all => all.map(e => e.getBoundingClientRect().top)")
+    assert tops == sorted(set(tops))
+    colours = lines.evaluate_all("all => all.map(e => getComputedStyle(e).color)")
+    assert colours[0] == colours[2] != colours[1]
+    assert "2 turns" in page.locator(".open > p").inner_text()
+    page.locator(".token").nth(2).hover()
+    assert '" c" token 3 of 5, turn 2' in " ".join(page.locator("#detail").inner_text().split())
+    assert page.locator("#list .text").first.inner_text() == "a b … c d"
+    page.locator("#list li").nth(1).click()
+    assert "turn" not in page.locator(".open > p").inner_text()
+
+
 @pytest.mark.parametrize("message", ["hello\nthere", None], ids=["kept", "from-the-text"])
 def test_a_prompt_is_folded_to_the_last_message(show, message):
     kept = {} if message is None else {"message": message}

@@ -2,6 +2,7 @@
 policy's tokens alone count, and models read the others."""
 
 import functools
+import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
@@ -20,18 +21,25 @@ from tokenenv.agents import GRPO, KLQ, PPO, BestOfN, LMPolicy, VinePPO
 from tokenenv.agents.algorithms.vine_ppo import state_before
 from tokenenv.agents.episodes import Episode, EpisodeBatch, summary, turn_summary
 from tokenenv.agents.learning.kl_rewards import with_penalty
-from tokenenv.agents.learning.learner import outputs, state_values, token_logprobs
+from tokenenv.agents.learning.learner import FrozenLM, outputs, state_values, token_logprobs
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector, Prefix
+from tokenenv.agents.rollout.finite import running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.agents.run.evaluate import evaluate
+from tokenenv.agents.run.export import padded, write_episodes
+from tokenenv.agents.run.export import read_episodes as read_exported
+from tokenenv.agents.run.failures import write_failures
+from tokenenv.agents.run.show import read_episodes as read_page
 from tokenenv.env.vector_env import TokenVectorEnv
-from tokenenv.errors import ContractError, InvalidArgument
+from tokenenv.errors import ContractError, InvalidArgument, NotFinite
 from tokenenv.models.bigram import Bigram
+from tokenenv.models.encoding import decode_pairs
 from tokenenv.rewards import Rule
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import Task
+from tokenenv.wrappers import ActionMask
 
 SAME_STEP = AutoresetMode.SAME_STEP
 
@@ -172,6 +180,36 @@ def test_learners_read_the_states_before_the_policys_tokens_and_the_texts_last_o
             expected = policy.value(states[np.append(e.places, len(e.text)) - 1])
         found = values_BT1[b, : len(expected)]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_the_full_kl_is_that_of_the_states_where_the_policy_chose():
+    policy, reference = critic(), tasks.reference()
+    episodes = some_episodes()[:6]
+    batch, frozen = EpisodeBatch.stack(episodes), FrozenLM(reference, policy.vocab_size)
+    out = outputs(policy, batch, np.arange(len(batch)), reference=frozen)
+    expected = []
+    for e in episodes:
+        with torch.no_grad():
+            text = torch.as_tensor(e.text)[None]
+            ours, theirs = (
+                torch.log_softmax(m(input_ids=text).logits[0, e.places - 1].float(), -1)
+                for m in (policy.model, reference)
+            )
+        expected.append((ours.exp() * (ours - theirs)).sum(-1))
+    torch.testing.assert_close(out.ref_kl, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_belongs_to_a_token_of_the_policys():
+    envs = ActionMask(make(mode=AutoresetMode.NEXT_STEP), top_p=0.9)
+    episodes = collector_of(envs).collect(60)
+    assert any(len(e.written) for e in episodes)
+    batch = EpisodeBatch.stack(episodes)
+    assert batch.action_mask_BTM.shape[:2] == batch.mask_BT.shape
+    for e in episodes:
+        allowed = np.unpackbits(e.action_mask, axis=1)[np.arange(len(e.response)), e.response]
+        assert allowed.all()
+    again = token_logprobs(LMPolicy(model(), frozen=True), batch, 60) * batch.mask_BT
+    torch.testing.assert_close(again, batch.logprob_BT, atol=1e-5, rtol=0)
 
 
 def test_no_loss_reaches_what_the_environment_wrote(monkeypatch):
@@ -403,6 +441,48 @@ def test_agents_need_to_know_whose_tokens_are_whose():
     wrong = TransformObservation(envs, lambda obs: obs | {"own_mask": 1 - obs["own_mask"]})
     with pytest.raises(ContractError, match=r"own_mask marks \d+ tokens .* and actions emitted"):
         collector_of(wrong).collect(20)
+
+
+def test_what_is_written_down_of_a_run_tells_the_turns(tmp_path):
+    agent = PPO(make(turns="random", reward="token"), run_dir=tmp_path, batch_tokens=40)
+    told = []
+    agent.learn(80, on_update=lambda metrics, episodes: told.extend(episodes))
+    lines = list(map(json.loads, (tmp_path / "episodes.jsonl").read_text().splitlines()))
+    for line, e in zip(lines, told, strict=True):
+        assert line["length"] == len(line["tokens"]) == len(line["token_kl"]) == len(e.response)
+        assert ("segments" in line) == (len(e.written) > 0)
+        segments = [(s["own"], s["length"]) for s in line.get("segments", ())]
+        assert segments in ([], [(own, len(tokens)) for own, tokens in e.segments])
+        own = "".join(s["text"] for s in line.get("segments", ()) if s["own"])
+        assert own in ("", "".join(line["tokens"]))
+        pair = [(e.prompt.tolist(), e.after_prompt.tolist())]
+        whole = decode_pairs(pair, tasks.tokenizer(), skip_special_tokens=False)[0]
+        assert (line["prompt"], line["response"]) == whole
+    page = read_page(tmp_path)[0]
+    assert len(page) == len(lines)
+    write_episodes(tmp_path / "e.jsonl", told)
+    rows = read_exported(tmp_path / "e.jsonl")
+    tensors = padded(rows, pad_token_id=99)
+    for row, e in enumerate(told):
+        count = len(e.after_prompt)
+        assert tensors["text_mask"][row].sum() == count
+        assert tensors["response_ids"][row, :count].tolist() == e.after_prompt.tolist()
+        mask = tensors["response_mask"][row]
+        assert mask.nonzero()[:, 0].tolist() == (e.places - len(e.prompt)).tolist()
+        assert tensors["logprobs"][row][mask].tolist() == e.logprob.tolist()
+        assert not tensors["logprobs"][row][~mask].any()
+
+
+def test_a_failed_text_is_written_down_with_what_the_environment_wrote(tmp_path):
+    envs = make()
+    e = max(some_episodes(), key=lambda e: len(e.written))
+    obs = {"tokens": e.text[None], "length": [len(e.text)], "prompt_length": [len(e.prompt)]}
+    texts = [e, *running_texts({name: np.array(v) for name, v in obs.items()}, [0])]
+    write_failures(tmp_path, NotFinite("no", [0], texts), envs.token_spec, 1, 2)
+    ended, running = map(json.loads, (tmp_path / "failed_episodes.jsonl").read_text().splitlines())
+    assert ended["response_tokens"] == running["response_tokens"] == e.after_prompt.tolist()
+    assert len(ended["tokens"]) == len(e.response)
+    assert [s["own"] for s in ended["segments"]] == [own for own, _ in e.segments]
 
 
 def test_an_episode_by_hand():
