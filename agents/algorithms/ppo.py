@@ -52,14 +52,11 @@ class PPOConfig(PolicyGradientConfig):
     lambda_actor: float = 0.95
     """GAE lambda of the policy's advantages, 0 to 1."""
     lambda_turn: float | None = None
-    """The policy's lambda at the last token of each turn, 0 to 1, where the environment writes into
-    texts: what follows there belongs to another turn. With `lambda_actor=1` a turn is one action.
-    None: a turn's last token is like any other."""
+    """The policy's lambda behind a turn, 0 to 1; None: as within it (docs/algorithms.md)."""
     lambda_critic: float = 0.95
     """GAE lambda of the critic's targets, 0 to 1; 1 gives the plain return."""
     lambda_alpha: float | None = None
-    """Above 0: the policy's lambda is 1 - 1 / (alpha length) for each text, in place of
-    `lambda_actor`; None is off."""
+    """Above 0: the policy's lambda is 1 - 1 / (alpha length) in a text; None: `lambda_actor`."""
     scale_rewards: bool = True
     """Whether rewards are divided by the running deviation of returns; the mean is kept."""
     critic_offset: str | None = None
@@ -120,15 +117,14 @@ class PPO(PolicyGradient):
         return gae(*known, self.policy_lambda(batch))
 
     def policy_lambda(self, batch: EpisodeBatch) -> float | Tensor:
-        """Return the lambda of the policy's advantages: a number, one per text (B,), or one per
-        token (B, T)."""
+        """Return the policy's lambda: a number, one per text (B,), or one per token (B, T)."""
         cfg = self.config
-        lambda_: float | Tensor = cfg.lambda_actor
+        within: float | Tensor = cfg.lambda_actor
         if cfg.lambda_alpha is not None:
-            lambda_ = length_adaptive_lambda(batch.response_length_B, cfg.lambda_alpha)
-        if cfg.lambda_turn is None:
-            return lambda_
-        return by_turn(lambda_, cfg.lambda_turn, turn_ends(batch.position_BT1))
+            within = length_adaptive_lambda(batch.response_length_B, cfg.lambda_alpha)
+        if cfg.lambda_turn is not None:
+            within = by_turn(within, cfg.lambda_turn, turn_ends(batch.position_BT1))
+        return within
 
     def offset_rewards(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
         """Return the rewards (B, T) to learn from, and what is added to the critic's values

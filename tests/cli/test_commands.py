@@ -167,7 +167,7 @@ def test_texts_are_printed_as_they_are(text, terminal, monkeypatch, tmp_path):
             printing, "console", Console(file=out, force_terminal=terminal, width=200)
         )
         tokens = np.zeros(1, np.int64)
-        said = SimpleNamespace(prompt=tokens, response=tokens, gold=0.0, score=np.nan)
+        said = SimpleNamespace(prompt=tokens, after_prompt=tokens, gold=0.0, score=np.nan)
         one = SimpleNamespace(episodes=[said])
         spec = SimpleNamespace(tokenizer=Says(text), chats=None)
         show_examples({"before": one, "after": one}, spec, 1)

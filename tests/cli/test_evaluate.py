@@ -186,7 +186,8 @@ def test_answers_from_a_column_are_paid_and_measured(here, capsys):
 def test_a_figure_that_does_not_exist_has_no_row():
     texts = [SimpleNamespace(gold=np.nan, score=np.nan, kl=np.nan, terms={}, watched={})] * 2
     for text in texts:
-        text.response, text.terminated = np.arange(3), True
+        text.response = text.places = np.arange(3)
+        text.terminated = True
     one = summarise(texts)
     with Console(width=200, record=True, file=open("/dev/null", "w")) as out:
         out.print(comparison({"before": one, "after": one}, "[red]prompts"))
@@ -213,7 +214,7 @@ def test_examples_show_different_prompts_and_the_last_message_alone(capsys):
 
     def text(*prompt):
         ids = np.array(prompt)
-        return SimpleNamespace(prompt=ids, response=np.array([1]), gold=np.nan, score=np.nan)
+        return SimpleNamespace(prompt=ids, after_prompt=np.array([1]), gold=np.nan, score=np.nan)
 
     one = SimpleNamespace(episodes=[text(0, 1, 3), text(0, 1, 3), text(1, 2), text(0, 1, 3)])
     for count, wanted in {2: ["one …", "one two …"], 3: ["one …", "one two …", "one …"]}.items():

@@ -7,6 +7,7 @@ import fakes
 import gymnasium as gym
 import numpy as np
 import pytest
+import tasks
 import torch
 from fake_vllm import FakeServer
 
@@ -15,6 +16,7 @@ from tokenenv.agents import PPO, LMPolicy
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning.learner import token_logprobs
 from tokenenv.cli import main
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument, ServerError
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.models.vllm_server import TEXTS, VLLMServer
@@ -407,3 +409,23 @@ def test_raw_log_probs_are_refused_where_there_is_a_temperature(serve):
     with pytest.raises(InvalidArgument, match="--logprobs-mode processed_logprobs"):
         VLLMServerEngine(language_model(), spec, url=server.url, temperature=0.7)
     VLLMServerEngine(copy.deepcopy(language_model()), spec, url=server.url, temperature=1.0)
+
+
+def test_a_server_writes_a_turn_at_a_time(serve):
+    """Up to a stop token or to the end of a turn, with the room that is left."""
+    server = serve(language_model())
+    task = tasks.toy(turns="fixed", max_new_tokens=12)
+    envs = TokenVectorEnv(4, task=task, reward="turn", autoreset_mode="SameStep")
+    agent = PPO(envs, rollout=server.url, max_staleness=0)
+    episodes = agent.collector.collect(100)
+    batch = EpisodeBatch.stack(episodes)
+    own_BT = token_logprobs(agent.policy, batch, 1000) * batch.mask_BT
+    torch.testing.assert_close(own_BT, batch.logprob_BT, atol=1e-5, rtol=0)
+    asked = [body for path, body, _ in server.asked if path == "/v1/completions"]
+    assert {*task.stop_token_ids, *task.turn_end_token_ids} == {*asked[0]["stop_token_ids"]}
+    begun = {tuple(body["prompt"]): body["max_tokens"] for body in asked}
+    for e in (e for e in episodes if e.turns > 1):
+        later = int(e.places[np.flatnonzero(np.diff(e.places) > 1)[-1] + 1])
+        left = min(12 - int((e.places < later).sum()), envs.token_spec.max_length - later)
+        assert begun[tuple(e.text[:later].tolist())] == left
+    assert any(e.turns > 1 for e in episodes)

@@ -130,11 +130,11 @@ def test_undiscounted_differences_add_up_to_the_last_number() -> None:
 
 
 def test_a_number_of_0_is_one_where_something_is_written_and_none_at_the_end() -> None:
-    """Four texts of two turns and a last token; the environment says 2, then 0 or nothing."""
+    """Four texts of several turns, in the first of which the environment says 2."""
     world = turn_worlds()[0]
     envs = world.env(reward=Turn("differences"), kl="none")
     texts = {
-        "0 is written": ([1, 2, 1, 2, 2], [2.0, 0.0, 0.0], [2, -2, 0]),
+        "0 is written": ([1, 2, 1, 2, STOP], [2.0, 0.0, 3.0], [2, -2, 3]),
         "5 without writing": ([1, 2, 2, 2], [2.0, 5.0, 0.0], [2, 3, 0]),
         "0 without writing": ([1, 2, 2, 2], [2.0, 0.0, 0.0], [2, 0, 0]),
         "5 at the end": ([1, 2, 2, STOP], [2.0, 0.0, 5.0], [2, 0, 3]),

@@ -24,14 +24,16 @@ from tokenenv.agents.learning.kl_rewards import with_penalty
 from tokenenv.agents.learning.learner import FrozenLM, outputs, state_values, token_logprobs
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector, Prefix
+from tokenenv.agents.rollout.finite import running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.agents.run.export import padded, write_episodes
 from tokenenv.agents.run.export import read_episodes as read_exported
+from tokenenv.agents.run.failures import write_failures
 from tokenenv.agents.run.show import read_episodes as read_page
 from tokenenv.env.vector_env import TokenVectorEnv
-from tokenenv.errors import ContractError, InvalidArgument
+from tokenenv.errors import ContractError, InvalidArgument, NotFinite
 from tokenenv.models.bigram import Bigram
 from tokenenv.models.encoding import decode_pairs
 from tokenenv.rewards import Rule
@@ -469,6 +471,18 @@ def test_what_is_written_down_of_a_run_tells_the_turns(tmp_path):
         assert mask.nonzero()[:, 0].tolist() == (e.places - len(e.prompt)).tolist()
         assert tensors["logprobs"][row][mask].tolist() == e.logprob.tolist()
         assert not tensors["logprobs"][row][~mask].any()
+
+
+def test_a_failed_text_is_written_down_with_what_the_environment_wrote(tmp_path):
+    envs = make()
+    e = max(some_episodes(), key=lambda e: len(e.written))
+    obs = {"tokens": e.text[None], "length": [len(e.text)], "prompt_length": [len(e.prompt)]}
+    texts = [e, *running_texts({name: np.array(v) for name, v in obs.items()}, [0])]
+    write_failures(tmp_path, NotFinite("no", [0], texts), envs.token_spec, 1, 2)
+    ended, running = map(json.loads, (tmp_path / "failed_episodes.jsonl").read_text().splitlines())
+    assert ended["response_tokens"] == running["response_tokens"] == e.after_prompt.tolist()
+    assert len(ended["tokens"]) == len(e.response)
+    assert [s["own"] for s in ended["segments"]] == [own for own, _ in e.segments]
 
 
 def test_an_episode_by_hand():
