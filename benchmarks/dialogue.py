@@ -17,6 +17,7 @@ shows the mean over the seeds and their standard deviation.
 
 import argparse
 import statistics
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -53,7 +54,7 @@ DESIGNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oracle, token GAE": ("oracle", TOKEN_GAE),
     "oracle, turn GAE": ("oracle", TURN_GAE),
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def run(design: str, noise: float, seed: int, tokens: list[int]) -> list[float]:
