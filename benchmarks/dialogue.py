@@ -17,6 +17,7 @@ shows the mean over the seeds and their standard deviation.
 
 import argparse
 import statistics
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -36,9 +37,9 @@ BETA, N = 0.05, 64
 SMALL = {"vocab_size": 16, "num_moods": 3, "max_new_tokens": 12}
 """Options of the env: few words, so that a run takes half a minute."""
 SETTINGS: dict[str, Any] = {
-    "lr": 3e-3,
+    "lr": 5e-3,
     "lr_schedule": "constant",
-    "batch_tokens": 1024,
+    "batch_tokens": 512,
     "vf_coef": 0.1,
 }
 """Settings of PPO, the same for all designs."""
@@ -53,7 +54,7 @@ DESIGNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oracle, token GAE": ("oracle", TOKEN_GAE),
     "oracle, turn GAE": ("oracle", TURN_GAE),
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def run(design: str, noise: float, seed: int, tokens: list[int]) -> list[float]:
@@ -84,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--noises", type=float, nargs="*", default=[0.1])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[10_000, 20_000, 40_000, 60_000])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[5_000, 10_000, 20_000, 40_000])
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()
