@@ -113,7 +113,7 @@ def own_loss(model: Any, texts: Sequence[Text]) -> Tensor:
     whole, targets = [], []
     for question, segments in texts:
         whole.append(question + [token for part in segments for token in part.tokens])
-        masked = [part.tokens if part.own else part.tokens for part in segments]
+        masked = [part.tokens if part.own else [-100] * len(part.tokens) for part in segments]
         targets.append([-100] * len(question) + [token for part in masked for token in part])
     logits = model(input_ids=training.pad(whole, PAD), use_cache=False).logits[:, :-1]
     wanted = training.pad(targets, -100)[:, 1:]
