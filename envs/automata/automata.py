@@ -89,10 +89,10 @@ def automaton_task(
         max_prompt_tokens=1,
         max_new_tokens=max_new_tokens,
         stop_token_ids=(),
-        respond=source and source.respond,
-        turn_end_token_ids=source and source.turn_end_token_ids,
+        respond=None if source is None else source.respond,
+        turn_end_token_ids=None if source is None else source.turn_end_token_ids,
         # A text in which every token is answered fits, so that this limit never cuts one.
-        max_context_tokens=source and oracle.max_length,
+        max_context_tokens=None if source is None else oracle.max_length,
         scorer=Scorer(model=automaton, head=automaton.score, per_token=False),
         gold="score",
         oracle=oracle,
