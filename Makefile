@@ -122,6 +122,7 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
+	$(BIN)/python benchmarks/dialogue.py
 	$(BIN)/python benchmarks/algorithms.py
 	$(BIN)/python benchmarks/groups.py
 	$(BIN)/python benchmarks/gradients.py

@@ -91,16 +91,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[10_000, 20_000, 40_000])
-    parser.add_argument("--texts", type=int, default=512, help="texts of a measurement")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[10_000, 30_000])
+    parser.add_argument("--texts", type=int, default=256, help="texts of a measurement")
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ("right", "right, hard ones", "with a call", "own tokens", "KL")
-    table = Table("reward", "tokens seen", *columns, title=f"{ID}, seeds {args.seeds}")
+    found: dict[str, list[list[Found]]] = {design: [] for design in args.designs}
+    for seed in args.seeds:
+        for design in args.designs:
+            found[design].append(run(design, seed, args.tokens, args.texts))
+            after = ", ".join(f"{one.right:.2f} ({one.calls:.2f})" for one in found[design][-1])
+            console.print(f"{design}, seed {seed}: right (with a call) {after}")
+    columns = ("right", "hard ones", "with a call", "own tokens", "KL")
+    table = Table("reward", "tokens", *columns, title=f"{ID}, seeds {args.seeds}")
     for design in args.designs:
-        runs = [run(design, seed, args.tokens, args.texts) for seed in args.seeds]
-        for at, seeds in zip([0, *args.tokens], zip(*runs, strict=True), strict=True):
+        for at, seeds in zip([0, *args.tokens], zip(*found[design], strict=True), strict=True):
             table.add_row(*row("reference" if at == 0 else design, at, seeds))
         table.add_section()
     console.print(table)
