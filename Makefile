@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test examples docs real-models real fuzz kill-test wheel test-tianshou test-vllm lint bench clean
+.PHONY: help setup demo test examples docs real-models real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -83,6 +83,16 @@ test-tianshou:  ## the Tianshou example and what it learns, in an environment of
 	.venv-tianshou/bin/python examples/tianshou_dqn.py --total-steps 300 --num-envs 4
 	.venv-tianshou/bin/pytest tests/with_tianshou
 
+TURNS := .venv-turn-envs/bin
+
+test-turn-envs:  ## turn-level environments of skyrl_gym and verifiers that answer in ours, in an environment of their own, 1 GB
+	@test -e .venv-turn-envs/installed || { echo ".venv-turn-envs: skyrl_gym, verifiers and their pins" \
+	  && $(PYTHON) -m venv .venv-turn-envs \
+	  && $(QUIET) $(TURNS)/pip install --quiet torch==2.13.0 skyrl-gym==0.4.0 verifiers==0.3.1 pytest hypothesis --editable . \
+	  && touch .venv-turn-envs/installed; }
+	$(TURNS)/python examples/skyrl_turns.py --total-tokens 300 --num-envs 4
+	$(TURNS)/pytest tests/with_turn_envs
+
 VLLM := .venv-vllm/bin
 
 test-vllm:  ## vLLM itself, its CPU build, in an environment of its own: it wants an older transformers
@@ -112,9 +122,10 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
+	$(BIN)/python benchmarks/dialogue.py
 	$(BIN)/python benchmarks/algorithms.py
 	$(BIN)/python benchmarks/groups.py
 	$(BIN)/python benchmarks/gradients.py
 
 clean:  ## everything that was made
-	rm -rf $(VENV) .venv-wheel .venv-tianshou .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-tianshou .venv-turn-envs .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,8 @@ shows the mean over the seeds and their standard deviation.
 
 import argparse
 import statistics
+import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -32,10 +34,12 @@ from tokenenv.agents.run.evaluate import next_token_probs
 from tokenenv.models.residual_lm import ResidualLM
 
 BETA, N = 0.05, 64
+SMALL = {"vocab_size": 16, "num_moods": 3, "max_new_tokens": 12}
+"""Options of the env: few words, so that a run takes half a minute."""
 SETTINGS: dict[str, Any] = {
-    "lr": 3e-3,
+    "lr": 5e-3,
     "lr_schedule": "constant",
-    "batch_tokens": 2048,
+    "batch_tokens": 512,
     "vf_coef": 0.1,
 }
 """Settings of PPO, the same for all designs."""
@@ -50,14 +54,16 @@ DESIGNS: dict[str, tuple[str, dict[str, Any]]] = {
     "oracle, token GAE": ("oracle", TOKEN_GAE),
     "oracle, turn GAE": ("oracle", TURN_GAE),
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def run(design: str, noise: float, seed: int, tokens: list[int]) -> list[float]:
     """Train one policy, and return its regret after so many tokens each."""
     torch.set_num_threads(1)
+    # Here the turn rewards add up to the score, which the design cannot know.
+    warnings.filterwarnings("ignore", "reward-to-go on 'turn'")
     reward, lambdas = DESIGNS[design]
-    options = {"noise": noise, "task_seed": seed, "kl_coef": BETA, "reward": reward}
+    options = SMALL | {"noise": noise, "task_seed": seed, "kl_coef": BETA, "reward": reward}
     envs = gym.make_vec("tokenenv/Dialogue-v0", num_envs=N, autoreset_mode="SameStep", **options)
     policy = LMPolicy(ResidualLM(envs.unwrapped.reference, seed=seed))
     agent = PPO(envs, policy=policy, seed=seed, **lambdas, **SETTINGS)
@@ -77,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--noises", type=float, nargs="*", default=[0.0, 0.1])
+    parser.add_argument("--noises", type=float, nargs="*", default=[0.1])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[10_000, 20_000, 40_000, 80_000])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[5_000, 10_000, 20_000, 40_000])
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()

@@ -17,17 +17,41 @@ from tokenenv.env.build import load_task
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import TokenEnvError
+from tokenenv.models.loading import load_tokenizer
 from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS
 
 ASSETS = Path(__file__).parents[1] / "envs" / "assets"
+
+
+def _chat_tokenizer() -> Any:
+    """The bundled tokenizer with a chat template, which closes every message with the stop
+    token."""
+    tokenizer = load_tokenizer(str(ASSETS / "reviews-lm"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    return tokenizer
+
+
+def _ask_on(messages: list[dict[str, str]]) -> str | None:
+    asked = ("and the waiter?", "and the dessert?")
+    turns = sum(message["role"] == "assistant" for message in messages)
+    return asked[turns - 1] if turns <= len(asked) else None
+
+
 GIVEN: dict[str, dict[str, Any]] = {
     "tokenenv/TextGen-v0": {
         "model": str(ASSETS / "reviews-lm"),
         "reward_model": str(ASSETS / "reviews-reward"),
         "prompts": ["we visited this bar once. the"],
         "max_prompt_tokens": 16,
-    }
+    },
+    "tokenenv/ChatGen-v0": {
+        "model": str(ASSETS / "reviews-lm"),
+        "tokenizer": _chat_tokenizer(),
+        "reward_model": str(ASSETS / "reviews-reward"),
+        "prompts": ["how was the soup?"],
+        "respond": _ask_on,
+    },
 }
 """Options of the ids that cannot be made without any: here a bundled model stands for the
 reader's."""
@@ -129,9 +153,10 @@ def _what(env_id: str) -> str:
 def _call(env_id: str) -> str:
     if env_id not in GIVEN:
         return f'envs = gym.make_vec("{env_id}", num_envs=64)'
+    responds = "    respond=respond,\n" if "respond" in GIVEN[env_id] else ""
     return (
         f'envs = gym.make_vec(\n    "{env_id}",\n    num_envs=64,\n    model="path/or/hub-id",\n'
-        f'    reward_model="path/or/hub-id",\n    prompts="prompts.jsonl",\n)'
+        f'    reward_model="path/or/hub-id",\n    prompts="prompts.jsonl",\n{responds})'
     )
 
 

@@ -96,7 +96,7 @@ def test_any_schedule_equals_each_row_alone(name):
     lm = cached(fakes.causal_lm(name), max_batch_tokens=50)
     assert isinstance(lm._slots, KVSlots if name in fakes.CACHED else TextSlots)
     for seed in range(2):
-        Schedule(lm, seed).run(40)
+        Schedule(lm, seed).run(25)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -523,8 +523,14 @@ def test_the_host_never_reads_a_tensor(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
-@pytest.mark.parametrize("name", ["llama", "qwen2_mixed"])
-def test_a_compiled_step_equals_each_row_alone_with_one_graph_per_bucket(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("llama", {"num_hidden_layers": 1}),
+        ("qwen2_mixed", {"num_hidden_layers": 2, "layer_types": fakes.MIXED[:2]}),
+    ],
+)
+def test_a_compiled_step_equals_each_row_alone_with_one_graph_per_bucket(name, layers, monkeypatch):
     graphs = []
     compile = torch.compile
 
@@ -536,7 +542,7 @@ def test_a_compiled_step_equals_each_row_alone_with_one_graph_per_bucket(name, m
         torch, "compile", lambda trunk, **kwargs: compile(trunk, backend=counting, **kwargs)
     )
     torch._dynamo.reset()
-    lm = cached(fakes.causal_lm(name), compile=True)
+    lm = cached(fakes.causal_lm(name, **layers), compile=True)
     lm.prefill([0, 1, 2, 3], torch.tensor([[3, 4], [5, 0], [6, 0], [7, 0]]), [2, 1, 1, 1])
     for token in range(L - 2):
         states = lm.append(torch.full((4,), token))

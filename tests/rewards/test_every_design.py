@@ -23,6 +23,7 @@ HAS = {
     "Calculator": CAUSAL | {"step ends", "tokenizer", "turns"},
     "ChatGen": TRANSFORMER | {"implicit model", "step ends", "turns"},
     "DelayedKey": AUTOMATON,
+    "Dialogue": AUTOMATON | {"turns"},
     "Negation": AUTOMATON,
     "PlantedPhrase": AUTOMATON,
     "PyDocs": TRANSFORMER,

@@ -10,13 +10,15 @@ import credit
 import numpy as np
 import pytest
 import torch
-from credit import SCORERS, TRANSFORMERS, T, bound, close, finished
+from credit import TRANSFORMERS, T, bound, close, finished
+from torch import Tensor
 
 from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient, quadrature
 from tokenenv.rewards.occlusion import Occlusion
 from tokenenv.rewards.process import Process
+from tokenenv.rewards.redistribute import distinct_scores
 from tokenenv.rewards.rule import TokenRule
 from tokenenv.rewards.scaling import PositionScaled, Scaled
 from tokenenv.rewards.seen import FinishedTexts
@@ -39,6 +41,22 @@ DESIGNS: dict[str, Any] = {
     "occlusion": Occlusion,
     "shapley": lambda: Shapley(3, 6),
 }
+
+
+class Each:
+    """Scores the tokens of finished texts, by what stands behind them."""
+
+    per_token = True
+
+    def token_scores(self, texts: list[TextIds], width: int) -> Tensor:
+        out = torch.zeros(len(texts), width)
+        for row, (prompt, response) in enumerate(texts):
+            for t, token in enumerate(response):
+                out[row, t] = (token * (1 + sum(response[t:])) + len(prompt)) % 17 / 4
+        return out
+
+
+SCORERS = credit.SCORERS | {"each": Each}
 CASES = [
     (design, scorer)
     for design in DESIGNS
@@ -50,6 +68,10 @@ quiet = pytest.mark.filterwarnings("ignore:reward='gradient':RuntimeWarning")
 
 def score_of(scorer: Any, prompt: list[int], response: list[int], own: np.ndarray) -> float:
     """The score of one text: of its own tokens, if the scorer scores tokens, else of all of it."""
+    if isinstance(scorer, Each):
+        return float(
+            scorer.token_scores([(prompt, response)], max(1, len(own)))[0, : len(own)][own].sum()
+        )
     if not isinstance(scorer, Scorer):
         return scorer.score(prompt, response)
     ids = torch.tensor([[*prompt, *response]])
@@ -91,6 +113,14 @@ def test_tokens_that_the_environment_wrote_are_no_part_of_a_sum_of_token_scores(
     close(score_texts(scorer, PAIRS, 20, own=OWN), expected)
 
 
+def test_equal_texts_of_other_authors_are_scored_apart():
+    pair = ([5], [7, 8, 9])
+    own = [np.array([c == "1" for c in mask]) for mask in ("111", "101", "111")]
+    found = distinct_scores(Each(), [pair] * 3, 100, own)
+    close(found, [score_of(Each(), *pair, mask) for mask in own])
+    assert found[0] == found[2] != found[1]
+
+
 @quiet
 @pytest.mark.parametrize(("design", "scorer"), CASES)
 def test_the_score_is_placed_on_own_columns_alone(design, scorer):
@@ -109,7 +139,9 @@ def test_the_score_is_placed_on_own_columns_alone(design, scorer):
 
 
 @quiet
-@pytest.mark.parametrize(("design", "scorer"), [case for case in CASES if case[1] != "text"])
+@pytest.mark.parametrize(
+    ("design", "scorer"), [case for case in CASES if case[1] not in ("text", "each")]
+)
 def test_written_tokens_at_the_beginning_are_like_ones_of_the_prompt(design, scorer):
     scorer = SCORERS[scorer]()
     own = [np.arange(len(response)) >= 2 for _, response in PAIRS]

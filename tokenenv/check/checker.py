@@ -148,8 +148,10 @@ def check_spaces(trial: Trial) -> None:
         )
     tokens = spaces.Box(0, spec.vocab_size - 1, (spec.max_length,), np.int64)
     count = spaces.Discrete(spec.max_length + 1)
-    own = {"own_mask": spaces.MultiBinary(spec.max_length)} if spec.responds else {}
-    texts = spaces.Dict(tokens=tokens, length=count, prompt_length=count, **own)
+    parts: dict[str, spaces.Space] = {"tokens": tokens, "length": count, "prompt_length": count}
+    if spec.responds:
+        parts["own_mask"] = spaces.MultiBinary(spec.max_length)
+    texts = spaces.Dict(parts)
     seen = envs.single_observation_space
     features = isinstance(seen, spaces.Box) and seen.dtype == np.float32 and len(seen.shape) == 1
     require(
@@ -400,7 +402,8 @@ def _check_scored_text(
 ) -> None:
     """Raise `ContractError` unless a text of `slot` was paid as `score_episodes` says."""
     tokens, logprobs = ([float(step.action[part][slot]) for step in steps] for part in (0, 1))
-    response, options = list(map(int, tokens)), {"columns": columns} if columns else {}
+    response = list(map(int, tokens))
+    options: dict[str, Any] = {"columns": columns} if columns else {}
     if trial.envs.unwrapped.token_spec.responds:
         if not isinstance(steps[-1].end, Mapping):
             return  # features do not show what the environment wrote

@@ -44,7 +44,8 @@ def distinct_scores(
     """Return the scores (n,) float32 of n texts; equal texts are scored once. `own` is as for
     `score_texts`."""
     number: dict[tuple[Any, ...], int] = {}
-    index, first = [], []
+    index: list[int] = []
+    first: list[int] = []
     for i, text in enumerate(texts):
         mask = b"" if own is None else own[i].tobytes()
         index.append(number.setdefault((*map(tuple, text), mask), len(number)))

@@ -6,11 +6,13 @@ import copy
 import fakes
 import numpy as np
 import pytest
+import tasks
 import torch
 
 from tokenenv.agents import LMPolicy
 from tokenenv.agents.rollout.actor import Actor
-from tokenenv.models.cached_lm import trunk_of
+from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.models.cached_lm import CachedLM, trunk_of
 
 N, L = 4, 30
 EIGHT = (
@@ -205,6 +207,46 @@ def test_one_small_copy_a_step_tells_what_was_written(monkeypatch):
         texts.step(tokens, written)
     actor.act(texts.obs())
     assert copied == [2 * N] * 4
+
+
+def test_in_an_env_that_answers_each_text_is_read_from_its_start_once(monkeypatch):
+    """By the actor, the reference and the reward model. The policy is the reference here, so the
+    log-probs that the env pays are the actor's."""
+    read, prefill = [], CachedLM.prefill
+
+    def counted(cache, slots, *args):
+        read.append((cache, len(slots)))
+        return prefill(cache, slots, *args)
+
+    task = tasks.toy(turns="fixed", stops=(7,), max_new_tokens=12)
+    envs = TokenVectorEnv(N, task=task, autoreset_mode="SameStep", kl_coef=0.1)
+    policy = LMPolicy(tasks.reference())
+    actor, obs, begun, written = Actor(policy, seed=1), envs.reset(seed=0)[0], N, 0
+    # Equal prompts that begin together are read once, which is not what is counted here.
+    monkeypatch.setattr(
+        "tokenenv.agents.rollout.actor.prefill_once", lambda m, s, t, n, _: m.prefill(s, t, n)
+    )
+    monkeypatch.setattr(CachedLM, "prefill", counted)
+    for _ in range(40):
+        rows = [t[:n].tolist() for t, n in zip(obs["tokens"], obs["length"], strict=True)]
+        tokens, logprobs = actor.act(obs)
+        plain = plain_logprobs(policy, rows, tokens)
+        torch.testing.assert_close(logprobs, plain, atol=1e-5, rtol=0)
+        before = obs["length"]
+        obs, _, terminated, truncated, infos = envs.step(tokens.numpy())
+        np.testing.assert_allclose(infos["ref_logprob"], plain, atol=1e-5)
+        ended = terminated | truncated
+        begun += ended.sum()
+        written += (obs["length"] - before - 1)[~ended].sum()
+    assert written > 20
+    assert begun > N
+    rows_of = dict.fromkeys((cache for cache, _ in read), 0)
+    for cache, n in read:
+        rows_of[cache] += n
+    # The texts that began with the last step have been read by the env alone.
+    assert rows_of.pop(actor._slots) == begun - ended.sum()
+    assert len(rows_of) == 2
+    assert max(rows_of.values()) <= begun - N
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -112,7 +112,7 @@ def test_episodes_earn_what_stepping_pays(name):
         found += episodes
         agent.update(EpisodeBatch.stack(episodes))
         agent.collector.refresh()
-    assert agent.tokens_seen >= sum(len(e.response) for e in found)
+    assert agent.tokens_seen == agent.core.tokens_seen == sum(len(e.response) for e in found)
     assert any(e.turns > 2 for e in found)
     assert any(len(e.written) for e in found)
     assert {e.terminated for e in found} == {True, False}
