@@ -19,6 +19,7 @@ from tokenenv.cli import main
 ROOT = Path(__file__).parents[2]
 FEW = ["--total-steps", "512", "--num-steps", "16"]
 EXAMPLES = {
+    "chat": ("chat.py", ["--total-tokens", "300", "--num-envs", "4"]),
     "custom_algorithm": ("custom_algorithm.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "gspo": ("gspo.py", ["--total-tokens", "300", "--num-envs", "8"]),
     "reshaping": ("reshaping.py", ["--total-tokens", "300", "--num-envs", "8"]),
