@@ -29,11 +29,11 @@ def picture(env_id: str) -> Image.Image:
 
 
 def _best_text(env_id: str) -> tuple[list[int], list[int]]:
-    """Of many texts by the reference the one with the highest score: its prompt, and the policy's
-    own tokens."""
+    """Of many texts by the reference the one with the highest score, and of those the one into which
+    the environment wrote the most: its prompt, and the policy's own tokens."""
     envs = make(env_id, 8, autoreset_mode="SameStep")
     found = evaluate(PPO(envs), envs, num_texts=DRAWN).episodes
-    best = found[int(np.argmax([episode.score for episode in found]))]
+    best = max(found, key=lambda episode: (episode.score, len(episode.written)))
     return best.prompt.tolist(), best.response.tolist()
 
 

@@ -106,7 +106,7 @@ class State(NamedTuple):
     stead that is answered with the same probabilities."""
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """How many numbers are possible."""
         return self.high - self.low + 1
 
@@ -183,7 +183,7 @@ class Thinker(Source):
         payoff = np.array([float(state.phase == "right") for state in self.states])
         automaton = Automaton(transitions, payoff, device)
         probs = np.array([reply_probs(state) for state in self.states])
-        ended = np.array([state.count == 0 for state in self.states])
+        ended = np.array([state.size == 0 for state in self.states])
         ends_turn = range(len(WORDS), len(WORDS) + numbers)
         super().__init__(automaton, REPLIES, probs, ends_turn, ended)
 
@@ -192,8 +192,8 @@ class Thinker(Source):
         state = self.states[self._read(0, text.response)]
         if state.phase == "asked":
             answer = YES if self.secret(text.seed, state) < state.number else NO
-            left = after(state, answer).count
-            return Reply([answer], reward=math.log(state.count / left) / math.log(self.numbers))
+            left = after(state, answer).size
+            return Reply([answer], reward=math.log(state.size / left) / math.log(self.numbers))
         if state.phase == "guessed":
             hit = self.secret(text.seed, state) == number_of(text.turn[-1])
             return Reply([RIGHT if hit else WRONG], reward=float(hit), ends=True)
@@ -233,10 +233,10 @@ def reply_probs(state: State) -> list[float]:
     """Return the probability of each of `REPLIES`, where every number that is possible is equally
     likely."""
     if state.phase == "asked":
-        below = (state.number - state.low) / state.count
+        below = (state.number - state.low) / state.size
         return [below, 1 - below, 0, 0, 0]
     if state.phase == "guessed":
-        right = float(state.possible(state.number)) / state.count
+        right = float(state.possible(state.number)) / state.size
         return [0, 0, right, 1 - right, 0]
     return [0, 0, 0, 0, 1]
 
@@ -246,7 +246,7 @@ def _told(state: State, below: bool) -> State:
     environment gives none, but a text from elsewhere may hold it."""
     cut = state._replace(phase="ready", number=0)
     told = cut._replace(high=state.number - 1) if below else cut._replace(low=state.number)
-    return told if told.count > 0 else cut
+    return told if told.size > 0 else cut
 
 
 def _named(state: State, number: int) -> State:

@@ -77,7 +77,7 @@ def test_the_state_knows_the_numbers_that_are_left(answers):
         left = {one for one in left if (one < n) == below} or left
     state = thinker().states[thinker()._read(0, tokens)]
     assert {n for n in range(1, 21) if state.possible(n)} == left
-    assert state.count == len(left)
+    assert state.size == len(left)
 
 
 def test_every_number_is_as_likely_and_seeds_alone_decide():

@@ -71,7 +71,7 @@ class TurnLevel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the environments behind: a copy plays the turns again."""
-        empty = {"_running": OrderedDict(), "_known": OrderedDict()}
+        empty: dict[str, Any] = {"_running": OrderedDict(), "_known": OrderedDict()}
         return self.__dict__ | empty
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
