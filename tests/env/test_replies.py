@@ -420,6 +420,16 @@ def test_the_env_answers_texts_that_are_written_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
+    ("response", "own"), [([], []), ([END], [True, True]), ([END, 30], [True, False])]
+)
+def test_only_a_text_that_ends_in_a_token_of_the_policys_is_answered(
+    response: list[int], own: list[bool]
+) -> None:
+    with pytest.raises(InvalidArgument, match="own="):
+        env_of(lambda text: Reply([30])).reply([20], response, own)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"own": [[True]]}, "own[0]=[True] must hold 3 entries"),
