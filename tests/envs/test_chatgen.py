@@ -249,7 +249,18 @@ def test_what_is_no_function_of_messages_is_refused(respond, reason):
 
 @pytest.mark.parametrize(
     "returned",
-    [3, (), ("a", "b"), ("a", float("nan")), ("a", 1.0, 1), ("a", 0.0, True, 4), {"role": "user"}],
+    [
+        3,
+        (),
+        ("a", "b"),
+        ("a", float("nan")),
+        ("a", 10**400),
+        ("a", np.ones(2)),
+        ("a", 1.0, 1),
+        ("a", 0.0, True, 4),
+        {"role": "user"},
+        "\ud800",
+    ],
 )
 def test_what_is_no_answer_is_refused(returned):
     envs = make(1, respond=lambda messages: returned)

@@ -72,7 +72,7 @@ def answer(task: Task, spec: TokenSpec, text: TextSoFar) -> Reply | None:
         )
     try:
         reward = float(reply.reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         reward = float("nan")
     if not np.isfinite(reward):
         raise InvalidArgument(
