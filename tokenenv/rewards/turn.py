@@ -45,8 +45,8 @@ class Turn(RewardTerm):
 
     name = "turn"
     needs = frozenset({"turns"})
-    preserves_return = False
-    preserves_gradient = False
+    preserves_return: bool | None = False
+    preserves_gradient: bool | None = False
     memory_shape = (4,)
 
     def __init__(self, of: Of = "reward", *, gamma: float = 1.0) -> None:
