@@ -117,12 +117,14 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/group_start.py
 	$(BIN)/python benchmarks/cached_lm.py
+	$(BIN)/python benchmarks/turns_step.py
 	$(BIN)/python benchmarks/turns_cache.py
 	$(BIN)/python benchmarks/automata.py
 	$(BIN)/python benchmarks/reward_cost.py
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/delayed_key.py
 	$(BIN)/python benchmarks/dialogue.py
+	$(BIN)/python benchmarks/calculator.py
 	$(BIN)/python benchmarks/algorithms.py
 	$(BIN)/python benchmarks/groups.py
 	$(BIN)/python benchmarks/gradients.py
