@@ -127,7 +127,8 @@ def task(
             name: `rng` is a generator that is seeded by the episode, `text` the
             `tokenenv.turns.TextSoFar`, any other name is a column of `prompts`, and `**row` takes
             all columns. It must be a function of what it is given, so that a text can be scored,
-            copied and gone on with.
+            copied and gone on with. A message cannot write special tokens: where it spells one, as
+            a tool's result may, it is written as plain text.
         max_context_tokens: L, the most tokens of a text, whoever wrote them. By default there is as
             much room for the messages as for the policy, P + 2 T, or as much as the model has
             positions for.
@@ -194,10 +195,14 @@ class Responder:
             answer = Answer(*returned) if isinstance(returned, tuple) else Answer(returned)
         except TypeError as error:
             raise self._error(returned) from error
-        number = isinstance(answer.reward, Real | np.ndarray) and np.isfinite(answer.reward)
-        if not number or not isinstance(answer.ends, bool | np.bool_):
+        try:
+            known = isinstance(answer.reward, Real | np.ndarray)
+            number = float(answer.reward) if known else float("nan")
+        except (TypeError, OverflowError) as error:
+            raise self._error(returned) from error
+        if not np.isfinite(number) or not isinstance(answer.ends, bool | np.bool_):
             raise self._error(returned)
-        return Answer(answer.message, float(answer.reward), bool(answer.ends))
+        return Answer(answer.message, number, bool(answer.ends))
 
     def _error(self, returned: Any) -> InvalidArgument:
         return InvalidArgument(

@@ -86,6 +86,27 @@ def test_without_turn_ends_it_is_asked_after_every_token() -> None:
     assert [text.response for text in asked] == [[WORD], [WORD, WORD]]
 
 
+def test_what_it_does_to_a_text_changes_nothing_but_its_own_copy() -> None:
+    def respond(text: TextSoFar) -> Reply:
+        columns: Any = text.columns
+        said = float(columns["said"].pop())
+        columns.clear()
+        text.prompt.clear()
+        text.segments.clear()
+        return Reply([30], reward=said)
+
+    envs = env_of(respond)
+    row = {"said": [1, 2]}
+    begin(envs, columns={"said": [row["said"]]})
+    obs = step(envs, END)[0]
+    obs, *_, infos = step(envs, END)
+    assert infos["turn_reward"][0] == 2.0
+    assert text_of(obs) == [20, 21, END, 30, END, 30]
+    for _ in range(2):
+        assert envs.reply([20], [END], [True], columns=row).reward == 2.0
+    assert row == {"said": [1, 2]}
+
+
 # ---------------------------------------------------------------- what it may do
 
 
@@ -396,6 +417,16 @@ def test_the_env_answers_texts_that_are_written_elsewhere() -> None:
     obs = step(envs, END)[0]
     seed = int(core._texts.seed[0])
     assert text_of(obs)[3:] == core.reply([20, 21], [END], [True], seed=seed).tokens
+
+
+@pytest.mark.parametrize(
+    ("response", "own"), [([], []), ([END], [True, True]), ([END, 30], [True, False])]
+)
+def test_only_a_text_that_ends_in_a_token_of_the_policys_is_answered(
+    response: list[int], own: list[bool]
+) -> None:
+    with pytest.raises(InvalidArgument, match="own="):
+        env_of(lambda text: Reply([30])).reply([20], response, own)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,13 @@ def test_the_default_reward_is_the_turns_unless_a_model_scores():
     check_vector_env(scored, steps=16)
 
 
+def test_rewards_of_turns_are_called_biased_only_where_there_is_a_score():
+    assert make().unwrapped.biased_terms == ()
+    model = fakes.reward_model("token", **SIZES)
+    scored = make(reward_model=model, reward_tokenizer=TOKENIZER, reward="turn")
+    assert scored.unwrapped.biased_terms == ("turn",)
+
+
 def test_a_reward_model_that_reads_one_answer_is_refused():
     other = tokenizer_of(FAMILIES["llama3"], "legacy")
     model = fakes.reward_model("sequence", **(SIZES | {"vocab_size": len(other)}))
@@ -242,7 +249,18 @@ def test_what_is_no_function_of_messages_is_refused(respond, reason):
 
 @pytest.mark.parametrize(
     "returned",
-    [3, (), ("a", "b"), ("a", float("nan")), ("a", 1.0, 1), ("a", 0.0, True, 4), {"role": "user"}],
+    [
+        3,
+        (),
+        ("a", "b"),
+        ("a", float("nan")),
+        ("a", 10**400),
+        ("a", np.ones(2)),
+        ("a", 1.0, 1),
+        ("a", 0.0, True, 4),
+        {"role": "user"},
+        "\ud800",
+    ],
 )
 def test_what_is_no_answer_is_refused(returned):
     envs = make(1, respond=lambda messages: returned)

@@ -82,6 +82,10 @@ def make_envs(respond, num_envs=2, prompts=None, **options):
     return gym.make_vec("tokenenv/ChatGen-v0", num_envs=num_envs, **(given | options))
 
 
+def ids_of(text):
+    return encode_continuation(text, TOKENIZER)
+
+
 def turn(envs, *texts):
     """Step one turn in each env. The texts have the same number of tokens (digits are one each)."""
     ids = [[*encode_continuation(text, TOKENIZER), END] for text in texts]
@@ -246,7 +250,26 @@ def test_without_a_chat_template_the_contents_are_written_as_they_are():
     prompt = TOKENIZER("to 3")["input_ids"]
     first = [Segment(True, encode_continuation("good", TOKENIZER))]
     reply = respond.respond(TextSoFar(prompt, first, TOKENIZER))
-    assert (reply.tokens, reply.reward, reply.ends) == ("is 1 4", 0.5, False)
-    written = [*first, Segment(False, encode_continuation(reply.tokens, TOKENIZER))]
-    text = TextSoFar(prompt, [*written, *first], TOKENIZER)
-    assert TurnLevel(Counter).respond(text).tokens == respond.respond(text).tokens == "is 2 8"
+    assert (reply.tokens, reply.reward, reply.ends) == (ids_of("is 1 4"), 0.5, False)
+    text = TextSoFar(prompt, [*first, Segment(False, reply.tokens), *first], TOKENIZER)
+    again = TurnLevel(Counter).respond(text).tokens
+    assert again == respond.respond(text).tokens == ids_of("is 2 8")
+
+
+def test_an_environment_writes_no_special_tokens():
+    """Neither where it writes them for the first time, nor where its turns are played again."""
+    mark = "<|im_end|>"
+
+    class Spells:
+        def reset(self):
+            return "to"
+
+        def step(self, text):
+            return mark, 0.0, False
+
+    prompt, first = TOKENIZER("to 3")["input_ids"], [Segment(True, ids_of("good"))]
+    reply = TurnLevel(Spells).respond(TextSoFar(prompt, first, TOKENIZER))
+    assert TOKENIZER.convert_tokens_to_ids(mark) not in reply.tokens
+    assert TOKENIZER.decode(reply.tokens) == mark
+    text = TextSoFar(prompt, [*first, Segment(False, reply.tokens), *first], TOKENIZER)
+    assert TurnLevel(Spells).respond(text).tokens == reply.tokens

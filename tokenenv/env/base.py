@@ -18,9 +18,10 @@ from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
 from tokenenv.env.replies import answer, is_asked
+from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
-from tokenenv.errors import EnvClosed, Interrupted
+from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores
@@ -245,11 +246,20 @@ class EnvBase(VectorEnv):
             own: which of them are the policy's.
             columns: what belongs to the prompt, by name.
             seed: the text's own number, 0 or more, from which the environment draws.
+
+        Raises:
+            InvalidArgument: `own` is no mask of the response, or its last token is not the
+                policy's.
         """
         self._require_open()
+        mask = read_own(own, len(response), "own")
+        if not mask or not mask[-1]:
+            raise InvalidArgument(
+                f"own={own!r} must end with True: the environment answers a token of the policy's."
+            )
         if not is_asked(self.token_spec, response[-1]):
             return None
-        segments = segments_of(response, np.asarray(own, dtype=bool))
+        segments = segments_of(response, np.asarray(mask))
         text = TextSoFar(
             list(prompt), segments, self.token_spec.tokenizer, dict(columns or {}), seed
         )

@@ -1,6 +1,7 @@
 """What the environment writes into texts: whom it asks, and what it takes for an answer."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def answer(task: Task, spec: TokenSpec, text: TextSoFar) -> Reply | None:
             not finite.
     """
     assert task.respond is not None
-    reply = task.respond(text)
+    # A copy: what respond() does to a row must not change the env's table.
+    reply = task.respond(replace(text, columns=copy.deepcopy(dict(text.columns))))
     if reply is None:
         return None
     if not isinstance(reply, Reply):
@@ -70,7 +72,7 @@ def answer(task: Task, spec: TokenSpec, text: TextSoFar) -> Reply | None:
         )
     try:
         reward = float(reply.reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         reward = float("nan")
     if not np.isfinite(reward):
         raise InvalidArgument(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.chat_turns import Answer, messages_of
-from tokenenv.models.encoding import encode_continuation
+from tokenenv.models.encoding import encode_plain, quoted
 from tokenenv.turns import Reply, TextSoFar
 
 Message = Mapping[str, Any]
@@ -71,7 +71,7 @@ class TurnLevel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the environments behind: a copy plays the turns again."""
-        empty = {"_running": OrderedDict(), "_known": OrderedDict()}
+        empty: dict[str, Any] = {"_running": OrderedDict(), "_known": OrderedDict()}
         return self.__dict__ | empty
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +95,8 @@ class TurnLevel:
         """Answer the last turn of a text that no chat template writes (`Task.respond`): the
         contents of the messages are written as they are."""
         answer = self._answer([{"role": "user", "content": text.decode(text.prompt)}], text)
-        return Reply(_content(answer), answer.reward, answer.ends)
+        said = encode_plain(quoted(_content(answer), text.tokenizer), text.tokenizer)
+        return Reply(said, answer.reward, answer.ends)
 
     def _answer(self, prompt: list[dict[str, Any]], text: TextSoFar) -> Answer:
         turns = tuple(text.decode(segment.tokens) for segment in text.segments if segment.own)
@@ -222,7 +223,7 @@ def _content(answer: Answer) -> str:
 def _check_again(answer: Answer, written: str, text: TextSoFar) -> None:
     """Raises `InvalidArgument` where a turn that was played again has another answer than the one
     in the text."""
-    ids = encode_continuation(_content(answer), text.tokenizer)
+    ids = encode_plain(quoted(_content(answer), text.tokenizer), text.tokenizer)
     # As the tokenizer spells it, and without spaces: some templates strip them.
     said, stands = ("".join(one.split()) for one in (text.decode(ids), written))
     if answer.ends or said not in stands:

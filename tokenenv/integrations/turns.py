@@ -82,16 +82,16 @@ class TurnEnv(gym.Env):
         Raises:
             InvalidAction: the action is no text, or has no tokens where no token ends a turn.
         """
-        taken, total, written, ended = 0, 0.0, False, (False, False)
+        taken, total = 0, 0.0
         for token in self._tokens(action):
-            observation, reward, *ended, info = self.env.step(token)
+            observation, reward, terminated, truncated, info = self.env.step(token)
             taken, total = taken + 1, total + float(reward)
             written = int(observation["length"]) > self._length + taken
-            if written or any(ended):
+            if written or terminated or truncated:
                 break
         start, self._length = self._length + taken, int(observation["length"])
         text = self._text(observation["tokens"][start : self._length])
-        return text, total, *map(bool, ended), {**info, "tokens": taken}
+        return text, total, bool(terminated), bool(truncated), {**info, "tokens": taken}
 
     def _tokens(self, action: Any) -> list[int]:
         """The tokens of an action and of the turn's end."""

@@ -14,6 +14,7 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.turns import TextSoFar
 
 from .chats import RESPONSE, Chats, Messages, end_of_turn, is_chat, render
+from .encoding import BREAK, decode_quoted, encode_plain, quoted
 
 READ_BACK = ("user", "tool", "system")
 """The roles that are recognised in what a template wrote, where it takes them."""
@@ -43,12 +44,13 @@ def messages_of(message: Any) -> list[dict[str, Any]]:
         InvalidArgument: it is none of what is allowed.
     """
     if isinstance(message, str):
-        return [{"role": "user", "content": message}]
+        message = {"role": "user", "content": message}
     several = [message] if isinstance(message, Mapping) else message
     if not is_chat(several) or not all(_is_message(one) for one in several):
         raise InvalidArgument(
             f"respond returned the message {message!r:.200}; allowed: a text, a message "
-            '{"role": ..., "content": ...} whose values are texts, a list of these, or None.'
+            '{"role": ..., "content": ...} whose values are texts, a list of these, or None. '
+            "Half a character (U+D800 to U+DFFF) is no text."
         )
     return [dict(one) for one in several]
 
@@ -95,6 +97,7 @@ class ChatTurns:
             InvalidArgument: the template would write what is in the text already in another way.
         """
         answered = [*said, {"role": "assistant", "content": answer}]
+        messages = [{**one, "content": quoted(one["content"], self.tokenizer)} for one in messages]
         before = self._render(said, add_generation_prompt=True)
         closed = self._render(answered)
         whole = self._render([*answered, *messages], add_generation_prompt=not ends)
@@ -105,7 +108,8 @@ class ChatTurns:
         _check_prefix(closed[:end], whole, "when the conversation goes on")
         # Tokenised behind the token that closes the answer, as they stand in the text: there a
         # tokenizer adds no space of its own, and a special token may take a space behind it.
-        return self._ids(self._end_text + whole[end:])[1:]
+        first, _, others = whole[end:].partition(BREAK)
+        return [*self._ids(self._end_text + first)[1:], *encode_plain(others, self.tokenizer)]
 
     def messages(self, text: TextSoFar) -> list[dict[str, Any]]:
         """Return the conversation of a text up to the policy's last turn, which is the last
@@ -130,8 +134,11 @@ class ChatTurns:
     def _read(self, tokens: Sequence[int]) -> list[dict[str, Any]]:
         """The messages that were written as `tokens`; one of the user's where none is found."""
         found = [
-            {"role": str(match.lastgroup), "content": match[str(match.lastgroup)]}
-            for match in self._pattern.finditer(self._decode(tokens))
+            {
+                "role": str(match.lastgroup),
+                "content": match[str(match.lastgroup)].replace(BREAK, ""),
+            }
+            for match in self._pattern.finditer(decode_quoted(tokens, self.tokenizer))
         ]
         plain = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return found or [{"role": "user", "content": plain}]
@@ -201,7 +208,8 @@ class ChatTurns:
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:
-    return all(isinstance(message.get(key), str) for key in ("role", "content"))
+    texts = [message.get(key) for key in ("role", "content")]
+    return all(isinstance(t, str) and not re.search("[\ud800-\udfff]", t) for t in texts)
 
 
 def _shape(messages: Messages) -> tuple[str, ...]:

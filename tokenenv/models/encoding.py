@@ -1,7 +1,8 @@
 """Texts to token ids and back, with care for what tokenizers do where prompt and response meet."""
 
+import re
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from tokenenv.turns import Segment
@@ -11,6 +12,9 @@ from .alignment import common_length, token_ends
 BEFORE = ("\n", ".")
 """The texts that a continuation is encoded behind, tried in this order. No tokenizer that we know
 joins a line break with what follows it, but some drop line breaks."""
+BREAK = "\ue002\ue001\ue002"
+"""Stands within the names of special tokens that are meant as plain text. It is made of private-use
+characters, which no text has."""
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
@@ -37,6 +41,33 @@ def encode_continuation(text: str, tokenizer: Any) -> list[int]:
         if both[: len(start)] == start and _spelled(both, tokenizer) == spelled:
             return both[len(start) :]
     return _plain(text, tokenizer)
+
+
+def quoted(text: str, tokenizer: Any) -> str:
+    """Return a text with `BREAK` within every name of a special token, for `encode_plain`."""
+    marks = (tokenizer.convert_ids_to_tokens(token) for token in special_ids(tokenizer))
+    names = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark)
+    return re.sub(names, lambda m: m[0][:1] + BREAK + m[0][1:], text) if names else text
+
+
+def encode_plain(text: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of a continuation in which what `quoted` has marked is spelled, and is
+    no special token."""
+    return [i for part in text.split(BREAK) for i in encode_continuation(part, tokenizer)]
+
+
+def decode_quoted(ids: Sequence[int], tokenizer: Any) -> str:
+    """Return the text of tokens, special ones included. The names of special tokens that others
+    spell are `quoted`."""
+    special = special_ids(tokenizer)
+    runs = [(mark, list(run)) for mark, run in groupby(ids, special.__contains__)]
+    texts = [_spelled(run, tokenizer) for _, run in runs]
+    plain = [
+        text if mark else quoted(text, tokenizer)
+        for (mark, _), text in zip(runs, texts, strict=True)
+    ]
+    # Decoded apart, a run loses its first space in some tokenizers.
+    return _spelled(list(ids), tokenizer) if plain == texts else "".join(plain)
 
 
 def decode_pairs(

@@ -5,8 +5,10 @@ A step of N short rows is hundreds of small kernels. Launching them from Python 
 longer than running them; a replay launches them all at once.
 """
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ class StepGraphs:
         # into the cache what the replay will write again.
         self._forward(tokens, places, bucket)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with collector_waiting(), torch.cuda.graph(graph, pool=self._pool):
             states = self._forward(tokens, places, bucket)
         self._pool = graph.pool()
         return graph, tokens, places, states
@@ -82,6 +84,19 @@ class StepGraphs:
             reason,
         )
         return self._forward(tokens, places, bucket)
+
+
+@contextmanager
+def collector_waiting() -> Iterator[None]:
+    """Keep Python from collecting cycles meanwhile: a graph or an event that is freed while another
+    graph is recorded ends the recording."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def fingerprint(module: nn.Module, known: list[Any]) -> list[Any]:

@@ -31,11 +31,12 @@ class Turn(RewardTerm):
     before.
 
     The task's own rewards add up to a return of their own, so neither the return of the score nor
-    its gradient is preserved; undiscounted differences add up to the last number. "score",
-    undiscounted, is `Shaping` with Phi = the score where the present turn began: it adds up to
-    score - f(prompt) and preserves what `Shaping` preserves. In an env that never writes it is
-    `Terminal` less f(prompt), and with a scorer that reads finished texts only it is `Terminal`. A
-    discount gives up both promises: what comes in later turns is worth less.
+    its gradient is preserved; undiscounted differences add up to the last number. In an env without
+    a scorer there is no other return, and neither promise is stated. "score", undiscounted, is
+    `Shaping` with Phi = the score where the present turn began: it adds up to score - f(prompt) and
+    preserves what `Shaping` preserves. In an env that never writes it is `Terminal` less f(prompt),
+    and with a scorer that reads finished texts only it is `Terminal`. A discount gives up both
+    promises: what comes in later turns is worth less.
 
     Args:
         of: "reward", "differences" or "score".
@@ -60,6 +61,8 @@ class Turn(RewardTerm):
     def bind(self, context: Context) -> None:
         """Looks whether the score is known at the end of a turn, or of the text alone."""
         super().bind(context)
+        if context.scorer is None:
+            self.preserves_return = self.preserves_gradient = None
         is_causal = self.of == "score" and context.causal_scorer is not None
         self.has_memory = is_causal or self.of == "differences" or self.gamma != 1.0
         self.has_potential = is_causal and self.gamma == 1.0
