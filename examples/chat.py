@@ -23,9 +23,9 @@ CHATML = (
 )
 
 
-def tiny_chat_model(words: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def tiny_chat_model(words: list[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Make a model of about 100,000 random weights, and its tokenizer of some words."""
-    known = ["<unk>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant", *words.split(" ")]
+    known = ["<unk>", "<|im_start|>", "<|im_end|>", "\n", "user", "assistant", *words]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(known)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-z]+|\d|#+ |\s|."), "isolated")
     core.decoder = decoders.Fuse()
@@ -51,7 +51,7 @@ def answer(messages: list[dict[str, str]], number: int) -> tuple[str | None, flo
 
 def main(total_tokens: int = 20_000, num_envs: int = 32) -> None:
     """Learn to guess a digit in four turns, and print the mean reward before and after."""
-    model, tokenizer = tiny_chat_model("0 1 2 3 4 5 6 7 8 9 guess higher lower ?")
+    model, tokenizer = tiny_chat_model([*"0123456789?", "guess", "higher", "lower"])
     envs = gym.make_vec(
         "tokenenv/ChatGen-v0",
         num_envs=num_envs,

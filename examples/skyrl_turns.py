@@ -30,7 +30,7 @@ def make(answer: str) -> skyrl_gym.Env:
 
 def main(total_tokens: int = 20_000, num_envs: int = 32) -> None:
     """Learn, and print what the environment paid for a text before and after."""
-    model, tokenizer = tiny_chat_model("0 1 2 3 4 5 6 7 8 9 + ####  now please")
+    model, tokenizer = tiny_chat_model([*"0123456789+", "#### ", "now", "please"])
     sums = [(a, b) for a in range(1, 5) for b in range(1, 5)]
     game = TurnLevel(make)
     rows = game.prompts([{"prompt": f"{a}+{b}", "answer": str(a + b)} for a, b in sums])
