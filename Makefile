@@ -39,7 +39,7 @@ examples: $(STAMP)  ## the examples and the code of the pages, run from top to b
 docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
 	@rm -rf build/site
 	NO_MKDOCS_2_WARNING=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/mkdocs build --quiet --strict
-	$(BIN)/pytest tests/with_docs
+	DOCS=1 $(BIN)/pytest tests/with_docs
 
 $(DOCS_STAMP): $(STAMP)
 	@echo "$(VENV): what the documentation is built with"
