@@ -73,7 +73,8 @@ def from_plugin(plugin: Plugin | None) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of plain texts, whose first column is not folded."""
-    made = Table(*(Column(name, no_wrap=i == 0) for i, name in enumerate(columns)))
+    # A word that is too long for its column is broken: it would be cut off otherwise.
+    made = Table(*(Column(name, no_wrap=i == 0, overflow="fold") for i, name in enumerate(columns)))
     for row in rows:
         made.add_row(*(Text(visible(text)) for text in row))
     return made
