@@ -90,7 +90,7 @@ test-turn-envs:  ## turn-level environments of skyrl_gym and verifiers that answ
 	  && $(PYTHON) -m venv .venv-turn-envs \
 	  && $(QUIET) $(TURNS)/pip install --quiet torch==2.13.0 skyrl-gym==0.4.0 verifiers==0.3.1 pytest hypothesis --editable . \
 	  && touch .venv-turn-envs/installed; }
-	$(TURNS)/python examples/skyrl_turns.py --total-tokens 300 --num-envs 4
+	$(TURNS)/python examples/skyrl_turns.py --total-tokens 300
 	$(TURNS)/pytest tests/with_turn_envs
 
 VLLM := .venv-vllm/bin
