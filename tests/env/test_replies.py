@@ -179,6 +179,7 @@ def test_a_text_is_tokenised() -> None:
         (Reply([1.5]), "respond()'s Reply"),
         (Reply([1], reward=float("nan")), "reward=nan; it must be a finite number"),
         (Reply([1], reward="much"), "reward='much'; it must be a finite number"),
+        (Reply([1], ends="no"), "ends='no'; it must be True or False"),
         ([30], "respond() returned [30]; it must return a tokenenv.Reply, or None"),
     ],
 )

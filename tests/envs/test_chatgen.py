@@ -259,6 +259,7 @@ def test_what_is_no_function_of_messages_is_refused(respond, reason):
         ("a", 1.0, 1),
         ("a", 0.0, True, 4),
         {"role": "user"},
+        {"role": "assistant", "content": "a"},  # it would be read as the user's
         "\ud800",
     ],
 )

@@ -58,8 +58,8 @@ def answer(task: Task, spec: TokenSpec, text: TextSoFar) -> Reply | None:
     """Ask the task what follows the text, and return it with its tokens as a list of ids.
 
     Raises:
-        InvalidArgument: it is no `Reply`, its tokens are no ids of the vocabulary, or its reward is
-            not finite.
+        InvalidArgument: it is no `Reply`, its tokens are no ids of the vocabulary, its reward is
+            not finite, or its end is neither True nor False.
     """
     assert task.respond is not None
     # A copy: what respond() does to a row must not change the env's table.
@@ -78,7 +78,11 @@ def answer(task: Task, spec: TokenSpec, text: TextSoFar) -> Reply | None:
         raise InvalidArgument(
             f"respond() returned a Reply with reward={reply.reward!r}; it must be a finite number."
         )
-    ids = read_continuation(reply.tokens, spec, "the tokens of respond()'s Reply")
+    if not isinstance(reply.ends, bool | np.bool_):
+        raise InvalidArgument(
+            f"respond() returned a Reply with ends={reply.ends!r}; it must be True or False."
+        )
+    ids = read_continuation(reply.tokens, spec, "respond()'s Reply")
     return Reply(ids, reward, bool(reply.ends))
 
 

@@ -119,11 +119,14 @@ class TextBuffer:
         """Copy the texts of `sources` onto the slots `targets`. What the environment will write
         into a copy is drawn anew, by a seed that both slots have a part in."""
         source, target = np.asarray(sources), np.asarray(targets)
-        mixed = [mix(a, b) for a, b in zip(self.seed[source], self.seed[target], strict=True)]
+        seeds = self.seed[target]
+        if self.written is not None:
+            pairs = zip(self.seed[source], seeds, source == target, strict=True)
+            seeds = np.asarray([b if same else mix(a, b) for a, b, same in pairs], dtype=np.int64)
         for name in (*self._arrays, "columns"):
             array = getattr(self, name)
             array[target] = array[source]
-        self.seed[target] = np.where(source == target, self.seed[target], mixed)
+        self.seed[target] = seeds
         self._refresh(targets)
 
     def save(self, slots: Slots) -> dict[str, Any]:

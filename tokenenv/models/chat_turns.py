@@ -52,6 +52,13 @@ def messages_of(message: Any) -> list[dict[str, Any]]:
             '{"role": ..., "content": ...} whose values are texts, a list of these, or None. '
             "Half a character (U+D800 to U+DFFF) is no text."
         )
+    for one in several:
+        # Any other would be taken for the user's when the text is read again.
+        if one["role"] not in READ_BACK:
+            raise InvalidArgument(
+                f"respond returned a message of the role {one['role']!r:.80}; allowed: "
+                f"{', '.join(READ_BACK)}."
+            )
     return [dict(one) for one in several]
 
 
