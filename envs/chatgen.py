@@ -123,7 +123,8 @@ def task(
             the policy's turn. It returns the next message: a text, which the user says, a message
             of the user, a tool or the system where the template takes it, or a list of messages. It
             may return a tuple (message, reward) or (message, reward, ends) (a
-            `tokenenv.models.chat_turns.Answer`). None, alone or as the message, ends the conversation. Further parameters are filled by
+            `tokenenv.models.chat_turns.Answer`). None, alone or as the message, ends the
+            conversation. Further parameters are filled by
             name: `rng` is a generator that is seeded by the episode, `text` the
             `tokenenv.turns.TextSoFar`, any other name is a column of `prompts`, and `**row` takes
             all columns. It must be a function of what it is given, so that a text can be scored,

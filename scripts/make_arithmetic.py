@@ -13,8 +13,9 @@ from rich import print
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenenv.envs.language.adder import EOS, EQUALS, PAD, TOKENS, sums
+from tokenenv.envs.language.adder import EQUALS, TOKENS, sums
 from tokenenv.envs.language.bundled import ASSETS
+from tokenenv.envs.language.digits import EOS, PAD
 
 FOLDER = ASSETS / "arithmetic-lm"
 MISTAKES = 0.15

@@ -17,14 +17,13 @@ from torch.nn import functional as F
 
 from tokenenv.envs.language.bundled import ASSETS
 from tokenenv.envs.language.calculator import (
-    EOS,
-    PAD,
     TOKENS,
     draw_questions,
     questions,
     value_of,
     written_behind,
 )
+from tokenenv.envs.language.digits import EOS, PAD
 from tokenenv.turns import Segment
 
 FOLDER = ASSETS / "calculator-lm"

@@ -1,19 +1,16 @@
 """Sums as tokens, one for each character, and an `Adder` that says whether they are right: as a
 text, and up to each digit."""
 
-from collections.abc import Iterator, Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.envs.language.digits import ZERO, DigitMachine
 from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import check_choice
-from tokenenv.models.automaton import StateSlots
-from tokenenv.models.batching import upload
 
-PAD, EOS, ZERO, PLUS, EQUALS = 0, 1, 2, 12, 13
+PLUS, EQUALS = 12, 13
 TOKENS = ["<pad>", "<eos>", *"0123456789", "+", "="]
 """The token with id i is the i-th of this list."""
 MAX_OPERAND = 99
@@ -31,7 +28,7 @@ def sums(split: str) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in pairs if split_of(f"{min(a, b)}+{max(a, b)}=") == split)
 
 
-class Adder:
+class Adder(DigitMachine):
     """A machine that reads a question such as "27+85=" and then the answer, token by token. It is
     a `TokenModel`, the trunk of a scorer.
 
@@ -43,19 +40,7 @@ class Adder:
     """
 
     vocab_size = len(TOKENS)
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
-        self._powers = 10 ** torch.arange(12, device=self.device)
-
-    def slots(self, num_slots: int, max_length: int) -> StateSlots:
-        """Make N slots for running texts of any length."""
-        return StateSlots(self, num_slots)
-
-    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Read whole texts: right-padded `tokens` (B, L) to states (B, L, 4), in which state t has
-        read tokens 0..t."""
-        return torch.stack(list(self._walk(tokens)), dim=1)
+    start = (0, 0, -1, 1)
 
     def after(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return the states (K, 4) after one more token (K,) each."""
@@ -85,18 +70,3 @@ class Adder:
     def step_score(self, states: Tensor) -> Tensor:
         """Return 1 where the answer is right up to here, else 0; (K,) float32."""
         return states[:, 3].float()
-
-    def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
-        state = upload(np.array([0, 0, -1, 1]), self.device).expand(len(tokens), 4)
-        for column in tokens.unbind(1):
-            state = self.after(state, column)
-            yield state
-
-    def _expected(self, total: Tensor, place: Tensor) -> Tensor:
-        """Return the right token (K,) at a place of the answer, or -1 beyond its end."""
-        left = self._num_digits(total) - 1 - place
-        digit = total // self._powers[left.clamp(0, len(self._powers) - 1)] % 10
-        return torch.where(left >= 0, ZERO + digit, torch.where(left == -1, EOS, -1))
-
-    def _num_digits(self, total: Tensor) -> Tensor:
-        return (total[:, None] >= self._powers).sum(-1).clamp(min=1)

@@ -4,22 +4,16 @@ questions there are, and a `Grader` that says whether answers are right, and how
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv.envs.language.digits import ZERO, DigitMachine
 from tokenenv.envs.language.splits import SPLITS, split_of
 from tokenenv.errors import check_choice
-from tokenenv.models.automaton import StateSlots
-from tokenenv.models.batching import upload
 
-PAD, EOS, ZERO, PLUS, TIMES, EQUALS, OPEN, CLOSE, RESULT, RESULT_END, ERROR = (
-    *(0, 1, 2),
-    *range(12, 20),
-)
+PLUS, TIMES, EQUALS, OPEN, CLOSE, RESULT, RESULT_END, ERROR = range(12, 20)
 TOKENS = ["<pad>", "<eos>", *"0123456789", *"+*=[]{}?"]
 """The token with id i is the i-th of this list. "[37*46]" is a call, "{1702}" what is written
 behind it, and "?" what is written behind a call that makes no sense."""
@@ -91,7 +85,7 @@ def _sorted(question: str) -> str:
     return sign.join(sorted(question.removesuffix("=").split(sign)))
 
 
-class Grader:
+class Grader(DigitMachine):
     """A machine that reads a question such as "37*46=" and then the response, token by token. It is
     a `TokenModel`, the trunk of a scorer.
 
@@ -105,19 +99,7 @@ class Grader:
     """
 
     vocab_size = len(TOKENS)
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
-        self._powers = 10 ** torch.arange(13, device=self.device)
-
-    def slots(self, num_slots: int, max_length: int) -> StateSlots:
-        """Make N slots for running texts of any length."""
-        return StateSlots(self, num_slots)
-
-    def states(self, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
-        """Read whole texts: right-padded `tokens` (B, L) to states (B, L, 5), in which state t has
-        read tokens 0..t."""
-        return torch.stack(list(self._walk(tokens)), dim=1)
+    start = (0, 1, 0, -1, 1)
 
     def after(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return the states (K, 5) after one more token (K,) each."""
@@ -161,18 +143,3 @@ class Grader:
         fits = right * (tokens == self._expected(total, place))
         after = torch.where(anew, 0, place + 1), torch.where(anew, 1, fits)
         return torch.stack([total, product, operand, *after], dim=-1)
-
-    def _walk(self, tokens: Tensor) -> Iterator[Tensor]:
-        state = upload(np.array([0, 1, 0, -1, 1]), self.device).expand(len(tokens), 5)
-        for column in tokens.unbind(1):
-            state = self.after(state, column)
-            yield state
-
-    def _expected(self, total: Tensor, place: Tensor) -> Tensor:
-        """Return the right token (K,) at a place of the answer, or -1 beyond its end."""
-        left = self._num_digits(total) - 1 - place
-        digit = total // self._powers[left.clamp(0, len(self._powers) - 1)] % 10
-        return torch.where(left >= 0, ZERO + digit, torch.where(left == -1, EOS, -1))
-
-    def _num_digits(self, total: Tensor) -> Tensor:
-        return (total[:, None] >= self._powers).sum(-1).clamp(min=1)

@@ -50,8 +50,9 @@ envs = gym.make_vec("tokenenv/Arithmetic-v0", num_envs=64, reward="process", spl
 
 import torch
 
-from tokenenv.envs.language.adder import EOS, ZERO, Adder, sums
+from tokenenv.envs.language.adder import Adder, sums
 from tokenenv.envs.language.bundled import bundled_lm, bundled_tokenizer
+from tokenenv.envs.language.digits import EOS, ZERO
 from tokenenv.types import Scorer, Task
 
 MAX_PROMPT_TOKENS = len("99+99=")

@@ -70,7 +70,6 @@ import torch
 from tokenenv.envs.language.bundled import bundled_lm, bundled_tokenizer
 from tokenenv.envs.language.calculator import (
     CLOSE,
-    EOS,
     ERROR,
     RESULT_END,
     TOKENS,
@@ -80,6 +79,7 @@ from tokenenv.envs.language.calculator import (
     value_of,
     written_behind,
 )
+from tokenenv.envs.language.digits import EOS
 from tokenenv.turns import Reply, TextSoFar
 from tokenenv.types import Scorer, Task
 

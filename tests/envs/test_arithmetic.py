@@ -9,8 +9,9 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenenv.envs.language.adder import EOS, PAD, TOKENS, Adder, sums
+from tokenenv.envs.language.adder import TOKENS, Adder, sums
 from tokenenv.envs.language.bundled import bundled_lm, bundled_tokenizer
+from tokenenv.envs.language.digits import EOS, PAD
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.process import FORMS, Process
 

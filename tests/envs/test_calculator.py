@@ -17,7 +17,6 @@ from tokenenv.check import check_vector_env
 from tokenenv.envs.language import calculator
 from tokenenv.envs.language.calculator import (
     CLOSE,
-    EOS,
     LARGEST,
     PLUS,
     TOKENS,
@@ -27,6 +26,7 @@ from tokenenv.envs.language.calculator import (
     value_of,
     written_behind,
 )
+from tokenenv.envs.language.digits import EOS
 from tokenenv.envs.tasks.calculator import CALL_REWARD, respond
 from tokenenv.rewards.process import Process
 from tokenenv.turns import Segment, TextSoFar
