@@ -1,0 +1,1 @@
+"""Token-level reward models, trained from what people have: preferences, scores, labels, texts."""
