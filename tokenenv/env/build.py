@@ -13,14 +13,15 @@ from gymnasium import spaces
 
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.engine import RewardEngine
+from tokenenv.env.given_models import GIVEN_MODELS, with_given_models
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice, check_given
 from tokenenv.models.loading import check_device
+from tokenenv.models.prefix_scores import is_scorer
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
-from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
@@ -42,13 +43,15 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
         key: value.item() if isinstance(value, np.generic) else value
         for key, value in options.items()
     }
+    # A task that takes such a model itself, as TextGen-v0 does, is given it.
+    own = _parameters(task)
+    fields -= set(own) & set(GIVEN_MODELS)
     config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
     shared = {"max_batch_tokens": config.max_batch_tokens}
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    known = built.gold is None or isinstance(built.gold, Rule) or callable(built.gold)
-    if not known and built.gold != "score":
+    if not (built.gold in (None, "score") or callable(built.gold) or is_scorer(built.gold)):
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
             "up; on the command line, give --gold module:function."
@@ -59,7 +62,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
             "give one for each prompt, or none."
         )
     check_replies(built)
-    return config, with_max_new_tokens(built, config.max_new_tokens)
+    built = with_max_new_tokens(built, config.max_new_tokens)
+    return config, with_given_models(built, config, options.get("dtype"))
 
 
 def check_replies(task: Task) -> None:
@@ -235,8 +239,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
-    task = load_task(source) if isinstance(source, str) else source
-    parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
+    task, parameters = _loaded(source), _parameters(source)
     known = set(parameters)
     for key in options:
         check_choice("option", key, known | env_options)
@@ -260,6 +263,16 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
             f"the task's function returned {type(built).__name__}; it must return a tokenenv.Task."
         )
     return built
+
+
+def _loaded(source: TaskSource) -> Task | Callable[..., Task]:
+    return load_task(source) if isinstance(source, str) else source
+
+
+def _parameters(source: TaskSource) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function that makes a task; none where the task is made already."""
+    task = _loaded(source)
+    return {} if isinstance(task, Task) else inspect.signature(task).parameters
 
 
 def load_task(name: str) -> Callable[..., Task]:
