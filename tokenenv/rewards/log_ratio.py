@@ -43,6 +43,10 @@ class LogRatio(RewardTerm):
     def log_ratio(self, batch: Transitions) -> Tensor:
         """Return log pi_model - log pi_ref (K,) of the tokens, in nats."""
         assert batch.ref_logprob is not None
-        logprob = self._logprob(batch.before.of(self.models[0]), batch.tokens)
+        model = self.models[0]
+        states = batch.before.of(model)
+        if hasattr(model, "at_step"):
+            states = model.at_step(states, batch.before.step)
+        logprob = self._logprob(states, batch.tokens)
         # Both are -inf for a token that neither model has, and their difference would be NaN.
         return torch.where(logprob == batch.ref_logprob, 0.0, logprob - batch.ref_logprob)
