@@ -111,13 +111,13 @@ def with_beta(task: Task, config: EnvConfig) -> Task:
     """Return the task with the teacher for the env's beta, where the teacher depends on it."""
     if not hasattr(task.teacher, "at_beta"):
         return task
+    # Under kl="none" too: agents may then pay for the KL in their losses.
     return dataclasses.replace(task, teacher=task.teacher.at_beta(beta_of(task, config)))
 
 
 def beta_of(task: Task, config: EnvConfig) -> float:
-    """Return beta at the env's construction, reward per nat; 0 where no KL term is paid."""
-    beta = task.kl_coef if config.kl_coef is None else config.kl_coef
-    return 0.0 if config.kl == "none" else beta
+    """Return beta at the env's construction, reward per nat."""
+    return task.kl_coef if config.kl_coef is None else config.kl_coef
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
@@ -212,7 +212,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
         spec=spec,
         task=task,
         device=torch.device((task.model or task.reference).device),
-        kl_coef=beta_of(task, config),
+        kl_coef=0.0 if config.kl == "none" else beta_of(task, config),
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)
