@@ -34,14 +34,15 @@ def fitted(envs, readout, **options):
 
 
 def random_texts(envs, count=6):
-    """Prompts of an env with random responses, some of which end with the stop token."""
-    rng, spec = np.random.default_rng(0), envs.unwrapped.token_spec
-    stop, made = spec.stop_token_ids[0], []
-    for row, prompt in enumerate(envs.unwrapped.prompts[:count]):
-        cut = row % 2 == 0
+    """Prompts of an env with random responses, some of which end with a stop token."""
+    rng, spec, made = np.random.default_rng(0), envs.unwrapped.token_spec, []
+    for row in range(count):
+        cut = row % 2 == 0 or not spec.stop_token_ids
         response = rng.integers(2, spec.vocab_size, spec.max_new_tokens if cut else row + 1)
-        response = response[response != stop]
-        made.append(Text(np.asarray(prompt), response if cut else np.append(response, stop)))
+        if not cut:
+            response[-1] = spec.stop_token_ids[0]
+        prompt = envs.unwrapped.prompts[row % len(envs.unwrapped.prompts)]
+        made.append(Text(np.asarray(prompt), response))
     return made
 
 
