@@ -117,6 +117,11 @@ class AutomatonOracle:
         step = step.clamp(max=self.max_new_tokens)
         return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
 
+    def token_values(self, beta: float) -> np.ndarray:
+        """Return Q* (T, Q, V) float64 of every token, by the step and the automaton's state."""
+        after = _kept(self._tables, 2, beta, self._solve)[1][1:]
+        return after[:, self.automaton.transitions, np.arange(self.vocab_size)]
+
     def evaluate(
         self,
         policy_fn: PolicyFunction,
