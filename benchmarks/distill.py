@@ -13,7 +13,7 @@ initialisation and sampling. They differ in what is learned from:
   reach" is the exact regret of pi* there and of the reference behind it.
 - "forward KL": no reward, and KL(pi_T || pi) over the vocabulary as a loss (`distill_coef`).
 
-The learning rate of each row is chosen among three, by the mean regret of one run with a seed that
+The learning rate of each row is chosen between two, by the mean regret of one run with a seed that
 is not reported. Regret is J* - J, computed exactly in the states that sampled texts reach. "Tokens
 to 50%" is when it is first half of the reference's, interpolated between measurements. "Saved" is
 the ratio of the tokens of "terminal" to those of a row with the same seed: its geometric mean and
@@ -34,7 +34,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import t as student
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO, LMPolicy
@@ -43,11 +42,13 @@ from tokenenv.models.residual_lm import ResidualLM
 from tokenenv.rewards.distill import Distill, share_of
 
 BETA, N, FIRST, SWEEP_SEED = 0.05, 64, 0.3, 100
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2)
 GOALS = (0.5, 0.1)
+T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom."""
 SETTINGS: dict[str, Any] = {"lr_schedule": "constant", "batch_tokens": 2048, "vf_coef": 0.1}
 """Of PPO, the same for all rows."""
-console = Console(width=150)
+console = Console(width=120)
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Problem:
 
 
 PROBLEMS = {
-    "Negation-v0": Problem("tokenenv/Negation-v0", {}, (2_048, 4_096, 8_192, 16_384, 32_768)),
+    "Negation-v0": Problem("tokenenv/Negation-v0", {}, (2_000, 4_000, 8_000, 16_000, 24_000)),
     "DelayedKey-v0, T = 8": Problem(
         "tokenenv/DelayedKey-v0",
         {"max_new_tokens": 8},
-        (5_000, 10_000, 20_000, 40_000, 80_000),
+        (5_000, 10_000, 20_000, 40_000, 60_000),
     ),
 }
 
@@ -119,10 +120,8 @@ def run(problem: str, row: str, lr: float, seed: int) -> Curve:
     torch.set_num_threads(1)
     what, chosen = PROBLEMS[problem], ROWS[row]
     envs, budget = make(what, seed, **chosen.env), what.shown[-1]
-    oracle, policy = (
-        envs.unwrapped.oracle,
-        LMPolicy(ResidualLM(envs.unwrapped.reference, seed=seed)),
-    )
+    oracle = envs.unwrapped.oracle
+    policy = LMPolicy(ResidualLM(envs.unwrapped.reference, seed=seed))
     agent = PPO(envs, policy=policy, seed=seed, lr=lr, **SETTINGS, **chosen.agent)
     start = oracle.optimal_objective(BETA) - oracle.reference_objective()
     curve = Curve([0.0], [start])
@@ -178,22 +177,26 @@ def tokens_to(curves: list[Curve], share: float) -> str:
 
 def saved(curves: list[Curve], terminal: list[Curve], share: float) -> str:
     """How many times fewer tokens than `terminal`: geometric mean and 95% t interval."""
-    pairs = [
-        (one.reached(share), rl.reached(share)) for one, rl in zip(curves, terminal, strict=True)
-    ]
-    if all(one is None for one, _ in pairs):
-        return "never there"
+    both = list(zip(curves, terminal, strict=True))
+    pairs = [(one.reached(share), rl.reached(share)) for one, rl in both]
+    late, slow = (any(pair[i] is None for pair in pairs) for i in (0, 1))
+    if late and slow:
+        return "not known"
     ratios = [
         math.log((rl or base.tokens[-1]) / (one or curve.tokens[-1]))
-        for (one, rl), curve, base in zip(pairs, curves, terminal, strict=True)
+        for (one, rl), (curve, base) in zip(pairs, both, strict=True)
     ]
     center = float(np.mean(ratios))
     error = float(np.std(ratios, ddof=1)) / math.sqrt(len(ratios))
-    half = error * float(student.ppf(0.975, len(ratios) - 1))
+    half = error * T95[len(ratios) - 2]
     low, mean, high = (math.exp(center + part) for part in (-half, 0.0, half))
-    bounds = ["at least "] if any(rl is None for _, rl in pairs) else []
-    bounds += ["at most "] if any(one is None for one, _ in pairs) else []
-    return f"{''.join(bounds)}{mean:.1f}x ({low:.1f} to {high:.1f})"
+    bound = "at least " if slow else "at most " if late else ""
+    return f"{bound}{mean:.1f}x ({low:.1f} to {high:.1f})"
+
+
+def best_rate(swept: dict[Any, Curve], problem: str, row: str) -> float:
+    """The learning rate with the smallest mean regret over its run."""
+    return min(RATES, key=lambda lr: float(np.mean(swept[problem, row, lr, SWEEP_SEED].regret)))
 
 
 def main() -> None:
@@ -207,48 +210,37 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, a core each")
     args = parser.parse_args()
     for problem in args.problems:
-        cells = product([problem], args.rows, RATES, [SWEEP_SEED])
-        swept = all_runs(list(cells), args.workers)
-        rates = {
-            row: min(
-                RATES, key=lambda lr: float(np.mean(swept[problem, row, lr, SWEEP_SEED].regret))
-            )
-            for row in args.rows
-        }
+        swept = all_runs(list(product([problem], args.rows, RATES, [SWEEP_SEED])), args.workers)
+        rates = {row: best_rate(swept, problem, row) for row in args.rows}
         plan = [(problem, row, rates[row], seed) for row in args.rows for seed in args.seeds]
         found = all_runs(plan, args.workers)
-        show(
-            problem,
-            {row: [found[problem, row, rates[row], s] for s in args.seeds] for row in args.rows},
-            rates,
-        )
+        curves = {
+            row: [found[problem, row, rates[row], seed] for seed in args.seeds] for row in args.rows
+        }
+        show(problem, curves, rates)
         limits = [masked_regret(PROBLEMS[problem], seed) for seed in args.seeds]
         console.print(f"first 30%: the best that it can reach is a regret of {mean_of(limits)}\n")
 
 
 def show(problem: str, curves: dict[str, list[Curve]], rates: dict[str, float]) -> None:
-    """Print the table of one problem."""
+    """Print the two tables of one problem: the regret, and the tokens to the goals."""
     shown = PROBLEMS[problem].shown
-    table = Table("", "lr", *(f"{tokens / 1000:.0f}k" for tokens in shown))
-    for share in GOALS:
-        table.add_column(f"tokens to {share:.0%}")
-        table.add_column("saved")
-    start = mean_of([curve.regret[0] for curve in curves[next(iter(curves))]])
-    table.title = f"{problem}: regret after so many tokens; the reference's is {start}"
+    regret = Table("", "lr", *(f"{tokens / 1000:.0f}k" for tokens in shown))
+    start = mean_of([curve.regret[0] for curve in next(iter(curves.values()))])
+    regret.title = f"{problem}: regret after so many tokens; the reference's is {start}"
+    names = [name for share in GOALS for name in (f"tokens to {share:.0%}", "saved")]
+    goals = Table("", *names, title=f"{problem}: tokens to a share of the reference's regret")
     for row, some in curves.items():
-        goals = [
-            cell
-            for share in GOALS
-            for cell in (
-                tokens_to(some, share),
-                saved(some, curves["terminal"], share)
-                if row != "terminal" and "terminal" in curves
-                else "",
-            )
-        ]
         regrets = (mean_of([curve.at(tokens) for curve in some]) for tokens in shown)
-        table.add_row(row, f"{rates[row]:g}", *regrets, *goals)
-    console.print(table)
+        regret.add_row(row, f"{rates[row]:g}", *regrets)
+        cells = []
+        for share in GOALS:
+            compared = row != "terminal" and "terminal" in curves
+            ratio = saved(some, curves["terminal"], share) if compared else ""
+            cells += [tokens_to(some, share), ratio]
+        goals.add_row(row, *cells)
+    console.print(regret)
+    console.print(goals)
 
 
 if __name__ == "__main__":
