@@ -75,10 +75,10 @@ from typing import Any
 import numpy as np
 
 from tokenenv.envs import textgen
-from tokenenv.envs.own_models import require_context
 from tokenenv.errors import InvalidArgument, check_given
 from tokenenv.models.aligned_scorer import AlignedScorer
 from tokenenv.models.chat_turns import Answer, ChatTurns, messages_of
+from tokenenv.models.own_models import require_context
 from tokenenv.plugins import load_name
 from tokenenv.rewards.function import name_of
 from tokenenv.tables import require_columns

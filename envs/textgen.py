@@ -64,7 +64,10 @@ from typing import Any
 
 import torch
 
-from tokenenv.envs.own_models import (
+from tokenenv.errors import InvalidArgument, check_choice, check_given
+from tokenenv.models.chats import Chats, end_of_turn
+from tokenenv.models.loading import check_device, load_causal_lm
+from tokenenv.models.own_models import (
     Lengths,
     Loaded,
     Policy,
@@ -76,9 +79,6 @@ from tokenenv.envs.own_models import (
     revisions_of,
     token_ids,
 )
-from tokenenv.errors import InvalidArgument, check_choice, check_given
-from tokenenv.models.chats import Chats, end_of_turn
-from tokenenv.models.loading import check_device, load_causal_lm
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.prompts import check_limit, load_prompts
 from tokenenv.rewards.rule import Rule

@@ -273,10 +273,17 @@ class Task:
     task has no score, unless its reward is a single `Rule`."""
     gold: Any = None
     """The true metric, for evaluation only: a function that is called as that of a `Rule`, or a
-    `Rule`, or "score" where the score itself is the truth. None: unknown."""
+    `Rule`, or "score" where the score itself is the truth, or the `Scorer` that says the truth
+    where another one scores. None: unknown."""
     implicit_model: Any = None
     """A preference-tuned (DPO) language model with the reference's tokens, which
     `reward="implicit"` reads."""
+    teacher: Any = None
+    """A language model with the reference's tokens, which `reward="distill"` has the policy
+    imitate. One that depends on beta has a method `at_beta(beta)`, which returns the model for
+    the beta that an env is made with. One that depends on the number of the policy's tokens so far,
+    where a text alone does not say it, has a method `at_step(states, step)`, which returns the
+    states (K, ...) for `step` (K,) of them."""
     step_scorer: Scorer | None = None
     """What scores the steps of a text for `reward="process"`; None: the `scorer`."""
     step_end_token_ids: tuple[int, ...] = ()

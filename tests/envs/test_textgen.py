@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokenenv.agents import PPO, LMPolicy
-from tokenenv.envs import own_models, textgen
+from tokenenv.envs import textgen
 from tokenenv.errors import InvalidArgument, ModelError
-from tokenenv.models import trunks
+from tokenenv.models import own_models, trunks
 from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.rule import Rule

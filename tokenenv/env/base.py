@@ -81,6 +81,11 @@ class EnvBase(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def teacher(self) -> Any:
+        """The language model to distil, or None where the task has none and none was given."""
+        return self._task.teacher
+
+    @property
     def frozen_models(self) -> dict[str, Any]:
         """The models that observations, rewards and watched terms are read from, by role, the
         reference first: nobody may train these."""

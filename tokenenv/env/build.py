@@ -13,14 +13,15 @@ from gymnasium import spaces
 
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.engine import RewardEngine
+from tokenenv.env.given_models import GIVEN_MODELS, with_given_models
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice, check_given
 from tokenenv.models.loading import check_device
+from tokenenv.models.prefix_scores import is_scorer
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
-from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
@@ -42,13 +43,15 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
         key: value.item() if isinstance(value, np.generic) else value
         for key, value in options.items()
     }
+    # A task that takes such a model itself, as TextGen-v0 does, is given it.
+    own = _parameters(task)
+    fields -= set(own) & set(GIVEN_MODELS)
     config = EnvConfig(**{key: value for key, value in options.items() if key in fields})
     shared = {"max_batch_tokens": config.max_batch_tokens}
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    known = built.gold is None or isinstance(built.gold, Rule) or callable(built.gold)
-    if not known and built.gold != "score":
+    if not (built.gold in (None, "score") or callable(built.gold) or is_scorer(built.gold)):
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
             "up; on the command line, give --gold module:function."
@@ -59,7 +62,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
             "give one for each prompt, or none."
         )
     check_replies(built)
-    return config, with_max_new_tokens(built, config.max_new_tokens)
+    built = with_max_new_tokens(built, config.max_new_tokens)
+    return config, with_beta(with_given_models(built, config, options.get("dtype")), config)
 
 
 def check_replies(task: Task) -> None:
@@ -101,6 +105,19 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
             "max_new_tokens to the function that makes the task."
         )
     return dataclasses.replace(task, max_new_tokens=max_new_tokens)
+
+
+def with_beta(task: Task, config: EnvConfig) -> Task:
+    """Return the task with the teacher for the env's beta, where the teacher depends on it."""
+    if not hasattr(task.teacher, "at_beta"):
+        return task
+    # Under kl="none" too: agents may then pay for the KL in their losses.
+    return dataclasses.replace(task, teacher=task.teacher.at_beta(beta_of(task, config)))
+
+
+def beta_of(task: Task, config: EnvConfig) -> float:
+    """Return beta at the env's construction, reward per nat."""
+    return task.kl_coef if config.kl_coef is None else config.kl_coef
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
@@ -191,12 +208,11 @@ def single_spaces(
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
     """Return the engine: the models and reward terms of `num_envs` texts."""
-    beta = task.kl_coef if config.kl_coef is None else config.kl_coef
     context = Context(
         spec=spec,
         task=task,
         device=torch.device((task.model or task.reference).device),
-        kl_coef=0.0 if config.kl == "none" else beta,
+        kl_coef=0.0 if config.kl == "none" else beta_of(task, config),
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)
@@ -235,8 +251,7 @@ def check_num_envs(num_envs: int, config: EnvConfig) -> int:
 
 
 def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[str]) -> Task:
-    task = load_task(source) if isinstance(source, str) else source
-    parameters = {} if isinstance(task, Task) else inspect.signature(task).parameters
+    task, parameters = _loaded(source), _parameters(source)
     known = set(parameters)
     for key in options:
         check_choice("option", key, known | env_options)
@@ -260,6 +275,16 @@ def _build_task(source: TaskSource, options: dict[str, Any], env_options: set[st
             f"the task's function returned {type(built).__name__}; it must return a tokenenv.Task."
         )
     return built
+
+
+def _loaded(source: TaskSource) -> Task | Callable[..., Task]:
+    return load_task(source) if isinstance(source, str) else source
+
+
+def _parameters(source: TaskSource) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the function that makes a task; none where the task is made already."""
+    task = _loaded(source)
+    return {} if isinstance(task, Task) else inspect.signature(task).parameters
 
 
 def load_task(name: str) -> Callable[..., Task]:

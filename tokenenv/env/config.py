@@ -18,6 +18,14 @@ class EnvConfig:
     reward: Any = None
     """A design's name, a `RewardTerm`, or a mapping of names to terms or (term, weight) pairs; None
     is the task's own."""
+    reward_model: Any = None
+    """A reward model that scores the texts in place of the task's own: a folder, a hub id, a model
+    of transformers, a `Scorer` or a `TextScorer`, or the URL of a vLLM server. What `tokenenv fit`
+    writes is one. The gold metric and the oracle stay the task's."""
+    implicit_model: Any = None
+    """The preference-tuned language model of `reward="implicit"`, given as `reward_model` is."""
+    teacher: Any = None
+    """The language model of `reward="distill"`, given as `reward_model` is."""
     watch: Any = None
     """Terms whose numbers per token are recorded and never paid: a design's name, a `RewardTerm`,
     or a mapping of names to them. None watches nothing."""

@@ -3,7 +3,6 @@
 Suffixes: N slots, S terms, C causal terms, T response tokens.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenenv.env.dynamics import Dynamics
 from tokenenv.env.finite import FiniteCheck, require_finite_weight
+from tokenenv.env.gold import gold_of
 from tokenenv.env.replies import Replies
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
@@ -26,11 +26,10 @@ from tokenenv.models.prefix_scores import sum_dtype
 from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
-from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions, WholeTexts
 from tokenenv.rewards.term import Context, RewardTerm
 from tokenenv.tables import Columns, require_columns
-from tokenenv.types import Head, Slots
+from tokenenv.types import Head, Scorer, Slots
 
 
 def in_eval_mode(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,10 +94,12 @@ class RewardEngine:
         )
         self.dynamics = Dynamics(context, self.rewards)
         self.has_score = context.scorer is not None or self.dynamics.score_rule is not None
-        self.gold = _gold_rule(context)
-        """The task's true metric, where it is a function of the text."""
+        self.gold = gold_of(context)
+        """The task's true metric, where it is not the score."""
         models = [context.reference, *(m for t in self._bound().values() for m in t.models)]
         models += [context.causal_scorer.model] if context.causal_scorer else []
+        # Where another model scores, oracle and features still read the states of the task's own.
+        models += [context.task.gold.model] if isinstance(context.task.gold, Scorer) else []
         parts_of = (part for model in models for part in (model, trunk_of(model)))
         self.modules = list(dict.fromkeys(part for part in parts_of if isinstance(part, nn.Module)))
         """The models, which may be put into train mode between steps; none of them is run in it."""
@@ -134,6 +135,7 @@ class RewardEngine:
             "reference": task.reference,
             "reward model": getattr(task.scorer, "model", None),
             "implicit model": task.implicit_model,
+            "teacher": task.teacher,
             "step scorer": getattr(task.step_scorer, "model", None),
         }
         for name, term in self._bound().items():
@@ -429,19 +431,6 @@ class RewardEngine:
         """Go on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
             self.rewards.every[name].load_statistics(_copied(values))
-
-
-def _gold_rule(context: Context) -> Rule | None:
-    """The task's function `gold` as a rule, bound; what it returns need not be finite."""
-    gold = context.task.gold
-    if gold is None or isinstance(gold, str):
-        return None
-    rule = copy.copy(gold) if isinstance(gold, Rule) else Rule(gold)
-    try:
-        rule.bind(replace(context, watched=True))
-    except InvalidArgument as error:
-        raise InvalidArgument(str(error).replace("reward='rule'", "gold=")) from error
-    return rule
 
 
 def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:

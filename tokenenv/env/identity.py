@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenenv.env.config import EnvConfig
+from tokenenv.env.given_models import GIVEN_MODELS
 from tokenenv.rewards.term import RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.types import Scorer, Task, TokenSpec
 
-CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile")
-"""Options that may differ between a run and its continuation."""
+CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile", *GIVEN_MODELS)
+"""Options that may differ between a run and its continuation. Models are told by their
+contents."""
 SAMPLES = 4096
 """Numbers of each array, and prompts, that are looked at: a large model is told from another in
 milliseconds."""
@@ -46,7 +48,7 @@ def identity(
     }
     options |= {"kl_coef": kl_coef, "max_new_tokens": spec.max_new_tokens}
     del options["reward"]  # the terms say it
-    models = ("reference", "model", "scorer", "implicit_model", "step_scorer")
+    models = ("reference", "model", "scorer", "implicit_model", "teacher", "step_scorer")
     more: dict[str, Any] = {"columns": columns_digest(task.columns)} if task.columns else {}
     if task.respond is not None:
         more["replies"] = {

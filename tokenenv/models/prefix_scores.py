@@ -5,6 +5,7 @@ The reader of a `Scorer` is here. A `TextScorer` scores finished texts only and 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.trunks import text_states
 from tokenenv.types import Scorer, TextIds, TextScorer
+
+
+def is_scorer(value: Any) -> bool:
+    """Whether an object is a scorer, of either kind."""
+    return isinstance(value, Scorer) or hasattr(value, "token_scores")
 
 
 @torch.no_grad()

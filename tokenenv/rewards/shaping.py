@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.prefix_scores import is_scorer
 from tokenenv.rewards.seen import States, Transitions
 from tokenenv.rewards.term import Context, RewardTerm
 
@@ -120,7 +121,15 @@ class Oracle(Shaping):
         super().bind(context)
         assert context.task.oracle is not None
         self._oracle = context.task.oracle
+        self._replaced = is_scorer(context.task.gold)
         self._beta = context.kl_coef if self.beta is None else self.beta
+
+    def reward(self, batch: Transitions) -> Tensor:
+        """(K,): what the token, and what was written behind it, added to V*."""
+        if not self._replaced:
+            return super().reward(batch)
+        # The score is another one, and V* of a finished text is the true one.
+        return self.potential(batch.next) - self.potential(batch.before)
 
     def potential(self, states: States) -> Tensor:
         """(K,): V* of the text so far."""

@@ -1,5 +1,4 @@
-"""The models of TextGen-v0 and ChatGen-v0: load those that the user brings, and check that they fit
-together."""
+"""Models that the user brings to an environment: load them, and check that they fit together."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -297,11 +296,7 @@ def _check_size(classifier: Any, policy: Policy) -> None:
 
     Padded embeddings and config.vocab_size may differ in either model: one match is enough.
     """
-    theirs = (
-        classifier.get_input_embeddings().num_embeddings,
-        classifier.config.get_text_config().vocab_size,
-    )
-    ours = policy.model.get_input_embeddings().num_embeddings, vocab_size_of(policy.model)
+    theirs, ours = _sizes(classifier), _sizes(policy.model)
     if not set(theirs) & set(ours):
         missing = "" if policy.tokenizer is not None else "tokenizer= and "
         raise ModelError(
@@ -309,6 +304,13 @@ def _check_size(classifier: Any, policy: Policy) -> None:
             f"{ours[1]}, and it brings no tokenizer that says what they are; give "
             f"{missing}reward_tokenizer="
         )
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """The rows of a model's input embeddings, and how many token ids it names."""
+    named = vocab_size_of(model)
+    embeddings = None if hasattr(model, "slots") else model.get_input_embeddings()
+    return (named if embeddings is None else embeddings.num_embeddings, named)
 
 
 def _reads_policys_tokens(own: Any, policy: Policy) -> bool:
