@@ -42,7 +42,7 @@ def main(
     before = evaluate(agent, held_out, num_texts=texts)
     agent.learn(total_tokens, progress=True)
     after = evaluate(agent, held_out, num_texts=texts)
-    print(f"positive reviews: {before.gold:.2f} before, {after.gold:.2f} after, {after.kl:.1f} nats")
+    print(f"positive reviews: {before.gold:.0%} before, {after.gold:.0%} after")
 
 
 if __name__ == "__main__":

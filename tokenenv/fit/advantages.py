@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.fit.continuations import prefix_values
 from tokenenv.fit.examples import Text
 
 AT_ONCE = 64
@@ -65,6 +66,23 @@ def _advantages(core: Any, texts: Sequence[Text], beta: float) -> list[np.ndarra
 def _ends(texts: Sequence[Text]) -> np.ndarray:
     """Return where the own tokens of each text but the last end, when all are in one row."""
     return np.cumsum([text.own_mask.sum() for text in texts])[:-1]
+
+
+def monte_carlo_advantages(
+    envs: VectorEnv, texts: Sequence[Text], scores: Sequence[float], **settings: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the estimated advantage of each token, (R,) float64 for each text, and its standard
+    error; NaN on tokens that the environment wrote.
+
+    It is the difference of the values before and after a token, each by continuations of its own:
+    of the reference's score, or with `beta` of score - beta KL at its optimum. The arguments are
+    those of `prefix_values`; what it raises and leaves out is said there.
+    """
+    found = prefix_values(envs, texts, scores, **settings)
+    return [
+        (placed(text, np.diff(value)), placed(text, np.hypot(error[1:], error[:-1])))
+        for text, (value, error) in zip(texts, found, strict=True)
+    ]
 
 
 def placed(text: Text, values: np.ndarray) -> np.ndarray:

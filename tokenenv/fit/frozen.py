@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokenenv.fit.examples import Text
 
+Advance = Callable[[int], object]
+"""Is told how many more texts were read."""
 LARGE = 2**30
 """Bytes from which on what is kept is logged as a warning, which Python shows even where nobody has
 set up logging."""
@@ -28,45 +31,53 @@ class Kept:
         """Return whether the rows of all these texts are here."""
         return all(text in self._rows for text in texts)
 
-    def rows(self, texts: Sequence[Text], device: torch.device) -> Tensor:
-        """Return the rows (K, ...) of texts that are here, one text after another."""
-        return torch.cat([self._rows[text] for text in texts]).to(device)
+    def missing(self, texts: Sequence[Text]) -> list[Text]:
+        """Return the texts whose rows are not here, each once."""
+        return [text for text in dict.fromkeys(texts) if text not in self._rows]
+
+    def rows(self, texts: Sequence[Text]) -> Tensor:
+        """Return the rows (K, ...) of texts that are here, one text after another, on the CPU."""
+        return torch.cat([self._rows[text] for text in texts])
 
     @torch.no_grad()
     def add(
         self,
         texts: Sequence[Text],
         compute: Callable[[Sequence[Text]], Tensor],
-        groups: Sequence[Sequence[int]],
+        groups: Sequence[Sequence[int] | np.ndarray],
         what: str,
+        advance: Advance | None = None,
     ) -> None:
         """Compute the rows of texts, a group of them at a time, and keep them on the CPU.
 
         Args:
-            texts: any number; those that are here already are computed again.
+            texts: any number, each once.
             compute: maps texts to their rows (K, ...), one text after another.
-            groups: the numbers of the texts of each forward.
+            groups: the numbers of the texts of each forward; each text is in one group.
             what: the name of the rows, for the log.
+            advance: is called with the number of texts of each group.
         """
-        num_rows = sum(len(text.response) + 1 for text in texts)
+        num_rows = sum(map(_count, texts))
+        block, start = torch.empty(0), 0
         for number, group in enumerate(groups):
             members = [texts[i] for i in group]
             found = compute(members)
             if number == 0:
-                # Logged before the memory is taken.
                 _report(what, num_rows * found[0].nbytes, len(texts))
+                # One piece of memory, so that what was said is all that is taken.
                 block = torch.empty(num_rows, *found.shape[1:], dtype=found.dtype)
-                start = 0
-            for text, rows in zip(members, found.split(_counts(members)), strict=True):
-                kept = block[start : start + len(rows)]
-                self._rows[text] = kept.copy_(rows)
+            for text, rows in zip(members, found.split([*map(_count, members)]), strict=True):
+                self._rows[text] = block[start : start + len(rows)].copy_(rows)
                 start += len(rows)
+            if advance is not None:
+                advance(len(members))
 
 
-def _counts(texts: Sequence[Text]) -> list[int]:
-    return [len(text.response) + 1 for text in texts]
+def _count(text: Text) -> int:
+    return len(text.response) + 1
 
 
 def _report(what: str, size: int, num_texts: int) -> None:
+    """Log what is going to be taken."""
     level = logging.WARNING if size >= LARGE else logging.INFO
-    logger.log(level, "%s of %d texts take %.1f MiB", what, num_texts, size / 2**20)
+    logger.log(level, "%s: %d texts will take %.1f MiB of memory", what, num_texts, size / 2**20)

@@ -11,7 +11,13 @@ from tokenenv.fit.config import FitConfig
 from tokenenv.models.adapters import adapter_layers, with_lora
 from tokenenv.models.cached_lm import text_part
 from tokenenv.models.heads import make_scorer
-from tokenenv.models.loading import is_classifier, load_causal_lm, load_classifier, max_positions
+from tokenenv.models.loading import (
+    check_device,
+    is_classifier,
+    load_causal_lm,
+    load_classifier,
+    max_positions,
+)
 from tokenenv.models.probing import looks_ahead
 from tokenenv.models.rope import fix_rope
 from tokenenv.models.trunks import trunk_of
@@ -20,6 +26,11 @@ HEAD_SIZE = 32
 """Numbers of an attention head of a new model."""
 POSITIONS = 256
 """The least number of positions of a new model."""
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 TASKS = {"token": "TokenClassification", "value": "SequenceClassification"}
 """The kind of classifier that a readout is saved as."""
 
@@ -40,7 +51,7 @@ def make_classifier(config: FitConfig, readout: str, vocab_size: int, tokenizer:
         )
         model = start if goes_on else with_head(start, TASKS[readout], config.seed)
     check_fits(model, "model", config, vocab_size)
-    linear_of(model).float().requires_grad_(True)
+    head_of(model).float().requires_grad_(True)
     return _prepared(model, config)
 
 
@@ -59,6 +70,31 @@ def make_language_model(config: FitConfig, vocab_size: int, tokenizer: Any) -> A
     return model.requires_grad_(False)
 
 
+def check_settings(config: FitConfig) -> None:
+    """Raise `InvalidArgument` where a setting of the model is not allowed, or excludes another."""
+    check_device(config.device)
+    if config.dtype not in DTYPES:
+        raise InvalidArgument(
+            f"dtype={config.dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}."
+        )
+    if config.lora_rank and config.freeze:
+        raise InvalidArgument(
+            f"freeze=True trains the head alone, and lora_rank={config.lora_rank} adapters in the "
+            "trunk; give one of them."
+        )
+    if config.model == "new" and (config.lora_rank or config.freeze):
+        option = f"lora_rank={config.lora_rank}" if config.lora_rank else "freeze=True"
+        raise InvalidArgument(
+            f"{option} leaves the trunk's weights as they are, and those of model='new' are "
+            "random; give a trained model."
+        )
+    if config.hidden_size < HEAD_SIZE or config.hidden_size % HEAD_SIZE:
+        raise InvalidArgument(
+            f"hidden_size={config.hidden_size} is not allowed; it must be a multiple of "
+            f"{HEAD_SIZE}."
+        )
+
+
 def load_start(source: Any, argument: str, config: FitConfig) -> Any:
     """Return a causal language model or a classifier with one label: frozen, in eval mode, and a
     copy where an object was given.
@@ -67,12 +103,9 @@ def load_start(source: Any, argument: str, config: FitConfig) -> Any:
         ModelError: nothing at `source` can be used.
         InvalidArgument: the source is of another type, or it has adapters.
     """
-    keeps_dtype = config.freeze or config.lora_rank > 0
-    options = {
-        "argument": argument,
-        "device": config.device,
-        "dtype": getattr(torch, config.dtype) if keeps_dtype else torch.float32,
-    }
+    stays = config.freeze or config.lora_rank > 0
+    dtype = DTYPES[config.dtype] if stays else torch.float32
+    options = {"argument": argument, "device": config.device, "dtype": dtype}
     if hasattr(source, "config"):
         source = copy.deepcopy(source).eval().requires_grad_(False)
         load = load_causal_lm
@@ -120,24 +153,35 @@ def with_head(start: Any, task: str, seed: int) -> Any:
             f"{type(model).__name__} is a {type(getattr(model, prefix)).__name__}"
         )
     setattr(model, prefix, trunk)
-    linear_of(model).to_empty(device=trunk.device)
+    # Whatever the trunk's dtype is: small steps are lost on the coarse grid of bfloat16.
+    head_of(model).to_empty(device=trunk.device).float()
     reset_head(model, seed)
     return model.eval()
 
 
-def linear_of(model: Any) -> nn.Linear:
-    """Return the output layer of a classifier with one label.
+def head_of(model: Any) -> nn.Module:
+    """Return the head of a classifier, which ends in a linear layer.
 
     Raises:
-        ModelError: it has none, or one that is more than a linear layer.
+        ModelError: it does not.
     """
-    linear = getattr(model, "score", None) or getattr(model, "classifier", None)
-    if not isinstance(linear, nn.Linear):
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    last = head[-1] if isinstance(head, nn.Sequential) else head
+    if not isinstance(last, nn.Linear):
         raise ModelError(
-            f"the head of {type(model).__name__} is a {type(linear).__name__}; allowed: one linear "
-            "layer, so that rewards can be scaled in its weights"
+            f"the head of {type(model).__name__} ends in a {type(last).__name__}; allowed: heads "
+            "that end in a linear layer, so that rewards can be scaled in its weights"
         )
-    return linear
+    return head
+
+
+def scale_head(model: Any, factor: float) -> None:
+    """Multiply what a classifier's head gives, in its weights."""
+    head = head_of(model)
+    last = head[-1] if isinstance(head, nn.Sequential) else head
+    with torch.no_grad():
+        for weight in last.parameters():
+            weight.mul_(factor)
 
 
 def reset_head(model: Any, seed: int) -> None:
@@ -146,7 +190,7 @@ def reset_head(model: Any, seed: int) -> None:
     The standard deviation is 1 / (H + 1) (Stiennon et al. 2020, arXiv 2009.01325), so that first
     rewards are small whatever the hidden size H.
     """
-    linear = linear_of(model)
+    linear: Any = head_of(model)
     weight = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         linear.weight.copy_(weight / (linear.in_features + 1))
@@ -186,17 +230,6 @@ def _prepared(model: Any, config: FitConfig) -> Any:
 
 def _new(config: FitConfig, task: str, vocab_size: int, tokenizer: Any) -> Any:
     """Make a small Llama with random weights, frozen."""
-    if config.lora_rank or config.freeze:
-        option = f"lora_rank={config.lora_rank}" if config.lora_rank else "freeze=True"
-        raise InvalidArgument(
-            f"{option} leaves the trunk as it is, and model='new' has random weights; give a "
-            "trained model."
-        )
-    if config.hidden_size < HEAD_SIZE or config.hidden_size % HEAD_SIZE:
-        raise InvalidArgument(
-            f"hidden_size={config.hidden_size} is not allowed; it must be a multiple of "
-            f"{HEAD_SIZE}."
-        )
     import transformers
 
     special = ("bos_token_id", "eos_token_id", "pad_token_id")

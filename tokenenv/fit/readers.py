@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,35 +17,25 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.config import FitConfig
 from tokenenv.fit.examples import Text
-from tokenenv.fit.frozen import Kept
+from tokenenv.fit.frozen import Advance, Kept
 from tokenenv.fit.models import (
     check_fits,
+    check_settings,
+    head_of,
     is_language_model,
-    linear_of,
     load_start,
     make_classifier,
     make_language_model,
+    scale_head,
 )
 from tokenenv.fit.objectives import Objective
+from tokenenv.fit.reading import Reading, differences, place_logprobs, place_states, summed
 from tokenenv.models.adapters import sharing, with_lora
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.loading import max_positions
 from tokenenv.models.prefix_scores import padded
 from tokenenv.models.saving import save_model, whole_folder
-from tokenenv.models.trunks import logprob_reader, text_states, trunk_of
-
-
-class Reading(NamedTuple):
-    """The rewards of B texts, as a `Batch` holds them: differentiable, on the model's device."""
-
-    reward_BR: Tensor
-    """float32; 0 where `mask_BR` is False."""
-    running_BR: Tensor
-    """float32: the value of the text after each token."""
-    start_B: Tensor
-    """float32: the value of the prompt."""
-    mask_BR: Tensor
-    """bool: the policy's own tokens."""
+from tokenenv.models.trunks import logprob_reader, trunk_of
 
 
 class Reader:
@@ -89,9 +79,15 @@ class Reader:
         own = padded([text.own_mask for text in texts], number_BS.shape[1] - 1)
         return self._rewards(number_BS, upload(own, number_K.device))
 
-    def remember(self, texts: Sequence[Text]) -> None:
+    def remember(self, texts: Sequence[Text], advance: Advance | None = None) -> None:
         """Compute once what stays the same for these `Text` objects while the model trains, and
-        keep it: the states of a frozen trunk, or the log-probs of a reference."""
+        keep it: the states of a frozen trunk, or the log-probs of a reference. What is remembered
+        already is not computed again.
+
+        Args:
+            texts: any number.
+            advance: is called with the number of texts of each forward, for a progress bar.
+        """
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that learn, by name."""
@@ -149,9 +145,10 @@ class Reader:
 
     def _groups(self, texts: Sequence[Text]) -> list[np.ndarray]:
         lengths = [len(text) for text in texts]
-        if self.max_length is not None and max(lengths) > self.max_length:
+        longest = max(lengths, default=0)
+        if self.max_length is not None and longest > self.max_length:
             raise InvalidArgument(
-                f"a text has {max(lengths)} tokens; the model reads at most {self.max_length}."
+                f"a text has {longest} tokens; the model reads at most {self.max_length}."
             )
         return micro_batches(lengths, self.max_batch_tokens)
 
@@ -176,21 +173,23 @@ class HeadReader(Reader):
         self, model: Any, tokenizer: Any, config: FitConfig, *, gives_values: bool
     ) -> None:
         super().__init__(model, tokenizer, config)
-        self._trunk, self._head = trunk_of(model), linear_of(model)
+        self._trunk, self._head = trunk_of(model), head_of(model)
         self._gives_values, self._frozen = gives_values, config.freeze
 
-    def remember(self, texts: Sequence[Text]) -> None:
+    def remember(self, texts: Sequence[Text], advance: Advance | None = None) -> None:
         """Keep the states of a frozen trunk. Without one there is nothing to keep."""
         if self._frozen:
-            self._kept.add(texts, self._states, self._groups(texts), "states of the frozen trunk")
+            new = self._kept.missing(texts)
+            groups = self._groups(new)
+            self._kept.add(new, self._states, groups, "states of the frozen trunk", advance)
 
     def _states(self, texts: Sequence[Text]) -> Tensor:
         return place_states(self._trunk, texts)
 
     def _numbers(self, texts: Sequence[Text]) -> Tensor:
         known = self._kept.has(texts)
-        states = self._kept.rows(texts, self.device) if known else self._states(texts)
-        return self._head(states.float())[:, 0]
+        states = self._kept.rows(texts) if known else self._states(texts)
+        return self._head(states.to(self.device, torch.float32))[:, 0]
 
     def _rewards(self, number_BS: Tensor, mask_BR: Tensor) -> Reading:
         return (differences if self._gives_values else summed)(number_BS, mask_BR)
@@ -198,9 +197,7 @@ class HeadReader(Reader):
     def _scaled(self, factor: float) -> Any:
         trunk = list(self._trunk.parameters())
         model = sharing(self.model, trunk)
-        with torch.no_grad():
-            for weight in linear_of(model).parameters():
-                weight.mul_(factor)
+        scale_head(model, factor)
         if self._gives_values:
             # transformers would read the value of a text that ends in the pad id one token too
             # early, and a pad id is often a stop id as well.
@@ -220,9 +217,11 @@ class RatioReader(Reader):
         self._logprob = logprob_reader(model, vocab_size)
         self._ref_logprob = logprob_reader(reference, vocab_size)
 
-    def remember(self, texts: Sequence[Text]) -> None:
+    def remember(self, texts: Sequence[Text], advance: Advance | None = None) -> None:
         """Keep the reference's log-probs."""
-        self._kept.add(texts, self._of_reference, self._groups(texts), "log-probs of the reference")
+        new = self._kept.missing(texts)
+        groups = self._groups(new)
+        self._kept.add(new, self._of_reference, groups, "log-probs of the reference", advance)
 
     @torch.no_grad()
     def _of_reference(self, texts: Sequence[Text]) -> Tensor:
@@ -230,8 +229,9 @@ class RatioReader(Reader):
 
     def _numbers(self, texts: Sequence[Text]) -> Tensor:
         known = self._kept.has(texts)
-        ref = self._kept.rows(texts, self.device) if known else self._of_reference(texts)
+        ref = self._kept.rows(texts) if known else self._of_reference(texts)
         logprob = place_logprobs(self.model, self._logprob, texts)
+        ref = ref.to(logprob.device)
         # Both are -inf for a token that neither model has, and their difference would be NaN.
         return self._coef * torch.where(logprob == ref, 0.0, logprob - ref)
 
@@ -259,6 +259,7 @@ def make_reader(
         InvalidArgument: settings that exclude each other.
         ModelError: the model cannot be used.
     """
+    check_settings(config)
     if objective.readout != "log-ratio":
         model = make_classifier(config, objective.readout, vocab_size, tokenizer)
         return HeadReader(model, tokenizer, config, gives_values=objective.readout == "value")
@@ -293,49 +294,3 @@ def _reference(config: FitConfig, start: Any, vocab_size: int) -> Any:
         raise InvalidArgument("reference= is a classifier; allowed: causal language models.")
     check_fits(reference, "reference", config, vocab_size)
     return reference
-
-
-def summed(number_BS: Tensor, mask_BR: Tensor) -> Reading:
-    """Return the rewards of numbers that are rewards: of own tokens what stands there, of others
-    0."""
-    reward_BR = torch.where(mask_BR, number_BS[:, 1:], 0.0)
-    return Reading(reward_BR, reward_BR.cumsum(1), number_BS.new_zeros(len(number_BS)), mask_BR)
-
-
-def differences(number_BS: Tensor, mask_BR: Tensor) -> Reading:
-    """Return the rewards of numbers that are values: of an own token the value after it, less the
-    value after the own token before it or, for the first one, of the prompt."""
-    running_BR = number_BS[:, 1:]
-    place_R = torch.arange(1, number_BS.shape[1], device=number_BS.device)
-    newest_BR = torch.where(mask_BR, place_R, 0).cummax(1).values
-    before_BR = newest_BR.roll(1, dims=1)
-    before_BR[:, 0] = 0
-    reward_BR = torch.where(mask_BR, running_BR - number_BS.gather(1, before_BR), 0.0)
-    return Reading(reward_BR, running_BR, number_BS[:, 0], mask_BR)
-
-
-def place_states(model: Any, texts: Sequence[Text]) -> Tensor:
-    """Run texts through a model's trunk in one forward. Return the states (K, ...) at the places of
-    the texts, one text after another."""
-    lengths = np.asarray([len(text) for text in texts])
-    tokens = np.zeros((len(texts), int(lengths.max())), dtype=np.int64)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = text.ids
-    device = trunk_of(model).device
-    states = text_states(model, upload(tokens, device), lengths)
-    starts = np.asarray([len(text.prompt) - 1 for text in texts])
-    position = np.arange(tokens.shape[1])
-    wanted = (position >= starts[:, None]) & (position < lengths[:, None])
-    row, column = (upload(index, device) for index in np.nonzero(wanted))
-    return states[row, column]
-
-
-def place_logprobs(model: Any, logprob: Any, texts: Sequence[Text]) -> Tensor:
-    """Return log p of the own token at each place, (K,) float32 in nats, one text after another; 0
-    at the places of others."""
-    states = place_states(model, texts)
-    ids = np.concatenate([[0, *text.response] for text in texts])
-    own = np.flatnonzero(np.concatenate([[False, *text.own_mask] for text in texts]))
-    at, before, tokens = (upload(one, states.device) for one in (own, own - 1, ids[own]))
-    zeros = torch.zeros(len(ids), device=states.device)
-    return zeros.index_put((at,), logprob(states[before], tokens))

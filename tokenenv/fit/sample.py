@@ -7,6 +7,7 @@ Suffix: G texts of a prompt.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -15,14 +16,20 @@ from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.config import AgentConfig, check_seed
 from tokenenv.agents.episodes import Episode
+from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import env_core, responds, take_obs
+from tokenenv.agents.rollout.env_rows import env_core, responds, take_info, take_obs
 from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.make import default_policy
 from tokenenv.agents.rollout.requirements import check_env, check_policy
 from tokenenv.agents.run.evaluate import text_of_each
+from tokenenv.agents.run.load_policy import load_policy
 from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.fit.advantages import placed
+from tokenenv.fit.continuations import Values, check, plain, prefix_values
+from tokenenv.fit.examples import Text
+from tokenenv.models.loading import check_same_tokens, load_causal_lm, load_tokenizer
 from tokenenv.tables import Columns
 from tokenenv.types import TokenSpec
 
@@ -52,6 +59,14 @@ class SampleConfig:
     """Above 0 rankings are drawn, as people's are: a text is better with probability
     sigmoid(difference / noise) (Bradley-Terry; of more than two texts, Plackett-Luce). 0 ranks by
     the score itself."""
+    continuations: int = 16
+    """Of "values": what the reference writes after each prefix, 2 to the number of slots."""
+    every: int = 1
+    """Of "values": a value for the prompt, for every so many tokens, and for the whole text; other
+    tokens have none."""
+    beta: float | None = None
+    """Of "values": reward per nat, above 0. The value is beta log mean exp(score / beta), which
+    estimates V* of score - beta KL; None: the mean score."""
     seed: int = 0
     """Of everything random."""
 
@@ -112,7 +127,8 @@ def sample(
         given = {"autoreset_mode": "SameStep"} | dict(options or {})
         envs = gym.make_vec(envs, num_envs=num_envs, **given)
     config = SampleConfig(kind=kind, num_examples=num_examples, **settings)
-    return draw(envs, config, policy=policy, on_text=on_text).rows
+    found = draw(envs, config, policy=policy, on_text=on_text)
+    return add_values(envs, found.rows, config) if kind == "values" else found.rows
 
 
 def draw(
@@ -122,12 +138,13 @@ def draw(
     policy: Any = None,
     on_text: Callable[[int, int], None] | None = None,
 ) -> Sampled:
-    """Sample as `sample` does, and return the rows with the counts of what was drawn again."""
+    """Sample as `sample` does, and return the rows with the counts of what was drawn again. Rows of
+    "values" have the scores, and `add_values` adds the values."""
     check_env(envs)
-    policy = getattr(policy, "policy", policy) or default_policy(envs, AgentConfig(), learns=False)
-    check_policy(policy, envs, learns=False)
+    if config.kind == "values":
+        check(envs, config.continuations, config.every, config.beta)
     rng, found = np.random.default_rng(config.seed), Sampled()
-    writer = Writer(envs, policy, config)
+    writer = Writer(envs, writing(policy, envs), config)
     for group in writer.groups(rng):
         found.prompts += 1
         take(found, group, config, writer, rng)
@@ -137,6 +154,72 @@ def draw(
             break
         check_goes_on(found, config)
     del found.rows[config.num_examples :]
+    return found
+
+
+def add_values(
+    envs: VectorEnv,
+    rows: Sequence[Row],
+    config: SampleConfig,
+    on_text: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Return the rows of texts with a score with the values of their beginnings and the standard
+    errors: None where there is none. `on_text` is called with the continuations so far."""
+    texts = [text_of(row) for row in rows]
+    found = prefix_values(
+        envs,
+        texts,
+        [row["score"] for row in rows],
+        columns=[row.get("columns", {}) for row in rows],
+        by=config.by,
+        continuations=config.continuations,
+        every=config.every,
+        beta=config.beta,
+        seed=config.seed,
+        on_text=on_text,
+    )
+    return [
+        row | value_columns(text, values)
+        for row, text, values in zip(rows, texts, found, strict=True)
+    ]
+
+
+def text_of(row: Row) -> Text:
+    """Return the text of a row with one response."""
+    own = np.array(row["own"], dtype=bool) if "own" in row else None
+    return Text(np.array(row["prompt_ids"]), np.array(row["response_ids"]), own=own)
+
+
+def value_columns(text: Text, found: Values) -> Row:
+    """Return the columns of a text's values."""
+    row: Row = {"prompt_value": found.value[0], "prompt_value_error": found.error[0]}
+    for name, numbers in (("values", found.value), ("value_errors", found.error)):
+        row[name] = [None if math.isnan(n) else n for n in placed(text, numbers[1:]).tolist()]
+    return row | {name: float(row[name]) for name in ("prompt_value", "prompt_value_error")}
+
+
+def writing(policy: Any, envs: VectorEnv) -> Any:
+    """Return the policy that writes the texts: that of an agent, of a run folder or its checkpoint,
+    or of a language model's folder or hub id; by default the reference.
+
+    Raises:
+        InvalidArgument: it has other tokens than the env.
+        CheckpointError, ModelError: nothing there can be used.
+    """
+    if policy is None:
+        return default_policy(envs, AgentConfig(), learns=False)
+    if isinstance(policy, str | Path):
+        run = Path(policy)
+        checkpoint = run / "checkpoint" if run.is_dir() else run
+        if checkpoint.is_file():
+            return load_policy(checkpoint, envs)
+        core = env_core(envs)
+        model = load_causal_lm(str(policy), argument="policy", device=core.device)
+        others = load_tokenizer(str(policy), argument="policy")
+        check_same_tokens(core.token_spec.tokenizer, others, "policy")
+        policy = LMPolicy(model, frozen=True)
+    found = getattr(policy, "policy", policy)
+    check_policy(found, envs, learns=False)
     return found
 
 
@@ -164,11 +247,31 @@ class Writer:
         """Return prompts that the env draws, and what belongs to each."""
         # The collector begins anew afterwards: it must not take these texts for its own.
         self.collector.running = False
-        obs, _ = self.envs.reset(seed=seed)
+        obs, infos = self.envs.reset(seed=seed)
         texts = take_obs(obs, np.arange(count))
-        lengths = texts["prompt_length"].astype(int)
-        prompts = [row[:end] for row, end in zip(texts["tokens"], lengths, strict=True)]
-        return prompts, list(env_core(self.envs).columns[:count])
+        ends = texts["prompt_length"].astype(int)
+        prompts = [row[:end] for row, end in zip(texts["tokens"], ends, strict=True)]
+        columns = env_core(self.envs).columns
+        places = take_info(infos, "prompt_id", np.arange(count), -1)
+        return prompts, [columns[place] for place in places] if len(columns) else []
+
+    def row(self, episode: Episode) -> Row:
+        """Return the row of one text."""
+        truncated = {"truncated": bool(episode.truncated)}
+        return self.prompt(episode) | self.response(episode) | truncated
+
+    def ranking(self, group: Sequence[Episode], scores: list[float], noise: float) -> Row:
+        """Return the row of a ranking, the best text first: a pair where there are two texts."""
+        row, truncated = self.prompt(group[0]), [bool(e.truncated) for e in group]
+        if self.config.texts_per_prompt == 2:
+            for name, episode, score in zip(("chosen", "rejected"), group, scores, strict=True):
+                row |= self.response(episode, name, f"{name}_own") | {f"{name}_score": score}
+            return row | {"truncated": truncated}
+        texts = [self.response(e, "responses", "responses_own") for e in group]
+        lists = {name: [text[name] for text in texts] for name in texts[0]}
+        # Readers rank by "scores", and noise has ranked otherwise.
+        column = "true_scores" if noise else "scores"
+        return row | lists | {column: scores, "truncated": truncated}
 
     def prompt(self, episode: Episode) -> Row:
         """Return the columns of a text's prompt."""
@@ -203,30 +306,23 @@ def take(
 ) -> None:
     """Add the rows of a prompt's texts, or count why there are none."""
     if config.kind == "texts":
-        found.rows += [
-            writer.prompt(e) | writer.response(e) | {"truncated": bool(e.truncated)} for e in group
-        ]
+        found.rows += [writer.row(e) for e in group]
         return
     scores = np.array([plain(getattr(e, config.by)) for e in group])
-    if config.kind == "scores":
-        scored = [(e, s) for e, s in zip(group, scores.tolist(), strict=True) if not math.isnan(s)]
-        found.unscored += len(group) - len(scored)
-        found.rows += [
-            writer.prompt(e) | writer.response(e) | {"score": score, "truncated": bool(e.truncated)}
-            for e, score in scored
-        ]
-    elif np.isnan(scores).any():
+    unknown = np.isnan(scores)
+    if config.kind != "ranking":
+        found.unscored += int(unknown.sum())
+        for i in np.flatnonzero(~unknown):
+            found.rows.append(writer.row(group[i]) | {"score": float(scores[i])})
+    elif unknown.any():
         found.unscored += 1
     elif (scores == scores[0]).all():
         found.ties += 1
     else:
         order = ranked(scores, config.noise, rng)
-        found.rows.append(ranking([group[i] for i in order], scores[order].tolist(), writer))
-
-
-def plain(score: float) -> float:
-    """Return a float32 as the shortest float that rounds to it: 0.2, and not 0.20000000298."""
-    return float(str(np.float32(score)))
+        found.rows.append(
+            writer.ranking([group[i] for i in order], scores[order].tolist(), config.noise)
+        )
 
 
 def ranked(scores_G: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -241,20 +337,6 @@ def ranked(scores_G: np.ndarray, noise: float, rng: np.random.Generator) -> np.n
         return np.argsort(-(scores_G / noise + rng.gumbel(size=len(scores_G))), kind="stable")
     _, first = np.unique(scores_G, return_index=True)
     return first[::-1]
-
-
-def ranking(group: Sequence[Episode], scores: list[float], writer: Writer) -> Row:
-    """Return the row of a ranking, the best text first: a pair where there are two texts."""
-    row = writer.prompt(group[0])
-    if len(group) > 2:
-        texts = [writer.response(e, "responses", "responses_own") for e in group]
-        lists = {name: [text[name] for text in texts] for name in texts[0]}
-        truncated = [bool(e.truncated) for e in group]
-        return row | lists | {"scores": scores, "responses_truncated": truncated}
-    for name, episode, score in zip(("chosen", "rejected"), group, scores, strict=True):
-        row |= writer.response(episode, name, f"{name}_own")
-        row |= {f"{name}_score": score, f"{name}_truncated": bool(episode.truncated)}
-    return row
 
 
 def check_goes_on(found: Sampled, config: SampleConfig) -> None:
