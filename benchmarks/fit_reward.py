@@ -102,7 +102,7 @@ def world_of(env: str, seed: int, most: int, ppo_tokens: int, folder: Path) -> W
     some = sample(world.make(), "texts", 48 if reviews else 512, seed=1000 + seed)
     world.texts = [text_of(row, "response") for row in some]
     if reviews:
-        credit = monte_carlo_advantages(world.make(), world.texts, samples=16, seed=seed)
+        credit = monte_carlo_advantages(world.make(), world.texts, continuations=16, seed=seed)
         world.advantages = {"reference": credit.mean}
         console.print(f"{env}: reliability of the Monte-Carlo advantage {credit.reliability:.3f}")
     else:
