@@ -96,18 +96,22 @@ class World:
 def world_of(env: str, seed: int, most: int, ppo_tokens: int, folder: Path) -> World:
     """Sample the data of an environment."""
     world = World(env, seed, ppo_tokens, folder)
-    rows = sample(world.make(), "ranking", most + 512, seed=seed)
-    world.pairs, world.others = rows[:most], rows[most:]
     reviews = env == "Reviews-v0"
-    some = sample(world.make(), "texts", 48 if reviews else 512, seed=1000 + seed)
+    envs = world.make(128 if reviews else 512)
+    rows = sample(envs, "ranking", most + 512, seed=seed)
+    world.pairs, world.others = rows[:most], rows[most:]
+    some = sample(envs, "scores", 48 if reviews else 512, seed=1000 + seed)
     world.texts = [text_of(row, "response") for row in some]
-    if reviews:
-        credit = monte_carlo_advantages(world.make(), world.texts, continuations=16, seed=seed)
-        world.advantages = {"reference": credit.mean}
-        console.print(f"{env}: reliability of the Monte-Carlo advantage {credit.reliability:.3f}")
-    else:
+    if not reviews:
         for of in ("reference", "optimal"):
             world.advantages[of] = exact_advantages(world.make(1), world.texts, of)
+        return world
+    scores = [row["score"] for row in some]
+    found = monte_carlo_advantages(envs, world.texts, scores, continuations=16, seed=seed)
+    world.advantages["reference"] = [advantage for advantage, _ in found]
+    advantage, error = (np.concatenate(column) for column in zip(*found, strict=True))
+    reliable = 1 - float((error**2).mean() / advantage.var())
+    console.print(f"{env}: {reliable:.2f} of the advantages' variance is not of the sampling")
     return world
 
 

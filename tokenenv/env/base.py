@@ -22,6 +22,7 @@ from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
+from tokenenv.rewards.term import RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores
@@ -96,6 +97,12 @@ class EnvBase(VectorEnv):
     def oracle(self) -> Any:
         """The task's exact optimum, or None where it is not known."""
         return self._task.oracle
+
+    @property
+    def reward_terms(self) -> Mapping[str, RewardTerm]:
+        """The terms of the reward by name, "kl" included: what each declares of itself."""
+        self._require_open()
+        return dict(self._engine.rewards.terms)
 
     @property
     def biased_terms(self) -> tuple[str, ...]:
