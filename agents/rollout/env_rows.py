@@ -64,6 +64,14 @@ def reference_of(envs: VectorEnv, otherwise: str) -> Any:
     return reference
 
 
+def tell_policy_updated(envs: VectorEnv, updates: int) -> None:
+    """Tell an env that wants to know how many updates the policy has had: a reward model of its may
+    be trained meanwhile."""
+    tell = getattr(env_core(envs), "policy_updated", None)
+    if tell is not None:
+        tell(updates)
+
+
 # ---------------------------------------------------------------- a step
 
 

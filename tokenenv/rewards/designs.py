@@ -13,6 +13,7 @@ from tokenenv.rewards.attention import Attention
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.online import Prime
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.reward_sum import RESERVED, weight_now
@@ -37,6 +38,7 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "implicit": Implicit,
     "occlusion": Occlusion,
     "oracle": Oracle,
+    "prime": Prime,
     "process": Process,
     "progressive": progressive,
     "segment": Segment,
