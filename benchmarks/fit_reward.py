@@ -54,7 +54,6 @@ AUTOMATA = ("Negation-v0", "PlantedPhrase-v0", "DelayedKey-v0", "Brackets-v0")
 ENVS = (*AUTOMATA, "Reviews-v0")
 SIZES = (64, 256, 1024, 4096)
 CONTROLS = ("terminal", "uniform", "oracle", "position")
-TEXT_KINDS = ("corrupted", "share-delta", "share-attention", "share-occlusion", "share-gradient")
 STEPS = 320
 """Optimizer steps of the smallest runs; larger ones make ten passes."""
 console = Console(width=140)
@@ -329,7 +328,9 @@ def _results(
         teacher = None
         for name in sorted(names, key=lambda name: name.startswith("share-")):
             if name.startswith("share-") and teacher is None:
-                teacher = fitted("score-value", world, size, None, None).folder
+                teacher = world.folder / f"score-value-{size}"
+                if not teacher.exists():
+                    fitted("score-value", world, size, None, None)
             yield (
                 world.env,
                 name,
