@@ -65,7 +65,6 @@ def reference_of(envs: VectorEnv, otherwise: str) -> Any:
     return reference
 
 
-<<<<<<< HEAD
 def teacher_of(envs: VectorEnv) -> Any:
     """Return the env's teacher, whose whole vocabulary can be read; where it has none, raise
     `InvalidArgument`."""
@@ -81,14 +80,14 @@ def teacher_of(envs: VectorEnv) -> Any:
             "those of the text's: take reward='distill', or a teacher= in this process."
         )
     return teacher
-=======
+
+
 def tell_policy_updated(envs: VectorEnv, updates: int) -> None:
     """Tell an env that wants to know how many updates the policy has had: a reward model of its may
     be trained meanwhile."""
     tell = getattr(env_core(envs), "policy_updated", None)
     if tell is not None:
         tell(updates)
->>>>>>> refs/heads/online
 
 
 # ---------------------------------------------------------------- a step

@@ -21,11 +21,7 @@ from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
-<<<<<<< HEAD
-from tokenenv.rewards.term import RewardTerm
-=======
-from tokenenv.rewards.term import Learned
->>>>>>> refs/heads/online
+from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores

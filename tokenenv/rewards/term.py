@@ -89,11 +89,8 @@ class Context:
             "reference": self.reference is not None,
             "tokenizer": self.spec.tokenizer is not None,
             "implicit model": self.task.implicit_model is not None,
-<<<<<<< HEAD
             "teacher": self.task.teacher is not None,
-=======
             "trainable model": self.trainable_model is not None,
->>>>>>> refs/heads/online
             "step scorer": self.step_scorer is not None,
             "step ends": bool(self.task.step_end_token_ids),
             "oracle": self.task.oracle is not None,
@@ -111,11 +108,8 @@ NEEDS = {
     "reference": "a reference model",
     "tokenizer": "a tokenizer",
     "implicit model": "a preference-tuned language model (implicit_model=)",
-<<<<<<< HEAD
     "teacher": "a teacher, which is a language model (teacher=)",
-=======
     "trainable model": "a language model with weights to train",
->>>>>>> refs/heads/online
     "step scorer": (
         "a causal reward model with the policy's own tokens, which scores steps (reward_model=)"
     ),
