@@ -104,7 +104,10 @@ def _pair(row: Row, encoder: Encoder) -> Example | None:
     if len(given) < 2:
         return None
     values = {name: row.values[name] for name in given}
-    cuts = [row.values.get(f"{name}_truncated", row.values.get("truncated")) for name in SIDES]
+    whole = _cuts(row, len(SIDES))
+    cuts = [
+        row.values.get(f"{name}_truncated", one) for name, one in zip(SIDES, whole, strict=True)
+    ]
     prompt, responses = read_responses(row, encoder, values, cuts)
     owns = [f"{name}_own" for name in SIDES]
     texts = [
@@ -123,8 +126,7 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     if not values:
         raise InvalidArgument(f"{row.label(name)} is empty; at least one response is needed.")
     named = {f"{name}[{i}]": value for i, value in enumerate(values)}
-    whole = [row.values.get("truncated")] * len(values)
-    cuts = _beside(row, "responses_truncated", len(values)) or whole
+    cuts = _beside(row, "responses_truncated", len(values)) or _cuts(row, len(values))
     prompt, responses = read_responses(row, encoder, named, cuts)
     owns = _beside(row, "responses_own", len(values)) or [None] * len(values)
     texts = [
@@ -134,6 +136,13 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     scores = _beside(row, "scores", len(values))
     found = scores and tuple(number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores))
     return Example(tuple(texts), found, row.where)
+
+
+def _cuts(row: Row, count: int) -> list[Any]:
+    """Whether each of a row's texts was cut, where that is known: a flag for each, or one for
+    all."""
+    said = row.values.get("truncated")
+    return listed(said, row.label("truncated")) if isinstance(said, list) else [said] * count
 
 
 def _scored(row: Row, encoder: Encoder) -> Example | None:

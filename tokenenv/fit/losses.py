@@ -5,7 +5,9 @@ In the formulas r_t is the reward of token t of T, R = sum_t r_t the total of a 
 of the text after token t, V_0 that of the prompt, and s the score of the text.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from tokenenv.fit.examples import Batch
 
 SHARE_WEIGHT = 5.0
 """The weight of the error of each share in `values`, relative to that of the running sum."""
+REPLACED_SHARE = 0.15
+"""The share of own tokens that `tokenenv.fit.corrupted` replaces, ELECTRA's."""
 
 
 # ----------------------------------------------------------------------------------------- rankings
@@ -158,6 +162,20 @@ def token_labels(batch: Batch) -> Tensor:
     known, label = known_targets(batch)
     loss = F.binary_cross_entropy_with_logits(batch.reward_BR, label, reduction="none")
     return _example_mean(batch, loss, known)
+
+
+def replaced_tokens(batch: Batch) -> Tensor:
+    """Return the cross-entropy of sigmoid(r_t + log((1 - q) / q)) with the label of token t, which
+    is 1 where the text's author wrote it and 0 where the reference did, with the share q =
+    `REPLACED_SHARE` of the latter: as a mean like `token_labels`, (E,).
+
+    The best r_t is log pi_author/pi_ref of the token, as far as the text before it tells (noise-
+    contrastive estimation, Gutmann and Hyvarinen 2010). Without the constant every token would be
+    paid 1.7 for being one. A reference that writes as the author does leaves nothing to learn: the
+    reward says what the author prefers, and says nothing of a score on the reference's own texts.
+    """
+    prior = math.log((1 - REPLACED_SHARE) / REPLACED_SHARE)
+    return token_labels(replace(batch, reward_BR=batch.reward_BR + prior))
 
 
 def shares(batch: Batch) -> Tensor:

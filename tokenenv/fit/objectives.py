@@ -154,7 +154,7 @@ OBJECTIVES: dict[str, Objective] = {
     "corrupted": Objective(
         "texts",
         "token",
-        losses.token_labels,
+        losses.replaced_tokens,
         "token",
         "replaced-token detection, no labels at all (ELECTRA, 2003.10555)",
         labels_from="corrupted",
