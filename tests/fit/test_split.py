@@ -21,9 +21,9 @@ def prompts(examples):
 def test_all_examples_of_a_prompt_are_on_one_side():
     examples = [example([p], [p, i]) for i in range(3) for p in range(40)]
     train, held_out = split_by_prompt(examples, 0.25, seed=1)
-    assert len(prompts(train)) == 30 and len(prompts(held_out)) == 10
+    assert (len(prompts(train)), len(prompts(held_out))) == (30, 10)
     assert not prompts(train) & prompts(held_out)
-    assert len(train) == 90 and len(held_out) == 30
+    assert (len(train), len(held_out)) == (90, 30)
     # The order of the data stays as it was.
     assert [e for e in examples if e in train] == train
 
@@ -39,7 +39,8 @@ def test_the_split_depends_on_the_prompts_and_the_seed_alone():
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_both_sides_have_a_prompt(share):
     train, held_out = split_by_prompt([example([p], [1]) for p in range(3)], share)
-    assert train and held_out
+    assert 0 < len(train) < 3
+    assert len(held_out) == 3 - len(train)
 
 
 def test_texts_of_one_prompt_are_split_as_texts():
@@ -47,7 +48,8 @@ def test_texts_of_one_prompt_are_split_as_texts():
     examples = [example([0], [i % 20, 1]) for i in range(60)]
     train, held_out = split_by_prompt(examples, 0.1)
     seen = [{tuple(e.texts[0].response) for e in side} for side in (train, held_out)]
-    assert len(seen[1]) == 2 and not seen[0] & seen[1] and len(held_out) == 6
+    assert not seen[0] & seen[1]
+    assert (len(seen[1]), len(held_out)) == (2, 6)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])

@@ -5,14 +5,15 @@ Suffixes: R response tokens, K states, L tokens of the longest text, V vocabular
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.fit.continuations import prefix_values
+from tokenenv.fit.continuations import plain, prefix_values
 from tokenenv.fit.examples import Text
+from tokenenv.tables import Columns, by_name
 
 AT_ONCE = 64
 """Texts whose states are read together: it bounds memory."""
@@ -68,21 +69,61 @@ def _ends(texts: Sequence[Text]) -> np.ndarray:
     return np.cumsum([text.own_mask.sum() for text in texts])[:-1]
 
 
-def monte_carlo_advantages(
-    envs: VectorEnv, texts: Sequence[Text], scores: Sequence[float], **settings: Any
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the estimated advantage of each token, (R,) float64 for each text, and its standard
-    error; NaN on tokens that the environment wrote.
+class Credit(NamedTuple):
+    """Estimated advantages."""
 
-    It is the difference of the values before and after a token, each by continuations of its own:
-    of the reference's score, or with `beta` of score - beta KL at its optimum. The arguments are
-    those of `prefix_values`; what it raises and leaves out is said there.
+    mean: list[np.ndarray]
+    """(R,) float64 for each text; NaN on tokens that the environment wrote."""
+    error: list[np.ndarray]
+    """(R,) float64: their standard errors."""
+
+    @property
+    def reliability(self) -> float:
+        """The share of the variance of `mean` that is no error of the estimate: the square of its
+        correlation with the true advantages is about this."""
+        mean, error = (np.concatenate(rows) for rows in self)
+        own = ~np.isnan(mean)
+        return float(1 - np.mean(error[own] ** 2) / np.var(mean[own]))
+
+
+def monte_carlo_advantages(
+    envs: VectorEnv,
+    texts: Sequence[Text],
+    *,
+    scores: Sequence[float] | None = None,
+    by: str = "gold",
+    **settings: Any,
+) -> Credit:
+    """Return the estimated advantage of each token: the difference of the values before and behind
+    it, each from continuations of its own by the reference.
+
+    The value is the mean score or, with `beta`, V* of score - beta KL. Other arguments are those
+    of `prefix_values`, which also says what it raises. Without `scores` the env scores the texts,
+    and those that do not end in a stop token count as cut.
     """
-    found = prefix_values(envs, texts, scores, **settings)
-    return [
-        (placed(text, np.diff(value)), placed(text, np.hypot(error[1:], error[:-1])))
-        for text, (value, error) in zip(texts, found, strict=True)
-    ]
+    if scores is None:
+        scores = scores_of(envs, texts, by, settings.get("columns", ()))
+    found = prefix_values(envs, texts, scores, by=by, **settings)
+    pairs = list(zip(texts, found, strict=True))
+    return Credit(
+        [placed(text, np.diff(one.value)) for text, one in pairs],
+        [placed(text, np.hypot(one.error[1:], one.error[:-1])) for text, one in pairs],
+    )
+
+
+def scores_of(
+    envs: VectorEnv, texts: Sequence[Text], by: str, columns: Sequence[Columns]
+) -> list[float]:
+    """Return the gold scores, or the scores, of finished texts."""
+    core: Any = envs.unwrapped
+    own = [text.own_mask.tolist() for text in texts] if core.token_spec.responds else None
+    found = core.score_episodes(
+        [text.prompt for text in texts],
+        [text.response for text in texts],
+        columns=by_name(columns) or None,
+        own=own,
+    )
+    return [plain(score) for score in getattr(found, by)]
 
 
 def placed(text: Text, values: np.ndarray) -> np.ndarray:

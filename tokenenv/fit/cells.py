@@ -1,7 +1,8 @@
-"""What the columns of data may hold, read with care: numbers, lists of them, and spans."""
+"""A row of data, and what its columns may hold, read with care: numbers, lists, and spans."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
 from numbers import Real
@@ -15,6 +16,32 @@ from tokenenv.errors import InvalidArgument
 
 Span = tuple[int, int, float]
 """The first character, the end, and the label of the characters between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of data."""
+
+    where: str
+    """Its place, such as "pairs.jsonl:12"."""
+    values: Mapping[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether the column is there and not null."""
+        return self.values.get(name) is not None
+
+    def first(self, *names: str) -> str | None:
+        """Return the first of the columns that is there."""
+        return next((name for name in names if self.has(name)), None)
+
+    def label(self, name: str) -> str:
+        """Return the place of a column, for errors."""
+        return f"{self.where}: {name!r}"
+
+    def lacks(self, wanted: str) -> InvalidArgument:
+        """Return the error of a row without the columns that are `wanted`."""
+        there = ", ".join(f"{name!s:.80}" for name, one in self.values.items() if one is not None)
+        return InvalidArgument(f"{self.where} has the columns {there or '(none)'}; {wanted}.")
 
 
 def number(value: Any, label: str, bounds: tuple[float, float] | None = None) -> float:

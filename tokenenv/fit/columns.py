@@ -4,21 +4,20 @@ A column `x_ids` holds the token ids of the column `x` and is read in its place.
 null counts as missing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.fit.cells import flags, listed, number, numbers, spans_of
-from tokenenv.fit.encode import Encoder, Prompt, Response, check_messages
-from tokenenv.fit.examples import Example, Kind, Text
-from tokenenv.models.alignment import common_length
-from tokenenv.models.chats import is_chat
+from tokenenv.fit.cells import Row, listed, number, numbers, spans_of
+from tokenenv.fit.encode import Encoder
+from tokenenv.fit.examples import Example, Kind
+from tokenenv.fit.texts import one_text, read_responses, text_of
 
 RESPONSE = ("response_ids", "completion_ids", "tokens", "response", "completion", "messages")
 """The columns that may hold one response. The first that is there is read."""
+SIDES = ("chosen", "rejected")
 WANTED: dict[Kind, str] = {
     "ranking": "chosen and rejected, or responses (the best first, or with scores), or response "
     "and score",
@@ -28,32 +27,6 @@ WANTED: dict[Kind, str] = {
     "texts": "response, or responses, or chosen and rejected, or messages",
 }
 """The columns beside the prompt that each kind of data has, for errors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of data."""
-
-    where: str
-    """Its place, such as "pairs.jsonl:12"."""
-    values: Mapping[str, Any]
-
-    def has(self, name: str) -> bool:
-        """Whether the column is there and not null."""
-        return self.values.get(name) is not None
-
-    def first(self, *names: str) -> str | None:
-        """Return the first of the columns that is there."""
-        return next((name for name in names if self.has(name)), None)
-
-    def label(self, name: str) -> str:
-        """Return the place of a column, for errors."""
-        return f"{self.where}: {name!r}"
-
-    def lacks(self, wanted: str) -> InvalidArgument:
-        """Return the error of a row without the columns that are `wanted`."""
-        there = ", ".join(f"{name!s:.80}" for name, one in self.values.items() if one is not None)
-        return InvalidArgument(f"{self.where} has the columns {there or '(none)'}; {wanted}.")
 
 
 def read_row(row: Row, kind: Kind, encoder: Encoder) -> Example:
@@ -104,10 +77,10 @@ def _values(row: Row, encoder: Encoder) -> Example | None:
 
 def _texts(row: Row, encoder: Encoder) -> Example | None:
     if name := row.first(*RESPONSE):
-        return Example((_one(row, encoder, name),), where=row.where)
+        return Example((one_text(row, encoder, name),), where=row.where)
     if row.has("completions"):
         text, _ = _joined(row)
-        return Example((_one(row, encoder, "completions", text),), where=row.where)
+        return Example((one_text(row, encoder, "completions", text),), where=row.where)
     return _pair(row, encoder) or _several(row, encoder)
 
 
@@ -126,14 +99,19 @@ KINDS: dict[Kind, Callable[[Row, Encoder], Example | None]] = {
 
 def _pair(row: Row, encoder: Encoder) -> Example | None:
     """A chosen and a rejected text."""
-    names = [row.first(f"{name}_ids", name) for name in ("chosen", "rejected")]
+    names = [row.first(f"{name}_ids", name) for name in SIDES]
     given = [name for name in names if name is not None]
     if len(given) < 2:
         return None
-    prompt, responses = _read(row, encoder, {name: row.values[name] for name in given})
-    owns = [f"{name}_own" for name in ("chosen", "rejected")]
+    values = {name: row.values[name] for name in given}
+    whole = _cuts(row, len(SIDES))
+    cuts = [
+        row.values.get(f"{name}_truncated", one) for name, one in zip(SIDES, whole, strict=True)
+    ]
+    prompt, responses = read_responses(row, encoder, values, cuts)
+    owns = [f"{name}_own" for name in SIDES]
     texts = [
-        _text(prompt, response, row.values.get(own), row.label(own))
+        text_of(prompt, response, row.values.get(own), row.label(own))
         for response, own in zip(responses, owns, strict=True)
     ]
     return Example(tuple(texts), where=row.where)
@@ -147,10 +125,12 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     values = listed(row.values[name], row.label(name))
     if not values:
         raise InvalidArgument(f"{row.label(name)} is empty; at least one response is needed.")
-    prompt, responses = _read(row, encoder, {f"{name}[{i}]": v for i, v in enumerate(values)})
+    named = {f"{name}[{i}]": value for i, value in enumerate(values)}
+    cuts = _beside(row, "responses_truncated", len(values)) or _cuts(row, len(values))
+    prompt, responses = read_responses(row, encoder, named, cuts)
     owns = _beside(row, "responses_own", len(values)) or [None] * len(values)
     texts = [
-        _text(prompt, response, own, row.label(f"responses_own[{i}]"))
+        text_of(prompt, response, own, row.label(f"responses_own[{i}]"))
         for i, (response, own) in enumerate(zip(responses, owns, strict=True))
     ]
     scores = _beside(row, "scores", len(values))
@@ -158,13 +138,21 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     return Example(tuple(texts), found, row.where)
 
 
+def _cuts(row: Row, count: int) -> list[Any]:
+    """Whether each of a row's texts was cut, where that is known: a flag for each, or one for
+    all."""
+    said = row.values.get("truncated")
+    return listed(said, row.label("truncated")) if isinstance(said, list) else [said] * count
+
+
 def _scored(row: Row, encoder: Encoder) -> Example | None:
     """A response and its score, or its outcome."""
-    name, score = row.first(*RESPONSE), next((n for n in ("score", "label") if n in row.values), "")
-    if name is None or not score:
+    name, there = row.first(*RESPONSE), [one for one in ("score", "label") if one in row.values]
+    if name is None or not there:
         return None
+    score = row.first(*there) or there[0]
     found = number(row.values[score], row.label(score))
-    return Example((_one(row, encoder, name),), (found,), row.where)
+    return Example((one_text(row, encoder, name),), (found,), row.where)
 
 
 def _marked(row: Row, encoder: Encoder, column: str) -> Example | None:
@@ -174,7 +162,7 @@ def _marked(row: Row, encoder: Encoder, column: str) -> Example | None:
         return None
     bounds = (0.0, 1.0) if column == "labels" else None
     found = numbers(row.values[column], row.label(column), bounds)
-    return Example((_one(row, encoder, name, target=found, column=column),), where=row.where)
+    return Example((one_text(row, encoder, name, target=found, column=column),), where=row.where)
 
 
 def _spans(row: Row, encoder: Encoder) -> Example | None:
@@ -184,7 +172,7 @@ def _spans(row: Row, encoder: Encoder) -> Example | None:
     if not isinstance(text, str):
         return None
     spans = spans_of(row.values["spans"], len(text), row.label("spans"))
-    return Example((_one(row, encoder, str(name), spans=spans),), where=row.where)
+    return Example((one_text(row, encoder, str(name), spans=spans),), where=row.where)
 
 
 def _steps(row: Row, encoder: Encoder) -> Example:
@@ -200,7 +188,7 @@ def _steps(row: Row, encoder: Encoder) -> Example:
     starts = [0, *ends[:-1]]
     ends[-1] = len(text) + 1
     spans = list(zip(starts, ends, found, strict=True))
-    made = _one(row, encoder, "completions", text, spans=spans)
+    made = one_text(row, encoder, "completions", text, spans=spans)
     assert made.target is not None
     if np.isnan(made.target[-1]):
         made.target[-1] = found[-1]
@@ -221,143 +209,6 @@ def _joined(row: Row) -> tuple[str, list[int]]:
         text += step if apart else step + "\n"
         ends.append(len(text))
     return text, ends
-
-
-# ---------------------------------------------------------------- texts
-
-
-def _one(
-    row: Row,
-    encoder: Encoder,
-    name: str,
-    value: Any = None,
-    *,
-    target: np.ndarray | None = None,
-    column: str = "",
-    spans: Sequence[tuple[int, int, float]] | None = None,
-) -> Text:
-    """The response in column `name` (or `value`), with the numbers of its tokens (from `column`) or
-    of its characters."""
-    value = row.values[name] if value is None else value
-    prompt, [response] = _read(row, encoder, {name: value})
-    if target is not None:
-        target = _fitted(target, response, np.nan, row.label(column))
-    if spans is not None:
-        target = _of_tokens(spans, response)
-    if target is not None and np.isnan(target).all():
-        raise InvalidArgument(f"{row.where} says nothing of any token of its response.")
-    return _text(prompt, response, row.values.get("own"), row.label("own"), target)
-
-
-def _text(
-    prompt: Prompt, response: Response, own: Any, label: str, target: np.ndarray | None = None
-) -> Text:
-    mask = None if response.own is None else np.array(response.own)
-    if own is not None:
-        mask = _fitted(flags(own, label), response, True, label)
-        if not mask.any():
-            raise InvalidArgument(f"{label} is 0 everywhere; at least one token must be own.")
-    ids = [np.array(ids, np.int64) for ids in (prompt.ids, response.ids)]
-    return Text(ids[0], ids[1], None if target is None else target.astype(np.float32), mask)
-
-
-def _fitted(values: np.ndarray, response: Response, stop: Any, label: str) -> np.ndarray:
-    """The values of each token. A stop token that the data does not spell may be without one, and
-    gets `stop`."""
-    if response.closed and len(values) == len(response.ids) - 1:
-        return np.append(values, stop)
-    if len(values) != len(response.ids):
-        raise InvalidArgument(
-            f"{label} has {len(values)} entries for {len(response.ids)} tokens of the response."
-        )
-    return values
-
-
-def _of_tokens(spans: Sequence[tuple[int, int, float]], response: Response) -> np.ndarray:
-    """The label of each token from labels of characters: the mean over the characters that it has
-    in spans; NaN where it has none."""
-    assert response.offsets is not None
-    places = response.offsets()[: len(response.ids)]
-    total, count = np.zeros((2, len(response.ids)))
-    begin, end = places.T
-    for first, behind, label in spans:
-        overlap = (np.minimum(end, behind) - np.maximum(begin, first)).clip(min=0)
-        total[: len(places)] += label * overlap
-        count[: len(places)] += overlap
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-
-
-def _read(row: Row, encoder: Encoder, values: Mapping[str, Any]) -> tuple[Prompt, list[Response]]:
-    """The prompt of a row, and the responses in its columns `values`."""
-    prompt, answers = _prompted(row, encoder, values)
-    complete = _complete(row, len(values))
-    return prompt, [
-        encoder.response(prompt, answer, whole, row.label(name))
-        for name, answer, whole in zip(values, answers, complete, strict=True)
-    ]
-
-
-def _prompted(row: Row, encoder: Encoder, values: Mapping[str, Any]) -> tuple[Prompt, list[Any]]:
-    """The prompt, and what follows it in each column. A conversation that does not begin with the
-    assistant holds the prompt itself."""
-    answers = list(values.values())
-    chats = [is_chat(answer) for answer in answers]
-    for name, answer in zip(values, answers, strict=True):
-        if is_chat(answer):
-            check_messages(answer, row.label(name))
-    if all(chats) and not any(answer[0]["role"] == "assistant" for answer in answers):
-        cut, where = _said(answers), row.label(next(iter(values)))
-        if cut == 0:
-            raise InvalidArgument(f"{where} holds no message of the assistant's to be read.")
-        if not encoder.chat_template:
-            raise InvalidArgument(f"{where} holds messages, which need chat_template=True.")
-        prompt = encoder.prompt(answers[0][:cut], where)
-        return prompt, [answer[cut:] for answer in answers]
-    if name := row.first("prompt_ids", "prompt"):
-        return encoder.prompt(row.values[name], row.label(name)), answers
-    if len(answers) == 2 and all(isinstance(one, str) for one in answers):
-        cut = _shared(answers)
-        if cut and not encoder.chat_template:
-            prompt = encoder.prompt(answers[0][:cut], row.label(next(iter(values))))
-            return prompt, [answer[cut:] for answer in answers]
-    raise row.lacks("the prompt is missing")
-
-
-def _said(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> int:
-    """How many messages the prompt has: of one conversation those before the assistant's first, of
-    several those that all of them begin with; 0 where no message of the assistant's follows."""
-    most = min(map(len, conversations)) - 1
-    spelled = [[(m["role"], m["content"]) for m in messages] for messages in conversations]
-    alike = (len(set(same)) == 1 for same in zip(*spelled, strict=False))
-    shared = next((i for i, same in enumerate(alike) if not same), most)
-    begins = [
-        i
-        for i in range(1, min(most, shared) + 1)
-        if all(messages[i]["role"] == "assistant" for messages in conversations)
-    ]
-    if not begins:
-        return 0
-    return begins[0] if len(conversations) == 1 else begins[-1]
-
-
-def _shared(texts: Sequence[str]) -> int:
-    """Where the beginning that two texts share ends, before a space; 0 where there is none."""
-    most = min(common_length(*texts), *(len(text) - 1 for text in texts))
-    return next((i for i in range(most, 0, -1) if texts[0][i].isspace()), 0)
-
-
-def _complete(row: Row, count: int) -> list[bool]:
-    """Whether each text ended by itself: `truncated` says which did not."""
-    given = row.values.get("truncated")
-    if given is None:
-        return [True] * count
-    several = given if isinstance(given, list | tuple | np.ndarray) else [given] * count
-    found = flags(several, row.label("truncated"))
-    if len(found) != count:
-        raise InvalidArgument(
-            f"{row.label('truncated')} has {len(found)} entries for {count} texts."
-        )
-    return [not one for one in found]
 
 
 def _beside(row: Row, name: str, count: int) -> list[Any] | None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.fit.columns import KINDS, Row, read_row
+from tokenenv.fit.cells import Row
+from tokenenv.fit.columns import KINDS, read_row
 from tokenenv.fit.encode import Encoder
 from tokenenv.fit.examples import Example, Kind, Skipped, Text
 from tokenenv.fit.runs import EPISODES, NO_SCORE, episode_columns

@@ -1,8 +1,5 @@
 """Data for `tokenenv fit` from an environment: texts of the reference or of a policy, compared by
-the environment's gold score or by its score.
-
-Suffix: G texts of a prompt.
-"""
+the environment's gold score or by its score."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,22 +16,18 @@ from tokenenv.agents.episodes import Episode
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import env_core, responds, take_info, take_obs
+from tokenenv.agents.rollout.env_rows import env_core, take_info, take_obs
 from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.make import default_policy
 from tokenenv.agents.rollout.requirements import check_env, check_policy
 from tokenenv.agents.run.evaluate import text_of_each
 from tokenenv.agents.run.load_policy import load_policy
 from tokenenv.errors import InvalidArgument, check_choice
-from tokenenv.fit.advantages import placed
-from tokenenv.fit.continuations import Values, check, plain, prefix_values
-from tokenenv.fit.examples import Text
+from tokenenv.fit.continuations import check, plain, prefix_values
+from tokenenv.fit.sample_rows import Row, Rows, ranked, text_of, value_columns
 from tokenenv.models.loading import check_same_tokens, load_causal_lm, load_tokenizer
 from tokenenv.tables import Columns
-from tokenenv.types import TokenSpec
 
-Row = dict[str, Any]
-"""A line of data.jsonl."""
 KINDS = ("ranking", "scores", "values", "texts")
 
 
@@ -145,9 +138,10 @@ def draw(
         check(envs, config.continuations, config.every, config.beta)
     rng, found = np.random.default_rng(config.seed), Sampled()
     writer = Writer(envs, writing(policy, envs), config)
+    rows = Rows(env_core(envs).token_spec, lists=writer.size > 2)
     for group in writer.groups(rng):
         found.prompts += 1
-        take(found, group, config, writer, rng)
+        take(found, group, config, rows, rng)
         if on_text is not None:
             on_text(min(len(found.rows), config.num_examples), config.num_examples)
         if len(found.rows) >= config.num_examples:
@@ -184,20 +178,6 @@ def add_values(
     ]
 
 
-def text_of(row: Row) -> Text:
-    """Return the text of a row with one response."""
-    own = np.array(row["own"], dtype=bool) if "own" in row else None
-    return Text(np.array(row["prompt_ids"]), np.array(row["response_ids"]), own=own)
-
-
-def value_columns(text: Text, found: Values) -> Row:
-    """Return the columns of a text's values."""
-    row: Row = {"prompt_value": found.value[0], "prompt_value_error": found.error[0]}
-    for name, numbers in (("values", found.value), ("value_errors", found.error)):
-        row[name] = [None if math.isnan(n) else n for n in placed(text, numbers[1:]).tolist()]
-    return row | {name: float(row[name]) for name in ("prompt_value", "prompt_value_error")}
-
-
 def writing(policy: Any, envs: VectorEnv) -> Any:
     """Return the policy that writes the texts: that of an agent, of a run folder or its checkpoint,
     or of a language model's folder or hub id; by default the reference.
@@ -224,24 +204,23 @@ def writing(policy: Any, envs: VectorEnv) -> Any:
 
 
 class Writer:
-    """Writes groups of texts of the env's own prompts, and their columns."""
+    """Writes texts of the env's own prompts, some of each."""
 
     def __init__(self, envs: VectorEnv, policy: Any, config: SampleConfig) -> None:
-        self.envs, self.config, self.responds = envs, config, responds(envs)
-        self.spec: TokenSpec = env_core(envs).token_spec
+        self.envs, self.size = envs, int(config.texts_per_prompt or 1)
         actor = Actor(policy, temperature=config.temperature, seed=config.seed)
         self.collector = Collector(envs, actor, seed=config.seed)
 
     def groups(self, rng: np.random.Generator) -> Iterator[list[Episode]]:
         """Yield G texts of one prompt after the other, without an end."""
-        size = self.config.texts_per_prompt or 1
-        at_once = max(1, self.envs.num_envs // size)
+        at_once = max(1, self.envs.num_envs // self.size)
         while True:
             prompts, columns = self.draw_prompts(at_once, int(rng.integers(2**31)))
-            repeated = [prompt for prompt in prompts for _ in range(size)]
-            rows = [row for row in columns for _ in range(size)]
+            repeated = [prompt for prompt in prompts for _ in range(self.size)]
+            rows = [row for row in columns for _ in range(self.size)]
             episodes = text_of_each(self.collector, repeated, rows, lambda ended: None)
-            yield from (episodes[i : i + size] for i in range(0, len(episodes), size))
+            for first in range(0, len(episodes), self.size):
+                yield episodes[first : first + self.size]
 
     def draw_prompts(self, count: int, seed: int) -> tuple[list[np.ndarray], Sequence[Columns]]:
         """Return prompts that the env draws, and what belongs to each."""
@@ -255,65 +234,24 @@ class Writer:
         places = take_info(infos, "prompt_id", np.arange(count), -1)
         return prompts, [columns[place] for place in places] if len(columns) else []
 
-    def row(self, episode: Episode) -> Row:
-        """Return the row of one text."""
-        truncated = {"truncated": bool(episode.truncated)}
-        return self.prompt(episode) | self.response(episode) | truncated
-
-    def ranking(self, group: Sequence[Episode], scores: list[float], noise: float) -> Row:
-        """Return the row of a ranking, the best text first: a pair where there are two texts."""
-        row, truncated = self.prompt(group[0]), [bool(e.truncated) for e in group]
-        if self.config.texts_per_prompt == 2:
-            for name, episode, score in zip(("chosen", "rejected"), group, scores, strict=True):
-                row |= self.response(episode, name, f"{name}_own") | {f"{name}_score": score}
-            return row | {"truncated": truncated}
-        texts = [self.response(e, "responses", "responses_own") for e in group]
-        lists = {name: [text[name] for text in texts] for name in texts[0]}
-        # Readers rank by "scores", and noise has ranked otherwise.
-        column = "true_scores" if noise else "scores"
-        return row | lists | {column: scores, "truncated": truncated}
-
-    def prompt(self, episode: Episode) -> Row:
-        """Return the columns of a text's prompt."""
-        columns = {"columns": dict(episode.columns)} if episode.columns else {}
-        return self.text("prompt", episode.prompt.tolist(), skip=True) | columns
-
-    def response(self, episode: Episode, name: str = "response", own: str = "own") -> Row:
-        """Return the columns of a text's response."""
-        marks = {own: episode.own.astype(int).tolist()} if self.responds else {}
-        return self.text(name, episode.after_prompt.tolist()) | marks
-
-    def text(self, name: str, ids: list[int], skip: bool = False) -> Row:
-        """Return a text as a column, where there is a tokenizer, and its token ids as another.
-
-        The text has no stop token at its end, which readers of texts add themselves, and with
-        `skip` no special tokens unless it has nothing else.
-        """
-        if self.spec.tokenizer is None:
-            return {f"{name}_ids": ids}
-        shown = ids[:-1] if ids[-1] in self.spec.stop_token_ids else ids
-        decode = self.spec.tokenizer.decode
-        text = decode(shown, skip_special_tokens=True) if skip else ""
-        return {name: text or decode(shown, skip_special_tokens=False), f"{name}_ids": ids}
-
 
 def take(
     found: Sampled,
     group: Sequence[Episode],
     config: SampleConfig,
-    writer: Writer,
+    rows: Rows,
     rng: np.random.Generator,
 ) -> None:
     """Add the rows of a prompt's texts, or count why there are none."""
     if config.kind == "texts":
-        found.rows += [writer.row(e) for e in group]
+        found.rows += [rows.row(e) for e in group]
         return
     scores = np.array([plain(getattr(e, config.by)) for e in group])
     unknown = np.isnan(scores)
     if config.kind != "ranking":
         found.unscored += int(unknown.sum())
         for i in np.flatnonzero(~unknown):
-            found.rows.append(writer.row(group[i]) | {"score": float(scores[i])})
+            found.rows.append(rows.row(group[i]) | {"score": float(scores[i])})
     elif unknown.any():
         found.unscored += 1
     elif (scores == scores[0]).all():
@@ -321,22 +259,8 @@ def take(
     else:
         order = ranked(scores, config.noise, rng)
         found.rows.append(
-            writer.ranking([group[i] for i in order], scores[order].tolist(), config.noise)
+            rows.ranking([group[i] for i in order], scores[order].tolist(), config.noise)
         )
-
-
-def ranked(scores_G: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Return the places of texts, the best first.
-
-    Without noise a text with the score of an earlier one is left out, so that no text is called
-    better than one that is as good. With noise the order is drawn from Plackett-Luce with the
-    strengths exp(score / noise), by adding Gumbel noise (Yellott 1977); of two texts that is
-    Bradley-Terry.
-    """
-    if noise:
-        return np.argsort(-(scores_G / noise + rng.gumbel(size=len(scores_G))), kind="stable")
-    _, first = np.unique(scores_G, return_index=True)
-    return first[::-1]
 
 
 def check_goes_on(found: Sampled, config: SampleConfig) -> None:
