@@ -102,8 +102,8 @@ def _states(model: Any, texts: Sequence[Text]) -> Tensor:
     states = text_states(model, upload(tokens, torch.device(model.device)), lengths)
     place = np.arange(tokens.shape[1])
     before = (place >= prompts[:, None] - 1) & (place < lengths[:, None] - 1)
-    row, column = (upload(index, states.device) for index in np.nonzero(before))
-    return states[row, column]
+    rows, columns = (upload(index, states.device) for index in np.nonzero(before))
+    return states[rows, columns]
 
 
 def _draw(states: Tensor, numbers: np.ndarray, head: Head) -> np.ndarray:
