@@ -123,7 +123,7 @@ BAD = [
     ("labels", LABELLED | {"own": [0, 0]}, "'own' is 0 everywhere"),
     ("labels", LABELLED | {"own": [0, 2]}, "'own' holds 2; allowed: 0 and 1"),
     ("scores", SCORED | {"truncated": "no"}, r"'truncated'\[0\] is 'no'"),
-    ("ranking", RANKED | {"responses_truncated": [1]}, "'responses_truncated' has 1 entries for 2"),
+    ("ranking", RANKED | {"truncated": [1]}, "'truncated' has 1 entries for 2 texts"),
     # Rows.
     ("ranking", ["the", "cat"], r"is \['the', 'cat'\]; a row must map names of columns to values"),
     ("ranking", "the cat", "is 'the cat'; a row must map names"),
@@ -192,7 +192,7 @@ def test_texts_need_a_tokenizer():
 COLUMNS = sorted(
     {name for row in (PAIR, SCORED, LABELLED, SPANS, STEPS, VALUED, RANKED) for name in row}
     | {"prompt_ids", "chosen_ids", "response_ids", "responses_ids", "messages", "own", "label"}
-    | {"truncated", "chosen_own", "responses_own", "responses_truncated", "completion"}
+    | {"truncated", "chosen_own", "responses_own", "completion"}
 )
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool", ""])},
