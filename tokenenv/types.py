@@ -112,6 +112,9 @@ class EpisodeScores:
     watched: dict[str, np.ndarray] = field(default_factory=dict)
     """(B, T) float32 for each term of `watch=` by name: its number for each token, unweighted and
     never a part of the rewards."""
+    reward_version: int | None = None
+    """Updates that the reward model had had which a term trains, when it priced these texts; None
+    where no term trains one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +283,10 @@ class Task:
     `reward="implicit"` reads."""
     teacher: Any = None
     """A language model with the reference's tokens, which `reward="distill"` has the policy
-    imitate."""
+    imitate. One that depends on beta has a method `at_beta(beta)`, which returns the model for
+    the beta that an env is made with. One that depends on the number of the policy's tokens so far,
+    where a text alone does not say it, has a method `at_step(states, step)`, which returns the
+    states (K, ...) for `step` (K,) of them."""
     step_scorer: Scorer | None = None
     """What scores the steps of a text for `reward="process"`; None: the `scorer`."""
     step_end_token_ids: tuple[int, ...] = ()

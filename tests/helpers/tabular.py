@@ -55,6 +55,14 @@ class Tabular(Histories):
         return self.logprobs[states].float()
 
 
+class TrainableTabular(torch.nn.Module, Tabular):
+    """One whose table can be trained."""
+
+    def __init__(self, table: Tabular) -> None:
+        super().__init__()
+        self.logprobs = torch.nn.Parameter(table.logprobs.clone())
+
+
 class TabularOracle:
     """An `Oracle`: V* of every history, a table for each beta."""
 
@@ -153,6 +161,7 @@ class World:
             stop_token_ids=self.stops,
             scorer=SCORERS[scorer](self),
             implicit_model=options.pop("implicit_model", self.other),
+            model=TrainableTabular(self.other),
             step_end_token_ids=(STEP_END,),
             oracle=TabularOracle(self.reference, oracle),
         )

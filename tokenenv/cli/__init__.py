@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, evaluate, audit, show, envs, rewards, version."""
+"""The `tokenenv` command: train, evaluate, show, fit, audit, envs, rewards, version."""
 
 import argparse
 import dataclasses
@@ -16,6 +16,7 @@ from tokenenv.cli.audit import Audit
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.fit import Fit
 from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
@@ -53,14 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-            | Annotated[Audit, tyro.conf.subcommand("audit")]
             | Annotated[Show, tyro.conf.subcommand("show")]
+            | Annotated[Fit, tyro.conf.subcommand("fit")]
+            | Annotated[Audit, tyro.conf.subcommand("audit")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
         if {"-h", "--help"} & set(args):
-            for shown in (Train, made.algorithm.config_class, Evaluate, Audit, Show, Envs, Rewards):
+            for shown in (
+                Train,
+                made.algorithm.config_class,
+                Evaluate,
+                Show,
+                Fit,
+                Audit,
+                Envs,
+                Rewards,
+            ):
                 join_lines(shown)
         with NUMBERS:
             command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=ABOUT)

@@ -5,9 +5,11 @@ imported from here; docs/your-reward.md shows how to write one.
 """
 
 from tokenenv.rewards.attention import Attention
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.online import Prime
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.rule import Rule, TokenRule
@@ -27,12 +29,14 @@ __all__ = [
     "Clipped",
     "Context",
     "Delta",
+    "Distill",
     "FinishedTexts",
     "Gradient",
     "Implicit",
     "Occlusion",
     "Oracle",
     "PositionScaled",
+    "Prime",
     "Process",
     "RewardTerm",
     "Rule",

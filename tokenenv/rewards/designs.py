@@ -10,9 +10,11 @@ from typing import Any
 from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import Names, said
 from tokenenv.rewards.attention import Attention
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.online import Prime
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.reward_sum import RESERVED, weight_now
@@ -33,10 +35,12 @@ RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "attention": Attention,
     "delta": Delta,
+    "distill": Distill,
     "gradient": Gradient,
     "implicit": Implicit,
     "occlusion": Occlusion,
     "oracle": Oracle,
+    "prime": Prime,
     "process": Process,
     "progressive": progressive,
     "segment": Segment,
