@@ -115,7 +115,7 @@ class Training:
         return total
 
     def _read(self, examples: Sequence[Example]) -> Batch:
-        return read_batch(self.reader, examples, self.data.beta)
+        return read_batch(self.reader, examples)
 
     def _end_epoch(self) -> None:
         """Measure the epoch, and keep its weights if it is the best one so far."""
