@@ -121,7 +121,7 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
     skipped = Skipped()
 
     def examples(source: Any) -> list[Example]:
-        found = read_examples(
+        return read_examples(
             source,
             objective.kind,
             tokenizer,
@@ -130,9 +130,6 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
             chat_template=config.chat_template,
             skipped=skipped,
         )
-        if objective.outcomes:
-            check_outcomes(found)
-        return found
 
     found = examples(config.data)
     if not isinstance(config.held_out, Real):
@@ -142,6 +139,8 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
     else:
         train, held_out = found, []
     require_contrast(train, objective.kind)
+    if objective.outcomes:
+        check_outcomes([*train, *held_out])
     notes = [*skipped.lines(), *duplicates(train, held_out)]
     return Data(train, held_out, held_out, fingerprint([train, held_out]), notes)
 
