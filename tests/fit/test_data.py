@@ -181,9 +181,9 @@ def test_a_text_gets_the_stop_token_unless_it_has_it_or_was_cut():
     ]
     responses = [e.texts[0].response.tolist() for e in read(rows, "scores")]
     assert responses == [ids(one) for one in ("cat .", "cat .", "cat", "cat .", "cat")]
-    pair = {"prompt": "the", "chosen": "cat", "rejected": "dog", "rejected_truncated": True}
+    pair = {"prompt": "the", "chosen": "cat", "rejected": "dog", "truncated": [0, 1]}
     assert spelled(read([pair])) == [[(ids("the"), ids("cat .")), (ids("the"), ids("dog"))]]
-    several = {"prompt": "the", "responses": ["cat", "dog"], "responses_truncated": [True, False]}
+    several = {"prompt": "the", "responses": ["cat", "dog"], "truncated": [True, False]}
     assert spelled(read([several])) == [[(ids("the"), ids("cat")), (ids("the"), ids("dog ."))]]
     both = {"prompt": "the", "chosen": "cat", "rejected": "dog", "truncated": True}
     assert spelled(read([both])) == [[(ids("the"), ids("cat")), (ids("the"), ids("dog"))]]

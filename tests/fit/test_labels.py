@@ -9,7 +9,7 @@ import torch
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit import losses
-from tokenenv.fit.corrupted import samples
+from tokenenv.fit.corrupted import COPIES, samples
 from tokenenv.fit.examples import Batch, Example, Text
 from tokenenv.fit.labels import MAKERS, LabelContext
 from tokenenv.fit.objectives import OBJECTIVES
@@ -118,7 +118,7 @@ def test_samples_have_the_probabilities_of_the_reference():
 def test_a_replaced_token_is_the_references_and_all_others_stay():
     texts = random_texts(300)
     count = replaced = 0
-    for before, after in zip(texts, made(texts, cycle()), strict=True):
+    for before, after in zip(COPIES * texts, made(texts, cycle()), strict=True):
         assert after.target is not None
         new = after.target == 0
         last = [V, *before.response[:-1].tolist()]
@@ -228,3 +228,9 @@ def test_what_is_learned_from_corrupted_texts_is_the_log_ratio():
     by_token = reward.grad.view(2, 3).sum(0)
     torch.testing.assert_close(by_token, torch.zeros(3), rtol=0, atol=1e-6)
     assert torch.equal(loss, losses.replaced_tokens(replace(one, running_BR=loss[:, None])))
+
+
+def test_copies_of_a_text_are_corrupted_apart():
+    after = made([text([2] * 40)], cycle())
+    assert len(after) == COPIES
+    assert len({tuple(one.target.tolist()) for one in after}) == COPIES

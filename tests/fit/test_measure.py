@@ -203,6 +203,13 @@ def test_labels_values_and_shares_where_they_are_known():
     assert labels["calibration_error"] == pytest.approx(
         calibration_error(known, np.array([1.0, 0.0, 1.0]))
     )
+    replaced = all_of("corrupted", batch(rewards, [0, 1], targets=targets))
+    known = sigmoid(np.array([2.0, -3.0, -1.0]) + math.log(0.85 / 0.15))
+    error = calibration_error(known, np.array([1.0, 0.0, 1.0]))
+    assert replaced["calibration_error"] == pytest.approx(error)
+    assert replaced["label_accuracy"] == 1.0
+    undecided = all_of("edits", batch([[2.0, 1.0]], [0], targets=[[1.0, 0.5]]))
+    assert undecided["label_accuracy"] == 1.0
     values = all_of("values", batch(rewards, [0, 1], targets=targets))
     assert values["value_error"] == pytest.approx(math.sqrt((1 + 8**2 + 2**2) / 3))
     shares = all_of("share-delta", batch(rewards, [0, 1], targets=targets))

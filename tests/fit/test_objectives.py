@@ -341,8 +341,8 @@ def test_value_labels_by_hand():
         start=[1.0, 0.0],
         target_BR=[[0.0, 3.0], [NAN, 2.0]],
     )
-    # The prompt is fitted to the first target, where it is known.
-    check(losses.value_labels(two), (1 + 4 + 1) / 3, 1.0)
+    # The prompt is fitted to the first target that there is.
+    check(losses.value_labels(two), (1 + 4 + 1) / 3, (4 + 1) / 2)
 
 
 # ----------------------------------------------------------------------------------------- the table

@@ -113,11 +113,12 @@ def plain(value: Any) -> Any:
     return f"<{type(value).__name__}{size}>"
 
 
-def fingerprint(examples: Sequence[Sequence[Example]]) -> str:
+def fingerprint(parts: Sequence[Sequence[Example]]) -> str:
     """Return a hash of all that the data says, in its order: texts, targets, own tokens and
     scores."""
     digest = hashlib.sha256()
-    for part in examples:
+    for part in parts:
+        digest.update(f"part {len(part)}".encode())
         for example in part:
             digest.update(f"example {len(example.texts)} {example.scores}".encode())
             for text in example.texts:

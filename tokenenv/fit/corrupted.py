@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from tokenenv.fit.labels import LabelContext
 
 
+COPIES = 8
+"""How often each text is corrupted, each time anew: with one copy a model soon knows by heart which
+tokens were replaced."""
+
+
 def corrupt(examples: Sequence[Example], context: "LabelContext") -> list[Example]:
     """Replace `REPLACED_SHARE` of the own tokens of each text by samples of the reference, and
-    label who wrote each own token: 1 the text's author, 0 the reference.
+    label who wrote each own token: 1 the text's author, 0 the reference. There are `COPIES` of each
+    text.
 
     The samples are drawn at temperature 1 given the true text before them, as ELECTRA's generator
     draws them (Clark et al. 2020, arXiv 2003.10555), but from a causal reference. A text is cut
@@ -39,7 +45,7 @@ def corrupt(examples: Sequence[Example], context: "LabelContext") -> list[Exampl
         raise InvalidArgument(
             "objective='corrupted' needs a reference (reference=), a causal language model."
         )
-    texts = [(text, example.where) for example in examples for text in example.texts]
+    texts = COPIES * [(text, example.where) for example in examples for text in example.texts]
     drawn = samples([text for text, _ in texts], context)
     return [
         Example((corrupted(text, new, context, (context.seed, i, 1)),), where=where)
@@ -96,8 +102,8 @@ def _states(model: Any, texts: Sequence[Text]) -> Tensor:
     states = text_states(model, upload(tokens, torch.device(model.device)), lengths)
     place = np.arange(tokens.shape[1])
     before = (place >= prompts[:, None] - 1) & (place < lengths[:, None] - 1)
-    row, column = (upload(index, states.device) for index in np.nonzero(before))
-    return states[row, column]
+    rows, columns = (upload(index, states.device) for index in np.nonzero(before))
+    return states[rows, columns]
 
 
 def _draw(states: Tensor, numbers: np.ndarray, head: Head) -> np.ndarray:

@@ -203,16 +203,17 @@ def values(batch: Batch) -> Tensor:
 
 def value_labels(batch: Batch) -> Tensor:
     """Return the mean of (V_t - target_t)^2 over the own tokens of each example that have a target,
-    and over the prompt, (E,).
+    and over the prompts, (E,); 0 where it has none.
 
     Targets may be the mean scores of continuations (Math-Shepherd, Wang et al. 2024, arXiv
-    2312.08935), or V*. The prompt, which has none, is fitted to the target of the first token: its
-    best value is then the mean of those, as a value of the writing policy is.
+    2312.08935), or V*. The prompt, which has none, is fitted to the first target of its texts: its
+    best value is then the mean of those, as the value of the policy that wrote them is.
     """
     known, target = known_targets(batch)
-    start = (batch.start_B - target[:, 0]).square()[:, None]
+    first = known.int().argmax(1, keepdim=True)
+    start = (batch.start_B[:, None] - target.gather(1, first)).square()
     error = torch.cat([start, (batch.running_BR - target).square()], 1)
-    return _example_mean(batch, error, torch.cat([known[:, :1], known], 1))
+    return _example_mean(batch, error, torch.cat([known.any(1, keepdim=True), known], 1))
 
 
 # ------------------------------------------------------------------------------------------ helpers

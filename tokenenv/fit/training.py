@@ -138,8 +138,9 @@ class Training:
             return {}
         read = self._read_all(self.data.held_out)
         losses = torch.cat([self.objective.loss(batch) for batch in read])
-        same = self.data.compared is self.data.held_out
-        compared = read if same else self._read_all(self.data.compared)
+        # Where labels were made of rankings, it is the rankings whose texts can be compared.
+        unranked = self.objective.kind == "ranking" and self.objective.labels_from is not None
+        compared = self._read_all(self.data.compared) if unranked else read
         return {
             "loss": float(losses.mean()),
             **measured(seen(read), seen(compared), self.objective, self.data.scale, self.factor),
