@@ -17,7 +17,7 @@ from tokenenv.fit.examples import Skipped
 def collected(name):
     """Some episodes of the reference's, and what the env's tokens are."""
     envs = gym.make_vec(f"tokenenv/{name}-v0", num_envs=8)
-    return PPO(envs).collector.collect(300), envs.unwrapped.token_spec
+    return PPO(envs).collector.collect(120), envs.unwrapped.token_spec
 
 
 def written(folder, episodes, spec):

@@ -60,6 +60,9 @@ class Fit(FitConfig):
     reference: Annotated[str | None, shown_as("PATH|ID")] = None
     teacher: Annotated[str | None, shown_as("PATH|ID")] = None
 
+    def __post_init__(self) -> None:
+        """Check nothing yet: what is wrong is said in one line, by `config`."""
+
     def run(self) -> None:
         """Train, and say what the model is worth and how it is used."""
         config, stop = self.config(), Stop()
