@@ -99,17 +99,27 @@ def made(texts: list[Text], reference: object, **options: object) -> list[Text]:
 
 def test_samples_follow_the_true_text():
     one = text([3, 0, 0, 2], prompt=[4, 1])
-    (drawn,) = samples([one], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=cycle()))
     # After [4, 1], [.. 3], [.. 0] and [.. 0] of the author's, whatever was drawn before.
     assert drawn.tolist() == [2, 4, 1, 1]
-    (drawn,) = samples([text([1, 1])], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([text([1, 1])], 1, LabelContext(reference=cycle()))
     assert drawn.tolist() == [3, 2]
 
 
 def test_samples_have_the_probabilities_of_the_reference():
     rng = np.random.default_rng(3)
     probs = rng.dirichlet(np.ones(V), V + 1)
-    drawn = samples([text([2] * 20_001)], LabelContext(reference=Bigram(probs)))[0][1:]
+    ((drawn,),) = samples([text([2] * 20_001)], 1, LabelContext(reference=Bigram(probs)))
+    drawn = drawn[1:]
+    share = np.bincount(drawn, minlength=V) / len(drawn)
+    error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
+    assert (np.abs(share - probs[2]) < 4 * error).all()
+
+
+def test_which_tokens_are_replaced_says_nothing_of_what_replaces_them():
+    probs = np.random.default_rng(3).dirichlet(np.ones(V), V + 1)
+    after = made([text([2] * 400, prompt=[0, 2])] * 20, Bigram(probs))
+    drawn = np.concatenate([one.response[one.target == 0] for one in after])
     share = np.bincount(drawn, minlength=V) / len(drawn)
     error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
     assert (np.abs(share - probs[2]) < 4 * error).all()
@@ -190,7 +200,7 @@ def test_samples_of_a_transformers_model_are_in_eval_mode_and_leave_its_mode():
     model = fakes.causal_lm("llama").train()
     rng = np.random.default_rng(0)
     one = text(rng.integers(3, fakes.VOCAB_SIZE, 40).tolist(), prompt=[4, 7])
-    (drawn,) = samples([one], LabelContext(reference=model))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=model))
     assert model.training
     # The token at the same share of the probabilities, from the model's own logits.
     number = np.random.default_rng([0, 0]).random(40, dtype=np.float32)
