@@ -92,7 +92,7 @@ def test_texts_that_are_too_long_are_left_out_and_said(here, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--objective", "bt-summ"], "objective='bt-summ' is not known; allowed:"),
+        (["--objective", "bt-summ"], "objective='bt-summ' is not known. Did you mean 'bt-sum'"),
         (["--epochs", "0"], "epochs=0 is not allowed; it must be a whole number, 1 or more"),
         (["--lr", "nan"], "lr=nan is not allowed; it must be a number, above 0"),
         (["--lr", "0"], "lr=0.0 is not allowed"),
@@ -100,7 +100,7 @@ def test_texts_that_are_too_long_are_left_out_and_said(here, capsys):
         (["--coef", "-1"], "coef=-1.0 is not allowed"),
         (
             ["--held-out", "1"],
-            "held_out=1 is not allowed; it must be a number, 0 or more and below",
+            "held_out=1.0 is not allowed; it must be a number, 0 or more and below",
         ),
         (["--held-out", "nowhere"], "held_out='nowhere' is neither a file nor a folder"),
         (["--max-batch-tokens", "0"], "max_batch_tokens=0"),

@@ -27,7 +27,7 @@ from tokenenv.fit.objectives import OBJECTIVES
 NAN = math.nan
 
 
-def batch(rewards, examples, scores=None, targets=None, start=None, baselines=None):
+def batch(rewards, examples, scores=None, targets=None, start=None):
     """A batch of rows of rewards; a token with None is not the policy's own."""
     width = max(map(len, rewards))
     mask = torch.tensor(
@@ -44,7 +44,6 @@ def batch(rewards, examples, scores=None, targets=None, start=None, baselines=No
         example_B=torch.tensor(examples),
         score_B=scores and torch.tensor(scores),
         target_BR=target,
-        baseline_E=baselines and torch.tensor(baselines),
     )
 
 
@@ -181,12 +180,6 @@ def test_scores_are_foretold_by_the_value_of_the_text_in_the_units_of_the_data()
     assert found["score_error"] == pytest.approx(4 * math.sqrt((0.5**2 + 0.25**2) / 2))
     assert found["score_correlation"] == pytest.approx(1.0)
     assert "accuracy" not in found  # one text each: nothing to compare
-
-
-def test_scores_are_compared_with_the_baseline_of_their_prompt():
-    found = all_of("a-star", batch([[1.0], [-1.0]], [0, 0], [3.0, 1.0], baselines=[2.0]))
-    assert found["score_error"] == pytest.approx(0.0)
-    assert found["accuracy"] == 1.0
 
 
 def test_outcomes_are_calibrated():

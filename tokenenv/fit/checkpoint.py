@@ -38,7 +38,7 @@ def check_folder(config: FitConfig) -> None:
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"out={str(out)!r} is a file; it must be a folder, a new one.")
     found = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
-    if not config.resume and CHECKPOINT in found:
+    if not config.resume and {CHECKPOINT, CONFIG} & found and CARD not in found:
         raise InvalidArgument(
             f"out={str(out)!r} holds a run that has not ended; go on with it by resume=True (on "
             "the command line --resume), or give a new folder."

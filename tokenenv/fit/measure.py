@@ -57,7 +57,7 @@ def seen(batches: Sequence[Batch]) -> Seen:
         return _joined([c[mask] for c, mask in zip(columns, masks, strict=True)])
 
     targets = [batch.target_BR for batch in batches if batch.target_BR is not None]
-    scores = [_wanted(batch, batch.score_B) for batch in batches if batch.score_B is not None]
+    scores = [batch.score_B for batch in batches if batch.score_B is not None]
     return Seen(
         total_B=_joined([batch.total_B for batch in batches]),
         length_B=_joined([batch.length_B for batch in batches]),
@@ -68,11 +68,6 @@ def seen(batches: Sequence[Batch]) -> Seen:
         value_K=tokens([batch.running_BR for batch in batches]),
         target_K=tokens(targets) if targets else None,
     )
-
-
-def _wanted(batch: Batch, score_B: Tensor) -> Tensor:
-    """Return the scores, less the baseline of the example where the loss has one."""
-    return score_B if batch.baseline_E is None else score_B - batch.baseline_E[batch.example_B]
 
 
 def _joined(tensors: Sequence[Tensor]) -> np.ndarray:

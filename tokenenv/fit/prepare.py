@@ -1,5 +1,6 @@
 """From the data as it is given to the examples that a loss sees: read, split, labelled, scaled."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -11,10 +12,11 @@ import numpy as np
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.checkpoint import fingerprint
 from tokenenv.fit.config import FitConfig
-from tokenenv.fit.data import grouped, read_examples, require_contrast
+from tokenenv.fit.data import read_examples, require_contrast
 from tokenenv.fit.examples import Example, Skipped, Text
 from tokenenv.fit.helpers import label_context, tokenizer_of
 from tokenenv.fit.labels import MAKERS
+from tokenenv.fit.losses import log_mean_exp
 from tokenenv.fit.objectives import OBJECTIVES, Objective
 from tokenenv.fit.readers import Reader, make_reader
 from tokenenv.fit.split import duplicates, split_by_prompt
@@ -41,8 +43,6 @@ class Data:
     """Scores are trained on as (score - mean) / scale."""
     divisor: float = 1.0
     """What saved rewards are divided by."""
-    beta: float | None = None
-    """The temperature of V*, for losses that compare a score with it."""
 
     def texts(self) -> list[Text]:
         """Return all texts, of both parts."""
@@ -121,7 +121,7 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
     skipped = Skipped()
 
     def examples(source: Any) -> list[Example]:
-        found = read_examples(
+        return read_examples(
             source,
             objective.kind,
             tokenizer,
@@ -130,9 +130,6 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
             chat_template=config.chat_template,
             skipped=skipped,
         )
-        if objective.outcomes:
-            check_outcomes(found)
-        return grouped(found) if objective.needs_baseline else found
 
     found = examples(config.data)
     if not isinstance(config.held_out, Real):
@@ -142,6 +139,8 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
     else:
         train, held_out = found, []
     require_contrast(train, objective.kind)
+    if objective.outcomes:
+        check_outcomes([*train, *held_out])
     notes = [*skipped.lines(), *duplicates(train, held_out)]
     return Data(train, held_out, held_out, fingerprint([train, held_out]), notes)
 
@@ -152,8 +151,8 @@ def check_outcomes(examples: Sequence[Example]) -> None:
         for score in example.scores or ():
             if not 0.0 <= score <= 1.0:
                 raise InvalidArgument(
-                    f"{example.where} has the score {score:g}; the outcomes of this objective are "
-                    "0 to 1."
+                    f"{example.where} has the score {score:g}; objective='outcome' takes outcomes, "
+                    "0 to 1. For other scores take score-value, score-every or a-star."
                 )
 
 
@@ -163,14 +162,30 @@ def scaled(data: Data, objective: Objective, coef: float) -> Data:
     if objective.divides:
         lengths = [text.own_mask.sum() for example in data.train for text in example.texts]
         data.divisor = float(np.mean(lengths))
-    if objective.needs_baseline:
-        data.beta = coef
+    if objective.subtracts_value:
+        data.train, data.held_out = (less_value(part, coef) for part in (data.train, data.held_out))
+        data.compared = data.held_out
     if objective.standardizes:
         scores = [score for example in data.train for score in example.scores or ()]
         data.mean, data.scale = float(np.mean(scores)), float(np.std(scores))
         data.train = standardised(data.train, data.mean, data.scale)
         data.held_out = standardised(data.held_out, data.mean, data.scale)
     return data
+
+
+def less_value(examples: Sequence[Example], beta: float) -> list[Example]:
+    """Return the examples with score - V*(prompt) in the place of each score. V* is `log_mean_exp`
+    of the scores of all their texts of the prompt."""
+    scores: dict[bytes, list[float]] = defaultdict(list)
+    for example in examples:
+        scores[example.texts[0].prompt.tobytes()] += example.scores or ()
+    value = {prompt: log_mean_exp(known, beta) for prompt, known in scores.items()}
+
+    def less(example: Example) -> Example:
+        known = value[example.texts[0].prompt.tobytes()]
+        return replace(example, scores=tuple(score - known for score in example.scores or ()))
+
+    return list(map(less, examples))
 
 
 def standardised(examples: Sequence[Example], mean: float, scale: float) -> list[Example]:
