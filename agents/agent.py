@@ -34,7 +34,13 @@ from tokenenv.agents.learning.update_kl import warn_if_far
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Stopped
 from tokenenv.agents.rollout.ending import Ending
-from tokenenv.agents.rollout.env_rows import env_core, reference_of, responds, wants_logprob
+from tokenenv.agents.rollout.env_rows import (
+    env_core,
+    reference_of,
+    responds,
+    teacher_of,
+    wants_logprob,
+)
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
 from tokenenv.agents.rollout.make import default_policy, make_collector
 from tokenenv.agents.rollout.requirements import (
@@ -148,6 +154,9 @@ class Agent:
         if cfg.full_kl_coef:
             model = reference_of(envs, "leave full_kl_coef at 0")
             self.reference = FrozenLM(model, self.policy.vocab_size)
+        self.teacher = None
+        if getattr(cfg, "distill_coef", 0.0):
+            self.teacher = FrozenLM(teacher_of(envs), self.policy.vocab_size)
         self.updates = 0
         self.updated_at = 0
         """Tokens that had been seen after the last update."""
@@ -330,6 +339,7 @@ class Agent:
             update=self.updates,
             max_new_tokens=self.max_new_tokens,
             reference=self.reference,
+            teacher=self.teacher,
         )
         if not self._has_warned:
             lr = self.optimizer.param_groups[0]["lr"]

@@ -22,7 +22,6 @@ from rich import print
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenenv.envs.language.bundled import ASSETS
 from tokenenv.envs.language.readability import MIN_WORDS, count_syllables, reading_ease, words
@@ -213,50 +212,16 @@ def ease_so_far(text: str, ended: bool, mean: float) -> float:
     return mean + (reading_ease(text, min_words=1) - mean) * count / MIN_WORDS
 
 
-def running_target(text: Text, tokenizer: Any, mean: float, scale: float) -> list[float]:
-    """Return what the scores should sum to after each token of a text: 0 in the prompt, then the
-    standardised reading ease so far."""
+def reward_row(text: Text, tokenizer: Any, mean: float, scale: float) -> dict[str, Any]:
+    """Return what `tokenenv fit` learns from a text: what the scores of a response should sum to
+    after each token, the standardised reading ease so far."""
     ids, start = text
     beginnings = [ids[start : i + 1] for i in range(start, len(ids))]
     *prefixes, whole = tokenizer.batch_decode(beginnings, skip_special_tokens=True)
     ease = [ease_so_far(prefix, False, mean) for prefix in prefixes]
     ease.append(ease_so_far(whole, True, mean))
-    return [0.0] * start + [(value - mean) / scale for value in ease]
-
-
-def reward_loss(model: Any, texts: Sequence[Text], running: Sequence[list[float]]) -> Tensor:
-    """Return the errors of the running sum after every token, of the sum of the whole text, and of
-    each token's own share, added.
-
-    The shares are small numbers. Their squared errors weigh 20 times as much, so that the model
-    learns what each token is worth on its own.
-    """
-    target = training.pad(running, 0.0, torch.float)
-    sums = running_sums(model, texts)
-    position = torch.arange(sums.shape[1])
-    start = torch.tensor([[start] for _, start in texts])
-    last = torch.tensor([[len(ids) - 1] for ids, _ in texts])
-    inside = (position >= start) & (position <= last)
-    error = F.smooth_l1_loss(sums, target, reduction="none")
-    share_error = (sums - target).diff(dim=1, prepend=torch.zeros(len(sums), 1)).square()
-    return error[inside].mean() + error[position == last].mean() + 20 * share_error[inside].mean()
-
-
-def train_reward_model(texts: list[Text], tokenizer: Any, mean: float, scale: float) -> Any:
-    """Train a token classifier with one label, whose scores sum over a response to its standardised
-    reading ease so far."""
-    from transformers import LlamaForTokenClassification
-
-    shape = config(training.SMALL_SHAPE, 3, num_labels=1, classifier_dropout=0.0)
-    model = LlamaForTokenClassification(shape)
-    running = [running_target(text, tokenizer, mean, scale) for text in texts]
-
-    def loss(group: list[int]) -> Tensor:
-        return reward_loss(model, [texts[i] for i in group], [running[i] for i in group])
-
-    lengths = [len(ids) for ids, _ in texts]
-    training.fit(model, loss, lengths, epochs=8, lr=3e-3, label="reward model")
-    return model
+    values = [(value - mean) / scale for value in ease]
+    return {"prompt_ids": ids[:start], "response_ids": ids[start:], "values": values}
 
 
 def running_sums(model: Any, texts: Sequence[Text]) -> Tensor:
@@ -342,8 +307,8 @@ def make_reward_model() -> dict[str, float]:
     mean, scale = float(reference.mean()), float(reference.std())
     real = encode([*prose("train"), *docstring_prose()], tokenizer)
     texts = make_texts(lm, real, tokenizer, random.Random(1))
-    reward_model = train_reward_model(texts, tokenizer, mean, scale)
-    training.save(reward_model, tokenizer, ASSETS / "pydocs-reward")
+    rows = [reward_row(text, tokenizer, mean, scale) for text in texts]
+    training.save_reward_model(rows, tokenizer, ASSETS / "pydocs-reward", epochs=8)
     return {"mean": mean, "scale": scale, "texts": len(texts)}
 
 

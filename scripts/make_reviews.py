@@ -14,7 +14,6 @@ import training
 from rich import print
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
-from torch import Tensor
 
 from tokenenv.envs.language.bundled import ASSETS
 from tokenenv.envs.language.review_grammar import (
@@ -134,16 +133,13 @@ def running_score(words: list[str]) -> list[float]:
     return [BOUND * math.tanh(total / 2) for total in sums]
 
 
-def reward_loss(model: Any, tokens: list[list[int]], running: list[list[float]]) -> Tensor:
-    """Return the mean squared error of the running sum after every token, plus that of each token's
-    own share of the sum."""
-    scores = model(input_ids=training.pad(tokens, PAD), use_cache=False).logits[..., 0]
+def reward_row(words: list[str], tokenizer: Any) -> dict[str, Any]:
+    """Return what `tokenenv fit` learns from a text: its tokens after the first one, and what the
+    scores of these should sum to after each."""
+    ids, running = encode(words, tokenizer), running_score(words)
     # The stop token adds nothing to the sum.
-    target = training.pad([[*row, row[-1]] for row in running], 0.0, torch.float)
-    inside = torch.arange(scores.shape[1]) < torch.tensor([len(row) for row in tokens])[:, None]
-    error = scores.cumsum(1) - target
-    share_error = scores - target.diff(dim=1, prepend=torch.zeros(len(target), 1))
-    return (error.square() + 5 * share_error.square())[inside].mean()
+    values = [value - running[0] for value in [*running[1:], running[-1]]]
+    return {"prompt_ids": ids[:1], "response_ids": ids[1:], "values": values}
 
 
 @torch.no_grad()
@@ -190,29 +186,6 @@ def held_out_texts(tokenizer: Any) -> list[list[int]]:
     """Return the reviews that the language model is measured on."""
     rng = random.Random(4)
     return [encode(review(rng), tokenizer) for _ in range(1_000)]
-
-
-def train_reward_model(texts: list[list[str]], tokenizer: Any) -> Any:
-    """Train a token classifier with one label, whose scores sum to the bounded sentiment of the text
-    so far."""
-    from transformers import LlamaConfig, LlamaForTokenClassification
-
-    config = LlamaConfig(
-        **training.SMALL_SHAPE,
-        num_hidden_layers=3,
-        num_labels=1,
-        classifier_dropout=0.0,
-        **ids(tokenizer),
-    )
-    model = LlamaForTokenClassification(config)
-    tokens = [encode(words, tokenizer) for words in texts]
-    running = [running_score(words) for words in texts]
-
-    def loss(group: list[int]) -> Tensor:
-        return reward_loss(model, [tokens[i] for i in group], [running[i] for i in group])
-
-    training.fit(model, loss, [len(row) for row in tokens], epochs=3, lr=3e-3, label="reward model")
-    return model
 
 
 def ids(tokenizer: Any) -> dict[str, Any]:
@@ -273,7 +246,8 @@ def make_reward_model() -> None:
     lm = training.load(ASSETS / "reviews-lm")
     tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
     texts = make_texts(40_000, random.Random(3)) + sampled_texts(lm, tokenizer)
-    training.save(train_reward_model(texts, tokenizer), tokenizer, ASSETS / "reviews-reward")
+    rows = [reward_row(words, tokenizer) for words in texts]
+    training.save_reward_model(rows, tokenizer, ASSETS / "reviews-reward", epochs=3)
 
 
 def write_cards(minutes: float) -> None:

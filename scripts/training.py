@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tokenenv.fit import FitConfig
+from tokenenv.fit import fit as fit_reward_model
 
 SHAPE = {
     "hidden_size": 128,
@@ -236,6 +240,28 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     copy.deepcopy(model).eval().to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
+
+
+def save_reward_model(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, folder: Path, epochs: int
+) -> None:
+    """Train a small token classifier, whose scores sum to the `values` of the rows, by `tokenenv
+    fit`, and write it in bfloat16."""
+    with tempfile.TemporaryDirectory() as out:
+        config = FitConfig(
+            data=rows,
+            objective="values",
+            tokenizer=tokenizer,
+            hidden_size=SMALL_SHAPE["hidden_size"],
+            num_layers=3,
+            epochs=epochs,
+            lr=3e-3,
+            batch_examples=64,
+            weight_decay=0.1,
+            held_out=0.02,
+            out=Path(out) / "fitted",
+        )
+        save(fit_reward_model(config, progress=True).reader.model, tokenizer, folder)
 
 
 def load(folder: Path) -> Any:

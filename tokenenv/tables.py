@@ -6,11 +6,12 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import UUID
 
 import numpy as np
@@ -57,10 +58,40 @@ def read_rows(source: Any, column: str = "prompt") -> list[Row]:
             line or the entry.
         MissingDependency: a .parquet file without pyarrow.
     """
-    rows = [_row(value, column, where) for where, value in _values(source)]
+    rows = [_row(value, column, where) for where, value in read_values(source)]
     if not rows:
         raise InvalidArgument(f"prompts={_name(source)} holds no prompts; at least one is needed.")
     return rows
+
+
+def read_values(source: Any, label: str = "prompts") -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a list, a file or a `datasets` dataset, streamed or not, as they were
+    found, each with its place: a mapping, or the prompt alone.
+
+    Lines of .jsonl files, and batches of .parquet files, are read one after the other; a .json
+    array, a .csv and a .tsv file are read as a whole.
+
+    Args:
+        source: what `read_rows` takes.
+        label: the argument that the source was given as, for errors.
+
+    Raises:
+        InvalidArgument: it cannot be read; names the file's line.
+        MissingDependency: a .parquet file without pyarrow.
+    """
+    if isinstance(source, str | Path):
+        yield from _read_file(Path(source), label)
+    elif isinstance(getattr(source, "column_names", None), Mapping):
+        raise InvalidArgument(
+            f"{label} is a dataset of several splits; give one of them: {', '.join(source)}."
+        )
+    elif hasattr(source, "column_names") or isinstance(source, Sequence):
+        yield from ((f"{label}[{index}]", value) for index, value in enumerate(source))
+    else:
+        raise InvalidArgument(
+            f"{label}={_name(source)} is of type {type(source).__name__}; allowed: a list, a path, "
+            "a datasets.Dataset."
+        )
 
 
 def by_name(rows: Sequence[Columns], absent: Any = ABSENT) -> dict[str, list[Any]]:
@@ -169,35 +200,19 @@ def _row(value: Any, column: str, where: str) -> Row:
     return Row(where, value[column], columns)
 
 
-def _values(source: Any) -> Iterable[tuple[str, Any]]:
-    """The rows as they were found, each with its place: a mapping, or the prompt alone."""
-    if isinstance(source, str | Path):
-        return _read_file(Path(source))
-    if isinstance(getattr(source, "column_names", None), Mapping):
-        raise InvalidArgument(
-            f"prompts is a dataset of several splits; give one of them: {', '.join(source)}."
-        )
-    if hasattr(source, "column_names") or isinstance(source, Sequence):
-        return ((f"prompts[{index}]", value) for index, value in enumerate(source))
-    raise InvalidArgument(
-        f"prompts={_name(source)} is of type {type(source).__name__}; allowed: a list, a path, a "
-        "datasets.Dataset."
-    )
-
-
-def _read_file(path: Path) -> Iterable[tuple[str, Any]]:
+def _read_file(path: Path, label: str) -> Iterable[tuple[str, Any]]:
     suffix = path.suffix.lower()
     known = ", ".join([*READERS, *filter(None, TEXT_SUFFIXES)])
     if not path.is_file():
         raise InvalidArgument(
-            f"prompts={str(path)!r} is not a file; give a list, or a file of these: {known}."
+            f"{label}={str(path)!r} is not a file; give a list, or a file of these: {known}."
         )
     if suffix in READERS:
         return READERS[suffix](path)
     if suffix in TEXT_SUFFIXES:
         return _lines(path)
     raise InvalidArgument(
-        f"prompts={str(path)!r} ends in {path.suffix!r}; allowed: {known}. A file of one prompt a "
+        f"{label}={str(path)!r} ends in {path.suffix!r}; allowed: {known}. A file of one prompt a "
         "line is a .txt file."
     )
 
@@ -206,18 +221,24 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines that are not empty, each with its place."""
     # Not splitlines(): it also splits at characters, such as U+2028, that JSON strings and prose
     # may hold.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", line
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", line.removesuffix("\n")
 
 
 def _text(path: Path) -> str:
+    with _opened(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as error:
-        raise InvalidArgument(
-            f"prompts={str(path)!r} is not UTF-8 text: {error.reason}."
-        ) from error
+        raise InvalidArgument(f"{str(path)!r} is not UTF-8 text: {error.reason}.") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -276,12 +297,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError as error:
         raise missing("reading .parquet files", "pyarrow") from error
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+            for index, row in enumerate(rows):
+                yield f"{path}[{index}]", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise InvalidArgument(f"prompts={str(path)!r} is no Parquet file: {reason}.") from error
-    for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise InvalidArgument(f"{str(path)!r} is no Parquet file: {reason}.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

@@ -283,7 +283,10 @@ class Task:
     `reward="implicit"` reads."""
     teacher: Any = None
     """A language model with the reference's tokens, which `reward="distill"` has the policy
-    imitate."""
+    imitate. One that depends on beta has a method `at_beta(beta)`, which returns the model for
+    the beta that an env is made with. One that depends on the number of the policy's tokens so far,
+    where a text alone does not say it, has a method `at_step(states, step)`, which returns the
+    states (K, ...) for `step` (K,) of them."""
     step_scorer: Scorer | None = None
     """What scores the steps of a text for `reward="process"`; None: the `scorer`."""
     step_end_token_ids: tuple[int, ...] = ()

@@ -10,6 +10,7 @@ One update does this, and a subclass may replace any of the three steps that are
 
         L = policy_loss(out, batch, weights)       by default PPO's clip on the ratio of each token
             - entropy_coef H + full_kl_coef KL(pi || pi_ref) + k3_coef k3
+            + distill_coef KL(pi_T || pi)
 
 `target_kl`, the entropy bonus, both KL losses and the importance weights of stale texts do not
 depend on what `policy_loss` takes for its ratio. See `reinforce_plus_plus.py` for the shortest
@@ -64,6 +65,9 @@ class PolicyGradientConfig(AgentConfig):
     / pi) of emitted tokens, in nats per token; 0 or more. Bounded as verl's `low_var_kl`:
     log-ratios to +-20, the estimate to 10. It needs no forward of the reference, and pulls along
     the gradient of KL(reference || policy); `full_kl_coef` is exact."""
+    distill_coef: float = 0.0
+    """Weight of the full-vocabulary KL(pi_T || pi) from the env's teacher as a loss, in nats per
+    token; 0 or more (docs/distill.md). It costs one forward of the teacher."""
     gamma: float = 1.0
     """Discount per token, 0 to 1."""
     importance_cap: float | None = None
@@ -78,7 +82,7 @@ class PolicyGradientConfig(AgentConfig):
         AgentConfig.__post_init__(self)
         self.check("above", 0, "clip_range", "clip_high", "importance_cap")
         self.check("above", 1, "dual_clip")
-        self.check("at least", 0, "entropy_coef", "k3_coef")
+        self.check("at least", 0, "entropy_coef", "k3_coef", "distill_coef")
         self.check_share("gamma")
         for name in ("clip_high", "dual_clip"):
             value = getattr(self, name)
@@ -253,6 +257,9 @@ class PolicyGradient(Agent):
             metrics = {"loss/policy": policy, "policy/entropy": entropy}
             if cfg.full_kl_coef:
                 metrics["loss/full_kl"] = ref_kl
+            if cfg.distill_coef:
+                metrics["loss/distill"] = teacher_kl = (weights * out.teacher_kl).sum()
+                total = total + cfg.distill_coef * teacher_kl
             if cfg.k3_coef:
                 ref_logprob = out.pick(batch.ref_logprob_BT)
                 metrics["loss/k3"] = k3 = losses.approx_kl(ref_logprob, out.logprob, weights)

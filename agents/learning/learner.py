@@ -36,6 +36,9 @@ class Outputs:
     """Entropy of the distribution that each token was drawn from, in nats."""
     ref_kl: Tensor
     """Full-vocabulary KL to the reference at each state, in nats; zero without `full_kl_coef`."""
+    teacher_kl: Tensor
+    """Full-vocabulary KL(pi_T || pi) from the teacher at each state, in nats; zero without
+    `distill_coef`."""
     value: Tensor
     """The critic's value of the state that each token was emitted in, in reward."""
     rows: Tensor
@@ -65,7 +68,8 @@ class Outputs:
 
 
 class FrozenLM:
-    """A frozen causal LM that the full-vocabulary KL is measured against."""
+    """A frozen causal LM that a full-vocabulary KL is measured against: the reference, or a
+    teacher."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model = model
@@ -115,6 +119,7 @@ def outputs(
     *,
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
+    teacher: FrozenLM | None = None,
 ) -> Outputs:
     """Run one forward over the whole texts `rows` and read it where response tokens were chosen."""
     texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
@@ -125,10 +130,11 @@ def outputs(
         mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
     with policy.autocast():
         states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
-        ref_states_KH = ref_head = None
-        if reference is not None:
-            ref_states_KH = texts.at(reference.states(tokens_BL, texts.lengths))
-            ref_head = reference.head
+        frozen: dict[str, Any] = {}
+        for name, model in (("ref", reference), ("teacher", teacher)):
+            if model is not None:
+                states_KH = texts.at(model.states(tokens_BL, texts.lengths))
+                frozen |= {f"{name}_states_KH": states_KH, f"{name}_head": model.head}
         stats = token_stats(
             texts.at(states_BLH),
             tokens_BL.flatten()[texts.place_K + 1],
@@ -136,11 +142,11 @@ def outputs(
             policy.vocab_size,
             temperature=temperature,
             mask_KM=mask_KM,
-            ref_states_KH=ref_states_KH,
-            ref_head=ref_head,
+            **frozen,
         )
         value_K = policy.value(texts.at(value_states_BLH))
-    return Outputs(stats.logprob, stats.entropy, stats.kl, value_K, texts.rows, texts.steps)
+    numbers = stats.logprob, stats.entropy, stats.kl, stats.teacher_kl
+    return Outputs(*numbers, value_K, texts.rows, texts.steps)
 
 
 @torch.no_grad()
@@ -215,13 +221,15 @@ def accumulate_gradient(
     *,
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
+    teacher: FrozenLM | None = None,
     scale: float = 1.0,
 ) -> Metrics:
     """Add the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
     at a time. Return the summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches(batch.length_B.numpy()[rows], max_batch_tokens):
-        out = outputs(policy, batch, rows[micro], temperature=temperature, reference=reference)
+        models = {"reference": reference, "teacher": teacher}
+        out = outputs(policy, batch, rows[micro], temperature=temperature, **models)
         loss, metrics = loss_function(out)
         # The graph of a micro-batch is freed here, before the next one is built.
         (scale * loss).backward()

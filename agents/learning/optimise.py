@@ -35,6 +35,7 @@ def optimise(
     update: int,
     max_new_tokens: int,
     reference: FrozenLM | None = None,
+    teacher: FrozenLM | None = None,
 ) -> Metrics:
     """Take the optimizer steps of one update; return the mean of each metric over its minibatches,
     and how far all of them moved the policy ("policy/update_kl", in nats per token).
@@ -66,6 +67,7 @@ def optimise(
                 config.max_batch_tokens,
                 temperature=config.temperature,
                 reference=reference,
+                teacher=teacher,
                 scale=losses.loss_scale(lengths, config.aggregation, max_new_tokens),
             )
             seen.append(metrics)

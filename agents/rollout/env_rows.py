@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.models.vllm_models import VLLMReference
 
 # ---------------------------------------------------------------- about the env
 
@@ -62,6 +63,23 @@ def reference_of(envs: VectorEnv, otherwise: str) -> Any:
         name = type(envs.unwrapped).__name__
         raise InvalidArgument(f"{name} has no token_spec and reference to start from: {otherwise}.")
     return reference
+
+
+def teacher_of(envs: VectorEnv) -> Any:
+    """Return the env's teacher, whose whole vocabulary can be read; where it has none, raise
+    `InvalidArgument`."""
+    teacher = getattr(envs.unwrapped, "teacher", None)
+    if teacher is None:
+        raise InvalidArgument(
+            f"distill_coef needs a teacher, and {type(envs.unwrapped).__name__} has none: give the "
+            "env teacher=, or leave distill_coef at 0."
+        )
+    if isinstance(teacher, VLLMReference):
+        raise InvalidArgument(
+            "distill_coef reads the teacher's probabilities of all tokens, and a vLLM server gives "
+            "those of the text's: take reward='distill', or a teacher= in this process."
+        )
+    return teacher
 
 
 def tell_policy_updated(envs: VectorEnv, updates: int) -> None:

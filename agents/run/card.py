@@ -46,7 +46,7 @@ def model_card(agent: "Agent", *, merge: bool = False) -> str:
         "Algorithm": name,
         "Tokens": f"{agent.tokens_seen:,} in {agent.updates} updates",
         **dict(_last_metrics(agent.metrics)),
-        "Versions": ", ".join(_versions()),
+        "Versions": ", ".join(versions()),
     }
     return CARD.format(
         header=yaml.safe_dump(header, sort_keys=False),
@@ -117,7 +117,8 @@ def _last_metrics(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             yield f"`{name}` of the last update", f"{value:.4g}"
 
 
-def _versions() -> Iterator[str]:
+def versions() -> Iterator[str]:
+    """Yield the installed packages of `PACKAGES`, each with its version."""
     for package in PACKAGES:
         try:
             yield f"{package} {version(package)}"

@@ -127,7 +127,7 @@ def evaluate(
             # Each draw goes through all prompts: the same seed of the env gives the same again.
             found = first_texts(Collector(envs, actor, seed=seed), num_texts, count)
         else:
-            found = _texts_of(Collector(envs, actor, seed=draw), prompts, rows, count)
+            found = text_of_each(Collector(envs, actor, seed=draw), prompts, rows, count)
         draws.append(found)
         check_scores([e.score for e in found], best_of)  # before more are written in vain
         if responds(envs) and prompts is None:
@@ -142,13 +142,14 @@ def evaluate(
     return replace(evaluation, turns=turns["episode/turns"], written=turns["episode/written"])
 
 
-def _texts_of(
+def text_of_each(
     collector: Collector,
     prompts: Sequence[Any],
     columns: Sequence[Columns],
     count: Callable[[int], None],
 ) -> list[Episode]:
-    """Return one text of each prompt; `columns` are what belongs to each."""
+    """Return one text of each prompt; `columns` are what belongs to each. `count` is called with
+    how many have ended in a step, those of slots that are left over included."""
     episodes, num_envs = [], collector.envs.num_envs
 
     def filled(values: Sequence[Any]) -> list[Any]:

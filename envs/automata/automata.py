@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokenenv.envs.automata.oracle import AutomatonOracle
 from tokenenv.envs.automata.source import Source
+from tokenenv.envs.automata.teacher import OptimalPolicy
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
 from tokenenv.models.bigram import Bigram
@@ -25,6 +26,8 @@ from tokenenv.types import Scorer, Task, TrunkStates
 
 START = "<s>"
 MAX_VOCAB, MAX_TOKENS = 512, 128
+KL_COEF = 0.05
+"""Reward per nat."""
 CONCENTRATION, UNIFORM_SHARE = 0.3, 0.25
 """Of the random reference: the Dirichlet parameter, and the share of the uniform distribution that
 keeps every word possible."""
@@ -96,10 +99,11 @@ def automaton_task(
         scorer=Scorer(model=automaton, head=automaton.score, per_token=False),
         gold="score",
         oracle=oracle,
+        teacher=OptimalPolicy(oracle, KL_COEF),
         features=OneHot(automaton, reference, max_new_tokens),
         num_features=automaton.num_states + len(probs) + max_new_tokens + 1,
         reward="terminal",
-        kl_coef=0.05,
+        kl_coef=KL_COEF,
     )
 
 

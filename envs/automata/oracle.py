@@ -46,7 +46,8 @@ class AutomatonOracle:
 
     With V*_T(q, u) = payoff(q), and s' for the state after token a in state s,
 
-        V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (at beta = 0 the largest V*(s'))
+        V*(s) = beta log sum_a pi_ref(a | u) exp(V*(s') / beta)    (at beta = 0 the largest V*(s'),
+            at beta = inf the mean under pi_ref: the reference's own values)
         Q*(s, a) = V*(s')
         pi*(a | s) = pi_ref(a | u) exp((Q*(s, a) - V*(s)) / beta)
 
@@ -107,10 +108,7 @@ class AutomatonOracle:
 
     def reference_objective(self) -> float:
         """Return J(pi_ref), which is the reference's expected score."""
-        values = self._end()
-        for _ in range(self.max_new_tokens):
-            values = self._successors(values) @ self.reference.probs.T
-        return float(values[0, -1])
+        return self.optimal_objective(math.inf)
 
     def state_value(self, states: TrunkStates, step: Tensor, beta: float) -> Tensor:
         """Return V* (K,) float32 on the device, from the states of the automaton and of the
@@ -118,6 +116,11 @@ class AutomatonOracle:
         # The step of rows that have ended, and take no token, runs on beyond the last one.
         step = step.clamp(max=self.max_new_tokens)
         return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
+
+    def token_values(self, beta: float) -> np.ndarray:
+        """Return Q* (T, Q, V) float64 of every token, by the step and the automaton's state."""
+        after = _kept(self._tables, 2, beta, self._solve)[1][1:]
+        return after[:, self.automaton.transitions, np.arange(self.vocab_size)]
 
     def evaluate(
         self,
@@ -137,13 +140,15 @@ class AutomatonOracle:
 
         Args:
             policy_fn: the policy; it is asked once a step.
-            beta: reward per nat, 0 or more.
+            beta: reward per nat, 0 or more, and finite.
             markov: whether pi depends on nothing but the step, the automaton's state and the last
                 token. It is then asked about one text for each combination that occurs, and the
                 result is exact.
             num_texts: the number of texts sampled from pi where `markov` is False, at least 2.
             seed: of the sampling.
         """
+        if not beta < math.inf:
+            raise InvalidArgument(f"beta={beta} must be finite where a policy is evaluated.")
         if not markov and num_texts < 2:
             raise InvalidArgument(f"num_texts={num_texts} must be at least 2.")
         rng, game = np.random.default_rng(seed), Game(self.automaton, self.source, self.max_length)
@@ -174,8 +179,8 @@ class AutomatonOracle:
     def _solve(self, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Return V* of all states in which the policy acts, and of all states right after its
         tokens, before they are answered; (T + 1, Q, V + 1) both."""
-        if not 0.0 <= beta < math.inf:
-            raise InvalidArgument(f"beta={beta} is not allowed; it must be 0 or more, and finite.")
+        if not beta >= 0.0:
+            raise InvalidArgument(f"beta={beta} is not allowed; it must be 0 or more.")
         values = [self._end()]
         for _ in range(self.max_new_tokens):
             values.append(soft_max(self._successors(values[-1]), self.reference.probs, beta))
@@ -300,8 +305,10 @@ def soft_max(values: np.ndarray, probs: np.ndarray, beta: float) -> np.ndarray:
     positive `probs` (U, V).
 
     The best value is subtracted first. Its summand is then its probability, so the sum is positive
-    and cannot overflow, however small beta is.
+    and cannot overflow, however small beta is. At beta = inf it is the mean, which is the limit.
     """
+    if beta == math.inf:
+        return values @ probs.T
     best = values.max(1, keepdims=True)
     if beta == 0:
         return np.repeat(best, len(probs), axis=1)

@@ -22,6 +22,7 @@ from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.models import heads, probing
 from tokenenv.rewards import (
     Clipped,
+    Distill,
     Implicit,
     PositionScaled,
     RewardTerm,
@@ -117,6 +118,7 @@ DEVICE_CASES: dict[str, dict[str, Any]] = {
     "memories": TOYS["memories"],
     "watched": {"reward": "token", "watch": {"a": Scaled(Segment(1.0)), "b": "uniform"}},
     "implicit": {"reward": Implicit(clip=0.5, mix=1.0)},
+    "distill": {"reward": Distill(first=0.5)},
     "fading": {"reward": progressive("terminal", Shaping(gamma=0.9))},
     "wrapped": {
         "reward": {

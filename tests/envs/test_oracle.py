@@ -61,6 +61,11 @@ class Small:
             self.sums(ref * np.exp(self.score / beta), length) / self.sums(ref, length)
         )
 
+    def reference_value(self, length: int) -> np.ndarray:
+        """The mean score of what the reference writes after every beginning."""
+        ref = np.exp(self.ref_logprob)
+        return self.sums(ref * self.score, length) / self.sums(ref, length)
+
     def logprob(self, policy_fn: Any) -> np.ndarray:
         """log pi of every text, one conditional after the other."""
         total = np.zeros((1, 1))
@@ -184,6 +189,18 @@ def test_without_a_penalty_the_best_score_counts(name):
     np.testing.assert_allclose(
         s.oracle.optimal_objective(1e-4), s.oracle.optimal_objective(0.0), atol=2e-3
     )
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_at_beta_infinity_the_values_are_the_references_own(name):
+    s = small(name)
+    for length, obs in beginnings(s):
+        after = s.reference_value(length + 1).reshape(-1, s.V)
+        np.testing.assert_allclose(s.oracle.value(obs, np.inf), s.reference_value(length))
+        np.testing.assert_allclose(s.oracle.q(obs, np.inf), after, atol=1e-12)
+        np.testing.assert_allclose(s.oracle.policy(obs, np.inf), reference_policy(s)(obs))
+    with pytest.raises(InvalidArgument, match="beta=inf must be finite"):
+        s.oracle.evaluate(reference_policy(s), np.inf)
 
 
 @pytest.mark.parametrize(("name", "beta"), EVERY)
@@ -354,7 +371,7 @@ def test_observations_that_make_no_sense_are_refused():
             s.oracle.value(finished | changes, 0.1)
     with pytest.raises(InvalidArgument, match=r"token ids out of range; allowed: 0 to 5"):
         s.oracle.value(finished | {"tokens": np.full((3, s.T + 1), 6)}, 0.1)
-    for beta in (-0.1, np.nan, np.inf):
+    for beta in (-0.1, np.nan):
         with pytest.raises(InvalidArgument, match=r"beta="):
             s.oracle.value(finished, beta)
 

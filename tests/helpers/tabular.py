@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.models.automaton import StateSlots
 from tokenenv.models.heads import make_scorer
 from tokenenv.types import EpisodeScores, Scorer, Task, TextIds, TextScorer, TrunkStates
 
@@ -28,15 +29,19 @@ class Histories:
 
     device, vocab_size = torch.device("cpu"), V
 
-    def slots(self, num_slots: int, max_length: int) -> "Histories":
-        """Itself: only whole texts are read, so no rows are kept."""
-        return self
+    def slots(self, num_slots: int, max_length: int) -> StateSlots:
+        """Slots that keep the number of each text's history."""
+        return StateSlots(self, num_slots)
+
+    def after(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The histories (K,) that follow K histories and tokens."""
+        return V * states + 1 + tokens
 
     def states(self, tokens: Tensor, lengths: Any) -> Tensor:
         """Right-padded `tokens` (B, L), of which the first is the prompt, to histories (B, L)."""
         histories = [torch.zeros_like(tokens[:, 0])]
         for token in tokens[:, 1:].T:
-            histories.append(V * histories[-1] + 1 + token)
+            histories.append(self.after(histories[-1], token))
         return torch.stack(histories, 1)
 
 

@@ -22,6 +22,7 @@ from memories import Drift, LastTokens
 
 from tokenenv.models.heads import make_scorer
 from tokenenv.registration import TASKS
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.rule import Rule, TokenRule
 from tokenenv.rewards.scaling import Clipped
 from tokenenv.rewards.turn import Turn
@@ -33,6 +34,7 @@ P, T = 5, 7
 STOPS = (fakes.EOS, 7, 9)
 
 reference = cache(lambda: fakes.causal_lm(num_hidden_layers=1))
+teacher = cache(lambda: fakes.causal_lm(seed=6, num_hidden_layers=1))
 reward_model = cache(lambda kind: fakes.reward_model(kind, num_hidden_layers=1))
 tokenizer = cache(fakes.tokenizer)
 
@@ -68,6 +70,7 @@ def toy(
         stop_token_ids=stops,
         **turn_tasks.options_of(turns, P + max_new_tokens),
         scorer=scorer_of(scorer) if scorer else None,
+        teacher=teacher(),
         step_end_token_ids=step_ends,
         gold=(lambda prompt, response: float(len(response.split()))) if gold else None,
     )
@@ -85,6 +88,7 @@ def device_task(device: str) -> Task:
         scorer=make_scorer(fakes.reward_model("token", num_hidden_layers=1).to(device)),
         gold=lambda prompt, response: float(len(response)),
         implicit_model=fakes.causal_lm(seed=5, num_hidden_layers=1).to(device),
+        teacher=fakes.causal_lm(seed=6, num_hidden_layers=1).to(device),
     )
 
 
@@ -143,6 +147,14 @@ TOYS: dict[str, dict[str, Any]] = {
         "score_truncated": False,
     },
     "no stops": {"reward": "delta", "stops": ()},
+    "distilled": {
+        "reward": {
+            "all": ("distill", 0.5),
+            "ends": Distill(coef=0.3, first=0.3, last=0.3),
+            "end": "terminal",
+        },
+        "score_truncated": False,
+    },
     "turns": {"reward": {"dense": "token", "moves": "delta"}, "turns": "fixed"},
     "turns of a text score": {
         "reward": {"moves": "delta", "end": "terminal", "shares": "uniform", "m": LastTokens()},

@@ -16,19 +16,19 @@ from tokenenv.rewards.term import NEEDS
 
 CAUSAL = {"causal scorer", "scorer", "reference", "step scorer", "trainable model"}
 TRANSFORMER = CAUSAL | {"token scorer", "transformer scorer", "tokenizer"}
-AUTOMATON = CAUSAL | {"oracle", "tokenizer"}
+AUTOMATON = CAUSAL | {"oracle", "teacher", "tokenizer"}
 HAS = {
     "Arithmetic": CAUSAL | {"step ends", "tokenizer"},
     "Brackets": AUTOMATON,
     "Calculator": CAUSAL | {"step ends", "tokenizer", "turns"},
-    "ChatGen": TRANSFORMER | {"implicit model", "step ends", "turns"},
+    "ChatGen": TRANSFORMER | {"implicit model", "step ends", "teacher", "turns"},
     "DelayedKey": AUTOMATON,
     "Dialogue": AUTOMATON | {"turns"},
     "Negation": AUTOMATON,
     "PlantedPhrase": AUTOMATON,
     "PyDocs": TRANSFORMER,
     "Reviews": TRANSFORMER,
-    "TextGen": TRANSFORMER | {"implicit model", "step ends"},
+    "TextGen": TRANSFORMER | {"implicit model", "step ends", "teacher"},
     "Twenty": AUTOMATON | {"turns"},
 }
 """What each id has for a design to build on."""
@@ -44,6 +44,7 @@ def make(env_id: str, design: str) -> Any:
     if "Gen" in env_id:
         options |= {
             "implicit_model": fakes.causal_lm(seed=5, num_hidden_layers=1),
+            "teacher": fakes.causal_lm(seed=6, num_hidden_layers=1),
             "step_end_token_ids": [4, 5, 6],
         }
     return tasks.make_vec(4, AutoresetMode.SAME_STEP, env_id, reward=design, **options)

@@ -20,6 +20,7 @@ from tokenenv.models.heads import make_scorer
 from tokenenv.models.prefix_scores import score_texts
 from tokenenv.rewards import Clipped, PositionScaled, Rule, Scaled, TokenRule
 from tokenenv.rewards.designs import DESIGNS
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.process import FORMS, Process
 from tokenenv.types import Task, TextIds
@@ -66,7 +67,7 @@ def task(*, scores: str = "token", turns: str = "random", gold: Any = None) -> T
     """The toy that is answered, with all that designs need but an oracle."""
     toy = tasks.toy(turns=turns, step_ends=STEP_ENDS)
     model = fakes.causal_lm(seed=5, num_hidden_layers=1)
-    return replace(toy, scorer=scorers()[scores], implicit_model=model, gold=gold)
+    return replace(toy, scorer=scorers()[scores], implicit_model=model, teacher=model, gold=gold)
 
 
 def make(reward: Any, **options: Any) -> Any:
@@ -111,6 +112,7 @@ REWARDS: dict[str, Any] = {name: name for name in DESIGNS if name not in ("oracl
 REWARDS |= {f"process {form}": Process(form) for form in FORMS}
 REWARDS |= {
     "implicit": Implicit(coef=0.1),
+    "distill": Distill(coef=0.1, first=0.5, last=0.2),
     "scaled": Scaled("uniform"),
     "by position": PositionScaled("token"),
     "clipped": Clipped("occlusion", -0.1, 0.1),

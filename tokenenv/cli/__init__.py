@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, evaluate, show, envs, rewards, version."""
+"""The `tokenenv` command: train, evaluate, show, sample, fit, audit, envs, rewards, version."""
 
 import argparse
 import dataclasses
@@ -12,13 +12,16 @@ from typing import Annotated, Any
 import tyro
 
 from tokenenv.agents.config import AgentConfig, check_called
+from tokenenv.cli.audit import Audit
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
+from tokenenv.cli.fit import Fit
 from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
+from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
 from tokenenv.cli.version import Version
@@ -53,12 +56,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             Annotated[train, tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Show, tyro.conf.subcommand("show")]
+            | Annotated[Sample, tyro.conf.subcommand("sample")]
+            | Annotated[Fit, tyro.conf.subcommand("fit")]
+            | Annotated[Audit, tyro.conf.subcommand("audit")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
         )
         if {"-h", "--help"} & set(args):
-            for shown in (Train, made.algorithm.config_class, Evaluate, Show, Envs, Rewards):
+            for shown in (
+                Train,
+                made.algorithm.config_class,
+                Evaluate,
+                Show,
+                Sample,
+                Fit,
+                Audit,
+                Envs,
+                Rewards,
+            ):
                 join_lines(shown)
         with NUMBERS:
             command: Any = tyro.cli(commands, args=args, prog="tokenenv", description=ABOUT)

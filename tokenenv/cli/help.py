@@ -24,10 +24,11 @@ OPTIONS = shown_as("[NAME VALUE ...]")
 def join_lines(cls: type) -> None:
     """Hand tyro the docstring of each field of a dataclass as one paragraph: by itself it keeps the
     line breaks of the source, which then fall anywhere in the terminal's lines."""
-    for base in cls.__mro__:
+    for base in reversed(cls.__mro__):
         if is_dataclass(base):
             for name, text in docstrings(base).items():
-                field = base.__dataclass_fields__[name]
+                # That of `cls`, which may give the field of a base another type or default.
+                field = cls.__dataclass_fields__[name]
                 metadata = {**field.metadata, "help": " ".join(text.split())}
                 field.metadata = MappingProxyType(metadata)
 

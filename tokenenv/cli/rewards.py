@@ -19,6 +19,7 @@ from tokenenv.rewards.term import NEEDS, RewardTerm
 WHAT = {
     "attention": "the score, shared out by the reward model's attention to each token",
     "delta": "what each token changes in the score of the text so far",
+    "distill": "log-ratio of a teacher to the reference: what to imitate on own texts",
     "gradient": "the score, shared out by its gradient (integrated gradients)",
     "implicit": "log-ratio of a preference-tuned (DPO) model to the reference",
     "occlusion": "what the score loses when a token is left out",

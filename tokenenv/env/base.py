@@ -21,7 +21,7 @@ from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
-from tokenenv.rewards.term import Learned
+from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores
@@ -81,6 +81,11 @@ class EnvBase(VectorEnv):
         return self._task.model or self._task.reference
 
     @property
+    def teacher(self) -> Any:
+        """The language model to distil, or None where the task has none and none was given."""
+        return self._task.teacher
+
+    @property
     def frozen_models(self) -> dict[str, Any]:
         """The models that observations, rewards and watched terms are read from, by role, the
         reference first: nobody may train these."""
@@ -91,6 +96,12 @@ class EnvBase(VectorEnv):
     def oracle(self) -> Any:
         """The task's exact optimum, or None where it is not known."""
         return self._task.oracle
+
+    @property
+    def reward_terms(self) -> Mapping[str, RewardTerm]:
+        """The terms of the reward by name, "kl" included: what each declares of itself."""
+        self._require_open()
+        return dict(self._engine.rewards.terms)
 
     @property
     def biased_terms(self) -> tuple[str, ...]:

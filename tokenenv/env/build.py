@@ -63,7 +63,7 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
         )
     check_replies(built)
     built = with_max_new_tokens(built, config.max_new_tokens)
-    return config, with_given_models(built, config, options.get("dtype"))
+    return config, with_beta(with_given_models(built, config, options.get("dtype")), config)
 
 
 def check_replies(task: Task) -> None:
@@ -105,6 +105,19 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
             "max_new_tokens to the function that makes the task."
         )
     return dataclasses.replace(task, max_new_tokens=max_new_tokens)
+
+
+def with_beta(task: Task, config: EnvConfig) -> Task:
+    """Return the task with the teacher for the env's beta, where the teacher depends on it."""
+    if not hasattr(task.teacher, "at_beta"):
+        return task
+    # Under kl="none" too: agents may then pay for the KL in their losses.
+    return dataclasses.replace(task, teacher=task.teacher.at_beta(beta_of(task, config)))
+
+
+def beta_of(task: Task, config: EnvConfig) -> float:
+    """Return beta at the env's construction, reward per nat."""
+    return task.kl_coef if config.kl_coef is None else config.kl_coef
 
 
 def token_spec_of(task: Task, score_truncated: bool) -> TokenSpec:
@@ -195,12 +208,11 @@ def single_spaces(
 
 def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -> RewardEngine:
     """Return the engine: the models and reward terms of `num_envs` texts."""
-    beta = task.kl_coef if config.kl_coef is None else config.kl_coef
     context = Context(
         spec=spec,
         task=task,
         device=torch.device((task.model or task.reference).device),
-        kl_coef=0.0 if config.kl == "none" else beta,
+        kl_coef=0.0 if config.kl == "none" else beta_of(task, config),
         max_batch_tokens=config.max_batch_tokens,
     )
     terms = all_terms(task, config)

@@ -135,6 +135,7 @@ class RewardEngine:
             "reference": task.reference,
             "reward model": getattr(task.scorer, "model", None),
             "implicit model": task.implicit_model,
+            "teacher": task.teacher,
             "step scorer": getattr(task.step_scorer, "model", None),
         }
         for name, term in self._bound().items():

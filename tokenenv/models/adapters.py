@@ -147,7 +147,8 @@ def merged(model: Any) -> Any:
     configs = [model.config, model.config.get_text_config()]
     tied = [one for one in configs if getattr(one, "tie_word_embeddings", False)]
     ends = [model.get_input_embeddings(), model.get_output_embeddings()] if tied else []
-    if len({_place(end.weight) for end in ends}) > 1:  # not tied any more
+    # A classifier has no output embeddings.
+    if len({_place(end.weight) for end in ends if end is not None}) > 1:  # not tied any more
         for config in tied:
             config.tie_word_embeddings = False
     return model

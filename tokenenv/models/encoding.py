@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import Any
 
+from tokenenv.errors import InvalidArgument
 from tokenenv.turns import Segment
 
 from .alignment import common_length, token_ends
@@ -33,14 +34,37 @@ def encode_continuation(text: str, tokenizer: Any) -> list[int]:
     A tokenizer adds special tokens, and often a space, to a text of its own. A continuation gets
     neither: if it begins with a new word, the text begins with a space.
     """
+    return _behind(text, tokenizer)[1]
+
+
+def continuation_offsets(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Return the first character in `text`, and the end, of each token of `encode_continuation`.
+
+    Raises:
+        InvalidArgument: the tokenizer does not know where in a text its tokens are.
+    """
+    before, ids = _behind(text, tokenizer)
+    try:
+        found = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError as error:
+        raise InvalidArgument(
+            f"spans of characters need a fast tokenizer, and {type(tokenizer).__name__} does not "
+            "tell where its tokens are in a text."
+        ) from error
+    places = found["offset_mapping"][len(found["input_ids"]) - len(ids) :]
+    return [(start - len(before), end - len(before)) for start, end in places]
+
+
+def _behind(text: str, tokenizer: Any) -> tuple[str, list[int]]:
+    """Return the token ids of a continuation, and the text that it was encoded behind."""
     # Encoded behind another text and cut off again, if the tokens do not join and the whole is
     # decoded as it was written.
     for before in BEFORE:
         start, both = _plain(before, tokenizer), _plain(before + text, tokenizer)
         spelled = _spelled(start, tokenizer) + text
         if both[: len(start)] == start and _spelled(both, tokenizer) == spelled:
-            return both[len(start) :]
-    return _plain(text, tokenizer)
+            return before, both[len(start) :]
+    return "", _plain(text, tokenizer)
 
 
 def quoted(text: str, tokenizer: Any) -> str:

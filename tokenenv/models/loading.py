@@ -98,6 +98,12 @@ def load_classifier(
     return _load(auto_class, source, argument, device, dtype, **options)
 
 
+def is_classifier(source: Any, argument: str) -> bool:
+    """Return whether the config at a hub id or in a local directory names a sequence- or
+    token-classification model. Raise `ModelError` where there is no config."""
+    return _kind(_from_pretrained("AutoConfig", source, argument)) is not None
+
+
 def load_tokenizer(
     source: Any,
     trust_remote_code: bool = False,
@@ -217,13 +223,20 @@ def _classifier(source: Any, argument: str, **options: Any) -> str:
     """Return the name of the auto class that loads a reward model, by the architecture that its
     config names."""
     config = _from_pretrained("AutoConfig", source, argument, **options)
+    kind = _kind(config)
+    if kind is None:
+        raise ModelError(
+            f"{argument}={str(source)!r} is {config.architectures}; allowed: sequence- or "
+            "token-classification models with one label"
+        )
+    return f"AutoModelFor{kind}"
+
+
+def _kind(config: Any) -> str | None:
     # A config is a file: what stands there may be of any type.
     named = config.architectures if isinstance(config.architectures, list) else []
     for architecture in (one for one in named if isinstance(one, str)):
         for kind in ("TokenClassification", "SequenceClassification"):
             if architecture.endswith(f"For{kind}"):
-                return f"AutoModelFor{kind}"
-    raise ModelError(
-        f"{argument}={str(source)!r} is {config.architectures}; allowed: sequence- or "
-        "token-classification models with one label"
-    )
+                return kind
+    return None

@@ -5,6 +5,7 @@ imported from here; docs/your-reward.md shows how to write one.
 """
 
 from tokenenv.rewards.attention import Attention
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
@@ -28,6 +29,7 @@ __all__ = [
     "Clipped",
     "Context",
     "Delta",
+    "Distill",
     "FinishedTexts",
     "Gradient",
     "Implicit",

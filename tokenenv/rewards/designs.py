@@ -10,6 +10,7 @@ from typing import Any
 from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import Names, said
 from tokenenv.rewards.attention import Attention
+from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
@@ -34,6 +35,7 @@ RewardSpec = Design | Mapping[str, "RewardSpec | tuple[RewardSpec, Weight]"]
 DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "attention": Attention,
     "delta": Delta,
+    "distill": Distill,
     "gradient": Gradient,
     "implicit": Implicit,
     "occlusion": Occlusion,

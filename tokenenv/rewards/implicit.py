@@ -2,16 +2,14 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.models.trunks import logprob_reader
+from tokenenv.rewards.log_ratio import LogRatio
 from tokenenv.rewards.seen import Transitions
-from tokenenv.rewards.term import Context, RewardTerm
 
 
-class Implicit(RewardTerm):
+class Implicit(LogRatio):
     """The log-ratio of a preference-tuned model to the reference (Rafailov et al. 2024, arXiv
     2404.12358): r_t = coef (log pi_dpo - log pi_ref)(y_t | s_t) + mix [score if the text ends
     here].
@@ -38,8 +36,7 @@ class Implicit(RewardTerm):
     """
 
     name = "implicit"
-    preserves_return = False
-    preserves_gradient = False
+    role = "implicit model"
 
     def __init__(
         self,
@@ -51,30 +48,15 @@ class Implicit(RewardTerm):
     ) -> None:
         if clip is not None and not clip > 0:
             raise InvalidArgument(f"clip={clip} is not allowed; it must be more than 0, or None.")
-        self.model, self.coef, self.clip, self.mix = model, coef, clip, mix
-        needs = {"reference": True, "implicit model": model is None, "scorer": mix != 0}
-        self.needs = frozenset(need for need, needed in needs.items() if needed)
-
-    def bind(self, context: Context) -> None:
-        """Takes the task's model, and beta, where none was given."""
-        super().bind(context)
-        model = context.task.implicit_model if self.model is None else self.model
-        self.models = (model,)
-        self._logprob = logprob_reader(model, context.spec.vocab_size)
-        self._coef = context.kl_coef if self.coef is None else self.coef
-        if self.coef is None and self._coef == 0:
-            raise InvalidArgument(
-                f"reward={self.name!r} takes this env's beta, which is 0; give Implicit(coef=...)."
-            )
+        super().__init__(model, coef)
+        self.clip, self.mix = clip, mix
+        if mix != 0:
+            self.needs |= {"scorer"}
 
     def reward(self, batch: Transitions) -> Tensor:
         """(K,): the token's log-ratio times `coef`, and `mix` times the score where a text ends
         and is scored."""
-        assert batch.ref_logprob is not None
-        logprob = self._logprob(batch.before.of(self.models[0]), batch.tokens)
-        # Both are -inf for a token that neither model has, and their difference would be NaN.
-        ratio = torch.where(logprob == batch.ref_logprob, 0.0, logprob - batch.ref_logprob)
-        paid = self._coef * ratio
+        paid = self._coef * self.log_ratio(batch)
         if self.clip is not None:
             paid = paid.clamp(-self.clip, self.clip)
         return paid + self.mix * batch.final_score() if self.mix else paid

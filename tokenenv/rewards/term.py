@@ -89,6 +89,7 @@ class Context:
             "reference": self.reference is not None,
             "tokenizer": self.spec.tokenizer is not None,
             "implicit model": self.task.implicit_model is not None,
+            "teacher": self.task.teacher is not None,
             "trainable model": self.trainable_model is not None,
             "step scorer": self.step_scorer is not None,
             "step ends": bool(self.task.step_end_token_ids),
@@ -107,6 +108,7 @@ NEEDS = {
     "reference": "a reference model",
     "tokenizer": "a tokenizer",
     "implicit model": "a preference-tuned language model (implicit_model=)",
+    "teacher": "a teacher, which is a language model (teacher=)",
     "trainable model": "a language model with weights to train",
     "step scorer": (
         "a causal reward model with the policy's own tokens, which scores steps (reward_model=)"

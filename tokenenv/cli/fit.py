@@ -1,0 +1,128 @@
+"""`tokenenv fit`: a token-level reward model out of preferences, scores, labels or texts."""
+
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.help import shown_as
+from tokenenv.cli.signals import stopping
+from tokenenv.fit import FitConfig, Fitted, fit
+from tokenenv.fit.card import OPTION
+from tokenenv.fit.checkpoint import CARD
+from tokenenv.fit.objectives import OBJECTIVES
+from tokenenv.safety.values import fit as as_type
+
+SHOWN = (
+    "loss",
+    "accuracy",
+    "calibration_error",
+    "score_correlation",
+    "reward_per_token",
+    "seconds",
+)
+"""Measures that the command prints; the card has all of them."""
+OBJECTIVE = tyro.conf.arg(
+    metavar="NAME",
+    help="What is learned, and in brackets the data that it takes:\n"
+    + "\n".join(f"{name} ({one.kind}): {one.summary}." for name, one in OBJECTIVES.items()),
+)
+
+
+@dataclass(kw_only=True)
+class Fit(FitConfig):
+    """Train a token-level reward model from pairs, rankings, scores, labels or texts, and save it
+    with a card. Environments load it by its path. From nothing to a trained policy:
+
+    tokenenv sample --env tokenenv/Negation-v0 --kind ranking --num-examples 1024 --out pairs
+
+    tokenenv fit --data pairs --objective bt-sum --out runs/rm
+
+    tokenenv train --env tokenenv/Negation-v0 --reward token --options reward_model runs/rm
+
+    From your own preferences, on a model of your own:
+
+    tokenenv fit --data pairs.jsonl --model path/to/model --lora-rank 16 --out runs/rm
+
+    docs/fit.md says which columns the data has, and which objective is for what.
+    """
+
+    data: Annotated[str, tyro.conf.arg(metavar="FILE|FOLDER")]
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    objective: Annotated[str, OBJECTIVE] = "bt-sum"
+    model: Annotated[str, tyro.conf.arg(metavar="PATH|ID|new")] = "new"
+    tokenizer: Annotated[str | None, shown_as("PATH|ID")] = None
+    held_out: Annotated[str, tyro.conf.arg(metavar="SHARE|FILE")] = "0.1"
+    reference: Annotated[str | None, shown_as("PATH|ID")] = None
+    teacher: Annotated[str | None, shown_as("PATH|ID")] = None
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: what is wrong is said in one line, by `config`."""
+
+    def run(self) -> None:
+        """Train, and say what the model is worth and how it is used."""
+        config, stop = self.config(), Stop()
+        with stopping(stop.request) as received:
+            try:
+                fitted = fit(config, progress=True, stop=stop)
+            except KeyboardInterrupt:
+                saved = f"; saved; go on with: {self.again()}" if stop.asked else ""
+                say_on_stderr(f"stopped by {received[0].name}{saved}")
+                sys.exit(128 + received[0])
+        show(fitted, config)
+
+    def config(self) -> FitConfig:
+        """Return the settings, with the held-out share as a number where it is one."""
+        values = {field.name: getattr(self, field.name) for field in fields(FitConfig)}
+        return FitConfig(**values | {"held_out": as_type("held_out", self.held_out, float | str)})
+
+    def again(self) -> str:
+        """Return the command that goes on with this run."""
+        words = ["tokenenv", "fit"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "resume":
+                flag = f"--{field.name.replace('_', '-')}"
+                words += [flag] if value is True else [flag, str(value)]
+        return shlex.join([*words, "--resume"])
+
+
+class Stop:
+    """Whether a run was asked to stop. Once it takes steps it ends the one that it is at; before
+    that there is nothing to save, and it ends at once."""
+
+    def __init__(self) -> None:
+        self.asked, self._wanted = False, False
+
+    def __call__(self) -> bool:
+        """Return whether to stop after this step."""
+        self.asked = True
+        return self._wanted
+
+    def request(self) -> None:
+        """Take the first signal."""
+        self._wanted = True
+        if not self.asked:
+            raise KeyboardInterrupt
+
+
+def show(fitted: Fitted, config: FitConfig) -> None:
+    """Print the figures, what to know, and how the model is used."""
+    objective, measures = OBJECTIVES[config.objective], fitted.measures
+    known = {name: measures[name] for name in SHOWN if name in measures}
+    if known:
+        figures = [f"{name} {value:.4g}" for name, value in known.items()]
+        say(f"held-out, epoch {measures['epoch']:.0f} of {measures['epochs']:.0f}:", *figures)
+    for note in fitted.notes:
+        say(f"note: {note}")
+    option = OPTION[objective.readout]
+    uses = (
+        f"tokenenv train --env ENV --reward {objective.design} --options {option} {fitted.folder}",
+        f"tokenenv audit --env ENV --reward {objective.design} --options {option} {fitted.folder}",
+        f"tensorboard --logdir {fitted.folder}",
+    )
+    say(f"reward model: {fitted.folder}; its card: {fitted.folder / CARD}; use it:", *uses)
