@@ -137,7 +137,7 @@ def test_a_proxy_that_looks_at_the_whole_text_is_not_solved_by_states():
         return float(response.count(3) ** 2)
 
     assert find_chain(small(reward=Rule(counts, on="tokens")), 0, no_listener) is None
-    assert find_chain(world_env(worlds()[0]), 0, no_listener) is None
+    assert find_chain(world_env(worlds()[0], reward="terminal"), 0, no_listener) is None
 
 
 @pytest.mark.parametrize("world", worlds()[::2], ids=["one length", "several"])
@@ -206,7 +206,9 @@ def test_a_constant_for_each_token_is_found_and_the_score_alone_is_not():
     )
     verdicts = {v.about: v for v in hacked.verdicts}
     assert verdicts["length"].warns
-    assert "length is paid: 1.000" in verdicts["length"].sentence
+    assert "length is paid: 1." in verdicts["length"].sentence
+    price = hacked.price
+    assert price.going_on.value - price.gold_going_on.value == pytest.approx(1.0)
     assert not {v.about: v for v in plain.verdicts}["length"].warns
 
 
