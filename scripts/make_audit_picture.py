@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tokenenv.audit import audit
 from tokenenv.rewards import RewardTerm
+from tokenenv.rewards.seen import Transitions
 
 FILE = Path(__file__).parents[1] / "docs" / "audit.png"
 
@@ -17,7 +18,8 @@ class Talk(RewardTerm):
 
     name = "talk"
 
-    def reward(self, batch):
+    def reward(self, batch: Transitions) -> torch.Tensor:
+        """(K,): ones."""
         return torch.ones_like(batch.tokens, dtype=torch.float32)
 
 

@@ -1,7 +1,6 @@
 """The audit of every kind of env and reward: what can be said is said, and the rest in a sentence."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -9,8 +8,10 @@ from tasks import TOYS, make_vec
 
 from tokenenv.audit import audit
 from tokenenv.audit.nulls import candidates
+from tokenenv.audit.sampling import reference_texts
+from tokenenv.audit.texts import no_listener, pay
 from tokenenv.errors import InvalidArgument
-from tokenenv.rewards.rule import Rule, TokenRule
+from tokenenv.rewards.rule import TokenRule
 
 SAID = {
     "token": "return is preserved",
@@ -54,32 +55,12 @@ def test_a_word_that_pays_is_found_as_a_null_policy():
     null = next(null for null in found.nulls if null.name == "repeated")
     assert null.proxy == null.length == 7
     assert null.beats == 1.0
-    assert set(null.example.split()) == {"good"} or len(set(null.example.split())) == 1
-
-
-def test_gold_that_turns_down_is_said_with_its_kl():
-    # Three words are good, and from there on each one is worse, while the proxy goes on paying.
-    count = Rule(lambda p, r: float(sum(t % 2 for t in r)), on="tokens")
-    best_at_three = Rule(lambda p, r: -abs(sum(t % 2 for t in r) - 3.0), on="tokens")
-    envs = make_vec(1, reward=count, scorer="token", stops=())
-    envs.unwrapped._engine.gold = _bound(envs, best_at_three)
-    found = audit(envs, num_texts=1024)
-    (said,) = (v.sentence for v in found.verdicts if v.about == "overoptimisation")[:1] or ("",)
-    assert re.search(r"gold turns down at KL \d", said) or "leads away from gold" in said
-
-
-def _bound(envs, rule):
-    rule.name = "gold"
-    rule.bind(envs.unwrapped._engine.context)
-    return rule
+    assert len(set(null.example.rstrip("…").split())) == 1
 
 
 def test_with_many_tokens_those_that_pay_are_tried(monkeypatch):
     monkeypatch.setattr("tokenenv.audit.nulls.TOKENS", 5)
     envs = make_vec(1, reward="token").unwrapped
-    from tokenenv.audit.sampling import reference_texts
-    from tokenenv.audit.texts import no_listener, pay
-
     paid = pay(envs, reference_texts(envs, 64, 0, no_listener))
     chosen = candidates(envs, paid)
     earned: dict[int, list[float]] = {}
