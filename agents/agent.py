@@ -52,7 +52,7 @@ from tokenenv.agents.rollout.requirements import (
     group_size_of,
     warn_if_biased,
 )
-from tokenenv.agents.rollout.staleness import rollout_metrics
+from tokenenv.agents.rollout.staleness import reward_lag, rollout_metrics
 from tokenenv.agents.run.card import model_card
 from tokenenv.agents.run.checkpoint import (
     agent_state,
@@ -267,6 +267,7 @@ class Agent:
                 batch, self.policy, self.config, self.updates, self.collector.waiting
             )
             metrics |= turn_summary(episodes) if responds(self.envs) else {}
+            metrics |= reward_lag(batch, getattr(self.core, "reward_version", None))
             found = self.update(batch)
             if not isinstance(found, Mapping):
                 raise InvalidArgument(

@@ -40,6 +40,7 @@ PER_EPISODE = (
     "index",
     "version",
     "bootstraps",
+    "reward_version",
 )
 """One number for each episode: `name` of an episode is `name_B` of a batch."""
 REFERENCE = "the reference's log-prob"
@@ -92,6 +93,9 @@ class Episode:
     bootstraps: bool = False
     """Whether the value of the last state counts: the text was cut, and nothing was paid for it as
     a whole."""
+    reward_version: int = -1
+    """How many updates the reward model had had that priced it, where the env trains one; else
+    -1."""
     terms: dict[str, np.ndarray] = field(default_factory=dict)
     """(T,) float32 of each reward term, weighted and placed: they add up to `reward`. Empty where
     the env names none."""
@@ -211,7 +215,12 @@ class EpisodeBatch:
     The state that a token is chosen in, and the last state, are at the place before. By default
     responses follow their prompts, one token after the other."""
 
+    reward_version_B: Tensor = None  # type: ignore[assignment]
+    """int64; by default -1."""
+
     def __post_init__(self) -> None:
+        if self.reward_version_B is None:
+            object.__setattr__(self, "reward_version_B", torch.full_like(self.length_B, -1))
         if self.position_BT1 is None:
             lengths_B, width = self.response_length_B, self.reward_BT.shape[1] + 1
             place_BT1 = (self.length_B - lengths_B)[:, None] + torch.arange(width)

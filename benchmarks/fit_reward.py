@@ -54,9 +54,8 @@ AUTOMATA = ("Negation-v0", "PlantedPhrase-v0", "DelayedKey-v0", "Brackets-v0")
 ENVS = (*AUTOMATA, "Reviews-v0")
 SIZES = (64, 256, 1024, 4096)
 CONTROLS = ("terminal", "uniform", "oracle", "position")
-TEXT_KINDS = ("corrupted", "share-delta", "share-attention", "share-occlusion", "share-gradient")
 STEPS = 320
-"""Optimizer steps of the smallest runs; larger ones make ten passes."""
+"""Optimizer steps of the smaller runs; larger ones make five passes."""
 console = Console(width=140)
 Row = dict[str, Any]
 
@@ -176,11 +175,17 @@ def fitted(name: str, world: World, size: int, lm: Path | None, teacher: Path | 
         hidden_size=64,
         num_layers=2,
         lr=1e-3 if reviews or objective.readout == "log-ratio" else 3e-3,
-        epochs=max(10, math.ceil(STEPS * 32 / max(1, len(rows)))),
+        # "corrupted" makes eight texts of one.
+        epochs=math.ceil(passes(len(rows)) / (4 if name == "corrupted" else 1)),
         patience=5 if size > 256 else 20,
         seed=world.seed,
     )
     return fit(config)
+
+
+def passes(rows: int) -> int:
+    """Return the passes over so many rows: `STEPS` steps where that is more than five passes."""
+    return max(5, math.ceil(STEPS * 32 / rows))
 
 
 def language_model(world: World) -> Path:
@@ -329,7 +334,9 @@ def _results(
         teacher = None
         for name in sorted(names, key=lambda name: name.startswith("share-")):
             if name.startswith("share-") and teacher is None:
-                teacher = fitted("score-value", world, size, None, None).folder
+                teacher = world.folder / f"score-value-{size}"
+                if not teacher.exists():
+                    fitted("score-value", world, size, None, None)
             yield (
                 world.env,
                 name,
@@ -348,7 +355,8 @@ def _results(
 def told(world: World, name: str, size: int, work: Callable[[], Result]) -> Result:
     """Return what `work` gives, and print it."""
     found = work()
-    console.print(f"{world.env} seed {world.seed} {name} {size}: {found}", highlight=False)
+    line = f"{world.env} seed {world.seed} {name} {size}: {found}"
+    console.print(line, highlight=False, soft_wrap=True)
     return found
 
 

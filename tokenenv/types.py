@@ -112,6 +112,9 @@ class EpisodeScores:
     watched: dict[str, np.ndarray] = field(default_factory=dict)
     """(B, T) float32 for each term of `watch=` by name: its number for each token, unweighted and
     never a part of the rewards."""
+    reward_version: int | None = None
+    """Updates that the reward model had had which a term trains, when it priced these texts; None
+    where no term trains one."""
 
 
 @dataclass(frozen=True, slots=True)

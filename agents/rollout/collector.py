@@ -16,7 +16,14 @@ from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.ending import Ending, no_listener
-from tokenenv.agents.rollout.env_rows import action, env_core, flags, method, read_ends
+from tokenenv.agents.rollout.env_rows import (
+    action,
+    env_core,
+    flags,
+    method,
+    read_ends,
+    tell_policy_updated,
+)
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
 from tokenenv.agents.rollout.pairing import Pairing
 from tokenenv.agents.rollout.recorder import Recorder
@@ -111,6 +118,7 @@ class Collector:
 
         Raises `Stopped` where `stopping` is set meanwhile.
         """
+        tell_policy_updated(self.envs, self.version)
         fresh = self.max_staleness == 0
         if fresh:
             self.reset()
@@ -234,6 +242,7 @@ class Collector:
     def refresh(self) -> None:
         """To be called when the weights have changed: the policy has had one update more."""
         self.version += 1
+        tell_policy_updated(self.envs, self.version)
         self.actor.refresh()
 
     def resume(self, obs: Mapping[str, Any]) -> None:

@@ -82,6 +82,14 @@ def teacher_of(envs: VectorEnv) -> Any:
     return teacher
 
 
+def tell_policy_updated(envs: VectorEnv, updates: int) -> None:
+    """Tell an env that wants to know how many updates the policy has had: a reward model of its may
+    be trained meanwhile."""
+    tell = getattr(env_core(envs), "policy_updated", None)
+    if tell is not None:
+        tell(updates)
+
+
 # ---------------------------------------------------------------- a step
 
 

@@ -29,6 +29,7 @@ INFO_DEFAULTS: dict[str, float] = {
     "ref_logprob": 0.0,
     "potential": 0.0,
     "prompt_id": -1,
+    "reward_version": -1,
 }
 """What an env may say about a finished text, and what an episode has where the env does not."""
 STATE = ("age", "version", "prefix", "_ring", "_clock", "_masks", "_potential")
@@ -192,6 +193,7 @@ class Recorder:
             index=int(end["index"]),
             version=int(self.version[slot]),
             bootstraps=bool(end["bootstraps"]),
+            reward_version=int(end["reward_version"]),
             terms={name: values[own] for name, values in terms.items()},
             watched={name: values[own] for name, values in watched.items()},
             columns=dict(self._columns(int(end["prompt_id"]), slot)),

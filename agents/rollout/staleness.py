@@ -31,6 +31,21 @@ def staleness(batch: EpisodeBatch, updates: int) -> Metrics:
     }
 
 
+def reward_lag(batch: EpisodeBatch, version: int | None) -> Metrics:
+    """Return the `version` of a reward model that the env trains, and how many updates lie between
+    the version that priced each text and this one: the mean and the largest; nothing where the env
+    trains none."""
+    priced_B = batch.reward_version_B[batch.reward_version_B >= 0]
+    if version is None or not len(priced_B):
+        return {}
+    lag_B = (version - priced_B).float()
+    return {
+        "rollout/reward_version": float(version),
+        "rollout/reward_lag": float(lag_B.mean()),
+        "rollout/reward_lag_max": float(lag_B.max()),
+    }
+
+
 def waiting(texts: Sequence[Any]) -> Metrics:
     """Return the number of ended texts that wait for the rest of their group, and of the response
     tokens that they hold."""

@@ -22,7 +22,7 @@ from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
-from tokenenv.agents.rollout.env_rows import wants_logprob
+from tokenenv.agents.rollout.env_rows import tell_policy_updated, wants_logprob
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
 from tokenenv.agents.rollout.text_scores import episode_of, score_texts
@@ -104,6 +104,7 @@ class TextCollector:
         updates old in the next batch. No text is thrown away for its age, which would favour short
         texts. Raises `Stopped` where `stopping` is set meanwhile.
         """
+        tell_policy_updated(self.core, self.version)
         if not self._synced:
             self._sync()
         with self._stopping():
@@ -136,6 +137,7 @@ class TextCollector:
     def refresh(self) -> None:
         """To be called when the weights have changed: the policy has had one update more."""
         self.version += 1
+        tell_policy_updated(self.core, self.version)
         self._sync()
 
     def play_on(

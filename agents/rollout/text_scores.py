@@ -78,4 +78,5 @@ def episode_of(
         terms=own_tokens(scores.token_reward_terms),
         watched=own_tokens(scores.watched),
         columns=text.columns,
+        reward_version=-1 if scores.reward_version is None else scores.reward_version,
     )

@@ -9,7 +9,7 @@ import torch
 
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit import losses
-from tokenenv.fit.corrupted import samples
+from tokenenv.fit.corrupted import COPIES, samples
 from tokenenv.fit.examples import Batch, Example, Text
 from tokenenv.fit.labels import MAKERS, LabelContext
 from tokenenv.fit.objectives import OBJECTIVES
@@ -99,17 +99,27 @@ def made(texts: list[Text], reference: object, **options: object) -> list[Text]:
 
 def test_samples_follow_the_true_text():
     one = text([3, 0, 0, 2], prompt=[4, 1])
-    (drawn,) = samples([one], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=cycle()))
     # After [4, 1], [.. 3], [.. 0] and [.. 0] of the author's, whatever was drawn before.
     assert drawn.tolist() == [2, 4, 1, 1]
-    (drawn,) = samples([text([1, 1])], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([text([1, 1])], 1, LabelContext(reference=cycle()))
     assert drawn.tolist() == [3, 2]
 
 
 def test_samples_have_the_probabilities_of_the_reference():
     rng = np.random.default_rng(3)
     probs = rng.dirichlet(np.ones(V), V + 1)
-    drawn = samples([text([2] * 20_001)], LabelContext(reference=Bigram(probs)))[0][1:]
+    ((drawn,),) = samples([text([2] * 20_001)], 1, LabelContext(reference=Bigram(probs)))
+    drawn = drawn[1:]
+    share = np.bincount(drawn, minlength=V) / len(drawn)
+    error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
+    assert (np.abs(share - probs[2]) < 4 * error).all()
+
+
+def test_which_tokens_are_replaced_says_nothing_of_what_replaces_them():
+    probs = np.random.default_rng(3).dirichlet(np.ones(V), V + 1)
+    after = made([text([2] * 400, prompt=[0, 2])] * 20, Bigram(probs))
+    drawn = np.concatenate([one.response[one.target == 0] for one in after])
     share = np.bincount(drawn, minlength=V) / len(drawn)
     error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
     assert (np.abs(share - probs[2]) < 4 * error).all()
@@ -118,7 +128,7 @@ def test_samples_have_the_probabilities_of_the_reference():
 def test_a_replaced_token_is_the_references_and_all_others_stay():
     texts = random_texts(300)
     count = replaced = 0
-    for before, after in zip(texts, made(texts, cycle()), strict=True):
+    for before, after in zip(COPIES * texts, made(texts, cycle()), strict=True):
         assert after.target is not None
         new = after.target == 0
         last = [V, *before.response[:-1].tolist()]
@@ -190,7 +200,7 @@ def test_samples_of_a_transformers_model_are_in_eval_mode_and_leave_its_mode():
     model = fakes.causal_lm("llama").train()
     rng = np.random.default_rng(0)
     one = text(rng.integers(3, fakes.VOCAB_SIZE, 40).tolist(), prompt=[4, 7])
-    (drawn,) = samples([one], LabelContext(reference=model))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=model))
     assert model.training
     # The token at the same share of the probabilities, from the model's own logits.
     number = np.random.default_rng([0, 0]).random(40, dtype=np.float32)
@@ -228,3 +238,9 @@ def test_what_is_learned_from_corrupted_texts_is_the_log_ratio():
     by_token = reward.grad.view(2, 3).sum(0)
     torch.testing.assert_close(by_token, torch.zeros(3), rtol=0, atol=1e-6)
     assert torch.equal(loss, losses.replaced_tokens(replace(one, running_BR=loss[:, None])))
+
+
+def test_copies_of_a_text_are_corrupted_apart():
+    after = made([text([2] * 40)], cycle())
+    assert len(after) == COPIES
+    assert len({tuple(one.target.tolist()) for one in after}) == COPIES

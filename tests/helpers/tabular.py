@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.models.automaton import StateSlots
 from tokenenv.models.heads import make_scorer
 from tokenenv.types import EpisodeScores, Scorer, Task, TextIds, TextScorer, TrunkStates
 
@@ -28,15 +29,19 @@ class Histories:
 
     device, vocab_size = torch.device("cpu"), V
 
-    def slots(self, num_slots: int, max_length: int) -> "Histories":
-        """Itself: only whole texts are read, so no rows are kept."""
-        return self
+    def slots(self, num_slots: int, max_length: int) -> StateSlots:
+        """Slots that keep the number of each text's history."""
+        return StateSlots(self, num_slots)
+
+    def after(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The histories (K,) that follow K histories and tokens."""
+        return V * states + 1 + tokens
 
     def states(self, tokens: Tensor, lengths: Any) -> Tensor:
         """Right-padded `tokens` (B, L), of which the first is the prompt, to histories (B, L)."""
         histories = [torch.zeros_like(tokens[:, 0])]
         for token in tokens[:, 1:].T:
-            histories.append(V * histories[-1] + 1 + token)
+            histories.append(self.after(histories[-1], token))
         return torch.stack(histories, 1)
 
 
@@ -48,6 +53,14 @@ class Tabular(Histories):
 
     def head(self, states: Tensor) -> Tensor:
         return self.logprobs[states].float()
+
+
+class TrainableTabular(torch.nn.Module, Tabular):
+    """One whose table can be trained."""
+
+    def __init__(self, table: Tabular) -> None:
+        super().__init__()
+        self.logprobs = torch.nn.Parameter(table.logprobs.clone())
 
 
 class TabularOracle:
@@ -148,6 +161,7 @@ class World:
             stop_token_ids=self.stops,
             scorer=SCORERS[scorer](self),
             implicit_model=options.pop("implicit_model", self.other),
+            model=TrainableTabular(self.other),
             step_end_token_ids=(STEP_END,),
             oracle=TabularOracle(self.reference, oracle),
         )

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabular import SCORERS, STEP_END, STOP, Tabular, TabularOracle, V, World
+from tabular import (
+    SCORERS,
+    STEP_END,
+    STOP,
+    Tabular,
+    TabularOracle,
+    TrainableTabular,
+    V,
+    World,
+)
 from torch import Tensor
 
 from tokenenv.env.vector_env import TokenVectorEnv
@@ -151,6 +160,7 @@ class TurnWorld(World):
             turn_end_token_ids=(TURN_END,),
             scorer=SCORERS[scorer](self) if scorer else None,
             implicit_model=options.pop("implicit_model", self.other),
+            model=TrainableTabular(self.other),
             step_end_token_ids=(STEP_END,),
             oracle=TabularOracle(self.reference, oracle),
         )

@@ -14,7 +14,7 @@ from tokenenv.registration import TASKS
 from tokenenv.rewards.designs import DESIGNS, make_terms
 from tokenenv.rewards.term import NEEDS
 
-CAUSAL = {"causal scorer", "scorer", "reference", "step scorer"}
+CAUSAL = {"causal scorer", "scorer", "reference", "step scorer", "trainable model"}
 TRANSFORMER = CAUSAL | {"token scorer", "transformer scorer", "tokenizer"}
 AUTOMATON = CAUSAL | {"oracle", "teacher", "tokenizer"}
 HAS = {

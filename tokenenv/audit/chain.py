@@ -5,6 +5,7 @@ Shapes: T tokens, Q states, V tokens of the vocabulary, U = V + 1 last tokens (V
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,14 @@ from tokenenv.audit.optimum import Point
 from tokenenv.audit.texts import CHUNK, Estimate, OnText, score, without_kl
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.envs.automata.oracle import AutomatonOracle
+from tokenenv.types import EpisodeScores
 
 MOST_TOKENS = 60_000_000
 """Tokens that are scored at most for the table of what the proxy pays."""
 TRIES = 512
 """Texts on which it is tried whether a proxy is such a one, before and after the table is made."""
+Pay = Callable[[EpisodeScores], np.ndarray]
+"""Maps scored texts to the rewards (B, T) whose sum is the proxy."""
 CLOSE = 1e-4
 """How far two rewards may be apart, relative to the largest, and still be one: they are
 float32."""
@@ -106,11 +110,15 @@ def find_chain(envs: TokenVectorEnv, seed: int, on_text: OnText) -> Chain | None
         return None
     levels = _levels(oracle)
     tokens = sum(len(level.state) for level in levels) * oracle.vocab_size * oracle.max_new_tokens
-    rng = np.random.default_rng([seed, 3])
-    if tokens > MOST_TOKENS or not _forgets(envs, levels, rng):
+    if tokens > MOST_TOKENS:
         return None
-    chain = Chain(envs, _table(envs, levels, on_text))
-    return chain if _holds(envs, chain, rng) else None
+    for pay in (as_paid, as_placed):
+        rng = np.random.default_rng([seed, 3])
+        if _forgets(envs, pay, levels, rng):
+            chain = Chain(envs, _table(envs, pay, levels, on_text))
+            if _holds(envs, pay, chain, rng):
+                return chain
+    return None
 
 
 def _levels(oracle: AutomatonOracle) -> list[Level]:
@@ -128,53 +136,84 @@ def _levels(oracle: AutomatonOracle) -> list[Level]:
     return levels
 
 
-def _forgets(envs: TokenVectorEnv, levels: list[Level], rng: np.random.Generator) -> bool:
+def _forgets(envs: TokenVectorEnv, pay: Pay, levels: list[Level], rng: np.random.Generator) -> bool:
     """Return whether texts that meet in a state are paid alike from there on."""
     texts = _random_texts(envs, rng)
-    states, count = _states(envs.oracle, texts), envs.oracle.vocab_size
-    place = rng.integers(1, texts.shape[1], size=len(texts)) if texts.shape[1] > 1 else None
-    if place is None:
+    states, length = _states(envs.oracle, texts), texts.shape[1]
+    if length == 1:
         return True
+    place = rng.integers(1, length, size=len(texts))
     others = texts.copy()
     for row, t in enumerate(place):
         level = levels[t]
         same = (level.state == states[row, t]) & (level.last == texts[row, t - 1])
         others[row, :t] = level.prefix[np.flatnonzero(same)[0]]
-    one, other = paid_by_step(envs, texts), paid_by_step(envs, others)
-    later = np.arange(texts.shape[1]) >= place[:, None]
-    return _close(one[later], other[later]) and count > 0
+    one, other = (pay(score(envs, made(envs, some))) for some in (texts, others))
+    later = np.arange(length) >= place[:, None]
+    return _close(one[later], other[later])
 
 
-def _table(envs: TokenVectorEnv, levels: list[Level], on_text: OnText) -> np.ndarray:
-    """Return what the proxy pays (T, Q, U, V), from a text for each entry that can be reached."""
+def _table(envs: TokenVectorEnv, pay: Pay, levels: list[Level], on_text: OnText) -> np.ndarray:
+    """Return what the proxy pays (T, Q, U, V), from texts that go through every entry that can be
+    reached.
+
+    A text for each entry would do. Here a text goes on, after the entry that it is for, through
+    entries that no text has been through, so that a few times fewer are scored.
+    """
     oracle = envs.oracle
     length, count = oracle.max_new_tokens, oracle.vocab_size
-    pays = np.zeros((length, oracle.automaton.num_states, count + 1, count))
+    pays = np.full((length, oracle.automaton.num_states, count + 1, count), np.nan)
     asked, done = sum(len(level.state) for level in levels) * count, 0
     for t, level in enumerate(levels):
-        row, token = (grid.ravel() for grid in np.indices((len(level.state), count)))
+        row, token = np.nonzero(np.isnan(pays[t, level.state, level.last]))
         for start in range(0, len(row), CHUNK):
             some = slice(start, start + CHUNK)
             texts = np.zeros((len(row[some]), length), dtype=np.int64)
             texts[:, :t], texts[:, t] = level.prefix[row[some]], token[some]
-            found = paid_by_step(envs, texts)[:, t]
-            pays[t, level.state[row[some]], level.last[row[some]], token[some]] = found
-            done += len(found)
+            _go_on(oracle, texts, t + 1, pays)
+            found, states = pay(score(envs, made(envs, texts))), _states(oracle, texts)
+            last = _last(oracle, texts)
+            for s in range(t, length):
+                pays[s, states[:, s], last[:, s], texts[:, s]] = found[:, s]
+            done = int(np.isfinite(pays).sum())
             on_text(done, asked)
-    return pays
+    return np.nan_to_num(pays)
 
 
-def _holds(envs: TokenVectorEnv, chain: Chain, rng: np.random.Generator) -> bool:
+def _go_on(oracle: AutomatonOracle, texts: np.ndarray, start: int, pays: np.ndarray) -> None:
+    """Fill in the tokens of `texts` (B, T) from place `start` on: in each state those that are not
+    known there, as long as there are any, each in another text."""
+    states = _states(oracle, texts[:, :start])[:, -1]
+    for s in range(start, texts.shape[1]):
+        place = states * (oracle.vocab_size + 1) + _last(oracle, texts)[:, s]
+        order = np.argsort(place, kind="stable")
+        ends = np.flatnonzero(np.diff(place[order], prepend=-1))
+        rank = np.empty(len(place), dtype=np.int64)
+        rank[order] = np.arange(len(place)) - np.repeat(ends, np.diff([*ends, len(place)]))
+        entries = pays[s].reshape(-1, oracle.vocab_size)[place[order[ends]]]
+        unknown_first = np.argsort(np.isfinite(entries), axis=1, kind="stable")
+        which = np.repeat(np.arange(len(ends)), np.diff([*ends, len(place)]))
+        texts[order, s] = unknown_first[which, rank[order] % oracle.vocab_size]
+        states = oracle.automaton.transitions[states, texts[:, s]]
+
+
+def _last(oracle: AutomatonOracle, texts: np.ndarray) -> np.ndarray:
+    """Return the last token (B, T) before each token."""
+    none = np.full((len(texts), 1), oracle.vocab_size)
+    return np.concatenate([none, texts[:, :-1]], axis=1)
+
+
+def _holds(envs: TokenVectorEnv, pay: Pay, chain: Chain, rng: np.random.Generator) -> bool:
     """Return whether other texts are paid what the table says, and gold is the automaton's
     payoff."""
     texts, oracle = _random_texts(envs, rng), envs.oracle
     states = _states(oracle, texts)
-    last = np.concatenate([np.full((len(texts), 1), oracle.vocab_size), texts[:, :-1]], axis=1)
-    said = chain.pays[np.arange(texts.shape[1]), states[:, :-1], last, texts]
+    places = states[:, :-1], _last(oracle, texts), texts
+    said = chain.pays[np.arange(texts.shape[1]), *places]
     scores = score(envs, made(envs, texts))
     if scores.gold is None or not _close(scores.gold, oracle.automaton.payoff[states[:, -1]]):
         return False
-    return _close(said, without_kl(scores.terms, scores.step_rewards))
+    return _close(said, pay(scores))
 
 
 def _random_texts(envs: TokenVectorEnv, rng: np.random.Generator) -> np.ndarray:
@@ -205,10 +244,15 @@ def made(envs: TokenVectorEnv, tokens: np.ndarray) -> list[Text]:
     ]
 
 
-def paid_by_step(envs: TokenVectorEnv, tokens: np.ndarray) -> np.ndarray:
+def as_paid(scores: EpisodeScores) -> np.ndarray:
     """Return what `step` pays for each token (B, T) float64, without the KL term."""
-    scores = score(envs, made(envs, tokens))
     return without_kl(scores.terms, scores.step_rewards)
+
+
+def as_placed(scores: EpisodeScores) -> np.ndarray:
+    """Return what each token is paid (B, T) float64, hindsight terms placed, without the KL
+    term."""
+    return without_kl(scores.token_reward_terms, scores.token_rewards)
 
 
 def _close(one: Any, other: Any) -> bool:

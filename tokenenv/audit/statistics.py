@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenenv.audit.texts import Estimate
 
-RESAMPLES = 200
+RESAMPLES = 100
 """R, of a bootstrap."""
 
 
@@ -86,12 +86,12 @@ def auc(x_B: np.ndarray, good_B: np.ndarray) -> float:
 def resamples(group_B: np.ndarray, seed: int, count: int = RESAMPLES) -> Iterator[np.ndarray]:
     """Yield rows of texts: as many clusters as there are, drawn with replacement."""
     rng, cluster_B = np.random.default_rng([seed, 1]), clusters(group_B)
-    order = np.argsort(cluster_B, kind="stable")
-    sizes = np.bincount(cluster_B)
+    order, sizes = np.argsort(cluster_B, kind="stable"), np.bincount(cluster_B)
     members = np.split(order, sizes.cumsum()[:-1])
     for _ in range(count):
         drawn = rng.integers(len(sizes), size=len(sizes))
-        yield np.concatenate([members[i] for i in drawn])
+        alone = len(sizes) == len(cluster_B)
+        yield order[drawn] if alone else np.concatenate([members[i] for i in drawn])
 
 
 def bootstrapped(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from torch import Tensor
 
 from tokenenv.env import build, render, saved_state
 from tokenenv.env.ambient import ordinary_tensors
@@ -22,7 +21,7 @@ from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
-from tokenenv.rewards.term import RewardTerm
+from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
 from tokenenv.types import EpisodeScores
@@ -218,7 +217,7 @@ class EnvBase(VectorEnv):
         # Running texts are not looked at, so the mark of an interrupted call may stay.
         self._undo_interrupted()
         chosen = read_weights(self.weights, weights, kl_coef, self.config.kl)
-        learned = self._engine.save_statistics()
+        learned = self._engine.snapshot()
         try:
             scores = score_episodes(
                 self._engine,
@@ -277,14 +276,28 @@ class EnvBase(VectorEnv):
         )
         return answer(self._task, self.token_spec, text)
 
-    def save_statistics(self) -> dict[str, np.ndarray]:
+    @property
+    def reward_version(self) -> int | None:
+        """Updates that the reward model has had which a term trains (`reward="prime"`); None where
+        no term trains one."""
+        self._require_open()
+        return self._engine.rewards.model_version
+
+    def policy_updated(self, updates: int) -> None:
+        """Take in how many updates the policy has had. A learner says it when it begins and after
+        each update, so that a reward model that is trained meanwhile keeps to its `max_lag`."""
+        self._require_open()
+        for term in self._engine.rewards.every.values():
+            term.policy_updated(updates)
+
+    def save_statistics(self) -> dict[str, Any]:
         """Return what terms have learned, by name: all that a run on whole texts has to keep of
         this env beside `tokens_seen`."""
         self._require_whole()
         return self._engine.save_statistics()
 
     @ordinary_tensors
-    def load_statistics(self, saved: Mapping[str, np.ndarray]) -> None:
+    def load_statistics(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `save_statistics` returned; raises `CheckpointError` where it is of other
         terms."""
         self._require_whole()
@@ -336,4 +349,4 @@ class _Interrupted:
 
     call: str
     tokens_seen: int
-    statistics: dict[str, Tensor | np.ndarray]
+    statistics: dict[str, Learned]

@@ -27,7 +27,7 @@ from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
 from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions, WholeTexts
-from tokenenv.rewards.term import Context, RewardTerm
+from tokenenv.rewards.term import Context, Learned, RewardTerm
 from tokenenv.tables import Columns, require_columns
 from tokenenv.types import Head, Scorer, Slots
 
@@ -265,6 +265,9 @@ class RewardEngine:
             ends_turn=None if replies is None else replies.wrote | ends.ended,
         )
         assert batch.ref_logprob is not None
+        if batch.finished is not None:
+            # Before the texts are priced: a model is not asked about what it has learned from.
+            self.rewards.update_models()
         terms = self._pay(batch, active, texts)
         watched = {name: terms.pop(name) for name in self.rewards.watched if name in terms}
         first, *others = terms.values() or [torch.zeros_like(batch.ref_logprob)]
@@ -408,26 +411,26 @@ class RewardEngine:
             "statistics": {
                 name: ((count, len(s)), np.float32) for name, s in self.rewards.statistics().items()
             },
-            "learned": {
-                name: (array.shape, np.float64) for name, array in self.save_statistics().items()
-            },
+            "learned": {name: _layout(learned) for name, learned in self.snapshot().items()},
         }
 
-    def save_statistics(self) -> dict[str, np.ndarray]:
-        """Return what terms have learned, by name, of those that learn."""
+    def save_statistics(self) -> dict[str, Any]:
+        """Return what terms have learned, by name, of those that learn: arrays, or nested mappings
+        of arrays."""
         return {name: _host(learned) for name, learned in self.snapshot().items()}
 
-    def snapshot(self) -> dict[str, Tensor | np.ndarray]:
-        """Return copies of what terms have learned, by name, each where it is, on the device or on
-        the host, so that nothing waits for the device."""
-        found: dict[str, Tensor | np.ndarray] = {}
+    def snapshot(self) -> dict[str, Learned]:
+        """Return what terms have learned, by name, each where it is, on the device or on the host,
+        so that nothing waits for the device. Arrays are copies; what a mapping holds is the term's,
+        which does not change it."""
+        found: dict[str, Learned] = {}
         for name, term in self.rewards.every.items():
             learned = term.save_statistics()
             if learned is not None:
-                found[name] = _copied(learned)
+                found[name] = learned if isinstance(learned, Mapping) else _copied(learned)
         return found
 
-    def load_statistics(self, saved: Mapping[str, Tensor | np.ndarray]) -> None:
+    def load_statistics(self, saved: Mapping[str, Learned]) -> None:
         """Go on from what `save_statistics` or `snapshot` returned."""
         for name, values in saved.items():
             self.rewards.every[name].load_statistics(_copied(values))
@@ -438,10 +441,22 @@ def numpy_dtype(dtype: torch.dtype) -> type[np.generic]:
     return torch.empty(0, dtype=dtype).numpy().dtype.type
 
 
-def _host(values: Tensor | np.ndarray) -> np.ndarray:
+def _layout(learned: Learned) -> Any:
+    """The shape and dtype of what a term has learned, as a state holds it."""
+    if isinstance(learned, Mapping):
+        return {name: _layout(part) for name, part in learned.items()}
+    on_host = isinstance(learned, np.ndarray)
+    return tuple(learned.shape), learned.dtype.type if on_host else numpy_dtype(learned.dtype)
+
+
+def _host(values: Learned) -> Any:
     """A copy on the host."""
+    if isinstance(values, Mapping):
+        return {name: _host(part) for name, part in values.items()}
     return values.cpu().numpy().copy() if isinstance(values, Tensor) else values.copy()
 
 
-def _copied(values: Tensor | np.ndarray) -> Tensor | np.ndarray:
+def _copied(values: Learned) -> Learned:
+    if isinstance(values, Mapping):
+        return {name: _copied(part) for name, part in values.items()}
     return values.clone() if isinstance(values, Tensor) else values.copy()

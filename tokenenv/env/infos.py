@@ -102,6 +102,9 @@ def step_infos(
     if watched:
         entries["token_watched"] = engine.placed(watched), ended
     entries["cut"] = ends.truncated, ended
+    version = engine.rewards.model_version
+    if version is not None:
+        entries["reward_version"] = np.full(len(ended), version, dtype=np.int64), ended
     return Infos(entries)
 
 

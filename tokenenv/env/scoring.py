@@ -60,7 +60,9 @@ def score_episodes(
     check_logprobs(engine, logprobs, steps)
     turns = read_turn_rewards(engine, turn_rewards, steps)
     each = {name: read_weight(name, weight, len(prompt_ids)) for name, weight in weights.items()}
-    out = _zeros(engine, steps)
+    if learning:
+        engine.rewards.update_models()
+    out = replace(_zeros(engine, steps), reward_version=engine.rewards.model_version)
     statistics = engine.rewards.statistics()
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     # Statistics were read once, above: with `learning` they change from one micro-batch to the

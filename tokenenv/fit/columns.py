@@ -103,9 +103,7 @@ def _pair(row: Row, encoder: Encoder) -> Example | None:
     given = [name for name in names if name is not None]
     if len(given) < 2:
         return None
-    values = {name: row.values[name] for name in given}
-    cuts = [row.values.get(f"{name}_truncated", row.values.get("truncated")) for name in SIDES]
-    prompt, responses = read_responses(row, encoder, values, cuts)
+    prompt, responses = read_responses(row, encoder, {name: row.values[name] for name in given})
     owns = [f"{name}_own" for name in SIDES]
     texts = [
         text_of(prompt, response, row.values.get(own), row.label(own))
@@ -123,9 +121,7 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     if not values:
         raise InvalidArgument(f"{row.label(name)} is empty; at least one response is needed.")
     named = {f"{name}[{i}]": value for i, value in enumerate(values)}
-    whole = [row.values.get("truncated")] * len(values)
-    cuts = _beside(row, "responses_truncated", len(values)) or whole
-    prompt, responses = read_responses(row, encoder, named, cuts)
+    prompt, responses = read_responses(row, encoder, named)
     owns = _beside(row, "responses_own", len(values)) or [None] * len(values)
     texts = [
         text_of(prompt, response, own, row.label(f"responses_own[{i}]"))

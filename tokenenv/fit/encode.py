@@ -80,13 +80,13 @@ class Encoder:
         already; token ids stay as they are."""
         if is_chat(value):
             return self._conversation(prompt, value, complete, label)
-        if len(value if hasattr(value, "__len__") else ()) == 0:
-            raise InvalidArgument(f"{label} is empty; a response needs at least one token.")
-        if not isinstance(value, str):
-            return Response(self.ids(value, label))
-        if prompt.messages is not None:
+        if isinstance(value, str) and prompt.messages is not None:
             return self._answer(prompt.messages, value, complete, label)
         ids = self.ids(value, label)
+        if not ids:
+            raise _empty(label)
+        if not isinstance(value, str):
+            return Response(ids)
         closed = complete and self._stop is not None and ids[-1:] != [self._stop]
         return Response(
             [*ids, self._stop] if closed else ids,
@@ -104,7 +104,7 @@ class Encoder:
         body = text.removesuffix(self._end_text)
         body, cut = (body.strip(), len(body) - len(body.lstrip())) if frame.strips else (body, 0)
         if not body:
-            raise InvalidArgument(f"{label} is empty; a response needs at least one token.")
+            raise _empty(label)
         whole = lead + body + (frame.after if complete and self._end_text else "")
         ids = self.ids(whole, label)
         if complete and self._end in ids:
@@ -179,6 +179,10 @@ def check_messages(messages: Messages, label: str) -> None:
                 f"{label} holds a message whose role or content is no text; allowed: "
                 '{"role": ..., "content": ...}.'
             )
+
+
+def _empty(label: str) -> InvalidArgument:
+    return InvalidArgument(f"{label} is empty; a response needs at least one token.")
 
 
 def _turns(messages: Messages) -> list[tuple[Mapping[str, Any], Messages]]:

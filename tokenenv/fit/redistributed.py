@@ -9,12 +9,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from tokenenv.env.build import token_spec_of
 from tokenenv.env.engine import RewardEngine
 from tokenenv.env.scoring import score_episodes
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.examples import Example, Text
 from tokenenv.rewards.term import Context, RewardTerm
-from tokenenv.types import Scorer, Slots, Task, TokenSpec
+from tokenenv.types import Scorer, Slots, Task
 
 if TYPE_CHECKING:
     from tokenenv.fit.labels import LabelContext
@@ -67,37 +68,32 @@ def _labelled(engine: RewardEngine, texts: list[tuple[Text, str]]) -> Iterator[E
 
 def _engine(texts: Sequence[Text], term: RewardTerm, context: "LabelContext") -> RewardEngine:
     """What pays the term's rewards on the teacher's score, for texts as long as these."""
-    teacher = context.teacher
-    device = torch.device(teacher.model.device if isinstance(teacher, Scorer) else "cpu")
-    vocab_size = 1 + max(int(text.ids.max()) for text in texts)
-    limits = {
-        "max_prompt_tokens": max(len(text.prompt) for text in texts),
-        "max_new_tokens": max(int(text.own_mask.sum()) for text in texts),
-    }
-    spec = TokenSpec(
-        tokenizer=context.tokenizer,
-        vocab_size=vocab_size,
-        pad_token_id=0,
-        # Nothing is said about stop tokens: a text ends where the data ends it.
-        stop_token_ids=(),
-        max_context_tokens=max(map(len, texts)),
-        responds=not all(text.own_mask.all() for text in texts),
-        **limits,
-    )
-    task = Task(
-        tokenizer=context.tokenizer,
-        reference=Unasked(vocab_size, device),
-        prompts=[],
-        stop_token_ids=(),
-        scorer=teacher,
-        **limits,
-    )
-    bound = Context(spec, task, device, 0.0, context.max_batch_tokens)
+    task = _task(texts, context)
+    written = not all(text.own_mask.all() for text in texts)
+    spec = replace(token_spec_of(task, score_truncated=True), responds=written)
+    bound = Context(spec, task, task.reference.device, 0.0, context.max_batch_tokens)
     try:
         return RewardEngine(bound, {term.name: term}, 1)
     except InvalidArgument as error:
         message = str(error).replace("reward=", "share-", 1)
         raise InvalidArgument(f"the objective cannot use this teacher: {message}") from error
+
+
+def _task(texts: Sequence[Text], context: "LabelContext") -> Task:
+    """What could have written the texts, with the teacher as its scorer."""
+    teacher = context.teacher
+    device = torch.device(teacher.model.device if isinstance(teacher, Scorer) else "cpu")
+    return Task(
+        tokenizer=context.tokenizer,
+        reference=Unasked(1 + max(int(text.ids.max()) for text in texts), device),
+        prompts=[],
+        max_prompt_tokens=max(len(text.prompt) for text in texts),
+        max_new_tokens=max(int(text.own_mask.sum()) for text in texts),
+        max_context_tokens=max(map(len, texts)),
+        # Nothing is said about stop tokens: a text ends where the data ends it.
+        stop_token_ids=(),
+        scorer=teacher,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,10 @@ in the place of several others may come back as those.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tokenenv.errors import InvalidArgument
+from tokenenv.fit.cells import listed
 from tokenenv.fit.encode import Encoder
 from tokenenv.models.encoding import encode_prompt
 
@@ -22,29 +25,29 @@ def episode_columns(episode: Mapping[str, Any], encoder: Encoder, where: str) ->
     token."""
     if not {"prompt", "response", "score"} <= set(episode):
         raise InvalidArgument(f"{where} is no episode of `tokenenv train`.")
-    prompt = encoder.ids(episode["prompt"], f"{where}: 'prompt'", encode_prompt)
-    label, segments = f"{where}: 'response'", episode.get("segments")
-    if not segments or not isinstance(episode["response"], str):
-        parts = [encoder.ids(episode["response"], label)]
-    else:
-        parts = [encoder.ids(_part(segment, "text", label), label) for segment in segments]
-    columns: dict[str, Any] = {
-        "prompt_ids": prompt,
-        "response_ids": [token for part in parts for token in part],
+    label, response = f"{where}: 'response'", episode["response"]
+    columns = {
+        "prompt_ids": encoder.ids(episode["prompt"], f"{where}: 'prompt'", encode_prompt),
         "score": NO_SCORE if episode["score"] is None else episode["score"],
     }
-    if segments:
-        counts = map(len, parts)
-        if len(parts) != len(segments):
-            counts = (_part(segment, "length", label) for segment in segments)
-        owns = zip(segments, counts, strict=True)
-        columns["own"] = [bool(_part(s, "own", label)) for s, count in owns for _ in range(count)]
-    return columns
+    if not episode.get("segments"):
+        return columns | {"response_ids": encoder.ids(response, label)}
+    segments = listed(episode["segments"], f"{where}: 'segments'")
+    if isinstance(response, str):
+        parts = [encoder.ids(_part(segment, "text", label), label) for segment in segments]
+        ids, lengths = [token for part in parts for token in part], [len(part) for part in parts]
+    else:
+        ids = encoder.ids(response, label)
+        lengths = [_part(segment, "length", label) for segment in segments]
+    if sum(lengths) != len(ids):
+        raise InvalidArgument(f"{label} has {len(ids)} tokens, and its segments {sum(lengths)}.")
+    own = np.repeat([_part(segment, "own", label) for segment in segments], lengths)
+    return columns | {"response_ids": ids, "own": own}
 
 
 def _part(segment: Any, key: str, label: str) -> Any:
     kinds = {"text": str, "length": int, "own": bool}
     found = segment.get(key) if isinstance(segment, Mapping) else None
-    if not isinstance(found, kinds[key]):
+    if not isinstance(found, kinds[key]) or (key == "length" and found < 0):
         raise InvalidArgument(f"{label} has a segment without {key!r}.")
     return found

@@ -101,7 +101,7 @@ def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         RunFolderError: it cannot be written.
     """
     target = Path(directory).resolve()
-    _check_replaceable(target)
+    check_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -124,7 +124,9 @@ def whole_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise RunFolderError(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
-def _check_replaceable(target: Path) -> None:
+def check_folder(directory: str | os.PathLike[str]) -> None:
+    """Raise `InvalidArgument` where `whole_folder` would not write."""
+    target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise InvalidArgument(f"directory={str(target)!r} is a file; it must be a folder.")
     found = {path.name for path in target.iterdir()} if target.exists() else set()

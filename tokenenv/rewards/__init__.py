@@ -9,6 +9,7 @@ from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.online import Prime
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.rule import Rule, TokenRule
@@ -35,6 +36,7 @@ __all__ = [
     "Occlusion",
     "Oracle",
     "PositionScaled",
+    "Prime",
     "Process",
     "RewardTerm",
     "Rule",

@@ -14,6 +14,7 @@ from tokenenv.rewards.distill import Distill
 from tokenenv.rewards.gradient import Gradient
 from tokenenv.rewards.implicit import Implicit
 from tokenenv.rewards.occlusion import Occlusion
+from tokenenv.rewards.online import Prime
 from tokenenv.rewards.process import Process
 from tokenenv.rewards.progressive import progressive
 from tokenenv.rewards.reward_sum import RESERVED, weight_now
@@ -39,6 +40,7 @@ DESIGNS: dict[str, Callable[[], RewardSpec]] = {
     "implicit": Implicit,
     "occlusion": Occlusion,
     "oracle": Oracle,
+    "prime": Prime,
     "process": Process,
     "progressive": progressive,
     "segment": Segment,

@@ -120,6 +120,12 @@ class RewardSum:
         self.shaped = [name for name, term in self.terms.items() if term.has_potential]
         self.with_memory = {name: term for name, term in self.every.items() if term.has_memory}
         self.columns = frozenset(name for term in self.every.values() for name in term.columns)
+        online = [name for name, term in self.every.items() if term.model_version is not None]
+        if len(online) > 1:
+            raise InvalidArgument(
+                f"reward= has {len(online)} terms that train a model ({', '.join(online)}); "
+                "allowed: one, whose version is in infos['reward_version']."
+            )
 
     @property
     def score_rule(self) -> Rule | None:
@@ -165,6 +171,17 @@ class RewardSum:
         """Return the present statistics (p,) of the terms that have any, wrapped ones included."""
         every = ((name, term.statistics()) for name, term in self.every.items())
         return {name: statistics for name, statistics in every if statistics is not None}
+
+    @property
+    def model_version(self) -> int | None:
+        """Updates that the model has had which a term trains; None where no term does."""
+        versions = (term.model_version for term in self.every.values())
+        return next((version for version in versions if version is not None), None)
+
+    def update_models(self) -> None:
+        """Take the updates that are due of models that terms train."""
+        for term in self.every.values():
+            term.update_model()
 
     def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
         """Return the weighted sum (K,) of the potentials, or None where no term has one."""

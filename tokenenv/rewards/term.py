@@ -9,13 +9,13 @@ hindsight.
 """
 
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.rewards.seen import FinishedTexts, States, Transitions
@@ -26,6 +26,14 @@ Kind = Literal["causal", "hindsight", "policy"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 Weight = float | Callable[[int], float]
 """A number, or a schedule over the tokens the env has seen; read when an episode begins."""
+Learned = Tensor | np.ndarray | Mapping[str, Any]
+"""What a term has learned: an array, or nested mappings of names to arrays."""
+
+
+def trainable(model: Any) -> Any:
+    """Return the model if it has weights that can be trained, else None."""
+    has_weights = isinstance(model, nn.Module) and next(model.parameters(), None) is not None
+    return model if has_weights else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,13 @@ class Context:
         return self.task.scorer if isinstance(self.task.scorer, Scorer) else None
 
     @property
+    def trainable_model(self) -> Any:
+        """What a language model that is trained begins from: the task's `implicit_model`, or else
+        the reference, or else the policy's initial model; None where none has weights to train."""
+        models = (self.task.implicit_model, self.reference, self.task.model)
+        return next((model for model in models if trainable(model) is not None), None)
+
+    @property
     def step_scorer(self) -> Scorer | None:
         """The scorer of a text's steps: the task's own step scorer, or else its causal scorer."""
         return self.task.step_scorer or self.causal_scorer
@@ -75,6 +90,7 @@ class Context:
             "tokenizer": self.spec.tokenizer is not None,
             "implicit model": self.task.implicit_model is not None,
             "teacher": self.task.teacher is not None,
+            "trainable model": self.trainable_model is not None,
             "step scorer": self.step_scorer is not None,
             "step ends": bool(self.task.step_end_token_ids),
             "oracle": self.task.oracle is not None,
@@ -93,6 +109,7 @@ NEEDS = {
     "tokenizer": "a tokenizer",
     "implicit model": "a preference-tuned language model (implicit_model=)",
     "teacher": "a teacher, which is a language model (teacher=)",
+    "trainable model": "a language model with weights to train",
     "step scorer": (
         "a causal reward model with the policy's own tokens, which scores steps (reward_model=)"
     ),
@@ -135,6 +152,9 @@ class RewardTerm:
     model."""
     memory_dtype: torch.dtype = torch.float32
     """The memory's dtype, one of `MEMORY_DTYPES`."""
+    model_version: int | None = None
+    """Updates that the term's own model has had; None for a term that trains none. At most one term
+    of an env trains a model."""
 
     def bind(self, context: Context) -> None:
         """Check `needs` and `columns`, and take what the term wants from `context`. The env calls
@@ -181,20 +201,31 @@ class RewardTerm:
         from `self`."""
         return None
 
-    def save_statistics(self) -> Tensor | np.ndarray | None:
+    def save_statistics(self) -> Learned | None:
         """Return what `statistics` are computed from, float64, as a tensor on the env's device or
-        as an array; None where there is nothing to save.
+        as an array; None where there is nothing to save. A term that learns more returns nested
+        mappings of arrays, whose shapes and dtypes stay the same.
 
         The env asks at every step, so that an interrupted step teaches nothing. It must therefore
-        not wait for the device.
+        not wait for the device. The env copies an array. It does not copy what a mapping holds, so
+        a term may not change it afterwards: it learns by making new arrays.
         """
         return None
 
-    def load_statistics(self, saved: Tensor | np.ndarray) -> None:
-        """Go on from what `save_statistics` returned, as a tensor or as an array."""
+    def load_statistics(self, saved: Any) -> None:
+        """Go on from what `save_statistics` returned, with tensors or with arrays. They are the
+        term's to keep."""
         raise TypeError(
             f"{type(self).__name__} has statistics but does not define load_statistics()"
         )
+
+    def update_model(self) -> None:
+        """Take the update of the term's own model that is due, if one is. The env asks before it
+        prices the texts that end in a step, or all texts of one call of `score_episodes` that count
+        as played."""
+
+    def policy_updated(self, updates: int) -> None:
+        """Take in how many updates the policy has had, where a learner says so."""
 
     def place(self, texts: FinishedTexts, max_new_tokens: int) -> Tensor:
         """Return the rewards (B, T) of the tokens of B finished texts, unweighted. Hindsight terms
