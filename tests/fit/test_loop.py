@@ -1,5 +1,6 @@
 """Training: what an optimizer step is, what is kept, and what is saved."""
 
+import fakes
 import fitting
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from fitting import trained, weights
 from tokenenv.errors import NotFinite
 from tokenenv.fit.batches import batches, forwards, longest
 from tokenenv.fit.examples import Example
-from tokenenv.fit.training import Training, schedule
+from tokenenv.fit.readers import HeadReader
+from tokenenv.fit.training import Training, default_lr, schedule
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import load_reward_model
 from tokenenv.models.prefix_scores import score_texts
@@ -102,6 +104,31 @@ def test_a_loss_that_is_not_finite_is_named_and_not_learnt_from(tmp_path):
     assert all(torch.equal(w, training.weights[name]) for name, w in before.items())
 
 
+def test_the_rate_is_that_of_what_is_trained(tmp_path):
+    small, large = torch.nn.Linear(3, 3), torch.nn.Linear(4000, 3000, device="meta")
+    named = {"all": {}, "adapters": {"lora_rank": 4}, "head": {"freeze": True}}
+    configs = {name: fitting.config(tmp_path, **options) for name, options in named.items()}
+    assert {name: default_lr(config, large) for name, config in configs.items()} == {
+        "all": 2e-5,
+        "adapters": 2e-4,
+        "head": 1e-3,
+    }
+    assert {default_lr(config, small) for config in configs.values()} == {1e-3}
+
+
+def test_a_frozen_trunk_reads_each_text_once_and_trains_as_if_it_read_it_anew(tmp_path):
+    """The states that are kept give the weights that reading them again and again gives."""
+    options = {"model": fakes.causal_lm("llama"), "freeze": True, "epochs": 3}
+    kept = trained(fitting.config(tmp_path / "kept", **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadReader, "remember", lambda self, texts: None)
+        anew = trained(fitting.config(tmp_path / "anew", **options))
+    assert {name.partition(".")[0] for name in weights(kept)} == {"score"}
+    torch.testing.assert_close(weights(kept), weights(anew), atol=1e-6, rtol=0)
+    texts = [t for e in (*fitting.pairs(20), *fitting.pairs(8, seed=1)) for t in e.texts]
+    assert kept.measures["tokens"] == sum(map(len, texts))
+
+
 # -------------------------------------------------------------------------------- what is kept
 
 
@@ -133,8 +160,8 @@ def test_without_held_out_examples_the_last_epoch_is_kept(tmp_path):
 
 
 def test_training_learns_what_is_good(tmp_path):
-    config = fitting.config(tmp_path / "m", epochs=6, lr=5e-3)
-    fitted = trained(config, fitting.pairs(150), fitting.pairs(60, seed=1))
+    config = fitting.config(tmp_path / "m", epochs=5, lr=1e-2)
+    fitted = trained(config, fitting.pairs(100), fitting.pairs(40, seed=1))
     assert fitted.measures["accuracy"] > 0.95
     assert fitted.history[0]["loss"] > fitted.measures["loss"]
 
@@ -163,8 +190,8 @@ def test_saved_rewards_of_bt_mean_are_divided_by_the_mean_length(tmp_path):
 
 def test_scores_are_standardised_and_saved_rewards_have_the_datas_unit(tmp_path):
     """The sum of saved rewards foretells the score less the mean of the training scores."""
-    train, held_out = fitting.scored(300), fitting.scored(40, seed=1)
-    config = fitting.config(tmp_path / "m", "score-end", epochs=8, lr=5e-3)
+    train, held_out = fitting.scored(100), fitting.scored(30, seed=1)
+    config = fitting.config(tmp_path / "m", "score-end", epochs=6, lr=1e-2)
     fitted = trained(config, train, held_out)
     mean = np.mean([e.scores[0] for e in train])
     wanted = np.array([e.scores[0] for e in held_out]) - mean

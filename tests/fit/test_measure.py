@@ -27,7 +27,7 @@ from tokenenv.fit.objectives import OBJECTIVES
 NAN = math.nan
 
 
-def batch(rewards, examples, scores=None, targets=None, start=None, baselines=None):
+def batch(rewards, examples, scores=None, targets=None, start=None):
     """A batch of rows of rewards; a token with None is not the policy's own."""
     width = max(map(len, rewards))
     mask = torch.tensor(
@@ -44,7 +44,6 @@ def batch(rewards, examples, scores=None, targets=None, start=None, baselines=No
         example_B=torch.tensor(examples),
         score_B=scores and torch.tensor(scores),
         target_BR=target,
-        baseline_E=baselines and torch.tensor(baselines),
     )
 
 
@@ -183,12 +182,6 @@ def test_scores_are_foretold_by_the_value_of_the_text_in_the_units_of_the_data()
     assert "accuracy" not in found  # one text each: nothing to compare
 
 
-def test_scores_are_compared_with_the_baseline_of_their_prompt():
-    found = all_of("a-star", batch([[1.0], [-1.0]], [0, 0], [3.0, 1.0], baselines=[2.0]))
-    assert found["score_error"] == pytest.approx(0.0)
-    assert found["accuracy"] == 1.0
-
-
 def test_outcomes_are_calibrated():
     found = all_of("outcome", batch([[math.log(3)]] * 4, [0, 1, 2, 3], [1.0, 1.0, 1.0, 0.0]))
     assert found["calibration_error"] == pytest.approx(0, abs=1e-6)
@@ -203,6 +196,13 @@ def test_labels_values_and_shares_where_they_are_known():
     assert labels["calibration_error"] == pytest.approx(
         calibration_error(known, np.array([1.0, 0.0, 1.0]))
     )
+    replaced = all_of("corrupted", batch(rewards, [0, 1], targets=targets))
+    known = sigmoid(np.array([2.0, -3.0, -1.0]) + math.log(0.85 / 0.15))
+    error = calibration_error(known, np.array([1.0, 0.0, 1.0]))
+    assert replaced["calibration_error"] == pytest.approx(error)
+    assert replaced["label_accuracy"] == 1.0
+    undecided = all_of("edits", batch([[2.0, 1.0]], [0], targets=[[1.0, 0.5]]))
+    assert undecided["label_accuracy"] == 1.0
     values = all_of("values", batch(rewards, [0, 1], targets=targets))
     assert values["value_error"] == pytest.approx(math.sqrt((1 + 8**2 + 2**2) / 3))
     shares = all_of("share-delta", batch(rewards, [0, 1], targets=targets))

@@ -57,7 +57,6 @@ def random_batch(num_examples: int = 4, texts: int = 3, width: int = 5, seed: in
         example_B=torch.arange(num_examples).repeat_interleave(texts),
         score_B=torch.from_numpy(rng.random(count)).float(),
         target_BR=torch.from_numpy(target).float(),
-        baseline_E=torch.from_numpy(rng.normal(size=num_examples)).float(),
     )
 
 
@@ -66,7 +65,6 @@ def of_example(whole: Batch, e: int) -> Batch:
     rows = whole.example_B == e
     assert whole.score_B is not None
     assert whole.target_BR is not None
-    assert whole.baseline_E is not None
     return Batch(
         whole.reward_BR[rows],
         whole.running_BR[rows],
@@ -75,7 +73,6 @@ def of_example(whole: Batch, e: int) -> Batch:
         torch.zeros(int(rows.sum()), dtype=torch.int64),
         whole.score_B[rows],
         whole.target_BR[rows],
-        whole.baseline_E[e : e + 1],
     )
 
 
@@ -245,11 +242,6 @@ def test_a_score_of_several_texts_is_a_mean():
 def test_outcome_by_hand():
     two = batch([[1.0, 1.0], [-1.0]], [0, 1], score_B=[1.0, 0.25])
     check(losses.outcome(two), softplus(-2), 0.25 * softplus(1) + 0.75 * softplus(-1))
-
-
-def test_a_star_by_hand():
-    two = batch([[0.5], [1.0], [0.0]], [0, 0, 1], score_B=[1.0, 2.0, 3.0], baseline_E=[0.75, 2.0])
-    check(losses.a_star(two), (0.25**2 + 0.25**2) / 2, 1.0)
 
 
 # ---------------------------------------------------------------------------------- log-mean-exp, V*

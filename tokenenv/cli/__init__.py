@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, evaluate, show, fit, audit, envs, rewards, version."""
+"""The `tokenenv` command: train, evaluate, show, sample, fit, audit, envs, rewards, version."""
 
 import argparse
 import dataclasses
@@ -21,6 +21,7 @@ from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.rewards import Rewards
+from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
 from tokenenv.cli.version import Version
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Annotated[train, tyro.conf.subcommand("train", default=default)]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Show, tyro.conf.subcommand("show")]
+            | Annotated[Sample, tyro.conf.subcommand("sample")]
             | Annotated[Fit, tyro.conf.subcommand("fit")]
             | Annotated[Audit, tyro.conf.subcommand("audit")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 made.algorithm.config_class,
                 Evaluate,
                 Show,
+                Sample,
                 Fit,
                 Audit,
                 Envs,

@@ -45,9 +45,10 @@ def say_on_stderr(message: str) -> None:
 
 
 @contextmanager
-def counting(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what `evaluate(on_text=...)` calls, which shows the texts that have been written: as a
-    bar on a terminal, and elsewhere as a line every ten seconds. What is quick shows nothing."""
+def counting(label: str, what: str = "texts") -> Iterator[Callable[[int, int], None]]:
+    """Yield what `evaluate(on_text=...)` calls, which shows the texts that have been written, or
+    `what` else: as a bar on a terminal, and elsewhere as a line every ten seconds. What is quick
+    shows nothing."""
     errors = Console(stderr=True)
     columns = BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn()
     bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
@@ -57,7 +58,7 @@ def counting(label: str) -> Iterator[Callable[[int, int], None]]:
 
     def on_text(written: int, asked: int) -> None:
         nonlocal next_line
-        line, now = f"{label}: {written:,} of {asked:,} texts", time.monotonic()
+        line, now = f"{label}: {written:,} of {asked:,} {what}", time.monotonic()
         bar.update(task, completed=written, total=asked, description=line)
         if now - began >= QUICK:
             bar.start()

@@ -10,8 +10,9 @@ from tokenenv.agents import AgentConfig
 from tokenenv.cli.console import counting, say
 from tokenenv.cli.help import OPTIONS, shown_as
 from tokenenv.cli.train import GOLD, Train, check_count
+from tokenenv.fit.data import DATA
 from tokenenv.fit.sample import SampleConfig, add_values, draw
-from tokenenv.fit.sample_folder import DATA, facts_of, write_folder
+from tokenenv.fit.sample_folder import facts_of, write_folder
 from tokenenv.models.saving import check_folder
 from tokenenv.safety.shown import without_secrets
 
@@ -30,6 +31,8 @@ class Sample(SampleConfig):
     env: Annotated[str, ENV] = "tokenenv/Reviews-v0"
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """The folder to write: data.jsonl, the tokenizer, and a README.md that says what they are."""
+    texts_per_prompt: Annotated[int | None, shown_as("INT")] = None
+    beta: Annotated[float | None, shown_as("FLOAT")] = None
     policy: Annotated[str | None, shown_as("RUN_DIR|MODEL")] = None
     """What writes the texts: a run folder, or a language model's folder or hub id; by default the
     reference."""
@@ -54,10 +57,10 @@ class Sample(SampleConfig):
             agent=AgentConfig(),
         )
         envs = made.make_envs()
-        with counting("sampled") as on_text:
+        with counting("sampled", "examples") as on_text:
             found = draw(envs, config, policy=self.policy, on_text=on_text)
         if self.kind == "values":
-            with counting("continuations") as on_text:
+            with counting("values from", "continuations") as on_text:
                 found.rows = add_values(envs, found.rows, config, on_text)
         write_folder(
             found,

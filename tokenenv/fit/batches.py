@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tokenenv.fit.examples import Batch, Example, Text
-from tokenenv.fit.losses import log_mean_exp
 from tokenenv.fit.readers import Reader
 
 JITTER = 4.0
@@ -50,9 +49,9 @@ def longest(example: Example) -> int:
     return max(map(len, example.texts))
 
 
-def read_batch(reader: Reader, examples: Sequence[Example], beta: float | None = None) -> Batch:
-    """Read the rewards of the examples' texts, differentiably, beside what the data says of them.
-    With `beta`, the temperature, each example has V* of its prompt, by `log_mean_exp`."""
+def read_batch(reader: Reader, examples: Sequence[Example]) -> Batch:
+    """Read the rewards of the examples' texts, differentiably, beside what the data says of
+    them."""
     texts = [text for example in examples for text in example.texts]
     reward_BR, running_BR, start_B, mask_BR = reader.read(texts)
     device = reward_BR.device
@@ -65,7 +64,6 @@ def read_batch(reader: Reader, examples: Sequence[Example], beta: float | None =
         example_B=torch.arange(len(examples)).repeat_interleave(counts).to(device),
         score_B=_scores(examples, device),
         target_BR=_targets(texts, reward_BR.shape[1], device),
-        baseline_E=None if beta is None else _baselines(examples, beta, device),
     )
 
 
@@ -75,11 +73,6 @@ def _scores(examples: Sequence[Example], device: torch.device) -> Tensor | None:
         return None
     flat = [score for one in scores for score in one or ()]
     return torch.tensor(flat, dtype=torch.float32, device=device)
-
-
-def _baselines(examples: Sequence[Example], beta: float, device: torch.device) -> Tensor:
-    values = [log_mean_exp(example.scores or (), beta) for example in examples]
-    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _targets(texts: Sequence[Text], width: int, device: torch.device) -> Tensor | None:

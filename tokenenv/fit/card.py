@@ -64,6 +64,7 @@ tokenenv train --env ENV_ID --reward {design} --options {option} FOLDER_OR_HUB_I
 tokenenv audit --env ENV_ID --reward {design} --options {option} FOLDER_OR_HUB_ID
 ```
 
+{ratio}
 ## Figures
 
 {held_out}
@@ -105,6 +106,7 @@ def model_card(
         header=yaml.safe_dump(_header(config, objective), sort_keys=False),
         title=f"Reward model: {config.objective}",
         what="\n".join([f"{WHAT[objective.readout]} Objective: {objective.summary}.", *scaling]),
+        ratio=_ratio(config) if objective.readout == "log-ratio" else "",
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
         design=objective.design,
         option=OPTION[objective.readout],
@@ -153,10 +155,20 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {part}" for part, count in counts.items())
 
 
+def _ratio(config: FitConfig) -> str:
+    """Return how log-ratios are paid as they were trained."""
+    reference = described(config.model if config.reference is None else config.reference)
+    return (
+        f"\nIt was trained with the reference `{reference}` and beta {config.coef:g}. "
+        'The env needs this reference too, and `reward="implicit"` pays its own `kl_coef` for each '
+        f"nat: with `kl_coef={config.coef:g}` what was trained.\n"
+    )
+
+
 def _held_out(counts: Mapping[str, int]) -> str:
     if not counts.get("held-out examples"):
         return "No examples were held out, so nothing was measured."
-    return "On the held-out examples, whose prompts are not in training."
+    return f"On {counts['held-out examples']:,} held-out examples."
 
 
 def _rows(measures: Mapping[str, float]) -> Iterable[str]:

@@ -103,12 +103,7 @@ def _pair(row: Row, encoder: Encoder) -> Example | None:
     given = [name for name in names if name is not None]
     if len(given) < 2:
         return None
-    values = {name: row.values[name] for name in given}
-    whole = _cuts(row, len(SIDES))
-    cuts = [
-        row.values.get(f"{name}_truncated", one) for name, one in zip(SIDES, whole, strict=True)
-    ]
-    prompt, responses = read_responses(row, encoder, values, cuts)
+    prompt, responses = read_responses(row, encoder, {name: row.values[name] for name in given})
     owns = [f"{name}_own" for name in SIDES]
     texts = [
         text_of(prompt, response, row.values.get(own), row.label(own))
@@ -126,8 +121,7 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     if not values:
         raise InvalidArgument(f"{row.label(name)} is empty; at least one response is needed.")
     named = {f"{name}[{i}]": value for i, value in enumerate(values)}
-    cuts = _beside(row, "responses_truncated", len(values)) or _cuts(row, len(values))
-    prompt, responses = read_responses(row, encoder, named, cuts)
+    prompt, responses = read_responses(row, encoder, named)
     owns = _beside(row, "responses_own", len(values)) or [None] * len(values)
     texts = [
         text_of(prompt, response, own, row.label(f"responses_own[{i}]"))
@@ -136,13 +130,6 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
     scores = _beside(row, "scores", len(values))
     found = scores and tuple(number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores))
     return Example(tuple(texts), found, row.where)
-
-
-def _cuts(row: Row, count: int) -> list[Any]:
-    """Whether each of a row's texts was cut, where that is known: a flag for each, or one for
-    all."""
-    said = row.values.get("truncated")
-    return listed(said, row.label("truncated")) if isinstance(said, list) else [said] * count
 
 
 def _scored(row: Row, encoder: Encoder) -> Example | None:

@@ -55,8 +55,8 @@ class FitConfig:
     epochs: int = 3
     """Passes over the data, 1 or more."""
     lr: float | None = None
-    """The highest learning rate of AdamW; None: 1e-3 for a new model and for a head alone, 2e-4 for
-    LoRA, 2e-5 for all weights of a trained model."""
+    """The highest learning rate of AdamW; None: 1e-3 for a small model (at most 10 million weights)
+    and for a head alone, 2e-4 for LoRA, 2e-5 for all weights of a larger model."""
     batch_examples: int = 32
     """Examples of one optimizer step, 1 or more."""
     max_batch_tokens: int = 8192

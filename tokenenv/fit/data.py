@@ -78,12 +78,6 @@ def read_examples(
     return found
 
 
-def grouped(examples: Sequence[Example]) -> list[Example]:
-    """Return one example for each prompt, with all its texts and scores, the best first: for
-    objectives that compare the scores of a prompt's texts."""
-    return [_merged(members) for members in _by_prompt(examples)]
-
-
 def require_contrast(examples: Sequence[Example], kind: Kind) -> None:
     """Raise `InvalidArgument` where nothing can be learnt, because all scores, or all labels or
     values, are the same number."""

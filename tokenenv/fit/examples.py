@@ -80,8 +80,6 @@ class Batch:
     """float32: the score of each text."""
     target_BR: Tensor | None = None
     """float32: the label or value of each token; NaN where nothing is known."""
-    baseline_E: Tensor | None = None
-    """float32: V*(prompt) of each example, for objectives that compare a score with it."""
 
     @property
     def total_B(self) -> Tensor:

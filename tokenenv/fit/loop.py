@@ -69,7 +69,7 @@ def fit(
         NotFinite: a loss or a gradient is NaN or infinite.
         KeyboardInterrupt: `stop` said True.
     """
-    check_folder(config)
+    check_folder(config.out, resume=config.resume)
     with ExitStack() as held:
         if config.resume:
             held.enter_context(locked(config.out))
@@ -78,7 +78,9 @@ def fit(
         if state is not None:
             check_data(state, data.fingerprint, config.out / CHECKPOINT)
         held.enter_context(locked(config.out))
-        check_folder(config)  # which another process may have taken meanwhile
+        check_folder(
+            config.out, resume=config.resume
+        )  # which another process may have taken meanwhile
         return train(config, reader, data, state, progress=progress, stop=stop)
 
 
@@ -98,10 +100,9 @@ def train(
         write_values(config.out / CONFIG, record(config), {"made_with": list(versions())})
     else:
         training.load_state(state, config.out / CHECKPOINT)
-    reader.remember(data.texts())
-    with closing(
-        Reports(config.out, training.step, training.total_steps, progress=progress)
-    ) as reports:
+    training.remember()
+    reports = Reports(config.out, training.step, training.total_steps, progress=progress)
+    with closing(reports):
         learn(training, reports, stop)
     return save(training)
 
@@ -155,12 +156,12 @@ def save(training: Training) -> Fitted:
 
 
 def about(training: Training, measures: dict[str, float]) -> list[str]:
-    """Return what to know of a model before RL adds its rewards up: the price of length."""
+    """Return what to know of a model before RL adds its rewards up: the price of length, where the
+    loss knows only which of two texts or tokens is better, and not what a text is worth."""
     objective = OBJECTIVES[training.config.objective]
-    trained_on_order = objective.kind != "scores" and objective.design == "token"
-    if "reward_per_token" not in measures or not trained_on_order:
-        return []
-    if not is_clearly_positive(measures):
+    labelled = objective.kind == "labels" or objective.labels_from == "corrupted"
+    unanchored = objective.design == "token" and (labelled or objective.kind == "ranking")
+    if "reward_per_token" not in measures or not unanchored or not is_clearly_positive(measures):
         return []
     mean, error = measures["reward_per_token"], measures["reward_per_token_error"]
     return [

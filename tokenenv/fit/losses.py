@@ -78,7 +78,12 @@ def list_mle(batch: Batch) -> Tensor:
 
 def score_at_end(batch: Batch) -> Tensor:
     """Return (R - s)^2, the mean over each example's texts, (E,): the regression of reward models,
-    on the sum of token rewards."""
+    on the sum of token rewards.
+
+    On log-ratios and scores less V*(prompt) it is the loss of A*-PO (Brantley et al. 2025, arXiv
+    2505.20686): at the optimum of score - coef KL, coef log pi*/pi_ref of a whole text is
+    s - V*(prompt). Scores keep their unit there, because coef is in it.
+    """
     return batch.per_example((batch.total_B - scores(batch)).square())
 
 
@@ -115,19 +120,6 @@ def outcome(batch: Batch) -> Tensor:
     """
     loss_B = F.binary_cross_entropy_with_logits(batch.total_B, scores(batch), reduction="none")
     return batch.per_example(loss_B)
-
-
-def a_star(batch: Batch) -> Tensor:
-    """Return (R - (s - V*(prompt)))^2, the mean over each example's texts, (E,) (A*-PO, Brantley et
-    al. 2025, arXiv 2505.20686).
-
-    At the optimum of score - coef KL, coef log pi*/pi_ref of a whole text is s - V*(prompt). The
-    value V* is `baseline_E`, which `log_mean_exp` estimates from the reference's texts of the
-    prompt. Scores keep their unit: coef is in it.
-    """
-    assert batch.baseline_E is not None
-    advantage_B = scores(batch) - batch.baseline_E[batch.example_B]
-    return batch.per_example((batch.total_B - advantage_B).square())
 
 
 def log_mean_exp(scores: Sequence[float] | np.ndarray, beta: float) -> float:

@@ -17,6 +17,8 @@ from tokenenv.fit.objectives import Objective
 
 BINS = 10
 """Of probabilities, in which they are compared with how often they came true."""
+LOG_PRIOR = math.log((1 - losses.REPLACED_SHARE) / losses.REPLACED_SHARE)
+"""What `losses.replaced_tokens` adds to a reward, for the log-odds of its label."""
 CLEARLY = 3.0
 """Standard errors above zero from which on a mean reward counts as positive."""
 
@@ -55,7 +57,7 @@ def seen(batches: Sequence[Batch]) -> Seen:
         return _joined([c[mask] for c, mask in zip(columns, masks, strict=True)])
 
     targets = [batch.target_BR for batch in batches if batch.target_BR is not None]
-    scores = [_wanted(batch, batch.score_B) for batch in batches if batch.score_B is not None]
+    scores = [batch.score_B for batch in batches if batch.score_B is not None]
     return Seen(
         total_B=_joined([batch.total_B for batch in batches]),
         length_B=_joined([batch.length_B for batch in batches]),
@@ -66,11 +68,6 @@ def seen(batches: Sequence[Batch]) -> Seen:
         value_K=tokens([batch.running_BR for batch in batches]),
         target_K=tokens(targets) if targets else None,
     )
-
-
-def _wanted(batch: Batch, score_B: Tensor) -> Tensor:
-    """Return the scores, less the baseline of the example where the loss has one."""
-    return score_B if batch.baseline_E is None else score_B - batch.baseline_E[batch.example_B]
 
 
 def _joined(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -142,10 +139,12 @@ def of_targets(what: Seen, objective: Objective) -> dict[str, float]:
     """Return how well labels, values or shares of tokens are foretold."""
     assert what.target_K is not None
     known, target = what.known_K, what.target_K[what.known_K]
-    if objective.loss is losses.token_labels:
-        says = sigmoid(what.reward_K[known])
+    if objective.loss in (losses.token_labels, losses.replaced_tokens):
+        prior = LOG_PRIOR if objective.loss is losses.replaced_tokens else 0.0
+        says, decided = sigmoid(what.reward_K[known] + prior), target != 0.5
+        right = (says > 0.5) == (target > 0.5)
         return {
-            "label_accuracy": float(np.mean((says > 0.5) == (target > 0.5))),
+            "label_accuracy": float(np.mean(right[decided])) if decided.any() else math.nan,
             "calibration_error": calibration_error(says, target),
         }
     if objective.loss is losses.shares:

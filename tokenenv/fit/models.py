@@ -12,7 +12,6 @@ from tokenenv.models.adapters import adapter_layers, with_lora
 from tokenenv.models.cached_lm import text_part
 from tokenenv.models.heads import make_scorer
 from tokenenv.models.loading import (
-    check_device,
     is_classifier,
     load_causal_lm,
     load_classifier,
@@ -26,11 +25,6 @@ HEAD_SIZE = 32
 """Numbers of an attention head of a new model."""
 POSITIONS = 256
 """The least number of positions of a new model."""
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 TASKS = {"token": "TokenClassification", "value": "SequenceClassification"}
 """The kind of classifier that a readout is saved as."""
 
@@ -41,7 +35,7 @@ def make_classifier(config: FitConfig, readout: str, vocab_size: int, tokenizer:
 
     A classifier of the readout's kind goes on with its head. Any other trunk gets a new one.
     """
-    if config.model == "new":
+    if config.is_new:
         model = _new(config, TASKS[readout], vocab_size, tokenizer)
         reset_head(model, config.seed)
     else:
@@ -51,13 +45,14 @@ def make_classifier(config: FitConfig, readout: str, vocab_size: int, tokenizer:
         )
         model = start if goes_on else with_head(start, TASKS[readout], config.seed)
     check_fits(model, "model", config, vocab_size)
+    # Whatever the trunk's dtype is: small steps are lost on the coarse grid of bfloat16.
     head_of(model).float().requires_grad_(True)
     return _prepared(model, config)
 
 
 def make_language_model(config: FitConfig, vocab_size: int, tokenizer: Any) -> Any:
     """Return a frozen causal language model, in eval mode, that a log-ratio begins from."""
-    if config.model == "new":
+    if config.is_new:
         model = _new(config, "CausalLM", vocab_size, tokenizer)
     else:
         model = load_start(config.model, "model", config)
@@ -71,24 +66,14 @@ def make_language_model(config: FitConfig, vocab_size: int, tokenizer: Any) -> A
 
 
 def check_settings(config: FitConfig) -> None:
-    """Raise `InvalidArgument` where a setting of the model is not allowed, or excludes another."""
-    check_device(config.device)
-    if config.dtype not in DTYPES:
-        raise InvalidArgument(
-            f"dtype={config.dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}."
-        )
-    if config.lora_rank and config.freeze:
-        raise InvalidArgument(
-            f"freeze=True trains the head alone, and lora_rank={config.lora_rank} adapters in the "
-            "trunk; give one of them."
-        )
-    if config.model == "new" and (config.lora_rank or config.freeze):
+    """Raise `InvalidArgument` where no model can be made as the settings say."""
+    if config.is_new and (config.lora_rank or config.freeze):
         option = f"lora_rank={config.lora_rank}" if config.lora_rank else "freeze=True"
         raise InvalidArgument(
             f"{option} leaves the trunk's weights as they are, and those of model='new' are "
             "random; give a trained model."
         )
-    if config.hidden_size < HEAD_SIZE or config.hidden_size % HEAD_SIZE:
+    if config.hidden_size % HEAD_SIZE:
         raise InvalidArgument(
             f"hidden_size={config.hidden_size} is not allowed; it must be a multiple of "
             f"{HEAD_SIZE}."
@@ -104,7 +89,7 @@ def load_start(source: Any, argument: str, config: FitConfig) -> Any:
         InvalidArgument: the source is of another type, or it has adapters.
     """
     stays = config.freeze or config.lora_rank > 0
-    dtype = DTYPES[config.dtype] if stays else torch.float32
+    dtype = getattr(torch, config.dtype) if stays else torch.float32
     options = {"argument": argument, "device": config.device, "dtype": dtype}
     if hasattr(source, "config"):
         source = copy.deepcopy(source).eval().requires_grad_(False)
@@ -153,8 +138,7 @@ def with_head(start: Any, task: str, seed: int) -> Any:
             f"{type(model).__name__} is a {type(getattr(model, prefix)).__name__}"
         )
     setattr(model, prefix, trunk)
-    # Whatever the trunk's dtype is: small steps are lost on the coarse grid of bfloat16.
-    head_of(model).to_empty(device=trunk.device).float()
+    head_of(model).to_empty(device=trunk.device)
     reset_head(model, seed)
     return model.eval()
 

@@ -44,9 +44,9 @@ class Objective:
     same for all texts."""
     outcomes: bool = False
     """Whether scores must lie between 0 and 1."""
-    needs_baseline: bool = False
-    """Whether the loss reads `Batch.baseline_E`. All texts of a prompt then stand in one
-    example."""
+    subtracts_value: bool = False
+    """Whether V* of the prompt is taken from each score: `losses.log_mean_exp` of the scores that
+    the texts of the prompt have, with the temperature coef."""
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -127,10 +127,10 @@ OBJECTIVES: dict[str, Objective] = {
     "a-star": Objective(
         "scores",
         "log-ratio",
-        losses.a_star,
+        losses.score_at_end,
         "implicit",
         "A*-PO: squared error of log-ratios to score - V*, by log-mean-exp (2505.20686)",
-        needs_baseline=True,
+        subtracts_value=True,
     ),
     **{
         f"share-{name}": Objective(

@@ -1,8 +1,10 @@
 """From the data as it is given to the examples that a loss sees: read, split, labelled, scaled."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,14 @@ import numpy as np
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.checkpoint import fingerprint
 from tokenenv.fit.config import FitConfig
+from tokenenv.fit.data import read_examples, require_contrast
 from tokenenv.fit.examples import Example, Skipped, Text
+from tokenenv.fit.helpers import label_context, tokenizer_of
+from tokenenv.fit.labels import MAKERS
+from tokenenv.fit.losses import log_mean_exp
 from tokenenv.fit.objectives import OBJECTIVES, Objective
 from tokenenv.fit.readers import Reader, make_reader
+from tokenenv.fit.split import duplicates, split_by_prompt
 from tokenenv.models.trunks import vocab_size_of
 
 
@@ -25,8 +32,8 @@ class Data:
     held_out: list[Example]
     """What the loss is measured on."""
     compared: list[Example]
-    """The held-out examples as they were read, whose texts are compared. They are `held_out`
-    itself, unless labels were made of them."""
+    """The held-out examples as they were read, before labels were made of them and their scores
+    were scaled."""
     fingerprint: str
     """A hash of the examples as they were read."""
     notes: list[str] = field(default_factory=list)
@@ -36,13 +43,11 @@ class Data:
     """Scores are trained on as (score - mean) / scale."""
     divisor: float = 1.0
     """What saved rewards are divided by."""
-    beta: float | None = None
-    """The temperature of V*, for losses that compare a score with it."""
 
     def texts(self) -> list[Text]:
         """Return all texts, of both parts."""
-        parts = {id(part): part for part in (self.train, self.held_out, self.compared)}
-        return [text for part in parts.values() for e in part for text in e.texts]
+        examples = (*self.train, *self.held_out, *self.compared)
+        return list(dict.fromkeys(text for example in examples for text in example.texts))
 
     def counts(self) -> dict[str, int]:
         """Return how many examples, texts and tokens there are."""
@@ -78,9 +83,7 @@ def prepare(config: FitConfig, *, progress: bool = False) -> tuple[Reader, Data]
         InvalidArgument: the data cannot be used.
         ModelError: a model or a tokenizer cannot be used.
     """
-    from tokenenv.fit.helpers import label_context, tokenizer_of
-    from tokenenv.fit.labels import MAKERS
-
+    check_sources(config)
     objective, tokenizer = OBJECTIVES[config.objective], tokenizer_of(config)
     reader = make_reader(config, objective, vocab_size(config, tokenizer), tokenizer)
     data = read(config, objective, tokenizer, reader)
@@ -91,6 +94,14 @@ def prepare(config: FitConfig, *, progress: bool = False) -> tuple[Reader, Data]
         parts = (data.train, data.held_out)
         data.train, data.held_out = (list(make(part, context)) for part in parts)
     return reader, scaled(data, objective, config.coef)
+
+
+def check_sources(config: FitConfig) -> None:
+    """Raise `InvalidArgument` where data is to be read from nowhere: before models are loaded."""
+    for name in ("data", "held_out"):
+        source = getattr(config, name)
+        if isinstance(source, str | Path) and not Path(source).exists():
+            raise InvalidArgument(f"{name}={str(source)!r} is neither a file nor a folder.")
 
 
 def vocab_size(config: FitConfig, tokenizer: Any) -> int:
@@ -107,13 +118,10 @@ def vocab_size(config: FitConfig, tokenizer: Any) -> int:
 
 def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader) -> Data:
     """Read the examples, and hold some out."""
-    from tokenenv.fit.data import grouped, read_examples, require_contrast
-    from tokenenv.fit.split import duplicates, split_by_prompt
-
     skipped = Skipped()
 
     def examples(source: Any) -> list[Example]:
-        found = read_examples(
+        return read_examples(
             source,
             objective.kind,
             tokenizer,
@@ -122,18 +130,30 @@ def read(config: FitConfig, objective: Objective, tokenizer: Any, reader: Reader
             chat_template=config.chat_template,
             skipped=skipped,
         )
-        return grouped(found) if objective.needs_baseline else found
 
     found = examples(config.data)
-    require_contrast(found, objective.kind)
     if not isinstance(config.held_out, Real):
         train, held_out = found, examples(config.held_out)
     elif config.held_out:
         train, held_out = split_by_prompt(found, float(config.held_out), config.seed)
     else:
         train, held_out = found, []
+    require_contrast(train, objective.kind)
+    if objective.outcomes:
+        check_outcomes([*train, *held_out])
     notes = [*skipped.lines(), *duplicates(train, held_out)]
     return Data(train, held_out, held_out, fingerprint([train, held_out]), notes)
+
+
+def check_outcomes(examples: Sequence[Example]) -> None:
+    """Raise `InvalidArgument` for a score that is no outcome."""
+    for example in examples:
+        for score in example.scores or ():
+            if not 0.0 <= score <= 1.0:
+                raise InvalidArgument(
+                    f"{example.where} has the score {score:g}; objective='outcome' takes outcomes, "
+                    "0 to 1. For other scores take score-value, score-every or a-star."
+                )
 
 
 def scaled(data: Data, objective: Objective, coef: float) -> Data:
@@ -142,16 +162,30 @@ def scaled(data: Data, objective: Objective, coef: float) -> Data:
     if objective.divides:
         lengths = [text.own_mask.sum() for example in data.train for text in example.texts]
         data.divisor = float(np.mean(lengths))
-    if objective.needs_baseline:
-        data.beta = coef
+    if objective.subtracts_value:
+        data.train, data.held_out = (less_value(part, coef) for part in (data.train, data.held_out))
+        data.compared = data.held_out
     if objective.standardizes:
         scores = [score for example in data.train for score in example.scores or ()]
         data.mean, data.scale = float(np.mean(scores)), float(np.std(scores))
-        same = data.compared is data.held_out
         data.train = standardised(data.train, data.mean, data.scale)
         data.held_out = standardised(data.held_out, data.mean, data.scale)
-        data.compared = data.held_out if same else data.compared
     return data
+
+
+def less_value(examples: Sequence[Example], beta: float) -> list[Example]:
+    """Return the examples with score - V*(prompt) in the place of each score. V* is `log_mean_exp`
+    of the scores of all their texts of the prompt."""
+    scores: dict[bytes, list[float]] = defaultdict(list)
+    for example in examples:
+        scores[example.texts[0].prompt.tobytes()] += example.scores or ()
+    value = {prompt: log_mean_exp(known, beta) for prompt, known in scores.items()}
+
+    def less(example: Example) -> Example:
+        known = value[example.texts[0].prompt.tobytes()]
+        return replace(example, scores=tuple(score - known for score in example.scores or ()))
+
+    return list(map(less, examples))
 
 
 def standardised(examples: Sequence[Example], mean: float, scale: float) -> list[Example]:

@@ -281,7 +281,7 @@ def make_reader(
 def _reference(config: FitConfig, start: Any, vocab_size: int) -> Any:
     """Return the frozen model that log-ratios are taken to."""
     if config.reference is None:
-        if config.model == "new":
+        if config.is_new:
             raise InvalidArgument(
                 f"objective={config.objective!r} takes log-ratios to reference=, and model='new' "
                 "begins with random weights; give model= or reference= a language model."

@@ -44,24 +44,23 @@ class SampleConfig:
     by: Literal["gold", "score"] = "gold"
     """What texts are compared by: the task's true metric, or the environment's own score."""
     texts_per_prompt: int | None = None
-    """Texts of each prompt, 1 or more, and for a ranking 2 or more; None: 2 for a ranking, else
-    1."""
+    """Texts of each prompt, 1 or more, and for a ranking 2 or more. By default the fewest."""
     temperature: float = 1.0
-    """Of the sampling, 0 or more."""
+    """Temperature of the sampling, 0 or more."""
     noise: float = 0.0
     """Above 0 rankings are drawn, as people's are: a text is better with probability
     sigmoid(difference / noise) (Bradley-Terry; of more than two texts, Plackett-Luce). 0 ranks by
     the score itself."""
     continuations: int = 16
-    """Of "values": what the reference writes after each prefix, 2 to the number of slots."""
+    """Continuations by the reference of each prefix, for "values"; 2 to the number of slots."""
     every: int = 1
-    """Of "values": a value for the prompt, for every so many tokens, and for the whole text; other
-    tokens have none."""
+    """Tokens from one value to the next, for "values"; the prompt and the whole text have one too.
+    The tokens between have none."""
     beta: float | None = None
-    """Of "values": reward per nat, above 0. The value is beta log mean exp(score / beta), which
-    estimates V* of score - beta KL; None: the mean score."""
+    """Reward per nat, above 0, for "values": a value is then beta log mean exp(score / beta), which
+    estimates V* of score - beta KL. By default it is the mean score."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)

@@ -4,25 +4,25 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from tokenenv.fit.data import DATA, TOKENIZER
 from tokenenv.fit.objectives import OBJECTIVES
 from tokenenv.fit.sample import SampleConfig, Sampled
 from tokenenv.fit.sample_rows import Row
 from tokenenv.models.saving import whole_folder
 
-DATA = "data.jsonl"
-TOKENIZER = "tokenizer"
 TITLES = {
     "ranking": "Rankings",
     "scores": "Scored texts",
     "values": "Texts with the value of every prefix",
     "texts": "Texts",
 }
+HEADER = {"tags": ["tokenenv"], "configs": [{"config_name": "default", "data_files": DATA}]}
+"""What data hubs read: without it they would take the tokenizer's files for data."""
 CARD = """---
 {header}---
 
@@ -69,7 +69,7 @@ def write_folder(
         header=yaml.safe_dump(HEADER, sort_keys=False),
         title=f"{TITLES[config.kind]} of {env or 'an environment'}",
         facts=f"- Texts of {policy}\n{facts}",
-        folder=Path(folder).name,
+        folder=folder,
         objective=next(name for name, one in OBJECTIVES.items() if one.kind == config.kind),
         settings=yaml.safe_dump(settings, sort_keys=False),
     )
@@ -83,17 +83,10 @@ def write_folder(
         (new / "README.md").write_text(card, encoding="utf-8")
 
 
-HEADER = {
-    "tags": ["tokenenv"],
-    "configs": [{"config_name": "default", "data_files": DATA}],
-}
-"""What data hubs read: without it they would take the tokenizer's files for data."""
-
-
 def facts_of(found: Sampled, config: SampleConfig) -> dict[str, str]:
     """Return the figures of sampled data, by name, in the order in which they are shown."""
     rows = found.rows
-    facts = {"Examples": f"{len(rows):,}", "Prompts": f"{distinct_prompts(rows):,} different ones"}
+    facts = {"Examples": f"{len(rows):,}", "Different prompts": f"{distinct_prompts(rows):,}"}
     if config.kind == "ranking":
         facts["Ties"] = f"{found.ties:,} of {found.prompts:,} draws, drawn again"
     if found.unscored:

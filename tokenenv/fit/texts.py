@@ -26,7 +26,7 @@ def one_text(
     """Return the text of the response in column `name` (or of `value`), with what is known of its
     tokens (`target`, from a column) or of its characters (`spans`)."""
     value = row.values[name] if value is None else value
-    prompt, [response] = read_responses(row, encoder, {name: value}, [row.values.get("truncated")])
+    prompt, [response] = read_responses(row, encoder, {name: value})
     if target is not None:
         target = _fitted(target, response, np.nan, row.label(column))
     if spans is not None:
@@ -77,16 +77,28 @@ def _of_tokens(spans: Sequence[Span], response: Response) -> np.ndarray:
 
 
 def read_responses(
-    row: Row, encoder: Encoder, values: Mapping[str, Any], truncated: Sequence[Any]
+    row: Row, encoder: Encoder, values: Mapping[str, Any]
 ) -> tuple[Prompt, list[Response]]:
-    """Return the prompt of a row, and the responses in its columns `values`. `truncated` says for
-    each of them whether it was cut, where that is known."""
+    """Return the prompt of a row, and the responses in its columns `values`."""
     prompt, answers = _prompted(row, encoder, values)
-    cut = flags([False if one is None else one for one in truncated], row.label("truncated"))
+    cut = _truncated(row, len(values))
     return prompt, [
         encoder.response(prompt, answer, not ends, row.label(name))
         for name, answer, ends in zip(values, answers, cut, strict=True)
     ]
+
+
+def _truncated(row: Row, count: int) -> np.ndarray:
+    """Whether each of a row's texts was cut; the column says so of all of them, or of each."""
+    given = row.values.get("truncated")
+    if not isinstance(given, list | tuple | np.ndarray):
+        given = [False if given is None else given] * count
+    found = flags(given, row.label("truncated"))
+    if len(found) != count:
+        raise InvalidArgument(
+            f"{row.label('truncated')} has {len(found)} entries for {count} texts."
+        )
+    return found
 
 
 def _prompted(row: Row, encoder: Encoder, values: Mapping[str, Any]) -> tuple[Prompt, list[Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv.agents.learning.rates import SMALL
 from tokenenv.agents.run.checkpoint import check_weights, reading
 from tokenenv.errors import NotFinite
 from tokenenv.fit.batches import batches, forwards, read_batch
@@ -37,7 +38,7 @@ class Training:
         self.config, self.objective = config, OBJECTIVES[config.objective]
         self.reader, self.data = reader, data
         self.weights = reader.trained()
-        self.lr = config.lr or default_lr(config)
+        self.lr = config.lr or default_lr(config, reader.model)
         self.optimizer = torch.optim.AdamW(
             _groups(self.weights, config.weight_decay), lr=self.lr, betas=(0.9, 0.98)
         )
@@ -72,6 +73,13 @@ class Training:
     def seconds(self) -> float:
         """Wall-clock time of the run, without the time in which it was stopped."""
         return self._seconds + time.monotonic() - self._began
+
+    def remember(self) -> None:
+        """Have the reader compute once what stays the same for all texts."""
+        texts = self.data.texts()
+        self.reader.remember(texts)
+        if self.config.freeze and self.step == 0:
+            self.tokens = sum(map(len, texts))
 
     def learn(self) -> dict[str, float]:
         """Take one optimizer step, and return its figures. With the last one of an epoch, the epoch
@@ -115,7 +123,7 @@ class Training:
         return total
 
     def _read(self, examples: Sequence[Example]) -> Batch:
-        return read_batch(self.reader, examples, self.data.beta)
+        return read_batch(self.reader, examples)
 
     def _end_epoch(self) -> None:
         """Measure the epoch, and keep its weights if it is the best one so far."""
@@ -138,8 +146,9 @@ class Training:
             return {}
         read = self._read_all(self.data.held_out)
         losses = torch.cat([self.objective.loss(batch) for batch in read])
-        same = self.data.compared is self.data.held_out
-        compared = read if same else self._read_all(self.data.compared)
+        # Where labels were made of rankings, it is the rankings whose texts can be compared.
+        unranked = self.objective.kind == "ranking" and self.objective.labels_from is not None
+        compared = self._read_all(self.data.compared) if unranked else read
         return {
             "loss": float(losses.mean()),
             **measured(seen(read), seen(compared), self.objective, self.data.scale, self.factor),
@@ -188,9 +197,10 @@ class Training:
             self._seconds = float(state["seconds"])
 
 
-def default_lr(config: FitConfig) -> float:
-    """Return the highest learning rate where none is given."""
-    if config.is_new or config.freeze:
+def default_lr(config: FitConfig, model: nn.Module) -> float:
+    """Return the highest learning rate where none is given, by what is trained
+    (`tokenenv.agents.learning.rates` says why one rate does not suit all)."""
+    if config.freeze or sum(weight.numel() for weight in model.parameters()) <= SMALL:
         return 1e-3
     return 2e-4 if config.lora_rank else 2e-5
 
