@@ -102,11 +102,11 @@ def test_log_mean_exp_survives_a_tiny_beta_and_nears_the_mean_at_a_large_one():
     assert estimate(scores, 1e7)[1] == pytest.approx(estimate(scores, None)[1], rel=1e-4)
 
 
-def test_a_continuation_without_a_score_has_no_value():
-    envs = TokenVectorEnv(4, task=toy(), autoreset_mode="SameStep", score_truncated=False)
+def test_an_env_that_gives_no_such_score_says_so():
+    envs = TokenVectorEnv(4, task=toy(gold=False), autoreset_mode="SameStep")
     texts, scores = sampled(envs, 2, by="score")
-    with pytest.raises(InvalidArgument, match="by='score': a continuation has no score"):
-        prefix_values(envs, texts, scores, by="score", continuations=4)
+    with pytest.raises(InvalidArgument, match="by='gold': the env gives a text no gold"):
+        prefix_values(envs, texts, scores, continuations=4)
 
 
 def test_monte_carlo_advantages_are_the_references_within_their_errors():
