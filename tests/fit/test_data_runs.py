@@ -12,6 +12,7 @@ from tokenenv.agents.run.tracking import RunFolder
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.data import read_examples
 from tokenenv.fit.examples import Skipped
+from tokenenv.fit.sample import sample
 
 
 def collected(name):
@@ -99,3 +100,25 @@ def test_what_is_no_episode_is_named_with_its_line(line, message, tmp_path):
     (tmp_path / "episodes.jsonl").write_text(json.dumps(line))
     with pytest.raises(InvalidArgument, match=message):
         read(tmp_path, spec)
+
+
+# ---------------------------------------------------------------- data that was sampled
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("Negation", "ranking"), ("Reviews", "scores"), ("Calculator", "texts")]
+)
+def test_sampled_rows_are_the_same_by_their_texts_and_by_their_ids(name, kind):
+    """`tokenenv sample` writes both. Where others write into a text, `own` counts its tokens."""
+    rows = sample(f"tokenenv/{name}-v0", kind, 4, num_envs=8)
+    spec = gym.make_vec(f"tokenenv/{name}-v0", num_envs=1).unwrapped.token_spec
+    by_ids = read(rows, spec, kind)
+    assert len(by_ids) == 4
+    texts = [{k: v for k, v in row.items() if not k.endswith("_ids")} for row in rows]
+    for example, other in zip(by_ids, read(texts, spec, kind), strict=True):
+        assert example.scores == other.scores
+        for text, again in zip(example.texts, other.texts, strict=True):
+            assert text.ids.tolist() == again.ids.tolist()
+            assert text.own_mask.tolist() == again.own_mask.tolist()
+    with_ids = [{k: v for k, v in row.items() if k.endswith(("_ids", "score"))} for row in rows]
+    assert len(read(with_ids, spec, kind, tokenizer=False)) == 4
