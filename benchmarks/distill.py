@@ -83,8 +83,8 @@ ROWS = {
     "terminal": Row({"reward": "terminal"}),
     "distill, oracle": Row({"reward": "distill"}),
     "distill, gamma 0": Row({"reward": "distill"}, {"gamma": 0.0}),
-    "distill, first 30%": Row({"reward": Distill(first=FIRST)}),
     "forward KL": Row({"reward": {}, "kl": "none"}, {"distill_coef": 1.0}),
+    "distill, first 30%": Row({"reward": Distill(first=FIRST)}),
 }
 
 

@@ -171,9 +171,7 @@ def _steps(row: Row, encoder: Encoder) -> Example:
         raise InvalidArgument(
             f"{row.label('labels')} has {len(found)} entries for {len(ends)} completions."
         )
-    # What a template writes behind the last step, too.
     starts = [0, *ends[:-1]]
-    ends[-1] = len(text) + 1
     spans = list(zip(starts, ends, found, strict=True))
     made = one_text(row, encoder, "completions", text, spans=spans)
     assert made.target is not None
