@@ -106,7 +106,7 @@ def test_a_pair_is_two_texts_of_one_prompt_and_prompts_are_the_envs():
 def test_what_belongs_to_a_prompt_reaches_gold_and_the_row():
     changes = {"prompts": PROMPTS, "columns": TABLE, "gold": Rule(right, "tokens")}
     envs = made(changes=changes)
-    rows = sample(envs, "ranking", 24)
+    rows = sample(envs, "ranking", 32)
     answers = {row["columns"]["answer"] for row in rows if row["prompt_ids"] == [20]}
     assert answers == {10, 20}
     for row in rows:
