@@ -105,12 +105,9 @@ def world_of(env: str, seed: int, most: int, ppo_tokens: int, folder: Path) -> W
         for of in ("reference", "optimal"):
             world.advantages[of] = exact_advantages(world.make(1), world.texts, of)
         return world
-    scores = [row["score"] for row in some]
-    found = monte_carlo_advantages(envs, world.texts, scores, continuations=16, seed=seed)
-    world.advantages["reference"] = [advantage for advantage, _ in found]
-    advantage, error = (np.concatenate(column) for column in zip(*found, strict=True))
-    reliable = 1 - float((error**2).mean() / advantage.var())
-    console.print(f"{env}: {reliable:.2f} of the advantages' variance is not of the sampling")
+    credit = monte_carlo_advantages(envs, world.texts, continuations=16, seed=seed)
+    world.advantages["reference"] = credit.mean
+    console.print(f"{env}: reliability of the Monte-Carlo advantage {credit.reliability:.2f}")
     return world
 
 
@@ -133,6 +130,11 @@ def score_rows(pairs: Sequence[Row]) -> list[Row]:
     ]
 
 
+def outcome_rows(pairs: Sequence[Row]) -> list[Row]:
+    """Return both texts of each pair, and whether the score is above 0."""
+    return [row | {"score": float(row["score"] > 0)} for row in score_rows(pairs)]
+
+
 def text_rows(pairs: Sequence[Row]) -> list[Row]:
     """Return the better text of each pair, and nothing else."""
     return [{"prompt_ids": row["prompt_ids"], "response_ids": row["chosen_ids"]} for row in pairs]
@@ -148,6 +150,8 @@ def rows_for(name: str, world: World, size: int) -> tuple[list[Row], list[Row]]:
         count = max(8, size // 16)
         rows = sample(world.make(), "values", count, seed=world.seed, continuations=4)
         return rows[count // 8 or 1 :], rows[: count // 8 or 1]
+    if name == "outcome":
+        return outcome_rows(parts[0]), outcome_rows(parts[1])
     maker = {"ranking": list, "scores": score_rows, "texts": text_rows}[kind]
     return maker(parts[0]), maker(parts[1])
 

@@ -13,7 +13,7 @@ from tabular import STOP, World, relative_error, to_go, worlds
 from tokenenv.audit import audit
 from tokenenv.audit.chain import find_chain
 from tokenenv.audit.enumeration import all_texts, count_texts
-from tokenenv.audit.optimum import Weighted, best_of_n_weights
+from tokenenv.audit.optimum import Weighted, best_of_n_weights, turn_down
 from tokenenv.audit.preservation import gradient_errors, preservation
 from tokenenv.audit.sampling import reference_texts
 from tokenenv.audit.statistics import auc, mean, ranks, slope, spearman
@@ -137,7 +137,7 @@ def test_a_proxy_that_looks_at_the_whole_text_is_not_solved_by_states():
         return float(response.count(3) ** 2)
 
     assert find_chain(small(reward=Rule(counts, on="tokens")), 0, no_listener) is None
-    assert find_chain(world_env(worlds()[0]), 0, no_listener) is None
+    assert find_chain(world_env(worlds()[0], reward="terminal"), 0, no_listener) is None
 
 
 @pytest.mark.parametrize("world", worlds()[::2], ids=["one length", "several"])
@@ -206,7 +206,9 @@ def test_a_constant_for_each_token_is_found_and_the_score_alone_is_not():
     )
     verdicts = {v.about: v for v in hacked.verdicts}
     assert verdicts["length"].warns
-    assert "length is paid: 1.000" in verdicts["length"].sentence
+    assert "length is paid: 1." in verdicts["length"].sentence
+    price = hacked.price
+    assert price.going_on.value - price.gold_going_on.value == pytest.approx(1.0)
     assert not {v.about: v for v in plain.verdicts}["length"].warns
 
 
@@ -257,3 +259,20 @@ def test_a_factor_of_the_score_is_found():
     assert not keeps.keeps_return
     assert keeps.factor == pytest.approx(0.3, abs=1e-5)
     assert keeps.keeps_scaled_return
+
+
+def test_gold_that_turns_down_is_said_with_the_kl_of_its_peak():
+    # Two such words are best, and the proxy pays for each.
+    counts = Rule(lambda prompt, response: float(response.count(1)), on="tokens")
+    two = Rule(lambda prompt, response: -abs(response.count(1) - 2.0), on="tokens")
+    envs = world_env(worlds()[0], gold=two, reward=counts)
+    found = audit(envs, num_texts=64)
+    exact = Weighted(all_texts(envs, no_listener), exact=True)
+    betas = np.geomspace(0.05, 20, 400)
+    peak = max((exact.at(beta) for beta in betas), key=lambda point: point.gold.value)
+    turn = turn_down(found.optima)
+    assert turn.peak.gold.value == pytest.approx(peak.gold.value, abs=0.05)
+    assert turn.loss.value > 0.5
+    (said,) = (v.sentence for v in found.verdicts if "of the optimum" in v.sentence)
+    assert f"gold turns down at KL {turn.peak.kl:.1f} nats" in said
+    assert turn_down(audit(world_env(worlds()[0], reward="terminal"), num_texts=64).optima) is None

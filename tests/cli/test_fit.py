@@ -118,6 +118,7 @@ def test_texts_that_are_too_long_are_left_out_and_said(here, capsys):
         (["--freeze"], "freeze=True leaves the trunk's weights as they are"),
         (["--model", "nowhere"], "nowhere"),
         (["--objective", "share-delta"], "teacher"),
+        (["--data", "None"], "--data is missing"),
         (["--data", "nowhere"], "data='nowhere' is neither a file nor a folder"),
         (["--data", "empty.jsonl", "--tokenizer", "pairs/tokenizer"], "nothing to learn from"),
         (["--data", "columns.jsonl", "--tokenizer", "pairs/tokenizer"], "columns.jsonl:1"),
@@ -186,11 +187,35 @@ def test_a_signal_saves_and_the_command_that_is_printed_goes_on(here, capsys, mo
             fit("--held-out", "0.2", out="my run")
     assert stop.value.code == 128 + one
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"stopped by {name}; saved; go on with: tokenenv fit ")
+    assert said == f"stopped by {name}; saved; go on with: tokenenv fit --resume --out 'my run'"
     assert not (here / "my run" / "README.md").exists()
     main(shlex.split(said.partition("go on with: tokenenv ")[2]))
     whole, parts = ((here / run / "model.safetensors").read_bytes() for run in ("whole", "my run"))
     assert whole == parts
+
+
+def test_a_run_that_goes_on_takes_its_settings_from_its_folder(here, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        at_step(patched, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            fit("--held-out", "0.2")
+    for words, message in {
+        ("--lr", "0.5"): "lr is None there and 0.5 here",
+        ("--held-out", "0.4"): "has other examples now",
+        ("--objective", "bt-mean"): "objective is 'bt-sum' there and 'bt-mean' here",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "--resume", "--out", "rm", *words])
+        assert message in capsys.readouterr().err
+    config = here / "rm" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("teacher: null", "teacher: http://evil.example"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--resume", "--out", "rm"])
+    assert "which no file can ask for" in capsys.readouterr().err
+    config.write_text(text)
+    main(["fit", "--resume", "--out", "rm"])
+    assert (here / "rm" / "README.md").exists()
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(here, capsys, monkeypatch):

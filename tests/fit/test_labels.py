@@ -70,9 +70,9 @@ def test_each_text_of_a_ranking_is_compared_with_the_next():
 def test_long_texts_are_matched_token_by_token():
     # difflib takes the commonest tokens of long texts for junk where it is not told otherwise.
     long = [1, 2] * 200
-    better, _ = edits(text([*long, 3]), text([*long, 4]))
+    better, _ = edits(text([3, *long]), text([4, *long]))
     assert better.texts[0].target is not None
-    assert better.texts[0].target.tolist() == [0.5] * 400 + [1]
+    assert better.texts[0].target.tolist() == [1] + [0.5] * 400
 
 
 # ------------------------------------------------------------------------------------------ corrupted
@@ -99,17 +99,27 @@ def made(texts: list[Text], reference: object, **options: object) -> list[Text]:
 
 def test_samples_follow_the_true_text():
     one = text([3, 0, 0, 2], prompt=[4, 1])
-    (drawn,) = samples([one], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=cycle()))
     # After [4, 1], [.. 3], [.. 0] and [.. 0] of the author's, whatever was drawn before.
     assert drawn.tolist() == [2, 4, 1, 1]
-    (drawn,) = samples([text([1, 1])], LabelContext(reference=cycle()))
+    ((drawn,),) = samples([text([1, 1])], 1, LabelContext(reference=cycle()))
     assert drawn.tolist() == [3, 2]
 
 
 def test_samples_have_the_probabilities_of_the_reference():
     rng = np.random.default_rng(3)
     probs = rng.dirichlet(np.ones(V), V + 1)
-    drawn = samples([text([2] * 20_001)], LabelContext(reference=Bigram(probs)))[0][1:]
+    ((drawn,),) = samples([text([2] * 20_001)], 1, LabelContext(reference=Bigram(probs)))
+    drawn = drawn[1:]
+    share = np.bincount(drawn, minlength=V) / len(drawn)
+    error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
+    assert (np.abs(share - probs[2]) < 4 * error).all()
+
+
+def test_which_tokens_are_replaced_says_nothing_of_what_replaces_them():
+    probs = np.random.default_rng(3).dirichlet(np.ones(V), V + 1)
+    after = made([text([2] * 400, prompt=[0, 2])] * 20, Bigram(probs))
+    drawn = np.concatenate([one.response[one.target == 0] for one in after])
     share = np.bincount(drawn, minlength=V) / len(drawn)
     error = np.sqrt(probs[2] * (1 - probs[2]) / len(drawn))
     assert (np.abs(share - probs[2]) < 4 * error).all()
@@ -184,13 +194,15 @@ def test_the_seed_decides_and_batches_do_not(kind):
             np.testing.assert_array_equal(a.target, b.target)
     other = made(texts, reference, seed=6)
     assert any(a.target.tolist() != b.target.tolist() for a, b in zip(first, other, strict=True))
+    drawn = [samples(texts, 1, LabelContext(reference=reference, seed=seed)) for seed in (5, 6)]
+    assert any(a.tolist() != b.tolist() for a, b in zip(*drawn, strict=True))
 
 
 def test_samples_of_a_transformers_model_are_in_eval_mode_and_leave_its_mode():
-    model = fakes.causal_lm("llama").train()
+    model = fakes.causal_lm("gpt2", resid_pdrop=0.5).train()
     rng = np.random.default_rng(0)
     one = text(rng.integers(3, fakes.VOCAB_SIZE, 40).tolist(), prompt=[4, 7])
-    (drawn,) = samples([one], LabelContext(reference=model))
+    ((drawn,),) = samples([one], 1, LabelContext(reference=model))
     assert model.training
     # The token at the same share of the probabilities, from the model's own logits.
     number = np.random.default_rng([0, 0]).random(40, dtype=np.float32)

@@ -123,7 +123,7 @@ def test_a_frozen_trunk_reads_each_text_once_and_trains_as_if_it_read_it_anew(tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeadReader, "remember", lambda self, texts: None)
         anew = trained(fitting.config(tmp_path / "anew", **options))
-    assert list(weights(kept)) == ["score.weight"]
+    assert {name.partition(".")[0] for name in weights(kept)} == {"score"}
     torch.testing.assert_close(weights(kept), weights(anew), atol=1e-6, rtol=0)
     texts = [t for e in (*fitting.pairs(20), *fitting.pairs(8, seed=1)) for t in e.texts]
     assert kept.measures["tokens"] == sum(map(len, texts))
@@ -160,8 +160,8 @@ def test_without_held_out_examples_the_last_epoch_is_kept(tmp_path):
 
 
 def test_training_learns_what_is_good(tmp_path):
-    config = fitting.config(tmp_path / "m", epochs=6, lr=5e-3)
-    fitted = trained(config, fitting.pairs(150), fitting.pairs(60, seed=1))
+    config = fitting.config(tmp_path / "m", epochs=5, lr=1e-2)
+    fitted = trained(config, fitting.pairs(100), fitting.pairs(40, seed=1))
     assert fitted.measures["accuracy"] > 0.95
     assert fitted.history[0]["loss"] > fitted.measures["loss"]
 
@@ -190,8 +190,8 @@ def test_saved_rewards_of_bt_mean_are_divided_by_the_mean_length(tmp_path):
 
 def test_scores_are_standardised_and_saved_rewards_have_the_datas_unit(tmp_path):
     """The sum of saved rewards foretells the score less the mean of the training scores."""
-    train, held_out = fitting.scored(150), fitting.scored(40, seed=1)
-    config = fitting.config(tmp_path / "m", "score-end", epochs=8, lr=5e-3)
+    train, held_out = fitting.scored(100), fitting.scored(30, seed=1)
+    config = fitting.config(tmp_path / "m", "score-end", epochs=6, lr=1e-2)
     fitted = trained(config, train, held_out)
     mean = np.mean([e.scores[0] for e in train])
     wanted = np.array([e.scores[0] for e in held_out]) - mean

@@ -43,8 +43,12 @@ def stopped(config, steps):
 
 def resumed(folder, **options):
     config = fitting.config(folder, resume=True, **options)
-    check_folder(config)
+    check_folder(config.out, resume=True)
     return trained(config, state=read_state(config))
+
+
+def check(config):
+    check_folder(config.out, resume=config.resume)
 
 
 def untimed(measures):
@@ -110,9 +114,19 @@ def test_a_finished_folder_holds_the_model_and_no_checkpoint(tmp_path):
 
 
 def test_events_of_a_resumed_run_hold_every_step_once(tmp_path):
+    """A run that dies two steps behind its checkpoint has written events of these steps, which are
+    written again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    stopped(fitting.config(tmp_path / "m"), 4)
+    steps = iter(range(1, 6))
+
+    def dies():
+        if next(steps) == 5:
+            raise RuntimeError("died")
+        return False
+
+    with pytest.raises(RuntimeError, match="died"):
+        trained(fitting.config(tmp_path / "m"), stop=dies)
     resumed(tmp_path / "m")
     events = EventAccumulator(str(tmp_path / "m"))
     events.Reload()
@@ -200,29 +214,29 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_what_is_in_the_folder_decides_whether_a_run_may_begin(tmp_path):
     fresh = {name: fitting.config(tmp_path / name) for name in ("new", "other", "run", "file")}
     again = {name: fitting.config(tmp_path / name, resume=True) for name in fresh}
-    check_folder(fresh["new"])
+    check(fresh["new"])
     with pytest.raises(InvalidArgument, match="holds no run to go on with"):
-        check_folder(again["new"])
+        check(again["new"])
     (tmp_path / "other").mkdir()
-    check_folder(fresh["other"])
+    check(fresh["other"])
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(InvalidArgument, match=r"not empty, it holds 'thesis\.tex'"):
-        check_folder(fresh["other"])
+        check(fresh["other"])
     with pytest.raises(InvalidArgument, match="holds no run"):
-        check_folder(again["other"])
+        check(again["other"])
     (tmp_path / "file").write_text("mine")
     for config in (fresh["file"], again["file"]):
         with pytest.raises(InvalidArgument, match="is a file"):
-            check_folder(config)
+            check(config)
     stopped(fresh["run"], 1)
     with pytest.raises(InvalidArgument, match="has not ended; go on with it by resume=True"):
-        check_folder(fresh["run"])
-    check_folder(again["run"])
+        check(fresh["run"])
+    check(again["run"])
     resumed(tmp_path / "run")
     with pytest.raises(InvalidArgument, match="has ended: its model is there"):
-        check_folder(again["run"])
+        check(again["run"])
     with pytest.raises(InvalidArgument, match="not empty"):
-        check_folder(fresh["run"])
+        check(fresh["run"])
 
 
 def test_a_run_that_never_wrote_a_checkpoint_begins_anew(tmp_path):

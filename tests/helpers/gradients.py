@@ -168,7 +168,7 @@ def agent_of(case: Case, world: World) -> Any:
     """An agent whose policy is the world's, for a single step on the whole batch."""
     envs = ToyEnv(G)
     envs.group_size, envs.single_action_space = G, gym.spaces.Discrete(world.policy.shape[1])
-    envs.reference = world.reference
+    envs.reference, envs.teacher = world.reference, getattr(world, "other", None)
     envs.fork = lambda *_: None  # what VinePPO asks for; its values come from the table
     settings = {
         "epochs": 1,

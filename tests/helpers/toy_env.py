@@ -56,6 +56,7 @@ class ToyEnv(VectorEnv):
         )
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
         self.reference = reference or tiny_lm()
+        self.teacher: Any = None
         self.token_spec = TokenSpec(None, V, PAD, (STOP,), P, T)
         counts = {name: gym.spaces.Discrete(P + T + 1) for name in ("length", "prompt_length")}
         tokens = gym.spaces.Box(0, V - 1, (P + T,), np.int64)

@@ -221,6 +221,11 @@ def _saturation(audit: "Audit") -> Iterator[Verdict]:
 def _notes(audit: "Audit") -> Iterator[str]:
     if audit.kl_coef is not None:
         yield "the KL term is left out of the proxy: it is the price of moving, on the other axis."
+        if audit.kl_coef > 0 and audit.own_optimum is None and audit.optima[-1].kl > 0:
+            yield (
+                f"the optimum at the env's beta of {audit.kl_coef:g} lies further away than the "
+                f"texts reach (KL {audit.optima[-1].kl:.1f} nats): nothing is said of it."
+            )
     if audit.responds and audit.method == "sampling":
         yield (
             "the environment writes into texts: where its replies are left to chance, the optimum "

@@ -4,17 +4,21 @@ import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from tokenenv.agents.run.run_config import CONFIG
+from tokenenv.cli.config_file import read_values
 from tokenenv.cli.console import say, say_on_stderr
 from tokenenv.cli.help import shown_as
 from tokenenv.cli.signals import stopping
+from tokenenv.errors import InvalidArgument
 from tokenenv.fit import FitConfig, Fitted, fit
 from tokenenv.fit.card import OPTION
-from tokenenv.fit.checkpoint import CARD
+from tokenenv.fit.checkpoint import CARD, check_folder
 from tokenenv.fit.objectives import OBJECTIVES
+from tokenenv.safety.trust import check_from_file, repeated
 from tokenenv.safety.values import fit as as_type
 
 SHOWN = (
@@ -48,10 +52,14 @@ class Fit(FitConfig):
 
     tokenenv fit --data pairs.jsonl --model path/to/model --lora-rank 16 --out runs/rm
 
+    On with a run that was stopped:
+
+    tokenenv fit --resume --out runs/rm
+
     docs/fit.md says which columns the data has, and which objective is for what.
     """
 
-    data: Annotated[str, tyro.conf.arg(metavar="FILE|FOLDER")]
+    data: Annotated[str | None, shown_as("FILE|FOLDER")] = None
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     objective: Annotated[str, OBJECTIVE] = "bt-sum"
     model: Annotated[str, tyro.conf.arg(metavar="PATH|ID|new")] = "new"
@@ -76,19 +84,35 @@ class Fit(FitConfig):
         show(fitted, config)
 
     def config(self) -> FitConfig:
-        """Return the settings, with the held-out share as a number where it is one."""
+        """Return the settings: those that were typed and, of a run that goes on, its own."""
         values = {field.name: getattr(self, field.name) for field in fields(FitConfig)}
-        return FitConfig(**values | {"held_out": as_type("held_out", self.held_out, float | str)})
+        if self.resume:
+            check_folder(self.out, resume=True)
+            values |= self._of_the_run()
+        if values["data"] is None:
+            raise InvalidArgument("--data is missing: the file or the folder of the examples.")
+        # A share is a number, and everything else is the name of a file.
+        values["held_out"] = as_type("held_out", values["held_out"], float | str)
+        return FitConfig(**values)
+
+    def _of_the_run(self) -> dict[str, Any]:
+        """Return the settings that the run in `out` was begun with, and those that were typed,
+        which are compared with its checkpoint later."""
+        path, typed = self.out / CONFIG, self._typed()
+        known = {field.name for field in fields(FitConfig)} - {"out", "resume"}
+        saved = {name: value for name, value in read_values(path).items() if name in known}
+        check_from_file(saved, path, typed)
+        return saved | typed
+
+    def _typed(self) -> dict[str, Any]:
+        """Return the settings that are not the defaults."""
+        given = ((field, getattr(self, field.name)) for field in fields(self))
+        return {field.name: value for field, value in given if value != field.default}
 
     def again(self) -> str:
-        """Return the command that goes on with this run."""
-        words = ["tokenenv", "fit"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and field.name != "resume":
-                flag = f"--{field.name.replace('_', '-')}"
-                words += [flag] if value is True else [flag, str(value)]
-        return shlex.join([*words, "--resume"])
+        """Return the command that goes on with this run. It repeats what a file cannot ask for."""
+        command = f"tokenenv fit --resume --out {shlex.quote(str(self.out))}"
+        return f"{command} {repeated(self._typed())}".strip()
 
 
 class Stop:

@@ -22,6 +22,7 @@ from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
 from tokenenv.rewards.designs import make_terms
 from tokenenv.rewards.kl import PolicyKL, ReferenceKL
+from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
 from tokenenv.types import Task, TokenSpec
@@ -51,7 +52,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    if not (built.gold in (None, "score") or callable(built.gold) or is_scorer(built.gold)):
+    known = callable(built.gold) or isinstance(built.gold, Rule) or is_scorer(built.gold)
+    if not known and built.gold not in (None, "score"):
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
             "up; on the command line, give --gold module:function."

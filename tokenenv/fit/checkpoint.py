@@ -31,25 +31,24 @@ FREE = ("data", "held_out", "out", "resume", "device", "max_batch_tokens")
 data the examples themselves are compared."""
 
 
-def check_folder(config: FitConfig) -> None:
-    """Raise `InvalidArgument` unless a run may begin in `config.out` or, with `resume`, go on
+def check_folder(out: Path, *, resume: bool) -> None:
+    """Raise `InvalidArgument` unless a run may begin in `out` or, with `resume`, go on
     there."""
-    out = config.out
     if out.exists() and not out.is_dir():
         raise InvalidArgument(f"out={str(out)!r} is a file; it must be a folder, a new one.")
     found = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
-    if not config.resume and {CHECKPOINT, CONFIG} & found and CARD not in found:
+    if not resume and {CHECKPOINT, CONFIG} & found and CARD not in found:
         raise InvalidArgument(
             f"out={str(out)!r} holds a run that has not ended; go on with it by resume=True (on "
             "the command line --resume), or give a new folder."
         )
-    if not config.resume and found:
+    if not resume and found:
         raise InvalidArgument(
             f"out={str(out)!r} is not empty, it holds {min(found)!r}; give a new folder."
         )
-    if config.resume and CONFIG not in found:
+    if resume and CONFIG not in found:
         raise InvalidArgument(f"resume=True, but out={str(out)!r} holds no run to go on with.")
-    if config.resume and CARD in found and CHECKPOINT not in found:
+    if resume and CARD in found and CHECKPOINT not in found:
         raise InvalidArgument(
             f"resume=True, but the run in out={str(out)!r} has ended: its model is there."
         )

@@ -21,7 +21,6 @@ from tokenenv.types import Head
 if TYPE_CHECKING:
     from tokenenv.fit.labels import LabelContext
 
-
 COPIES = 8
 """How often each text is corrupted, each time anew: with one copy a model soon knows by heart which
 tokens were replaced."""
@@ -45,11 +44,14 @@ def corrupt(examples: Sequence[Example], context: "LabelContext") -> list[Exampl
         raise InvalidArgument(
             "objective='corrupted' needs a reference (reference=), a causal language model."
         )
-    texts = COPIES * [(text, example.where) for example in examples for text in example.texts]
-    drawn = samples([text for text, _ in texts], context)
+    texts = [(text, example.where) for example in examples for text in example.texts]
+    drawn = samples([text for text, _ in texts], COPIES, context)
+    # The numbers of `samples` are those of (seed, i), and NumPy takes (seed, i, 0) for the same.
+    seeds = [[(context.seed, i, 1 + copy) for copy in range(COPIES)] for i in range(len(texts))]
     return [
-        Example((corrupted(text, new, context, (context.seed, i, 1)),), where=where)
-        for i, ((text, where), new) in enumerate(zip(texts, drawn, strict=True))
+        Example((corrupted(text, drawn[i][copy], context, seeds[i][copy]),), where=where)
+        for copy in range(COPIES)
+        for i, (text, where) in enumerate(texts)
     ]
 
 
@@ -67,28 +69,29 @@ def corrupted(
     return replace(text, response=response[:end], target=label[:end], own=own)
 
 
-def samples(texts: Sequence[Text], context: "LabelContext") -> list[np.ndarray]:
-    """Return for each response token of each text a token that the reference draws in its place,
-    given what stands before it, (R,) int64 each."""
+def samples(texts: Sequence[Text], copies: int, context: "LabelContext") -> list[np.ndarray]:
+    """Return for each response token of each text tokens that the reference draws in its place,
+    given what stands before it, (copies, R) int64 each."""
     model = context.reference
     head = logits_head(model, vocab_size_of(model))
     modules = [part for part in (trunk_of(model),) if isinstance(part, nn.Module)]
     groups = micro_batches([len(text) for text in texts], context.max_batch_tokens)
-    drawn: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(texts)
+    drawn: list[np.ndarray] = [np.empty((copies, 0), dtype=np.int64)] * len(texts)
     for group in track(groups, "corrupted: samples", disable=not context.progress):
         chosen = [texts[i] for i in group]
         # Each text has numbers of its own: what is drawn does not depend on the groups.
-        numbers = np.concatenate([_numbers(context.seed, i, texts[i]) for i in group])
+        seeds = zip(group, chosen, strict=True)
+        numbers = [_numbers((context.seed, i), (len(t.response), copies)) for i, t in seeds]
         with torch.no_grad(), evaluating(*modules):
-            tokens = _draw(_states(model, chosen), numbers, head)
+            tokens = _draw(_states(model, chosen), np.concatenate(numbers), head)
         ends = np.cumsum([len(text.response) for text in chosen])[:-1]
-        for i, row in zip(group, np.split(tokens, ends), strict=True):
-            drawn[i] = row
+        for i, rows in zip(group, np.split(tokens, ends), strict=True):
+            drawn[i] = rows.T
     return drawn
 
 
-def _numbers(seed: int, i: int, text: Text) -> np.ndarray:
-    return np.random.default_rng([seed, i]).random(len(text.response), dtype=np.float32)
+def _numbers(seed: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
 
 
 def _states(model: Any, texts: Sequence[Text]) -> Tensor:
@@ -107,14 +110,14 @@ def _states(model: Any, texts: Sequence[Text]) -> Tensor:
 
 
 def _draw(states: Tensor, numbers: np.ndarray, head: Head) -> np.ndarray:
-    """Tokens (K,) int64 drawn after `states` (K, ...) with the `numbers` (K,), uniform in [0, 1):
-    the first token at which the probabilities so far exceed the number."""
+    """Tokens (K, copies) int64 drawn after `states` (K, ...) with the `numbers` (K, copies),
+    uniform in [0, 1): the first token at which the probabilities so far exceed the number."""
     drawn = []
     parts = states.split(CHUNK), upload(numbers, states.device).split(CHUNK)
     for some, number in zip(*parts, strict=True):
         upto = head(some).softmax(-1).cumsum(-1)
         whole = upto[:, -1:].contiguous()
-        found = torch.searchsorted(upto, number[:, None] * whole, right=True)
+        found = torch.searchsorted(upto, number * whole, right=True)
         # By rounding the number may be the whole; then it is the last token that has a probability.
-        drawn.append(torch.minimum(found, torch.searchsorted(upto, whole))[:, 0])
+        drawn.append(torch.minimum(found, torch.searchsorted(upto, whole)))
     return torch.cat(drawn).cpu().numpy()

@@ -69,7 +69,7 @@ def fit(
         NotFinite: a loss or a gradient is NaN or infinite.
         KeyboardInterrupt: `stop` said True.
     """
-    check_folder(config)
+    check_folder(config.out, resume=config.resume)
     with ExitStack() as held:
         if config.resume:
             held.enter_context(locked(config.out))
@@ -78,7 +78,9 @@ def fit(
         if state is not None:
             check_data(state, data.fingerprint, config.out / CHECKPOINT)
         held.enter_context(locked(config.out))
-        check_folder(config)  # which another process may have taken meanwhile
+        check_folder(
+            config.out, resume=config.resume
+        )  # which another process may have taken meanwhile
         return train(config, reader, data, state, progress=progress, stop=stop)
 
 

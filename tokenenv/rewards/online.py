@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
 from tokenenv.models.batching import micro_batches, upload
-from tokenenv.models.trunks import logprob_reader, text_states
+from tokenenv.models.trunks import logprob_reader
+from tokenenv.rewards.gold import Gold, gold_of
+from tokenenv.rewards.outcomes import (
+    Texts,
+    as_texts,
+    log_ratio,
+    nobody,
+    outcome_loss,
+    own_logprobs,
+    pushed,
+)
 from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.seen import FinishedTexts
 from tokenenv.rewards.term import Context, RewardTerm, trainable
@@ -24,26 +33,6 @@ from tokenenv.rewards.term import Context, RewardTerm, trainable
 OUTCOMES = ("score", "gold")
 MAX_GRAD_NORM = 1.0
 """The gradient of an update is scaled down to this norm."""
-
-
-def outcome_loss(total_B: Tensor, outcome_B: Tensor) -> Tensor:
-    """Return the cross-entropy (B,) in nats of outcomes, 0 or 1, under the probability
-    sigmoid(total) (Yuan et al. 2024, arXiv 2412.01981)."""
-    return F.binary_cross_entropy_with_logits(total_B, outcome_B, reduction="none")
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """B texts, on the host: all that log-probs of their tokens are computed from."""
-
-    tokens: np.ndarray
-    """(B, L) int64, right-padded."""
-    length: np.ndarray
-    """(B,) int64."""
-    place: np.ndarray
-    """(B, T) int64: the place of each token of the policy's in its text."""
-    own: np.ndarray
-    """(B, T) bool: where there is such a token, a prefix's left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +128,10 @@ class Prime(RewardTerm):
         if not (callable(outcome) or isinstance(outcome, Rule)):
             check_choice("outcome", outcome, OUTCOMES)
         check_counts(every=every, max_lag=max_lag, capacity=capacity)
+        if every > capacity:
+            raise InvalidArgument(
+                f"every={every} is more than capacity={capacity}: so many texts never wait."
+            )
         if not lr > 0:
             raise InvalidArgument(f"lr={lr} is not allowed; it must be more than 0.")
         self.model, self.coef, self.mix = model, coef, mix
@@ -181,14 +174,17 @@ class Prime(RewardTerm):
             counts=np.asarray([0, 0, -1, -1], dtype=np.int64),
         )
 
-    def _bound_rule(self, context: Context) -> Rule | None:
-        """The function that gives outcomes; None where the score does."""
-        given = context.task.gold if self.outcome == "gold" else self.outcome
-        if given is None:
-            raise InvalidArgument(f"reward={self.name!r}: outcome='gold' and the task has no gold.")
-        if given == "score":
+    def _bound_rule(self, context: Context) -> Gold | None:
+        """What gives outcomes; None where the score does."""
+        if self.outcome == "gold":
+            if context.task.gold is None:
+                raise InvalidArgument(
+                    f"reward={self.name!r}: outcome='gold' and the task has no gold."
+                )
+            return gold_of(context)
+        if self.outcome == "score":
             return None
-        rule = as_rule(given)
+        rule = as_rule(self.outcome)
         # A number that is not finite is no outcome, and no error: as of a watched rule.
         rule.bind(replace(context, watched=True))
         return rule
@@ -292,7 +288,7 @@ class Prime(RewardTerm):
                 "exp_avg_sq": before.square[name].clone(),
             }
         self._add_gradients({name: rows[-waiting:] for name, rows in before.waiting.items()})
-        torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         moments = {name: optimizer.state[weight] for name, weight in weights.items()}
@@ -366,57 +362,3 @@ def copy_to_train(model: Any, lora_rank: int, seed: int) -> Any:
         train_adapters(copied)
         return copied.eval()
     return copy.deepcopy(model).float().requires_grad_(True).eval()
-
-
-def as_texts(texts: FinishedTexts, max_new_tokens: int) -> Texts:
-    """Return finished texts as what is kept of them."""
-    own, place = texts.own_columns(max_new_tokens), texts.positions(max_new_tokens)
-    tokens = np.zeros((len(texts.ids), int(texts.length.max())), dtype=np.int64)
-    for row, (ids, length) in enumerate(zip(texts.ids, texts.length, strict=True)):
-        tokens[row, :length] = ids[:length]
-    return Texts(tokens, np.asarray(texts.length, dtype=np.int64), place, own)
-
-
-def nobody(capacity: int, length: int, width: int) -> dict[str, np.ndarray]:
-    """Return room for so many texts of at most `length` tokens, `width` of them the policy's."""
-    return {
-        "tokens": np.zeros((capacity, length), dtype=np.int64),
-        "length": np.zeros(capacity, dtype=np.int64),
-        "place": np.zeros((capacity, width), dtype=np.int64),
-        "own": np.zeros((capacity, width), dtype=bool),
-        "ref_logprob": np.zeros((capacity, width), dtype=np.float32),
-        "outcome": np.zeros(capacity, dtype=np.float32),
-    }
-
-
-def pushed(rows: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Return `rows` (C, ...) without the first ones, and with the `new` ones behind the others."""
-    count = len(rows)
-    new = new[-count:]
-    if rows.ndim == 2 and new.shape[1] < rows.shape[1]:
-        new = np.pad(new, ((0, 0), (0, rows.shape[1] - new.shape[1])))
-    return np.concatenate([rows, new])[-count:]
-
-
-def log_ratio(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """Return log p - log p_ref; 0 for a token that neither model has, where both are -inf."""
-    return torch.where(logprob == ref_logprob, 0.0, logprob - ref_logprob)
-
-
-def own_logprobs(
-    texts: Texts,
-    rows: np.ndarray,
-    model: Any,
-    logprob: Callable[[Tensor, Tensor], Tensor],
-    device: torch.device,
-) -> Tensor:
-    """Return the log-probs (b, T) of the own tokens of the texts `rows` (b,), 0 elsewhere, from one
-    forward of the whole texts with the ambient grad mode."""
-    length, own = texts.length[rows], texts.own[rows]
-    tokens = upload(texts.tokens[rows][:, : int(length.max())], device)
-    states = text_states(model, tokens, length)
-    row, column = np.nonzero(own)
-    place = texts.place[rows][row, column]
-    row_K, column_K, place_K = (upload(index, device) for index in (row, column, place))
-    values = logprob(states[row_K, place_K - 1], tokens[row_K, place_K])
-    return values.new_zeros(own.shape).index_put((row_K, column_K), values)

@@ -33,6 +33,7 @@ class Zero(PolicyGradient):
 
 def make(algorithm=GSPO, **options):
     envs = ToyEnv(8, group_size=4, kl_coef=options.pop("beta", 0.0))
+    envs.teacher = tiny_lm(seed=4, initializer_range=0.3)
     return algorithm(envs, policy=LMPolicy(tiny_lm(seed=3)), **options)
 
 
@@ -186,6 +187,7 @@ EXTRAS = {
     "entropy": {"entropy_coef": 0.3},
     "full KL": {"full_kl_coef": 0.3},
     "k3": {"k3_coef": 0.3},
+    "forward KL": {"distill_coef": 0.3},
 }
 
 
