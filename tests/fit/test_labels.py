@@ -70,9 +70,9 @@ def test_each_text_of_a_ranking_is_compared_with_the_next():
 def test_long_texts_are_matched_token_by_token():
     # difflib takes the commonest tokens of long texts for junk where it is not told otherwise.
     long = [1, 2] * 200
-    better, _ = edits(text([*long, 3]), text([*long, 4]))
+    better, _ = edits(text([3, *long]), text([4, *long]))
     assert better.texts[0].target is not None
-    assert better.texts[0].target.tolist() == [0.5] * 400 + [1]
+    assert better.texts[0].target.tolist() == [1] + [0.5] * 400
 
 
 # ------------------------------------------------------------------------------------------ corrupted
@@ -194,10 +194,12 @@ def test_the_seed_decides_and_batches_do_not(kind):
             np.testing.assert_array_equal(a.target, b.target)
     other = made(texts, reference, seed=6)
     assert any(a.target.tolist() != b.target.tolist() for a, b in zip(first, other, strict=True))
+    drawn = [samples(texts, 1, LabelContext(reference=reference, seed=seed)) for seed in (5, 6)]
+    assert any(a.tolist() != b.tolist() for a, b in zip(*drawn, strict=True))
 
 
 def test_samples_of_a_transformers_model_are_in_eval_mode_and_leave_its_mode():
-    model = fakes.causal_lm("llama").train()
+    model = fakes.causal_lm("gpt2", resid_pdrop=0.5).train()
     rng = np.random.default_rng(0)
     one = text(rng.integers(3, fakes.VOCAB_SIZE, 40).tolist(), prompt=[4, 7])
     ((drawn,),) = samples([one], 1, LabelContext(reference=model))

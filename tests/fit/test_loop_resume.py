@@ -114,9 +114,19 @@ def test_a_finished_folder_holds_the_model_and_no_checkpoint(tmp_path):
 
 
 def test_events_of_a_resumed_run_hold_every_step_once(tmp_path):
+    """A run that dies two steps behind its checkpoint has written events of these steps, which are
+    written again."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    stopped(fitting.config(tmp_path / "m"), 4)
+    steps = iter(range(1, 6))
+
+    def dies():
+        if next(steps) == 5:
+            raise RuntimeError("died")
+        return False
+
+    with pytest.raises(RuntimeError, match="died"):
+        trained(fitting.config(tmp_path / "m"), stop=dies)
     resumed(tmp_path / "m")
     events = EventAccumulator(str(tmp_path / "m"))
     events.Reload()

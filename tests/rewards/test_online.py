@@ -139,6 +139,8 @@ def test_a_version_has_not_seen_what_it_prices():
     versions = [e.infos[-1]["reward_version"] for e in episodes]
     assert versions == [number // 4 for number in range(len(episodes))]
     for number, episode in enumerate(episodes[:8]):
+        if len(episode.response) == 1:  # its only token is paid the outcome
+            continue
         paid = np.abs(episode.infos[-1]["token_reward_terms"]["prime"][: len(episode.response) - 1])
         assert (paid > 0).all() == (number >= 4)
 
@@ -346,7 +348,8 @@ def test_the_size_of_forwards_changes_nothing():
 
 
 def test_training_leaves_every_other_model_as_it_was():
-    reference, given = tasks.reference(), fakes.causal_lm(seed=5, num_hidden_layers=1)
+    reference = tasks.reference()
+    given = fakes.causal_lm(seed=5, num_hidden_layers=1).requires_grad_(True)
     before = [copy.deepcopy(m.state_dict()) for m in (reference, given)]
     envs = make(reward=prime(model=given))
     start = weights_of(envs)
@@ -374,7 +377,7 @@ def test_adapters_share_the_references_weights_and_learn_alone():
 
 
 def test_adapters_of_a_model_that_was_given_share_nothing_with_it():
-    given = fakes.causal_lm(seed=5, num_hidden_layers=1)
+    given = fakes.causal_lm(seed=5, num_hidden_layers=1).requires_grad_(True)
     envs = make(reward=prime(model=given, lora_rank=2))
     places = {w.data_ptr() for w in given.parameters()}
     assert not places & {w.data_ptr() for w in term_of(envs)._trained.parameters()}
@@ -520,10 +523,12 @@ def test_a_loaded_state_goes_on_bit_for_bit(options):
     saved = envs.save_state()
     kept = copy.deepcopy(saved)
     envs.load_state(saved)  # with caches filled anew, as the other
+    envs.policy_updated(5)
     expected = after(envs)
     tasks.assert_equal(saved["engine"]["learned"], kept["engine"]["learned"])
     other = make(reward=prime(**options))
     other.load_state(saved)
+    other.policy_updated(5)
     tasks.assert_equal(after(other), expected)
     tasks.assert_equal(learned(other), learned(envs))
     assert other.reward_version > saved["engine"]["learned"]["prime"]["counts"][0] > 0
@@ -644,7 +649,7 @@ def test_the_contract_holds():
 @pytest.mark.parametrize(
     ("make_env", "message"),
     [
-        (lambda: Prime(outcome="truth"), r"outcome='truth'.*score.*gold"),
+        (lambda: Prime(outcome="truth"), "outcome='truth' is not known; allowed: gold, score"),
         (lambda: Prime(every=0), "every=0 must be a whole number, 1 or more"),
         (lambda: Prime(max_lag=-1), "max_lag=-1 must be a whole number, 0 or more"),
         (lambda: Prime(capacity=2.5), "capacity=2.5 must be a whole number, 1 or more"),

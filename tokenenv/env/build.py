@@ -52,8 +52,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     shared |= {} if config.max_new_tokens is None else {"max_new_tokens": config.max_new_tokens}
     others = {key: value for key, value in options.items() if key not in fields}
     built = _build_task(task, others | shared, fields)
-    is_rule = isinstance(built.gold, Rule) or callable(built.gold)
-    if not (is_rule or is_scorer(built.gold) or built.gold in (None, "score")):
+    known = callable(built.gold) or isinstance(built.gold, Rule) or is_scorer(built.gold)
+    if not known and built.gold not in (None, "score"):
         raise InvalidArgument(
             f"gold={built.gold!r} must be a function of (prompt, response); a name is not looked "
             "up; on the command line, give --gold module:function."

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tokenenv.env.dynamics import Dynamics
 from tokenenv.env.finite import FiniteCheck, require_finite_weight
-from tokenenv.env.gold import gold_of
 from tokenenv.env.replies import Replies
 from tokenenv.env.saved_state import Layout
 from tokenenv.env.texts import TextBuffer
@@ -25,6 +24,7 @@ from tokenenv.models.cached_lm import evaluating
 from tokenenv.models.prefix_scores import sum_dtype
 from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
+from tokenenv.rewards.gold import gold_of
 from tokenenv.rewards.reward_sum import RewardSum, check_memory, weight_now
 from tokenenv.rewards.seen import FinishedTexts, RunningTexts, States, Transitions, WholeTexts
 from tokenenv.rewards.term import Context, Learned, RewardTerm
@@ -445,8 +445,9 @@ def _layout(learned: Learned) -> Any:
     """The shape and dtype of what a term has learned, as a state holds it."""
     if isinstance(learned, Mapping):
         return {name: _layout(part) for name, part in learned.items()}
-    on_host = isinstance(learned, np.ndarray)
-    return tuple(learned.shape), learned.dtype.type if on_host else numpy_dtype(learned.dtype)
+    if isinstance(learned, np.ndarray):
+        return tuple(learned.shape), learned.dtype.type
+    return tuple(learned.shape), numpy_dtype(learned.dtype)
 
 
 def _host(values: Learned) -> Any:

@@ -128,8 +128,10 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
         for i, (response, own) in enumerate(zip(responses, owns, strict=True))
     ]
     scores = _beside(row, "scores", len(values))
-    found = scores and tuple(number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores))
-    return Example(tuple(texts), found, row.where)
+    if scores is None:
+        return Example(tuple(texts), None, row.where)
+    found = [number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores)]
+    return Example(tuple(texts), tuple(found), row.where)
 
 
 def _scored(row: Row, encoder: Encoder) -> Example | None:
@@ -171,9 +173,7 @@ def _steps(row: Row, encoder: Encoder) -> Example:
         raise InvalidArgument(
             f"{row.label('labels')} has {len(found)} entries for {len(ends)} completions."
         )
-    # What a template writes behind the last step, too.
     starts = [0, *ends[:-1]]
-    ends[-1] = len(text) + 1
     spans = list(zip(starts, ends, found, strict=True))
     made = one_text(row, encoder, "completions", text, spans=spans)
     assert made.target is not None

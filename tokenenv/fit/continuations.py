@@ -69,8 +69,8 @@ def prefix_values(
         on_text: is called with the continuations that there are, and those that there will be.
 
     Raises:
-        InvalidArgument: an argument is not allowed, the env cannot fork its texts, or a
-            continuation has no score.
+        InvalidArgument: an argument is not allowed, the env cannot fork its texts, or it
+            gives them no score.
     """
     check(envs, continuations, every, beta)
     states = [state for text in texts for state in _states(text, every)]
@@ -164,8 +164,8 @@ def _scores(
             scores = np.array([plain(getattr(episode, by)) for episode in episodes])
             if np.isnan(scores).any():
                 raise InvalidArgument(
-                    f"by={by!r}: a continuation has no {by}, so its beginning has no value "
-                    f"(score_truncated=False leaves texts that are cut without one)."
+                    f"by={by!r}: the env gives a text no {by}; allowed: the other one of 'gold' "
+                    f"and 'score'."
                 )
             if on_text is not None:
                 on_text(min((first + at_once) * continuations, asked), asked)

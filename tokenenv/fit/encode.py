@@ -87,12 +87,10 @@ class Encoder:
             raise _empty(label)
         if not isinstance(value, str):
             return Response(ids)
-        closed = complete and self._stop is not None and ids[-1:] != [self._stop]
-        return Response(
-            [*ids, self._stop] if closed else ids,
-            closed=closed,
-            offsets=partial(self._offsets, value, 0),
-        )
+        offsets = partial(self._offsets, value, 0)
+        if not complete or self._stop is None or ids[-1] == self._stop:
+            return Response(ids, offsets=offsets)
+        return Response([*ids, self._stop], closed=True, offsets=offsets)
 
     def _answer(self, said: Messages, text: str, complete: bool, label: str) -> Response:
         """The answer to a conversation: what the template writes behind it for the assistant, up to
@@ -128,7 +126,7 @@ class Encoder:
                 "text or messages."
             )
         check_messages(messages, label)
-        said, ids, own = list(prompt.messages), [], []
+        said, ids, own = list(prompt.messages), list[int](), list[bool]()
         turns = _turns(messages)
         if not turns:
             raise InvalidArgument(f"{label} must begin and end with a message of the assistant's.")

@@ -34,7 +34,8 @@ def bradley_terry(batch: Batch) -> Tensor:
     (Rafailov et al. 2023, arXiv 2305.18290).
 
     A sum grows with the length, and so does what it can say: where the better texts of the data are
-    the longer ones, length itself is learned as good. The card reports the share of such pairs.
+    the longer ones, length itself is learned as good. The card has the
+    correlation of sums with lengths.
     """
     return pairwise(batch, batch.total_B)
 

@@ -87,8 +87,6 @@ class Sampled:
     """Prompts whose texts were written."""
     ties: int = 0
     """Rankings that were drawn again, because all their texts have the same score."""
-    unscored: int = 0
-    """Rankings, or texts, that were drawn again, because a text has no score."""
 
 
 def sample(
@@ -246,32 +244,26 @@ def take(
         found.rows += [rows.row(e) for e in group]
         return
     scores = np.array([plain(getattr(e, config.by)) for e in group])
-    unknown = np.isnan(scores)
+    if np.isnan(scores).any():
+        raise InvalidArgument(
+            f"by={config.by!r}: the env gives a text no {config.by}; allowed: the other one of "
+            f"'gold' and 'score', or kind='texts'."
+        )
     if config.kind != "ranking":
-        found.unscored += int(unknown.sum())
-        for i in np.flatnonzero(~unknown):
-            found.rows.append(rows.row(group[i]) | {"score": float(scores[i])})
-    elif unknown.any():
-        found.unscored += 1
+        found.rows += [
+            rows.row(e) | {"score": score} for e, score in zip(group, scores.tolist(), strict=True)
+        ]
     elif (scores == scores[0]).all():
         found.ties += 1
     else:
         order = ranked(scores, config.noise, rng)
-        found.rows.append(
-            rows.ranking([group[i] for i in order], scores[order].tolist(), config.noise)
-        )
+        best_first = [group[i] for i in order]
+        found.rows.append(rows.ranking(best_first, scores[order].tolist(), config.noise))
 
 
 def check_goes_on(found: Sampled, config: SampleConfig) -> None:
-    """Raise `InvalidArgument` where fewer than one draw in a thousand or so can be used."""
-    enough = 500 + 1000 * len(found.rows)
-    if found.unscored > enough or (found.unscored and not found.rows and not found.ties):
-        other = "score" if config.by == "gold" else "gold"
-        raise InvalidArgument(
-            f"by={config.by!r}: {found.unscored} draws gave a text without a {config.by}, and "
-            f"{len(found.rows)} did not; compare by={other!r}, or choose another env."
-        )
-    if found.ties > enough:
+    """Raise `InvalidArgument` where all but one draw in a thousand or so are ties."""
+    if found.ties > 500 + 1000 * len(found.rows):
         raise InvalidArgument(
             f"by={config.by!r}: in {found.ties} of {found.prompts} draws all texts of a prompt "
             f"have the same {config.by}, so hardly anything can be ranked; raise temperature="

@@ -89,8 +89,6 @@ def facts_of(found: Sampled, config: SampleConfig) -> dict[str, str]:
     facts = {"Examples": f"{len(rows):,}", "Different prompts": f"{distinct_prompts(rows):,}"}
     if config.kind == "ranking":
         facts["Ties"] = f"{found.ties:,} of {found.prompts:,} draws, drawn again"
-    if found.unscored:
-        facts["Without a score"] = f"{found.unscored:,}, drawn again"
     for name, scores, lengths in columns_of(rows):
         if scores:
             facts[f"Mean {config.by} of {name}"] = f"{np.mean(scores):.4g}"

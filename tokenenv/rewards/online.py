@@ -16,6 +16,7 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.trunks import logprob_reader
+from tokenenv.rewards.gold import Gold, gold_of
 from tokenenv.rewards.outcomes import (
     Texts,
     as_texts,
@@ -173,14 +174,17 @@ class Prime(RewardTerm):
             counts=np.asarray([0, 0, -1, -1], dtype=np.int64),
         )
 
-    def _bound_rule(self, context: Context) -> Rule | None:
-        """The function that gives outcomes; None where the score does."""
-        given = context.task.gold if self.outcome == "gold" else self.outcome
-        if given is None:
-            raise InvalidArgument(f"reward={self.name!r}: outcome='gold' and the task has no gold.")
-        if given == "score":
+    def _bound_rule(self, context: Context) -> Gold | None:
+        """What gives outcomes; None where the score does."""
+        if self.outcome == "gold":
+            if context.task.gold is None:
+                raise InvalidArgument(
+                    f"reward={self.name!r}: outcome='gold' and the task has no gold."
+                )
+            return gold_of(context)
+        if self.outcome == "score":
             return None
-        rule = as_rule(given)
+        rule = as_rule(self.outcome)
         # A number that is not finite is no outcome, and no error: as of a watched rule.
         rule.bind(replace(context, watched=True))
         return rule
@@ -284,7 +288,7 @@ class Prime(RewardTerm):
                 "exp_avg_sq": before.square[name].clone(),
             }
         self._add_gradients({name: rows[-waiting:] for name, rows in before.waiting.items()})
-        torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
         moments = {name: optimizer.state[weight] for name, weight in weights.items()}

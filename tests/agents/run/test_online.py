@@ -58,14 +58,15 @@ def accuracy(episodes: list[Any]) -> float:
     return float(np.mean([(e.terms["prime"].sum() > 0) == (e.gold > 0) for e in episodes]))
 
 
-def test_it_learns_what_the_outcome_is_while_the_policy_learns_from_it():
-    agent = PPO(make(16), batch_tokens=160, lr=3e-3, seed=0)
-    batches, metrics = learned_from(agent, 160 * 14)
-    assert accuracy([e for batch in batches[:2] for e in batch]) < 0.7
-    assert accuracy([e for batch in batches[-3:] for e in batch]) > 0.9
-    golds = [np.mean([e.gold for e in batch]) for batch in batches]
-    assert np.mean(golds[-3:]) > np.mean(golds[:3]) + 0.2
-    assert metrics[-1]["rollout/reward_version"] > 8
+def test_it_learns_which_sums_are_right_while_the_policy_learns():
+    """Its accuracy on texts that it has not seen ends above that of always saying right."""
+    reward = Prime(outcome="gold", mix=0.0, coef=0.5, lr=5e-4)
+    envs = tasks.make_vec(32, "SameStep", "tokenenv/Arithmetic-v0", reward=reward, kl_coef=0.01)
+    batches, metrics = learned_from(PPO(envs, batch_tokens=384, seed=0), 384 * 6)
+    late = [e for batch in batches[-3:] for e in batch]
+    assert accuracy(late) > np.mean([e.gold for e in late]) + 0.1
+    assert accuracy(late) > accuracy(batches[0]) + 0.3
+    assert metrics[-1]["rollout/reward_version"] == len(batches) - 1
 
 
 @pytest.mark.parametrize("max_lag", [0, 2])
