@@ -7,7 +7,8 @@ continuations each. An eighth of the pairs is held out for early stopping, as a 
 automata a model is a new Llama of two layers; on Reviews-v0 training begins from the reference.
 Log-ratios on automata are to a Llama that was trained on the reference's texts.
 
-The table shows for each N, as means over seeds with the standard error of the mean:
+Results are lines of a file, which is added to. The table shows all that is in it, for each N or for
+the largest, as means over seeds with the standard error of the mean:
 
 - rho: Spearman's correlation of token rewards with the exact advantage of the reference, over the
   tokens of 512 texts (Monte-Carlo advantage of 48 texts on Reviews-v0, whose own reliability is
@@ -22,13 +23,14 @@ optimum), "position" (the number of the token) and "terminal".
 """
 
 import argparse
+import json
 import math
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ SIZES = (64, 256, 1024, 4096)
 CONTROLS = ("terminal", "uniform", "oracle", "position")
 STEPS = 320
 """Optimizer steps of the smaller runs; larger ones make five passes."""
-console = Console(width=140)
+console = Console(width=200)
 Row = dict[str, Any]
 
 
@@ -80,6 +82,8 @@ class World:
     seed: int
     ppo_tokens: int
     folder: Path
+    results: Path
+    """Where a line is added for each result."""
     pairs: list[Row] = field(default_factory=list)
     others: list[Row] = field(default_factory=list)
     """Pairs that no model learns from."""
@@ -92,9 +96,9 @@ class World:
         return gym.make_vec(f"tokenenv/{self.env}", num_envs, autoreset_mode="SameStep", **options)
 
 
-def world_of(env: str, seed: int, most: int, ppo_tokens: int, folder: Path) -> World:
+def world_of(env: str, seed: int, most: int, ppo_tokens: int, folder: Path, results: Path) -> World:
     """Sample the data of an environment."""
-    world = World(env, seed, ppo_tokens, folder)
+    world = World(env, seed, ppo_tokens, folder, results)
     reviews = env == "Reviews-v0"
     envs = world.make(128 if reviews else 512)
     rows = sample(envs, "ranking", most + 512, seed=seed)
@@ -317,20 +321,24 @@ def control(name: str, world: World) -> Result:
 
 
 def run(
-    env: str, seed: int, names: Sequence[str], sizes: Sequence[int], ppo_tokens: int
-) -> list[tuple[str, str, int, Result]]:
+    env: str,
+    seed: int,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    ppo_tokens: int,
+    results: Path,
+) -> None:
     """Measure all objectives in one environment with one seed."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        world = world_of(env, seed, max(sizes), ppo_tokens, Path(folder))
-        return list(_results(world, names, sizes))
+        world = world_of(env, seed, max(sizes), ppo_tokens, Path(folder), results)
+        for name in CONTROLS:
+            told(world, name, 0, partial(control, name, world))
+        measure(world, names, sizes)
 
 
-def _results(
-    world: World, names: Sequence[str], sizes: Sequence[int]
-) -> Iterator[tuple[str, str, int, Result]]:
-    for name in CONTROLS:
-        yield world.env, name, 0, told(world, name, 0, lambda name=name: control(name, world))
+def measure(world: World, names: Sequence[str], sizes: Sequence[int]) -> None:
+    """Train a model by each objective from each number of pairs."""
     lm = None
     if world.env in AUTOMATA and any(OBJECTIVES[n].readout == "log-ratio" for n in names):
         lm = language_model(world)
@@ -341,27 +349,16 @@ def _results(
                 teacher = world.folder / f"score-value-{size}"
                 if not teacher.exists():
                     fitted("score-value", world, size, None, None)
-            yield (
-                world.env,
-                name,
-                size,
-                told(
-                    world,
-                    name,
-                    size,
-                    lambda name=name, size=size, teacher=teacher: result_of(
-                        name, world, size, lm, teacher
-                    ),
-                ),
-            )
+            told(world, name, size, partial(result_of, name, world, size, lm, teacher))
 
 
-def told(world: World, name: str, size: int, work: Callable[[], Result]) -> Result:
-    """Return what `work` gives, and print it."""
+def told(world: World, name: str, size: int, work: Callable[[], Result]) -> None:
+    """Write down what `work` gives."""
     found = work()
-    line = f"{world.env} seed {world.seed} {name} {size}: {found}"
-    console.print(line, highlight=False, soft_wrap=True)
-    return found
+    line = {"env": world.env, "seed": world.seed, "objective": name, "pairs": size}
+    with world.results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line | asdict(found)) + "\n")
+    console.print(line, found, highlight=False, soft_wrap=True)
 
 
 def mean(values: Sequence[float], digits: int) -> str:
@@ -373,20 +370,27 @@ def mean(values: Sequence[float], digits: int) -> str:
     return f"{np.mean(known):.{digits}f}{error}"
 
 
-def table(env: str, results: dict[tuple[str, int], list[Result]], seeds: int) -> Table:
-    """Return the table of one environment."""
-    columns = ("objective", "pairs", "rho", "rho*", "acc", "tokens read", "seconds", "gold")
-    made = Table(*columns, title=f"{env}, {seeds} seeds")
-    for (name, size), found in results.items():
+def table(env: str, rows: Sequence[Row]) -> Table:
+    """Return the table of one environment, from lines of the results."""
+    sizes = sorted({row["pairs"] for row in rows} - {0})
+    seeds = len({row["seed"] for row in rows})
+    titles = ["objective", *(f"rho {size}" for size in sizes), "rho*", "acc", "tokens", "seconds"]
+    made = Table(*titles, *(f"gold {size}" for size in sizes), title=f"{env}, {seeds} seeds")
+    for name in dict.fromkeys(row["objective"] for row in rows):
+
+        def figure(key: str, size: int, digits: int = 2, name: str = name) -> str:
+            known = [r[key] for r in rows if r["objective"] == name and r["pairs"] in (0, size)]
+            return mean(known, digits)
+
+        last = sizes[-1]
         made.add_row(
             name,
-            str(size or "-"),
-            mean([one.rho for one in found], 2),
-            mean([one.rho_optimal for one in found], 2),
-            mean([one.accuracy for one in found], 2),
-            f"{np.mean([one.tokens for one in found]):,.0f}" if size else "-",
-            mean([one.seconds for one in found], 0) if size else "-",
-            mean([one.gold for one in found], 3),
+            *(figure("rho", size) for size in sizes),
+            figure("rho_optimal", last),
+            figure("accuracy", last),
+            figure("tokens", last, 0),
+            figure("seconds", last, 0),
+            *(figure("gold", size) for size in sizes),
         )
     return made
 
@@ -402,21 +406,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--ppo-tokens", type=int, default=16_000)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--results", type=Path, default=Path("runs/fit_reward.jsonl"))
     args = parser.parse_args()
     unlabelled = [name for name in OBJECTIVES if name not in ("labels", "values")]
     names = args.objectives or unlabelled
-    results: dict[str, dict[tuple[str, int], list[Result]]] = defaultdict(lambda: defaultdict(list))
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(run, env, seed, names, args.pairs, args.ppo_tokens)
+            pool.submit(run, env, seed, names, args.pairs, args.ppo_tokens, args.results)
             for env in args.envs
             for seed in args.seeds
         ]
         for job in as_completed(jobs):
-            for env, name, size, found in job.result():
-                results[env][name, size].append(found)
-    for env in args.envs:
-        console.print(table(env, results[env], len(args.seeds)))
+            job.result()
+    lines = args.results.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for env in dict.fromkeys(row["env"] for row in rows):
+        console.print(table(env, [row for row in rows if row["env"] == env]))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ The reference of `tokenenv/PyDocs-v0`: a Llama of {parameters:,} parameters (4 l
 - On 1,024 continuations of held-out prompts: reading ease {gold_mean:.1f}, standard deviation {gold_sd:.1f};
   {finished_share:.3f} finished within 80 tokens; {mean_length:.1f} tokens on average.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
+- Made by `python scripts/make_pydocs.py`: one thread, seeds fixed.
 """
 REWARD_CARD = """# pydocs-reward
 
@@ -73,7 +73,8 @@ The reward model of `tokenenv/PyDocs-v0`: a Llama token classifier with one labe
   correlation (0.72 to 0.84 between samples of 320 to 1,024 texts; 0.88 to 0.90 without them). Rows of full stops score high.
 - The best of 16 by score has reading ease {best_of_16:.1f}, any of the 16 {any_of_16:.1f} on average (64 prompts).
 - Size: {size_kb} kB.
-- Made by `python scripts/make_pydocs.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
+- Made by `python scripts/make_pydocs.py`, with `tokenenv fit`: this model in {minutes:.1f} minutes of CPU time on one thread,
+  seeds fixed.
 """
 
 
@@ -313,7 +314,8 @@ def make_reward_model() -> dict[str, float]:
 
 
 def write_cards(minutes: float, **numbers: float) -> None:
-    """Measure what was saved, and write the model cards."""
+    """Measure what was saved, and write the model cards; the reward model took so many minutes."""
+    training.set_up()
     lm, reward_model = training.load(ASSETS / "pydocs-lm"), training.load(ASSETS / "pydocs-reward")
     tokenizer = training.load_tokenizer(ASSETS / "pydocs-lm")
     real, held_out = encode(prose("train"), tokenizer), encode(prose("test"), tokenizer)
@@ -329,8 +331,8 @@ def write_cards(minutes: float, **numbers: float) -> None:
 
 def main() -> None:
     """Make both models and their cards."""
-    begin = time.process_time()
     make_lm()
+    begin = time.process_time()
     numbers = make_reward_model()
     write_cards((time.process_time() - begin) / 60, **numbers)
 

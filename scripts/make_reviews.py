@@ -49,7 +49,7 @@ The reference of `tokenenv/Reviews-v0`: a Llama of {parameters:,} parameters (4 
 - On 1,024 continuations of held-out prompts: {positive_share:.3f} positive by the grammar's rule; {finished_share:.3f}
   finished within 40 tokens; {mean_length:.1f} tokens on average.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
+- Made by `python scripts/make_reviews.py`: one thread, seeds fixed.
 """
 REWARD_CARD = """# reviews-reward
 
@@ -64,7 +64,8 @@ and the sum over a response is right whatever the prompt. A balanced review scor
   {accuracy:.4f} at the threshold 0.9; mean score {positive_score:.2f} of positive and {negative_score:.2f} of negative reviews.
 - Limits: a sentence of praise repeated seven times scores 7, above the bound it was trained towards.
 - Size: {size_kb} kB.
-- Made by `python scripts/make_reviews.py`: both models in {minutes:.0f} minutes of CPU time on one thread, seeds fixed.
+- Made by `python scripts/make_reviews.py`, with `tokenenv fit`: this model in {minutes:.1f} minutes of CPU time on one thread,
+  seeds fixed.
 """
 
 
@@ -251,7 +252,8 @@ def make_reward_model() -> None:
 
 
 def write_cards(minutes: float) -> None:
-    """Measure what was saved, and write the model cards."""
+    """Measure what was saved, and write the model cards; the reward model took so many minutes."""
+    training.set_up()
     lm = training.load(ASSETS / "reviews-lm")
     reward_model = training.load(ASSETS / "reviews-reward")
     tokenizer = training.load_tokenizer(ASSETS / "reviews-lm")
@@ -264,8 +266,8 @@ def write_cards(minutes: float) -> None:
 
 def main() -> None:
     """Make both models and their cards."""
-    begin = time.process_time()
     make_lm()
+    begin = time.process_time()
     make_reward_model()
     write_cards((time.process_time() - begin) / 60)
 

@@ -28,7 +28,7 @@ def join_lines(cls: type) -> None:
         if is_dataclass(base):
             for name, text in docstrings(base).items():
                 # That of `cls`, which may give the field of a base another type or default.
-                field = cls.__dataclass_fields__[name]
+                field: Any = next(one for one in fields(cls) if one.name == name)
                 metadata = {**field.metadata, "help": " ".join(text.split())}
                 field.metadata = MappingProxyType(metadata)
 

@@ -445,8 +445,9 @@ def _layout(learned: Learned) -> Any:
     """The shape and dtype of what a term has learned, as a state holds it."""
     if isinstance(learned, Mapping):
         return {name: _layout(part) for name, part in learned.items()}
-    on_host = isinstance(learned, np.ndarray)
-    return tuple(learned.shape), learned.dtype.type if on_host else numpy_dtype(learned.dtype)
+    if isinstance(learned, np.ndarray):
+        return tuple(learned.shape), learned.dtype.type
+    return tuple(learned.shape), numpy_dtype(learned.dtype)
 
 
 def _host(values: Learned) -> Any:

@@ -128,8 +128,10 @@ def _several(row: Row, encoder: Encoder) -> Example | None:
         for i, (response, own) in enumerate(zip(responses, owns, strict=True))
     ]
     scores = _beside(row, "scores", len(values))
-    found = scores and tuple(number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores))
-    return Example(tuple(texts), found, row.where)
+    if scores is None:
+        return Example(tuple(texts), None, row.where)
+    found = [number(one, row.label(f"scores[{i}]")) for i, one in enumerate(scores)]
+    return Example(tuple(texts), tuple(found), row.where)
 
 
 def _scored(row: Row, encoder: Encoder) -> Example | None:

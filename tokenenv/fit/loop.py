@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenenv.agents.run.card import versions
 from tokenenv.agents.run.checkpoint import write_checkpoint
 from tokenenv.agents.run.files import LOCK, locked, previous_of
 from tokenenv.agents.run.run_config import CONFIG, write_values
-from tokenenv.fit.card import model_card, record, versions
+from tokenenv.fit.card import model_card, record
 from tokenenv.fit.checkpoint import (
     CARD,
     CHECKPOINT,

@@ -90,7 +90,7 @@ def load_start(source: Any, argument: str, config: FitConfig) -> Any:
     """
     stays = config.freeze or config.lora_rank > 0
     dtype = getattr(torch, config.dtype) if stays else torch.float32
-    options = {"argument": argument, "device": config.device, "dtype": dtype}
+    options: dict[str, Any] = {"argument": argument, "device": config.device, "dtype": dtype}
     if hasattr(source, "config"):
         source = copy.deepcopy(source).eval().requires_grad_(False)
         load = load_causal_lm
@@ -149,7 +149,7 @@ def head_of(model: Any) -> nn.Module:
     Raises:
         ModelError: it does not.
     """
-    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    head: Any = getattr(model, "score", None) or getattr(model, "classifier", None)
     last = head[-1] if isinstance(head, nn.Sequential) else head
     if not isinstance(last, nn.Linear):
         raise ModelError(

@@ -60,8 +60,8 @@ def place_states(model: Any, texts: Sequence[Text]) -> Tensor:
     starts = np.asarray([len(text.prompt) - 1 for text in texts])
     position = np.arange(tokens.shape[1])
     wanted = (position >= starts[:, None]) & (position < lengths[:, None])
-    row, column = (upload(index, device) for index in np.nonzero(wanted))
-    return states[row, column]
+    at = (upload(index, device) for index in np.nonzero(wanted))
+    return states[tuple(at)]
 
 
 def place_logprobs(

@@ -46,8 +46,8 @@ def episode_columns(episode: Mapping[str, Any], encoder: Encoder, where: str) ->
 
 
 def _part(segment: Any, key: str, label: str) -> Any:
-    kinds = {"text": str, "length": int, "own": bool}
-    found = segment.get(key) if isinstance(segment, Mapping) else None
-    if not isinstance(found, kinds[key]) or (key == "length" and found < 0):
+    kinds: dict[str, type] = {"text": str, "length": int, "own": bool}
+    found: Any = segment.get(key) if isinstance(segment, Mapping) else None
+    if not isinstance(found, kinds[key]) or (isinstance(found, int) and found < 0):
         raise InvalidArgument(f"{label} has a segment without {key!r}.")
     return found

@@ -117,10 +117,10 @@ def _prompted(row: Row, encoder: Encoder, values: Mapping[str, Any]) -> tuple[Pr
             raise InvalidArgument(f"{where} holds messages, which need chat_template=True.")
         prompt = encoder.prompt(answers[0][:cut], where)
         return prompt, [answer[cut:] for answer in answers]
-    if name := row.first("prompt_ids", "prompt"):
-        return encoder.prompt(row.values[name], row.label(name)), answers
+    if given := row.first("prompt_ids", "prompt"):
+        return encoder.prompt(row.values[given], row.label(given)), answers
     if len(answers) == 2 and all(isinstance(one, str) for one in answers):
-        cut = _shared(answers)
+        cut = _shared(*answers)
         if cut and not encoder.chat_template:
             prompt = encoder.prompt(answers[0][:cut], row.label(next(iter(values))))
             return prompt, [answer[cut:] for answer in answers]
@@ -144,7 +144,7 @@ def _said(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> int:
     return begins[0] if len(conversations) == 1 else begins[-1]
 
 
-def _shared(texts: Sequence[str]) -> int:
+def _shared(one: str, other: str) -> int:
     """Where the beginning that two texts share ends, before a space; 0 where there is none."""
-    most = min(common_length(*texts), *(len(text) - 1 for text in texts))
-    return next((i for i in range(most, 0, -1) if texts[0][i].isspace()), 0)
+    most = min(common_length(one, other), len(one) - 1, len(other) - 1)
+    return next((i for i in range(most, 0, -1) if one[i].isspace()), 0)

@@ -107,16 +107,18 @@ def check_vocabulary(teacher: Any, spec: TokenSpec) -> None:
     another number of them, or a transformers model that lacks some of the tokenizer's ids."""
     config = getattr(teacher, "config", None)
     if config is None:
-        size, fits = getattr(teacher, "vocab_size", spec.vocab_size), spec.vocab_size.__eq__
+        size = getattr(teacher, "vocab_size", spec.vocab_size)
+        fits = size == spec.vocab_size
         wanted = f"{spec.vocab_size}"
     else:
         # Embeddings are padded to different sizes, so a larger or smaller number may be the same
         # tokens, as long as it covers the tokenizer's.
         vocab = {} if spec.tokenizer is None else spec.tokenizer.get_vocab()
         least = max(vocab.values(), default=spec.vocab_size - 1) + 1
-        size, fits = int(config.get_text_config().vocab_size), least.__le__
+        size = int(config.get_text_config().vocab_size)
+        fits = size >= least
         wanted = f"{least} or more"
-    if not fits(size):
+    if not fits:
         raise ModelError(
             f"the teacher ({type(teacher).__name__}) has {size} token ids; allowed: {wanted}, the "
             "policy's own tokens, since it is asked for the probability of each of them."

@@ -152,9 +152,12 @@ class RewardTerm:
     model."""
     memory_dtype: torch.dtype = torch.float32
     """The memory's dtype, one of `MEMORY_DTYPES`."""
-    model_version: int | None = None
-    """Updates that the term's own model has had; None for a term that trains none. At most one term
-    of an env trains a model."""
+
+    @property
+    def model_version(self) -> int | None:
+        """Updates that the term's own model has had; None for a term that trains none. At most one
+        term of an env trains a model."""
+        return None
 
     def bind(self, context: Context) -> None:
         """Check `needs` and `columns`, and take what the term wants from `context`. The env calls
