@@ -1,15 +1,18 @@
 """The audit of every kind of env and reward: what can be said is said, and the rest in a sentence."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import tasks
 from tasks import TOYS, make_vec
 
 from tokenenv.audit import audit
 from tokenenv.audit.nulls import candidates
 from tokenenv.audit.sampling import reference_texts
 from tokenenv.audit.texts import no_listener, pay
+from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
 from tokenenv.rewards.rule import TokenRule
 
@@ -89,3 +92,20 @@ def test_a_folder_holds_page_numbers_and_picture(tmp_path):
 def test_what_cannot_be_is_refused(given, message):
     with pytest.raises(InvalidArgument, match=message):
         audit(make_vec(1, reward="token"), **given)
+
+
+def test_texts_whose_gold_is_no_number_are_left_out_everywhere():
+    """Those of null policies, and those that are gone on with, too."""
+
+    def gold(prompt, response):
+        words = len(response.split())
+        return float("nan") if words in (3, 7) else float(words)
+
+    task = dataclasses.replace(tasks.toy(), gold=gold)
+    found = audit(TokenVectorEnv(1, task=task, reward="token"), num_texts=128)
+    assert found.without_gold > 0
+    assert np.isfinite(found.price.excess).all()
+    golds = {null.name: null.gold for null in found.nulls}
+    assert golds["repeated"] is None
+    assert golds["empty"] == 0.0
+    assert "nan" not in " ".join(verdict.sentence for verdict in found.verdicts)

@@ -61,7 +61,9 @@ def price_of_length(envs: TokenVectorEnv, paid: Paid, seed: int, on_text: OnText
         0,
     )
     short, long = gone_on(envs, paid, seed, on_text)
-    return price if short is None or long is None else _caused(price, paid, short, long)
+    if short is None or long is None:
+        return price
+    return _caused(price, paid, *with_known_gold(short, long))
 
 
 def gone_on(
@@ -85,6 +87,15 @@ def gone_on(
     reference = Reference(envs, seed=seed + 1, may_stop="later")
     longer = written(envs, [_reopened(paid.texts[row]) for row in rows], reference)
     return paid.at(rows), pay(envs, longer, on_text)
+
+
+def with_known_gold(short: Paid, long: Paid) -> tuple[Paid, Paid]:
+    """Return the pairs whose longer text has a number as its gold; where none has, all, without
+    gold."""
+    if long.gold_B is None:
+        return short, long
+    rows = np.flatnonzero(np.isfinite(long.gold_B))
+    return (short.at(rows), long.at(rows)) if len(rows) else (short, replace(long, gold_B=None))
 
 
 def _reopened(text: Text) -> Text:

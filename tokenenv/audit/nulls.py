@@ -104,6 +104,8 @@ def candidates(envs: TokenVectorEnv, paid: Paid) -> list[int]:
 def _measured(envs: TokenVectorEnv, name: str, null: Paid, paid: Paid) -> NullPolicy:
     """Return the figures of a null policy's texts beside those of the reference's."""
     of = np.array([text.prompt_id for text in paid.texts])
+    # Gold that is no number says nothing.
+    gold_B = np.zeros(0) if null.gold_B is None else null.gold_B[np.isfinite(null.gold_B)]
     beats, promised = [], []
     for text, earned in zip(null.texts, null.proxy_B, strict=True):
         rows = np.flatnonzero(of == text.prompt_id)
@@ -117,7 +119,7 @@ def _measured(envs: TokenVectorEnv, name: str, null: Paid, paid: Paid) -> NullPo
         shown(null.texts[0], envs.token_spec.tokenizer),
         float(null.length_B.mean()),
         float(null.proxy_B.mean()),
-        None if null.gold_B is None else float(null.gold_B.mean()),
+        float(gold_B.mean()) if len(gold_B) else None,
         float(np.mean(beats)),
         float(np.mean(promised)) if promised else None,
     )

@@ -70,7 +70,8 @@ def _audit(envs: TokenVectorEnv, num_texts: int, seed: int, on_text: OnText) -> 
     everything = all_texts(envs, on_text) if enumerable(envs, num_texts) else None
     chain = find_chain(envs, seed, on_text) if everything is None else None
     sample = Weighted(paid, exact=False, seed=seed)
-    whole = sample if everything is None else Weighted(everything, exact=True)
+    known = None if everything is None else with_gold(everything)
+    whole = sample if known is None else Weighted(known, exact=True)
     terms = envs.reward_terms
     return Audit(
         env="" if envs.spec is None else envs.spec.id,
@@ -82,7 +83,7 @@ def _audit(envs: TokenVectorEnv, num_texts: int, seed: int, on_text: OnText) -> 
         method=_method(chain, everything),
         optima=tuple(curve(chain or whole, whole.spread, envs.kl_coef if KL in terms else 0.0)),
         best_of_n=tuple(best_of_n_curve(sample)),
-        best=_best(envs, paid if everything is None else everything, chain),
+        best=_best(envs, known or paid, chain),
         nulls=tuple(null_policies(envs, paid, seed, on_text)),
         price=price_of_length(envs, paid, seed, on_text),
         agreement=agreement(paid, seed),
