@@ -6,7 +6,8 @@ import pytest
 from tokenenv.errors import InvalidArgument
 from tokenenv.fit.examples import Example, Text
 from tokenenv.fit.losses import log_mean_exp
-from tokenenv.fit.prepare import check_outcomes, less_value
+from tokenenv.fit.objectives import OBJECTIVES
+from tokenenv.fit.prepare import Data, check_outcomes, less_value, scaled
 
 
 def scored(prompt: int, *scores: float) -> Example:
@@ -27,3 +28,28 @@ def test_a_score_that_is_no_outcome_is_refused(score):
     check_outcomes([scored(0, 0.0, 1.0), scored(0, 0.3)])
     with pytest.raises(InvalidArgument, match=r"data\[3\] has the score"):
         check_outcomes([scored(0, 0.5), scored(1, score)])
+
+
+def test_texts_that_are_alone_of_their_prompt_teach_a_star_nothing():
+    """Their V* is their own score: log-ratios of 0 would be learnt, whatever the scores are."""
+    alone = [scored(0, 1.0), scored(1, 5.0)]
+    with pytest.raises(InvalidArgument, match="each of the 2 prompts has one text"):
+        scaled(Data(alone, [], [], "f"), OBJECTIVES["a-star"], 0.1)
+    scaled(Data([*alone, scored(1, 3.0)], [], [], "f"), OBJECTIVES["a-star"], 0.1)
+
+
+def shared(*target: float) -> Example:
+    response = np.arange(len(target))
+    return Example((Text(np.array([1]), response, np.array(target, np.float32)),))
+
+
+def test_a_teachers_shares_are_learnt_in_a_unit_of_their_own():
+    train, held_out = [shared(3000.0, np.nan), shared(-4000.0)], [shared(1000.0)]
+    data = scaled(Data(train, held_out, held_out, "f"), OBJECTIVES["share-delta"], 0.1)
+    assert data.scale == pytest.approx(1000 * np.sqrt(12.5))
+    found = [example.texts[0].target * data.scale for example in (*data.train, *data.held_out)]
+    np.testing.assert_allclose(np.concatenate(found), [3000, np.nan, -4000, 1000], rtol=1e-6)
+    assert "shares were divided by 3535.53" in data.scaling()[0]
+    nothing = Data([shared(0.0)], [], [], "f")
+    with pytest.raises(InvalidArgument, match="teacher= pays 0 for every token"):
+        scaled(nothing, OBJECTIVES["share-delta"], 0.1)

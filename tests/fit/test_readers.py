@@ -1,6 +1,7 @@
 """Readers: what is trained, read and saved is one function."""
 
 import copy
+import itertools
 import json
 
 import fakes
@@ -120,16 +121,19 @@ def differences_of(some, running, start_B):
     return torch.stack([running[row, len(some[row].response) - 1] - start_B[row] for row in rows])
 
 
-def test_an_own_token_is_paid_the_change_since_the_own_token_before_it():
-    some = texts(3, count=12, own=True)
-    reward, running, start_B, _ = reader(fakes.causal_lm(), "value").read(some)
+def test_an_own_token_is_paid_the_change_up_to_the_state_that_the_policy_acts_in_next():
+    some, mine = texts(3, count=12, own=True), reader(fakes.causal_lm(), "value")
+    reward, running, start_B, _ = mine.read(some)
     assert any(text.own_mask.any() and not text.own_mask.all() for text in some)
     for row, text in enumerate(some):
-        value = start_B[row]
-        for token, own in enumerate(text.own_mask):
-            expected = running[row, token] - value if own else torch.zeros(())
-            torch.testing.assert_close(reward[row, token], expected)
-            value = running[row, token] if own else value
+        every = mine.read([Text(text.prompt, text.response)])
+        values = torch.cat([every.start_B, every.running_BR[0]])
+        acts = [*np.flatnonzero(text.own_mask), len(text.response)]
+        torch.testing.assert_close(start_B[row], values[acts[0]])
+        for place, following in itertools.pairwise(acts):
+            torch.testing.assert_close(running[row, place], values[following])
+            torch.testing.assert_close(reward[row, place], values[following] - values[place])
+        assert not reward[row, : len(text.response)][torch.from_numpy(~text.own_mask)].any()
 
 
 def test_what_others_write_is_read_and_not_paid():

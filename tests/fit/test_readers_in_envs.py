@@ -71,26 +71,37 @@ def test_an_env_pays_the_rewards_that_were_read(readout, design, tmp_path):
     assert np.abs(paid).max() > 0.05
 
 
-def test_what_an_env_writes_is_read_and_not_paid(tmp_path):
-    mine = fitted(make("Dialogue-v0"), "token")
+def played(envs, count=5):
+    """The texts that random tokens make in an env of one slot, and the rewards that each is paid."""
+    rng, some, paid = np.random.default_rng(0), [], []
+    for seed in range(count):
+        (obs, _), rewards, ended = envs.reset(seed=seed), [], False
+        while not ended:
+            actions = rng.integers(0, envs.unwrapped.token_spec.vocab_size, 1)
+            obs, reward, terminated, truncated, _ = envs.step(actions)
+            rewards.append(reward[0])
+            ended = bool(terminated[0] or truncated[0])
+        response, own = response_of(obs, 0)
+        prompt = np.asarray(obs["tokens"][0][: obs["prompt_length"][0]])
+        some.append(Text(prompt, np.asarray(response), own=np.asarray(own, bool)))
+        paid.append(rewards)
+    return some, paid
+
+
+@pytest.mark.parametrize(("readout", "design"), [("token", "token"), ("value", "delta")])
+@pytest.mark.parametrize("env", ["Dialogue-v0", "Twenty-v0"])
+def test_what_an_env_writes_is_read_and_not_paid(env, readout, design, tmp_path):
+    """Only the change that it makes in a value is: that belongs to the token before it."""
+    mine = fitted(make(env), readout)
     mine.save(tmp_path / "m")
-    envs = make("Dialogue-v0", num_envs=6, reward="token", reward_model=str(tmp_path / "m"))
-    rng, (obs, _) = np.random.default_rng(0), envs.reset(seed=0)
-    paid, ended = np.zeros(6), np.zeros(6, bool)
-    while not ended.all():
-        obs, reward, terminated, truncated, _ = envs.step(
-            rng.integers(0, envs.unwrapped.token_spec.vocab_size, 6)
-        )
-        paid += np.where(ended, 0, reward)
-        ended |= terminated | truncated
-    some = []
-    for row, prompt_length in enumerate(obs["prompt_length"]):
-        response, own = response_of(obs, row)
-        prompt = np.asarray(obs["tokens"][row][:prompt_length])
-        some.append(Text(prompt, np.asarray(response), own=np.asarray(own)))
+    envs = make(env, num_envs=1, reward=design, reward_model=str(tmp_path / "m"))
+    some, paid = played(envs)
     assert not all(text.own_mask.all() for text in some)
-    np.testing.assert_allclose(paid, mine.read(some).reward_BR.sum(1).detach(), atol=1e-5)
-    assert np.ptp(paid) > 0.05
+    rewards = mine.read(some).reward_BR.detach().numpy()
+    for text, row, expected in zip(some, paid, rewards, strict=True):
+        own = expected[: len(text.response)][text.own_mask]
+        np.testing.assert_allclose(row, own, atol=1e-5)
+    assert max(map(np.ptp, paid)) > 0.05
 
 
 def test_a_reference_may_be_an_automatons_table(tmp_path):

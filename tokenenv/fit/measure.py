@@ -86,7 +86,7 @@ def measured(
         what: of the examples that the loss sees.
         compared: of the examples as they were read, before labels were made of them.
         objective: says what the numbers mean.
-        scale: the unit of the scores, in that of the data's.
+        scale: the unit of the scores or shares, in that of the data's.
         factor: what the saved model's rewards are, of those in `what`.
     """
     found = {name: value * factor for name, value in of_rewards(what).items()}
@@ -95,7 +95,7 @@ def measured(
     if objective.kind == "scores":
         found |= of_scores(what, objective, scale)
     if what.target_K is not None and what.known_K.any():
-        found |= of_targets(what, objective)
+        found |= of_targets(what, objective, scale)
     return found
 
 
@@ -135,7 +135,7 @@ def of_scores(what: Seen, objective: Objective, scale: float = 1.0) -> dict[str,
     return _errors("score", what.end_B, what.score_B, scale)
 
 
-def of_targets(what: Seen, objective: Objective) -> dict[str, float]:
+def of_targets(what: Seen, objective: Objective, scale: float = 1.0) -> dict[str, float]:
     """Return how well labels, values or shares of tokens are foretold."""
     assert what.target_K is not None
     known, target = what.known_K, what.target_K[what.known_K]
@@ -148,7 +148,7 @@ def of_targets(what: Seen, objective: Objective) -> dict[str, float]:
             "calibration_error": calibration_error(says, target),
         }
     if objective.loss is losses.shares:
-        return _errors("share", what.reward_K[known], target)
+        return _errors("share", what.reward_K[known], target, scale)
     return _errors("value", what.value_K[known], target)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.errors import InvalidArgument
+from tokenenv.fit import losses
 from tokenenv.fit.checkpoint import fingerprint
 from tokenenv.fit.config import FitConfig
 from tokenenv.fit.data import read_examples, require_contrast
@@ -40,7 +41,7 @@ class Data:
     """What was left out, and what is in both parts, in sentences."""
     mean: float = 0.0
     scale: float = 1.0
-    """Scores are trained on as (score - mean) / scale."""
+    """Scores are trained on as (score - mean) / scale, and a teacher's shares as share / scale."""
     divisor: float = 1.0
     """What saved rewards are divided by."""
 
@@ -62,7 +63,12 @@ class Data:
     def scaling(self) -> list[str]:
         """Return what was done to scores and is done to saved rewards, in sentences."""
         said = []
-        if self.scale != 1 or self.mean:
+        if self.train and self.train[0].scores is None and self.scale != 1:
+            said.append(
+                f"The teacher's shares were divided by {self.scale:.6g}, the root of their mean "
+                "square, which the saved rewards are multiplied by."
+            )
+        elif self.scale != 1 or self.mean:
             said.append(
                 f"Scores were trained on less their mean of {self.mean:.6g}, which is left out of "
                 f"the rewards, and divided by their deviation of {self.scale:.6g}, which the saved "
@@ -163,6 +169,7 @@ def scaled(data: Data, objective: Objective, coef: float) -> Data:
         lengths = [text.own_mask.sum() for example in data.train for text in example.texts]
         data.divisor = float(np.mean(lengths))
     if objective.subtracts_value:
+        check_compared(data.train)
         data.train, data.held_out = (less_value(part, coef) for part in (data.train, data.held_out))
         data.compared = data.held_out
     if objective.standardizes:
@@ -170,7 +177,41 @@ def scaled(data: Data, objective: Objective, coef: float) -> Data:
         data.mean, data.scale = float(np.mean(scores)), float(np.std(scores))
         data.train = standardised(data.train, data.mean, data.scale)
         data.held_out = standardised(data.held_out, data.mean, data.scale)
+    if objective.loss is losses.shares:
+        data.scale = size_of_targets(data.train)
+        data.train, data.held_out = (
+            divided(part, data.scale) for part in (data.train, data.held_out)
+        )
     return data
+
+
+def check_compared(examples: Sequence[Example]) -> None:
+    """Raise `InvalidArgument` where no prompt has two texts: V* is then each text's own score."""
+    prompts = [text.prompt.tobytes() for example in examples for text in example.texts]
+    if len(set(prompts)) == len(prompts):
+        raise InvalidArgument(
+            f"objective='a-star' compares the score of a text with V* of its prompt, which is "
+            f"estimated from all its texts, and each of the {len(prompts)} prompts has one text "
+            "alone; give several texts of each prompt."
+        )
+
+
+def size_of_targets(examples: Sequence[Example]) -> float:
+    """Return the root of the mean square of what the texts' tokens are to be paid."""
+    found = [text.target for e in examples for text in e.texts if text.target is not None]
+    size = float(np.sqrt(np.nanmean(np.square(np.concatenate(found), dtype=np.float64))))
+    if not size > 0:
+        raise InvalidArgument("teacher= pays 0 for every token, which cannot teach anything.")
+    return size
+
+
+def divided(examples: Sequence[Example], scale: float) -> list[Example]:
+    """Return the examples with target / scale in the place of each target."""
+    return [replace(e, texts=tuple(_over(text, scale) for text in e.texts)) for e in examples]
+
+
+def _over(text: Text, scale: float) -> Text:
+    return text if text.target is None else replace(text, target=text.target / scale)
 
 
 def less_value(examples: Sequence[Example], beta: float) -> list[Example]:

@@ -77,7 +77,9 @@ class Reader:
         where = upload(row, number_K.device), upload(column, number_K.device)
         number_BS = number_K.new_zeros(len(texts), int(counts.max())).index_put(where, number_K)
         own = padded([text.own_mask for text in texts], number_BS.shape[1] - 1)
-        return self._rewards(number_BS, upload(own, number_K.device))
+        lengths = np.asarray([len(text.response) for text in texts])
+        own_BR, length_B = (upload(one, number_K.device) for one in (own, lengths))
+        return self._rewards(number_BS, own_BR, length_B)
 
     def remember(self, texts: Sequence[Text], advance: Advance | None = None) -> None:
         """Compute once what stays the same for these `Text` objects while the model trains, and
@@ -156,8 +158,8 @@ class Reader:
         """Return one number for each place of a micro-batch of texts, (K,) float32."""
         raise NotImplementedError
 
-    def _rewards(self, number_BS: Tensor, mask_BR: Tensor) -> Reading:
-        """Return the rewards that the numbers mean."""
+    def _rewards(self, number_BS: Tensor, mask_BR: Tensor, length_B: Tensor) -> Reading:
+        """Return the rewards that the numbers mean; `length_B` are the texts' response tokens."""
         return summed(number_BS, mask_BR)
 
     def _scaled(self, factor: float) -> Any:
@@ -191,8 +193,10 @@ class HeadReader(Reader):
         states = self._kept.rows(texts) if known else self._states(texts)
         return self._head(states.to(self.device, torch.float32))[:, 0]
 
-    def _rewards(self, number_BS: Tensor, mask_BR: Tensor) -> Reading:
-        return (differences if self._gives_values else summed)(number_BS, mask_BR)
+    def _rewards(self, number_BS: Tensor, mask_BR: Tensor, length_B: Tensor) -> Reading:
+        if self._gives_values:
+            return differences(number_BS, mask_BR, length_B)
+        return summed(number_BS, mask_BR)
 
     def _scaled(self, factor: float) -> Any:
         trunk = list(self._trunk.parameters())

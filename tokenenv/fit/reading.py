@@ -22,9 +22,9 @@ class Reading(NamedTuple):
     reward_BR: Tensor
     """float32; 0 where `mask_BR` is False."""
     running_BR: Tensor
-    """float32: the value of the text after each token."""
+    """float32: the value of the text after each token, with what others write behind it."""
     start_B: Tensor
-    """float32: the value of the prompt."""
+    """float32: the value of the text before the first own token, which is mostly the prompt."""
     mask_BR: Tensor
     """bool: the policy's own tokens."""
 
@@ -36,16 +36,26 @@ def summed(number_BS: Tensor, mask_BR: Tensor) -> Reading:
     return Reading(reward_BR, reward_BR.cumsum(1), number_BS.new_zeros(len(number_BS)), mask_BR)
 
 
-def differences(number_BS: Tensor, mask_BR: Tensor) -> Reading:
-    """Return the rewards of numbers that are values: of an own token the value after it, less the
-    value after the own token before it or, for the first one, of the prompt."""
-    running_BR = number_BS[:, 1:]
-    place_R = torch.arange(1, number_BS.shape[1], device=number_BS.device)
-    newest_BR = torch.where(mask_BR, place_R, 0).cummax(1).values
-    before_BR = newest_BR.roll(1, dims=1)
-    before_BR[:, 0] = 0
-    reward_BR = torch.where(mask_BR, running_BR - number_BS.gather(1, before_BR), 0.0)
-    return Reading(reward_BR, running_BR, number_BS[:, 0], mask_BR)
+def differences(number_BS: Tensor, mask_BR: Tensor, length_B: Tensor) -> Reading:
+    """Return the rewards of numbers that are values: of an own token the value of the state that
+    the policy acts in next, or of the finished text, less that of the state it was chosen in.
+
+    So what others write behind a token belongs to its difference, as `reward="delta"` pays it, and
+    a loss on `running_BR` and `start_B` trains the values that an environment reads.
+
+    Args:
+        number_BS: the value at each place.
+        mask_BR: the policy's own tokens.
+        length_B: int64, the response tokens of each text, whoever wrote them.
+    """
+    place_R = torch.arange(mask_BR.shape[1], device=number_BS.device)
+    acts_BR = torch.where(mask_BR, place_R, length_B[:, None])
+    acts_BS = torch.cat([acts_BR, length_B[:, None]], 1)
+    # The first place from each one on at which the policy acts, or the text ends.
+    acts_BS = acts_BS.flip(1).cummin(1).values.flip(1)
+    value_BS = number_BS.gather(1, acts_BS)
+    reward_BR = torch.where(mask_BR, value_BS[:, 1:] - value_BS[:, :-1], 0.0)
+    return Reading(reward_BR, value_BS[:, 1:], value_BS[:, 0], mask_BR)
 
 
 def place_states(model: Any, texts: Sequence[Text]) -> Tensor:
