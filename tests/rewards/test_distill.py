@@ -203,9 +203,10 @@ def test_a_mask_counts_own_tokens_and_those_of_a_prefix() -> None:
         ({"first": 0.0}, r"first=0.0 is not allowed; it must be above 0 and at most 1, a share"),
         ({"last": 1.5}, "last=1.5 is not allowed"),
         ({"first": 30}, "first=30 is not allowed"),
+        ({"model": "my-teacher"}, r"given to the env: teacher='my-teacher'"),
     ],
 )
-def test_settings_out_of_range_are_named(options: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         Distill(**options)
 

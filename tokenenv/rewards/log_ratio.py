@@ -1,5 +1,6 @@
 """What the designs share that pay by the log-ratio of a language model to the reference."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,12 @@ class LogRatio(RewardTerm):
     preserves_gradient = False
 
     def __init__(self, model: Any, coef: float | None) -> None:
+        if isinstance(model, str | Path):
+            option = self.role.replace(" ", "_")
+            raise InvalidArgument(
+                f"model={str(model)!r} must be a model that is loaded; a folder, an id or a URL is "
+                f"given to the env: {option}={str(model)!r}."
+            )
         self.model, self.coef = model, coef
         self.needs = frozenset({"reference"} if model is not None else {"reference", self.role})
 
