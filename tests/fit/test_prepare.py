@@ -49,7 +49,20 @@ def test_a_teachers_shares_are_learnt_in_a_unit_of_their_own():
     assert data.scale == pytest.approx(1000 * np.sqrt(12.5))
     found = [example.texts[0].target * data.scale for example in (*data.train, *data.held_out)]
     np.testing.assert_allclose(np.concatenate(found), [3000, np.nan, -4000, 1000], rtol=1e-6)
-    assert "shares were divided by 3535.53" in data.scaling()[0]
+    assert "Targets were divided by 3535.53" in data.scaling()[0]
     nothing = Data([shared(0.0)], [], [], "f")
-    with pytest.raises(InvalidArgument, match="teacher= pays 0 for every token"):
+    with pytest.raises(InvalidArgument, match="says 0 of every token"):
         scaled(nothing, OBJECTIVES["share-delta"], 0.1)
+
+
+@pytest.mark.parametrize("name", ["values", "value-labels"])
+def test_values_are_learnt_in_a_unit_of_their_own(name):
+    train, held_out = [shared(1000.0, np.nan), shared(3000.0)], [shared(2000.0)]
+    data = scaled(Data(train, held_out, held_out, "f"), OBJECTIVES[name], 0.1)
+    # Only a reward that is a difference of values does not know their mean.
+    assert (data.mean, data.scale) == (
+        (2000, 1000) if name == "value-labels" else (0, pytest.approx(np.sqrt(5e6)))
+    )
+    targets = [example.texts[0].target for example in (*data.train, *data.held_out)]
+    back = np.concatenate(targets) * data.scale + data.mean
+    np.testing.assert_allclose(back, [1000, np.nan, 3000, 2000], rtol=1e-6)

@@ -86,7 +86,7 @@ def measured(
         what: of the examples that the loss sees.
         compared: of the examples as they were read, before labels were made of them.
         objective: says what the numbers mean.
-        scale: the unit of the scores or shares, in that of the data's.
+        scale: the unit of the scores or targets, in that of the data's.
         factor: what the saved model's rewards are, of those in `what`.
     """
     found = {name: value * factor for name, value in of_rewards(what).items()}
@@ -149,7 +149,7 @@ def of_targets(what: Seen, objective: Objective, scale: float = 1.0) -> dict[str
         }
     if objective.loss is losses.shares:
         return _errors("share", what.reward_K[known], target, scale)
-    return _errors("value", what.value_K[known], target)
+    return _errors("value", what.value_K[known], target, scale)
 
 
 def _errors(name: str, said: np.ndarray, true: np.ndarray, scale: float = 1.0) -> dict[str, float]:

@@ -23,6 +23,9 @@ from tokenenv.fit.readers import Reader, make_reader
 from tokenenv.fit.split import duplicates, split_by_prompt
 from tokenenv.models.trunks import vocab_size_of
 
+SCALED = (losses.shares, losses.values, losses.value_labels)
+"""The losses whose targets are brought to a size near 1."""
+
 
 @dataclass(slots=True, eq=False)
 class Data:
@@ -63,14 +66,14 @@ class Data:
     def scaling(self) -> list[str]:
         """Return what was done to scores and is done to saved rewards, in sentences."""
         said = []
-        if self.train and self.train[0].scores is None and self.scale != 1:
+        if self.scale != 1 and not self.mean:
             said.append(
-                f"The teacher's shares were divided by {self.scale:.6g}, the root of their mean "
-                "square, which the saved rewards are multiplied by."
+                f"Targets were divided by {self.scale:.6g}, the root of their mean square, which "
+                "the saved rewards are multiplied by."
             )
         elif self.scale != 1 or self.mean:
             said.append(
-                f"Scores were trained on less their mean of {self.mean:.6g}, which is left out of "
+                f"Scores or values were trained on less their mean of {self.mean:.6g}, which is left out of "
                 f"the rewards, and divided by their deviation of {self.scale:.6g}, which the saved "
                 "rewards are multiplied by."
             )
@@ -177,10 +180,12 @@ def scaled(data: Data, objective: Objective, coef: float) -> Data:
         data.mean, data.scale = float(np.mean(scores)), float(np.std(scores))
         data.train = standardised(data.train, data.mean, data.scale)
         data.held_out = standardised(data.held_out, data.mean, data.scale)
-    if objective.loss is losses.shares:
-        data.scale = size_of_targets(data.train)
+    if objective.loss in SCALED:
+        # A reward that is a difference of values does not know what they have in common.
+        centred = objective.loss is losses.value_labels
+        data.mean, data.scale = size_of_targets(data.train, centred=centred)
         data.train, data.held_out = (
-            divided(part, data.scale) for part in (data.train, data.held_out)
+            in_units(part, data.mean, data.scale) for part in (data.train, data.held_out)
         )
     return data
 
@@ -196,22 +201,29 @@ def check_compared(examples: Sequence[Example]) -> None:
         )
 
 
-def size_of_targets(examples: Sequence[Example]) -> float:
-    """Return the root of the mean square of what the texts' tokens are to be paid."""
+def size_of_targets(examples: Sequence[Example], *, centred: bool) -> tuple[float, float]:
+    """Return a mean and a size of the targets of the texts' tokens: their mean and deviation where
+    they are `centred`, else 0 and the root of their mean square."""
     found = [text.target for e in examples for text in e.texts if text.target is not None]
-    size = float(np.sqrt(np.nanmean(np.square(np.concatenate(found), dtype=np.float64))))
+    targets = np.concatenate(found).astype(np.float64)
+    mean = float(np.nanmean(targets)) if centred else 0.0
+    size = float(np.sqrt(np.nanmean(np.square(targets - mean))))
     if not size > 0:
-        raise InvalidArgument("teacher= pays 0 for every token, which cannot teach anything.")
-    return size
+        raise InvalidArgument(
+            f"the data says {mean:g} of every token, which cannot teach anything; give a teacher= "
+            "or values that differ."
+        )
+    return mean, size
 
 
-def divided(examples: Sequence[Example], scale: float) -> list[Example]:
-    """Return the examples with target / scale in the place of each target."""
-    return [replace(e, texts=tuple(_over(text, scale) for text in e.texts)) for e in examples]
+def in_units(examples: Sequence[Example], mean: float, scale: float) -> list[Example]:
+    """Return the examples with (target - mean) / scale in the place of each target."""
 
+    def changed(text: Text) -> Text:
+        known = text.target
+        return text if known is None else replace(text, target=(known - mean) / scale)
 
-def _over(text: Text, scale: float) -> Text:
-    return text if text.target is None else replace(text, target=text.target / scale)
+    return [replace(e, texts=tuple(map(changed, e.texts))) for e in examples]
 
 
 def less_value(examples: Sequence[Example], beta: float) -> list[Example]:
