@@ -73,9 +73,9 @@ class Data:
             )
         elif self.scale != 1 or self.mean:
             said.append(
-                f"Scores or values were trained on less their mean of {self.mean:.6g}, which is left "
-                f"out of the rewards, and divided by their deviation of {self.scale:.6g}, which the saved "
-                "rewards are multiplied by."
+                f"Scores or values were trained on less their mean of {self.mean:.6g}, which the "
+                f"rewards leave out, and divided by their deviation of {self.scale:.6g}, which the "
+                "saved rewards are multiplied by."
             )
         if self.divisor != 1:
             said.append(
