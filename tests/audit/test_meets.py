@@ -45,6 +45,13 @@ def test_every_kind_of_env_is_audited(name):
     assert (found.gold_spread is None) == (TOYS[name].get("gold") is False)
 
 
+def test_rewards_that_cancel_out_pay_all_texts_alike():
+    both = {"end": "terminal", "less": ("delta", -1.0)}
+    found = audit(make_vec(1, reward=both, scorer="sequence"), num_texts=64)
+    assert len(found.optima) == 1
+    assert any("pays all texts alike" in warning for warning in found.warnings)
+
+
 def test_the_same_seed_gives_the_same_audit():
     envs = make_vec(1, reward="token")
     one, other, third = (audit(envs, num_texts=64, seed=seed).as_dict() for seed in (1, 1, 2))

@@ -93,6 +93,8 @@ class Weighted:
 
     def __init__(self, paid: Paid, *, exact: bool, seed: int = 0) -> None:
         self.exact, self.proxy_B = exact, paid.proxy_B
+        # Rewards are float32: what is left of those that cancel out is no difference.
+        self.rounding = 1e-5 * float(np.abs(paid.token_BT).max(initial=0.0))
         self.gold_B = np.full(len(paid.texts), np.nan) if paid.gold_B is None else paid.gold_B
         self.group_B, share_B = paid.group_B, paid.share_B
         self.base_B = np.exp(paid.log_ref_B) if exact else share_B
@@ -109,13 +111,15 @@ class Weighted:
 
     @property
     def spread(self) -> float:
-        """The standard deviation of the proxy within prompts."""
+        """The standard deviation of the proxy within prompts; 0 where it is no more than
+        rounding."""
         weight_B = self.base_B * self.share_P[self.group_B]
         middle = np.bincount(self.group_B, self.base_B * self.proxy_B) / np.bincount(
             self.group_B, self.base_B
         )
         squares = np.square(self.proxy_B - middle[self.group_B])
-        return float(np.sqrt(weight_B @ squares / weight_B.sum()))
+        spread = float(np.sqrt(weight_B @ squares / weight_B.sum()))
+        return spread if spread > self.rounding else 0.0
 
     def at(self, beta: float) -> Point:
         """Return the optimum at this beta."""
