@@ -246,6 +246,16 @@ def test_values_are_any_numbers():
     assert read([row], "values")[0].texts[0].target.tolist() == [-3.5, 12]
 
 
+def test_the_first_token_stands_for_a_prompt_that_is_missing():
+    row = {"tokens": ids("the cat dog ."), "labels": [0, 1, None, 0.5], "own": [1, 1, 0, 1]}
+    ((found,),) = (example.texts for example in read([row], "labels"))
+    with_prompt = {"prompt": "the", "tokens": row["tokens"][1:], "labels": [1, None, 0.5]}
+    ((same,),) = (one.texts for one in read([with_prompt | {"own": [1, 0, 1]}], "labels"))
+    assert found.ids.tolist() == same.ids.tolist()
+    np.testing.assert_array_equal(found.target, same.target)
+    assert found.own_mask.tolist() == same.own_mask.tolist() == [True, False, True]
+
+
 def test_own_tokens_are_read_beside_every_kind_of_response():
     pair = {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6], "chosen_own": [0, 1]}
     chosen, rejected = read([pair])[0].texts

@@ -42,7 +42,7 @@ BAD = [
     (
         "ranking",
         {"prompt": "the", "preferred": "cat", "rejected": "dog"},
-        r"has the columns prompt, preferred, rejected; ranking are read from prompt, and chosen and",
+        r"has the columns prompt, preferred, rejected; rankings are read from prompt, and chosen and",
     ),
     ("scores", PAIR, r"has the columns prompt, chosen, rejected; scores are read .* and score"),
     (
@@ -59,7 +59,7 @@ BAD = [
         r"has the columns chosen, rejected; the prompt is missing",
     ),
     ("scores", {"response": "cat", "score": 1}, "the columns response, score; the prompt is mis"),
-    ("ranking", PAIR | {"chosen": None}, "the columns prompt, rejected; ranking are read"),
+    ("ranking", PAIR | {"chosen": None}, "the columns prompt, rejected; rankings are read"),
     ("scores", {"prompt": "the", "responses": ["cat"]}, "scores are read from"),
     # Scores.
     ("scores", SCORED | {"score": math.nan}, r"'score' is nan; it must be a finite number"),

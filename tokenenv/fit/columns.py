@@ -46,7 +46,8 @@ def read_row(row: Row, kind: Kind, encoder: Encoder) -> Example:
         if row.where in str(error):
             raise
         raise InvalidArgument(f"{row.where}: {error}") from error
-    raise row.lacks(f"{kind} are read from prompt, and {WANTED[kind]}")
+    many = "rankings" if kind == "ranking" else kind
+    raise row.lacks(f"{many} are read from prompt, and {WANTED[kind]}")
 
 
 # ---------------------------------------------------------------- kinds
@@ -149,9 +150,19 @@ def _marked(row: Row, encoder: Encoder, column: str) -> Example | None:
     name = row.first(*RESPONSE)
     if name is None:
         return None
+    if name == "tokens" and row.first("prompt", "prompt_ids") is None:
+        row = _begun(row, column)
     bounds = (0.0, 1.0) if column == "labels" else None
     found = numbers(row.values[column], row.label(column), bounds)
     return Example((one_text(row, encoder, name, target=found, column=column),), where=row.where)
+
+
+def _begun(row: Row, column: str) -> Row:
+    """The row of a text without a prompt: its first token is read as one, and has no number."""
+    names = ["tokens", column, *(["own"] if row.has("own") else [])]
+    lists = {name: listed(row.values[name], row.label(name)) for name in names}
+    rest = {name: values[1:] for name, values in lists.items()}
+    return Row(row.where, {**row.values, **rest, "prompt_ids": lists["tokens"][:1]})
 
 
 def _spans(row: Row, encoder: Encoder) -> Example | None:
