@@ -61,6 +61,7 @@ def test_tables_sentences_and_a_folder(here, capsys):
         (["--gold", "mine:words"], "--gold is for envs with the option gold"),
         (["--options", "nothing", "1"], "option='nothing'"),
         (["--seed", "-1"], "seed=-1"),
+        (["--out", "mine.py"], "out='mine.py' is a file"),
     ],
 )
 def test_what_cannot_be_is_one_line(here, capsys, argv, message):

@@ -42,6 +42,8 @@ class Audit:
         """Print the tables and the sentences, and write the folder."""
         check_seed(self.seed)
         check_count("num_texts", self.num_texts, LEAST_TEXTS)
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise InvalidArgument(f"out={str(self.out)!r} is a file; it must be a folder.")
         with counting("audit") as on_text:
             found = audit(
                 env_id_of(self.env),
