@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tokenenv.agents.config import check_seed
 from tokenenv.audit import Audit as Found
@@ -10,8 +10,8 @@ from tokenenv.audit import audit
 from tokenenv.audit.run import LEAST_TEXTS
 from tokenenv.cli.console import console, counting, say
 from tokenenv.cli.help import OPTIONS, shown_as
-from tokenenv.cli.names import env_id_of, gold_of, reward_of
-from tokenenv.cli.train import check_count, known_options, option_values
+from tokenenv.cli.names import env_id_of
+from tokenenv.cli.train import check_count, env_keywords
 from tokenenv.errors import InvalidArgument
 
 
@@ -44,34 +44,19 @@ class Audit:
         check_count("num_texts", self.num_texts, LEAST_TEXTS)
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise InvalidArgument(f"out={str(self.out)!r} is a file; it must be a folder.")
+        env_id = env_id_of(self.env)
         with counting("audit") as on_text:
             found = audit(
-                env_id_of(self.env),
+                env_id,
                 num_texts=self.num_texts,
                 seed=self.seed,
                 on_text=on_text,
-                **self.env_options(),
+                **env_keywords(env_id, self.options, {"reward": self.reward, "gold": self.gold}),
             )
         show(found)
         if self.out is not None:
             found.save(self.out)
             say(f"written: {self.out / 'audit.md'}, audit.json, audit.png")
-
-    def env_options(self) -> dict[str, Any]:
-        """Return the options of the env, as the env takes them."""
-        env_id = env_id_of(self.env)
-        given: dict[str, Any] = {"reward": self.reward}
-        given |= option_values(env_id, self.options)
-        given["reward"] = reward_of(given["reward"])
-        if self.gold is not None:
-            if "gold" not in known_options(env_id, self.options):
-                raise InvalidArgument(
-                    f"--gold is for envs with the option gold, which {env_id} has not."
-                )
-            given["gold"] = gold_of(self.gold)
-        if "watch" in given:
-            given["watch"] = reward_of(given["watch"], "watch")
-        return given
 
 
 def show(found: Found) -> None:

@@ -296,19 +296,11 @@ class Train(Generic[Config]):
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """Make the run's envs; `changes` override its options."""
         env_id = env_id_of(self.env)
-        given: dict[str, Any] = {"reward": self.reward, "autoreset_mode": "SameStep"}
+        defaults: dict[str, Any] = {"autoreset_mode": "SameStep"}
         if self.algorithm.grouped:
-            given["group_size"] = GROUP_SIZE
-        given |= option_values(env_id, self.options) | changes
-        given["reward"] = reward_of(given["reward"])
-        if self.gold is not None:
-            if "gold" not in known_options(env_id, self.options):
-                raise InvalidArgument(
-                    f"--gold is for envs with the option gold, which {env_id} has not."
-                )
-            given["gold"] = gold_of(self.gold)
-        if "watch" in given:
-            given["watch"] = reward_of(given["watch"], "watch")
+            defaults["group_size"] = GROUP_SIZE
+        named = {"reward": self.reward, "gold": self.gold}
+        given = env_keywords(env_id, self.options, named, changes, defaults)
         envs = gym.make_vec(env_id, num_envs=self.num_envs, **given)
         if not isinstance(envs.unwrapped, TokenVectorEnv):
             raise InvalidArgument(
@@ -360,6 +352,35 @@ def load_config(path: Path, said: Collection[str] = (), **names: str | None) -> 
         return Train(**{**values, "agent": config_class(**values["agent"])})
     except InvalidArgument as error:
         raise InvalidArgument(f"{path}: {error}") from error
+
+
+def env_keywords(
+    env_id: str,
+    options: Mapping[str, Any],
+    named: Mapping[str, str | None],
+    changes: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the keywords with which an env is made, from what was typed.
+
+    Args:
+        env_id: of the env.
+        options: those of `--options`, as texts. They go before `defaults`, and `changes` before
+            them.
+        named: the names that `--reward` and `--gold` give; None: not given.
+    """
+    given = {"reward": named["reward"], **(defaults or {}), **option_values(env_id, options)}
+    given |= changes or {}
+    given["reward"] = reward_of(given["reward"])
+    if named["gold"] is not None:
+        if "gold" not in known_options(env_id, options):
+            raise InvalidArgument(
+                f"--gold is for envs with the option gold, which {env_id} has not."
+            )
+        given["gold"] = gold_of(named["gold"])
+    if "watch" in given:
+        given["watch"] = reward_of(given["watch"], "watch")
+    return given
 
 
 def option_values(env_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
