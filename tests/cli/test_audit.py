@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenenv.cli import main
+from tokenenv.cli.console import console
 
 SMALL = ["--env", "tokenenv/Negation-v0", "--options", "vocab_size", "22", "max_new_tokens", "2"]
 MINE = """
@@ -30,7 +31,8 @@ def words(prompt, response):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    monkeypatch.setenv("COLUMNS", "160")
+    # A console that another test has made may have another width.
+    monkeypatch.setattr(console, "_width", 160)
     Path("mine.py").write_text(MINE)
     yield tmp_path
     sys.modules.pop("mine", None)

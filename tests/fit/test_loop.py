@@ -198,7 +198,7 @@ def test_scores_are_standardised_and_saved_rewards_have_the_datas_unit(tmp_path)
     error = np.sqrt(np.mean((saved_totals(tmp_path / "m", held_out).numpy() - wanted) ** 2))
     assert fitted.measures["score_error"] == pytest.approx(error, rel=1e-4)
     assert error < 0.4 * wanted.std()
-    assert f"{mean:.6g}, which is left out" in (tmp_path / "m" / "README.md").read_text()
+    assert f"{mean:.6g}, which the rewards leave out" in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_what_pays_for_length_is_said(tmp_path):

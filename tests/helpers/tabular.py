@@ -161,6 +161,7 @@ class World:
             stop_token_ids=self.stops,
             scorer=SCORERS[scorer](self),
             implicit_model=options.pop("implicit_model", self.other),
+            teacher=self.other,
             model=TrainableTabular(self.other),
             step_end_token_ids=(STEP_END,),
             oracle=TabularOracle(self.reference, oracle),

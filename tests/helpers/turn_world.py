@@ -160,6 +160,7 @@ class TurnWorld(World):
             turn_end_token_ids=(TURN_END,),
             scorer=SCORERS[scorer](self) if scorer else None,
             implicit_model=options.pop("implicit_model", self.other),
+            teacher=self.other,
             model=TrainableTabular(self.other),
             step_end_token_ids=(STEP_END,),
             oracle=TabularOracle(self.reference, oracle),

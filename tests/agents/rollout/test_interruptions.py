@@ -33,7 +33,7 @@ def test_at_any_line_of_stepping(mode, group_size, max_staleness):
         set(),
         set(),
         0,
-        1 + 3 * list(AutoresetMode).index(mode) + group_size,
+        2 + 3 * list(AutoresetMode).index(mode) + group_size,
     )
     while True:
         found = []
