@@ -90,6 +90,30 @@ def tell_policy_updated(envs: VectorEnv, updates: int) -> None:
         tell(updates)
 
 
+def save_learned(envs: VectorEnv) -> dict[str, Any] | None:
+    """Return what an env keeps beside its texts: what its terms have learned, and the tokens that
+    it has seen, which schedules go by. None where it is another's env, and keeps neither."""
+    core = env_core(envs)
+    if not hasattr(core, "save_statistics"):
+        return None
+    statistics = core.save_statistics()
+    return {"tokens_seen": core.tokens_seen, "statistics": statistics}
+
+
+def load_learned(envs: VectorEnv, saved: Mapping[str, Any] | None) -> None:
+    """Have an env go on from what `save_learned` returned, or from that part of a whole state."""
+    if saved is None or not hasattr(env_core(envs), "load_statistics"):
+        return
+    learned = saved["statistics"] if only_learned(saved) else saved["engine"]["learned"]
+    env_core(envs).load_statistics(learned)
+    env_core(envs).tokens_seen = int(saved["tokens_seen"])
+
+
+def only_learned(saved: Any) -> bool:
+    """Return whether a saved env is what `save_learned` returns, and no state with texts."""
+    return isinstance(saved, Mapping) and "statistics" in saved
+
+
 # ---------------------------------------------------------------- a step
 
 

@@ -10,7 +10,7 @@ tokens that it is: no text is decoded and encoded again.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +22,12 @@ from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
-from tokenenv.agents.rollout.env_rows import tell_policy_updated, wants_logprob
+from tokenenv.agents.rollout.env_rows import (
+    load_learned,
+    save_learned,
+    tell_policy_updated,
+    wants_logprob,
+)
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
 from tokenenv.agents.rollout.text_scores import episode_of, score_texts
@@ -158,7 +163,13 @@ class TextCollector:
                     numbers.append(text.number)
             while not all(number in self._continuations for number in numbers):
                 self._wait()
-        return self._score([self._continuations.pop(number) for number in numbers])
+        written = [self._continuations.pop(number) for number in numbers]
+        # They are no texts of the run: they teach the env's terms nothing, and no schedule goes on.
+        learned = save_learned(self.core)
+        try:
+            return self._score(written)
+        finally:
+            load_learned(self.core, learned)
 
     def _continuation(self, state: Prefix, columns: Columns) -> Text:
         self._continued += 1
@@ -174,16 +185,14 @@ class TextCollector:
             columns=columns,
         )
 
-    def save_env(self) -> dict[str, Any]:
+    def save_env(self) -> dict[str, Any] | None:
         """Return what the env keeps beside the texts."""
-        return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
+        return save_learned(self.core)
 
-    def load_env(self, saved: dict[str, Any] | None) -> None:
-        """Go on from what `save_env` returned; running texts are begun again with the present
-        weights."""
-        if saved is not None:
-            self.core.tokens_seen = int(saved["tokens_seen"])
-            self.core.load_statistics(saved["statistics"])
+    def load_env(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from what `save_env` returned, or from that part of a stepped env's state; running
+        texts are begun again with the present weights."""
+        load_learned(self.core, saved)
         self._stop()
         self._sync()
 
