@@ -4,7 +4,8 @@ they may know of the env itself.
 Suffixes: N slots, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -107,6 +108,17 @@ def load_learned(envs: VectorEnv, saved: Mapping[str, Any] | None) -> None:
     learned = saved["statistics"] if only_learned(saved) else saved["engine"]["learned"]
     env_core(envs).load_statistics(learned)
     env_core(envs).tokens_seen = int(saved["tokens_seen"])
+
+
+@contextmanager
+def learning_undone(envs: VectorEnv) -> Iterator[None]:
+    """Around texts that are no part of a run: what they teach an env's terms is forgotten, and no
+    schedule goes on by them."""
+    learned = save_learned(envs)
+    try:
+        yield
+    finally:
+        load_learned(envs, learned)
 
 
 def only_learned(saved: Any) -> bool:

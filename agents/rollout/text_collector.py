@@ -23,6 +23,7 @@ from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import (
+    learning_undone,
     load_learned,
     save_learned,
     tell_policy_updated,
@@ -164,12 +165,8 @@ class TextCollector:
             while not all(number in self._continuations for number in numbers):
                 self._wait()
         written = [self._continuations.pop(number) for number in numbers]
-        # They are no texts of the run: they teach the env's terms nothing, and no schedule goes on.
-        learned = save_learned(self.core)
-        try:
+        with learning_undone(self.core):
             return self._score(written)
-        finally:
-            load_learned(self.core, learned)
 
     def _continuation(self, state: Prefix, columns: Columns) -> Text:
         self._continued += 1

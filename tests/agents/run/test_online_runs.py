@@ -11,6 +11,7 @@ from runs import SETTINGS, Recorder
 
 from tokenenv.agents import GRPO, PPO, VinePPO
 from tokenenv.agents.rollout import text_collector
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.rewards import Prime, Rule
 from tokenenv.types import Task
@@ -221,3 +222,12 @@ def test_what_was_learned_outlasts_a_change_of_the_rollout(tmp_path, monkeypatch
     tasks.assert_equal(resumed.core.save_statistics(), agent.core.save_statistics())
     assert resumed.core.tokens_seen == agent.core.tokens_seen > 0
     assert resumed.core.reward_version > 0
+
+
+def test_evaluating_teaches_nothing():
+    """The same seed gives the same figures again, and the env's schedules do not go on."""
+    agent, envs = PPO(make(), **SETTINGS), make(every=2, max_lag=None)
+    first = evaluate(agent, envs, num_texts=12)
+    assert envs.reward_version == envs.tokens_seen == 0
+    again = evaluate(agent, envs, num_texts=12)
+    assert again.rewards == first.rewards
