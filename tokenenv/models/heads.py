@@ -40,12 +40,18 @@ class LMHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the logits (K, V) float32 of `states` (K, H)."""
-        logits = self.linear(states).float()
+        return self.after(self.linear(states))
+
+    def after(self, outputs: Tensor) -> Tensor:
+        """Return the logits (K, V) float32 that the model makes of its output layer's outputs; the
+        outputs themselves where it changes nothing."""
+        logits = outputs.float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.cap:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if self.vocab_size is None else self._resized(logits, self.vocab_size)
+        same = self.vocab_size in (None, logits.shape[-1])
+        return logits if same else self._resized(logits, self.vocab_size)
 
     def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
         missing = vocab_size - logits.shape[-1]
