@@ -1,4 +1,5 @@
-"""Collecting whole texts from an engine such as vLLM; the env scores them when they have ended.
+"""Collecting whole texts from an engine, the policy's own or vLLM; the env scores them when they
+have ended.
 
 It does what `Collector` does, for texts that are generated outside the env. The engine is kept
 busy: a text may be begun under one version of the weights and ended under a later one, and its
@@ -29,6 +30,7 @@ from tokenenv.agents.rollout.env_rows import (
     tell_policy_updated,
     wants_logprob,
 )
+from tokenenv.agents.rollout.episode_engine import EpisodeEngine
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
 from tokenenv.agents.rollout.text_scores import episode_of, score_texts
@@ -40,8 +42,8 @@ ENGINES = {
     "vllm": "tokenenv.rollout.vllm:VLLMEngine",
     "http": "tokenenv.rollout.server:VLLMServerEngine",
 }
-"""The engines that `rollout=` may name, besides "step": "vllm", or a vLLM server's URL ("http").
-An engine is imported when it is made, because vLLM need not be installed."""
+"""The engines of vLLM that `rollout=` may name: "vllm", or a server's URL ("http"). An engine is
+imported when it is made, because vLLM need not be installed."""
 
 
 class TextCollector:
@@ -360,11 +362,12 @@ def check_text_env(envs: VectorEnv) -> Any:
     return core
 
 
-def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine:
-    """Return the engine that `rollout` names, for the policy's model; a URL is a vLLM server's."""
+def make_engine(rollout: str, policy: LMPolicy, spec: TokenSpec, **options: Any) -> RolloutEngine:
+    """Return the engine that `rollout` names, for this policy; a URL is a vLLM server's."""
+    if rollout == "episode":
+        return EpisodeEngine(policy, spec, **options)
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)
-    return engine(
-        policy.model, dtype="bfloat16" if policy.uses_bfloat16 else "float32", **given, **options
-    )
+    dtype = "bfloat16" if policy.uses_bfloat16 else "float32"
+    return engine(policy.model, spec=spec, dtype=dtype, **given, **options)
