@@ -277,6 +277,20 @@ class EnvBase(VectorEnv):
         return answer(self._task, self.token_spec, text)
 
     @property
+    def why_step(self) -> str | None:
+        """What speaks for stepping this design, in words; None where nothing does. Whole texts are
+        scored alike, but not faster, or by what has been learned from other texts."""
+        self._require_open()
+        rewards = self._engine.rewards
+        reasons = {
+            "the environment writes into texts": self.token_spec.responds,
+            "a reward model is trained meanwhile": rewards.model_version is not None,
+            "a term carries a memory along each text": bool(rewards.with_memory),
+            "a term learns from the texts": bool(rewards.statistics()),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @property
     def reward_version(self) -> int | None:
         """Updates that the reward model has had which a term trains (`reward="prime"`); None where
         no term trains one."""
