@@ -171,7 +171,7 @@ class RewardEngine:
             self.weights[name][slots] = weight
         # index_fill_: on a GPU, assigning a number waits for the device.
         self.token_terms.index_fill_(0, texts.upload(np.asarray(slots)), 0.0)
-        given = texts.whole(slots)
+        given = texts.whole(slots, int(texts.length[slots].max()))
         statistics = {
             name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()
         }
@@ -186,7 +186,7 @@ class RewardEngine:
         for name, weights in saved["weights"].items():
             self.weights[name][slots] = weights
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
-        given = texts.whole(slots)
+        given = texts.whole(slots, int(texts.length[slots].max()))
         hidden = self._read(slots, given)
         states = States(hidden, texts.upload(given.steps()))
         scorer, score = self.context.causal_scorer, saved["score"]
@@ -203,11 +203,9 @@ class RewardEngine:
     def _read(self, slots: Slots, texts: WholeTexts) -> dict[Any, Tensor]:
         """Fill the caches of `slots` (n,) with texts, each different one read once. Return the
         state (n, H) after each text, by trunk."""
-        width = int(texts.length.max())
         # The host knows the texts, so nothing waits for the device.
-        ids = torch.from_numpy(np.asarray(texts.ids)[:, :width])
-        first = first_equals(ids, texts.length)
-        return self.trunks.prefill(slots, texts.tokens[:, :width], texts.length.tolist(), first)
+        first = first_equals(torch.from_numpy(np.asarray(texts.ids)), texts.length)
+        return self.trunks.prefill(slots, texts.tokens, texts.length.tolist(), first)
 
     def _put(self, slots: Slots, texts: TextBuffer, states: States) -> None:
         if self.states is None:
