@@ -49,6 +49,7 @@ class TextBuffer:
         where it never writes."""
         self.seed = np.zeros(num_rows, dtype=np.int64)
         """(N,) a number of each text's own, for what the environment writes."""
+        self._slots = np.arange(num_rows)
         self._arrays = (*ARRAYS, *(WITH_REPLIES if responds else ()))
         self.device = device
         self._pad = pad_token_id
@@ -71,10 +72,11 @@ class TextBuffer:
 
     def append(self, tokens: np.ndarray, active: np.ndarray) -> None:
         """Add tokens (N,) of the policy's to the texts of the slots where `active` (N,)."""
-        rows = np.flatnonzero(active)
+        rows = self._slots if active.all() else np.flatnonzero(active)
         position = self.length[rows]
-        self.tokens[rows, position] = tokens[rows]
-        self.length[rows] += 1
+        # One number for each place is written to in two thirds of the time.
+        self.tokens.reshape(-1)[rows * self.tokens.shape[1] + position] = tokens[rows]
+        self.length += active
         if self._mirror is not None:
             self._mirror[self.upload(rows), self.upload(position)] = self.upload(tokens[rows])
 
@@ -196,9 +198,8 @@ class TextBuffer:
     def running(self, tokenizer: object) -> RunningTexts:
         """Return all N texts as they stand, for terms that read them on the host. Lengths are
         copied, tokens are not: later ones are written behind these."""
-        slots = np.arange(len(self.tokens))
         lengths = self.prompt_length.copy(), self.length.copy()
-        return RunningTexts(self.tokens, slots, *lengths, tokenizer, self.columns, self.written)
+        return RunningTexts(self.tokens, self._slots, *lengths, tokenizer, self.columns, self.written)
 
     def device_tokens(self) -> Tensor:
         """Return a fresh copy of the tokens (N, L) on the device."""

@@ -180,7 +180,7 @@ class TokenVectorEnv(EnvBase):
         truncated = active & full & ~terminated
         ended = terminated | truncated
         ends = Ends(terminated, truncated, ended if spec.score_truncated else terminated, ended)
-        self.tokens_seen += int(active.sum())
+        self.tokens_seen += int(np.count_nonzero(active))
         paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts, replies)
         self._ended, self._scored = ended.copy(), ends.scored.copy()
         infos = step_infos(
