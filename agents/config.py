@@ -104,8 +104,6 @@ class AgentConfig:
     kl_horizon: int = 50_000
     """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch
     changes it by a fifth at most, too."""
-    full_kl_coef: float = 0.0
-    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
     """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0;
     None never ends one early. "Before" is the learner's policy at the start of the update. Its
@@ -118,18 +116,19 @@ class AgentConfig:
     """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
     with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
-    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
-    the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same
-    (docs/vllm.md)."""
+    """What writes the texts: "step", the env one token at a time; "episode", the policy alone;
+    "vllm", vLLM in this process; or the URL of a vLLM server. All but "step" write whole texts,
+    which the env scores when they have ended: rewards are the same (docs/rollout.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of the engine that `rollout` names, such as gpu_memory_utilization 0.4. num_texts is
     the number of texts side by side, by default the env's num_envs."""
     max_staleness: int | None = None
     """Updates that may lie between a text's first token and the update that learns from it, 0 or
-    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes.
-    Where the env steps, None sets no limit: the age of texts follows from their length and from the
-    wait for their group. At 0 every text of a batch is drawn from the policy that learns from it,
-    and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
+    more. A text that would get older is waited for, never thrown away. None is 1 where whole texts
+    are written. Where the env steps, None sets no limit: the age of texts follows from their length
+    and from the wait for their group. At 0 every text of a batch is drawn from the policy that
+    learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts
+    are")."""
 
     def __post_init__(self) -> None:
         self.check_kinds()
@@ -139,12 +138,14 @@ class AgentConfig:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if not self.rollout.startswith(("http://", "https://")):
             check_choice(
-                "rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT")
+                "rollout",
+                without_user(self.rollout),
+                ("step", "episode", "vllm", "http://HOST:PORT"),
             )
         self.check(
             "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"
         )
-        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
+        self.check("at least", 0, "seed", "kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
         check_seed(self.seed)

@@ -102,6 +102,15 @@ def in_order(states: Sequence[Tensor], rows: Sequence[np.ndarray]) -> Tensor:
     return together[upload(np.argsort(np.concatenate(list(rows))), together.device)]
 
 
+def table_entries(table: Tensor, *index: Tensor) -> Tensor:
+    """Return table[index] (K,) for one index (K,) int64, 0 or more, a dimension. A single number
+    for each entry is looked up in half the time."""
+    place = index[0]
+    for size, further in zip(table.shape[1:], index[1:], strict=True):
+        place = torch.add(further, place, alpha=size)
+    return table.view(-1).index_select(0, place)
+
+
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """Return a copy of a host array on the device, without making the host wait for the device."""
     # On the CPU `from_numpy` alone would alias the caller's array.
