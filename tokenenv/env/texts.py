@@ -199,7 +199,9 @@ class TextBuffer:
         """Return all N texts as they stand, for terms that read them on the host. Lengths are
         copied, tokens are not: later ones are written behind these."""
         lengths = self.prompt_length.copy(), self.length.copy()
-        return RunningTexts(self.tokens, self._slots, *lengths, tokenizer, self.columns, self.written)
+        return RunningTexts(
+            self.tokens, self._slots, *lengths, tokenizer, self.columns, self.written
+        )
 
     def device_tokens(self) -> Tensor:
         """Return a fresh copy of the tokens (N, L) on the device."""

@@ -159,9 +159,7 @@ class RewardSum:
             )
             unweighted = name in self.watched
             found[name] = (
-                rewards.float()
-                if unweighted
-                else weighted(weights[name], rewards, name in nonzero)
+                rewards.float() if unweighted else weighted(weights[name], rewards, name in nonzero)
             )
         return found
 
