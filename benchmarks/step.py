@@ -1,8 +1,7 @@
-"""The cost of a step: by position, beside recomputing every prefix, and beside the bare cached
-forwards.
+"""The cost of a step by position, and beside recomputing every prefix.
 
-It prints three ratios, all from this one run, with the bundled models of PyDocs-v0 and N = 64
-texts.
+It prints two ratios, both from this one run, with the bundled models of PyDocs-v0 and N = 64 texts.
+`profile_step.py` says where the time of a step goes, beside the bare cached forwards.
 """
 
 import time
@@ -20,7 +19,6 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.models.batching import hidden_states
-from tokenenv.models.cached_lm import CachedLM
 from tokenenv.models.trunks import logits_head, trunk_of
 
 ENV, N = "tokenenv/PyDocs-v0", 64
@@ -114,38 +112,6 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
     )
 
 
-def overhead(repetitions: int = 200) -> None:
-    """Print the time of act + step where no text ends, of `CachedLM.append` on the same three
-    trunks, and of a reset."""
-    envs = make_envs(repetitions + 2)
-    env, policy = envs.unwrapped, make_policy(envs)
-    trunks = [trunk_of(policy.model), trunk_of(env.reference), env._task.scorer.model]
-    obs, actor = start(envs), Actor(policy, seed=0)
-    bare = [CachedLM(trunk, N, obs["tokens"].shape[1]) for trunk in trunks]
-    for cached in bare:
-        cached.prefill(range(N), torch.from_numpy(obs["tokens"]), obs["length"])
-    fixed = torch.full((N,), 10)
-
-    def whole() -> None:
-        nonlocal obs
-        obs = envs.step(actor.act(obs)[0].numpy())[0]
-
-    def forwards() -> None:
-        for cached in bare:
-            cached.append(fixed)
-
-    found = medians({"whole": whole, "forwards": forwards}, repetitions)
-    ratio = found["whole"] / found["forwards"]
-    first_slot = {"reset_mask": np.arange(N) == 0}
-    [reset] = medians({"reset": lambda: envs.reset(options=first_slot)}, 20).values()
-    console.print(
-        f"act + step {1e3 * found['whole']:.2f} ms, "
-        f"three bare forwards {1e3 * found['forwards']:.2f} ms, "
-        f"ratio {ratio:.2f} (at most 1.25); beginning one new text {1e3 * reset:.2f} ms"
-    )
-
-
 if __name__ == "__main__":
     by_position()
     against_full_prefix()
-    overhead()
