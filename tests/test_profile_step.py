@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from profile_step import STEP_PARTS, UPDATE_PARTS, profile_step, profile_update  # noqa: E402
-from profiled import Subject, subject  # noqa: E402
+from profile_step import STEP_PARTS, UPDATE_PARTS, profile_step, profile_update
+from profiled import Subject, subject
 
 sys.path.pop(0)
 
