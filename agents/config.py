@@ -110,18 +110,19 @@ class AgentConfig:
     """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
     with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
-    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
-    the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same
-    (docs/vllm.md)."""
+    """What writes the texts: "step", the env one token at a time; "episode", the policy alone;
+    "vllm", vLLM in this process; or the URL of a vLLM server. All but "step" write whole texts,
+    which the env scores when they have ended: rewards are the same (docs/rollout.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of the engine that `rollout` names, such as gpu_memory_utilization 0.4. num_texts is
     the number of texts side by side, by default the env's num_envs."""
     max_staleness: int | None = None
     """Updates that may lie between a text's first token and the update that learns from it, 0 or
-    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes.
-    Where the env steps, None sets no limit: the age of texts follows from their length and from the
-    wait for their group. At 0 every text of a batch is drawn from the policy that learns from it,
-    and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
+    more. A text that would get older is waited for, never thrown away. None is 1 where whole texts
+    are written. Where the env steps, None sets no limit: the age of texts follows from their length
+    and from the wait for their group. At 0 every text of a batch is drawn from the policy that
+    learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts
+    are")."""
 
     def __post_init__(self) -> None:
         self.check_kinds()
@@ -130,7 +131,9 @@ class AgentConfig:
         check_choice("precision", self.precision, PRECISIONS)
         if not self.rollout.startswith(("http://", "https://")):
             check_choice(
-                "rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT")
+                "rollout",
+                without_user(self.rollout),
+                ("step", "episode", "vllm", "http://HOST:PORT"),
             )
         self.check(
             "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"

@@ -28,6 +28,7 @@ class BestOfN(Agent):
     """The best of n texts by the env's own score."""
 
     grouped = True
+    learns = False
 
     if TYPE_CHECKING:
 

@@ -253,10 +253,14 @@ class PolicyGradient(Agent):
             policy = self.policy_loss(out, batch, corrected)
             check_loss(policy, out.logged, len(corrected), type(self).__name__)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
-            total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
-            metrics = {"loss/policy": policy, "policy/entropy": entropy}
+            total, metrics = policy, {"loss/policy": policy, "policy/entropy": entropy}
+            # What has no weight is left out of the loss: its gradient, passes over the vocabulary,
+            # is then not computed.
+            if cfg.entropy_coef:
+                total = total - cfg.entropy_coef * entropy
             if cfg.full_kl_coef:
                 metrics["loss/full_kl"] = ref_kl
+                total = total + cfg.full_kl_coef * ref_kl
             if cfg.distill_coef:
                 metrics["loss/distill"] = teacher_kl = (weights * out.teacher_kl).sum()
                 total = total + cfg.distill_coef * teacher_kl

@@ -55,9 +55,21 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token for each row from `softmax(logits / temperature)`.
 
-    Returns tokens (N,) int64 and their log-probabilities (N,). The cumulative distribution is
-    inverted, which takes N random numbers and not N V. At temperature 0 it is the likeliest token,
-    without a random number; its log-probability is then 0.
+    Returns tokens (N,) int64 and their log-probabilities (N,). It takes N random numbers, not N V;
+    at temperature 0 none.
+    """
+    if temperature == 0:
+        return invert(logits_NV, temperature, logits_NV)
+    random_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)
+    return invert(logits_NV, temperature, random_N1[:, 0])
+
+
+def invert(logits_NV: Tensor, temperature: float, random_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens (N,) int64 at which the cumulative distribution of `softmax(logits /
+    temperature)` passes `random_N` (N,), 0 to below 1, and their log-probabilities (N,).
+
+    At temperature 0 they are the likeliest tokens, whatever the random numbers are; their
+    log-probabilities are then 0.
     """
     if temperature == 0:
         tokens_N = logits_NV.argmax(-1)
@@ -65,16 +77,17 @@ def sample(
     logits_NV = logits_NV.float()
     if temperature != 1:
         logits_NV = logits_NV / temperature
-    probs_NV = torch.softmax(logits_NV, dim=-1)
-    cumulative_NV = probs_NV.cumsum(-1)
-    uniform_N1 = torch.rand(len(logits_NV), 1, generator=generator, device=logits_NV.device)
+    cumulative_NV = torch.softmax(logits_NV, dim=-1).cumsum(-1)
     # The total differs from 1 by rounding. Scaling by it keeps the last token reachable, and a
     # token of probability 0 impossible.
-    tokens_N1 = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)
+    tokens_N1 = torch.searchsorted(
+        cumulative_NV, random_N[:, None] * cumulative_NV[:, -1:], right=True
+    )
     tokens_N1 = tokens_N1.clamp_(max=logits_NV.shape[1] - 1)
-    # The logarithm of this one probability spares a pass over the vocabulary for all of them. It
-    # loses nothing: a token whose probability is no normal float is never drawn.
-    return tokens_N1[:, 0], probs_NV.gather(-1, tokens_N1)[:, 0].log()
+    # `log_softmax` is 2e-5 off at large vocabularies, and the learner is not (`vocabulary`). Only
+    # the logarithms that are asked for are computed: each pass over a large vocabulary costs.
+    logprobs_N = logits_NV.gather(-1, tokens_N1)[:, 0] - logits_NV.logsumexp(-1)
+    return tokens_N1[:, 0], logprobs_N
 
 
 class Actor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from tokenenv.agents.rollout.actor import sample
-from tokenenv.rollout.stops import stop_ids
 from tokenenv.rollout.weights import transformers_model
 from tokenenv.types import Written
 
@@ -35,7 +34,7 @@ class LocalEngine:
     def __init__(self, model, spec, *, temperature=1.0, num_texts=64, dtype="float32"):
         transformers_model(model)
         self.policy, self.model = model, copy.deepcopy(model)
-        self.stops, self.temperature, self.num_texts = stop_ids(spec), temperature, num_texts
+        self.stops, self.temperature, self.num_texts = spec.engine_stop_ids, temperature, num_texts
         self.running: dict[int, Running] = {}
         self.asked: dict[int, tuple[list[int], int, int]] = {}
         self.turns: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
@@ -97,7 +96,7 @@ class GivenEngine:
     """Writes given tokens behind each prompt of a text, up to a stop id or the limit."""
 
     def __init__(self, spec, tokens):
-        self.stops, self.tokens = stop_ids(spec), iter(tokens)
+        self.stops, self.tokens = spec.engine_stop_ids, iter(tokens)
         self.asked: list[tuple[list[int], int]] = []
         self.running: list[Written] = []
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tokenenv.env.config import EnvConfig
-from tokenenv.models.own_models import Lengths, Policy, load_language_model, load_scorer
+from tokenenv.models.own_models import Lengths, Loaded, Policy, load_language_model, load_scorer
 from tokenenv.types import Scorer, Task
 
 GIVEN_MODELS = ("reward_model", "implicit_model", "teacher")
@@ -32,8 +32,10 @@ def with_given_models(task: Task, config: EnvConfig, dtype: Any) -> Task:
     if all(source is None for source in given.values()):
         return task
     policy = _policy(task, dtype)
+    have = (policy.model, task.reference, task.implicit_model, task.teacher)
+    known: Loaded = [(model, None, model) for model in have if model is not None]
     changes = {
-        name: load_language_model(given[name], name, policy, [])
+        name: load_language_model(given[name], name, policy, known)
         for name in ("implicit_model", "teacher")
         if given[name] is not None
     }

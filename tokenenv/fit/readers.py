@@ -33,6 +33,7 @@ from tokenenv.fit.reading import Reading, differences, place_logprobs, place_sta
 from tokenenv.models.adapters import sharing, with_lora
 from tokenenv.models.batching import micro_batches, upload
 from tokenenv.models.loading import max_positions
+from tokenenv.models.own_models import same_source
 from tokenenv.models.prefix_scores import padded
 from tokenenv.models.saving import save_model, whole_folder
 from tokenenv.models.trunks import logprob_reader, trunk_of
@@ -290,6 +291,8 @@ def _reference(config: FitConfig, start: Any, vocab_size: int) -> Any:
                 f"objective={config.objective!r} takes log-ratios to reference=, and model='new' "
                 "begins with random weights; give model= or reference= a language model."
             )
+        return start
+    if same_source(config.reference, config.model):
         return start
     if hasattr(config.reference, "slots"):  # a `TokenModel`
         return config.reference

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tokenenv.errors import InvalidArgument, ModelError, missing
 
-FROZEN = ("base_layer.", "original_module.")
+BASE_LAYER = "base_layer."
+"""What peft puts before the name of a weight that it adapts."""
+FROZEN = (BASE_LAYER, "original_module.")
 """The beginnings of names under which a layer of peft's keeps the weights that it adapts."""
 BASE = "base_model.model."
 """What an adapter's file puts before the names of a model's modules."""

@@ -43,12 +43,18 @@ class LMHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the logits (K, V) float32 of `states` (K, H)."""
-        logits = vocabulary_product(self.linear, states).float()
+        return self.after(vocabulary_product(self.linear, states))
+
+    def after(self, outputs: Tensor) -> Tensor:
+        """Return the logits (K, V) float32 that the model makes of its output layer's outputs; the
+        outputs themselves where it changes nothing."""
+        logits = outputs.float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.cap:
             logits = torch.tanh(logits / self.cap) * self.cap
-        return logits if self.vocab_size is None else self._resized(logits, self.vocab_size)
+        same = self.vocab_size in (None, logits.shape[-1])
+        return logits if same else self._resized(logits, self.vocab_size)
 
     def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
         missing = vocab_size - logits.shape[-1]
@@ -178,8 +184,7 @@ def token_logprobs(
         logits = head(states)
         if temperature != 1:
             logits = logits / temperature
-        # One kernel over the vocabulary, where `logsumexp` is several passes of it.
-        return torch.log_softmax(logits, -1).gather(-1, tokens[:, None]).squeeze(-1)
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     return in_chunks(logprobs, states, tokens, chunk=chunk)
 

@@ -22,6 +22,7 @@ from tokenenv.models.loading import (
     token_difference,
 )
 from tokenenv.models.probing import looks_ahead
+from tokenenv.models.sharing import share_equal
 from tokenenv.models.trunks import vocab_size_of
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.types import Scorer, Task, TextScorer
@@ -140,7 +141,7 @@ def load_language_model(source: Any, argument: str, policy: Policy, known: Loade
 
     The source is a hub id, a directory, a model, a `TokenModel` or the URL of a vLLM server. One
     that is among the `known`, such as the policy's own, is loaded once, so that it also runs once a
-    step.
+    step; another one shares the weights that are the same in both (`share_equal`).
     """
     if source is None:
         return None
@@ -156,6 +157,9 @@ def load_language_model(source: Any, argument: str, policy: Policy, known: Loade
     if not hasattr(source, "slots"):
         options = policy.loading | {"argument": argument, "revision": revision}
         model = frozen(load_causal_lm(source, **options), role, policy.lengths)
+        if model is not source:  # an object is its owner's, and stays as it is
+            for _, _, other in known:
+                share_equal(model, other)
     known.append((source, revision, model))
     return model
 
@@ -166,7 +170,9 @@ def load_scorer(
     """The reward model as a scorer; None where none was given.
 
     The source is a hub id, a directory, a model, a `TextScorer` or the URL of a vLLM server. The
-    tokenizer is by default the one that is saved with the model.
+    tokenizer is by default the one that is saved with the model. Weights of a model that is loaded
+    which are the policy's, such as those of a head on its trunk, are in memory once
+    (`share_equal`).
     """
     if source is None:
         return None
@@ -179,6 +185,8 @@ def load_scorer(
         own = _saved_tokenizer(source, "reward_model", "reward model", policy)
     revision = policy.revisions.get("reward_model")
     classifier = load_classifier(source, revision=revision, **policy.loading)
+    if classifier is not source:
+        share_equal(classifier, policy.model)
     if own is None:
         _check_size(classifier, policy)
     if _reads_policys_tokens(own, policy) and not looks_ahead(classifier):

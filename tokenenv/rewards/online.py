@@ -181,7 +181,13 @@ class Prime(RewardTerm):
                 raise InvalidArgument(
                     f"reward={self.name!r}: outcome='gold' and the task has no gold."
                 )
-            return gold_of(context)
+            gold = gold_of(context)
+            if gold is None:
+                raise InvalidArgument(
+                    f"reward={self.name!r}: outcome='gold', and the task's gold is its score; "
+                    "take outcome='score'."
+                )
+            return gold
         if self.outcome == "score":
             return None
         rule = as_rule(self.outcome)
