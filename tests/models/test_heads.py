@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tokenenv.errors import ModelError
-from tokenenv.models import heads
+from tokenenv.models import batching, heads
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.heads import in_chunks, lm_head, make_scorer, score_head, token_logprobs
 
@@ -229,6 +229,19 @@ def test_token_logprobs_and_gradients_equal_log_softmax(k, hidden, vocab, chunk,
             token_logprobs(states, tokens, head, temperature=temperature, chunk=chunk), plain
         )
     assert sum(head.sizes) == 3 * k
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_log_probs_are_the_same_a_few_rows_at_a_time(rows, monkeypatch):
+    states, tokens, head = torch.randn(rows, 8), torch.randint(50, (rows,)), nn.Linear(8, 50)
+    whole = token_logprobs(states, tokens, head)
+    monkeypatch.setattr(batching, "BLOCK_ELEMENTS", 100)
+    sizes, logsumexp = [], torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor, "logsumexp", lambda x, dim: sizes.append(len(x)) or logsumexp(x, dim)
+    )
+    assert torch.equal(token_logprobs(states, tokens, head), whole)
+    assert sizes == {0: [0], 1: [1], 7: [2, 2, 2, 1]}[rows]
 
 
 def test_no_tensor_of_all_logits_is_kept_for_the_backward():

@@ -1,6 +1,6 @@
-"""Forwards of whole texts: length-sorted micro-batches, padded or packed."""
+"""Forwards of whole texts: length-sorted micro-batches, padded or packed; and blocks of logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+BLOCK_ELEMENTS = 2**18
+"""Logits that one pass over the vocabulary reads on the CPU: 1 MiB, which a core's cache holds."""
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
@@ -79,6 +82,14 @@ def in_order(states: Sequence[Tensor], rows: Sequence[np.ndarray]) -> Tensor:
     together = torch.cat(list(states))
     # The argsort of a permutation is its inverse.
     return together[upload(np.argsort(np.concatenate(list(rows))), together.device)]
+
+
+def vocabulary_blocks(logits_KV: Tensor) -> Iterator[slice]:
+    """Yield the rows of one pass over the vocabulary after the other. Elsewhere than on the CPU it
+    is all of them: a device is slow to start, not to read."""
+    rows, size = logits_KV.shape
+    block = max(1, BLOCK_ELEMENTS // size) if logits_KV.device.type == "cpu" else max(1, rows)
+    return (slice(start, start + block) for start in range(0, max(1, rows), block))
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from tokenenv.errors import ModelError
 from tokenenv.types import Head, Scorer
 
 from .adapters import unwrapped
-from .batching import hidden_states
+from .batching import hidden_states, vocabulary_blocks
 from .cached_lm import acting, evaluating, trunk_of
 from .probing import looks_ahead
 
@@ -184,7 +184,8 @@ def token_logprobs(
         logits = head(states)
         if temperature != 1:
             logits = logits / temperature
-        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        totals = [logits[rows].logsumexp(-1) for rows in vocabulary_blocks(logits)]
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - torch.cat(totals)
 
     return in_chunks(logprobs, states, tokens, chunk=chunk)
 
