@@ -151,7 +151,7 @@ class Agent:
         self.optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
         self.rng = np.random.default_rng(cfg.seed)
         self.reference = None
-        if cfg.full_kl_coef:
+        if getattr(cfg, "full_kl_coef", 0.0):
             model = reference_of(envs, "leave full_kl_coef at 0")
             self.reference = FrozenLM(model, self.policy.vocab_size)
         self.teacher = None

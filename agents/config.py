@@ -96,8 +96,6 @@ class AgentConfig:
     kl_horizon: int = 50_000
     """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch
     changes it by a fifth at most, too."""
-    full_kl_coef: float = 0.0
-    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
     """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0;
     None never ends one early. "Before" is the learner's policy at the start of the update. Its
@@ -138,7 +136,7 @@ class AgentConfig:
         self.check(
             "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"
         )
-        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
+        self.check("at least", 0, "seed", "kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
         check_seed(self.seed)

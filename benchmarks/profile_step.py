@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--no-learner", action="store_true", help="measure the step alone")
     args = parser.parse_args()
     if args.eager:
-        slot_cache.StepGraphs = lambda trunk, forward: None  # type: ignore[misc, assignment]
+        slot_cache.StepGraphs = lambda trunk: None  # type: ignore[misc, assignment]
     speed, rate = bandwidth(args.device), matmul_rate(args.device, getattr(torch, args.dtype))
     console.print(
         f"{args.model} in {args.dtype}, torch {torch.__version__}, {name_of(args.device)}: a large "

@@ -60,6 +60,9 @@ class PolicyGradientConfig(AgentConfig):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, in nats per token; 0 or more. It looks one token ahead only,
     unlike the KL reward."""
+    full_kl_coef: float = 0.0
+    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more. It
+    costs one forward of the reference."""
     k3_coef: float = 0.0
     """Weight of the k3 estimate of the KL to the reference as a loss, pi_ref / pi - 1 - log(pi_ref
     / pi) of emitted tokens, in nats per token; 0 or more. Bounded as verl's `low_var_kl`:
@@ -82,7 +85,7 @@ class PolicyGradientConfig(AgentConfig):
         AgentConfig.__post_init__(self)
         self.check("above", 0, "clip_range", "clip_high", "importance_cap")
         self.check("above", 1, "dual_clip")
-        self.check("at least", 0, "entropy_coef", "k3_coef", "distill_coef")
+        self.check("at least", 0, "entropy_coef", "full_kl_coef", "k3_coef", "distill_coef")
         self.check_share("gamma")
         for name in ("clip_high", "dual_clip"):
             value = getattr(self, name)

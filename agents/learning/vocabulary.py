@@ -88,8 +88,10 @@ def normalised(logits_KV: Tensor, out: Tensor | None = None) -> Tensor:
 
 def teacher_logprobs(logits_KV: Tensor, logprobs_KV: Tensor) -> Tensor:
     """Return log pi_T (K, V), renormalised over the tokens that the policy can emit, whose
-    log-probs are `logprobs_KV`: no weight of the policy's could follow it to others."""
-    return normalised(logits_KV.masked_fill(logprobs_KV <= RULED_OUT, -torch.inf))
+    log-probs are `logprobs_KV`: no weight of the policy's could follow it to others. A teacher that
+    emits none of these tokens says nothing, and the policy stands in for it: their KL is 0."""
+    found_KV = normalised(logits_KV.masked_fill(logprobs_KV <= RULED_OUT, -torch.inf))
+    return torch.where(found_KV.isnan(), logprobs_KV, found_KV)
 
 
 def _numbers(logits_KV: Tensor, rows: Rows, out_KV: Tensor) -> Tensor:

@@ -182,10 +182,10 @@ class Prime(RewardTerm):
                     f"reward={self.name!r}: outcome='gold' and the task has no gold."
                 )
             gold = gold_of(context)
-            if gold is None:
+            if gold is None and context.task.scorer is None:
                 raise InvalidArgument(
-                    f"reward={self.name!r}: outcome='gold', and the task's gold is its score; "
-                    "take outcome='score'."
+                    f"reward={self.name!r}: outcome='gold', and the gold is the score here, which "
+                    "needs a reward model; give the env reward_model=."
                 )
             return gold
         if self.outcome == "score":

@@ -69,6 +69,17 @@ def test_tokens_that_the_policy_cannot_emit_are_ruled_out_for_the_teacher_too() 
     torch.testing.assert_close(lacking, torch.tensor([math.log(1.5)]))
 
 
+def test_a_teacher_that_emits_nothing_of_what_is_allowed_says_nothing() -> None:
+    """A mask may leave only tokens of which the teacher has none; other rows are as ever."""
+    logits = torch.tensor([[0.0, 2.0, -torch.inf], [0.0, 0.0, -torch.inf]], requires_grad=True)
+    teacher = torch.tensor([[-torch.inf, -torch.inf, 0.0], [math.log(3.0), 0.0, 0.0]])
+    kl = forward_kl(teacher, logits)
+    wanted = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(kl, torch.tensor([0.0, wanted]))
+    kl.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0, 0], [-0.25, 0.25, 0]]))
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_neither_value_nor_gradient_depends_on_the_chunk(chunk: int) -> None:
     torch.manual_seed(0)
