@@ -20,6 +20,7 @@ device after each, the whole step without; `--eager` launches kernels one by one
 """
 
 import argparse
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,7 @@ from machine import Clock, Seam, Stopwatch, bandwidth, matmul_rate, name_of
 from profiled import Subject, begin, episodes, step_bytes, step_flops, subject, update_flops
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from tokenenv.agents.learning import learner, optimise
 from tokenenv.agents.rollout import actor as acting
@@ -159,6 +161,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.eager:
         slot_cache.StepGraphs = lambda trunk: None  # type: ignore[misc, assignment]
+    # The texts of an update are no policy's own, so that it seems to have moved.
+    warnings.filterwarnings("ignore", message="update .* moved the policy")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     speed, rate = bandwidth(args.device), matmul_rate(args.device, getattr(torch, args.dtype))
     console.print(
         f"{args.model} in {args.dtype}, torch {torch.__version__}, {name_of(args.device)}: a large "
