@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer
 
 from .batching import upload
+from .shapes import ATTENTION
 from .step_graphs import StepGraphs
 
 BUCKET = 16
@@ -345,7 +346,7 @@ def masked_attention(trunk: Any) -> Iterator[None]:
     has none) in place of flash and flex kernels, which take none."""
     config = trunk.config
     chosen = config._attn_implementation
-    if chosen in ("sdpa", "eager", None):
+    if chosen in ("sdpa", "eager", ATTENTION, None):
         yield
         return
     config._attn_implementation = "sdpa" if trunk._supports_sdpa else "eager"
