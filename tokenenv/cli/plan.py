@@ -1,6 +1,5 @@
 """`tokenenv plan`: the memory that a run will take, before anything is loaded."""
 
-import resource
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
@@ -97,6 +96,10 @@ def _compared_with(envs: Any, policy: LMPolicy, config: Any) -> dict[str, Frozen
 
 
 def _resident() -> int:
-    """Return the most bytes of memory that this process has taken so far."""
+    """Return the most bytes of memory that this process has taken so far; 0 where nobody knows."""
+    try:
+        import resource  # imported here, because only Unix has it
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
