@@ -13,6 +13,7 @@ from tokenenv.safety.shown import without_user
 MAX_SEED = 2**62
 CALLED = {
     "lr": ("learning_rate",),
+    "optimizer": ("optim", "optim_type"),
     "lr_schedule": ("lr_scheduler_type",),
     "lr_warmup": ("warmup_ratio",),
     "batch_tokens": ("batch_size", "n_steps", "num_steps", "train_batch_size"),
@@ -41,6 +42,8 @@ ELSEWHERE = {
 """What other libraries take as a setting of the algorithm, and where it is here."""
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 PRECISIONS = ("auto", "float32", "bfloat16")
+ROLLOUTS = ("step", "episode", "auto", "vllm", "http://HOST:PORT")
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "a whole number"),
@@ -65,6 +68,9 @@ class AgentConfig:
     max_batch_tokens: int = 16384
     """Tokens of one learning forward, padding included; 1 or more. It bounds memory and changes no
     result."""
+    gradient_checkpointing: bool = False
+    """Whether layers keep only what they read, and are computed again in the backward pass: less
+    memory for about a third more arithmetic. It changes no result."""
     epochs: int = 2
     """Passes over each batch; 1 or more."""
     minibatches: int = 4
@@ -79,6 +85,9 @@ class AgentConfig:
     or "cosine" towards 0."""
     lr_warmup: float = 0.0
     """Share of a run over which the learning rate first rises from 0; 0 to 1."""
+    optimizer: str = "adamw"
+    """"adamw", or "adamw8bit" of bitsandbytes, which keeps AdamW's two moments in 8 bits each:
+    2 bytes a trained weight in place of 8. A checkpoint goes on with the one that it began with."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     temperature: float = 1.0
@@ -96,8 +105,6 @@ class AgentConfig:
     kl_horizon: int = 50_000
     """Response tokens over which the adaptive beta can change by a fifth; 1 or more. A larger batch
     changes it by a fifth at most, too."""
-    full_kl_coef: float = 0.0
-    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more."""
     target_kl: float | None = None
     """An update ends when a minibatch's KL(before || now) exceeds this, in nats per token, above 0;
     None never ends one early. "Before" is the learner's policy at the start of the update. Its
@@ -110,32 +117,37 @@ class AgentConfig:
     """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
     with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
-    """What writes the texts: "step", the env one token at a time; "vllm", vLLM in this process; or
-    the URL of a vLLM server. vLLM writes whole texts, and the env scores them: rewards are the same
-    (docs/vllm.md)."""
+    """What writes the texts: "step", the env one token at a time; "episode", the policy alone;
+    "auto", that of the two which a short trial finds faster; "vllm", vLLM in this process; or the
+    URL of a vLLM server. All but "step" write whole texts, which the env scores when they have
+    ended: rewards are the same (docs/rollout.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of the engine that `rollout` names, such as gpu_memory_utilization 0.4. num_texts is
     the number of texts side by side, by default the env's num_envs."""
     max_staleness: int | None = None
     """Updates that may lie between a text's first token and the update that learns from it, 0 or
-    more. A text that would get older is waited for, never thrown away. None is 1 where vLLM writes.
-    Where the env steps, None sets no limit: the age of texts follows from their length and from the
-    wait for their group. At 0 every text of a batch is drawn from the policy that learns from it,
-    and slots idle until the last one has ended (docs/algorithms.md, "How old texts are")."""
+    more. A text that would get older is waited for, never thrown away. None is 1 where whole texts
+    are written. Where the env steps, None sets no limit: the age of texts follows from their length
+    and from the wait for their group. At 0 every text of a batch is drawn from the policy that
+    learns from it, and slots idle until the last one has ended (docs/algorithms.md, "How old texts
+    are")."""
 
     def __post_init__(self) -> None:
         self.check_kinds()
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if not self.rollout.startswith(("http://", "https://")):
             check_choice(
-                "rollout", without_user(self.rollout), ("step", "vllm", "http://HOST:PORT")
+                "rollout",
+                without_user(self.rollout),
+                ROLLOUTS,
             )
         self.check(
             "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"
         )
-        self.check("at least", 0, "seed", "kl_coef", "full_kl_coef", "lora_rank", "max_staleness")
+        self.check("at least", 0, "seed", "kl_coef", "lora_rank", "max_staleness")
         self.check("above", 0, "lr", "max_grad_norm", "temperature", "kl_target", "target_kl")
         self.check_share("lr_warmup")
         check_seed(self.seed)

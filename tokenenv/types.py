@@ -76,6 +76,13 @@ class TokenSpec:
         """L, the most tokens of a text."""
         return self.max_context_tokens or self.max_prompt_tokens + self.max_new_tokens
 
+    @property
+    def engine_stop_ids(self) -> list[int]:
+        """The ids after which an engine hands a text back: those that end it, and those after which
+        the environment is asked. Where that is every id, a text is begun with `max_tokens=1`
+        instead."""
+        return list(dict.fromkeys((*self.stop_token_ids, *(self.turn_end_token_ids or ()))))
+
 
 @dataclass(frozen=True, slots=True)
 class EpisodeScores:

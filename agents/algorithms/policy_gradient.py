@@ -60,6 +60,9 @@ class PolicyGradientConfig(AgentConfig):
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, in nats per token; 0 or more. It looks one token ahead only,
     unlike the KL reward."""
+    full_kl_coef: float = 0.0
+    """Weight of the full-vocabulary KL to the reference as a loss, in nats per token; 0 or more. It
+    costs one forward of the reference."""
     k3_coef: float = 0.0
     """Weight of the k3 estimate of the KL to the reference as a loss, pi_ref / pi - 1 - log(pi_ref
     / pi) of emitted tokens, in nats per token; 0 or more. Bounded as verl's `low_var_kl`:
@@ -82,7 +85,7 @@ class PolicyGradientConfig(AgentConfig):
         AgentConfig.__post_init__(self)
         self.check("above", 0, "clip_range", "clip_high", "importance_cap")
         self.check("above", 1, "dual_clip")
-        self.check("at least", 0, "entropy_coef", "k3_coef", "distill_coef")
+        self.check("at least", 0, "entropy_coef", "full_kl_coef", "k3_coef", "distill_coef")
         self.check_share("gamma")
         for name in ("clip_high", "dual_clip"):
             value = getattr(self, name)
@@ -253,10 +256,14 @@ class PolicyGradient(Agent):
             policy = self.policy_loss(out, batch, corrected)
             check_loss(policy, out.logged, len(corrected), type(self).__name__)
             entropy, ref_kl = (weights * out.entropy).sum(), (weights * out.ref_kl).sum()
-            total = policy - cfg.entropy_coef * entropy + cfg.full_kl_coef * ref_kl
-            metrics = {"loss/policy": policy, "policy/entropy": entropy}
+            total, metrics = policy, {"loss/policy": policy, "policy/entropy": entropy}
+            # What has no weight is left out of the loss: its gradient, passes over the vocabulary,
+            # is then not computed.
+            if cfg.entropy_coef:
+                total = total - cfg.entropy_coef * entropy
             if cfg.full_kl_coef:
                 metrics["loss/full_kl"] = ref_kl
+                total = total + cfg.full_kl_coef * ref_kl
             if cfg.distill_coef:
                 metrics["loss/distill"] = teacher_kl = (weights * out.teacher_kl).sum()
                 total = total + cfg.distill_coef * teacher_kl

@@ -1,17 +1,20 @@
-"""Log-probs, entropies and KL of K tokens, computed from a policy's states in chunks, so that the
-logits (K, V) are never held whole."""
+"""Log-probs, entropies and KL of K tokens, computed from a policy's states in chunks, so that no
+more than `CHUNK_ELEMENTS` of the logits (K, V) are held."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenenv.agents.learning.masks import rule_out, unpack
+from tokenenv.agents.learning.vocabulary import (
+    CHUNK_ELEMENTS,
+    Rows,
+    head_numbers,
+    is_linear,
+    logits_numbers,
+)
 from tokenenv.models.heads import in_chunks
 from tokenenv.types import Head
-
-CHUNK_ELEMENTS = 2**23
-"""Logits held at a time: 32 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,49 +54,25 @@ def token_stats(
     and head. Where one chunk is not enough, a chunk's logits are computed again in the
     backward pass.
     """
-    # A column that is not there has no entries: chunks are cut from all columns alike.
-    nothing_K0 = states_KH.new_empty(len(states_KH), 0)
-
-    def stats(
-        states: Tensor, tokens: Tensor, mask: Tensor, ref_states: Tensor, teacher_states: Tensor
-    ) -> Tensor:
-        allowed = None if mask_KM is None else unpack(mask, vocab_size)
-        logprobs = torch.log_softmax(rule_out(head(states).float(), allowed) / temperature, dim=-1)
-        logprob = logprobs.gather(-1, tokens[:, None])[:, 0]
-        nothing = torch.zeros_like(logprob)
-        teacher_kl = nothing
-        if teacher_head is not None:
-            teacher_kl = forward_kl(teacher_head(teacher_states), logprobs)
-        # A token ruled out by the head (-inf) has no part in the sums: 0 log 0 = 0, where 0 * inf
-        # would be NaN.
-        probs = logprobs.exp()
-        logprobs = logprobs.masked_fill(probs == 0, 0.0)
-        entropy = -(probs * logprobs).sum(-1)
-        if ref_head is None:
-            return torch.stack([logprob, entropy, nothing, teacher_kl], -1)
-        with torch.no_grad():
-            ref_logprobs = torch.log_softmax(ref_head(ref_states).float(), dim=-1)
-            ref_logprobs = ref_logprobs.masked_fill(probs == 0, 0.0)
-        kl = (probs * (logprobs - ref_logprobs)).sum(-1)
-        return torch.stack([logprob, entropy, kl, teacher_kl], -1)
-
-    masks = nothing_K0 if mask_KM is None else mask_KM
-    ref_states = nothing_K0 if ref_states_KH is None else ref_states_KH
-    teacher_states = nothing_K0 if teacher_states_KH is None else teacher_states_KH
-    columns = states_KH, tokens_K, masks, ref_states, teacher_states
+    rows = Rows(
+        tokens_K,
+        temperature,
+        mask_KM,
+        ref_states_KH,
+        teacher_states_KH,
+        ref_head,
+        teacher_head,
+    )
     chunk = max(1, chunk_elements // vocab_size)
-    rows_K4 = stats(*columns) if len(tokens_K) <= chunk else in_chunks(stats, *columns, chunk=chunk)
-    return TokenStats(*rows_K4.unbind(-1))
+    if len(tokens_K) <= chunk:
+        return TokenStats(*logits_numbers(head(states_KH), rows))
+    if is_linear(head):
+        return TokenStats(*head_numbers(states_KH, head, rows, chunk))
 
+    def numbers(states: Tensor, places: Tensor) -> Tensor:
+        part = slice(int(places[0]), int(places[-1]) + 1)
+        return torch.stack(logits_numbers(head(states), rows[part]), -1)
 
-def forward_kl(teacher_logits_KV: Tensor, logprobs_KV: Tensor) -> Tensor:
-    """Return KL(pi_T || pi) (K,) in nats, of a teacher's logits and of log pi, -inf where pi cannot
-    emit a token. There the teacher is ruled out too: no weight of pi could follow it. Without
-    gradient in the teacher."""
-    with torch.no_grad():
-        ruled_out = logprobs_KV == -torch.inf
-        teacher = torch.log_softmax(
-            teacher_logits_KV.float().masked_fill(ruled_out, -torch.inf), dim=-1
-        )
-        probs = teacher.exp()
-    return (probs * (teacher - logprobs_KV).masked_fill(probs == 0, 0.0)).sum(-1)
+    # Heads of one's own may be any function, so autograd computes their chunks again.
+    places_K = torch.arange(len(tokens_K))
+    return TokenStats(*in_chunks(numbers, states_KH, places_K, chunk=chunk).unbind(-1))

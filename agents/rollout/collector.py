@@ -20,8 +20,11 @@ from tokenenv.agents.rollout.env_rows import (
     action,
     env_core,
     flags,
+    load_learned,
     method,
+    only_learned,
     read_ends,
+    save_learned,
     tell_policy_updated,
 )
 from tokenenv.agents.rollout.finite import require_finite_policy, running_texts
@@ -253,9 +256,10 @@ class Collector:
         self.running = True
 
     def save_env(self) -> Any:
-        """Return the env's state; None where no text runs, or the env cannot save it."""
+        """Return the env's state. Where no text runs, or the env cannot save them, it is what the
+        env keeps beside them."""
         save_state = method(self.envs, "save_state")
-        return save_state() if self.running and save_state else None
+        return save_state() if self.running and save_state else save_learned(self.envs)
 
     def load_env(self, saved: Any) -> None:
         """Go on from what `save_env` returned.
@@ -264,7 +268,9 @@ class Collector:
         by token differs in its last bits from one that was filled at once, and a run that goes on
         from a checkpoint has the second kind.
         """
-        if saved is not None:
+        if saved is None or only_learned(saved):
+            load_learned(self.envs, saved)
+        else:
             self.resume(method(self.envs, "load_state")(saved)[0])
         self.actor.refresh()
 

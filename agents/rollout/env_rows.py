@@ -4,7 +4,8 @@ they may know of the env itself.
 Suffixes: N slots, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -88,6 +89,41 @@ def tell_policy_updated(envs: VectorEnv, updates: int) -> None:
     tell = getattr(env_core(envs), "policy_updated", None)
     if tell is not None:
         tell(updates)
+
+
+def save_learned(envs: VectorEnv) -> dict[str, Any] | None:
+    """Return what an env keeps beside its texts: what its terms have learned, and the tokens that
+    it has seen, which schedules go by. None where it is another's env, and keeps neither."""
+    core = env_core(envs)
+    if not hasattr(core, "save_statistics"):
+        return None
+    statistics = core.save_statistics()
+    return {"tokens_seen": core.tokens_seen, "statistics": statistics}
+
+
+def load_learned(envs: VectorEnv, saved: Mapping[str, Any] | None) -> None:
+    """Have an env go on from what `save_learned` returned, or from that part of a whole state."""
+    if saved is None or not hasattr(env_core(envs), "load_statistics"):
+        return
+    learned = saved["statistics"] if only_learned(saved) else saved["engine"]["learned"]
+    env_core(envs).load_statistics(learned)
+    env_core(envs).tokens_seen = int(saved["tokens_seen"])
+
+
+@contextmanager
+def learning_undone(envs: VectorEnv) -> Iterator[None]:
+    """Around texts that are no part of a run: what they teach an env's terms is forgotten, and no
+    schedule goes on by them."""
+    learned = save_learned(envs)
+    try:
+        yield
+    finally:
+        load_learned(envs, learned)
+
+
+def only_learned(saved: Any) -> bool:
+    """Return whether a saved env is what `save_learned` returns, and no state with texts."""
+    return isinstance(saved, Mapping) and "statistics" in saved
 
 
 # ---------------------------------------------------------------- a step

@@ -34,6 +34,7 @@ def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True)
         max_batch_tokens=config.max_batch_tokens,
         seed=config.seed,
         frozen=not learns,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
@@ -54,7 +55,7 @@ def make_collector(
     options: dict[str, Any] = {"temperature": config.temperature, "num_texts": envs.num_envs}
     options |= config.rollout_options
     policy: Any = actor.policy
-    engine = make_engine(config.rollout, policy, spec=spec, **options)
+    engine = make_engine(config.rollout, policy, spec, **options)
     return TextCollector(
         envs,
         engine,

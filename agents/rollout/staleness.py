@@ -62,10 +62,11 @@ def rollout_metrics(
     updates: int,
     waiting_texts: Sequence[Any],
 ) -> Metrics:
-    """Return how old the texts are and, where an engine wrote them, how far its log-probs are from
-    the learner's. The latter are left in `learned["learner_logprob"]`."""
+    """Return how old the texts are and, where vLLM wrote them, how far its log-probs are from the
+    learner's. The latter are left in `learned["learner_logprob"]`."""
     metrics = staleness(batch, updates) | waiting(waiting_texts)
-    if config.rollout == "step":
+    # The policy's own cache gives the learner's log-probs, up to rounding.
+    if config.rollout in ("step", "episode"):
         return metrics
     batch.learned["learner_logprob"] = token_logprobs(
         policy, batch, config.max_batch_tokens, config.temperature

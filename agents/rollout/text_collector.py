@@ -1,4 +1,5 @@
-"""Collecting whole texts from an engine such as vLLM; the env scores them when they have ended.
+"""Collecting whole texts from an engine, the policy's own or vLLM; the env scores them when they
+have ended.
 
 It does what `Collector` does, for texts that are generated outside the env. The engine is kept
 busy: a text may be begun under one version of the weights and ended under a later one, and its
@@ -10,7 +11,7 @@ tokens that it is: no text is decoded and encoded again.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +23,14 @@ from tokenenv.agents.episodes import Episode, check_finite
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
-from tokenenv.agents.rollout.env_rows import tell_policy_updated, wants_logprob
+from tokenenv.agents.rollout.env_rows import (
+    learning_undone,
+    load_learned,
+    save_learned,
+    tell_policy_updated,
+    wants_logprob,
+)
+from tokenenv.agents.rollout.episode_engine import EpisodeEngine, check_options
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
 from tokenenv.agents.rollout.text_scores import episode_of, score_texts
@@ -34,8 +42,8 @@ ENGINES = {
     "vllm": "tokenenv.rollout.vllm:VLLMEngine",
     "http": "tokenenv.rollout.server:VLLMServerEngine",
 }
-"""The engines that `rollout=` may name, besides "step": "vllm", or a vLLM server's URL ("http").
-An engine is imported when it is made, because vLLM need not be installed."""
+"""The engines of vLLM that `rollout=` may name: "vllm", or a server's URL ("http"). An engine is
+imported when it is made, because vLLM need not be installed."""
 
 
 class TextCollector:
@@ -158,7 +166,9 @@ class TextCollector:
                     numbers.append(text.number)
             while not all(number in self._continuations for number in numbers):
                 self._wait()
-        return self._score([self._continuations.pop(number) for number in numbers])
+        written = [self._continuations.pop(number) for number in numbers]
+        with learning_undone(self.core):
+            return self._score(written)
 
     def _continuation(self, state: Prefix, columns: Columns) -> Text:
         self._continued += 1
@@ -174,16 +184,14 @@ class TextCollector:
             columns=columns,
         )
 
-    def save_env(self) -> dict[str, Any]:
+    def save_env(self) -> dict[str, Any] | None:
         """Return what the env keeps beside the texts."""
-        return {"tokens_seen": self.core.tokens_seen, "statistics": self.core.save_statistics()}
+        return save_learned(self.core)
 
-    def load_env(self, saved: dict[str, Any] | None) -> None:
-        """Go on from what `save_env` returned; running texts are begun again with the present
-        weights."""
-        if saved is not None:
-            self.core.tokens_seen = int(saved["tokens_seen"])
-            self.core.load_statistics(saved["statistics"])
+    def load_env(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from what `save_env` returned, or from that part of a stepped env's state; running
+        texts are begun again with the present weights."""
+        load_learned(self.core, saved)
         self._stop()
         self._sync()
 
@@ -354,11 +362,13 @@ def check_text_env(envs: VectorEnv) -> Any:
     return core
 
 
-def make_engine(rollout: str, policy: LMPolicy, **options: Any) -> RolloutEngine:
-    """Return the engine that `rollout` names, for the policy's model; a URL is a vLLM server's."""
+def make_engine(rollout: str, policy: LMPolicy, spec: TokenSpec, **options: Any) -> RolloutEngine:
+    """Return the engine that `rollout` names, for this policy; a URL is a vLLM server's."""
+    if rollout == "episode":
+        check_options(set(options) - {"temperature"})
+        return EpisodeEngine(policy, spec, **options)
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)
-    return engine(
-        policy.model, dtype="bfloat16" if policy.uses_bfloat16 else "float32", **given, **options
-    )
+    dtype = "bfloat16" if policy.uses_bfloat16 else "float32"
+    return engine(policy.model, spec=spec, dtype=dtype, **given, **options)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.rollout.env_rows import method
+from tokenenv.agents.rollout.env_rows import load_learned, method, only_learned
 from tokenenv.agents.run.files import previous_of, replace_file, reporting
 from tokenenv.errors import CheckpointError, TokenEnvError
 from tokenenv.safety.shown import without_secrets
@@ -120,6 +120,7 @@ def read_agent(
         known = [field.name for field in fields(kind.config_class)]
         check_state(state, kind.__name__, known, path)
         check_rollout(state["config"], path, overrides)
+        check_optimizer(state["config"], path, overrides)
         return state, kind.config_class(**state["config"])
 
 
@@ -131,6 +132,16 @@ def check_rollout(config: Mapping[str, Any], path: object, said: Collection[str]
         entries |= {f"agent.rollout_options.{key}": value for key, value in options}
     again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
     check_from_file(entries, path, {again[name] for name in said if name in again})
+
+
+def check_optimizer(config: Mapping[str, Any], path: object, said: Mapping[str, Any]) -> None:
+    """Raise where another optimizer is asked for than the one whose moments a checkpoint holds."""
+    before = config["optimizer"]
+    if said.get("optimizer", before) != before:
+        raise CheckpointError(
+            f"{path} holds the moments of optimizer={before!r}, which "
+            f"{said['optimizer']!r} cannot go on with."
+        )
 
 
 def restore(agent: "Agent", state: dict[str, Any]) -> None:
@@ -147,13 +158,15 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     if agent.kl_coef != state["kl_coef"]:
         agent.kl_coef = state["kl_coef"]
     if (agent.config.rollout == "step") == (state["config"]["rollout"] == "step"):
-        agent.collector.load_state_dict(state["collector"], running=state["env"] is not None)
+        running = state["env"] is not None and not only_learned(state["env"])
+        agent.collector.load_state_dict(state["collector"], running=running)
         agent.collector.load_env(state["env"])
     else:
         # Stepped texts cannot be gone on with by an engine, nor the other way round: the texts that
-        # were running are left, and the env begins anew.
+        # were running are left, and the env begins anew, but for what its terms have learned.
         agent.collector.tokens_seen = state["collector"]["tokens_seen"]
         agent.collector.version = state["collector"]["version"]
+        load_learned(agent.envs, state["env"])
         agent.collector.load_env(None)
 
 

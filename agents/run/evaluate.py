@@ -20,7 +20,7 @@ from tokenenv.agents.episodes import (
 )
 from tokenenv.agents.rollout.actor import Actor, Policy
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import responds
+from tokenenv.agents.rollout.env_rows import learning_undone, responds
 from tokenenv.agents.rollout.generate import check_temperature
 from tokenenv.agents.rollout.requirements import check_env
 from tokenenv.errors import InvalidArgument
@@ -78,8 +78,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample texts from an agent, or from a policy, and return their figures.
 
-    The sampling has caches and random numbers of its own, so the agent is as it was afterwards. A
-    `BestOfN` agent draws n texts for each text, and its KL is the bound that it reports.
+    The sampling has caches and random numbers of its own, so the agent is as it was afterwards. The
+    env's terms learn nothing from it, and schedules do not go on. A `BestOfN` agent draws n texts
+    for each text, and its KL is the bound that it reports.
 
     Args:
         envs: is reset, so it should not be the env in which an agent is learning.
@@ -123,11 +124,12 @@ def evaluate(
     draws: list[list[Episode]] = []
     for draw in range(seed * best_of, (seed + 1) * best_of):
         actor = Actor(policy, temperature=temperature, seed=draw)
-        if prompts is None:
-            # Each draw goes through all prompts: the same seed of the env gives the same again.
-            found = first_texts(Collector(envs, actor, seed=seed), num_texts, count)
-        else:
-            found = text_of_each(Collector(envs, actor, seed=draw), prompts, rows, count)
+        with learning_undone(envs):
+            if prompts is None:
+                # Each draw goes through all prompts: the same seed of the env gives the same again.
+                found = first_texts(Collector(envs, actor, seed=seed), num_texts, count)
+            else:
+                found = text_of_each(Collector(envs, actor, seed=draw), prompts, rows, count)
         draws.append(found)
         check_scores([e.score for e in found], best_of)  # before more are written in vain
         if responds(envs) and prompts is None:

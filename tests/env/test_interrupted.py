@@ -133,8 +133,6 @@ REFUSED: dict[str, Callable[[Any, Any], Any]] = {
     "save_state": lambda envs, saved: envs.save_state(),
     "ref_logprobs": lambda envs, saved: envs.ref_logprobs(),
     "responses": lambda envs, saved: envs.responses(),
-    "save_statistics": lambda envs, saved: envs.save_statistics(),
-    "load_statistics": lambda envs, saved: envs.load_statistics({}),
 }
 
 
@@ -217,6 +215,7 @@ def test_whatever_interrupts_a_call_is_said_and_the_next_reset_is_as_good_as_new
                 refused(envs, saved)
         if number % 25 == 0:
             assert_equal(scored(envs), paid)
+            assert_equal(numbers_of(envs) | {"kl_coef": 0}, before | {"kl_coef": 0})
         assert_equal(copied(envs.reset(seed=SEED)[0]), obs)
         assert_equal(numbers_of(envs), before)
         if number % 10 == 0:  # it is the steps that take time

@@ -656,6 +656,19 @@ def test_the_contract_holds():
         (lambda: Prime(lr=0.0), "lr=0.0 is not allowed"),
         (lambda: Prime(every=64, capacity=32), "every=64.*capacity=32"),
         (lambda: make(reward=Prime(outcome="gold"), gold=False), "has no gold"),
+        (
+            lambda: tasks.make_vec(
+                2,
+                env_id="tokenenv/TextGen-v0",
+                model=tasks.reference(),
+                tokenizer=fakes.tokenizer(),
+                prompts=["a"],
+                max_new_tokens=T,
+                reward=Prime(outcome="gold"),
+                gold="score",
+            ),
+            "the gold is the score here",
+        ),
         (lambda: make(reward=Prime(), scorer=None), "reward='prime' needs a reward model"),
         (lambda: make(reward=Prime(object(), outcome=EVEN)), "model=object has no weights"),
         (

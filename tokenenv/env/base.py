@@ -3,7 +3,7 @@ rewards of whole texts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -285,6 +285,20 @@ class EnvBase(VectorEnv):
         return answer(self._task, self.token_spec, text)
 
     @property
+    def why_step(self) -> str | None:
+        """What speaks for stepping this design, in words; None where nothing does. Whole texts are
+        scored alike, but not faster, or by what has been learned from other texts."""
+        self._require_open()
+        rewards = self._engine.rewards
+        reasons = {
+            "the environment writes into texts": self.token_spec.responds,
+            "a reward model is trained meanwhile": rewards.model_version is not None,
+            "a term carries a memory along each text": bool(rewards.with_memory),
+            "a term learns from the texts": bool(rewards.statistics()),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    @property
     def reward_version(self) -> int | None:
         """Updates that the reward model has had which a term trains (`reward="prime"`); None where
         no term trains one."""
@@ -299,18 +313,21 @@ class EnvBase(VectorEnv):
             term.policy_updated(updates)
 
     def save_statistics(self) -> dict[str, Any]:
-        """Return what terms have learned, by name: all that a run on whole texts has to keep of
-        this env beside `tokens_seen`."""
-        self._require_whole()
+        """Return what terms have learned, by name: all that a run has to keep of this env beside
+        its texts and `tokens_seen`. An interrupted call has taught nothing."""
+        self._require_open()
+        self._undo_interrupted()
         return self._engine.save_statistics()
 
     @ordinary_tensors
     def load_statistics(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `save_statistics` returned; raises `CheckpointError` where it is of other
         terms."""
-        self._require_whole()
+        self._require_open()
         saved_state.check_statistics(saved, self._engine.layout(0))
         self._engine.load_statistics(saved)
+        if self._interrupted is not None:
+            self._interrupted = replace(self._interrupted, statistics=self._engine.snapshot())
 
     # ------------------------------------------------------------ transactions
 

@@ -181,7 +181,13 @@ class Prime(RewardTerm):
                 raise InvalidArgument(
                     f"reward={self.name!r}: outcome='gold' and the task has no gold."
                 )
-            return gold_of(context)
+            gold = gold_of(context)
+            if gold is None and context.task.scorer is None:
+                raise InvalidArgument(
+                    f"reward={self.name!r}: outcome='gold', and the gold is the score here, which "
+                    "needs a reward model; give the env reward_model=."
+                )
+            return gold
         if self.outcome == "score":
             return None
         rule = as_rule(self.outcome)

@@ -15,7 +15,6 @@ from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.vllm_server import VLLMServer
 from tokenenv.types import TokenSpec, Written
 
-from .stops import stop_ids
 from .weights import lora_config, save_adapter, save_weights, transformers_model
 
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -73,7 +72,7 @@ class VLLMServerEngine:
         # The object is kept: the folder is removed when nothing refers to it any more.
         self._temporary = None if weights_dir else TemporaryDirectory(prefix="tokenenv-vllm-")
         self._folder = Path(weights_dir or self._temporary.name)  # type: ignore[union-attr]
-        self._stops = stop_ids(spec)
+        self._stops = spec.engine_stop_ids
         # One thread for each text: all that it does is to wait for the server's answer.
         self._pool = ThreadPoolExecutor(num_texts)
         self._running: dict[Future[Written], int] = {}

@@ -18,7 +18,6 @@ from torch import Tensor
 from tokenenv.errors import check_choice, missing
 from tokenenv.types import TokenSpec, Written
 
-from .stops import stop_ids
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
 
 CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -104,7 +103,7 @@ class VLLMEngine:
         # The env's ids alone end a text: the model's own may be others.
         self._sampling = {
             "temperature": temperature,
-            "stop_token_ids": stop_ids(spec),
+            "stop_token_ids": spec.engine_stop_ids,
             "ignore_eos": True,
         }
         self._running: set[int] = set()

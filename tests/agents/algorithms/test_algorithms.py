@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import tasks
 import torch
 from runs import Recorder, same
 from toy_env import ToyEnv
@@ -23,17 +24,19 @@ from tokenenv.agents.run.evaluate import best_of_n_kl, evaluate
 from tokenenv.cli import load_config, main
 from tokenenv.errors import CheckpointError, InvalidArgument
 
-ROOT = Path(__file__).parents[3]
+NEGATION = "tokenenv/Negation-v0"
 LEARNERS = [name for name in ALGORITHMS if name not in ("best-of-n", "reference")]
 each = pytest.mark.parametrize("name", ALGORITHMS)
 each_learner = pytest.mark.parametrize("name", LEARNERS)
 
 
-def make(name, env_id="Reviews", num_envs=16, **options):
+def make(name, env_id=tasks.TOY, num_envs=16, **options):
+    """An env that the algorithm can learn in: tiny random models whose texts end anywhere, or a
+    task that can be learnt."""
     options = {"max_new_tokens": 8, "autoreset_mode": "SameStep", **options}
     if ALGORITHMS[name].grouped:
         options.setdefault("group_size", 4)
-    return gym.make_vec(f"tokenenv/{env_id}-v0", num_envs=num_envs, **options)
+    return gym.make_vec(env_id, num_envs=num_envs, **options)
 
 
 SMALL = {"vineppo": {"rollouts": 2, "segments": 2}, "klq": {"replay_tokens": 300}}
@@ -45,21 +48,27 @@ def agent_of(name, **options):
     )
 
 
+@pytest.fixture(scope="module")
+def unlearned():
+    """The env that learning is measured in, and what the reference earns there."""
+    envs = make("reference", NEGATION, 64)
+    return envs, evaluate(Reference(envs), envs, num_texts=256)
+
+
+# One epoch a batch, as A2C has it, and values that are paid for in tokens, as VinePPO's, take longer.
+TOKENS_TO_LEARN = {"a2c": 6000, "vineppo": 6000, "klq": 4000}
+
+
 @each_learner
-def test_it_learns(name):
+def test_it_learns(name, unlearned):
     """What it is there to raise, score - beta KL, ends clearly above the reference's."""
-    # VinePPO pays for its values in tokens, and learns from few at a time.
-    settings = {"vineppo": {"rollouts": 2, "segments": 2, "batch_tokens": 256}}.get(
-        name, {"batch_tokens": 512}
-    )
+    settings = {"rollouts": 2, "segments": 2} if name == "vineppo" else {}
     num_envs = 16 if name == "vineppo" else 32
-    agent = ALGORITHMS[name](make(name, "Negation", num_envs), lr=3e-3, **settings)
-    test_envs = make("reference", "Negation", 64)
-    before = evaluate(Reference(test_envs), test_envs, num_texts=256)
-    agent.learn(12_000)
-    after = evaluate(agent, test_envs, num_texts=256)
-    beta = test_envs.unwrapped.kl_coef
-    assert after.score - beta * after.kl > before.score + 0.3
+    agent = ALGORITHMS[name](make(name, NEGATION, num_envs), lr=1e-2, batch_tokens=256, **settings)
+    agent.learn(TOKENS_TO_LEARN.get(name, 3000))
+    envs, before = unlearned
+    after = evaluate(agent, envs, num_texts=256)
+    assert after.score - envs.unwrapped.kl_coef * after.kl > before.score + 0.3
 
 
 @each
@@ -193,9 +202,9 @@ def test_it_generates(name):
     agent = agent_of(name)
     stops = agent.spec.stop_token_ids
     prompts = [
-        "the food was",
-        agent.spec.tokenizer.encode("we visited this cafe ."),
-        "the food was",
+        "the film was",
+        agent.spec.tokenizer.encode("we liked this film"),
+        "the film was",
     ]
     texts = agent.generate(prompts, seed=1)
     assert len(texts) == 3
@@ -218,6 +227,8 @@ def test_a_group_of_one_is_refused(name):
 def test_it_runs_from_the_command_line(name, tmp_path, capsys):
     folder = str(tmp_path / "x")
     flags = [
+        "--env",
+        NEGATION,
         "--algo",
         name,
         "--num-envs",
@@ -326,7 +337,7 @@ def test_best_of_n_keeps_the_best_of_each_group():
 def test_best_of_n_generates_the_best_by_the_envs_score():
     envs = make("best-of-n")
     agent = BestOfN(envs)
-    prompts = ["the food was", "we visited this cafe ."]
+    prompts = ["the film was", "we liked this film"]
     [first, second] = agent.generate(prompts, seed=3)
     drawn = Reference(make("reference")).generate([p for p in prompts for _ in range(4)], seed=3)
     scores = envs.unwrapped.score_episodes([p for p in prompts for _ in range(4)], drawn).score
@@ -335,10 +346,10 @@ def test_best_of_n_generates_the_best_by_the_envs_score():
 
 
 def test_more_texts_to_choose_from_score_higher():
-    test_envs = make("reference", "Negation", 32)
+    test_envs = make("reference", NEGATION, 32)
     found = [evaluate(Reference(test_envs), test_envs, num_texts=64)]
     found += [
-        evaluate(BestOfN(make("best-of-n", "Negation", n, group_size=n)), test_envs, num_texts=64)
+        evaluate(BestOfN(make("best-of-n", NEGATION, n, group_size=n)), test_envs, num_texts=64)
         for n in (2, 8)
     ]
     assert found[0].score < found[1].score < found[2].score
@@ -389,7 +400,7 @@ def test_texts_are_counted_as_they_are_written():
 
 
 def test_best_of_n_generates_where_the_env_pays_the_whole_penalty():
-    prompts = ["the food was"]
+    prompts = ["the film was"]
     texts = [
         BestOfN(make("best-of-n", kl=kl)).generate(prompts, seed=3)
         for kl in ("reference", "policy")

@@ -20,7 +20,7 @@ from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import GRPO, KLQ, PPO, RLOO, LMPolicy
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learning.token_stats import forward_kl, token_stats
+from tokenenv.agents.learning.token_stats import token_stats
 from tokenenv.agents.rollout import text_collector
 from tokenenv.envs.automata.teacher import OptimalPolicy
 from tokenenv.errors import InvalidArgument
@@ -34,12 +34,24 @@ ALONE: dict[str, Any] = {"reward": {}, "kl": "none"}
 # ------------------------------------------------------------------------ the number
 
 
+def forward_kl(teacher: Tensor, logits: Tensor) -> Tensor:
+    """KL(pi_T || pi) (K,) of logits (K, V)."""
+    return token_stats(
+        logits,
+        torch.zeros(len(logits), dtype=torch.int64),
+        lambda x: x,
+        logits.shape[1],
+        teacher_states_KH=teacher,
+        teacher_head=lambda x: x,
+    ).teacher_kl
+
+
 def test_the_forward_kl_and_its_gradient_by_hand() -> None:
     """At logits 0 the policy is uniform over three; the teacher has (1/2, 1/4, 1/4). The gradient
     by the logits is pi - pi_T."""
     logits = torch.zeros(1, 3, requires_grad=True)
     teacher = torch.tensor([[math.log(2.0), 0.0, 0.0]], requires_grad=True)
-    kl = forward_kl(teacher, logits.log_softmax(-1))
+    kl = forward_kl(teacher, logits)
     torch.testing.assert_close(kl, torch.tensor([math.log(3.0) - 1.5 * math.log(2.0)]))
     kl.sum().backward()
     expected = torch.tensor([[1 / 3 - 1 / 2, 1 / 3 - 1 / 4, 1 / 3 - 1 / 4]])
@@ -49,12 +61,23 @@ def test_the_forward_kl_and_its_gradient_by_hand() -> None:
 
 def test_tokens_that_the_policy_cannot_emit_are_ruled_out_for_the_teacher_too() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf]], requires_grad=True)
-    kl = forward_kl(torch.tensor([[0.0, 1.0, 5.0]]), logits.log_softmax(-1))
+    kl = forward_kl(torch.tensor([[0.0, 1.0, 5.0]]), logits)
     torch.testing.assert_close(kl, torch.zeros(1))
     kl.sum().backward()
     assert logits.grad.isfinite().all()
-    lacking = forward_kl(torch.tensor([[0.0, -torch.inf, 0.0]]), torch.zeros(1, 3).log_softmax(-1))
+    lacking = forward_kl(torch.tensor([[0.0, -torch.inf, 0.0]]), torch.zeros(1, 3))
     torch.testing.assert_close(lacking, torch.tensor([math.log(1.5)]))
+
+
+def test_a_teacher_that_emits_nothing_of_what_is_allowed_says_nothing() -> None:
+    """A mask may leave only tokens of which the teacher has none; other rows are as ever."""
+    logits = torch.tensor([[0.0, 2.0, -torch.inf], [0.0, 0.0, -torch.inf]], requires_grad=True)
+    teacher = torch.tensor([[-torch.inf, -torch.inf, 0.0], [math.log(3.0), 0.0, 0.0]])
+    kl = forward_kl(teacher, logits)
+    wanted = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(kl, torch.tensor([0.0, wanted]))
+    kl.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.tensor([[0.0, 0, 0], [-0.25, 0.25, 0]]))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -163,7 +186,7 @@ def test_the_metric_is_the_mean_over_the_batchs_tokens() -> None:
     theirs = teacher.states(batch.tokens_BL, None)[:, :-1].flatten(0, 1)
     own = policy.states(batch.tokens_BL, batch.length_B.numpy())[0][:, :-1].flatten(0, 1)
     with torch.no_grad():
-        wanted = forward_kl(teacher.head(theirs), policy.head(own).log_softmax(-1)).mean()
+        wanted = forward_kl(teacher.head(theirs), policy.head(own)).mean()
     assert agent.update(batch)["loss/distill"] == pytest.approx(float(wanted), rel=1e-4)
 
 

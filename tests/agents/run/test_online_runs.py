@@ -11,6 +11,7 @@ from runs import SETTINGS, Recorder
 
 from tokenenv.agents import GRPO, PPO, VinePPO
 from tokenenv.agents.rollout import text_collector
+from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.rewards import Prime, Rule
 from tokenenv.types import Task
@@ -159,18 +160,21 @@ def test_an_engines_texts_are_learned_from_and_resumed(tmp_path, monkeypatch):
     assert resumed.core.reward_version == len(batches) - 1
 
 
-def test_continuations_teach_nothing():
-    """VinePPO plays them between two updates, and takes the env's state up again."""
+@pytest.mark.parametrize("rollout", ["step", "vllm"])
+def test_continuations_teach_nothing(monkeypatch, rollout):
+    """VinePPO plays them between two updates, and the env is then as it was."""
+    monkeypatch.setitem(text_collector.ENGINES, "vllm", "local_engine:LocalEngine")
     envs = make(every=4, max_lag=None)
-    agent = VinePPO(envs, batch_tokens=30, lr=1e-3, rollouts=2)
+    agent = VinePPO(envs, batch_tokens=30, lr=1e-3, rollouts=2, rollout=rollout)
     learned_from(agent, 30)
     played, before = [], envs.save_statistics()
     play_on = agent.collector.play_on
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        first = envs.save_statistics()
+        first = {"learned": envs.save_statistics(), "tokens": envs.tokens_seen}
         found = play_on(*args, **kwargs)
-        tasks.assert_equal(envs.save_statistics(), first)
+        now = {"learned": envs.save_statistics(), "tokens": envs.tokens_seen}
+        tasks.assert_equal(now, first)
         played.append(len(found))
         return found
 
@@ -178,3 +182,52 @@ def test_continuations_teach_nothing():
     learned_from(agent, agent.tokens_seen + 30)
     assert sum(played) > 8
     assert envs.save_statistics()["prime"]["counts"][0] >= before["prime"]["counts"][0]
+
+
+def test_a_run_that_was_interrupted_keeps_what_was_learned(tmp_path):
+    """Ctrl-C inside a step leaves no texts to save, but what the env has learned before is saved."""
+    envs = make(every=3, max_lag=None)
+    agent = PPO(envs, **SETTINGS)
+    run_until(agent, 2)
+    before, tokens = envs.save_statistics(), envs.tokens_seen
+    price = envs._engine.step
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        price(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    envs._engine.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run_until(agent, 3)
+    assert before["prime"]["counts"][0] > 0
+    agent.save(tmp_path / "c")
+    resumed = PPO.load(tmp_path / "c", make(every=3, max_lag=None))
+    tasks.assert_equal(resumed.core.save_statistics(), before)
+    assert resumed.core.tokens_seen == tokens
+    # Both go on from there.
+    envs._engine.step = price
+    for one in (agent, resumed):
+        run_until(one, 3)
+        assert one.core.reward_version > before["prime"]["counts"][0]
+
+
+@pytest.mark.parametrize("first", ["step", "vllm"])
+def test_what_was_learned_outlasts_a_change_of_the_rollout(tmp_path, monkeypatch, first):
+    monkeypatch.setitem(text_collector.ENGINES, "vllm", "local_engine:LocalEngine")
+    agent = PPO(make(every=3), batch_tokens=40, lr=1e-3, rollout=first)
+    learned_from(agent, 100)
+    agent.save(tmp_path / "c")
+    other = {"step": "vllm", "vllm": "step"}[first]
+    resumed = PPO.load(tmp_path / "c", make(every=3), rollout=other)
+    tasks.assert_equal(resumed.core.save_statistics(), agent.core.save_statistics())
+    assert resumed.core.tokens_seen == agent.core.tokens_seen > 0
+    assert resumed.core.reward_version > 0
+
+
+def test_evaluating_teaches_nothing():
+    """The same seed gives the same figures again, and the env's schedules do not go on."""
+    agent, envs = PPO(make(), **SETTINGS), make(every=2, max_lag=None)
+    first = evaluate(agent, envs, num_texts=12)
+    assert envs.reward_version == envs.tokens_seen == 0
+    again = evaluate(agent, envs, num_texts=12)
+    assert again.rewards == first.rewards
