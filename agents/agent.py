@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from tokenenv.agents.hooks import check_config_class, check_statistics, describe
 from tokenenv.agents.learning.kl_rewards import adapted, by_source, with_penalty
 from tokenenv.agents.learning.learner import FrozenLM, Metrics
 from tokenenv.agents.learning.optimise import MakeLoss, optimise
+from tokenenv.agents.learning.optimizers import make_optimizer
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.rates import default_lr
 from tokenenv.agents.learning.update_kl import warn_if_far
@@ -148,7 +148,7 @@ class Agent:
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
         weights = trained_weights(self.policy).values()
-        self.optimizer = torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=0.0)
+        self.optimizer = make_optimizer(cfg.optimizer, weights, cfg.lr)
         self.rng = np.random.default_rng(cfg.seed)
         self.reference = None
         if getattr(cfg, "full_kl_coef", 0.0):

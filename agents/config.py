@@ -13,6 +13,7 @@ from tokenenv.safety.shown import without_user
 MAX_SEED = 2**62
 CALLED = {
     "lr": ("learning_rate",),
+    "optimizer": ("optim", "optim_type"),
     "lr_schedule": ("lr_scheduler_type",),
     "lr_warmup": ("warmup_ratio",),
     "batch_tokens": ("batch_size", "n_steps", "num_steps", "train_batch_size"),
@@ -41,6 +42,7 @@ ELSEWHERE = {
 """What other libraries take as a setting of the algorithm, and where it is here."""
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 PRECISIONS = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "a whole number"),
@@ -65,6 +67,9 @@ class AgentConfig:
     max_batch_tokens: int = 16384
     """Tokens of one learning forward, padding included; 1 or more. It bounds memory and changes no
     result."""
+    gradient_checkpointing: bool = False
+    """Whether layers keep only what they read, and are computed again in the backward pass: less
+    memory for about a third more arithmetic. It changes no result."""
     epochs: int = 2
     """Passes over each batch; 1 or more."""
     minibatches: int = 4
@@ -79,6 +84,9 @@ class AgentConfig:
     or "cosine" towards 0."""
     lr_warmup: float = 0.0
     """Share of a run over which the learning rate first rises from 0; 0 to 1."""
+    optimizer: str = "adamw"
+    """"adamw", or "adamw8bit" of bitsandbytes, which keeps AdamW's two moments in 8 bits each:
+    2 bytes a trained weight in place of 8. A checkpoint goes on with the one that it began with."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, above 0."""
     temperature: float = 1.0
@@ -127,6 +135,7 @@ class AgentConfig:
         check_choice("lr_schedule", self.lr_schedule, SCHEDULES)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if not self.rollout.startswith(("http://", "https://")):
             check_choice(
                 "rollout",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.prompts import draw, fit_prompt, load_prompts, to_ids
+from tokenenv.prompts import draw, fit_prompt, load_prompts, stream_start, to_ids
 
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}it{% endif %}"
 TEXTS = ["the cat is", "rain", "a good film"]
@@ -218,32 +218,35 @@ def test_truncation_keeps_a_suffix_of_the_allowed_length(ids, limit):
     assert len(kept) == min(len(ids), limit)
 
 
+def drawn(count: int, pairs: list[tuple[int, int]]) -> list[int]:
+    """The indices of the draws (seed, number) of `count` prompts."""
+    starts = np.array([stream_start(seed) for seed, _ in pairs], dtype=np.uint64)
+    return draw(count, starts, np.array([number for _, number in pairs])).tolist()
+
+
 @pytest.mark.parametrize("along", ["numbers", "seeds"])
-def test_draws_are_uniform_and_name_their_prompt(along):
+def test_draws_are_uniform(along):
     pairs = (
         [(7, k) for k in range(3000)] if along == "numbers" else [(seed, 2) for seed in range(3000)]
     )
-    drawn = [draw(IDS, seed, number) for seed, number in pairs]
-    assert all(prompt is IDS[index] for index, prompt in drawn)
-    counts = np.bincount([index for index, _ in drawn], minlength=3)
+    counts = np.bincount(drawn(3, pairs), minlength=3)
     assert abs(counts - 1000).max() < 100  # four standard deviations
 
 
-def test_draws_depend_on_nothing_but_seed_and_number():
-    """SplitMix64's first numbers for a seed of 0, as its author's own program prints them, scaled
-    to the number of prompts."""
+@pytest.mark.parametrize("count", [2, 1000, 2**31 + 11])
+def test_draws_are_splitmix64_numbers_scaled_to_the_number_of_prompts(count):
+    """SplitMix64's first numbers for a seed of 0, as its author's own program prints them."""
     numbers = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    prompts = [[i] for i in range(1000)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tokenenv.prompts._start", lambda seed: seed)
-        assert [draw(prompts, 0, k)[0] for k in (2, 0, 1)] == [
-            numbers[k] * 1000 >> 64 for k in (2, 0, 1)
-        ]
-    assert draw(prompts, 2**200, 5) == draw(prompts, 2**200, 5)
-    pairs = [
-        (draw(prompts, s, k)[0], draw(prompts, s + 1, k)[0]) for s in range(40) for k in range(20)
-    ]
-    assert abs(np.corrcoef(np.array(pairs).T)[0, 1]) < 0.12  # three standard deviations
+    order = np.array([2, 0, 1])
+    found = draw(count, np.zeros(3, dtype=np.uint64), order)
+    assert found.tolist() == [numbers[k] * count >> 64 for k in order]
+
+
+def test_draws_depend_on_nothing_but_seed_and_number():
+    assert drawn(1000, [(2**200, 5)]) == drawn(1000, [(3, 1), (2**200, 5)])[1:]
+    pairs = [(s, k) for s in range(40) for k in range(20)]
+    both = [drawn(1000, pairs), drawn(1000, [(s + 1, k) for s, k in pairs])]
+    assert abs(np.corrcoef(both)[0, 1]) < 0.12  # three standard deviations
 
 
 @pytest.mark.parametrize("text", ["\ud800", "half \udfff a character"])

@@ -1,7 +1,7 @@
 """Prompts: read them from where users keep them, and turn them into token ids."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokenenv.tables import read_rows
 from tokenenv.types import PromptLimit, TokenSpec
 
 LONG_PROMPTS = ("refuse", "truncate")
-MASK = 2**64 - 1
+_ONE, _HALF = np.uint64(1), np.uint64(32)
 
 Encode = Callable[[str, Any], list[int]]
 """A function of a text and a tokenizer that returns token ids."""
@@ -163,19 +163,30 @@ def to_ids(
     return ids
 
 
-def draw(prompts: Sequence[Sequence[int]], seed: int, number: int) -> tuple[int, Sequence[int]]:
-    """Draw a prompt uniformly; return its index and the prompt.
+def draw(count: int, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Draw n prompts of `count` uniformly; return their indices, (n,) int64.
 
-    It is draw `number` (0 or more) of the stream that belongs to `seed` (0 or more). The generator
-    is SplitMix64 (Steele, Lea and Flood 2014): it gives any draw of a stream without those before.
+    Each is draw `numbers` (n,) (0 or more) of the stream that begins at `starts` (n,) uint64. The
+    generator is SplitMix64 (Steele, Lea and Flood 2014): it gives any draw of a stream without
+    those before.
     """
-    if len(prompts) == 1:
-        return 0, prompts[0]
-    mixed = (_start(seed) + (number + 1) * 0x9E3779B97F4A7C15) & MASK
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-    index = (mixed ^ (mixed >> 31)) * len(prompts) >> 64
-    return index, prompts[index]
+    if count == 1:
+        return np.zeros(len(numbers), dtype=np.int64)
+    # Products of uint64 arrays are taken modulo 2^64, as the generator asks for.
+    mixed = starts + (numbers.astype(np.uint64) + _ONE) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    # The upper half of the product with `count`, which has 128 bits, from two halves of 32 bits.
+    high, low, size = mixed >> _HALF, mixed & np.uint64(2**32 - 1), np.uint64(count)
+    return ((high * size + (low * size >> _HALF)) >> _HALF).astype(np.int64)
+
+
+@lru_cache(maxsize=4096)
+def stream_start(seed: int) -> int:
+    """Mix any seed (0 or more) into 64 bits, the start of its stream of prompts, so that the
+    streams of neighbouring seeds start far apart."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def _text(text: Any, label: str) -> Any:
@@ -192,12 +203,6 @@ def _text(text: Any, label: str) -> Any:
             f"{label} holds half a character (U+{ord(half):04X}), which has no tokens."
         )
     return text
-
-
-@lru_cache(maxsize=4096)
-def _start(seed: int) -> int:
-    """Mix any seed into 64 bits, so that the streams of neighbouring seeds start far apart."""
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
 
 
 def _read_ids(values: Any, label: str) -> list[int]:

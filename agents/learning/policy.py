@@ -5,13 +5,14 @@ Suffixes: B texts, L context, H hidden size, V vocabulary, K transitions.
 
 import copy
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv.agents.learning.recomputing import layers_of, recomputing
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
 from tokenenv.models.saving import check_not_its_base, save_model, whole_folder
 from tokenenv.models.trunks import (
@@ -34,11 +35,13 @@ class LMPolicy(nn.Module):
     they keep their dtype, and the adapters are float32. If the model has adapters already, only the
     active ones are trained. A float16 model becomes float32 in each case. With `frozen` the model
     is left as it is. It stays in eval mode, so that acting and learning see the same distribution
-    (no dropout).
+    (no dropout). With `gradient_checkpointing` its layers keep what they read, and are computed
+    again in the backward pass.
 
     Raises:
         InvalidArgument: `lora_rank` is given for a model that has adapters already, or those
-            adapters are switched off or merged.
+            adapters are switched off or merged; or `gradient_checkpointing` for a model that is
+            none of transformers.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class LMPolicy(nn.Module):
         max_batch_tokens: int = 16384,
         seed: int = 0,
         frozen: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.model = model = trainable(model, lora_rank, seed, frozen)
@@ -63,6 +67,9 @@ class LMPolicy(nn.Module):
         # returns themselves.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            layers_of(trunk_of(model))  # says so where it has none
         self.uses_bfloat16 = wants_bfloat16(precision, self.device)
         self.eval()
 
@@ -80,10 +87,14 @@ class LMPolicy(nn.Module):
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the states (B, L, H) that the LM head reads at each token of right-padded texts,
         and those that the value head reads."""
-        states_BLH = text_states(self.model, tokens_BL, lengths)
+        states_BLH = self._read(trunk_of(self.model), tokens_BL, lengths)
         if self.value_trunk is None:
             return states_BLH, states_BLH
-        return states_BLH, text_states(self.value_trunk, tokens_BL, lengths)
+        return states_BLH, self._read(self.value_trunk, tokens_BL, lengths)
+
+    def _read(self, trunk: Any, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
+        with recomputing(trunk) if self.gradient_checkpointing else nullcontext():
+            return text_states(trunk, tokens_BL, lengths)
 
     def value(self, states_KH: Tensor) -> Tensor:
         """Return the values (K,) float32 of value states, in reward."""

@@ -35,6 +35,7 @@ def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True)
         max_batch_tokens=config.max_batch_tokens,
         seed=config.seed,
         frozen=not learns,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 

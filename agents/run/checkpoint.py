@@ -120,6 +120,7 @@ def read_agent(
         known = [field.name for field in fields(kind.config_class)]
         check_state(state, kind.__name__, known, path)
         check_rollout(state["config"], path, overrides)
+        check_optimizer(state["config"], path, overrides)
         return state, kind.config_class(**state["config"])
 
 
@@ -131,6 +132,16 @@ def check_rollout(config: Mapping[str, Any], path: object, said: Collection[str]
         entries |= {f"agent.rollout_options.{key}": value for key, value in options}
     again = {"rollout": "agent.rollout", "rollout_options": "agent.rollout_options.*"}
     check_from_file(entries, path, {again[name] for name in said if name in again})
+
+
+def check_optimizer(config: Mapping[str, Any], path: object, said: Mapping[str, Any]) -> None:
+    """Raise where another optimizer is asked for than the one whose moments a checkpoint holds."""
+    before = config["optimizer"]
+    if said.get("optimizer", before) != before:
+        raise CheckpointError(
+            f"{path} holds the moments of optimizer={before!r}, which "
+            f"{said['optimizer']!r} cannot go on with."
+        )
 
 
 def restore(agent: "Agent", state: dict[str, Any]) -> None:

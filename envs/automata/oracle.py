@@ -14,6 +14,7 @@ from tokenenv.envs.automata.running import Game, Running
 from tokenenv.envs.automata.source import Source
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
+from tokenenv.models.batching import table_entries
 from tokenenv.models.bigram import Bigram
 from tokenenv.types import TrunkStates
 
@@ -115,7 +116,9 @@ class AutomatonOracle:
         reference, and `step` (K,) tokens so far."""
         # The step of rows that have ended, and take no token, runs on beyond the last one.
         step = step.clamp(max=self.max_new_tokens)
-        return self._device_values(beta)[step, states[self.automaton], states[self.reference]]
+        return table_entries(
+            self._device_values(beta), step, states[self.automaton], states[self.reference]
+        )
 
     def token_values(self, beta: float) -> np.ndarray:
         """Return Q* (T, Q, V) float64 of every token, by the step and the automaton's state."""

@@ -1,4 +1,5 @@
-"""Stopping between two steps loses and doubles nothing; a second signal ends a process at once."""
+"""Stopping between two steps loses and doubles nothing; a second signal ends a process at once; a
+reader that has seen enough is no error."""
 
 import os
 import signal
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from runs import SETTINGS, same
+from shells import TOKENENV, shell
 from toy_env import ToyEnv
 
 from tokenenv.agents import PPO
@@ -111,3 +113,9 @@ def test_stop_may_be_called_between_updates():
     agent.learn(4000, on_update=lambda metrics, episodes: agent.stop())
     assert agent.updates == 1
     assert agent.learn(400).tokens_seen >= 400
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    done = shell(f"set -o pipefail; {TOKENENV} envs | true", tmp_path)
+    assert done.returncode in (0, 1)
+    assert done.stderr == ""

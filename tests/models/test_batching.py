@@ -32,6 +32,30 @@ def test_micro_batches_by_hand():
     assert micro_batches([], 12) == []
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 30))
+def test_a_group_is_cut_only_where_that_spares_more_than_a_forward(lengths, cost):
+    lengths = np.asarray(lengths)
+    whole, cut = micro_batches(lengths, 200), micro_batches(lengths, 200, cost)
+    assert np.concatenate(cut).tolist() == np.concatenate(whole).tolist()
+
+    def padded_tokens(groups):
+        return sum(len(group) * lengths[group[0]] for group in groups)
+
+    # What is spared is at least what the added forwards cost, and no cut that pays is left.
+    spared = padded_tokens(whole) - padded_tokens(cut)
+    assert spared >= (cost + 1) * (len(cut) - len(whole))
+    for group in cut:
+        for k in range(1, len(group)):
+            both = padded_tokens([group[:k], group[k:]])
+            assert padded_tokens([group]) - both <= cost
+
+
+def test_cuts_by_hand():
+    lengths = [10, 10, 2, 1]
+    assert [g.tolist() for g in micro_batches(lengths, 100, 15)] == [[0, 1], [2, 3]]
+    assert [g.tolist() for g in micro_batches(lengths, 100, 16)] == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("name", fakes.ARCHITECTURES)
 def test_padded_states_equal_each_text_alone(name):
     model = fakes.causal_lm(name).base_model

@@ -105,10 +105,9 @@ class RewardEngine:
         """The models, which may be put into train mode between steps; none of them is run in it."""
         self.trunks = Trunks(models, num_slots, context.spec.max_length, **model_options)
         self.weights = {name: np.zeros(num_slots, dtype=np.float32) for name in terms}
-        shape = (num_slots, len(self.rewards.names), context.spec.max_new_tokens)
-        self.token_terms = torch.zeros(shape, dtype=torch.float32, device=context.device)
-        """(N, S, T): the number of each term for each token, watched ones included, in the order of
-        `RewardSum.names`."""
+        # The slots stand last, because a step writes a number for each of them.
+        shape = (len(self.rewards.names), context.spec.max_new_tokens, num_slots)
+        self._numbers_STN = torch.zeros(shape, dtype=torch.float32, device=context.device)
         paid = [i for i, name in enumerate(self.rewards.names) if name in terms]
         # On the device from the start: an index that came from the host at each end of a text
         # would have the step wait for the device.
@@ -117,6 +116,14 @@ class RewardEngine:
         self.states: States | None = None
         """Of all slots; None before texts have begun in every slot."""
         self._device_weights: dict[str, Tensor] = {}
+        self._nonzero: frozenset[str] = frozenset()
+        """The terms whose weights are 0 in no slot."""
+
+    @property
+    def token_terms(self) -> Tensor:
+        """(N, S, T): the number of each term for each token, watched ones included, in the order of
+        `RewardSum.names`. A view of the engine's own."""
+        return self._numbers_STN.permute(2, 0, 1)
 
     def require_columns(self, rows: Sequence[Columns], whose: str) -> None:
         """Raise `InvalidArgument` unless prompts that were given have the columns, `rows`, that
@@ -169,9 +176,12 @@ class RewardEngine:
         """Begin the texts of `slots`, with the given weight of each term."""
         for name, weight in weights.items():
             self.weights[name][slots] = weight
-        # index_fill_: on a GPU, assigning a number waits for the device.
-        self.token_terms.index_fill_(0, texts.upload(np.asarray(slots)), 0.0)
-        given = texts.whole(slots)
+        if len(slots) == self._numbers_STN.shape[2]:
+            self._numbers_STN.zero_()
+        else:
+            # index_fill_: on a GPU, assigning a number waits for the device.
+            self._numbers_STN.index_fill_(2, texts.upload(np.asarray(slots)), 0.0)
+        given = texts.whole(slots, int(texts.length[slots].max()))
         statistics = {
             name: s.expand(len(slots), -1).clone() for name, s in self.rewards.statistics().items()
         }
@@ -186,7 +196,7 @@ class RewardEngine:
         for name, weights in saved["weights"].items():
             self.weights[name][slots] = weights
         self.token_terms[texts.upload(np.asarray(slots))] = texts.upload(saved["token_terms"])
-        given = texts.whole(slots)
+        given = texts.whole(slots, int(texts.length[slots].max()))
         hidden = self._read(slots, given)
         states = States(hidden, texts.upload(given.steps()))
         scorer, score = self.context.causal_scorer, saved["score"]
@@ -203,11 +213,9 @@ class RewardEngine:
     def _read(self, slots: Slots, texts: WholeTexts) -> dict[Any, Tensor]:
         """Fill the caches of `slots` (n,) with texts, each different one read once. Return the
         state (n, H) after each text, by trunk."""
-        width = int(texts.length.max())
         # The host knows the texts, so nothing waits for the device.
-        ids = torch.from_numpy(np.asarray(texts.ids)[:, :width])
-        first = first_equals(ids, texts.length)
-        return self.trunks.prefill(slots, texts.tokens[:, :width], texts.length.tolist(), first)
+        first = first_equals(torch.from_numpy(np.asarray(texts.ids)), texts.length)
+        return self.trunks.prefill(slots, texts.tokens, texts.length.tolist(), first)
 
     def _put(self, slots: Slots, texts: TextBuffer, states: States) -> None:
         if self.states is None:
@@ -219,6 +227,7 @@ class RewardEngine:
 
     def _upload_weights(self, texts: TextBuffer) -> None:
         self._device_weights = {name: texts.upload(w) for name, w in self.weights.items()}
+        self._nonzero = frozenset(name for name, w in self.weights.items() if w.all())
 
     def forget(self) -> None:
         """Hold no text any more, as before the first `start`, which must now be of every slot."""
@@ -299,16 +308,16 @@ class RewardEngine:
         A causal term's number is written on the step's token. A hindsight term is placed on all
         tokens of the texts that end; its sum is paid now, unless it is watched.
         """
-        terms = self.rewards.paid(batch, self._device_weights)
+        terms = self.rewards.paid(batch, self._device_weights, self._nonzero)
         if terms:
             if not active.all():
                 mask = texts.upload(active)
                 terms = {name: torch.where(mask, values, 0.0) for name, values in terms.items()}
             # A slot that took no token has ended, and its step may be beyond the last token. What
             # is written there does not matter: the slot begins anew, and its numbers with it.
-            at = batch.before.step.clamp(max=self.token_terms.shape[2] - 1)
-            causal_NC1 = torch.stack(list(terms.values()), 1)[:, :, None]
-            self.token_terms.scatter_(2, at[:, None, None].expand_as(causal_NC1), causal_NC1)
+            at = batch.before.step.clamp(max=self._numbers_STN.shape[1] - 1)
+            causal_C1N = torch.stack(list(terms.values()))[:, None]
+            self._numbers_STN.scatter_(1, at.expand_as(causal_C1N), causal_C1N)
         for name in self.rewards.hindsight:
             if name in self.rewards.terms:
                 terms[name] = torch.zeros(
@@ -337,23 +346,27 @@ class RewardEngine:
         """Return Phi (N,) of the texts as they stand, zero where `scored`; None where no term is
         potential-based."""
         assert self.states is not None
-        potential = self.rewards.potential(self.states, self._device_weights)
+        potential = self.rewards.potential(self.states, self._device_weights, self._nonzero)
         if potential is None or scored is None:
             return potential
         return torch.where(scored, 0.0, potential)
 
     def placed(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return copies (N, T) of the numbers on each token, of the terms `names`."""
-        chosen = [name for name in self.rewards.names if name in names]
+        every = zip(self.rewards.names, self._numbers_STN, strict=True)
+        # A copy in every case: `contiguous` alone gives none of a single token or slot.
         return {
-            name: self.token_terms[:, self.rewards.names.index(name)].clone() for name in chosen
+            name: numbers_TN.T.clone(memory_format=torch.contiguous_format)
+            for name, numbers_TN in every
+            if name in names
         }
 
     def token_rewards(self) -> Tensor:
         """Return a copy (N, T) of the reward of each token, watched terms left out."""
-        if not self.rewards.watched:
-            return self.token_terms.sum(1)
-        return self.token_terms.index_select(1, self._paid).sum(1)
+        paid = self._numbers_STN
+        if self.rewards.watched:
+            paid = paid.index_select(0, self._paid)
+        return paid.sum(0).T.contiguous()
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:
@@ -380,6 +393,7 @@ class RewardEngine:
         source, target = texts.upload(np.asarray(sources)), texts.upload(np.asarray(targets))
         for tensor in [self.token_terms, *self.states.tensors()]:
             tensor[target] = tensor[source]
+        self.states.known.clear()
         self.states.texts = texts.running(self.context.spec.tokenizer)
         self._upload_weights(texts)
 

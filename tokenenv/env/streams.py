@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tokenenv.env.texts import mix
-from tokenenv.prompts import draw
+from tokenenv.prompts import draw, stream_start
 from tokenenv.types import Slots
 
 
@@ -23,8 +23,10 @@ class PromptStreams:
         self.prompts, self.group_size = prompts, group_size
         self.seeds = [0] * (num_slots // group_size)
         """The seed of each group."""
-        self.begun = [0] * (num_slots // group_size)
+        self.begun = np.zeros(num_slots // group_size, dtype=np.int64)
         """The number of texts that have begun in each group."""
+        self._starts = np.zeros(num_slots // group_size, dtype=np.uint64)
+        """Where the stream of each group's seed starts; nobody reads it of a single prompt."""
 
     def reseed(self, seeds: Sequence[int | None], mask: np.ndarray) -> None:
         """Start each group of `mask` (N,) anew with the seed of its first slot, unless that seed is
@@ -32,7 +34,12 @@ class PromptStreams:
         for slot in range(0, len(mask), self.group_size):
             seed = seeds[slot]
             if mask[slot] and seed is not None:
-                self.seeds[slot // self.group_size], self.begun[slot // self.group_size] = seed, 0
+                self._set(slot // self.group_size, seed, 0)
+
+    def _set(self, group: int, seed: int, begun: int) -> None:
+        self.seeds[group], self.begun[group] = seed, begun
+        if len(self.prompts) > 1:
+            self._starts[group] = stream_start(seed)
 
     def split_groups(self, mask: np.ndarray) -> bool:
         """Return whether `mask` (N,) holds a part of a group."""
@@ -42,27 +49,31 @@ class PromptStreams:
     def round_up(self) -> None:
         """Go on with a new prompt in every group, also where some of its slots have not had the
         last one."""
-        self.begun = [-(-begun // self.group_size) * self.group_size for begun in self.begun]
+        self.begun = -(-self.begun // self.group_size) * self.group_size
 
-    def draw(self, slot: int) -> tuple[int, Sequence[int]]:
-        """Return the index and the prompt of the text that begins in `slot`."""
-        group = slot // self.group_size
-        drawn = draw(self.prompts, self.seeds[group], self.begun[group] // self.group_size)
-        self.begun[group] += 1
-        return drawn
+    def draw(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the indices (n,) of the prompts of the texts that begin in `slots` (n,), in
+        ascending order, and how many texts (n,) have begun in its group before each."""
+        groups, size = slots // self.group_size, self.group_size
+        # Slots of one group are neighbours: those that begin now are counted from its first one.
+        number = self.begun[groups] + np.arange(len(slots)) - np.searchsorted(groups, groups)
+        self.begun += np.bincount(groups, minlength=len(self.begun))
+        return draw(len(self.prompts), self._starts[groups], number // size), number
 
-    def text_seed(self, slot: int) -> int:
-        """Return a number of its own for the text that begins next in `slot`, from which all that
-        the environment writes into it is drawn."""
-        group = slot // self.group_size
-        return mix(self.seeds[group], self.begun[group])
+    def text_seeds(self, slots: np.ndarray, numbers: np.ndarray) -> list[int]:
+        """Return a number of its own for each of the texts that begin in `slots` (n,), which have
+        the `numbers` (n,) that `draw` gave them, from which all that the environment writes into it
+        is drawn."""
+        groups = (slots // self.group_size).tolist()
+        both = zip(groups, numbers.tolist(), strict=True)
+        return [mix(self.seeds[group], number) for group, number in both]
 
     def save(self, slots: Slots) -> dict[str, Any]:
         """Return what `load` needs of the groups of `slots`."""
         groups = [int(slot) // self.group_size for slot in slots]
         numbers = {
             "seeds": [self.seeds[group] for group in groups],
-            "begun": [self.begun[group] for group in groups],
+            "begun": self.begun[groups].tolist(),
         }
         return {"group_size": self.group_size, **numbers}
 
@@ -74,4 +85,4 @@ class PromptStreams:
             if np.isin(
                 np.arange(group * self.group_size, (group + 1) * self.group_size), slots
             ).all():
-                self.seeds[group], self.begun[group] = int(seed), int(begun)
+                self._set(group, int(seed), int(begun))

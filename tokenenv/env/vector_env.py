@@ -180,7 +180,7 @@ class TokenVectorEnv(EnvBase):
         truncated = active & full & ~terminated
         ended = terminated | truncated
         ends = Ends(terminated, truncated, ended if spec.score_truncated else terminated, ended)
-        self.tokens_seen += int(active.sum())
+        self.tokens_seen += int(np.count_nonzero(active))
         paid = self._engine.step(texts.upload(tokens), logprob, active, ends, texts, replies)
         self._ended, self._scored = ended.copy(), ends.scored.copy()
         infos = step_infos(
@@ -329,29 +329,35 @@ class TokenVectorEnv(EnvBase):
     def _begin(self, given: ResetOptions) -> Infos:
         """Start an episode in the slots of `given.mask`, each with the given prompt or the next one
         of its stream; return their infos."""
-        slots, own = np.flatnonzero(given.mask), self._task.columns
-        prompts: list[Sequence[int]] = []
-        columns: list[Columns] = []
-        seeds: list[int] = []
-        for slot in map(int, slots):
-            if self.token_spec.responds:
-                seeds.append(self._streams.text_seed(slot))
-            index, prompt = self._streams.draw(slot)
-            row = own[index] if own else {}
-            if slot in given.prompts:
-                index, prompt, row = -1, given.prompts[slot], given.columns[slot]
-            self._prompt_id[slot] = index
+        slots = np.flatnonzero(given.mask)
+        index, numbers = self._streams.draw(slots)
+        responds = self.token_spec.responds
+        seeds = self._streams.text_seeds(slots, numbers) if responds else ()
+        drawn, which = np.unique(index, return_inverse=True)
+        prompts: list[Sequence[int]] = [self._streams.prompts[i] for i in drawn]
+        for slot, prompt in given.prompts.items():
+            place = np.searchsorted(slots, slot)
+            index[place], which[place] = -1, len(prompts)
             prompts.append(prompt)
-            columns.append(row)
-        prefixes = [given.prefixes.get(int(slot), ()) for slot in slots]
-        prefix_own = [given.prefix_own.get(int(slot), ()) for slot in slots]
-        self._texts.restart(slots, prompts, prefixes, columns, prefix_own, seeds)
+        columns = self._columns_of(slots, index, given)
+        self._texts.restart(slots, prompts, which, columns, given.prefixes, given.prefix_own, seeds)
+        self._prompt_id[slots] = index
         self._engine.start(
             slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef)
         )
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
         self._ended[given.mask] = self._scored[given.mask] = False
         return self._start_infos(slots)
+
+    def _columns_of(
+        self, slots: np.ndarray, index: np.ndarray, given: ResetOptions
+    ) -> Sequence[Columns]:
+        """What belongs to the prompts of `slots` (n,): those with the index (n,) -1 were given.
+        Empty where nothing belongs to any prompt."""
+        own, rows = self._task.columns, zip(slots.tolist(), index.tolist(), strict=True)
+        if not own and not any(given.columns.values()):
+            return ()
+        return [given.columns[s] if i < 0 else own[i] if own else {} for s, i in rows]
 
     # ------------------------------------------------------------------- infos
 

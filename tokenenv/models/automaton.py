@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument
 from tokenenv.types import Slots
 
-from .batching import last_states, upload
+from .batching import last_states, table_entries, upload
 
 StateT = TypeVar("StateT", bound=Hashable)
 
@@ -74,12 +74,12 @@ class Automaton:
         """Return the states (K,) that follow K states and tokens, (K,) each. Ids beyond V are read
         as the last one: an index out of range ends a CUDA process."""
         tokens = tokens.to(self.device, non_blocking=True).clamp(0, self.vocab_size - 1)
-        return self._transitions[states, tokens]
+        return table_entries(self._transitions, states, tokens)
 
     def score(self, states: Tensor) -> Tensor:
         """Return the scores (K,) float32 of texts that end in `states` (K,). This is the head of
         the scorer whose trunk this automaton is."""
-        return self._payoff[states]
+        return self._payoff.index_select(0, states)
 
     def read(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read whole texts on the host: right-padded `tokens` (N, L) of `lengths` (N,) to the last

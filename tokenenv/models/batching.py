@@ -14,7 +14,9 @@ BLOCK_ELEMENTS = 2**18
 """Logits that one pass over the vocabulary reads on the CPU: 1 MiB, which a core's cache holds."""
 
 
-def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) -> list[np.ndarray]:
+def micro_batches(
+    lengths: Sequence[int] | np.ndarray, max_batch_tokens: int, forward_tokens: int | None = None
+) -> list[np.ndarray]:
     """Group the indices of texts by length, longest first.
 
     Each group, padded to its longest text, has at most `max_batch_tokens` tokens. A single text
@@ -23,6 +25,8 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) ->
     Args:
         lengths: (B,) tokens of each text.
         max_batch_tokens: tokens of one group, padding included.
+        forward_tokens: how many tokens one more forward costs as much as. A group is cut where that
+            spares more padding than this. None cuts no further than memory asks for.
 
     Returns:
         Index arrays, which together hold 0..B-1.
@@ -36,7 +40,24 @@ def micro_batches(lengths: Sequence[int] | np.ndarray, max_batch_tokens: int) ->
         size = max(1, max_batch_tokens // max(1, int(lengths[order[start]])))
         groups.append(order[start : start + size])
         start += size
-    return groups
+    if forward_tokens is None:
+        return groups
+    return [part for group in groups for part in _with_less_padding(group, lengths, forward_tokens)]
+
+
+def _with_less_padding(
+    group: np.ndarray, lengths: np.ndarray, forward_tokens: int
+) -> list[np.ndarray]:
+    """Cut a group of indices, longest text first, in two where that spares the most padding; then
+    each part again, as long as a cut spares more than a forward costs."""
+    sizes = lengths[group]
+    # Cut before text k, those from k on are padded to its length, not to the longest one's.
+    spared = np.arange(len(group), 0, -1) * (sizes[0] - sizes)
+    cut = int(spared.argmax())
+    if spared[cut] <= forward_tokens:
+        return [group]
+    halves = group[:cut], group[cut:]
+    return [part for half in halves for part in _with_less_padding(half, lengths, forward_tokens)]
 
 
 def hidden_states(trunk: Any, tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> Tensor:
@@ -90,6 +111,15 @@ def vocabulary_blocks(logits_KV: Tensor) -> Iterator[slice]:
     rows, size = logits_KV.shape
     block = max(1, BLOCK_ELEMENTS // size) if logits_KV.device.type == "cpu" else max(1, rows)
     return (slice(start, start + block) for start in range(0, max(1, rows), block))
+
+
+def table_entries(table: Tensor, *index: Tensor) -> Tensor:
+    """Return table[index] (K,) for one index (K,) int64, 0 or more, a dimension. A single number
+    for each entry is looked up in half the time."""
+    place = index[0]
+    for size, further in zip(table.shape[1:], index[1:], strict=True):
+        place = torch.add(further, place, alpha=size)
+    return table.view(-1).index_select(0, place)
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

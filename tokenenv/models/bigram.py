@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenenv.errors import InvalidArgument
 from tokenenv.types import Slots
 
-from .batching import last_states
+from .batching import last_states, table_entries
 
 
 class Bigram(nn.Module):
@@ -70,7 +70,7 @@ class Bigram(nn.Module):
 
     def logprob(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return log p(token | state), (K,) float32 in nats, without making all (K, V) of them."""
-        return self.logprobs[states, tokens]
+        return table_entries(self.logprobs, states, tokens)
 
     def ids(self, tokens: Tensor) -> Tensor:
         """Return a copy of token ids on the device. Ids beyond V are read as the last one: an index

@@ -143,16 +143,24 @@ class RewardSum:
         """The S names of all terms, causal ones first: the order of `RewardEngine.token_terms`."""
         return [*self.causal, *self.hindsight]
 
-    def paid(self, batch: Transitions, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def paid(
+        self,
+        batch: Transitions,
+        weights: Mapping[str, Tensor],
+        nonzero: frozenset[str] = frozenset(),
+    ) -> dict[str, Tensor]:
         """Return the numbers (K,) float32 of the causal and policy-dependent terms; `weights` (K,)
-        are those of the reward's terms, and a watched term's number is not weighted."""
+        are those of the reward's terms, `nonzero` the terms whose weights are known to be nowhere
+        0, and a watched term's number is not weighted."""
         found = {}
         for name in self.causal:
             rewards = check_rewards(
                 name, "reward", _reward(name, self.every[name], batch), batch.tokens.shape
             )
             unweighted = name in self.watched
-            found[name] = rewards.float() if unweighted else weighted(weights[name], rewards)
+            found[name] = (
+                rewards.float() if unweighted else weighted(weights[name], rewards, name in nonzero)
+            )
         return found
 
     def placed(self, texts: FinishedTexts, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,10 +191,17 @@ class RewardSum:
         for term in self.every.values():
             term.update_model()
 
-    def potential(self, states: States, weights: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the weighted sum (K,) of the potentials, or None where no term has one."""
+    def potential(
+        self,
+        states: States,
+        weights: Mapping[str, Tensor],
+        nonzero: frozenset[str] = frozenset(),
+    ) -> Tensor | None:
+        """Return the weighted sum (K,) of the potentials, or None where no term has one; `nonzero`
+        as in `paid`."""
         parts = [
-            weighted(weights[name], self.terms[name].potential(states)) for name in self.shaped
+            weighted(weights[name], self.terms[name].potential(states), name in nonzero)
+            for name in self.shaped
         ]
         return torch.stack(parts).sum(0) if parts else None
 
@@ -219,9 +234,11 @@ def _with_wrapped(terms: Mapping[str, RewardTerm]) -> dict[str, RewardTerm]:
     return every
 
 
-def weighted(weight: Tensor, rewards: Tensor) -> Tensor:
+def weighted(weight: Tensor, rewards: Tensor, nonzero: bool = False) -> Tensor:
     """Return their product, float32. A weight of 0 gives 0, also where the reward is -inf (a token
-    that the reference lacks)."""
+    that the reference lacks); where the weights are known to be `nonzero` nothing is looked for."""
+    if nonzero:
+        return (weight * rewards).float()
     return torch.where(weight == 0, 0.0, weight * rewards).float()
 
 

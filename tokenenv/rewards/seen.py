@@ -138,6 +138,9 @@ class States:
     """(K,) float32: the task's own reward for the turn that the policy's last token ended, else 0,
     for `remember` to read while the turn is answered; `tensors` and `put` leave it aside. None
     where the environment never writes, in a prefix, and where it is not given."""
+    known: dict[Any, Tensor] = field(default_factory=dict)
+    """(K,) what a term has read off these very states and may be asked for again, by the term;
+    forgotten where a text of them is written over."""
 
     def of(self, model: Any) -> Tensor:
         """Return the states (K, H) of `model`'s trunk; the term lists the model in `models`."""
@@ -168,6 +171,7 @@ class States:
 
     def put(self, slots: Tensor, other: "States") -> None:
         """Write the n texts of `other` over the texts `slots` (n,)."""
+        self.known.clear()
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine[slots] = theirs
 

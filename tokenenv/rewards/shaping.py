@@ -133,4 +133,8 @@ class Oracle(Shaping):
 
     def potential(self, states: States) -> Tensor:
         """(K,): V* of the text so far."""
-        return self._oracle.state_value(states.hidden, states.step, self._beta)
+        # Each state is asked about as what follows a token, as what comes before the next, and for
+        # the infos; the tables do not change.
+        if self not in states.known:
+            states.known[self] = self._oracle.state_value(states.hidden, states.step, self._beta)
+        return states.known[self]

@@ -68,10 +68,10 @@ def test_it_finds_the_kl_regularised_optimum():
     for _ in range(T):
         good, other = math.exp((1 + best) / beta), math.exp(best / beta)
         best = beta * math.log((good + 1.0 + (V - 2) * other) / V)
-    agent = KLQ(ToyEnv(16), batch_tokens=400, lr=3e-3, kl_coef=beta)
-    start = evaluate(agent, ToyEnv(16), num_texts=256)
+    agent = KLQ(ToyEnv(64), batch_tokens=800, lr=6e-3, kl_coef=beta)
+    start = evaluate(agent, ToyEnv(64), num_texts=256)
     agent.learn(10_000)
-    found = evaluate(agent, ToyEnv(16), num_texts=256)
+    found = evaluate(agent, ToyEnv(64), num_texts=256)
     assert start.score - beta * start.kl < 0.3 * best
     assert 0.93 * best < found.score - beta * found.kl < 1.05 * best
 

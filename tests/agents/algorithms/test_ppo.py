@@ -28,10 +28,10 @@ from tokenenv.errors import InvalidArgument
     "options", [{}, {"separate_value": True, "lambda_alpha": 1.0, "scale_rewards": False}]
 )
 def test_it_learns_to_emit_the_rewarded_token(options):
-    agent = PPO(ToyEnv(16), batch_tokens=400, lr=3e-3, seed=1, **options)
-    before = evaluate(agent, ToyEnv(16), num_texts=64)
-    agent.learn(4500)
-    after = evaluate(agent, ToyEnv(16), num_texts=64)
+    agent = PPO(ToyEnv(32), batch_tokens=400, lr=1e-2, seed=1, **options)
+    before = evaluate(agent, ToyEnv(64), num_texts=64)
+    agent.learn(3000)
+    after = evaluate(agent, ToyEnv(64), num_texts=64)
     assert before.score < 1.5
     assert after.score > 4.0
     assert GOOD in agent.generate([[2, 3]], greedy=True)[0]
@@ -45,11 +45,11 @@ def test_it_finds_the_kl_regularised_optimum():
         good, other = math.exp((1 + optimum) / beta), math.exp(optimum / beta)
         optimum = beta * math.log((good + 1.0 + (V - 2) * other) / V)
     agent = PPO(
-        ToyEnv(16), batch_tokens=400, lr=3e-3, kl_coef=beta, lambda_actor=1.0, lambda_critic=1.0
+        ToyEnv(64), batch_tokens=800, lr=6e-3, kl_coef=beta, lambda_actor=1.0, lambda_critic=1.0
     )
-    start = evaluate(agent, ToyEnv(16), num_texts=256)
+    start = evaluate(agent, ToyEnv(64), num_texts=256)
     agent.learn(10_000)
-    found = evaluate(agent, ToyEnv(16), num_texts=256)
+    found = evaluate(agent, ToyEnv(64), num_texts=256)
     objective = found.score - beta * found.kl
     assert start.score - beta * start.kl < 0.3 * optimum
     assert 0.95 * optimum < objective < 1.05 * optimum
@@ -177,8 +177,8 @@ def test_another_algorithm_is_a_few_lines():
 
             return self.optimise(batch, make_loss)
 
-    agent = Reinforce(ToyEnv(16), batch_tokens=400, lr=3e-3, epochs=1).learn(6000)
-    assert evaluate(agent, ToyEnv(16), num_texts=64).score > 4.0
+    agent = Reinforce(ToyEnv(32), batch_tokens=400, lr=1e-2, epochs=1).learn(4000)
+    assert evaluate(agent, ToyEnv(64), num_texts=64).score > 4.0
 
 
 @pytest.mark.parametrize("score_truncated", [True, False])
@@ -495,10 +495,10 @@ def test_learning_goes_on_to_the_tokens_asked_for():
 def test_lora_learns():
     pytest.importorskip("peft")
     model = tiny_lm(initializer_range=0.3)
-    agent = PPO(ToyEnv(16, reference=model), batch_tokens=400, lr=1e-2, lora_rank=4)
+    agent = PPO(ToyEnv(32, reference=model), batch_tokens=400, lr=2e-2, lora_rank=4)
     frozen = agent.policy.model.get_input_embeddings().weight.clone()
     agent.learn(4000)
-    assert evaluate(agent, ToyEnv(16, reference=model), num_texts=64).score > 3.0
+    assert evaluate(agent, ToyEnv(64, reference=model), num_texts=64).score > 3.0
     assert torch.equal(agent.policy.model.get_input_embeddings().weight, frozen)
 
 

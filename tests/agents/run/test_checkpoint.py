@@ -167,30 +167,34 @@ def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
 
 
 WRITER = """
-import sys, torch
+import itertools, os, sys, torch
 from tokenenv.agents.run.checkpoint import write_checkpoint
-turn = 0
-while True:
-    turn += 1
-    write_checkpoint(sys.argv[1], {"turn": turn, "weight": torch.full((1_000_000,), float(turn))})
-    print(turn, flush=True)
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        for turn in itertools.count(1):
+            weight = torch.full((1_000_000,), float(turn))
+            write_checkpoint(sys.argv[1], {"turn": turn, "weight": weight})
+            print(os.getpid(), turn, flush=True)
+    os.waitpid(pid, 0)
+    print("killed", flush=True)
 """
 
 
 def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path):
     path = tmp_path / "c"
     chance = random.Random(0)
-    for _ in range(3):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-        )
-        written = int(writer.stdout.readline())
-        time.sleep(chance.random() * 0.05)
-        writer.send_signal(signal.SIGKILL)
-        written = max([written, *map(int, writer.communicate()[0].split())])
-        state = read_checkpoint(path)
-        assert state["turn"] >= written
-        assert (state["weight"] == state["turn"]).all()
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        for _ in range(3):
+            pid, written = map(int, writer.stdout.readline().split())
+            time.sleep(chance.random() * 0.05)
+            os.kill(pid, signal.SIGKILL)
+            for line in iter(writer.stdout.readline, "killed\n"):
+                written = int(line.split()[1])
+            state = read_checkpoint(path)
+            assert state["turn"] >= written
+            assert (state["weight"] == state["turn"]).all()
 
 
 def token_env(mode=AutoresetMode.SAME_STEP, **options):

@@ -1,4 +1,5 @@
-"""The plugin package of `examples/plugin`, installed as a user would install it."""
+"""The plugin package of `examples/plugin`, installed as a user would install it. Its commands start a
+dozen processes."""
 
 import shutil
 import subprocess
@@ -85,9 +86,3 @@ assert "tokenenv_reverse.algorithm" not in sys.modules
 """
     done = shell(f"{sys.executable} - <<'E'{code}E", tmp_path, installed)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    done = shell(f"set -o pipefail; {TOKENENV} envs | true", tmp_path)
-    assert done.returncode in (0, 1)
-    assert done.stderr == ""
