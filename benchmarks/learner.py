@@ -10,10 +10,10 @@ The models have random weights: "1m" is a Llama of 1.1 million parameters and a 
 "update" is all that `PPO.update` does: values, advantages, losses, gradients, clipping, optimizer
 steps, and the last look at how far the policy moved. "bare" reads the same micro-batches with the
 same models: forward, logits of response tokens, `log_softmax` and values, backward; no loss of an
-algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to 32 tokens, and "uncut" is "bare" on minibatches that are
-cut by memory alone, padded to the longest text. Seconds are of the process on
-the CPU (of the wall on a GPU), medians of turns. "peak" is what the memory rises by, each measured
-in a process of its own.
+algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to
+32 tokens, and "uncut" is "bare" on minibatches that are cut by memory alone, padded to the longest
+text. Seconds are of the process on the CPU (of the wall on a GPU), medians of turns. "peak" is what
+the memory rises by, each measured in a process of its own; that of "update" has AdamW's moments.
 """
 
 import argparse
