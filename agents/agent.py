@@ -32,6 +32,7 @@ from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.rates import default_lr
 from tokenenv.agents.learning.update_kl import warn_if_far
 from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.choose import choose_rollout
 from tokenenv.agents.rollout.collector import Stopped
 from tokenenv.agents.rollout.ending import Ending
 from tokenenv.agents.rollout.env_rows import (
@@ -144,6 +145,8 @@ class Agent:
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         assert cfg.lr is not None
+        if cfg.rollout == "auto":
+            self.config = cfg = replace(cfg, rollout=choose_rollout(envs, self.policy, cfg))
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)

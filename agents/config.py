@@ -42,6 +42,7 @@ ELSEWHERE = {
 """What other libraries take as a setting of the algorithm, and where it is here."""
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 PRECISIONS = ("auto", "float32", "bfloat16")
+ROLLOUTS = ("step", "episode", "auto", "vllm", "http://HOST:PORT")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS: dict[Any, tuple[type, str]] = {
@@ -117,8 +118,9 @@ class AgentConfig:
     with the reference; 0 trains a copy of all weights, in float32."""
     rollout: str = "step"
     """What writes the texts: "step", the env one token at a time; "episode", the policy alone;
-    "vllm", vLLM in this process; or the URL of a vLLM server. All but "step" write whole texts,
-    which the env scores when they have ended: rewards are the same (docs/rollout.md)."""
+    "auto", that of the two which a short trial finds faster; "vllm", vLLM in this process; or the
+    URL of a vLLM server. All but "step" write whole texts, which the env scores when they have
+    ended: rewards are the same (docs/rollout.md)."""
     rollout_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of the engine that `rollout` names, such as gpu_memory_utilization 0.4. num_texts is
     the number of texts side by side, by default the env's num_envs."""
@@ -140,7 +142,7 @@ class AgentConfig:
             check_choice(
                 "rollout",
                 without_user(self.rollout),
-                ("step", "episode", "vllm", "http://HOST:PORT"),
+                ROLLOUTS,
             )
         self.check(
             "at least", 1, "batch_tokens", "max_batch_tokens", "epochs", "minibatches", "kl_horizon"

@@ -5,7 +5,7 @@ response tokens, H hidden size, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.rollout.actor import Policy, device_of, invert, to_host
-from tokenenv.errors import InvalidArgument
+from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import upload
 from tokenenv.models.same_texts import first_equals, prefill_once
 from tokenenv.types import SlotModel, TokenSpec, Written
@@ -72,17 +72,22 @@ class EpisodeEngine:
         """Begin a text; see `RolloutEngine`."""
         self._waiting.append(Asked(key, [int(token) for token in prompt], max_tokens, seed))
 
-    @torch.no_grad()
     def ended(self) -> list[Written]:
         """Draw tokens until at least one text has ended, and return those that have; see
         `RolloutEngine`."""
+        found: list[Written] = []
+        while not found:
+            found = self.step()
+        return found
+
+    @torch.no_grad()
+    def step(self) -> list[Written]:
+        """Draw a token in every slot, and return the texts that this ended."""
         if self._slots is None:
             self._start()
-        while True:
-            self._fill()
-            ended = self._draw()
-            if len(ended):
-                return self._take(ended)
+        self._fill()
+        ended = self._draw()
+        return self._take(ended) if len(ended) else []
 
     def sync(self) -> None:
         """Have the running texts read again before their next token; see `RolloutEngine`."""
@@ -190,3 +195,9 @@ class EpisodeEngine:
         texts = torch.from_numpy(padded)
         first = first_equals(texts, lengths)
         return prefill_once(self._slots, slots, texts.to(self._rows_N.device), lengths, first)
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Raise `InvalidArgument` for an option of `rollout_options` that is none of this engine's."""
+    for name in names:
+        check_choice("rollout_options", name, ["num_texts"])

@@ -10,7 +10,6 @@ from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.env_rows import reference_of
 from tokenenv.agents.rollout.text_collector import TextCollector, check_text_env, make_engine
-from tokenenv.errors import check_choice
 from tokenenv.models.adapters import sharing
 
 
@@ -53,9 +52,6 @@ def make_collector(
             max_staleness=config.max_staleness,
         )
     spec = check_text_env(envs).token_spec
-    if config.rollout == "episode":
-        for name in config.rollout_options:
-            check_choice("rollout_options", name, ["num_texts"])
     options: dict[str, Any] = {"temperature": config.temperature, "num_texts": envs.num_envs}
     options |= config.rollout_options
     policy: Any = actor.policy

@@ -30,7 +30,7 @@ from tokenenv.agents.rollout.env_rows import (
     tell_policy_updated,
     wants_logprob,
 )
-from tokenenv.agents.rollout.episode_engine import EpisodeEngine
+from tokenenv.agents.rollout.episode_engine import EpisodeEngine, check_options
 from tokenenv.agents.rollout.pairing import whole_groups
 from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
 from tokenenv.agents.rollout.text_scores import episode_of, score_texts
@@ -365,6 +365,7 @@ def check_text_env(envs: VectorEnv) -> Any:
 def make_engine(rollout: str, policy: LMPolicy, spec: TokenSpec, **options: Any) -> RolloutEngine:
     """Return the engine that `rollout` names, for this policy; a URL is a vLLM server's."""
     if rollout == "episode":
+        check_options(set(options) - {"temperature"})
         return EpisodeEngine(policy, spec, **options)
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")

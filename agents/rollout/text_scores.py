@@ -13,8 +13,11 @@ from tokenenv.tables import by_name
 from tokenenv.types import EpisodeScores, TokenSpec
 
 
-def score_texts(core: Any, texts: Sequence[Text], *, pays_logprob: bool) -> EpisodeScores:
-    """Have the env score finished texts, as played ones. Raises `NotFinite`, naming the texts."""
+def score_texts(
+    core: Any, texts: Sequence[Text], *, pays_logprob: bool, played: bool = True
+) -> EpisodeScores:
+    """Have the env score finished texts, by default as `played` ones. Raises `NotFinite`, naming
+    the texts."""
     columns = by_name([text.columns for text in texts])
     given: dict[str, Any] = {"columns": columns} if columns else {}
     if pays_logprob:
@@ -29,7 +32,7 @@ def score_texts(core: Any, texts: Sequence[Text], *, pays_logprob: bool) -> Epis
             [text.prompt for text in texts],
             [[*text.prefix, *text.tokens] for text in texts],
             weights={name: [text.weights[name] for text in texts] for name in texts[0].weights},
-            played=True,
+            played=played,
             **given,
         )
     except NotFinite as error:

@@ -16,11 +16,13 @@ from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
+from tokenenv.env.memory import env_memory
 from tokenenv.env.replies import answer, is_asked
 from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
+from tokenenv.models.memory import Places
 from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
@@ -169,6 +171,12 @@ class EnvBase(VectorEnv):
         self._require_open()
         return self._engine.trunks.cache_bytes
 
+    def memory(self, places: Places | None = None) -> dict[str, int]:
+        """Return the bytes that the weights of each model take, by role, and the caches. A memory
+        that an earlier role has, or `places` has counted, does not count again."""
+        self._require_open()
+        return env_memory(self._engine, places or Places())
+
     # ------------------------------------------------------------- whole texts
 
     @ordinary_tensors
@@ -275,6 +283,20 @@ class EnvBase(VectorEnv):
             list(prompt), segments, self.token_spec.tokenizer, dict(columns or {}), seed
         )
         return answer(self._task, self.token_spec, text)
+
+    @property
+    def why_step(self) -> str | None:
+        """What speaks for stepping this design, in words; None where nothing does. Whole texts are
+        scored alike, but not faster, or by what has been learned from other texts."""
+        self._require_open()
+        rewards = self._engine.rewards
+        reasons = {
+            "the environment writes into texts": self.token_spec.responds,
+            "a reward model is trained meanwhile": rewards.model_version is not None,
+            "a term carries a memory along each text": bool(rewards.with_memory),
+            "a term learns from the texts": bool(rewards.statistics()),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     @property
     def reward_version(self) -> int | None:
