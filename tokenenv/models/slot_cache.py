@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer
 
+from . import decode_attention
 from .batching import upload
-from .shapes import ATTENTION
+from .shapes import ATTENTION as SHAPES
 from .step_graphs import StepGraphs
 
 BUCKET = 16
@@ -342,14 +343,14 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
 
 @contextmanager
 def masked_attention(trunk: Any) -> Iterator[None]:
-    """Run under an attention that takes 4D masks: the model's own, or sdpa (eager where the model
-    has none) in place of flash and flex kernels, which take none."""
+    """Run under an attention that takes 4D masks: the project's own in place of sdpa; the model's
+    own where that is eager or another; and neither flash nor flex kernels, which take none."""
     config = trunk.config
     chosen = config._attn_implementation
-    if chosen in ("sdpa", "eager", ATTENTION, None):
+    if chosen in ("eager", SHAPES, None):
         yield
         return
-    config._attn_implementation = "sdpa" if trunk._supports_sdpa else "eager"
+    config._attn_implementation = decode_attention.NAME if trunk._supports_sdpa else "eager"
     try:
         yield
     finally:

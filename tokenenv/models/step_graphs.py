@@ -76,7 +76,11 @@ class StepGraphs:
         # into the cache what the replay will write again.
         forward(*inputs)
         graph = torch.cuda.CUDAGraph()
-        with collector_waiting(), torch.cuda.graph(graph, pool=self._pool):
+        with (
+            collector_waiting(),
+            casts_not_kept(),
+            torch.cuda.graph(graph, pool=self._pool),
+        ):
             states = forward(*inputs)
         self._pool = graph.pool()
         return graph, inputs, states
@@ -92,6 +96,18 @@ class StepGraphs:
             reason,
         )
         return forward(*inputs)
+
+
+@contextmanager
+def casts_not_kept() -> Iterator[None]:
+    """Have autocast convert weights anew. It keeps what it has converted until the forward is over,
+    and a graph must not read what is freed then, or was converted by another graph."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 @contextmanager
