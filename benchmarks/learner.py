@@ -13,7 +13,7 @@ same models: forward, logits of response tokens, `log_softmax` and values, backw
 algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to
 32 tokens, and "uncut" is "bare" on minibatches that are cut by memory alone, padded to the longest
 text. Seconds are of the process on the CPU (of the wall on a GPU), medians of turns. "peak" is what
-the memory rises by, each measured in a process of its own.
+the memory rises by, each measured in a process of its own; that of "update" has AdamW's moments.
 """
 
 import argparse

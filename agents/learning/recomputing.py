@@ -45,5 +45,5 @@ def recomputing(trunk: Any) -> Iterator[None]:
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
             undo.callback(delattr, layer, "forward")
-            layer.forward = again  # type: ignore[method-assign]
+            layer.forward = again
         yield
