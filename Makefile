@@ -36,7 +36,7 @@ test: $(STAMP)  ## the whole suite
 examples: $(STAMP)  ## the examples and the code of the pages, run from top to bottom
 	EXAMPLES=1 $(BIN)/pytest -n auto --dist worksteal tests/with_examples
 
-docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages are opened in a browser
+docs: $(DOCS_STAMP)  ## the documentation as a site in build/site, without the net; its pages and a run's are opened in a browser
 	@rm -rf build/site
 	NO_MKDOCS_2_WARNING=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/mkdocs build --quiet --strict
 	DOCS=1 $(BIN)/pytest tests/with_docs
@@ -120,6 +120,7 @@ lint: $(STAMP)  ## ruff, and mypy on the package under its installed names (agen
 bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/episode_rollout.py
+	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/group_start.py
 	$(BIN)/python benchmarks/cached_lm.py
 	$(BIN)/python benchmarks/turns_step.py

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/learner.py [--shape 1m 262k] [--separate-value]
     [--texts 64] [--tokens 32] [--epochs 4] [--minibatches 4] [--repetitions 5]
-    [--gradient-checkpointing]
+    [--gradient-checkpointing] [--ragged]
 
 The models have random weights: "1m" is a Llama of 1.1 million parameters and a vocabulary of 1,024,
 "262k" one with 262,144 ids (0.4 million parameters beside its embeddings, of which there are 50).
@@ -10,15 +10,16 @@ The models have random weights: "1m" is a Llama of 1.1 million parameters and a 
 "update" is all that `PPO.update` does: values, advantages, losses, gradients, clipping, optimizer
 steps, and the last look at how far the policy moved. "bare" reads the same micro-batches with the
 same models: forward, logits of response tokens, `log_softmax` and values, backward; no loss of an
-algorithm, no optimizer. "AdamW" are as many optimizer steps alone. Seconds are of the process on
-the CPU (of the wall on a GPU), medians of turns. "peak" is what the memory rises by, each measured
-in a process of its own.
+algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to
+32 tokens, and "uncut" is "bare" on minibatches that are cut by memory alone, padded to the longest
+text. Seconds are of the process on the CPU (of the wall on a GPU), medians of turns. "peak" is what
+the memory rises by, each measured in a process of its own.
 """
 
 import argparse
-import resource
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.learning.learner import micro_batches_for
 from tokenenv.agents.learning.optimise import minibatches
 from tokenenv.models.batching import micro_batches
 
@@ -77,14 +79,15 @@ def make_agent(args: argparse.Namespace, shape: str) -> PPO:
 
 def make_batch(args: argparse.Namespace, shape: str) -> EpisodeBatch:
     """Make finished texts of random tokens, with random rewards; all are as long as they can be, as
-    in the comparison with TRL's trainer."""
+    in the comparison with TRL's trainer, or of any length."""
     rng, vocab_size = np.random.default_rng(0), SHAPES[shape]["vocab_size"]
 
     def episode(index: int) -> Episode:
-        noise = rng.normal(size=(3, args.tokens)).astype(np.float32)
+        size = int(rng.integers(1, args.tokens + 1)) if args.ragged else args.tokens
+        noise = rng.normal(size=(3, size)).astype(np.float32)
         return Episode(
             prompt=np.full(PROMPT, 2),
-            response=rng.integers(2, vocab_size, args.tokens),
+            response=rng.integers(2, vocab_size, size),
             logprob=noise[0] * 0.01 - np.float32(np.log(vocab_size)),
             ref_logprob=noise[1] * 0.01 - np.float32(np.log(vocab_size)),
             reward=noise[2],
@@ -95,34 +98,37 @@ def make_batch(args: argparse.Namespace, shape: str) -> EpisodeBatch:
             gold=0.0,
             prompt_id=0,
             slot=index,
-            potential=np.zeros(args.tokens + 1, np.float32),
+            potential=np.zeros(size + 1, np.float32),
             index=0,
         )
 
     return EpisodeBatch.stack([episode(index) for index in range(args.texts)])
 
 
-def bare(agent: PPO, batch: EpisodeBatch) -> None:
-    """Run the forward and the backward of every micro-batch that an update learns from."""
+def bare(agent: PPO, batch: EpisodeBatch, cut: bool = True) -> None:
+    """Run the forward and the backward of every micro-batch that an update learns from; unless they
+    are to be `cut`, of minibatches that are cut by memory alone."""
     policy, config = agent.policy, agent.config
+    lengths, limit = batch.length_B.numpy(), config.max_batch_tokens
     for rows in minibatches(len(batch), config, np.random.default_rng(0)):
-        for micro in micro_batches(batch.length_B.numpy()[rows], config.max_batch_tokens):
-            tokens_BL = batch.tokens_BL[rows[micro]].to(policy.device)
-            sum_of_numbers(policy, tokens_BL).backward()
+        sizes = lengths[rows]
+        groups = micro_batches_for(policy, sizes, limit) if cut else micro_batches(sizes, limit)
+        for micro in groups:
+            sum_of_numbers(policy, batch, rows[micro]).backward()
         policy.zero_grad()
 
 
-def sum_of_numbers(policy: Any, tokens_BL: Tensor) -> Tensor:
-    """Return the sum of log-probs and values of the response tokens, plainly."""
-    model = policy.model
-    states_BLH = model.model(input_ids=tokens_BL, use_cache=False)[0]
-    before_KH = states_BLH[:, PROMPT - 1 : -1].flatten(0, 1)
-    tokens_K = tokens_BL[:, PROMPT:].flatten()
+def sum_of_numbers(policy: Any, batch: EpisodeBatch, rows: np.ndarray) -> Tensor:
+    """Return the sum of log-probs and values of the response tokens of some texts, plainly."""
+    model, width = policy.model, int(batch.length_B[rows].max())
+    tokens_BL = batch.tokens_BL[rows, :width].to(policy.device)
+    mask_BT = batch.mask_BT[rows, : width - PROMPT].to(policy.device)
+    before_KH = model.model(input_ids=tokens_BL, use_cache=False)[0][:, PROMPT - 1 : -1][mask_BT]
     logprobs_KV = torch.log_softmax(model.lm_head(before_KH), -1)
-    total = logprobs_KV.gather(-1, tokens_K[:, None]).sum()
+    total = logprobs_KV.gather(-1, tokens_BL[:, PROMPT:][mask_BT][:, None]).sum()
     if policy.value_trunk is not None:
         states_BLH = policy.value_trunk(input_ids=tokens_BL, use_cache=False)[0]
-        before_KH = states_BLH[:, PROMPT - 1 : -1].flatten(0, 1)
+        before_KH = states_BLH[:, PROMPT - 1 : -1][mask_BT]
     return total + policy.value_head(before_KH).sum()
 
 
@@ -140,6 +146,8 @@ def candidates(args: argparse.Namespace, shape: str) -> Iterator[tuple[str, Call
         weight.grad = torch.full_like(weight, 1e-6)
     yield "update", lambda: agent.update(batch)
     yield "bare", lambda: bare(agent, batch)
+    if args.ragged:
+        yield "uncut", lambda: bare(agent, batch, cut=False)
     yield "AdamW", lambda: steps(other)
 
 
@@ -155,13 +163,16 @@ def memory() -> float:
     """Return the largest memory so far, in MiB."""
     if CUDA:
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**10
 
 
 def rise(args: argparse.Namespace, shape: str, name: str) -> float:
     """Return by how many MiB the memory rises when a candidate first runs."""
     torch.set_num_threads(1)
     agent, batch = make_agent(args, shape), make_batch(args, shape)
+    if not CUDA:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is in memory now
     before = memory()
     bare(agent, batch) if name == "bare" else agent.update(batch)
     return memory() - before
@@ -180,19 +191,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--separate-value", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--ragged", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for shape in args.shape:
         seconds = medians(dict(candidates(args, shape)), args.repetitions, clock)
-        peaks = {"AdamW": float("nan")}
+        peaks = dict.fromkeys(seconds, float("nan"))
         for name in ("update", "bare"):
             with get_context("spawn").Pool(1) as pool:
                 peaks[name] = pool.apply(rise, (args, shape, name))
-        print(f"{shape}: {args.texts} texts of {PROMPT} + {args.tokens} tokens, {args.epochs} x "
+        tokens = int(make_batch(args, shape).response_length_B.sum())
+        print(f"{shape}: {args.texts} texts with {tokens} tokens of responses, {args.epochs} x "
               f"{args.minibatches} minibatches")  # fmt: skip
         print(f"  {'':8} {'seconds':>9} {'x bare':>7} {'tokens/s':>9} {'peak, MiB':>10}")
         for name, each in seconds.items():
-            speed, share = args.texts * args.tokens / each, each / seconds["bare"]
+            speed, share = tokens / each, each / seconds["bare"]
             print(f"  {name:8} {each:>9.3f} {share:>7.2f} {speed:>9.0f} {peaks[name]:>10.0f}",
                   flush=True)  # fmt: skip
 

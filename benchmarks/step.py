@@ -1,16 +1,17 @@
-"""The cost of a step: by position, beside recomputing every prefix, and beside the bare cached
-forwards.
+"""The cost of a step by position, and beside recomputing every prefix.
 
-It prints three ratios, all from this one run, with the bundled models of PyDocs-v0 and N = 64
-texts.
+It prints ratios, each from this one run, with the bundled models of PyDocs-v0 and N = 64 texts. By
+position it is also 48 texts of three models of hidden size 192, 6 layers and 6 key/value heads.
+`profile_step.py` says where the time of a step goes, beside the bare cached forwards.
 """
 
-import time
-from collections.abc import Callable
+from argparse import Namespace
 
 import gymnasium as gym
 import numpy as np
 import torch
+from machine import Clock, bandwidth
+from profiled import begin, cache_bytes_per_token, subject
 from rich.console import Console
 from timing import medians
 
@@ -20,11 +21,10 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.models.batching import hidden_states
-from tokenenv.models.cached_lm import CachedLM
 from tokenenv.models.trunks import logits_head, trunk_of
 
 ENV, N = "tokenenv/PyDocs-v0", 64
-console = Console()
+console = Console(width=150)
 
 
 def make_envs(max_new_tokens: int) -> gym.vector.VectorEnv:
@@ -40,13 +40,6 @@ def start(envs: gym.vector.VectorEnv) -> dict:
     return envs.reset(seed=0)[0]
 
 
-def running_tokens(envs: gym.vector.VectorEnv, steps: int) -> np.ndarray:
-    """Return random actions (steps, N), none of which ends a text."""
-    tokens = np.random.default_rng(0).integers(10, envs.single_action_space.n, (steps, N))
-    assert not np.isin(tokens, envs.unwrapped.token_spec.stop_token_ids).any()
-    return tokens
-
-
 def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
     """Make the bundled agents' default policy, kept from ending texts, so that no step also begins
     one."""
@@ -56,24 +49,28 @@ def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
     return policy
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Return the wall time of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def by_position(rounds: int = 5, steps: int = 250) -> None:
-    """Print the step time around positions 16 and 240, of `rounds` times whole texts."""
-    envs = make_envs(steps + 6)
-    tokens, times = running_tokens(envs, steps), np.zeros((rounds, steps))
-    for round_times in times:
-        start(envs)
-        round_times[:] = [seconds(lambda action=action: envs.step(action)) for action in tokens]
+def by_position(model: str, number: int, rounds: int = 3, steps: int = 250) -> None:
+    """Print the time of act + step around response tokens 16 and 240, of `rounds` times whole
+    texts, and what reading the keys and values between them alone would cost."""
+    options = {"even": True, "compile": False, "lora_rank": 0}
+    asked = Namespace(model=model, device="cpu", dtype="float32", **options)
+    chosen, clock, times = (
+        subject(asked, number, steps // 2),
+        Clock("cpu"),
+        np.zeros((rounds, steps)),
+    )
+    for spent in times:
+        obs = begin(chosen, even=True)
+        for step in range(steps):
+            started = clock()
+            obs = chosen.envs.step(chosen.agent.actor.act(obs)[0].numpy())[0]
+            spent[step] = clock() - started
     early, late = (1e3 * float(np.median(times[:, p - 8 : p + 9])) for p in (16, 240))
+    between = number * (240 - 16) * sum(map(cache_bytes_per_token, chosen.trunks))
     console.print(
-        f"step at position 16: {early:.2f} ms, at 240: {late:.2f} ms, "
-        f"ratio {late / early:.2f} (at most 1.5)"
+        f"{model}, N={number}: act + step at token 16 {early:.2f} ms, at 240 {late:.2f} ms, ratio "
+        f"{late / early:.2f}; the keys and values between at the speed of a large copy: "
+        f"{1e3 * between / bandwidth('cpu'):.2f} ms"
     )
 
 
@@ -114,38 +111,7 @@ def against_full_prefix(repetitions: int = 2, steps: int = 128) -> None:
     )
 
 
-def overhead(repetitions: int = 200) -> None:
-    """Print the time of act + step where no text ends, of `CachedLM.append` on the same three
-    trunks, and of a reset."""
-    envs = make_envs(repetitions + 2)
-    env, policy = envs.unwrapped, make_policy(envs)
-    trunks = [trunk_of(policy.model), trunk_of(env.reference), env._task.scorer.model]
-    obs, actor = start(envs), Actor(policy, seed=0)
-    bare = [CachedLM(trunk, N, obs["tokens"].shape[1]) for trunk in trunks]
-    for cached in bare:
-        cached.prefill(range(N), torch.from_numpy(obs["tokens"]), obs["length"])
-    fixed = torch.full((N,), 10)
-
-    def whole() -> None:
-        nonlocal obs
-        obs = envs.step(actor.act(obs)[0].numpy())[0]
-
-    def forwards() -> None:
-        for cached in bare:
-            cached.append(fixed)
-
-    found = medians({"whole": whole, "forwards": forwards}, repetitions)
-    ratio = found["whole"] / found["forwards"]
-    first_slot = {"reset_mask": np.arange(N) == 0}
-    [reset] = medians({"reset": lambda: envs.reset(options=first_slot)}, 20).values()
-    console.print(
-        f"act + step {1e3 * found['whole']:.2f} ms, "
-        f"three bare forwards {1e3 * found['forwards']:.2f} ms, "
-        f"ratio {ratio:.2f} (at most 1.25); beginning one new text {1e3 * reset:.2f} ms"
-    )
-
-
 if __name__ == "__main__":
-    by_position()
+    by_position(ENV, N)
+    by_position("3m", 48)
     against_full_prefix()
-    overhead()

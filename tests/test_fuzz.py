@@ -1,7 +1,7 @@
 """Whatever is thrown at it: an error of ours (or Gymnasium's) or an answer, and an env that steps
 afterwards.
 
-1,000 cases, the same ones each time; `make fuzz` draws 10,000 at random and prints how many of each
+400 cases, the same ones each time; `make fuzz` draws 10,000 at random and prints how many of each
 target were refused.
 """
 
@@ -36,7 +36,7 @@ from tokenenv.errors import TokenEnvError
 from tokenenv.prompts import load_prompts
 from tokenenv.safety.values import from_yaml, to_yaml
 
-CASES = int(os.environ.get("FUZZ_CASES", 1000))
+CASES = int(os.environ.get("FUZZ_CASES", 400))
 RANDOM = "FUZZ_CASES" in os.environ
 OURS = (TokenEnvError, gym.error.Error)
 AUTOMATA = [

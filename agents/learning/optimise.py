@@ -53,6 +53,8 @@ def optimise(
     """
     seen: list[Metrics] = []
     before = Before(policy, batch, config, update)
+    # Walking through all modules for them costs as much as clipping does.
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer.zero_grad()
     try:
         for rows in minibatches(len(batch), config, rng):
@@ -78,7 +80,7 @@ def optimise(
                 and metrics.get("policy/approx_kl", 0.0) > config.target_kl
             ):
                 break
-            norm = float(clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+            norm = float(clip_grad_norm_(weights, config.max_grad_norm))
             metrics["policy/grad_norm"] = norm
             if not math.isfinite(norm):
                 raise NotFinite(

@@ -99,12 +99,17 @@ class LMPolicy(nn.Module):
     def value(self, states_KH: Tensor) -> Tensor:
         """Return the values (K,) float32 of value states, in reward."""
         # In full precision whatever the trunk runs in: returns are not rounded to bfloat16.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self._autocast_type, enabled=False):
             return self.value_head(states_KH[:, : self.value_head.in_features].float())[:, 0]
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which forwards run, which sets their precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bfloat16)
+        return torch.autocast(self._autocast_type, torch.bfloat16, enabled=self.uses_bfloat16)
+
+    @property
+    def _autocast_type(self) -> str:
+        # torch has no autocast on the device "meta", where nothing is computed.
+        return "cpu" if self.device.type == "meta" else self.device.type
 
     def save_pretrained(
         self,

@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tokenenv.agents.learning.masks import rule_out, unpack
+from tokenenv.models.batching import vocabulary_blocks
 from tokenenv.models.heads import LMHead
 from tokenenv.types import Head
 
 CHUNK_ELEMENTS = 2**25
 """Logits held at a time: 128 MiB in float32. A matrix product over fewer rows than this gives at a
 vocabulary of 262,144 would read the head's weights more often than it works."""
-BLOCK_ELEMENTS = 2**18
-"""Logits that one pass over the vocabulary reads on the CPU: 1 MiB, which a core's cache holds."""
 RULED_OUT = -1e20
 """What stands for the log-prob of an impossible token: 0 log 0 = 0, where 0 * inf would be NaN."""
 
@@ -95,19 +94,11 @@ def teacher_logprobs(logits_KV: Tensor, logprobs_KV: Tensor) -> Tensor:
     return torch.where(found_KV.isnan(), logprobs_KV, found_KV)
 
 
-def _blocks(logits_KV: Tensor) -> Iterator[slice]:
-    """Yield the rows of one pass over the vocabulary after the other. Elsewhere than on the CPU it
-    is all of them: a device is slow to start, not to read."""
-    rows, size = logits_KV.shape
-    block = max(1, BLOCK_ELEMENTS // size) if logits_KV.device.type == "cpu" else max(1, rows)
-    return (slice(start, start + block) for start in range(0, rows, block))
-
-
 def _numbers(logits_KV: Tensor, rows: Rows, out_KV: Tensor) -> Tensor:
     """Return (K, 4) the numbers of each token, and leave the log-probs in `out_KV`, which may be
     the logits."""
     found_K4 = logits_KV.new_zeros(len(logits_KV), 4)
-    for part in _blocks(logits_KV):
+    for part in vocabulary_blocks(logits_KV):
         _numbers_of_block(logits_KV[part], rows[part], out_KV[part], found_K4[part])
     return found_K4
 
@@ -148,7 +139,7 @@ def _gradient(
 ) -> Tensor:
     """Return the gradient (K, V) by the logits in `out_KV`, which may be the log-probs, given the
     gradients (K,) by the four numbers; None is zero."""
-    for part in _blocks(logprobs_KV):
+    for part in vocabulary_blocks(logprobs_KV):
         some = tuple(None if grad is None else grad[part, None] for grad in grads)
         _gradient_of_block(logprobs_KV[part], rows[part], found_K4[part], some, out_KV[part])
     return out_KV
@@ -286,7 +277,7 @@ def _add_chunk(
     # Where the head does more than its layer, autograd goes back through that.
     is_leaf = made_KV is leaf_KV
     logits_KV = made_KV.detach() if is_leaf else made_KV.detach().clone()
-    for block in _blocks(logits_KV):
+    for block in vocabulary_blocks(logits_KV):
         _logprobs(logits_KV[block], rows[block], logits_KV[block])
     grad_KV = _gradient(logits_KV, rows.with_logits(), found_K4, grads, logits_KV)
     if not is_leaf:

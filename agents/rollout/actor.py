@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.learning.masks import allowed_of, rule_out
-from tokenenv.models.batching import in_order, last_states, upload
+from tokenenv.models.batching import in_order, last_states, upload, vocabulary_blocks
 from tokenenv.models.same_texts import prefill_once
 from tokenenv.models.trunks import extend_slots
 from tokenenv.types import SlotModel
@@ -74,17 +74,26 @@ def invert(logits_NV: Tensor, temperature: float, random_N: Tensor) -> tuple[Ten
     if temperature == 0:
         tokens_N = logits_NV.argmax(-1)
         return tokens_N, torch.zeros_like(tokens_N, dtype=torch.float32)
-    # `log_softmax` is 2e-5 off at large vocabularies, and the learner is not (`vocabulary`).
-    logits_NV = logits_NV.float() / temperature
-    logprobs_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
-    cumulative_NV = logprobs_NV.exp().cumsum(-1)
+    logits_NV = logits_NV.float()
+    if temperature != 1:
+        logits_NV = logits_NV / temperature
+    found = [_invert(logits_NV[rows], random_N[rows]) for rows in vocabulary_blocks(logits_NV)]
+    tokens, logprobs = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _invert(logits_KV: Tensor, random_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `invert` does at temperature 1, for a few rows, which stay in a processor's cache."""
+    cumulative_KV = torch.softmax(logits_KV, dim=-1).cumsum_(-1)
     # The total differs from 1 by rounding. Scaling by it keeps the last token reachable, and a
     # token of probability 0 impossible.
-    tokens_N1 = torch.searchsorted(
-        cumulative_NV, random_N[:, None] * cumulative_NV[:, -1:], right=True
+    tokens_K1 = torch.searchsorted(
+        cumulative_KV, random_K[:, None] * cumulative_KV[:, -1:], right=True
     )
-    tokens_N1 = tokens_N1.clamp_(max=logits_NV.shape[1] - 1)
-    return tokens_N1[:, 0], logprobs_NV.gather(-1, tokens_N1)[:, 0]
+    tokens_K1 = tokens_K1.clamp_(max=logits_KV.shape[1] - 1)
+    # `log_softmax` is 2e-5 off at large vocabularies, and the learner is not (`vocabulary`). Of the
+    # logarithms only those that are asked for are computed.
+    return tokens_K1[:, 0], logits_KV.gather(-1, tokens_K1)[:, 0] - logits_KV.logsumexp(-1)
 
 
 class Actor:

@@ -12,6 +12,7 @@ from tasks import (
     copied,
     id_cases,
     in_modes,
+    in_turn,
     make_vec,
     random_actions,
     row_of,
@@ -22,7 +23,7 @@ N, STEPS, SEED = 3, 14, 11
 TOLERANCE = 1e-5
 NEXT_AND_SAME, DISABLED = MODES[:2], MODES[2]
 IN_MODES = [
-    *in_modes(id_cases()),
+    *in_turn(id_cases(), *MODES),
     *in_modes(toy_cases(), *NEXT_AND_SAME),
     *in_modes(toy_cases("mixture", "k1", "features", "memories", "watched"), DISABLED),
 ]

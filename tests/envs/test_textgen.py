@@ -210,6 +210,18 @@ def test_dtypes_by_name_or_object(dtype, saved):
     assert np.isfinite(rewards).all()
 
 
+def test_what_bfloat16_weights_say_is_near_what_float32_weights_say(saved):
+    models = {"reference": saved["reference"], "reward_model": saved["token"]}
+    whole, half = (
+        make(saved["policy"], dtype=dtype, **models) for dtype in ("float32", "bfloat16")
+    )
+    for exact, rough in zip(play(whole)[2], play(half)[2], strict=True):
+        apart = np.abs(exact[4]["ref_logprob"] - rough[4]["ref_logprob"])
+        # bfloat16 has 8 bits: each number of a state is off by up to 1/256 of it.
+        assert 0 < apart.max() < 0.05
+        assert 0 < np.abs(exact[1] - rough[1]).max() < 0.05
+
+
 def test_an_unknown_dtype_is_named(saved):
     with pytest.raises(
         InvalidArgument, match="dtype='bfloat' is not known; allowed: bfloat16, float16, float32"

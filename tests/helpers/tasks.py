@@ -230,12 +230,16 @@ def in_modes(cases: list[Any], *modes: AutoresetMode) -> list[Any]:
     return [_with_mode(case, mode) for case in cases for mode in modes or MODES]
 
 
+def in_turn(cases: list[Any], *modes: AutoresetMode) -> list[Any]:
+    """Each case in one autoreset mode: the first case in the first mode, and so on."""
+    return [_with_mode(case, modes[i % len(modes)]) for i, case in enumerate(cases)]
+
+
 def some_modes(*modes: AutoresetMode) -> list[Any]:
-    """Each registered id in every autoreset mode (or those given), and each toy in one of them in
-    turn."""
+    """Each toy and each registered id in one autoreset mode (or one of those given); ids begin with
+    the second, so that they are not in the mode that `in_turn` begins with."""
     modes = modes or MODES
-    toys = [_with_mode(case, modes[i % len(modes)]) for i, case in enumerate(toy_cases())]
-    return toys + in_modes(id_cases(), *modes)
+    return in_turn(toy_cases(), *modes) + in_turn(id_cases(), *modes[1:], modes[0])
 
 
 def _with_mode(case: Any, mode: AutoresetMode) -> Any:

@@ -99,6 +99,40 @@ def test_any_schedule_equals_each_row_alone(name):
         Schedule(lm, seed).run(25)
 
 
+class Unrecorded:
+    """What graphs are given, run as it is: shapes are those of CUDA, and no device is needed."""
+
+    def __init__(self):
+        self.shapes = set()
+
+    def __call__(self, name, forward, *inputs):
+        self.shapes.add((name, *(tuple(x.shape) for x in inputs)))
+        return forward(*inputs)
+
+
+@pytest.mark.parametrize("name", sorted(fakes.CACHED))
+def test_prompts_padded_to_the_shapes_of_graphs_equal_each_row_alone(name):
+    lm = cached(fakes.causal_lm(name))
+    lm._slots.graphs = graphs = Unrecorded()
+    Schedule(lm, 0).run(30)
+    prefills = {tuple(shapes) for kind, *shapes in graphs.shapes if kind == "prefill"}
+    assert prefills <= {((rows,), (rows, width)) for rows in (1, 2, 4) for width in (8, 16, 32)}
+    assert len(prefills) > 1
+
+
+def test_a_prompt_is_padded_to_no_more_than_the_slots_hold_and_a_large_one_not_at_all(monkeypatch):
+    lm = cached(fakes.causal_lm("llama"), num_slots=3, max_length=24)
+    lm._slots.graphs = graphs = Unrecorded()
+    text = torch.randint(60, (3, 24))
+    states = lm.prefill([0, 1, 2], text, [24, 3, 20])
+    assert graphs.shapes == {("prefill", (4,), (4, 24))}
+    texts = [text[0].tolist(), text[1, :3].tolist(), text[2, :20].tolist()]
+    assert_states(lm, states, texts, range(3))
+    monkeypatch.setattr(slot_cache, "RECORDED_TOKENS", 3 * 24 - 1)
+    assert_states(lm, lm.prefill([0, 1, 2], text, [24, 3, 20]), texts, range(3))
+    assert len(graphs.shapes) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", sorted(fakes.CACHED))
 def test_steps_on_cuda_are_graphs_that_see_every_change(name):

@@ -3,8 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tokenenv.errors import ModelError
+from tokenenv.models import batching, heads
 from tokenenv.models.batching import hidden_states
 from tokenenv.models.heads import in_chunks, lm_head, make_scorer, score_head, token_logprobs
 
@@ -46,6 +48,55 @@ def test_ids_beyond_a_smaller_model_are_impossible_and_those_of_a_larger_one_are
     assert token_logprobs(
         states, torch.tensor([60, 61, 69]), lm_head(model, 70)
     ).isinf().tolist() == [False, True, True]
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Have oneDNN multiply with every weight, and return the list of its calls."""
+    if not heads.HAS_ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    calls, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*args):
+        calls.append(args)
+        return product(*args)
+
+    monkeypatch.setattr(heads, "LARGE_WEIGHT", 1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_large_weight_is_read_in_place_and_the_product_is_the_same(in_place, bias):
+    linear, states = nn.Linear(32, 5000, bias=bias), torch.randn(7, 32)
+    found = heads.vocabulary_product(linear, states)
+    assert len(in_place) == 1
+    assert in_place[0][1] is linear.weight
+    torch.testing.assert_close(found, linear(states), atol=1e-5, rtol=1e-5)
+    linear.weight.mul_(2)
+    torch.testing.assert_close(
+        heads.vocabulary_product(linear, states), linear(states), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("what", ["gradients", "a hook", "a subclass", "bfloat16", "autocast"])
+def test_other_products_are_the_layers_own(in_place, what):
+    class Doubled(nn.Linear):
+        def forward(self, states):
+            return 2 * super().forward(states)
+
+    linear = (Doubled if what == "a subclass" else nn.Linear)(32, 50)
+    states = torch.randn(3, 32)
+    if what == "a hook":
+        linear.register_forward_hook(lambda module, args, output: output + 1)
+    if what == "bfloat16":
+        linear, states = linear.bfloat16(), states.bfloat16()
+    with torch.set_grad_enabled(what == "gradients"), torch.autocast("cpu", enabled="auto" in what):
+        found = heads.vocabulary_product(linear, states)
+        assert torch.equal(found, linear(states))
+    assert found.requires_grad == (what == "gradients")
+    assert not in_place
 
 
 def test_unknown_logits_are_refused():
@@ -178,6 +229,19 @@ def test_token_logprobs_and_gradients_equal_log_softmax(k, hidden, vocab, chunk,
             token_logprobs(states, tokens, head, temperature=temperature, chunk=chunk), plain
         )
     assert sum(head.sizes) == 3 * k
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_log_probs_are_the_same_a_few_rows_at_a_time(rows, monkeypatch):
+    states, tokens, head = torch.randn(rows, 8), torch.randint(50, (rows,)), nn.Linear(8, 50)
+    whole = token_logprobs(states, tokens, head)
+    monkeypatch.setattr(batching, "BLOCK_ELEMENTS", 100)
+    sizes, logsumexp = [], torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor, "logsumexp", lambda x, dim: sizes.append(len(x)) or logsumexp(x, dim)
+    )
+    assert torch.equal(token_logprobs(states, tokens, head), whole)
+    assert sizes == {0: [0], 1: [1], 7: [2, 2, 2, 1]}[rows]
 
 
 def test_no_tensor_of_all_logits_is_kept_for_the_backward():

@@ -113,33 +113,30 @@ def by_hand(
 ) -> tuple[np.ndarray, float]:
     """The attributions (T,) of one text and the score of its zero embeddings, the response's
     embeddings being scaled where the model makes them."""
-    text, start = torch.tensor([prompt + response]), len(prompt) + prefix_length
+    text_L, start = torch.tensor(prompt + response), len(prompt) + prefix_length
     made: dict[str, torch.Tensor] = {}
 
     def scale(module, args, output):
         made["plain"] = output.detach()
         made["scaled"] = (
-            torch.cat([output[:, :start], output[:, start:] * made["at"]], 1)
+            torch.cat([output[:, :start], output[:, start:] * made["at"][:, None, None]], 1)
             .detach()
             .requires_grad_()
         )
         return made["scaled"]
 
-    def score_at(at):
-        made["at"] = at
-        states = scorer.model(input_ids=text)[0][0]
-        return (
-            scorer.head(states[len(prompt) :]).sum()
-            if scorer.per_token
-            else scorer.head(states[-1:]).sum()
-        )
+    def score_at(points_S):
+        """The sum of the text's scores at each share of its embeddings."""
+        made["at"] = points_S
+        states = scorer.model(input_ids=text_L.expand(len(points_S), -1))[0]
+        return scorer.head(states[:, len(prompt) if scorer.per_token else -1 :]).sum()
 
     handle, out = scorer.model.get_input_embeddings().register_forward_hook(scale), np.zeros(T)
-    for point, weight in zip(*quadrature(steps), strict=True):
-        score_at(float(point)).backward()
-        products = (made["scaled"].grad * made["plain"])[0].sum(-1)
-        out[prefix_length : len(response)] += float(weight) * products[start:].numpy()
-    baseline = float(score_at(0.0).detach())
+    points_S, weights_S = (torch.as_tensor(each, dtype=torch.float32) for each in quadrature(steps))
+    score_at(points_S).backward()
+    products_SL = (made["scaled"].grad * made["plain"]).sum(-1)
+    out[prefix_length : len(response)] = (weights_S @ products_SL[:, start:]).numpy()
+    baseline = float(score_at(torch.zeros(1)).detach())
     handle.remove()
     return out, baseline
 

@@ -72,7 +72,7 @@ def test_a_design_steps_as_it_scores_or_names_what_it_lacks(env_id: str, design:
     episodes = (
         tasks.play(envs, steps=tasks.T, stop=0.0)
         if design == "progressive"
-        else tasks.play(envs, steps=22)
+        else tasks.play(envs, steps=2 * tasks.T)
     )
     turns: dict[str, Any] = {}
     if envs.unwrapped.token_spec.responds:

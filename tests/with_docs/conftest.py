@@ -1,4 +1,4 @@
-"""Tests on the built site, for which mkdocs is installed: `make docs`."""
+"""Tests on the built site, for which mkdocs is installed, and on a run's page: `make docs`."""
 
 import os
 

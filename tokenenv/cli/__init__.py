@@ -1,4 +1,5 @@
-"""The `tokenenv` command: train, evaluate, show, sample, fit, audit, envs, rewards, version."""
+"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, envs, rewards and
+version."""
 
 import argparse
 import dataclasses
@@ -20,6 +21,7 @@ from tokenenv.cli.fit import Fit
 from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
+from tokenenv.cli.plan import Plan
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
@@ -45,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may lack characters that texts have
     try:
-        made = _train_default(args[1:] if args[0] == "train" else [])
+        made = _train_default(args[1:] if args[0] in ("train", "plan") else [])
         # Entries that a default dict has would turn into flags of their own, so tyro is given
         # empty dicts, and the entries are added to what was typed afterwards.
         default = dataclasses.replace(
             made, options={}, agent=dataclasses.replace(made.agent, rollout_options={})
         )
         train: Any = Train[made.algorithm.config_class]  # type: ignore[name-defined]
+        plan: Any = Plan[made.algorithm.config_class]  # type: ignore[name-defined]
         commands: Any = (
             Annotated[train, tyro.conf.subcommand("train", default=default)]
+            | Annotated[plan, tyro.conf.subcommand("plan", default=Plan(**vars(default)))]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Show, tyro.conf.subcommand("show")]
             | Annotated[Sample, tyro.conf.subcommand("sample")]
@@ -66,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if {"-h", "--help"} & set(args):
             for shown in (
                 Train,
+                Plan,
                 made.algorithm.config_class,
                 Evaluate,
                 Show,

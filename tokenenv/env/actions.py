@@ -48,10 +48,17 @@ def read_actions(
 def token_codes(tokens: Tensor, logprob: Tensor | None, vocab_size: int) -> Tensor:
     """Return the tokens (N,) int64, with a negative code where a slot's action is invalid. It is
     all that the host needs of a step."""
+    if logprob is None and tokens.device.type == "cpu" and _within(tokens.numpy(), vocab_size):
+        return tokens.clone()
     codes = torch.where((tokens >= 0) & (tokens < vocab_size), tokens, BAD_TOKEN)
     if logprob is not None:
         codes = torch.where(logprob.isfinite() & (logprob <= LOGPROB_SLACK), codes, BAD_LOGPROB)
     return codes
+
+
+def _within(tokens: np.ndarray, vocab_size: int) -> bool:
+    """Whether all are token ids, in two passes over them."""
+    return bool(tokens.min() >= 0 and tokens.max() < vocab_size)
 
 
 def invalid_action(

@@ -16,11 +16,13 @@ from tokenenv.env.ambient import ordinary_tensors
 from tokenenv.env.as_typed import AsTyped, as_typed
 from tokenenv.env.config import check_kl_coef
 from tokenenv.env.identity import identity
+from tokenenv.env.memory import env_memory
 from tokenenv.env.replies import answer, is_asked
 from tokenenv.env.reset_options import read_own
 from tokenenv.env.scoring import score_episodes
 from tokenenv.env.scoring_arguments import read_weights
 from tokenenv.errors import EnvClosed, Interrupted, InvalidArgument
+from tokenenv.models.memory import Places
 from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
@@ -168,6 +170,12 @@ class EnvBase(VectorEnv):
         """The memory that the caches take, in bytes."""
         self._require_open()
         return self._engine.trunks.cache_bytes
+
+    def memory(self, places: Places | None = None) -> dict[str, int]:
+        """Return the bytes that the weights of each model take, by role, and the caches. A memory
+        that an earlier role has, or `places` has counted, does not count again."""
+        self._require_open()
+        return env_memory(self._engine, places or Places())
 
     # ------------------------------------------------------------- whole texts
 

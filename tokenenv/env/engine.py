@@ -351,22 +351,13 @@ class RewardEngine:
             return potential
         return torch.where(scored, 0.0, potential)
 
-    def placed(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return copies (N, T) of the numbers on each token, of the terms `names`."""
-        every = zip(self.rewards.names, self._numbers_STN, strict=True)
-        # A copy in every case: `contiguous` alone gives none of a single token or slot.
-        return {
-            name: numbers_TN.T.clone(memory_format=torch.contiguous_format)
-            for name, numbers_TN in every
-            if name in names
-        }
-
-    def token_rewards(self) -> Tensor:
-        """Return a copy (N, T) of the reward of each token, watched terms left out."""
-        paid = self._numbers_STN
-        if self.rewards.watched:
-            paid = paid.index_select(0, self._paid)
-        return paid.sum(0).T.contiguous()
+    def token_numbers(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return as copies the reward (N, T) of each token, watched terms left out, and the numbers
+        (N, T) of each term by name, watched ones included."""
+        # Turned round once for all terms. `clone`, because `contiguous` gives no copy of one slot.
+        numbers_SNT = self._numbers_STN.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        paid = numbers_SNT.index_select(0, self._paid) if self.rewards.watched else numbers_SNT
+        return paid.sum(0), dict(zip(self.rewards.names, numbers_SNT, strict=True))
 
     @torch.no_grad()
     def ref_logprobs(self) -> Tensor:

@@ -52,7 +52,12 @@ class FiniteCheck:
         """Takes in what a step paid, (N,) each; on the CPU raises `NotFinite` at once."""
         self._last = {**terms}, ref_logprob, tokens, step
         if self.waits:
-            self._require_none(~np.isfinite(reward.numpy()) | np.isnan(ref_logprob.numpy()))
+            paid, reference = reward.numpy(), ref_logprob.numpy()
+            # A sum is finite only where every number is; the numbers are looked at where it is not.
+            with np.errstate(invalid="ignore", over="ignore"):
+                finite = np.isfinite(paid.sum()) and np.isfinite(reference.sum())
+            if not finite:
+                self._require_none(~np.isfinite(paid) | np.isnan(reference))
         else:
             # x - x is 0 for finite numbers alone.
             suspects = (reward - reward != 0) | (ref_logprob != ref_logprob)

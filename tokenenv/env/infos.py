@@ -97,10 +97,15 @@ def step_infos(
     if gold is not None:
         entries["gold"] = gold, ended
     # The engine gives copies: the slots that end may begin anew before these are read.
-    entries["token_rewards"] = engine.token_rewards(), ended
-    entries["token_reward_terms"] = engine.placed(engine.rewards.terms), ended
+    rewards, numbers = engine.token_numbers()
+    entries["token_rewards"] = rewards, ended
+    terms = {name: values for name, values in numbers.items() if name not in watched}
+    entries["token_reward_terms"] = terms, ended
     if watched:
-        entries["token_watched"] = engine.placed(watched), ended
+        entries["token_watched"] = (
+            {name: numbers[name] for name in numbers if name in watched},
+            ended,
+        )
     entries["cut"] = ends.truncated, ended
     version = engine.rewards.model_version
     if version is not None:

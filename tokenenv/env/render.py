@@ -165,7 +165,7 @@ def running_texts(
 ) -> list[RunningText]:
     """Return the N texts of an env as they stand."""
     assert engine.states is not None
-    rewards_NT = engine.token_rewards().cpu().numpy()
+    rewards_NT = engine.token_numbers()[0].cpu().numpy()
     names = engine.rewards.names
     kl_N = (
         engine.token_terms[:, names.index("kl")].sum(1).tolist()

@@ -1,6 +1,6 @@
-"""Forwards of whole texts: length-sorted micro-batches, padded or packed."""
+"""Forwards of whole texts: length-sorted micro-batches, padded or packed; and blocks of logits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+BLOCK_ELEMENTS = 2**18
+"""Logits that one pass over the vocabulary reads on the CPU: 1 MiB, which a core's cache holds."""
 
 
 def micro_batches(
@@ -109,6 +112,14 @@ def table_entries(table: Tensor, *index: Tensor) -> Tensor:
     for size, further in zip(table.shape[1:], index[1:], strict=True):
         place = torch.add(further, place, alpha=size)
     return table.view(-1).index_select(0, place)
+
+
+def vocabulary_blocks(logits_KV: Tensor) -> Iterator[slice]:
+    """Yield the rows of one pass over the vocabulary after the other. Elsewhere than on the CPU it
+    is all of them: a device is slow to start, not to read."""
+    rows, size = logits_KV.shape
+    block = max(1, BLOCK_ELEMENTS // size) if logits_KV.device.type == "cpu" else max(1, rows)
+    return (slice(start, start + block) for start in range(0, max(1, rows), block))
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from tokenenv.errors import InvalidArgument, ModelError
 
+from . import shapes
 from .heads import make_scorer
 from .hub import failed, hub_options, offline, undisturbed, without_bars
 from .probing import looks_ahead
@@ -122,6 +123,8 @@ def load_tokenizer(
 
 def check_device(device: Any) -> None:
     """Raise `InvalidArgument` unless tensors can be put there."""
+    if shapes.wanted():
+        return
     try:
         torch.empty(0, device=device).tolist()  # which the device "meta" cannot
     except (RuntimeError, TypeError, AssertionError, NotImplementedError, ValueError) as error:
@@ -169,6 +172,8 @@ def _load(
 ) -> Any:
     if device is not None:
         check_device(device)  # before anything is read
+    if shapes.wanted():
+        return _shape_of(auto_class, source, argument, dtype, **options)
     model, info = _from_pretrained(
         auto_class,
         source,
@@ -187,6 +192,25 @@ def _load(
             f"{', '.join(missing[:5])}"
         )
     return _moved(model, device or "cpu", None).eval().requires_grad_(False)
+
+
+def _shape_of(
+    auto_class: str,
+    source: Any,
+    argument: str,
+    dtype: Any,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """Return the model at a source without its weights (`shapes_only`)."""
+    trust = {"trust_remote_code": trust_remote_code}
+    config = _from_pretrained("AutoConfig", source, argument, revision, **trust)
+    import transformers
+
+    auto = getattr(transformers, auto_class)
+    return shapes.made_of(auto, config, dtype or torch.float32, **trust)
 
 
 def _from_pretrained(

@@ -5,21 +5,29 @@ same place. Here every slot is at a place of its own, so keys and values are *sc
 places, positions are given explicitly, and an explicit mask hides what a text has not reached.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer
 
+from . import decode_attention
 from .batching import upload
+from .shapes import ATTENTION as SHAPES
 from .step_graphs import StepGraphs
 
 BUCKET = 16
 """A step reads the keys up to the longest slot, rounded up to a multiple of this: few different
 shapes, and little reading in vain."""
+
+RECORDED_TOKENS = 4096
+"""The most tokens, padding left out, of a prefill that is recorded as a CUDA graph. What takes
+longer to compute than to launch would gain nothing, and its graph would hold much memory."""
 
 MAX_GRAPHS = 64
 """The most compiled graphs of one model class, for all its models and buckets together. Beyond
@@ -131,7 +139,7 @@ class KVSlots:
         self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
         # Compiled steps have CUDA graphs already.
         uses_graphs = self.places.device.type == "cuda" and not self.write.compiled
-        self.graphs = StepGraphs(self.trunk, self._step) if uses_graphs else None
+        self.graphs = StepGraphs(self.trunk) if uses_graphs else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the compiled trunk and the graphs, which can be neither copied nor pickled. A
@@ -165,8 +173,23 @@ class KVSlots:
             tokens: (B, L) int64.
 
         Returns:
-            (B, L, H). A state that is beyond its text means nothing.
+            (B, L, H). A state that is beyond its text means nothing, and all are overwritten by the
+            next forward.
         """
+        rows, width = tokens.shape
+        # The first prefill allocates the slots.
+        if self.graphs is None or not self.nbytes or rows * width > RECORDED_TOKENS:
+            return self._prefill(slots, tokens)
+        # A few prompts, as a step begins them, are padded to one of few shapes: to the right, and
+        # by the last of them once more, which writes the same into the same slot.
+        more = min(1 << max(width - 1, BUCKET - 1).bit_length(), self.max_length) - width
+        again = (1 << (rows - 1).bit_length()) - rows
+        tokens = pad(tokens, (0, more))
+        slots = torch.cat([slots, slots[-1:].expand(again)])
+        tokens = torch.cat([tokens, tokens[-1:].expand(again, -1)])
+        return self._run("prefill", self._prefill, slots, tokens)[:rows, :width]
+
+    def _prefill(self, slots: Tensor, tokens: Tensor) -> Tensor:
         # Padding is stored like any token. That does no harm: it lies at places that the text has
         # not reached, which the mask hides and the tokens to come overwrite.
         positions = self.places[None, : tokens.shape[1]]
@@ -194,7 +217,7 @@ class KVSlots:
         bucket = self._bucket(int(positions[moving].max(initial=0)) + 1)
         # A step is many small operations, and inference mode makes each a little cheaper.
         with torch.inference_mode():
-            states = (self.graphs or self._step)(tokens, where, bucket)
+            states = self._run(bucket, partial(self._step, bucket=bucket), tokens, where)
         # An inference tensor cannot take part in autograd later; its clone can. The next replay of
         # a CUDA graph overwrites the states, too.
         return states.clone()
@@ -225,6 +248,10 @@ class KVSlots:
         self._write_to(slots[row], at, bucket)
         self.write.stored, self.write.read = (row, column), slots
         return self._forward(self.trunk, tokens, where, self._masks(where, bucket))
+
+    def _run(self, name: Any, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return `forward(*inputs)`, by a graph where there are graphs (see `StepGraphs`)."""
+        return self.graphs(name, forward, *inputs) if self.graphs else forward(*inputs)
 
     def _step(self, tokens: Tensor, where: Tensor, bucket: int) -> Tensor:
         """Run the forward of one token (N,) at its place `where` (N, 1) in each slot."""
@@ -316,14 +343,14 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
 
 @contextmanager
 def masked_attention(trunk: Any) -> Iterator[None]:
-    """Run under an attention that takes 4D masks: the model's own, or sdpa (eager where the model
-    has none) in place of flash and flex kernels, which take none."""
+    """Run under an attention that takes 4D masks: the project's own in place of sdpa; the model's
+    own where that is eager or another; and neither flash nor flex kernels, which take none."""
     config = trunk.config
     chosen = config._attn_implementation
-    if chosen in ("sdpa", "eager", None):
+    if chosen in ("eager", SHAPES, None):
         yield
         return
-    config._attn_implementation = "sdpa" if trunk._supports_sdpa else "eager"
+    config._attn_implementation = decode_attention.NAME if trunk._supports_sdpa else "eager"
     try:
         yield
     finally:

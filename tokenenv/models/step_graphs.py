@@ -1,8 +1,8 @@
-"""CUDA graphs of a step: what a forward of one token per slot launches is recorded once, and
-replayed at every step.
+"""CUDA graphs of a step: what a forward of one token per slot, or of a few prompts, launches is
+recorded once, and replayed at every step.
 
-A step of N short rows is hundreds of small kernels. Launching them from Python takes many times
-longer than running them; a replay launches them all at once.
+Such a forward is hundreds of small kernels. Launching them from Python takes many times longer than
+running them; a replay launches them all at once.
 """
 
 import gc
@@ -18,7 +18,7 @@ logger = logging.getLogger("tokenenv")
 
 
 class StepGraphs:
-    """A forward of one token for each of N slots on CUDA, with one graph for each length bucket.
+    """Forwards of one trunk on CUDA, with one graph for each of them and each shape of its inputs.
 
     A graph holds the addresses of the weights and caches that it was recorded with, so it sees
     weights that are trained in place. There is another one for each precision of autocast, and all
@@ -26,56 +26,68 @@ class StepGraphs:
     adapter that is switched on or off.
 
     Args:
-        trunk: whose weights the forward reads.
-        forward: maps tokens (N,) int64, their places (N, 1) int64 and a bucket to states (N, H). It
-            may write to tensors that stay at their addresses, such as a cache.
+        trunk: whose weights the forwards read.
     """
 
-    def __init__(self, trunk: Any, forward: Callable[[Tensor, Tensor, int], Tensor]) -> None:
-        self._trunk, self._forward = trunk, forward
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+    def __init__(self, trunk: Any) -> None:
+        self._trunk = trunk
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
         self._recorded: list[Any] = []
         self._pool: Any = None
         self._refused = False
 
-    def __call__(self, tokens: Tensor, places: Tensor, bucket: int) -> Tensor:
-        """Return the states (N, H). They are overwritten by the next call."""
+    def __call__(self, name: Any, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return `forward(*inputs)`, which is overwritten by the next call.
+
+        Args:
+            name: of the forward. Whatever it depends on beside its inputs' shapes and values is
+                part of the name.
+            forward: maps tensors to states. It may write to tensors that stay at their addresses,
+                such as a cache.
+            inputs: on the device.
+        """
         if self._refused:
-            return self._forward(tokens, places, bucket)
+            return forward(*inputs)
         what = fingerprint(self._trunk, [])
         if what != self._recorded:
             self._graphs, self._pool, self._recorded = {}, None, what
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = bucket, autocast
+        key = name, *(tuple(x.shape) for x in inputs), autocast
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._record(tokens, places, bucket)
+                self._graphs[key] = self._record(forward, inputs)
             except torch.OutOfMemoryError:
                 raise
             # What a foreign model does while it is recorded may raise anything.
             except Exception as error:
-                return self._refuse(error, tokens, places, bucket)
-        graph, its_tokens, its_places, states = self._graphs[key]
-        its_tokens.copy_(tokens)
-        its_places.copy_(places)
+                return self._refuse(error, forward, inputs)
+        graph, its_inputs, states = self._graphs[key]
+        for its, given in zip(its_inputs, inputs, strict=True):
+            its.copy_(given)
         graph.replay()
         return states
 
     def _record(
-        self, tokens: Tensor, places: Tensor, bucket: int
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        self, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
         """Record the forward, reading from and writing to tensors that the graph keeps."""
-        tokens, places = tokens.clone(), places.clone()
+        inputs = tuple(x.clone() for x in inputs)
         # Outside a graph first: libraries allocate their workspaces at the first call. It writes
         # into the cache what the replay will write again.
-        self._forward(tokens, places, bucket)
+        forward(*inputs)
         graph = torch.cuda.CUDAGraph()
-        with collector_waiting(), torch.cuda.graph(graph, pool=self._pool):
-            states = self._forward(tokens, places, bucket)
+        with (
+            collector_waiting(),
+            casts_not_kept(),
+            torch.cuda.graph(graph, pool=self._pool),
+        ):
+            states = forward(*inputs)
         self._pool = graph.pool()
-        return graph, tokens, places, states
+        return graph, inputs, states
 
-    def _refuse(self, error: Exception, tokens: Tensor, places: Tensor, bucket: int) -> Tensor:
+    def _refuse(
+        self, error: Exception, forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
         self._refused, self._graphs = True, {}
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         logger.warning(
@@ -83,7 +95,19 @@ class StepGraphs:
             type(self._trunk).__name__,
             reason,
         )
-        return self._forward(tokens, places, bucket)
+        return forward(*inputs)
+
+
+@contextmanager
+def casts_not_kept() -> Iterator[None]:
+    """Have autocast convert weights anew. It keeps what it has converted until the forward is over,
+    and a graph must not read what is freed then, or was converted by another graph."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 @contextmanager

@@ -208,7 +208,8 @@ def _check_embeddings(trunk: Any) -> None:
                 f"({error})."
             ) from error
     tolerance = 1e-4 if states.dtype == torch.float32 else 5e-2
-    if not torch.allclose(states, expected, rtol=tolerance, atol=tolerance):
+    # On no device (`models.shapes`) there are no numbers to compare.
+    if not states.is_meta and not torch.allclose(states, expected, rtol=tolerance, atol=tolerance):
         raise ModelError(
             f"reward='gradient': {type(trunk).__name__} reads tokens other than by their input "
             f"embeddings."

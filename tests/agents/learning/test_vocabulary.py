@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenenv.agents.learning import vocabulary
 from tokenenv.agents.learning.masks import pack
 from tokenenv.agents.learning.token_stats import token_stats
+from tokenenv.models import batching
 from tokenenv.models.heads import LMHead
 
 K, H, V = 11, 6, 21
@@ -71,7 +71,7 @@ def after(outputs: Tensor, scale: float, cap: float | None, size: int) -> Tensor
 def test_values_and_gradients_are_those_of_plain_autograd(
     path: str, kind: str, masked: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "BLOCK_ELEMENTS", 2 * V)  # several passes in a chunk
+    monkeypatch.setattr(batching, "BLOCK_ELEMENTS", 2 * V)  # several passes in a chunk
     torch.manual_seed(0)
     scale, cap, size = HEADS[kind]
     linear = nn.Linear(H, V)

@@ -10,8 +10,9 @@ import tasks
 import torch
 
 from tokenenv.agents import LMPolicy
-from tokenenv.agents.rollout.actor import Actor
+from tokenenv.agents.rollout.actor import Actor, invert
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.models import batching
 from tokenenv.models.cached_lm import CachedLM, trunk_of
 
 N, L = 4, 30
@@ -282,3 +283,20 @@ def test_on_cuda_the_host_waits_for_that_copy_alone(monkeypatch):
             logprobs, expected, atol=0.2 if policy.uses_bfloat16 else 1e-5, rtol=0
         )
         texts.step(tokens.tolist(), texts.random.choice([0, 0, 2, 4], N))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_and_log_probs_are_the_same_a_few_rows_at_a_time(temperature, monkeypatch):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(9, 50)
+    logits[:, 7] = -torch.inf
+    random = torch.rand(9)
+    tokens, logprobs = invert(logits, temperature, random)
+    monkeypatch.setattr(batching, "BLOCK_ELEMENTS", 100)
+    again = invert(logits, temperature, random)
+    assert torch.equal(again[0], tokens)
+    assert torch.equal(again[1], logprobs)
+    wanted = torch.log_softmax(logits / temperature, -1)
+    torch.testing.assert_close(logprobs, wanted[torch.arange(9), tokens])
+    below = wanted.exp().cumsum(-1) <= random[:, None]
+    assert torch.equal(tokens, below.sum(-1))

@@ -28,8 +28,6 @@ SMALL = [
     "1",
 ]
 RUNS = {
-    "ppo": ["--algo", "ppo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "2"],
-    "grpo": ["--algo", "grpo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "1"],
     "automaton": [
         "--env",
         "tokenenv/Negation-v0",
@@ -39,9 +37,21 @@ RUNS = {
         "--checkpoint-every",
         "3",
     ],
+    "ppo": ["--algo", "ppo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "2"],
+    "grpo": ["--algo", "grpo", *SMALL, "--total-tokens", "800", "--checkpoint-every", "1"],
 }
 
-ENDLESS = ["--num-envs", "8", "--options", "max_new_tokens", "6", "--total-tokens", "100000000"]
+ENDLESS = [
+    "--env",
+    "tokenenv/Negation-v0",
+    "--num-envs",
+    "8",
+    "--options",
+    "max_new_tokens",
+    "6",
+    "--total-tokens",
+    "100000000",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """The page of `tokenenv show` in a real browser, headless: colours, sorting, hovering, keys, 10,000
-tokens, no network."""
+tokens, no network. It is here, with the site, because a browser takes half a minute of one core."""
 
 import os
 import shutil
