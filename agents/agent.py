@@ -60,7 +60,6 @@ from tokenenv.agents.run.checkpoint import (
     read_agent,
     reading,
     restore,
-    trained_weights,
     write_checkpoint,
 )
 from tokenenv.agents.run.listeners import OnUpdate, listening
@@ -144,13 +143,13 @@ class Agent:
         check_policy(self.policy, envs, learns=self.learns)
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
-        assert cfg.lr is not None
         if cfg.rollout == "auto":
             self.config = cfg = replace(cfg, rollout=choose_rollout(envs, self.policy, cfg))
         self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
-        weights = trained_weights(self.policy).values()
+        weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        assert cfg.lr is not None
         self.optimizer = make_optimizer(cfg.optimizer, weights, cfg.lr)
         self.rng = np.random.default_rng(cfg.seed)
         self.reference = None

@@ -65,7 +65,7 @@ def acting_peak(policy: LMPolicy, num_slots: int, max_length: int, prompt: int) 
     slots = policy.slots(num_slots, max_length)
     prompts = torch.zeros(num_slots, prompt, dtype=torch.int64, device=policy.device)
     with LiveMemory() as memory, torch.no_grad(), policy.autocast():
-        states = slots.prefill(np.arange(num_slots), prompts, np.full(num_slots, prompt))
+        states = slots.prefill(np.arange(num_slots), prompts, [prompt] * num_slots)
         torch.log_softmax(policy.head(states).float(), -1).exp().cumsum(-1)
     return getattr(slots, "cache_bytes", 0), memory.peak
 

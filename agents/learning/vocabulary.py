@@ -20,7 +20,7 @@ Suffixes: K tokens, H hidden size, V vocabulary, M = V / 8 rounded up.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,17 @@ class Rows:
     def __getitem__(self, part: slice) -> "Rows":
         """Return some of the rows."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: c[part] for name, c in columns.items() if isinstance(c, Tensor)}
-        )
+        some: dict[str, Any] = {
+            name: column[part] for name, column in columns.items() if isinstance(column, Tensor)
+        }
+        return replace(self, **some)
 
     def with_logits(self) -> "Rows":
         """Return the rows with the logits of reference and teacher in place of their states."""
-        ref = None if self.ref_head is None else self.ref_head(self.ref).float()
-        teacher = None if self.teacher_head is None else self.teacher_head(self.teacher).float()
+        ref, teacher = (
+            None if head is None or states is None else head(states).float()
+            for head, states in ((self.ref_head, self.ref), (self.teacher_head, self.teacher))
+        )
         return replace(self, ref=ref, teacher=teacher)
 
 
@@ -90,8 +93,9 @@ def teacher_logprobs(logits_KV: Tensor, logprobs_KV: Tensor) -> Tensor:
     """Return log pi_T (K, V), renormalised over the tokens that the policy can emit, whose
     log-probs are `logprobs_KV`: no weight of the policy's could follow it to others. A teacher that
     emits none of these tokens says nothing, and the policy stands in for it: their KL is 0."""
-    found_KV = normalised(logits_KV.masked_fill(logprobs_KV <= RULED_OUT, -torch.inf))
-    return torch.where(found_KV.isnan(), logprobs_KV, found_KV)
+    logits_KV = logits_KV.masked_fill(logprobs_KV <= RULED_OUT, -torch.inf)
+    total_K1 = logits_KV.logsumexp(-1, keepdim=True)
+    return torch.where(total_K1.isneginf(), logprobs_KV, logits_KV - total_K1)
 
 
 def _numbers(logits_KV: Tensor, rows: Rows, out_KV: Tensor) -> Tensor:
@@ -168,13 +172,16 @@ def _gradient_of_block(
         level, slope = level - by_entropy * entropy, -by_entropy
     if by_kl is not None:
         level, slope = level - by_kl * kl, by_kl if slope is None else slope + by_kl
-    theirs = None if by_teacher is None else teacher_logprobs(rows.teacher, logprobs_KV).exp_()
     factor = level if slope is None else torch.addcmul(level, slope, logprobs_KV)
-    if by_kl is not None:
+    if by_kl is not None and rows.ref is not None:
         factor = factor - by_kl * _ref_logprobs(rows.ref, probs)
+    theirs = None
+    # Made before the log-probs are overwritten: `out_KV` may be the same memory.
+    if by_teacher is not None and rows.teacher is not None:
+        theirs = teacher_logprobs(rows.teacher, logprobs_KV).exp_().mul_(by_teacher)
     grad = torch.mul(probs, factor, out=out_KV)
     if theirs is not None:
-        grad.sub_(theirs.mul_(by_teacher))
+        grad.sub_(theirs)
     if by_logprob is not None:
         grad.scatter_add_(-1, rows.tokens[:, None], by_logprob)
     if rows.temperature != 1:
@@ -211,7 +218,7 @@ def logits_numbers(logits_KV: Tensor, rows: Rows) -> Numbers:
 # ---------------------------------------------------------------- of a linear head, in chunks
 
 
-def is_linear(head: Head) -> bool:
+def is_linear(head: Head) -> TypeGuard[LMHead]:
     """Return whether a head is one linear layer and what an `LMHead` does with its outputs."""
     return isinstance(head, LMHead) and type(head.linear) is nn.Linear
 

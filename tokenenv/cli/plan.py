@@ -82,8 +82,7 @@ def parts(
         moments = MOMENTS[config.optimizer] * trained
         sizes |= {"gradients": trained, "optimizer": int(moments)}
         frozen = _compared_with(envs, policy, config)
-        shape = spec.max_length, spec.max_new_tokens
-        learning = learning_peak(policy, config, *shape, **frozen)
+        learning = learning_peak(policy, config, spec.max_length, spec.max_new_tokens, **frozen)
     sizes["forwards and backward"] = max(acting, learning)
     return {name: size for name, size in sizes.items() if size}
 

@@ -53,8 +53,9 @@ class LMHead:
             logits = logits * self.scale
         if self.cap:
             logits = torch.tanh(logits / self.cap) * self.cap
-        same = self.vocab_size in (None, logits.shape[-1])
-        return logits if same else self._resized(logits, self.vocab_size)
+        if self.vocab_size is None or self.vocab_size == logits.shape[-1]:
+            return logits
+        return self._resized(logits, self.vocab_size)
 
     def _resized(self, logits: Tensor, vocab_size: int) -> Tensor:
         missing = vocab_size - logits.shape[-1]
