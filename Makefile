@@ -119,6 +119,7 @@ lint: $(STAMP)  ## ruff, and mypy on the package under its installed names (agen
 
 bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/episode_rollout.py
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/group_start.py
 	$(BIN)/python benchmarks/cached_lm.py

@@ -11,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from tasks import CASES, STOPS, TOY, TOYS, T, make_vec, play
 
+from tokenenv.env import scoring
 from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.automaton import Automaton
@@ -412,3 +413,17 @@ def test_the_sums_of_thousands_of_token_scores_do_not_drift() -> None:
         stepped = np.array([info["reward_terms"][name][0] for *_, info in steps])
         np.testing.assert_allclose(stepped, values[0], rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(values[0, :-1], 0.0 if name == "c" else each[:-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("at_once", "forwards"), [(10_000, 1), (12, 4)])
+def test_a_forward_on_a_cpu_stays_small(at_once, forwards, monkeypatch):
+    """Whatever `max_batch_tokens` allows, and the rewards are the same."""
+    monkeypatch.setattr(scoring, "CPU_TOKENS", at_once)
+    walked, walk = [], scoring.walk_texts
+    monkeypatch.setattr(
+        scoring, "walk_texts", lambda *args: walked.append(len(args[1].ids)) or walk(*args)
+    )
+    envs = make_vec(1, reward="token")
+    scores = envs.unwrapped.score_episodes([[5, 6]] * 8, [[8, 8, 8, 8]] * 8)
+    assert walked == [8 // forwards] * forwards
+    close(scores.token_rewards, np.tile(scores.token_rewards[0], (8, 1)))

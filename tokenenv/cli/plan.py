@@ -1,6 +1,5 @@
 """`tokenenv plan`: the memory that a run will take, before anything is loaded."""
 
-import resource
 import sys
 from dataclasses import dataclass, field
 from typing import Any, Generic, cast
@@ -20,6 +19,10 @@ from tokenenv.models.memory import Places
 from tokenenv.models.shapes import shapes_only
 
 LIBRARIES = "Python and its libraries"
+MOMENTS = {"adamw": 2, "adamw8bit": 0.5}
+"""Bytes that an optimizer keeps for each byte of a float32 weight."""
+OF_THE_POLICY = ("step", "episode", "auto")
+"""Ways to write texts in which the policy has the caches."""
 ENGINE = "the engine that writes the texts has weights and caches of its own, which are not counted"
 
 
@@ -42,7 +45,7 @@ class Plan(Train[Config], Generic[Config]):
         for name, size in (parts | {"together": sum(parts.values())}).items():
             table.add_row(name, f"{size / 2**20:,.1f}")
         console.print(table)
-        if self.agent.rollout != "step":
+        if self.agent.rollout not in OF_THE_POLICY:
             say(ENGINE)
 
 
@@ -71,12 +74,13 @@ def parts(
     sizes["weights: policy, beyond those"] = places.new_bytes(policy)
     sizes["caches: env"] = caches
     acting = learning = 0
-    if config.rollout == "step":
+    if config.rollout in OF_THE_POLICY:
         shape = envs.num_envs, spec.max_length, spec.max_prompt_tokens
         sizes["caches: policy"], acting = acting_peak(policy, *shape)
     if learns:
         trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
-        sizes |= {"gradients": trained, "optimizer": 2 * trained}
+        moments = MOMENTS[config.optimizer] * trained
+        sizes |= {"gradients": trained, "optimizer": int(moments)}
         frozen = _compared_with(envs, policy, config)
         shape = spec.max_length, spec.max_new_tokens
         learning = learning_peak(policy, config, *shape, **frozen)
@@ -87,7 +91,7 @@ def parts(
 def _compared_with(envs: Any, policy: LMPolicy, config: Any) -> dict[str, FrozenLM | None]:
     """Return the frozen models that an update's losses read, as an `Agent` makes them."""
     models = {
-        "reference": envs.unwrapped.reference if config.full_kl_coef else None,
+        "reference": envs.unwrapped.reference if getattr(config, "full_kl_coef", 0) else None,
         "teacher": envs.unwrapped.teacher if getattr(config, "distill_coef", 0) else None,
     }
     return {
@@ -97,6 +101,10 @@ def _compared_with(envs: Any, policy: LMPolicy, config: Any) -> dict[str, Frozen
 
 
 def _resident() -> int:
-    """Return the most bytes of memory that this process has taken so far."""
+    """Return the most bytes of memory that this process has taken so far; 0 where nobody knows."""
+    try:
+        import resource  # imported here, because only Unix has it
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

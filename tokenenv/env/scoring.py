@@ -27,6 +27,10 @@ from tokenenv.rewards.seen import Transitions, WholeTexts
 from tokenenv.tables import Columns, read_columns
 from tokenenv.types import EpisodeScores
 
+CPU_TOKENS = 2048
+"""Tokens of one forward of whole texts on a CPU, at the most. Its states stay in the processor's
+cache: texts of 136 tokens take a third less time than in one forward of 8,704."""
+
 
 @torch.no_grad()
 @in_eval_mode
@@ -67,7 +71,7 @@ def score_episodes(
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     # Statistics were read once, above: with `learning` they change from one micro-batch to the
     # next, and all texts are scored with those that were there before.
-    for group in micro_batches(lengths, engine.context.max_batch_tokens):
+    for group in micro_batches(lengths, _tokens_at_once(engine)):
         begun, written = ([ids[i] for i in group] for ids in (prompt_ids, response_ids))
         by = [masks[i] for i in group] if masks else None
         texts = _pad(engine, begun, written, [rows[i] for i in group], by)
@@ -85,6 +89,11 @@ def score_episodes(
     if engine.context.task.gold == "score":
         return replace(out, gold=None if out.score is None else out.score.copy())
     return out
+
+
+def _tokens_at_once(engine: RewardEngine) -> int:
+    most = engine.context.max_batch_tokens
+    return min(most, CPU_TOKENS) if engine.context.device.type == "cpu" else most
 
 
 def _zeros(engine: RewardEngine, steps: list[int]) -> EpisodeScores:
