@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, StaticLayer
 
-from . import decode_attention
 from .batching import upload
 from .shapes import ATTENTION as SHAPES
 from .step_graphs import StepGraphs
@@ -345,6 +344,9 @@ def attention_windows(config: Any, max_length: int) -> dict[str, int]:
 def masked_attention(trunk: Any) -> Iterator[None]:
     """Run under an attention that takes 4D masks: the project's own in place of sdpa; the model's
     own where that is eager or another; and neither flash nor flex kernels, which take none."""
+    # It takes transformers' own attention along, which takes a second to import.
+    from . import decode_attention
+
     config = trunk.config
     chosen = config._attn_implementation
     if chosen in ("eager", SHAPES, None):
