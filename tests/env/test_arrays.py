@@ -9,6 +9,7 @@ indexing with a mask) raises there.
 from collections.abc import Iterator
 from typing import Any
 
+import gymnasium as gym
 import memories
 import numpy as np
 import pytest
@@ -192,6 +193,29 @@ def run_on_device(envs: Any, mode: Any, put: Any, device: str, steps: int = 8) -
 def test_a_step_makes_one_small_copy_to_the_host(name: str, mode: AutoresetMode, meta: Any) -> None:
     envs, copies = meta(mode, **DEVICE_CASES[name])
     run_on_device(envs, mode, lambda tokens: setattr(copies, "tokens", tokens), "meta")
+    assert copies.asked == [((N,), torch.int64)] * 8
+
+
+@pytest.mark.parametrize("reward", ["oracle", "terminal", "distill"])
+def test_an_automaton_steps_on_its_device_and_copies_its_actions_alone(
+    reward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Automaton, reference and oracle are tables there; texts of 4 tokens end and begin anew."""
+    monkeypatch.setattr(parts, "check_device", lambda device: None)  # "meta" holds no numbers
+    envs = gym.make_vec(
+        "tokenenv/DelayedKey-v0",
+        num_envs=N,
+        device="meta",
+        array="torch",
+        reward=reward,
+        max_new_tokens=4,
+        autoreset_mode="SameStep",
+    ).unwrapped
+    copies = Copies()
+    monkeypatch.setattr(envs, "_to_host", copies)
+    run_on_device(
+        envs, AutoresetMode.SAME_STEP, lambda tokens: setattr(copies, "tokens", tokens), "meta"
+    )
     assert copies.asked == [((N,), torch.int64)] * 8
 
 

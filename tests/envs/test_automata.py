@@ -375,3 +375,43 @@ def test_features_are_three_one_hots(name):
 
     play(envs, seed=3, on_step=check)
     assert envs.single_observation_space.shape == envs.reset()[0].shape[1:]
+
+
+def test_the_optimum_is_looked_up_once_a_step_and_anew_where_texts_are_written_over(monkeypatch):
+    envs = gym.make_vec(
+        "tokenenv/DelayedKey-v0",
+        num_envs=6,
+        reward="oracle",
+        vocab_size=8,
+        num_keys=2,
+        max_new_tokens=6,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+    )
+    env, asked = envs.unwrapped, []
+    look = type(env.oracle).state_value
+
+    def looked(oracle: Any, *args: Any) -> Any:
+        asked.append(args)
+        return look(oracle, *args)
+
+    def check(obs: Any, infos: Any, rows: Any) -> None:
+        np.testing.assert_allclose(
+            infos["potential"][rows], env.oracle.value(obs, env.kl_coef)[rows], atol=1e-6
+        )
+
+    monkeypatch.setattr(type(env.oracle), "state_value", looked)
+    obs, infos = envs.reset(seed=0)
+    check(obs, infos, slice(None))
+    keys = np.arange(6)
+    for _ in range(8):  # over the end of every text
+        asked.clear()
+        obs, _, _, _, infos = envs.step(keys + 1)
+        check(obs, infos, slice(None))
+        assert len(asked) == (2 if "_score" in infos else 1)
+    value = env.oracle.value(obs, env.kl_coef)
+    best, worst = int(value.argmax()), int(value.argmin())
+    assert value[best] > value[worst]
+    check(*env.fork([best], [worst]), [worst])
+    obs, infos = envs.reset(options={"reset_mask": keys < 3})
+    check(obs, infos, slice(0, 3))
+    check(*env.load_state(env.save_state()), slice(None))
