@@ -187,7 +187,8 @@ def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path)
     command = [sys.executable, "-c", WRITER, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         for _ in range(3):
-            pid, written = map(int, writer.stdout.readline().split())
+            for _ in range(2):
+                pid, written = map(int, writer.stdout.readline().split())
             time.sleep(chance.random() * 0.05)
             os.kill(pid, signal.SIGKILL)
             for line in iter(writer.stdout.readline, "killed\n"):
