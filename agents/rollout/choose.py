@@ -44,13 +44,14 @@ def choose_rollout(envs: VectorEnv, policy: Policy, config: AgentConfig) -> str:
 
 def _settled(envs: VectorEnv) -> tuple[str, str] | None:
     """Return the choice and the reason where nothing has to be tried."""
-    core = env_core(envs)
+    core: Any = env_core(envs)
     if not hasattr(core, "score_episodes"):
         return "step", f"{type(core).__name__} does not score whole texts"
+    why: str | None = core.why_step
     if envs is not core:
         return "step", f"{type(envs).__name__} around the env sees steps alone"
-    if core.why_step is not None:
-        return "step", core.why_step
+    if why is not None:
+        return "step", why
     models = (getattr(core, name, None) for name in ("reference", "teacher"))
     if any(isinstance(model, VLLMReference) for model in models):
         return "episode", "a vLLM server reads whole texts only"
