@@ -148,6 +148,7 @@ def _side_by_side(num_envs: int, ready: Any, repetitions: int) -> None:
     ready.wait()
     for _ in range(repetitions):
         run()
+    ready.wait()
 
 
 def together(processes: int, num_envs: int, repetitions: int) -> float:
@@ -160,9 +161,11 @@ def together(processes: int, num_envs: int, repetitions: int) -> float:
         worker.start()
     ready.wait()
     started = time.perf_counter()
+    ready.wait()  # before the workers end, which takes a while too
+    seconds = time.perf_counter() - started
     for worker in workers:
         worker.join()
-    return processes * repetitions * num_envs * T / (time.perf_counter() - started)
+    return processes * repetitions * num_envs * T / seconds
 
 
 def main() -> None:
