@@ -520,7 +520,7 @@ def all_own(envs: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         envs._texts,
         "restart",
-        lambda *given: restart(*given[:4], [()] * len(given[0]), *given[5:]),
+        lambda *given: restart(*given[:5], {}, *given[6:]),
     )
 
 
@@ -529,7 +529,9 @@ INSIDE_TURNS = {
     "all own": (all_own, "a slot ends without a stop token, before max_new_tokens tokens"),
     "fork": (attribute("_engine.fork", nothing), "after fork([0], [1]) the slots differ"),
     "seed": (
-        attribute("_streams.text_seed", lambda slot: np.random.randint(2**31)),
+        attribute(
+            "_streams.text_seeds", lambda slots, _: np.random.randint(2**31, size=len(slots))
+        ),
         "reset(seed=0) and the same actions do not give the same run",
     ),
     "state": (
