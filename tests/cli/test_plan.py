@@ -179,3 +179,10 @@ def test_memory_is_counted_while_it_lives():
         assert (memory.live, memory.peak) == (20, 400)
         del second
     assert memory.live == 0
+
+
+def test_an_unknown_dtype_is_an_error_of_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--num-envs", "2", "--options", "dtype", "float8"])
+    assert stop.value.code == 2
+    assert "dtype='float8'" in capsys.readouterr().err
