@@ -64,9 +64,9 @@ from typing import Any
 
 import torch
 
-from tokenenv.errors import InvalidArgument, check_choice, check_given
+from tokenenv.errors import InvalidArgument, check_given
 from tokenenv.models.chats import Chats, end_of_turn
-from tokenenv.models.loading import check_device, load_causal_lm
+from tokenenv.models.loading import as_dtype, check_device, load_causal_lm
 from tokenenv.models.own_models import (
     Lengths,
     Loaded,
@@ -84,9 +84,6 @@ from tokenenv.prompts import check_limit, load_prompts
 from tokenenv.rewards.rule import Rule
 from tokenenv.tables import read_rows
 from tokenenv.types import Scorer, Task, TextScorer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 NEEDED: Any = inspect.Parameter.empty
 """The default of an argument that has to be given. `inspect` takes it for no default, and the task
@@ -199,7 +196,7 @@ def task(
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "device": device,
-        "dtype": _dtype(dtype),
+        "dtype": as_dtype(dtype),
     }
     revisions = revisions_of(revision, sources)
     check_sources(sources, revisions)
@@ -254,13 +251,6 @@ def task(
         stop_token_ids=policy.stop_token_ids,
         gold=gold,
     )
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if not isinstance(dtype, str):
-        return dtype
-    check_choice("dtype", dtype, DTYPES)
-    return DTYPES[dtype]
 
 
 def _require_tokenizer(tokenizer: Any, readers: Mapping[str, Any]) -> None:

@@ -181,8 +181,10 @@ def test_memory_is_counted_while_it_lives():
     assert memory.live == 0
 
 
-def test_an_unknown_dtype_is_an_error_of_one_sentence(capsys):
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_an_unknown_dtype_is_an_error_of_one_sentence(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(["plan", "--num-envs", "2", "--options", "dtype", "float8"])
+        main([command, "--num-envs", "2", "--options", "dtype", "float8"])
     assert stop.value.code == 2
-    assert "dtype='float8'" in capsys.readouterr().err
+    assert "dtype='float8' is not known; allowed: bfloat16," in capsys.readouterr().err

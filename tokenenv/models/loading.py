@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from tokenenv.errors import InvalidArgument, ModelError
+from tokenenv.errors import InvalidArgument, ModelError, check_choice
 
 from . import shapes
 from .heads import make_scorer
 from .hub import failed, hub_options, offline, undisturbed, without_bars
 from .probing import looks_ahead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
 """Types of RoPE with which a model reads texts longer than the positions that its config names."""
@@ -172,6 +174,7 @@ def _load(
 ) -> Any:
     if device is not None:
         check_device(device)  # before anything is read
+    dtype = as_dtype(dtype)
     if shapes.wanted():
         return _shape_of(auto_class, source, argument, dtype, **options)
     model, info = _from_pretrained(
@@ -192,6 +195,18 @@ def _load(
             f"{', '.join(missing[:5])}"
         )
     return _moved(model, device or "cpu", None).eval().requires_grad_(False)
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return torch's dtype of a name, and anything but a name as it is.
+
+    Raises:
+        InvalidArgument: the name is none of `DTYPES`.
+    """
+    if not isinstance(dtype, str):
+        return dtype
+    check_choice("dtype", dtype, DTYPES)
+    return DTYPES[dtype]
 
 
 def _shape_of(
@@ -239,7 +254,8 @@ def _from_pretrained(
         raise ModelError(failed(argument, source, reason)) from error
 
 
-def _moved(model: Any, device: Any, dtype: torch.dtype | None) -> Any:
+def _moved(model: Any, device: Any, dtype: str | torch.dtype | None) -> Any:
+    dtype = as_dtype(dtype)
     return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
 
 

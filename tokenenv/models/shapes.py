@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenenv.errors import InvalidArgument
-
 _ON: ContextVar[bool] = ContextVar("shapes only", default=False)
 ATTENTION = "tokenenv_shapes"
 """The name under which transformers knows an attention that computes shapes."""
@@ -35,13 +33,11 @@ def wanted() -> bool:
     return _ON.get()
 
 
-def made_of(auto: Any, config: Any, dtype: torch.dtype | str, **options: Any) -> Any:
+def made_of(auto: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """Return the model that an auto class of transformers makes of a config, frozen and in eval
     mode, on the device "meta"."""
     from transformers import AttentionInterface
 
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InvalidArgument(f"{dtype=} is no dtype of torch; give float32, bfloat16 or float16.")
     AttentionInterface.register(ATTENTION, _attend)
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, **options)
