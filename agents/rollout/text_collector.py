@@ -24,7 +24,6 @@ from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending, no_listener
 from tokenenv.agents.rollout.env_rows import (
-    learning_undone,
     load_learned,
     save_learned,
     tell_policy_updated,
@@ -167,8 +166,8 @@ class TextCollector:
             while not all(number in self._continuations for number in numbers):
                 self._wait()
         written = [self._continuations.pop(number) for number in numbers]
-        with learning_undone(self.core):
-            return self._score(written)
+        # They are no texts of the run: they teach the env's terms nothing, and no schedule goes on.
+        return self._score(written, played=False)
 
     def _continuation(self, state: Prefix, columns: Columns) -> Text:
         self._continued += 1
@@ -331,8 +330,8 @@ class TextCollector:
 
     # ---------------------------------------------------------------- scores
 
-    def _score(self, texts: list[Text]) -> list[Episode]:
-        scores = score_texts(self.core, texts, pays_logprob=self.pays_logprob)
+    def _score(self, texts: list[Text], *, played: bool = True) -> list[Episode]:
+        scores = score_texts(self.core, texts, pays_logprob=self.pays_logprob, played=played)
         self.has_potential = scores.potentials is not None
         episodes = [
             episode_of(text, scores, row, self.spec, self.num_texts)

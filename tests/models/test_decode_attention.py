@@ -64,6 +64,12 @@ def test_what_sdpa_does_well_is_left_to_it(heads, shared, queries, by_sdpa):
     assert len(by_sdpa) == 1
 
 
+def test_an_option_that_changes_attention_is_not_passed_over(by_sdpa):
+    with pytest.raises(ValueError, match="softcap"):
+        decode_attention.attention(*inputs(4, 2, torch.float32), softcap=30.0)
+    assert len(by_sdpa) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("shared", [1, 3])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -13,6 +13,8 @@ from transformers.modeling_utils import AttentionInterface
 NAME = "tokenenv_decode"
 """The name under which transformers' models find `attention`."""
 HALF = (torch.bfloat16, torch.float16)
+SPECIAL = ("softcap", "position_bias", "s_aux")
+"""Options by which some models change what attention computes; sdpa takes or refuses them."""
 
 
 def attention(
@@ -33,7 +35,8 @@ def attention(
     """
     shared = query.shape[1] > key.shape[1]
     # On a CPU sdpa is as fast where each head has keys of its own.
-    if query.shape[2] > 1 or attention_mask is None or not (shared or query.is_cuda):
+    plain = not any(options.get(name) is not None for name in SPECIAL)
+    if query.shape[2] > 1 or attention_mask is None or not (plain and (shared or query.is_cuda)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
