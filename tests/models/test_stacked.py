@@ -305,6 +305,15 @@ def test_what_was_read_ahead_is_void_where_the_policys_text_has_changed(change):
     both.act(np.ones(N, bool), both.last)
 
 
+def test_a_full_text_of_the_policys_does_not_stop_the_env():
+    both = Together(0)
+    both.begin(list(range(N)))
+    both.begin_own(list(range(N)))
+    both.prefill(both.slots.prefill, both.own, [1], [both.own.ids(L)])
+    both.step(np.ones(N, bool))
+    both.act(np.array([True, False, True]), both.last)
+
+
 def test_a_token_is_read_once_for_env_and_policy(forwards):
     both = Together(0)
     both.begin(list(range(N)))
