@@ -19,6 +19,7 @@ OnTokens = Callable[[int, int], None]
 TRAINED: dict[str, Callable[[Episode], float]] = {
     "train_proxy": reward_without_kl,
     "train_gold": lambda episode: episode.gold,
+    "train_gap": lambda episode: reward_without_kl(episode) - episode.gold,
     "train_score": lambda episode: episode.score,
     "train_kl": lambda episode: episode.kl,
     "train_length": lambda episode: len(episode.response),

@@ -13,6 +13,7 @@ from tokenenv.bench.grid import Grid
 from tokenenv.bench.on_ray import run_on_ray
 from tokenenv.bench.processes import run_in_processes
 from tokenenv.bench.store import Store, unfinished
+from tokenenv.bench.summary import compare, summarise
 from tokenenv.bench.table import Line, tidy, write_table
 from tokenenv.errors import InvalidArgument, check_choice
 
@@ -27,6 +28,10 @@ class Results:
     folder: Path
     lines: list[Line]
     """The tidy table, one mapping a line; docs/bench.md names the columns."""
+    summary: list[Line]
+    """A line for each environment and row: figures over seeds, with intervals."""
+    comparisons: list[Line]
+    """A line for each environment and ordered pair of rows: the probability of improvement."""
     written: list[Path]
     """The tables' files."""
 
@@ -86,7 +91,15 @@ def bench(
 def write_results(grid: Grid, store: Store, cells: list[Cell]) -> Results:
     """Write the tables of all cells that have ended, and return them."""
     lines = tidy(cells, store)
-    return Results(grid, store.folder, lines, write_table(store.folder / "results", lines))
+    tables = {
+        "results": lines,
+        "summary": summarise(grid, lines),
+        "comparisons": compare(grid, lines),
+    }
+    written = [
+        path for name, table in tables.items() for path in write_table(store.folder / name, table)
+    ]
+    return Results(grid, store.folder, *tables.values(), written)
 
 
 def _keeping(store: Store, on_event: OnEvent) -> OnEvent:

@@ -18,7 +18,11 @@ def tidy(cells: Sequence[Cell], store: Store) -> list[Line]:
 
     All lines have the same columns. A number that is not known is None.
     """
-    lines = [line for cell in cells for line in _lines(cell, store)]
+    return unified([line for cell in cells for line in _lines(cell, store)])
+
+
+def unified(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines with the columns of all of them, in the order of the longest."""
     columns = list(dict.fromkeys(name for line in sorted(lines, key=len)[::-1] for name in line))
     return [{name: line.get(name) for name in columns} for line in lines]
 

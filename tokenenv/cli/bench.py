@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from tokenenv.cli.console import say, say_on_stderr
+from tokenenv.cli.console import console, say, say_on_stderr
 from tokenenv.cli.help import OPTIONS, PATH, shown_as
 from tokenenv.cli.names import make_importable
 from tokenenv.errors import InvalidArgument
@@ -73,6 +73,7 @@ class Bench:
         # Imported here, because what it imports needs this package.
         from tokenenv.bench import bench
         from tokenenv.bench.live import Progress
+        from tokenenv.bench.shown import tables
         from tokenenv.bench.store import Store, unfinished
 
         make_importable()
@@ -90,6 +91,8 @@ class Bench:
             say_on_stderr("stopped by SIGINT; the cells that have finished are kept")
             say_on_stderr("the same command goes on")
             sys.exit(130)
+        for table in tables(grid, results.summary, results.comparisons):
+            console.print(table)
         for name, error in results.failed.items():
             say_on_stderr(f"failed: {name}: {error}")
         say(f"results: {folder}", *(path.name for path in results.written))
