@@ -55,7 +55,7 @@ def make_collector(
     options: dict[str, Any] = {"temperature": config.temperature, "num_texts": envs.num_envs}
     options |= config.rollout_options
     policy: Any = actor.policy
-    engine = make_engine(config.rollout, policy, spec, **options)
+    engine = make_engine(config.rollout, policy, spec, reads_values=actor.reads_values, **options)
     return TextCollector(
         envs,
         engine,
