@@ -91,28 +91,26 @@ class FrozenLM:
 class _Texts:
     """Some texts on the policy's device, and where the states before their response tokens are.
 
-    With `extra=1` the state after the last response token counts as well.
+    A text's last token is read for the state after it alone, so it is left out, and with it what
+    the environment wrote behind it; with `whole` they are there.
     """
 
     def __init__(
-        self,
-        batch: EpisodeBatch,
-        rows: np.ndarray,
-        width: int,
-        device: torch.device,
-        extra: int = 0,
+        self, batch: EpisodeBatch, rows: np.ndarray, device: torch.device, *, whole: bool = False
     ) -> None:
         index = torch.as_tensor(rows)
-        lengths, responses = batch.length_B[index], batch.response_length_B[index]
+        responses = batch.response_length_B[index]
+        lengths = batch.position_BT1[index, responses if whole else responses - 1]
         self.lengths = lengths.numpy()
         # The batch is padded to its longest text; this micro-batch needs its own longest only.
         self.tokens_BL = batch.tokens_BL[index, : int(lengths.max())].to(device)
-        row_K, self.steps = token_mask(responses + extra, width).nonzero(as_tuple=True)
+        row_K, self.steps = token_mask(responses, int(responses.max())).nonzero(as_tuple=True)
         self.rows = index[row_K]
+        place_K = batch.position_BT1[self.rows, self.steps]
+        self.chosen_K = batch.tokens_BL[self.rows, place_K].to(device)
         # A token is chosen at the state of the token before it, whoever wrote that: response token
         # 0 at the prompt's last token. The place counts in the flattened (B * L,) texts.
-        place_K = batch.position_BT1[self.rows, self.steps] - 1
-        self.place_K = (row_K * self.tokens_BL.shape[1] + place_K).to(device)
+        self.place_K = (row_K * self.tokens_BL.shape[1] + place_K - 1).to(device)
 
     def at(self, states_BLH: Tensor) -> Tensor:
         """Return the states (K, H) that the response tokens were chosen at."""
@@ -140,7 +138,7 @@ def outputs(
 ) -> Outputs:
     """Run one forward over the whole texts `rows` and read it where response tokens were chosen;
     with `last_value` the critic is read at the texts' last states as well."""
-    texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
+    texts = _Texts(batch, rows, policy.device, whole=last_value)
     tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
     # The masks stay on the host with the batch; only those of this micro-batch are uploaded.
     mask_KM = None
@@ -155,7 +153,7 @@ def outputs(
                 frozen |= {f"{name}_states_KH": states_KH, f"{name}_head": model.head}
         stats = token_stats(
             texts.at(states_BLH),
-            tokens_BL.flatten()[texts.place_K + 1],
+            texts.chosen_K,
             policy.head,
             policy.vocab_size,
             temperature=temperature,
@@ -189,11 +187,14 @@ def state_values(
     chosen = _chosen(batch, which_B)
     values_BT1 = _drawn(batch, chosen)[1]
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
-        texts = _Texts(batch, chosen[rows], values_BT1.shape[1], policy.device, extra=1)
+        some = chosen[rows]
+        texts = _Texts(batch, some, policy.device, whole=True)
         with policy.autocast():
-            value_states_BLH = policy.states(texts.tokens_BL, texts.lengths)[1]
-            value_K = policy.value(texts.at(value_states_BLH))
-        values_BT1[texts.rows, texts.steps] = value_K.float().cpu()
+            states_BLH = policy.states(texts.tokens_BL, texts.lengths)[1]
+            value_K = policy.value(texts.at(states_BLH))
+            last_value_B = policy.value(last_states(states_BLH, texts.lengths))
+        values_BT1[texts.rows, texts.steps] = value_K.cpu()
+        values_BT1[some, batch.response_length_B[some]] = last_value_B.cpu()
     return values_BT1
 
 
