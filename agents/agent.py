@@ -144,6 +144,9 @@ class Agent:
         """Whether the policy was given, so that only Python can make it again."""
         self.policy = policy or default_policy(envs, cfg, learns=self.learns)
         check_policy(self.policy, envs, learns=self.learns)
+        self.chose_lr = cfg.lr is None
+        """Whether the learning rate is the default one for what is trained. A run's config leaves
+        it open then: a run that is made from it, with other weights to train, has its own."""
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         if cfg.rollout == "auto":
