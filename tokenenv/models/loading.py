@@ -11,6 +11,7 @@ from tokenenv.errors import InvalidArgument, ModelError, check_choice
 from . import shapes
 from .heads import make_scorer
 from .hub import adapter_config, failed, hub_options, offline, undisturbed, without_bars
+from .precision import convert
 from .probing import looks_ahead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -266,7 +267,8 @@ def _from_pretrained(
 
 def _moved(model: Any, device: Any, dtype: str | torch.dtype | None) -> Any:
     dtype = as_dtype(dtype)
-    return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+    model = model if device is None else model.to(device)
+    return model if dtype is None else convert(model, dtype)
 
 
 def _classifier(source: Any, argument: str, **options: Any) -> str:

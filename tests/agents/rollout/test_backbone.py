@@ -222,12 +222,13 @@ def test_one_stack_lives_however_many_agents_come():
     assert isinstance(envs.unwrapped._engine.trunks._stacks[0], Stack)
 
 
-def test_nothing_of_a_trial_is_kept():
-    envs = textgen()
+@pytest.mark.parametrize("make", [textgen, lambda: toy("no reward")])
+def test_nothing_of_a_trial_is_kept(make):
+    envs = make()
     before = envs.unwrapped.cache_bytes
     PPO(envs, **OPTIONS, rollout="auto")
     trunks = envs.unwrapped._engine.trunks
-    assert [stack.along for stack in trunks._stacks] == [None]
+    assert all(stack.along is None for stack in trunks._stacks)
     memory = [
         slots._slots.cache.layers[0].keys.untyped_storage() for slots in trunks._slots.values()
     ]
