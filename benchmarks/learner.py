@@ -7,17 +7,21 @@
 The models have random weights: "1m" is a Llama of 1.1 million parameters and a vocabulary of 1,024,
 "262k" one with 262,144 ids (0.4 million parameters beside its embeddings, of which there are 50).
 
-"update" is all that `PPO.update` does: values, advantages, losses, gradients, clipping, optimizer
-steps, and the last look at how far the policy moved. "bare" reads the same micro-batches with the
-same models: forward, logits of response tokens, `log_softmax` and values, backward; no loss of an
-algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to
-32 tokens, and "uncut" is "bare" on minibatches that are cut by memory alone, padded to the longest
-text. Seconds are of the process on the CPU (of the wall on a GPU), medians of turns. "peak" is what
-the memory rises by, each measured in a process of its own; that of "update" has AdamW's moments.
+"update" is all that `PPO.update` does with texts that its present policy has drawn: advantages,
+losses, gradients, clipping, optimizer steps, and the last look at how far the policy moved; with
+`--separate-value` values as well, which come from collection otherwise. "bare" reads the same
+micro-batches with the same models: forward, logits of response tokens, `log_softmax` and values,
+backward; no loss of an algorithm, no optimizer. It reads whole texts, of which an update leaves out
+the last tokens, as nothing is drawn behind them. "AdamW" are as many optimizer steps alone. With
+`--ragged` texts have 1 to 32 tokens, and "uncut" is "bare" on minibatches that are cut by memory
+alone, padded to the longest text. Seconds are of the process on the CPU (of the wall on a GPU),
+medians of turns. "peak" is what the memory rises by, each measured in a process of its own; that of
+"update" has AdamW's moments.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
@@ -33,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.episodes import Episode, EpisodeBatch
-from tokenenv.agents.learning.learner import micro_batches_for
+from tokenenv.agents.learning.learner import micro_batches_for, state_values
 from tokenenv.agents.learning.optimise import minibatches
 from tokenenv.models.batching import micro_batches
 
@@ -105,6 +109,15 @@ def make_batch(args: argparse.Namespace, shape: str) -> EpisodeBatch:
     return EpisodeBatch.stack([episode(index) for index in range(args.texts)])
 
 
+def as_drawn(agent: PPO, batch: EpisodeBatch) -> EpisodeBatch:
+    """Return the batch with what acting adds: the critic's values, where it reads the policy's
+    states."""
+    if not agent.actor.reads_values:
+        return batch
+    values_BT1 = state_values(agent.policy, batch, agent.config.max_batch_tokens)
+    return replace(batch, drawn_value_BT=values_BT1[:, :-1])
+
+
 def bare(agent: PPO, batch: EpisodeBatch, cut: bool = True) -> None:
     """Run the forward and the backward of every micro-batch that an update learns from; unless they
     are to be `cut`, of minibatches that are cut by memory alone."""
@@ -140,7 +153,8 @@ def steps(agent: PPO) -> None:
 
 def candidates(args: argparse.Namespace, shape: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what is measured, by name."""
-    agent, batch = make_agent(args, shape), make_batch(args, shape)
+    agent = make_agent(args, shape)
+    batch = as_drawn(agent, make_batch(args, shape))
     other = make_agent(args, shape)
     for weight in other.policy.parameters():
         weight.grad = torch.full_like(weight, 1e-6)
@@ -170,7 +184,8 @@ def memory() -> float:
 def rise(args: argparse.Namespace, shape: str, name: str) -> float:
     """Return by how many MiB the memory rises when a candidate first runs."""
     torch.set_num_threads(1)
-    agent, batch = make_agent(args, shape), make_batch(args, shape)
+    agent = make_agent(args, shape)
+    batch = as_drawn(agent, make_batch(args, shape))
     if not CUDA:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is in memory now
     before = memory()

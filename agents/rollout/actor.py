@@ -40,6 +40,13 @@ class Policy(Protocol):
         ...
 
 
+def read_values(policy: Any, states_KH: Tensor) -> Tensor | None:
+    """Return the critic's values (K,) of the states that tokens are drawn in; None where the
+    learner would find others. A model that runs in fewer bits rounds a cached forward and a whole
+    one differently."""
+    return policy.value(states_KH) if states_KH.dtype == torch.float32 else None
+
+
 def to_host(values_N: Tensor) -> np.ndarray:
     """Copy to the host: the one copy from the device that acting makes."""
     return values_N.cpu().numpy()
@@ -99,6 +106,9 @@ def _invert(logits_KV: Tensor, random_K: Tensor) -> tuple[Tensor, Tensor]:
 class Actor:
     """Samples a policy's next token in each of N running texts, and keeps their caches.
 
+    With `reads_values` it also reads the policy's value head at the states that tokens are drawn
+    in, which costs H multiplications a token.
+
     It knows what happened from the observation alone. A slot whose text is the last one plus the
     token that was emitted is continued by that token. Where more tokens stand behind it, which the
     environment wrote, the slot is continued by all of them at once. In any other slot (reset,
@@ -118,9 +128,14 @@ class Actor:
         temperature: float = 1.0,
         seed: int = 0,
         share: Callable[[SlotModel], SlotModel] | None = None,
+        reads_values: bool = False,
     ) -> None:
         self.policy, self.share = policy, share
         self.temperature = temperature
+        self.reads_values = reads_values
+        self.values: Tensor | None = None
+        """(N,) float32: the critic's values of the states that the last tokens were drawn in; None
+        where they are not read."""
         self.generator = torch.Generator(device_of(policy)).manual_seed(seed)
         self._slots: SlotModel | None = None
 
@@ -137,7 +152,9 @@ class Actor:
         if self._slots is None or self._texts.shape != (len(texts_NL), texts_NL.shape[1] + 1):
             self._start(*texts_NL.shape)
         with self.policy.autocast():
-            logits_NV = self.policy.head(self._read(texts_NL, lengths_N))
+            states_NH = self._read(texts_NL, lengths_N)
+            logits_NV = self.policy.head(states_NH)
+        self.values = read_values(self.policy, states_NH) if self.reads_values else None
         logits_NV = rule_out(logits_NV, allowed_of(obs, device))
         tokens_N, logprobs_N = sample(logits_NV, self.temperature, self.generator)
         self._expect(texts_NL, lengths_N, tokens_N)

@@ -40,8 +40,11 @@ def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True)
     )
 
 
-def make_actor(envs: VectorEnv, policy: Any, config: AgentConfig) -> Actor:
-    """Return the policy's actor in this env, which shares forwards as `config.backbone` says.
+def make_actor(
+    envs: VectorEnv, policy: Any, config: AgentConfig, *, reads_values: bool = False
+) -> Actor:
+    """Return the policy's actor in this env, which shares forwards as `config.backbone` says and
+    `reads_values` of the critic where that is asked for.
 
     Raises:
         InvalidArgument: it says "shared", and nothing can be shared.
@@ -51,7 +54,13 @@ def make_actor(envs: VectorEnv, policy: Any, config: AgentConfig) -> Actor:
         raise InvalidArgument(f"backbone='shared' is not possible here: {why}.")
     apart = config.backbone == "separate" or why is not None
     share = None if apart else env_core(envs).share_backbone
-    return Actor(policy, temperature=config.temperature, seed=config.seed, share=share)
+    return Actor(
+        policy,
+        temperature=config.temperature,
+        seed=config.seed,
+        share=share,
+        reads_values=reads_values,
+    )
 
 
 def why_separate(envs: VectorEnv, policy: Any) -> str | None:
@@ -89,7 +98,7 @@ def make_collector(
     options: dict[str, Any] = {"temperature": config.temperature, "num_texts": envs.num_envs}
     options |= config.rollout_options
     policy: Any = actor.policy
-    engine = make_engine(config.rollout, policy, spec, **options)
+    engine = make_engine(config.rollout, policy, spec, reads_values=actor.reads_values, **options)
     return TextCollector(
         envs,
         engine,

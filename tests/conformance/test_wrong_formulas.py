@@ -137,6 +137,32 @@ def test_a_gap_takes_the_whole_gradient_of_what_came_before_it() -> None:
     assert one.positions == pytest.approx((0, 0, 1, 1), abs=1e-9)
 
 
+def test_how_a_kl_penalty_counts_is_said() -> None:
+    def heavier(b: Batch) -> Tensor:
+        return to_go(b.rewards) + 1.5 * (to_go(b.penalised) - to_go(b.rewards))
+
+    report = check_advantages(heavier)
+    assert report.off == ["KL in the reward"]
+    assert (
+        "every token is charged for the KL from there on, and the penalty weighs 1.50 times what it "
+        "should" in report.verdict
+    )
+
+
+def test_a_spread_that_leaves_each_text_out_weighs_prompts() -> None:
+    """Such a deviation does not depend on the text, so within one prompt it is a step size."""
+
+    def standardised(b: Batch) -> Tensor:
+        sums = b.penalised.sum(1).reshape(-1, b.group_size)
+        others = torch.stack([sums.roll(i, 1) for i in range(1, b.group_size)], 2)
+        rest = (sums - others.mean(2)) / (others.std(2) + 0.1)
+        return rest.reshape(-1, 1).expand_as(b.rewards)
+
+    report = check_advantages(standardised, grouped=True)
+    assert report.off == ["two prompts"]
+    assert "It assumes that all prompts have scores of the same spread" in report.verdict
+
+
 def test_groups() -> None:
     assert check_advantages(grouped, grouped=True).exact
     spread = check_advantages(lambda b: grouped(b, std=True), grouped=True)
@@ -165,7 +191,8 @@ def test_losses() -> None:
     assert "of its gradient is of tokens that others wrote" in unmasked.verdict
     assert "its sign is reversed" in check_loss(lambda b: -loss(b)).verdict
     stale = check_loss(lambda b: -(b.logprobs * b.advantages)[b.mask].mean())
-    assert stale.off == ["a policy that has moved a little"]
+    assert stale.exact
+    assert "a loss without a ratio is made for one step" in stale.verdict
 
 
 def log_ratio(b: Batch) -> Tensor:

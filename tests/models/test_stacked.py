@@ -250,6 +250,7 @@ class Together:
 
 
 def room(rows):
+    """The slots (N,) that take another token."""
     return np.array([len(text) < L for text in rows.texts])
 
 
@@ -278,6 +279,39 @@ def test_whatever_env_and_policy_do_their_states_are_those_of_their_texts(seed):
         elif len(both.own.texts[slot]) < L - 2:
             both.slots.extend([slot], torch.tensor([[7, 8]]), [2])
             both.own.texts[slot] += [7, 8]
+
+
+def other_text(both):
+    both.prefill(both.slots.prefill, both.own, [1], [list(both.own.texts[0])])
+
+
+def longer_text(both):
+    both.slots.extend([1], torch.tensor([[7, 8]]), [2])
+    both.own.texts[1] += [7, 8]
+
+
+def anothers_text(both):
+    both.slots.fork([0], [1])
+    both.own.texts[1] = list(both.own.texts[0])
+
+
+@pytest.mark.parametrize("change", [other_text, longer_text, anothers_text])
+def test_what_was_read_ahead_is_void_where_the_policys_text_has_changed(change):
+    both = Together(0)
+    both.begin(list(range(N)))
+    both.begin_own(list(range(N)))
+    both.step(np.ones(N, bool))
+    change(both)
+    both.act(np.ones(N, bool), both.last)
+
+
+def test_a_full_text_of_the_policys_does_not_stop_the_env():
+    both = Together(0)
+    both.begin(list(range(N)))
+    both.begin_own(list(range(N)))
+    both.prefill(both.slots.prefill, both.own, [1], [both.own.ids(L)])
+    both.step(np.ones(N, bool))
+    both.act(np.array([True, False, True]), both.last)
 
 
 def test_a_token_is_read_once_for_env_and_policy(forwards):

@@ -50,10 +50,7 @@ def make_measure(train: "Train", agent: Agent, texts: int) -> Measure:
         agent: is read when the function is called.
         texts: how many texts are sampled, where all of them cannot be enumerated.
     """
-    oracle, policy = agent.core.oracle, agent.policy
-    beta = 0.0 if agent.core.config.kl == "none" else agent.kl_coef
-    if agent.config.kl_coef is not None:
-        beta = agent.config.kl_coef
+    oracle, policy, beta = agent.core.oracle, agent.policy, beta_of(agent)
     seed = SEED + train.agent.seed
     exact = isinstance(oracle, AutomatonOracle) and isinstance(policy, LMPolicy)
     if exact and not isinstance(agent, BestOfN):
@@ -72,6 +69,13 @@ def make_measure(train: "Train", agent: Agent, texts: int) -> Measure:
     return lambda: filled(
         with_optimum(sampled(agent, envs, beta, texts, seed), oracle if known else None, beta)
     )
+
+
+def beta_of(agent: Agent) -> float:
+    """Return the beta that a run begins with; an adaptive one is not followed."""
+    if agent.core.config.kl == "none":
+        return 0.0
+    return agent.kl_coef if agent.config.kl_coef is None else agent.config.kl_coef
 
 
 def filled(found: Figures, columns: Sequence[str] = COLUMNS) -> Figures:

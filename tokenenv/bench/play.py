@@ -10,7 +10,8 @@ import torch
 from tokenenv.agents import Agent
 from tokenenv.agents.episodes import Episode, mean_of, reward_without_kl
 from tokenenv.bench.cells import SETTINGS, train_of
-from tokenenv.bench.measure import Measure, filled, make_measure
+from tokenenv.bench.credit import agreement, by_position, shown
+from tokenenv.bench.measure import Measure, beta_of, filled, make_measure
 from tokenenv.bench.reading import ReadTokens
 from tokenenv.bench.versions import versions
 
@@ -44,7 +45,8 @@ def play(
 
     Returns:
         A mapping of plain values: `settings` with every default written out, `versions`,
-        `warnings` and `points`, a list of mappings (docs/bench.md names their entries).
+        `warnings`, `points`, a list of mappings, `credit` and `texts` (docs/bench.md names their
+        entries).
     """
     torch.set_num_threads(1)
     train = train_of(settings)
@@ -60,6 +62,8 @@ def play(
         "versions": versions(),
         "warnings": list(dict.fromkeys(str(one.message) for one in warned)),
         "points": curve.points,
+        "credit": curve.credit,
+        "texts": curve.texts,
     }
 
 
@@ -81,6 +85,12 @@ class Curve:
         self.agent, self.measure, self.total, self.on_tokens = agent, measure, total, on_tokens
         self.due = [total * number / points for number in range(1, points + 1)]
         self.points: list[dict[str, Any]] = []
+        self.credit: dict[str, Any] | None = None
+        """The advantages of the first update beside the exact ones, position by position."""
+        self.texts: list[Mapping[str, Any]] = []
+        """A few texts of the first update and of the last one."""
+        self._beta = beta_of(agent)
+        self._last: Sequence[Episode] = ()
         self._episodes: list[Episode] = []
         self._read = ReadTokens(agent.core)
         self._seconds = self._cpu = 0.0
@@ -92,8 +102,13 @@ class Curve:
         self.agent.learn(self.total, on_update=self._after_update)
         if self.points[-1]["tokens"] < self.agent.tokens_seen:  # the run ended before its budget
             self._point()
+        self.texts += shown(self.agent, self._last, self._beta)
 
     def _after_update(self, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
+        if not self._last:
+            self.credit = by_position(self.agent, episodes)
+            self.texts += shown(self.agent, episodes, self._beta)
+        self._last = episodes
         self._episodes += episodes
         seen = self.agent.tokens_seen
         if self.due and seen >= self.due[0]:
@@ -121,6 +136,7 @@ class Curve:
                 **found,
                 "train_texts": len(self._episodes),
                 **filled(trained, tuple(TRAINED)),
+                "train_credit": agreement(self.agent, self._episodes, self._beta),
             }
         )
         self._episodes = []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch, of_world, with_logprobs
 from tokenenv.conformance.gradients import Comparison, compare, exact_gradient, followed, gradient
+from tokenenv.conformance.kl import how_the_kl_counts
 from tokenenv.conformance.report import Report
 from tokenenv.conformance.wording import advantage_verdict, loss_verdict
 from tokenenv.conformance.worlds import Texts, World
@@ -47,7 +48,7 @@ WORLDS = (
     World(
         name="KL in the reward",
         differs="a KL penalty is part of what is optimised",
-        assumes="a token is not charged for the KL of the tokens after it",
+        assumes="nothing is paid for the KL",
         beta=0.5,
     ),
     World(
@@ -90,8 +91,8 @@ def _grouped(world: World) -> World:
 
 TWO_PROMPTS = World(
     name="two prompts",
-    differs="two prompts have scores of different sizes",
-    assumes="all texts of a batch share a prompt",
+    differs="two prompts have scores of different means and spreads",
+    assumes="all prompts have scores of the same spread",
     prompts=2,
 )
 GROUP_WORLDS = tuple(map(_grouped, (*WORLDS[:5], TWO_PROMPTS)))
@@ -104,6 +105,7 @@ LOSS_WORLDS = (
         differs="the policy has moved a little since the texts were drawn",
         assumes="the texts were drawn by the policy as it is now",
         drift=0.02,
+        choice="a loss without a ratio is made for one step on texts of the present policy",
     ),
     World(
         name="a policy that has moved far",
@@ -137,13 +139,15 @@ def check_advantages(
         InvalidArgument: the function returns another shape.
     """
     worlds = worlds or (GROUP_WORLDS if grouped else WORLDS)
-    found = []
+    found, reasons = [], {}
     for world in worlds:
         texts, batch = of_world(world)
-        advantages = _of_shape(function(batch), batch, name)
-        wanted = exact_gradient(texts)
-        found.append(compare(world.name, texts, followed(texts, batch, advantages), wanted))
-    verdict = advantage_verdict(function, worlds, found)
+        followed_SV = followed(texts, batch, _of_shape(function(batch), batch, name))
+        one = compare(world.name, texts, followed_SV, exact_gradient(texts))
+        found.append(one)
+        if world.beta and not one.exact:
+            reasons[world.name] = how_the_kl_counts(texts, followed_SV)
+    verdict = advantage_verdict(function, worlds, found, reasons)
     return Report(name, "advantages", _by_world(worlds, found), verdict)
 
 

@@ -13,7 +13,14 @@ from rich.table import Table
 from torch import Tensor
 
 from tokenenv.conformance.batches import Batch, of_world, to_go, with_logprobs
-from tokenenv.conformance.gradients import EXACT, Comparison, compare, followed, gradient
+from tokenenv.conformance.gradients import (
+    EXACT,
+    Comparison,
+    compare,
+    exact_gradient,
+    followed,
+    gradient,
+)
 from tokenenv.conformance.report import shown
 from tokenenv.conformance.worlds import Texts, World
 
@@ -27,6 +34,12 @@ STATES = {
 }
 """What a loss may follow instead, by name, as functions of the log-probs of all tokens: distances
 in the states that were visited, whose own chances are held."""
+
+CHARGED = {
+    WHOLE: "every token is charged for the KL from there on",
+    "KL(pi || ref) of each state": "a token is not charged for the KL of the tokens after it",
+}
+"""What a penalty in the reward amounts to that has the gradient of one of these distances."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,22 @@ def check_kl(function: Callable[[Batch], Tensor], name: str = "function") -> KLR
     as_loss = {name: compare(name, texts, found, one) for name, one in wanted.items()}
     turned = abs(swapped - 1) < EXACT < abs(value - 1)
     return KLReport(name, value, in_reward, as_loss, turned)
+
+
+def how_the_kl_counts(texts: Texts, found: Tensor) -> str:
+    """Return in words how a gradient (S, V) that is off only with a KL penalty treats it; "" where
+    that is not one of two known ways."""
+    beta, distances = texts.world.beta, loss_gradients(texts)
+    rewards_SV = exact_gradient(texts) + beta * distances[WHOLE]
+    for name, said in CHARGED.items():
+        parts = torch.stack([rewards_SV.flatten(), -beta * distances[name].flatten()], 1)
+        weights = torch.linalg.lstsq(parts, found.flatten()).solution
+        rest = (parts @ weights - found.flatten()).norm() / found.norm()
+        if rest < EXACT and weights[0] > 0:
+            share = float(weights[1] / weights[0])
+            times = f", and the penalty weighs {share:.2f} times what it should"
+            return said + (times if abs(share - 1) > EXACT else "")
+    return ""
 
 
 def whole_gradient(texts: Texts) -> Tensor:

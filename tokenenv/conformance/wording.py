@@ -1,7 +1,7 @@
 """One plain sentence for what a comparison found: which assumption breaks a function, and what then
 happens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,23 +15,29 @@ EVERYWHERE = "Its expected gradient is exact."
 
 
 def advantage_verdict(
-    function: Callable[[Batch], Tensor], worlds: Sequence[World], found: Sequence[Comparison]
+    function: Callable[[Batch], Tensor],
+    worlds: Sequence[World],
+    found: Sequence[Comparison],
+    reasons: Mapping[str, str],
 ) -> str:
-    """Return what is to be said of a function that makes advantages."""
+    """Return what is to be said of a function that makes advantages; `reasons` are known ones by
+    world."""
     if found[0].exact:
-        return _by_assumption(worlds, found)
+        return _by_assumption(worlds, found, reasons)
     return f"{_already(found[0])}: {_reason(function, worlds[0], found[0])}."
 
 
 def loss_verdict(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
     """Return what is to be said of a loss."""
     if found[0].exact:
-        return _by_assumption(worlds, found)
+        return _by_assumption(worlds, found, {})
     reason = "its sign is reversed" if found[0].cosine < -0.99 else "no single assumption says why"
     return f"{_already(found[0])}: {reason}."
 
 
-def _by_assumption(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
+def _by_assumption(
+    worlds: Sequence[World], found: Sequence[Comparison], reasons: Mapping[str, str]
+) -> str:
     names = {one.world for one in found if not one.exact}
     pairs = [
         (world, one)
@@ -39,9 +45,7 @@ def _by_assumption(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
         if not one.exact and world.beyond not in names
     ]
     errors = [
-        f"It assumes that {world.assumes}: where {world.differs}, {_symptom(one)}."
-        for world, one in pairs
-        if not world.choice
+        _error(world, one, reasons.get(world.name, "")) for world, one in pairs if not world.choice
     ]
     choices = [
         f"It is off by choice where {world.differs}: {world.choice}."
@@ -51,8 +55,14 @@ def _by_assumption(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
     return " ".join([*(errors or [EVERYWHERE]), *choices])
 
 
+def _error(world: World, one: Comparison, reason: str) -> str:
+    if reason:
+        return f"Where {world.differs}, {reason} (cosine {one.cosine:.4f})."
+    return f"It assumes that {world.assumes}: where {world.differs}, {_symptom(one)}."
+
+
 def _already(plain: Comparison) -> str:
-    return f"Its gradient is off already in the plain world (cosine {plain.cosine:.3f})"
+    return f"Its gradient is off already in the plain world (cosine {plain.cosine:.4f})"
 
 
 def _symptom(one: Comparison) -> str:
@@ -66,9 +76,9 @@ def _symptom(one: Comparison) -> str:
     if missing:
         which = f"token {missing[0]} receives" if missing[1:] == [] else None
         which = which or f"tokens {' and '.join(missing)} receive"
-        return f"own {which} nothing, of {len(received)} (cosine {one.cosine:.3f})"
+        return f"own {which} nothing, of {len(received)} (cosine {one.cosine:.4f})"
     shares = ", ".join(f"{share:.2f}" for share in received)
-    return f"the cosine is {one.cosine:.3f}, and own tokens receive {shares} of their gradients"
+    return f"the cosine is {one.cosine:.4f}, and own tokens receive {shares} of their gradients"
 
 
 def _reason(function: Callable[[Batch], Tensor], world: World, plain: Comparison) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenenv.types import Slots
 
-from .adapters import adapter_layers, sharing
+from .adapters import adapter_layers, is_plain_lora, sharing
 from .batching import upload
 from .cached_lm import CachedLM
 from .sharing import same_function
@@ -59,16 +59,10 @@ def share_base(one: Any, other: Any) -> bool:
     that add low-rank products to linear layers, and nothing else."""
     if one is other or type(one) is not type(other) or not isinstance(one, nn.Module):
         return False
-    if not all(map(_is_plain, (*adapter_layers(one), *adapter_layers(other)))):
+    if not all(map(is_plain_lora, (*adapter_layers(one), *adapter_layers(other)))):
         return False
     one, other = _without_adapters(one), _without_adapters(other)
     return _parts(one) == _parts(other) and same_function(one, other)
-
-
-def _is_plain(layer: Any) -> bool:
-    from peft.tuners.lora import Linear
-
-    return type(layer) is Linear and not layer.lora_variant
 
 
 def _parts(trunk: nn.Module) -> list[Any]:
