@@ -31,7 +31,6 @@ from tokenenv.agents.learning.optimizers import make_optimizer
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.rates import default_lr
 from tokenenv.agents.learning.update_kl import warn_if_far
-from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.choose import choose_rollout
 from tokenenv.agents.rollout.collector import Stopped
 from tokenenv.agents.rollout.ending import Ending
@@ -43,7 +42,7 @@ from tokenenv.agents.rollout.env_rows import (
     wants_logprob,
 )
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
-from tokenenv.agents.rollout.make import default_policy, make_collector
+from tokenenv.agents.rollout.make import default_policy, make_actor, make_collector
 from tokenenv.agents.rollout.requirements import (
     check_default_dtype,
     check_env,
@@ -145,18 +144,16 @@ class Agent:
         """Whether the policy was given, so that only Python can make it again."""
         self.policy = policy or default_policy(envs, cfg, learns=self.learns)
         check_policy(self.policy, envs, learns=self.learns)
+        self.chose_lr = cfg.lr is None
+        """Whether the learning rate is the default one for what is trained. A run's config leaves
+        it open then: a run that is made from it, with other weights to train, has its own."""
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         if cfg.rollout == "auto":
             self.config = cfg = replace(cfg, rollout=choose_rollout(envs, self.policy, cfg))
         # A policy of one's own need not say it; its values are then read before updates.
-        with_values = getattr(self.policy, "acts_with_values", False)
-        self.actor = Actor(
-            self.policy,
-            temperature=cfg.temperature,
-            seed=cfg.seed,
-            reads_values=self.reads_values and with_values,
-        )
+        with_values = self.reads_values and getattr(self.policy, "acts_with_values", False)
+        self.actor = make_actor(envs, self.policy, cfg, reads_values=with_values)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
         weights = [weight for weight in self.policy.parameters() if weight.requires_grad]

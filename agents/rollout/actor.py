@@ -3,7 +3,7 @@
 Suffixes: N slots, L context, H hidden size, K states, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -113,6 +113,12 @@ class Actor:
     token that was emitted is continued by that token. Where more tokens stand behind it, which the
     environment wrote, the slot is continued by all of them at once. In any other slot (reset,
     forked, restored, or seen for the first time) the text is read from its start.
+
+    Args:
+        policy: whose tokens are drawn.
+        temperature: of sampling; 0 takes the likeliest token.
+        seed: of the random numbers.
+        share: an env's `share_backbone`, where it reads each token for the policy too.
     """
 
     def __init__(
@@ -121,9 +127,10 @@ class Actor:
         *,
         temperature: float = 1.0,
         seed: int = 0,
+        share: Callable[[SlotModel], SlotModel] | None = None,
         reads_values: bool = False,
     ) -> None:
-        self.policy = policy
+        self.policy, self.share = policy, share
         self.temperature = temperature
         self.reads_values = reads_values
         self.values: Tensor | None = None
@@ -163,6 +170,7 @@ class Actor:
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
         slots = self.policy.slots(num_rows, max_length)
+        slots = self.share(slots) if self.share else slots
         # The observation that is expected next if a slot's text runs on. One column more than
         # observations have, for the token that is emitted after a full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)

@@ -13,10 +13,11 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.rollout.actor import Actor, Policy
+from tokenenv.agents.rollout.actor import Policy
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.env_rows import env_core, wants_logprob
 from tokenenv.agents.rollout.episode_engine import EpisodeEngine, check_options
+from tokenenv.agents.rollout.make import make_actor
 from tokenenv.agents.rollout.text import Text
 from tokenenv.agents.rollout.text_scores import score_texts
 from tokenenv.models.vllm_models import VLLMReference
@@ -82,7 +83,7 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 def _stepping(envs: VectorEnv, policy: Policy, config: AgentConfig) -> float:
     """Return the seconds of a token that the agent and the env write together."""
-    collector = Collector(envs, Actor(policy, temperature=config.temperature))
+    collector = Collector(envs, make_actor(envs, policy, config))
     collector.reset()
     return _seconds(collector.step, TOKENS) / envs.num_envs
 

@@ -1,4 +1,4 @@
-"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, envs, rewards and
+"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, bench, envs, rewards and
 version."""
 
 import argparse
@@ -14,6 +14,7 @@ import tyro
 
 from tokenenv.agents.config import AgentConfig, check_called
 from tokenenv.cli.audit import Audit
+from tokenenv.cli.bench import Bench
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Sample, tyro.conf.subcommand("sample")]
             | Annotated[Fit, tyro.conf.subcommand("fit")]
             | Annotated[Audit, tyro.conf.subcommand("audit")]
+            | Annotated[Bench, tyro.conf.subcommand("bench")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Sample,
                 Fit,
                 Audit,
+                Bench,
                 Envs,
                 Rewards,
             ):
