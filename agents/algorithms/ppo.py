@@ -112,8 +112,10 @@ class PPO(PolicyGradient):
             running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
             scale = running.std
         rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
-        unknown_B = values_unknown(batch, self.updates)
-        own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens, unknown_B)
+        own_BT1 = batch.learned.get("state_value")
+        if own_BT1 is None:
+            unknown_B = values_unknown(batch, self.updates)
+            own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens, unknown_B)
         values_BT1 = own_BT1 + offset_BT1
         known = rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, cfg.gamma
         # The offset is the potential's part: the critic itself learns only what is left of it.
