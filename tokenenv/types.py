@@ -134,6 +134,9 @@ class Written:
     """The new tokens, with the one that ended the text or the turn where there was one."""
     logprobs: list[float]
     """log pi of each token when it was drawn, in nats, at the sampling temperature."""
+    values: list[float] | None = None
+    """The critic's value of the state that each token was drawn in; None from an engine that has no
+    critic."""
     step: int = 0
     """Grows with the engine's steps: among texts that `ended` returns at once, which of them ended
     together, and which later."""

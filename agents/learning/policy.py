@@ -78,6 +78,12 @@ class LMPolicy(nn.Module):
         """The device of the weights."""
         return next(self.model.parameters()).device
 
+    @property
+    def acts_with_values(self) -> bool:
+        """Whether the states that tokens are drawn in give the critic's values as well, equal to
+        those of a forward over the text up to float32's rounding."""
+        return self.value_trunk is None and not self.uses_bfloat16
+
     def slots(self, num_slots: int, max_length: int) -> SlotModel:
         """Return a model of N running texts of at most `max_length` tokens, with a cache."""
         return slot_model(

@@ -300,6 +300,8 @@ def _add_chunk(
 
 def _ambient_autocast(device: str) -> dict[str, Any]:
     """Return the arguments of the autocast that is in force."""
+    # torch has no autocast on the device "meta", where memory is planned.
+    device = "cpu" if device == "meta" else device
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return {"device_type": device, "dtype": dtype, "enabled": enabled}
 

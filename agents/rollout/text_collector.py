@@ -35,7 +35,14 @@ from tokenenv.agents.rollout.env_rows import (
 )
 from tokenenv.agents.rollout.episode_engine import EpisodeEngine, check_options
 from tokenenv.agents.rollout.pairing import whole_groups
-from tokenenv.agents.rollout.text import Text, afresh, answered, turn_limit, with_turn
+from tokenenv.agents.rollout.text import (
+    Text,
+    afresh,
+    answered,
+    turn_limit,
+    with_turn,
+    without_values,
+)
 from tokenenv.agents.rollout.text_scores import TextScores
 from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.tables import Columns
@@ -160,6 +167,17 @@ class TextCollector:
         self.version += 1
         tell_policy_updated(self.core, self.version)
         self._sync()
+
+    def weights_moved(self) -> None:
+        """To be called when an update that did not end may have changed the weights: the engine is
+        handed them before it goes on, and what was read with those before them is forgotten."""
+        self._synced = False
+        self._ready = [without_values(text) for text in self._ready]
+        self._running, self._waiting = (
+            {number: without_values(text) for number, text in some.items()}
+            for some in (self._running, self._waiting)
+        )
+        self.scores.forget()
 
     def play_on(
         self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
@@ -356,7 +374,7 @@ class TextCollector:
         """Return a running text with the turn that the engine has written, and with what the
         environment answers."""
         text, reply = self._running[written.key], None
-        text = with_turn(text, written.tokens, written.logprobs)
+        text = with_turn(text, written.tokens, written.logprobs, written.values)
         if self.spec.responds:
             reply = self.core.reply(
                 text.prompt,
@@ -411,11 +429,14 @@ def check_text_env(envs: VectorEnv) -> Any:
     return core
 
 
-def make_engine(rollout: str, policy: LMPolicy, spec: TokenSpec, **options: Any) -> RolloutEngine:
-    """Return the engine that `rollout` names, for this policy; a URL is a vLLM server's."""
+def make_engine(
+    rollout: str, policy: LMPolicy, spec: TokenSpec, *, reads_values: bool = False, **options: Any
+) -> RolloutEngine:
+    """Return the engine that `rollout` names, for this policy; a URL is a vLLM server's. One that
+    has no critic ignores `reads_values`."""
     if rollout == "episode":
         check_options(set(options) - {"temperature"})
-        return EpisodeEngine(policy, spec, **options)
+        return EpisodeEngine(policy, spec, reads_values=reads_values, **options)
     if rollout == "vllm" and options.pop("own_process", False):
         rollout = "vllm apart"
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})

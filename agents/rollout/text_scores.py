@@ -139,6 +139,7 @@ def episode_of(
         ref_logprob=scores.ref_logprobs[row, start:end],
         reward=scores.token_rewards[row, start:end],
         potential=potential,
+        drawn_value=np.asarray(text.value, np.float32),
         kl_coef=text.weights.get("kl", 0.0),
         terminated=text.terminated,
         truncated=text.truncated,

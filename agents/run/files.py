@@ -127,6 +127,23 @@ def locked(folder: Path) -> Iterator[None]:
             _held.discard(key)
 
 
+@contextmanager
+def no_trace(folder: Path, nothing_learned: Callable[[], bool]) -> Iterator[None]:
+    """Around the writing of a run in a folder that is `locked`: where an argument turns out to be
+    wrong and `nothing_learned` returns True, take away what has appeared in the folder, and the
+    folder if nothing else is there. After any other error a run can be gone on with."""
+    before = set(folder.iterdir()) - {folder / LOCK}
+    try:
+        yield
+    except InvalidArgument:
+        if nothing_learned():
+            for path in set(folder.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if not before:
+                folder.rmdir()
+        raise
+
+
 def _lock(file: TextIO, folder: Path) -> None:
     import fcntl  # imported here, because only Unix has it
 

@@ -39,8 +39,10 @@ def write_config(
     values = agent.run_config
     if values is None:
         values = config_of(agent, total_tokens, checkpoint_every)
-        values |= {} if new else _kept(path)
-    write_values(path, values, made_with(agent.envs))
+        values |= {} if new else _kept(path, values)
+    record = made_with(agent.envs)
+    record["made_with"]["lr"] = agent.config.lr
+    write_values(path, values, record)
 
 
 def write_values(path: Path, values: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -71,14 +73,15 @@ def config_of(agent: "Agent", total_tokens: float, checkpoint_every: int | None)
         "total_tokens": math.ceil(total_tokens),
         "checkpoint_every": checkpoint_every or CHECKPOINT_EVERY,
         "eval_prompts": None,
-        "agent": asdict(agent.config),
+        "agent": asdict(agent.config) | ({"lr": None} if agent.chose_lr else {}),
         **({"no_name": no_name} if no_name else {}),
     }
 
 
 def made_with(envs: Any) -> dict[str, Any]:
     """Return a record of what a run was made with, for people: the versions of the packages that
-    compute, and the env's `identity`. Nothing is read from it."""
+    compute, and the env's `identity`; a run's has its learning rate too. Nothing is read from
+    it."""
     import tokenenv  # imported here, because the package imports this module
 
     packages = ("gymnasium", "numpy", "torch", "transformers")
@@ -118,11 +121,13 @@ def _algo_of(kind: type["Agent"]) -> str | None:
     return next((plugin.name for plugin in plugins if plugin.value == name), name)
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """Return what the config at `path` says of the env; nothing where there is none."""
-    if not path.is_file():
+def _kept(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the config at `path` says of the env, and, where it leaves the learning rate
+    open, the agent of `values` without one; nothing where there is no such file."""
+    known = from_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+    if not isinstance(known, dict):
         return {}
-    known = from_yaml(path.read_text(encoding="utf-8"), str(path))
-    return (
-        {key: known[key] for key in OF_THE_ENV if key in known} if isinstance(known, dict) else {}
-    )
+    kept = {key: known[key] for key in OF_THE_ENV if key in known}
+    agent = known.get("agent")
+    left_open = isinstance(agent, dict) and "lr" in agent and agent["lr"] is None
+    return kept | ({"agent": values["agent"] | {"lr": None}} if left_open else {})

@@ -17,7 +17,7 @@ from tokenenv.check import check_vector_env
 from tokenenv.check.driver import close
 from tokenenv.env.single_env import TokenEnv
 from tokenenv.errors import ContractError
-from tokenenv.rewards import PositionScaled, Scaled, Segment
+from tokenenv.rewards import PositionScaled, Scaled, Segment, Token, progressive
 
 
 @pytest.mark.parametrize(("env_id", "options", "mode"), some_modes())
@@ -62,6 +62,26 @@ def test_terms_that_learn_keep_it_and_are_left_as_they_were(
     learned = envs.unwrapped.save_statistics()
     check_vector_env(envs, steps=10)
     assert_equal(envs.unwrapped.save_statistics(), learned)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_size": 2},
+        {"group_size": 4},
+        {"reward": progressive("terminal", "delta", tokens=60)},
+        {"reward": {"token": (Token(), lambda seen: 1.0 + seen)}, "kl_coef": 0.5},
+    ],
+    ids=["pairs", "one group", "progressive", "schedule"],
+)
+def test_groups_and_scheduled_weights_keep_it(options: dict[str, Any], mode: AutoresetMode) -> None:
+    """Texts are short, so that slots of a group take its prompts in an order of their own."""
+    envs = make_vec(4, mode, **options)
+    envs.reset(seed=0)
+    envs.step(np.full(4, 20))
+    check_vector_env(envs, steps=12)
+    assert envs.unwrapped.tokens_seen == 4
 
 
 def test_one_env_alone() -> None:

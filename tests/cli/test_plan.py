@@ -1,5 +1,7 @@
 """`tokenenv plan`: what it says beside what a run really has in memory."""
 
+from functools import partial
+
 import fakes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from tokenenv.agents import PPO
 from tokenenv.agents.algorithms.ppo import PPOConfig
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning import learner
 from tokenenv.agents.learning.learner import outputs
 from tokenenv.agents.learning.peak import learning_peak, longest
 from tokenenv.agents.rollout.make import default_policy
@@ -127,6 +130,14 @@ def test_more_tokens_at_once_take_more_and_a_limit_bounds_them(folders):
     ]
     few, many, bounded = (plan(run_of(folders, one))["forwards and backward"] for one in runs)
     assert bounded < few < many
+
+
+def test_a_vocabulary_in_chunks_is_planned(folders, monkeypatch):
+    """The logits of an update do not fit into one chunk, as those of a real vocabulary."""
+    run, stats = run_of(folders), learner.token_stats
+    whole = plan(run)["forwards and backward"]
+    monkeypatch.setattr(learner, "token_stats", partial(stats, chunk_elements=512))
+    assert 0 < plan(run)["forwards and backward"] <= whole
 
 
 def test_nothing_is_loaded_and_nothing_is_left_switched_on(folders, monkeypatch):

@@ -15,7 +15,7 @@ import yaml
 from toy_env import ToyEnv
 
 from tokenenv import plugins
-from tokenenv.agents import GRPO, PPO, LMPolicy
+from tokenenv.agents import GRPO, PPO, LMPolicy, agent
 from tokenenv.cli import load_config, main
 from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import name_of
@@ -30,6 +30,18 @@ def brief(prompt, response):
 
 def words(prompt, response):
     return float(len(response.split()))
+
+
+def nothing(prompt, response):
+    pass
+
+
+asked = []
+
+
+def later_nothing(prompt, response):
+    asked.append(response)
+    return 1.0 if len(asked) < 30 else None
 
 
 class Holder:
@@ -89,6 +101,42 @@ def test_a_run_of_python_is_made_again_evaluated_shown_and_gone_on_with(mine, ca
     main(["show", "x"])
     main(["train", "--resume", "x", "--total-tokens", "80"])
     assert json.loads(Path("x/episodes.jsonl").read_text().splitlines()[-1])["tokens_seen"] >= 80
+
+
+LATE = ["--env", "tokenenv/Reviews-v0", "--num-envs", "4", "--total-tokens", "400"]
+LATE += ["--agent.batch-tokens", "40", "--options", "max_new_tokens", "4"]
+
+
+def test_a_run_that_fails_before_it_has_learned_leaves_nothing_behind(mine, capsys):
+    Path("kept").mkdir()
+    Path("kept/notes.txt").write_text("mine")
+    for folder in ("x", "kept"):
+        run = ["train", *LATE, "--reward", "mine:nothing", "--run-dir", folder]
+        assert "returned None" in error_of(capsys, *run)
+    assert not Path("x").exists()
+    assert [path.name for path in Path("kept").iterdir()] == ["notes.txt"]
+    assert "returned None" in error_of(capsys, "train", *LATE, "--reward", "mine:nothing")
+    assert not list(Path("runs").iterdir())
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(mine, capsys):
+    run = ["train", *LATE, "--reward", "mine:later_nothing", "--run-dir", "x"]
+    assert "returned None" in error_of(capsys, *run)
+    assert {"config.yaml", "checkpoint", "episodes.jsonl"} <= {p.name for p in Path("x").iterdir()}
+
+
+def test_a_learning_rate_that_was_chosen_is_chosen_anew(mine, monkeypatch):
+    """Another run from the same config may train other weights."""
+    rates = iter([5e-4, 2e-4, 1e-4, 5e-5])
+    monkeypatch.setattr(agent, "default_lr", lambda policy: next(rates))
+    PPO(negation(), run_dir="x", **SMALL).learn(20)
+    main(["train", "--config", "x/config.yaml", "--run-dir", "y"])
+    PPO.load("y/checkpoint", negation(), run_dir="y").learn(40)
+    main(["train", "--resume", "y", "--total-tokens", "60"])
+    main(["train", "--config", "y/config.yaml", "--run-dir", "z", "--agent.lr", "3e-4"])
+    for folder, lr, chosen in (("x", None, 5e-4), ("y", None, 2e-4), ("z", 3e-4, 3e-4)):
+        assert config(folder)["agent"]["lr"] == lr
+        assert config(folder)["made_with"]["lr"] == chosen
 
 
 def test_functions_are_named_by_their_module_and_have_to_be_said_again(mine, capsys):

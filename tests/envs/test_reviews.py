@@ -1,7 +1,9 @@
 """Reviews-v0: the rule, the prompts, the tokenizer, and how its bundled models do."""
 
 import random
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -133,3 +135,15 @@ def test_summed_token_scores_tell_gold(samples: tuple[np.ndarray, ...]) -> None:
     assert (pairs > 0).mean() > 0.98
     assert ((scores > 0.9) == (gold == 1)).mean() > 0.92
     assert np.abs(scores).max() < 9
+
+
+def test_texts_that_the_models_have_no_positions_for_are_refused() -> None:
+    def make(max_new_tokens: int) -> Any:
+        return gym.make_vec("tokenenv/Reviews-v0", num_envs=1, max_new_tokens=max_new_tokens)
+
+    longest = make(40).unwrapped.token_spec.max_prompt_tokens
+    with pytest.raises(InvalidArgument, match=rf"allowed: at most {256 - longest}\.$"):
+        make(100_000)
+    with pytest.raises(InvalidArgument, match="the reference has 256 positions"):
+        make(257 - longest)
+    assert make(256 - longest).unwrapped.token_spec.max_length == 256

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokenenv.errors import InvalidArgument, ModelError
-from tokenenv.models import probing, slot_cache
+from tokenenv.models import cached_lm, probing, slot_cache
 from tokenenv.models.cached_lm import CachedLM, cache_bytes, trunk_of
 from tokenenv.models.recompute import TextSlots
 from tokenenv.models.slot_cache import KVSlots
@@ -370,6 +370,31 @@ def test_a_long_trial_is_announced(monkeypatch, caplog):
     assert caplog.messages == [
         "trying out a cache reads a text of 32 tokens twice, once with a mask of 0 MiB: LlamaModel"
     ]
+
+
+def test_a_text_of_any_length_is_tried_out_in_little_time(monkeypatch, caplog):
+    monkeypatch.setattr(probing, "LONG", 8)
+    monkeypatch.setattr(probing, "BEHIND", 4)
+    read, original = [], probing._probe
+    monkeypatch.setattr(
+        probing, "_probe", lambda trunk, length: read.append(length) or original(trunk, length)
+    )
+    assert isinstance(cached(fakes.causal_lm("llama"), 2, 100_000)._slots, slot_cache.KVSlots)
+    cached(fakes.causal_lm("llama"), 2, 10)
+    model = fakes.causal_lm("llama")
+    model.config.sliding_window = 20
+    cached(model, 2, 100_000)
+    assert read == [12, 10, 24]
+
+
+def test_large_caches_are_reported_before_their_memory_is_taken(monkeypatch, caplog):
+    model, before = fakes.causal_lm("llama"), []
+    monkeypatch.setattr(cached_lm, "REPORTED", cache_bytes(model, 4, L))
+    monkeypatch.setattr(probing, "why_uncached", lambda *_: before.append(list(caplog.messages)))
+    cached(model, 4, L)
+    cached(model, 3, L)
+    assert before == [[f"the caches of 4 texts of {L} tokens take 0.0 GiB"]]
+    assert caplog.messages == before[0]
 
 
 def test_windows_that_differ_give_one_mask_each_and_equal_ones_a_single_mask():

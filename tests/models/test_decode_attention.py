@@ -49,6 +49,15 @@ def test_it_equals_sdpa(shared, scaling, dtype, within, by_sdpa):
     torch.testing.assert_close(found, wanted, atol=within, rtol=0)
 
 
+@pytest.mark.parametrize("heads", [1, 6])
+def test_half_precision_is_computed_here_where_each_head_has_keys_of_its_own(heads, by_sdpa):
+    given = inputs(heads, 1, torch.bfloat16)
+    found, _ = decode_attention.attention(*given)
+    wanted, _ = sdpa_attention_forward(*given)
+    assert not by_sdpa
+    torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)
+
+
 def test_keys_of_a_wider_dtype_are_read_as_under_autocast():
     module, query, key, value, mask = inputs(4, 2, torch.bfloat16)
     narrow, _ = decode_attention.attention(module, query, key, value, mask)

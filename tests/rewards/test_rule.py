@@ -159,11 +159,22 @@ def swapped(response, prompt):
     return 0.0
 
 
+def of_messages(messages, response):
+    return 0.0
+
+
+def of_turns(prompt, turns):
+    return 0.0
+
+
 def by_place(prompt, response, answer, /):
     return 0.0
 
 
-@pytest.mark.parametrize("function", [lambda: 0, lambda response: 0, swapped, by_place, len])
+@pytest.mark.parametrize(
+    "function",
+    [lambda: 0, lambda response: 0, swapped, of_messages, of_turns, by_place, len],
+)
 @pytest.mark.parametrize("kind", [Rule, TokenRule, make_terms])
 def test_a_function_that_does_not_take_prompt_and_response_is_refused_at_once(function, kind):
     message = r"has the parameters \(.*\); it must take prompt and response, in this order"

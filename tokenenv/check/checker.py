@@ -43,9 +43,8 @@ def check_vector_env(envs: Any, *, steps: int = 40, tolerance: float = 1e-5) -> 
 
     `envs` may be wrapped, in any autoreset mode, with NumPy or torch arrays. It is reset many
     times, its prompt streams are seeded anew, and it is left open and reset. What terms have
-    learned is put back before every run, and left as it was. A wrapper that changes rewards breaks
-    the contract (they are the sum of their terms). Weights that follow a schedule cannot be
-    checked, since equal runs are then paid differently.
+    learned and the tokens that schedules are asked with are put back before every run, and left as
+    they were. A wrapper that changes rewards breaks the contract (they are the sum of their terms).
 
     Args:
         envs: the env.
@@ -77,6 +76,7 @@ class Trial:
         # The last action stops every text, so that at least one text of each slot is scored.
         self.plan = [self.draw() for _ in range(steps - 1)] + [self.draw(stop=1.0)]
         self.learned = envs.unwrapped.save_statistics()
+        self.tokens_seen = envs.unwrapped.tokens_seen
         self._first: list[Step] | None = None
 
     @property
@@ -91,16 +91,18 @@ class Trial:
         return draw(self.envs, self.rng, **options)
 
     def start(self, **options: Any) -> Any:
-        """Begin new texts, always from the same prompt streams and with what terms had learned, and
-        return the first observation on the host."""
+        """Begin new texts, always from the same prompt streams and with the same weights of terms,
+        and return the first observation on the host."""
         self.forget()
         obs, info = self.envs.reset(seed=0, options=options or None)
         check_infos(host(info), self.envs.num_envs)
         return host(obs)
 
     def forget(self) -> None:
-        """Put back what terms had learned when the check began."""
+        """Put back what terms had learned and what schedules were asked with when the check
+        began."""
         self.envs.unwrapped.load_statistics(self.learned)
+        self.envs.unwrapped.tokens_seen = self.tokens_seen
 
     def midway(self) -> tuple[Any, int]:
         """Return the observation of running texts and how many response tokens they have: two, or
@@ -208,10 +210,9 @@ def check_slots_are_independent(trial: Trial) -> None:
         for a, b in zip(trial.plan, other, strict=True)
     ]
     first, again = trial.first, run(trial.envs, trial.start(), mixed)
-    # Terms that learn, such as a running scale, take what all slots earned into the weights of
-    # later texts. So only the first text of each slot is compared.
-    if trial.envs.unwrapped.save_statistics():
-        first, again = (steps[: _first_end(steps)] for steps in (first, again))
+    if _later_texts_depend_on_others(trial.envs.unwrapped):
+        end = min(_first_end(first), _first_end(again))
+        first, again = first[:end], again[:end]
     sentence = (
         "what a slot shows depends on the other slots' actions; compute it from the slot alone"
     )
@@ -374,6 +375,15 @@ def _shown(step: Step, slots: Any) -> dict[str, Any]:
     flags = {"terminated": step.terminated, "truncated": step.truncated}
     arrays = {"obs": step.after, "end": step.end, "reward": step.reward, **flags}
     return rows_of(arrays | contract_infos(step.info), slots)
+
+
+def _later_texts_depend_on_others(env: Any) -> bool:
+    """Return whether what a slot's second text is, or is paid, follows from other slots too: a
+    group hands out its prompts as its texts end, terms that learn (a running scale) take in what
+    all slots earned, and a schedule is asked with the tokens of all."""
+    terms = getattr(env, "reward_terms", {})
+    scheduled = any(callable(term.weight) for term in terms.values())
+    return env.group_size > 1 or scheduled or bool(env.save_statistics())
 
 
 def _first_end(steps: list[Step]) -> int:

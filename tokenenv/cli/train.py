@@ -15,7 +15,7 @@ import tyro
 
 from tokenenv.agents import ALGORITHM_NAMES, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
-from tokenenv.agents.run.files import locked, new_folder, previous_of, refuse_run
+from tokenenv.agents.run.files import locked, new_folder, no_trace, previous_of, refuse_run
 from tokenenv.agents.run.run_config import made_with, write_values
 from tokenenv.agents.run.tracking import WandbRun, import_wandb
 from tokenenv.cli.config_file import (
@@ -156,7 +156,10 @@ class Train(Generic[Config]):
         folder = self.run_dir or new_folder(default_run_dir(self))
         with locked(folder):
             refuse_run(folder)  # which another process may have taken meanwhile
-            self._learn(agent, folder)
+            # A run whose reward returns no number, say, could not be gone on with, and would keep
+            # a better one out of its folder.
+            with no_trace(folder, lambda: agent.updates == 0):
+                self._learn(agent, folder)
 
     def _go_on(self, folder: Path) -> None:
         if self.config is not None or self.run_dir not in (None, folder):
@@ -267,9 +270,9 @@ class Train(Generic[Config]):
 
     def as_run(self, agent: Agent) -> "Train":
         """Return this config with the value of every setting of the agent and of every option of
-        the env, defaults included, so that the run can be made again after a default has
-        changed."""
-        settings = cast(Config, agent.config)
+        the env, defaults included, so that the run can be made again after a default has changed.
+        A learning rate that was left open stays open: it follows from what is trained."""
+        settings = cast(Config, dataclasses.replace(agent.config, lr=self.agent.lr))
         return dataclasses.replace(
             self, options=self.options | resolved(agent.core), agent=settings
         )

@@ -13,10 +13,11 @@ from gymnasium import spaces
 
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.engine import RewardEngine
+from tokenenv.env.frozen_dtype import with_frozen_dtype
 from tokenenv.env.given_models import GIVEN_MODELS, with_given_models
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice, check_given
-from tokenenv.models.loading import check_device
+from tokenenv.models.loading import check_device, max_positions
 from tokenenv.models.prefix_scores import is_scorer
 from tokenenv.models.trunks import hidden_size_of, vocab_size_of
 from tokenenv.plugins import load_name
@@ -25,7 +26,7 @@ from tokenenv.rewards.kl import PolicyKL, ReferenceKL
 from tokenenv.rewards.rule import Rule
 from tokenenv.rewards.term import KINDS, Context, RewardTerm
 from tokenenv.rewards.terminal import MissingEOS
-from tokenenv.types import Task, TokenSpec
+from tokenenv.types import Scorer, Task, TokenSpec
 
 NO_REWARD = (
     "this env has no reward_model= and no reward=, so it pays nothing but the KL term; give "
@@ -65,7 +66,10 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
         )
     check_replies(built)
     built = with_max_new_tokens(built, config.max_new_tokens)
-    return config, with_beta(with_given_models(built, config, options.get("dtype")), config)
+    if config.max_new_tokens is not None:
+        check_room(built)
+    built = with_given_models(built, config, options.get("dtype"))
+    return config, with_beta(with_frozen_dtype(built, config.frozen_dtype), config)
 
 
 def check_replies(task: Task) -> None:
@@ -107,6 +111,30 @@ def with_max_new_tokens(task: Task, max_new_tokens: int | None) -> Task:
             "max_new_tokens to the function that makes the task."
         )
     return dataclasses.replace(task, max_new_tokens=max_new_tokens)
+
+
+def check_room(task: Task) -> None:
+    """Raise `InvalidArgument` where a model of the task has fewer positions than its texts may have
+    tokens. Where the environment writes into texts, the task says how long they may become."""
+    if task.max_context_tokens is not None:
+        return
+    models = {
+        "model": task.model,
+        "reference": task.reference,
+        "implicit model": task.implicit_model,
+        "teacher": task.teacher,
+    }
+    scorers = {"scorer": task.scorer, "gold scorer": task.gold, "step scorer": task.step_scorer}
+    models |= {role: one.model for role, one in scorers.items() if isinstance(one, Scorer)}
+    for role, model in models.items():
+        config = getattr(model, "config", None)  # models of one's own have none
+        positions = max_positions(config.get_text_config()) if config is not None else None
+        if positions is not None and task.max_prompt_tokens + task.max_new_tokens > positions:
+            raise InvalidArgument(
+                f"max_new_tokens={task.max_new_tokens}: the {role} has {positions} positions, and "
+                f"prompts have up to {task.max_prompt_tokens} tokens; allowed: at most "
+                f"{positions - task.max_prompt_tokens}."
+            )
 
 
 def with_beta(task: Task, config: EnvConfig) -> Task:

@@ -4,6 +4,7 @@ A *slot* is one of the N places of the cache, as it is one of the N places of an
 text after another. A *row* is a line of any other batch of texts.
 """
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ from .rope import fix_rope
 if TYPE_CHECKING:
     from .recompute import TextSlots
     from .slot_cache import KVSlots
+
+REPORTED = 2**30
+"""Caches of so many bytes are logged before their memory is taken."""
+
+logger = logging.getLogger("tokenenv")
 
 
 class CachedLM:
@@ -77,6 +83,7 @@ class CachedLM:
         # states, and both must use the frequencies that all later forwards use.
         _check_positions(self.trunk, max_length)
         fix_rope(text_part(self.trunk), max_length)
+        _report(cache_bytes(self.trunk, num_slots, max_length), num_slots, max_length)
         self._last_id = self.trunk.config.get_text_config().vocab_size - 1
         self._slots = self._make_slots(compile)
         # The cache allocates its memory at the first prefill. Doing that here means that too little
@@ -119,7 +126,7 @@ class CachedLM:
             InvalidArgument: a slot, a shape or a length is wrong; nothing has changed.
         """
         slots, lengths = self._checked("prefill", slots, tokens, lengths)
-        tokens = self._ids(tokens)
+        tokens = self.known_ids(tokens)
 
         def forward(group: np.ndarray, width: int) -> Tensor:
             rows = tokens[self._upload(group), :width]
@@ -147,6 +154,18 @@ class CachedLM:
         Raises:
             InvalidArgument: a shape is wrong or an active slot is full; nothing has changed.
         """
+        moving = self.moving(tokens, active)
+        # All N slots go through the forward, moving or not: its shape stays the same at every step,
+        # which compiling and CUDA graphs need. Only moving slots advance their position, so the
+        # next token of the others overwrites what was written for them here.
+        with acting(self.trunk):
+            states = self._slots.append(self.known_ids(tokens), self.positions, moving)
+        self.positions += moving
+        return states
+
+    def moving(self, tokens: Tensor, active: np.ndarray | Sequence[bool] | None) -> np.ndarray:
+        """Return the slots (N,) bool whose text grows where these tokens (N,) are appended to the
+        `active` ones; raise `InvalidArgument` as `append` does."""
         if active is None:
             active = np.ones(self.num_slots, dtype=bool)
         active = np.asarray(active, dtype=bool)
@@ -160,13 +179,7 @@ class CachedLM:
             raise InvalidArgument(
                 f"append: slots {full} already hold max_length={self.max_length} tokens"
             )
-        # All N slots go through the forward, moving or not: its shape stays the same at every step,
-        # which compiling and CUDA graphs need. Only moving slots advance their position, so the
-        # next token of the others overwrites what was written for them here.
-        with acting(self.trunk):
-            states = self._slots.append(self._ids(tokens), self.positions, moving)
-        self.positions += moving
-        return states
+        return moving
 
     def extend(
         self, slots: Sequence[int] | np.ndarray, tokens: Tensor, lengths: Sequence[int] | np.ndarray
@@ -197,7 +210,7 @@ class CachedLM:
             raise InvalidArgument(
                 f"extend: slots {full} would hold more than max_length={self.max_length} tokens"
             )
-        tokens, groups = self._ids(tokens), micro_batches(lengths, self.max_batch_tokens)
+        tokens, groups = self.known_ids(tokens), micro_batches(lengths, self.max_batch_tokens)
 
         def forward(group: np.ndarray) -> Tensor:
             new = tokens[self._upload(group), : int(lengths[group].max())]
@@ -246,7 +259,7 @@ class CachedLM:
         Returns:
             (B, L, H), in which state t has read tokens 0..t.
         """
-        return hidden_states(self.trunk, self._ids(tokens), lengths)
+        return hidden_states(self.trunk, self.known_ids(tokens), lengths)
 
     def _make_slots(self, compile: bool) -> "KVSlots | TextSlots":
         """Try out whether the model can be cached, and make the slots of the fitting kind."""
@@ -276,8 +289,8 @@ class CachedLM:
     def _upload(self, array: Any) -> Tensor:
         return upload(np.asarray(array, dtype=np.int64), self.device)
 
-    def _ids(self, tokens: Tensor) -> Tensor:
-        """Token ids on the model's device, with ids that the model lacks read as its last one."""
+    def known_ids(self, tokens: Tensor) -> Tensor:
+        """Return token ids on the model's device; those that the model lacks are its last one."""
         # An index out of range on CUDA ends the whole process, and checking would wait for the
         # device.
         return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)
@@ -364,6 +377,14 @@ def cache_bytes(trunk: Any, num_slots: int, max_length: int) -> int:
     except Exception:
         return num_slots * max_length * 8
     return num_slots * max_length * (slots.nbytes or 8)
+
+
+def _report(size: int, num_slots: int, max_length: int) -> None:
+    """Log the bytes that slots will take, where they are many."""
+    if size >= REPORTED:
+        logger.warning(
+            "the caches of %d texts of %d tokens take %.1f GiB", num_slots, max_length, size / 2**30
+        )
 
 
 def _check_positions(trunk: Any, max_length: int) -> None:

@@ -17,7 +17,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 LONG = 8192
 """The length of a text, in tokens, from which on the trial of a cache is logged as a warning: it
-takes time and memory."""
+takes time and memory. Longer texts are tried out at a length of their own (`trial_length`)."""
+BEHIND = 64
+"""Tokens of a trial behind the last place at which something may begin to differ."""
 
 logger = logging.getLogger("tokenenv")
 
@@ -26,12 +28,13 @@ def why_uncached(trunk: Any, max_length: int) -> str | None:
     """Return None if a model can be cached per slot, otherwise what went wrong.
 
     It can if the cached states of a full slot and of a short one beside it equal the uncached ones.
+    A full slot has `max_length` tokens, or as many as `trial_length` says.
     """
     if trunk.device.type == "meta":  # no numbers to look at (`shapes_only`)
         return None
     with acting(trunk):
         try:
-            difference = _probe(trunk, max_length)
+            difference = _probe(trunk, min(max_length, trial_length(trunk)))
         # Too little memory says nothing about the model, and recomputing would not help.
         except torch.OutOfMemoryError:
             raise
@@ -45,6 +48,15 @@ def why_uncached(trunk: Any, max_length: int) -> str | None:
     if difference <= tolerance:
         return None
     return f"cached states differ by {difference:.1e} of their size"
+
+
+def trial_length(trunk: Any) -> int:
+    """Return the longest text, in tokens, that a cache is tried out with: longer ones than `LONG`,
+    and than the window of attention that the config names, tell nothing new. The costs grow with
+    the square of the length. RoPE is that of the real length (`rope.fix_rope`), and a table of
+    positions is looked at by itself."""
+    window = getattr(trunk.config.get_text_config(), "sliding_window", None)
+    return max(LONG, window or 0) + BEHIND
 
 
 def _probe(trunk: Any, max_length: int) -> float:

@@ -19,6 +19,8 @@ from tokenenv.tables import Columns
 Texts = FinishedTexts | RunningTexts
 GIVEN = ("prompt", "response", "messages")
 """Names of parameters that a column of the same name does not fill."""
+BY_NAME = ("messages", "turns")
+"""Parameters that say what they take, which is neither the prompt nor the response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def parameters_of(function: Callable[..., Any]) -> Parameters:
     takes_any = any(p.kind == p.VAR_POSITIONAL for p in listed)
     nameless = [p for p in further if p.kind == p.POSITIONAL_ONLY and p.default is p.empty]
     names = tuple(p.name for p in first)
-    swapped = names[:1] == ("response",) or names[1:] == ("prompt",)
+    swapped = names[:1] == ("response",) or names[1:] == ("prompt",) or {*names} & {*BY_NAME}
     if (len(first) < 2 and not takes_any) or nameless or swapped:
         raise InvalidArgument(
             f"the function {name_of(function)!r} has the parameters "

@@ -114,7 +114,7 @@ class Writer:
     def _written(self, output: Any, step: int) -> Written:
         key, [text] = int(output.request_id), output.outputs
         self._running.discard(key)
-        return Written(key, list(text.token_ids), list(text.logprobs.logprobs), step)
+        return Written(key, list(text.token_ids), list(text.logprobs.logprobs), step=step)
 
     def write(self, begun: list[tuple[Any, ...]], texts: int, tokens: int) -> list[Written]:
         """Begin texts, and go on as `ended` does."""

@@ -251,7 +251,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(whole, t
 
 def test_the_first_checkpoint_comes_before_the_first_update(tmp_path, monkeypatch):
     def failing(*_):
-        raise InvalidArgument("stop here")
+        raise OSError("stop here")
 
     monkeypatch.setattr(PPO, "update", failing)
     with pytest.raises(SystemExit):
