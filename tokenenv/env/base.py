@@ -308,6 +308,15 @@ class EnvBase(VectorEnv):
         return answer(self._task, self.token_spec, text)
 
     @property
+    def learns_from_texts(self) -> bool:
+        """Whether terms learn from the texts that are played: what a text is paid then depends on
+        those that were scored before it."""
+        self._require_open()
+        rewards = self._engine.rewards
+        trains = rewards.model_version is not None
+        return trains or bool(rewards.statistics()) or bool(self._engine.snapshot())
+
+    @property
     def why_step(self) -> str | None:
         """What speaks for stepping this design, in words; None where nothing does. Whole texts are
         scored alike, but not faster, or by what has been learned from other texts."""
