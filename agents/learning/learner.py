@@ -9,6 +9,7 @@ micro-batch, flat.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.episodes import EpisodeBatch, token_mask
+from tokenenv.agents.learning.kept import KeptStates
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.token_stats import token_stats
 from tokenenv.models.batching import last_states, micro_batches
@@ -98,10 +100,10 @@ class _Texts:
     def __init__(
         self, batch: EpisodeBatch, rows: np.ndarray, device: torch.device, *, whole: bool = False
     ) -> None:
-        index = torch.as_tensor(rows)
+        self.texts, index = rows, torch.as_tensor(rows)
         responses = batch.response_length_B[index]
         lengths = batch.position_BT1[index, responses if whole else responses - 1]
-        self.lengths = lengths.numpy()
+        self.lengths, self.counts = lengths.numpy(), responses.tolist()
         # The batch is padded to its longest text; this micro-batch needs its own longest only.
         self.tokens_BL = batch.tokens_BL[index, : int(lengths.max())].to(device)
         row_K, self.steps = token_mask(responses, int(responses.max())).nonzero(as_tuple=True)
@@ -115,6 +117,14 @@ class _Texts:
     def at(self, states_BLH: Tensor) -> Tensor:
         """Return the states (K, H) that the response tokens were chosen at."""
         return states_BLH.flatten(0, 1).index_select(0, self.place_K)
+
+    def frozen_states(self, model: FrozenLM, kept: KeptStates | None) -> Tensor:
+        """Return a frozen model's states (K, H) that the response tokens were chosen at."""
+
+        def read() -> Tensor:
+            return self.at(model.states(self.tokens_BL, self.lengths))
+
+        return read() if kept is None else kept.of(model, self.texts, self.counts, read)
 
 
 def micro_batches_for(
@@ -134,10 +144,14 @@ def outputs(
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
     teacher: FrozenLM | None = None,
+    kept: KeptStates | None = None,
     last_value: bool = False,
 ) -> Outputs:
-    """Run one forward over the whole texts `rows` and read it where response tokens were chosen;
-    with `last_value` the critic is read at the texts' last states as well."""
+    """Run one forward over the whole texts `rows` and read it where response tokens were chosen.
+
+    With `last_value` the critic is read at the texts' last states as well. What the weights do not
+    change is taken from `kept`, whose batch this is, and put there.
+    """
     texts = _Texts(batch, rows, policy.device, whole=last_value)
     tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
     # The masks stay on the host with the batch; only those of this micro-batch are uploaded.
@@ -145,11 +159,12 @@ def outputs(
     if masks_BTM is not None:
         mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
     with policy.autocast():
-        states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+        with nullcontext() if kept is None else kept.below(rows, texts.lengths):
+            states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
         frozen: dict[str, Any] = {}
         for name, model in (("ref", reference), ("teacher", teacher)):
             if model is not None:
-                states_KH = texts.at(model.states(tokens_BL, texts.lengths))
+                states_KH = texts.frozen_states(model, kept)
                 frozen |= {f"{name}_states_KH": states_KH, f"{name}_head": model.head}
         stats = token_stats(
             texts.at(states_BLH),
@@ -295,14 +310,22 @@ def accumulate_gradient(
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
     teacher: FrozenLM | None = None,
+    kept: KeptStates | None = None,
     scale: float = 1.0,
 ) -> Metrics:
     """Add the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
     at a time. Return the summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches_for(policy, batch.length_B.numpy()[rows], max_batch_tokens):
-        models = {"reference": reference, "teacher": teacher}
-        out = outputs(policy, batch, rows[micro], temperature=temperature, **models)
+        out = outputs(
+            policy,
+            batch,
+            rows[micro],
+            temperature=temperature,
+            reference=reference,
+            teacher=teacher,
+            kept=kept,
+        )
         loss, metrics = loss_function(out)
         # The graph of a micro-batch is freed here, before the next one is built.
         (scale * loss).backward()

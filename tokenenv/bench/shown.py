@@ -34,7 +34,7 @@ def _table(task: str, lines: Sequence[Line], baseline: str, better: dict[str, Li
     columns = {"runs": _runs}
     columns |= {
         name: lambda line, name=name: figure(line, name)
-        for name in ("gold", "share", "kl", "length")
+        for name in ("gold", "share", "kl")
         if any(line.get(name) is not None for line in lines)
     }
     goals = {(line["goal"], line["goal_bound"]) for line in lines if line.get("goal")}
@@ -62,10 +62,10 @@ def to_goal(line: Line) -> str:
     """Say how many tokens the goal took. Runs that did not get there are counted, not dropped."""
     if line.get("reached") is None:
         return ""
-    reached = f"{line['reached']} of {line['finished']}"
+    reached = f"({line['reached']} of {line['finished']})"
     if line["tokens_to_goal"] is None:
-        return f"not reached in {line['budget']:,} ({reached} did)"
-    return f"{line['tokens_to_goal']:,} ({reached})"
+        return f"not reached in {line['budget']:,} {reached}"
+    return f"{line['tokens_to_goal']:,} {reached}"
 
 
 def _runs(line: Line) -> str:

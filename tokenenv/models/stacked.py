@@ -220,6 +220,13 @@ class Stack:
         trunk = stacked([model.trunk for model in everyone])
         self._slots = joined(trunk, [model._slots for model in everyone])
 
+    def part(self) -> None:
+        """Give each model memory of its own again, so that nothing is kept for those that leave."""
+        from .slot_cache import joined
+
+        for model in self.models:
+            joined(model.trunk, [model._slots])
+
     def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:
         """Add one token (N,) to the slots that are `active` (N,) in all models. Return the states
         (N, H) after it, by trunk."""
