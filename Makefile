@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test examples docs real-models real fit-real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm lint bench clean
+.PHONY: help setup demo test examples docs real-models real fit-real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm test-trainers lint bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -96,6 +96,14 @@ test-turn-envs:  ## turn-level environments of skyrl_gym and verifiers that answ
 	  && touch .venv-turn-envs/installed; }
 	$(TURNS)/python examples/skyrl_turns.py --total-tokens 300
 	$(TURNS)/pytest tests/with_turn_envs
+
+TRAINERS := build/trainers
+
+test-trainers: $(STAMP)  ## published formulas of other trainers, those on PyPI; put checkouts of others beside them
+	@mkdir -p $(TRAINERS)
+	@for one in verl==0.9.1 openrlhf==0.11.2 trl==1.16.0 skyrl==0.3.0; do folder=$(TRAINERS)/$${one%%=*}; \
+	  test -d $$folder || $(QUIET) $(BIN)/pip install --quiet --no-deps --target $$folder $$one || exit 1; done
+	TOKENENV_TRAINERS=$(TRAINERS) $(BIN)/pytest tests/with_trainers
 
 VLLM := .venv-vllm/bin
 

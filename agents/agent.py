@@ -31,7 +31,6 @@ from tokenenv.agents.learning.optimizers import make_optimizer
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.rates import default_lr
 from tokenenv.agents.learning.update_kl import warn_if_far
-from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.choose import choose_rollout
 from tokenenv.agents.rollout.collector import Stopped
 from tokenenv.agents.rollout.ending import Ending
@@ -43,7 +42,7 @@ from tokenenv.agents.rollout.env_rows import (
     wants_logprob,
 )
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
-from tokenenv.agents.rollout.make import default_policy, make_collector
+from tokenenv.agents.rollout.make import default_policy, make_actor, make_collector
 from tokenenv.agents.rollout.requirements import (
     check_default_dtype,
     check_env,
@@ -90,6 +89,10 @@ class Agent:
     learns: ClassVar[bool] = True
     """Whether updates train the policy. If not, the default one shares all weights with the env's
     model."""
+
+    reads_values: ClassVar[bool] = False
+    """Whether the critic's values of the states that tokens are drawn in are kept with the texts
+    (`Episode.drawn_value`), where the policy's own states give them."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -148,7 +151,9 @@ class Agent:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         if cfg.rollout == "auto":
             self.config = cfg = replace(cfg, rollout=choose_rollout(envs, self.policy, cfg))
-        self.actor = Actor(self.policy, temperature=cfg.temperature, seed=cfg.seed)
+        # A policy of one's own need not say it; its values are then read before updates.
+        with_values = self.reads_values and getattr(self.policy, "acts_with_values", False)
+        self.actor = make_actor(envs, self.policy, cfg, reads_values=with_values)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
         weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
@@ -269,7 +274,12 @@ class Agent:
         check_ref_logprob(batch, self.config)  # before anything learns from it
         with self._whole_or_nothing():
             metrics = summary(episodes) | rollout_metrics(
-                batch, self.policy, self.config, self.updates, self.collector.waiting
+                batch,
+                self.policy,
+                self.config,
+                self.updates,
+                self.collector.waiting,
+                with_values=self.reads_values,
             )
             metrics |= turn_summary(episodes) if responds(self.envs) else {}
             metrics |= reward_lag(batch, getattr(self.core, "reward_version", None))
@@ -301,9 +311,9 @@ class Agent:
             yield
         except BaseException:
             self.statistics.update(known)
-            # Some minibatches may have had their step, and the acting caches are of the weights
-            # before it.
-            self.actor.refresh()
+            # Some minibatches may have had their step, and what the collector holds of the texts
+            # that are on their way is of the weights before it.
+            self.collector.weights_moved()
             raise
 
     def _schedule(self, total_tokens: int) -> float:

@@ -43,6 +43,7 @@ ELSEWHERE = {
 AGGREGATIONS = ("token-mean", "sequence-mean", "fixed-length")
 PRECISIONS = ("auto", "float32", "bfloat16")
 ROLLOUTS = ("step", "episode", "auto", "vllm", "http://HOST:PORT")
+BACKBONES = ("auto", "shared", "separate")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS: dict[Any, tuple[type, str]] = {
@@ -116,6 +117,10 @@ class AgentConfig:
     lora_rank: int = 0
     """Rank of low-rank adapters that are trained in place of all weights, and share the env's model
     with the reference; 0 trains a copy of all weights, in float32."""
+    backbone: str = "auto"
+    """Where the env steps: "shared", the policy's token is read in one forward with those of the
+    env's models that have the same frozen base, as under LoRA; "separate", in a forward of its own;
+    "auto", shared wherever that is possible. The numbers are the same (docs/rollout.md)."""
     rollout: str = "step"
     """What writes the texts: "step", the env one token at a time; "episode", the policy alone;
     "auto", that of the two which a short trial finds faster; "vllm", vLLM in this process; or the
@@ -138,6 +143,7 @@ class AgentConfig:
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("backbone", self.backbone, BACKBONES)
         if not self.rollout.startswith(("http://", "https://")):
             check_choice(
                 "rollout",

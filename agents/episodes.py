@@ -23,7 +23,7 @@ from tokenenv.turns import Segment, segments_of, turn_numbers
 # The fields of an `Episode` by what they have a number for. `stack` and `unstack` go through these
 # lists, and so does everything that keeps episodes (checkpoints, replay, groups that wait): a field
 # that is added here, and declared in `Episode` and `EpisodeBatch`, is carried everywhere.
-PER_TOKEN = ("logprob", "ref_logprob", "reward")
+PER_TOKEN = ("logprob", "ref_logprob", "reward", "drawn_value")
 """One number for each response token: `name` (T,) of an episode is `name_BT` of a batch."""
 PER_TOKEN_BY_NAME = ("terms", "watched")
 """Mappings of names to one number for each response token; they are called the same in a batch."""
@@ -105,6 +105,9 @@ class Episode:
     value: np.ndarray | None = None
     """(T,) float32: the critic's value before each token, in reward; None before learning, or
     without a critic."""
+    drawn_value: np.ndarray = None  # type: ignore[assignment]
+    """(T,) float32: the critic's own number for the state before each token, when that was drawn;
+    NaN, which is the default, where it was not read then."""
     advantage: np.ndarray | None = None
     """(T,) float32: the weight that the learner gave to each token; None before learning."""
     columns: Columns = field(default_factory=dict)
@@ -118,6 +121,11 @@ class Episode:
     written: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(W,) int64: the tokens that the environment wrote after the first response token, in
     order."""
+
+    def __post_init__(self) -> None:
+        if self.drawn_value is None:
+            unknown = np.full(len(self.response), np.nan, np.float32)
+            object.__setattr__(self, "drawn_value", unknown)
 
     @property
     def places(self) -> np.ndarray:
@@ -217,8 +225,12 @@ class EpisodeBatch:
 
     reward_version_B: Tensor = None  # type: ignore[assignment]
     """int64; by default -1."""
+    drawn_value_BT: Tensor = None  # type: ignore[assignment]
+    """The critic's values when tokens were drawn; NaN, which is the default, where not known."""
 
     def __post_init__(self) -> None:
+        if self.drawn_value_BT is None:
+            object.__setattr__(self, "drawn_value_BT", torch.full_like(self.reward_BT, torch.nan))
         if self.reward_version_B is None:
             object.__setattr__(self, "reward_version_B", torch.full_like(self.length_B, -1))
         if self.position_BT1 is None:

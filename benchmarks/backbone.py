@@ -1,63 +1,91 @@
-"""Policy and reference in one forward of stacked rows, against one forward each.
+"""A step of agent and env, where the policy shares the env's backbone and where it does not.
 
-Both read the same tokens, and under LoRA the same weights. Stacked, the weights are read once for
-2 N rows, and the adapters' part is added to the policy's N rows alone. It prints the cost of one
-cached token in each of N texts, heads included: CPU time of this process, or time on a GPU, medians
-of turns, from one run for each N.
+Under LoRA the policy and the reference have the same weights but for the adapters. With
+`backbone="shared"` the env reads each token for both, in one forward of stacked rows. It prints the
+cost of a step of N texts, sampling, heads and rewards included, and no resets: CPU time of this
+process, or time on a GPU, medians of turns, from one run for each N. With `--reward` a reward model
+that is a second adapter on the same base scores each token too.
 """
 
 import argparse
+import copy
 import time
+import warnings
 from collections.abc import Callable
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from rich.console import Console
 from timing import medians
 from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
 
-from tokenenv.models.adapters import adapter_layers, sharing, with_lora
-from tokenenv.models.cached_lm import CachedLM
-from tokenenv.models.heads import lm_head
+import tokenenv  # noqa: F401  (registers the ids)
+from tokenenv.agents import PPO
+from tokenenv.models.adapters import adapter_layers, with_lora
+from tokenenv.models.cached_lm import trunk_of
 from tokenenv.models.loading import load_causal_lm
 
-PROMPT, SPARE = 32, 128
-console = Console()
+PROMPT, STOP = 32, 1
+console = Console(width=150)
 
 
-def adapting_first(model: nn.Module, rows: int) -> nn.Module:
-    """Return a copy of a model with LoRA, with the same weights, whose adapters see the first
-    `rows` rows of a batch and add nothing to the others."""
-    model, first = sharing(model, model.parameters()), FirstRows(rows)
+def stir(model: nn.Module, seed: int) -> None:
+    """Give adapters weights with which they change what a model says; at first they add nothing."""
+    generator = torch.Generator().manual_seed(seed)
     for layer in adapter_layers(model):
-        for name in layer.lora_A:
-            layer.lora_A[name].register_forward_pre_hook(first.cut)
-            layer.lora_B[name].register_forward_hook(first.fill)
-    return model
+        for up in layer.lora_B.values():
+            noise = torch.randn(up.weight.shape, generator=generator)
+            up.weight.data.copy_(0.02 * noise)
 
 
-class FirstRows:
-    """Hooks around an adapter, which then sees the first rows of a batch."""
-
-    def __init__(self, rows: int):
-        self.rows, self.below = rows, 0
-
-    def cut(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what the adapter reads."""
-        self.below = max(0, len(args[0]) - self.rows)
-        return (args[0][: self.rows],)
-
-    def fill(self, module: nn.Module, args: tuple[Tensor, ...], added: Tensor) -> Tensor:
-        """Return what it adds, zeros below."""
-        return torch.cat([added, added.new_zeros(self.below, *added.shape[1:])])
+def adapter_reward(base: Any) -> Any:
+    """Return a reward model that is an adapter and a head on the base's weights."""
+    config = copy.deepcopy(base.config)
+    config.num_labels, config.pad_token_id = 1, 0
+    with torch.device("meta"):
+        model = AutoModelForTokenClassification.from_config(config)
+    adapted = with_lora(base, 8, 1)
+    stir(adapted, 1)
+    setattr(model, model.base_model_prefix, trunk_of(adapted))
+    model.score = nn.Linear(config.hidden_size, 1, device=base.device, dtype=base.dtype)
+    return model.eval().requires_grad_(False)
 
 
-def ready(model: nn.Module, texts: Tensor) -> CachedLM:
-    """Return the caches of a model that has read some texts (n, PROMPT)."""
-    count = len(texts)
-    slots = CachedLM(model, count, PROMPT + SPARE)
-    slots.prefill(np.arange(count), texts, np.full(count, PROMPT))
-    return slots
+class Run:
+    """An agent whose texts run on and never end, step by step."""
+
+    def __init__(self, base: Any, reward: Any, num_texts: int, steps: int, backbone: str) -> None:
+        prompt = np.random.default_rng(0).integers(100, 1000, PROMPT).tolist()
+        scored = {"reward": {}} if reward is None else {"reward_model": reward}
+        self.envs = gym.make_vec(
+            "tokenenv/TextGen-v0",
+            num_envs=num_texts,
+            model=base,
+            prompts=[prompt],
+            stop_token_ids=[STOP],
+            max_new_tokens=steps,
+            kl_coef=0.05,
+            **scored,
+        )
+        agent = PPO(self.envs, lora_rank=8, backbone=backbone, precision="float32")
+        stir(agent.policy.model, 0)
+        self.actor, head = agent.actor, agent.policy.head
+        stop = torch.tensor([STOP], device=base.device)
+        agent.policy.head = lambda states: head(states).index_fill_(-1, stop, -torch.inf)
+        self.obs = self.envs.reset(seed=0)[0]
+        self.tokens: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        """(2, N) of each step: those of the policy and of the reference."""
+
+    def step(self) -> None:
+        """Write a token in each text."""
+        tokens, logprobs = self.actor.act(self.obs)
+        self.obs, _, _, _, infos = self.envs.step(tokens.cpu().numpy())
+        self.tokens.append(tokens)
+        self.logprobs.append(torch.stack([logprobs.cpu(), torch.tensor(infos["ref_logprob"])]))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -72,31 +100,22 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return clock
 
 
-def compare(base: nn.Module, policy: nn.Module, num_texts: int, turns: int) -> None:
-    """Print the cost of a token by two forwards and by one, and how far their logits are apart."""
-    device, vocab_size = base.device, base.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(vocab_size, (num_texts, PROMPT), generator=generator).to(device)
-    twice, tokens = torch.cat([texts, texts]), texts[:, 0]
-    one, other = ready(policy, texts), ready(base, texts)
-    # After the policy's trunk has been tried out, so that the copy is not: its rows are two kinds.
-    both = ready(adapting_first(policy, num_texts), twice)
-    heads = lm_head(policy), lm_head(base)
-
-    def separate() -> tuple[Tensor, Tensor]:
-        return heads[0](one.append(tokens)), heads[1](other.append(tokens))
-
-    def together() -> Tensor:
-        return heads[0](both.append(torch.cat([tokens, tokens])))
-
-    logits = separate()
-    apart = (torch.cat(logits) - together()).abs().max().item()
-    learned = (logits[0] - logits[1]).abs().max().item()
-    seconds = medians({"separate": separate, "stacked": together}, turns, clock_of(device))
+def compare(base: Any, reward: Any, num_texts: int, turns: int) -> None:
+    """Print the cost of a step either way, and how far the log-probs are apart."""
+    ways = ("separate", "shared")
+    runs = {way: Run(base, reward, num_texts, turns + 8, way) for way in ways}
+    for run in runs.values():
+        run.step()  # which reads the prompts
+    seconds = medians({way: run.step for way, run in runs.items()}, turns, clock_of(base.device))
+    one, other = runs.values()
+    same = all(map(torch.equal, one.tokens, other.tokens))
+    logprobs = [torch.stack(run.logprobs) for run in (one, other)]
     console.print(
-        f"N={num_texts}: separate {1e3 * seconds['separate']:.1f} ms, stacked "
-        f"{1e3 * seconds['stacked']:.1f} ms, ratio {seconds['separate'] / seconds['stacked']:.2f}; "
-        f"logits differ by at most {apart:.1e}, of policy and reference by {learned:.1f}"
+        f"N={num_texts}: separate {1e3 * seconds['separate']:.1f} ms, shared "
+        f"{1e3 * seconds['shared']:.1f} ms, ratio {seconds['separate'] / seconds['shared']:.2f}; "
+        f"tokens are {'the same' if same else 'others'}, log-probs differ by at most "
+        f"{(logprobs[0] - logprobs[1]).abs().max():.1e}, of policy and reference by "
+        f"{logprobs[0].diff(dim=1).abs().mean():.1f}"
     )
 
 
@@ -106,16 +125,14 @@ def main() -> None:
     parser.add_argument("model", help="a directory or a hub id")
     parser.add_argument("--num-texts", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--reward", action="store_true", help="score by a second adapter")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    base = load_causal_lm(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    policy = with_lora(base, 8, 0)
-    for layer in adapter_layers(policy):
-        for module in layer.lora_B.values():
-            nn.init.normal_(module.weight, std=0.02)  # at zero they would add nothing
+    warnings.filterwarnings("ignore")
+    base = load_causal_lm(args.model, device=args.device)
+    reward = adapter_reward(base) if args.reward else None
     for num_texts in args.num_texts:
-        compare(base, policy, num_texts, args.turns)
+        compare(base, reward, num_texts, args.turns)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What rewards and the reference add to writing texts, beside `generate` of transformers.
 
     OMP_NUM_THREADS=1 python benchmarks/episode_rollout.py [--model FOLDER_OR_HUB_ID]
-    [--texts 64] [--tokens 32 128] [--repetitions 7]
+    [--texts 64] [--tokens 32 128] [--repetitions 7] [--frozen-dtype bfloat16]
 
 Every candidate samples as many tokens after the same number of prompts, the prompts' forward
 included, in one process and in turns. Seconds are those of the process on the CPU.
@@ -59,7 +59,9 @@ def make_models(model: str | None) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(model), reward_model
 
 
-def make_agent(rollout: str, models: tuple[Any, Any], texts: int, tokens: int) -> PPO:
+def make_agent(
+    rollout: str, models: tuple[Any, Any], texts: int, tokens: int, frozen_dtype: str | None
+) -> PPO:
     """Return an agent whose texts all have T tokens: the one id that ends a text is never drawn."""
     model, reward_model = models
     ids = np.random.default_rng(0).integers(10, 1000, (256, PROMPT))
@@ -73,6 +75,7 @@ def make_agent(rollout: str, models: tuple[Any, Any], texts: int, tokens: int) -
         max_prompt_tokens=PROMPT,
         max_new_tokens=tokens,
         stop_token_ids=[STOP],
+        frozen_dtype=frozen_dtype,
         autoreset_mode="SameStep",
     )
     agent = PPO(envs, rollout=rollout)
@@ -117,14 +120,18 @@ def decoding(models: list[Any], texts: int, tokens: int) -> Callable[[], None]:
     return run
 
 
-def compare(models: tuple[Any, Any], texts: int, tokens: int, repetitions: int) -> None:
+def compare(
+    models: tuple[Any, Any], texts: int, tokens: int, repetitions: int, frozen_dtype: str | None
+) -> None:
     """Print a line for each candidate, and both ratios."""
-    agents = {name: make_agent(name, models, texts, tokens) for name in ("episode", "step")}
-    policy = agents["step"].policy.model
+    ways = ("episode", "step")
+    agents = {name: make_agent(name, models, texts, tokens, frozen_dtype) for name in ways}
+    policy, env = agents["step"].policy.model, agents["step"].envs.unwrapped
+    read = [env.frozen_models[name] for name in ("reference", "reward model")]
     candidates = {
         "generate": generating(models[0], texts, tokens),
         **{name: collecting(agent, texts, tokens) for name, agent in agents.items()},
-        "bare": decoding([policy, *models], texts, tokens),
+        "bare": decoding([policy, *read], texts, tokens),
     }
     found = medians(candidates, repetitions, time.process_time)
     for name, seconds in found.items():
@@ -146,11 +153,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--frozen-dtype", help="of reference and reward model")
     args = parser.parse_args()
     models = make_models(args.model)
     print(f"N={args.texts}, {models[0].num_parameters() / 1e6:.1f} million parameters")
     for tokens in args.tokens:
-        compare(models, args.texts, tokens, args.repetitions)
+        compare(models, args.texts, tokens, args.repetitions, args.frozen_dtype)
 
 
 if __name__ == "__main__":

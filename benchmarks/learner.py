@@ -2,22 +2,28 @@
 
     OMP_NUM_THREADS=1 python benchmarks/learner.py [--shape 1m 262k] [--separate-value]
     [--texts 64] [--tokens 32] [--epochs 4] [--minibatches 4] [--repetitions 5]
-    [--gradient-checkpointing] [--ragged]
+    [--gradient-checkpointing] [--adapters-from LAYER] [--ragged]
 
 The models have random weights: "1m" is a Llama of 1.1 million parameters and a vocabulary of 1,024,
 "262k" one with 262,144 ids (0.4 million parameters beside its embeddings, of which there are 50).
 
-"update" is all that `PPO.update` does: values, advantages, losses, gradients, clipping, optimizer
-steps, and the last look at how far the policy moved. "bare" reads the same micro-batches with the
-same models: forward, logits of response tokens, `log_softmax` and values, backward; no loss of an
-algorithm, no optimizer. "AdamW" are as many optimizer steps alone. With `--ragged` texts have 1 to
-32 tokens, and "uncut" is "bare" on minibatches that are cut by memory alone, padded to the longest
-text. Seconds are of the process on the CPU (of the wall on a GPU), medians of turns. "peak" is what
-the memory rises by, each measured in a process of its own; that of "update" has AdamW's moments.
+"update" is all that `PPO.update` does with texts that its present policy has drawn: advantages,
+losses, gradients, clipping, optimizer steps, and the last look at how far the policy moved; with
+`--separate-value` values as well, which come from collection otherwise. "bare" reads the same
+micro-batches with the same models: forward, logits of response tokens, `log_softmax` and values,
+backward; no loss of an algorithm, no optimizer. It reads whole texts, of which an update leaves out
+the last tokens, as nothing is drawn behind them. "AdamW" are as many optimizer steps alone. With
+`--ragged` texts have 1 to 32 tokens, and "uncut" is "bare" on minibatches that are cut by memory
+alone, padded to the longest text. With `--adapters-from` the layers from that one on have LoRA
+adapters of rank 8, and nothing else is trained; what lies below is read in the update's first epoch
+alone, and by "bare" in each. Seconds are of the process on the CPU (of the wall on a GPU),
+medians of turns. "peak" is what the memory rises by, each measured in a process of its own; that of
+"update" has AdamW's moments.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
@@ -33,8 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
 from tokenenv.agents.episodes import Episode, EpisodeBatch
-from tokenenv.agents.learning.learner import micro_batches_for
+from tokenenv.agents.learning.learner import micro_batches_for, state_values
 from tokenenv.agents.learning.optimise import minibatches
+from tokenenv.models.adapters import unwrapped
 from tokenenv.models.batching import micro_batches
 
 PROMPT, STOP = 8, 1
@@ -62,6 +69,8 @@ def make_agent(args: argparse.Namespace, shape: str) -> PPO:
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=shape == "262k")
     model = LlamaForCausalLM(config).eval().to("cuda" if CUDA else "cpu")
+    if args.adapters_from is not None:
+        model = adapted(model, range(args.adapters_from, config.num_hidden_layers))
     envs = gym.make_vec(
         "tokenenv/TextGen-v0",
         num_envs=1,
@@ -75,6 +84,16 @@ def make_agent(args: argparse.Namespace, shape: str) -> PPO:
     if args.gradient_checkpointing:
         fixed["gradient_checkpointing"] = True
     return PPO(envs, epochs=args.epochs, minibatches=args.minibatches, **fixed)
+
+
+def adapted(model: Any, layers: Iterable[int]) -> Any:
+    """Put adapters of rank 8 into some layers, and freeze what is not one."""
+    from peft import LoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return get_peft_model(
+        model, LoraConfig(r=8, target_modules=names, layers_to_transform=list(layers))
+    )
 
 
 def make_batch(args: argparse.Namespace, shape: str) -> EpisodeBatch:
@@ -105,6 +124,15 @@ def make_batch(args: argparse.Namespace, shape: str) -> EpisodeBatch:
     return EpisodeBatch.stack([episode(index) for index in range(args.texts)])
 
 
+def as_drawn(agent: PPO, batch: EpisodeBatch) -> EpisodeBatch:
+    """Return the batch with what acting adds: the critic's values, where it reads the policy's
+    states."""
+    if not agent.actor.reads_values:
+        return batch
+    values_BT1 = state_values(agent.policy, batch, agent.config.max_batch_tokens)
+    return replace(batch, drawn_value_BT=values_BT1[:, :-1])
+
+
 def bare(agent: PPO, batch: EpisodeBatch, cut: bool = True) -> None:
     """Run the forward and the backward of every micro-batch that an update learns from; unless they
     are to be `cut`, of minibatches that are cut by memory alone."""
@@ -120,7 +148,7 @@ def bare(agent: PPO, batch: EpisodeBatch, cut: bool = True) -> None:
 
 def sum_of_numbers(policy: Any, batch: EpisodeBatch, rows: np.ndarray) -> Tensor:
     """Return the sum of log-probs and values of the response tokens of some texts, plainly."""
-    model, width = policy.model, int(batch.length_B[rows].max())
+    model, width = unwrapped(policy.model), int(batch.length_B[rows].max())
     tokens_BL = batch.tokens_BL[rows, :width].to(policy.device)
     mask_BT = batch.mask_BT[rows, : width - PROMPT].to(policy.device)
     before_KH = model.model(input_ids=tokens_BL, use_cache=False)[0][:, PROMPT - 1 : -1][mask_BT]
@@ -140,7 +168,8 @@ def steps(agent: PPO) -> None:
 
 def candidates(args: argparse.Namespace, shape: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield what is measured, by name."""
-    agent, batch = make_agent(args, shape), make_batch(args, shape)
+    agent = make_agent(args, shape)
+    batch = as_drawn(agent, make_batch(args, shape))
     other = make_agent(args, shape)
     for weight in other.policy.parameters():
         weight.grad = torch.full_like(weight, 1e-6)
@@ -170,7 +199,8 @@ def memory() -> float:
 def rise(args: argparse.Namespace, shape: str, name: str) -> float:
     """Return by how many MiB the memory rises when a candidate first runs."""
     torch.set_num_threads(1)
-    agent, batch = make_agent(args, shape), make_batch(args, shape)
+    agent = make_agent(args, shape)
+    batch = as_drawn(agent, make_batch(args, shape))
     if not CUDA:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what is in memory now
     before = memory()
@@ -191,6 +221,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--separate-value", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--adapters-from", type=int, metavar="LAYER")
     parser.add_argument("--ragged", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -104,12 +104,14 @@ def subject(args: Namespace, num_envs: int, tokens: int) -> Subject:
         max_new_tokens=2 * tokens + 8 if args.even else tokens,
         array="torch" if args.device == "cuda" else "numpy",
         compile=args.compile,
+        frozen_dtype=args.frozen_dtype,
         autoreset_mode="SameStep",
         **options,
     )
     # The learning rate is so small that no update moves the policy.
     fixed = {"epochs": 1, "minibatches": 4, "lr": 1e-9, "precision": "float32"}
-    agent = PPO(envs, lora_rank=args.lora_rank, **fixed)
+    # Each model in a forward of its own, so that each has a part.
+    agent = PPO(envs, lora_rank=args.lora_rank, backbone="separate", **fixed)
     if args.dtype == "bfloat16" and not args.lora_rank:
         agent.policy.model.bfloat16()
     _never_stop(agent.policy, list(envs.unwrapped.token_spec.stop_token_ids))

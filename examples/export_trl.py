@@ -14,21 +14,22 @@ they were drawn with.
 
 import sys
 
-from tokenenv.agents.run.export import padded, read_episodes
+import torch
+
+from tokenenv.agents.run.export import padded, read_episodes, token_advantages
 
 
 def inputs_of(rows, pad_token_id=0):
     """Return what `GRPOTrainer._prepare_inputs` returns."""
     t = padded(rows, pad_token_id)
-    returns = t["token_rewards"].flip(1).cumsum(1).flip(1)
-    advantages = (returns - returns[t["response_mask"]].mean()) * t["response_mask"]
+    advantages = [torch.tensor(one) for one in token_advantages(rows, with_kl=False)]
     return {
         "prompt_ids": t["prompt_ids"],
         "prompt_mask": t["prompt_mask"].long(),
         "completion_ids": t["response_ids"],
         "completion_mask": t["text_mask"].long(),
         "tool_mask": t["response_mask"].long(),
-        "advantages": advantages,
+        "advantages": torch.nn.utils.rnn.pad_sequence(advantages, batch_first=True),
         "old_per_token_logps": t["logprobs"],
         "num_items_in_batch": t["response_mask"].sum(),
     }

@@ -17,7 +17,17 @@ LAYERS = (
     {"wrappers", "check"},
     {"envs"},
     {"agents", "registration"},
-    {"cli", "integrations", "rollout", "fit", "audit", "__init__"},
+    {
+        "cli",
+        "integrations",
+        "rollout",
+        "fit",
+        "audit",
+        "bench",
+        "report",
+        "conformance",
+        "__init__",
+    },
 )
 """Each room imports itself and those above it in this list..."""
 AGENTS_IMPORT = {"errors", "types", "turns", "safety", "plugins", "models", "tables", "agents"}

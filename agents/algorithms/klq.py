@@ -36,8 +36,8 @@ from tokenenv.agents.learning.learner import (
     LossFunction,
     Metrics,
     Outputs,
-    state_values,
-    token_logprobs,
+    logprobs_and_values,
+    values_unknown,
 )
 from tokenenv.agents.rollout.env_rows import wants_logprob
 from tokenenv.agents.rollout.replay import Replay
@@ -72,6 +72,7 @@ class KLQ(Agent):
 
     config_class = KLQConfig
     config: KLQConfig
+    reads_values = True
 
     @dataclass(kw_only=True)
     class _Keywords(KLQConfig, AgentKeywords): ...
@@ -115,13 +116,17 @@ class KLQ(Agent):
         token up, or every token down."""
         totals_B = self.rewards(batch).sum(1)
         torch.nn.init.constant_(self.policy.value_head.bias, float(totals_B.mean()))
+        # Those were of the critic before.
+        batch.drawn_value_BT.fill_(torch.nan)
 
     def estimate(self, batch: EpisodeBatch) -> None:
         """Leave in `batch.learned` the errors of Q under the present policy (B, T), as
         "advantage", and the "value" and "old_logprob" that they rest on."""
         cfg, lengths_B = self.config, batch.response_length_B
-        logprob_BT = token_logprobs(self.policy, batch, cfg.max_batch_tokens, cfg.temperature)
-        values_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
+        # New texts have both since they were drawn; one forward reads those that are older.
+        unknown_B = values_unknown(batch, self.updates)
+        options = cfg.max_batch_tokens, cfg.temperature, unknown_B
+        logprob_BT, values_BT1 = logprobs_and_values(self.policy, batch, *options)
         rewards_BT = kl_penalised(batch.reward_BT, logprob_BT, batch.kl_coef_B)
         errors_BT = gae(rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, 1.0, cfg.lambda_)
         batch.learned.update(advantage=errors_BT, value=values_BT1[:, :-1], old_logprob=logprob_BT)

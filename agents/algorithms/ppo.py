@@ -36,7 +36,13 @@ from tokenenv.agents.learning.advantages import (
     turn_ends,
     unshaped,
 )
-from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, state_values
+from tokenenv.agents.learning.learner import (
+    LossFunction,
+    Metrics,
+    Outputs,
+    state_values,
+    values_unknown,
+)
 from tokenenv.errors import InvalidArgument, check_choice
 
 
@@ -80,6 +86,7 @@ class PPO(PolicyGradient):
 
     config_class = PPOConfig
     config: PPOConfig
+    reads_values = True
 
     if TYPE_CHECKING:
 
@@ -105,7 +112,10 @@ class PPO(PolicyGradient):
             running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
             scale = running.std
         rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
-        own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens)
+        own_BT1 = batch.learned.get("state_value")
+        if own_BT1 is None:
+            unknown_B = values_unknown(batch, self.updates)
+            own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens, unknown_B)
         values_BT1 = own_BT1 + offset_BT1
         known = rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, cfg.gamma
         # The offset is the potential's part: the critic itself learns only what is left of it.

@@ -9,6 +9,7 @@ micro-batch, flat.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.episodes import EpisodeBatch, token_mask
+from tokenenv.agents.learning.kept import KeptStates
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.token_stats import token_stats
-from tokenenv.models.batching import micro_batches
+from tokenenv.models.batching import last_states, micro_batches
 from tokenenv.models.trunks import logits_head, text_states
 
 Metrics = dict[str, float]
@@ -50,6 +52,8 @@ class Outputs:
     """int64 on the CPU: the row of the `EpisodeBatch` that each token belongs to."""
     steps: Tensor
     """int64 on the CPU: the place of each token in its response, from 0."""
+    last_value: Tensor | None = None
+    """The critic's value (B,) of each text's last state, where it was asked for."""
     logged: dict[str, Tensor] = field(default_factory=dict)
     """Numbers (K,) that a policy loss leaves for the log, by the metric's name. The metric is their
     mean over the minibatch's tokens, weighted as the loss is."""
@@ -89,32 +93,38 @@ class FrozenLM:
 class _Texts:
     """Some texts on the policy's device, and where the states before their response tokens are.
 
-    With `extra=1` the state after the last response token counts as well.
+    A text's last token is read for the state after it alone, so it is left out, and with it what
+    the environment wrote behind it; with `whole` they are there.
     """
 
     def __init__(
-        self,
-        batch: EpisodeBatch,
-        rows: np.ndarray,
-        width: int,
-        device: torch.device,
-        extra: int = 0,
+        self, batch: EpisodeBatch, rows: np.ndarray, device: torch.device, *, whole: bool = False
     ) -> None:
-        index = torch.as_tensor(rows)
-        lengths, responses = batch.length_B[index], batch.response_length_B[index]
-        self.lengths = lengths.numpy()
+        self.texts, index = rows, torch.as_tensor(rows)
+        responses = batch.response_length_B[index]
+        lengths = batch.position_BT1[index, responses if whole else responses - 1]
+        self.lengths, self.counts = lengths.numpy(), responses.tolist()
         # The batch is padded to its longest text; this micro-batch needs its own longest only.
         self.tokens_BL = batch.tokens_BL[index, : int(lengths.max())].to(device)
-        row_K, self.steps = token_mask(responses + extra, width).nonzero(as_tuple=True)
+        row_K, self.steps = token_mask(responses, int(responses.max())).nonzero(as_tuple=True)
         self.rows = index[row_K]
+        place_K = batch.position_BT1[self.rows, self.steps]
+        self.chosen_K = batch.tokens_BL[self.rows, place_K].to(device)
         # A token is chosen at the state of the token before it, whoever wrote that: response token
         # 0 at the prompt's last token. The place counts in the flattened (B * L,) texts.
-        place_K = batch.position_BT1[self.rows, self.steps] - 1
-        self.place_K = (row_K * self.tokens_BL.shape[1] + place_K).to(device)
+        self.place_K = (row_K * self.tokens_BL.shape[1] + place_K - 1).to(device)
 
     def at(self, states_BLH: Tensor) -> Tensor:
         """Return the states (K, H) that the response tokens were chosen at."""
         return states_BLH.flatten(0, 1).index_select(0, self.place_K)
+
+    def frozen_states(self, model: FrozenLM, kept: KeptStates | None) -> Tensor:
+        """Return a frozen model's states (K, H) that the response tokens were chosen at."""
+
+        def read() -> Tensor:
+            return self.at(model.states(self.tokens_BL, self.lengths))
+
+        return read() if kept is None else kept.of(model, self.texts, self.counts, read)
 
 
 def micro_batches_for(
@@ -134,47 +144,79 @@ def outputs(
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
     teacher: FrozenLM | None = None,
+    kept: KeptStates | None = None,
+    critic: bool = True,
+    last_value: bool = False,
 ) -> Outputs:
-    """Run one forward over the whole texts `rows` and read it where response tokens were chosen."""
-    texts = _Texts(batch, rows, batch.reward_BT.shape[1], policy.device)
+    """Run one forward over the whole texts `rows` and read it where response tokens were chosen.
+
+    With `last_value` the critic is read at the texts' last states as well; without `critic` it is
+    not read, and values are zero. What the weights do not change is taken from `kept`, whose batch
+    this is, and put there.
+    """
+    texts = _Texts(batch, rows, policy.device, whole=last_value)
     tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
     # The masks stay on the host with the batch; only those of this micro-batch are uploaded.
     mask_KM = None
     if masks_BTM is not None:
         mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
     with policy.autocast():
-        states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+        with nullcontext() if kept is None else kept.below(rows, texts.lengths):
+            if critic:
+                states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+            else:
+                states_BLH = policy.lm_states(tokens_BL, texts.lengths)
         frozen: dict[str, Any] = {}
         for name, model in (("ref", reference), ("teacher", teacher)):
             if model is not None:
-                states_KH = texts.at(model.states(tokens_BL, texts.lengths))
+                states_KH = texts.frozen_states(model, kept)
                 frozen |= {f"{name}_states_KH": states_KH, f"{name}_head": model.head}
         stats = token_stats(
             texts.at(states_BLH),
-            tokens_BL.flatten()[texts.place_K + 1],
+            texts.chosen_K,
             policy.head,
             policy.vocab_size,
             temperature=temperature,
             mask_KM=mask_KM,
             **frozen,
         )
-        value_K = policy.value(texts.at(value_states_BLH))
+        value_K = torch.zeros_like(stats.logprob)
+        if critic:
+            value_K = policy.value(texts.at(value_states_BLH))
+        ends = policy.value(last_states(value_states_BLH, texts.lengths)) if last_value else None
     numbers = stats.logprob, stats.entropy, stats.kl, stats.teacher_kl
-    return Outputs(*numbers, value_K, texts.rows, texts.steps)
+    return Outputs(*numbers, value_K, texts.rows, texts.steps, ends)
+
+
+def values_unknown(batch: EpisodeBatch, update: int) -> Tensor:
+    """Return bool (B,): the texts whose values before an update of this number have to be computed.
+
+    Of the others the critic's values were read as they were drawn, all from the policy that the
+    update begins with. Where the value of the last state counts, that has not been read.
+    """
+    known_BT = batch.drawn_value_BT.isfinite() | ~batch.mask_BT
+    return ~known_BT.all(1) | (batch.version_B < update) | batch.bootstraps_B
 
 
 @torch.no_grad()
-def state_values(policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int) -> Tensor:
+def state_values(
+    policy: LMPolicy, batch: EpisodeBatch, max_batch_tokens: int, which_B: Tensor | None = None
+) -> Tensor:
     """Return the critic's values (B, T + 1) on the CPU: before each response token, then of the
-    last state; zero to the right."""
+    last state; zero to the right. With `which_B` (bool) only those texts are computed, and the
+    others have the values that they were drawn with, and zero for the last state."""
     # One column more than tokens: a text cut without a score bootstraps from its last state.
-    values_BT1 = torch.zeros(len(batch), batch.reward_BT.shape[1] + 1)
-    for rows in micro_batches_for(policy, batch.length_B.numpy(), max_batch_tokens):
-        texts = _Texts(batch, rows, values_BT1.shape[1], policy.device, extra=1)
+    chosen = _chosen(batch, which_B)
+    values_BT1 = _drawn(batch, chosen)[1]
+    for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
+        some = chosen[rows]
+        texts = _Texts(batch, some, policy.device, whole=True)
         with policy.autocast():
-            value_states_BLH = policy.states(texts.tokens_BL, texts.lengths)[1]
-            value_K = policy.value(texts.at(value_states_BLH))
-        values_BT1[texts.rows, texts.steps] = value_K.float().cpu()
+            states_BLH = policy.value_states(texts.tokens_BL, texts.lengths)
+            value_K = policy.value(texts.at(states_BLH))
+            last_value_B = policy.value(last_states(states_BLH, texts.lengths))
+        values_BT1[texts.rows, texts.steps] = value_K.cpu()
+        values_BT1[some, batch.response_length_B[some]] = last_value_B.cpu()
     return values_BT1
 
 
@@ -195,7 +237,7 @@ def token_outputs(
     """Return the present policy's log-probs and entropies (B, T): one forward over all texts."""
     found = TokenOutputs(*torch.zeros(2, *batch.logprob_BT.shape))
     for rows in micro_batches_for(policy, batch.length_B.numpy(), max_batch_tokens):
-        out = outputs(policy, batch, rows, temperature=temperature)
+        out = outputs(policy, batch, rows, temperature=temperature, critic=False)
         found.logprob_BT[out.rows, out.steps] = out.logprob.cpu()
         found.entropy_BT[out.rows, out.steps] = out.entropy.cpu()
     return found
@@ -214,11 +256,50 @@ def token_logprobs(
     they were drawn with."""
     if which_B is None:
         return token_outputs(policy, batch, max_batch_tokens, temperature).logprob_BT
-    chosen, logprob_BT = which_B.nonzero()[:, 0].numpy(), batch.logprob_BT.clone()
+    chosen = _chosen(batch, which_B)
+    logprob_BT = _drawn(batch, chosen)[0]
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
-        out = outputs(policy, batch, chosen[rows], temperature=temperature)
+        out = outputs(policy, batch, chosen[rows], temperature=temperature, critic=False)
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
     return logprob_BT
+
+
+@torch.no_grad()
+def logprobs_and_values(
+    policy: LMPolicy,
+    batch: EpisodeBatch,
+    max_batch_tokens: int,
+    temperature: float = 1.0,
+    which_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `token_logprobs` and `state_values` do, (B, T) and (B, T + 1), by one forward."""
+    chosen = _chosen(batch, which_B)
+    logprob_BT, values_BT1 = _drawn(batch, chosen)
+    for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
+        some = chosen[rows]
+        out = outputs(policy, batch, some, temperature=temperature, last_value=True)
+        assert out.last_value is not None
+        logprob_BT[out.rows, out.steps] = out.logprob.cpu()
+        values_BT1[out.rows, out.steps] = out.value.cpu()
+        values_BT1[some, batch.response_length_B[some]] = out.last_value.cpu()
+    return logprob_BT, values_BT1
+
+
+def _chosen(batch: EpisodeBatch, which_B: Tensor | None) -> np.ndarray:
+    """Return the rows of the texts that are to be computed; None means all."""
+    return np.arange(len(batch)) if which_B is None else which_B.nonzero()[:, 0].numpy()
+
+
+def _drawn(batch: EpisodeBatch, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the log-probs (B, T) and values (B, T + 1) that all texts but the chosen ones were
+    drawn with; zero elsewhere."""
+    others_BT = batch.mask_BT
+    others_BT[chosen] = False
+    logprob_BT, value_BT = (
+        drawn_BT.masked_fill(~others_BT, 0.0)
+        for drawn_BT in (batch.logprob_BT, batch.drawn_value_BT)
+    )
+    return logprob_BT, torch.nn.functional.pad(value_BT, (0, 1))
 
 
 LossFunction = Callable[[Outputs], tuple[Tensor, dict[str, Tensor]]]
@@ -236,14 +317,22 @@ def accumulate_gradient(
     temperature: float = 1.0,
     reference: FrozenLM | None = None,
     teacher: FrozenLM | None = None,
+    kept: KeptStates | None = None,
     scale: float = 1.0,
 ) -> Metrics:
     """Add the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
     at a time. Return the summed metrics."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches_for(policy, batch.length_B.numpy()[rows], max_batch_tokens):
-        models = {"reference": reference, "teacher": teacher}
-        out = outputs(policy, batch, rows[micro], temperature=temperature, **models)
+        out = outputs(
+            policy,
+            batch,
+            rows[micro],
+            temperature=temperature,
+            reference=reference,
+            teacher=teacher,
+            kept=kept,
+        )
         loss, metrics = loss_function(out)
         # The graph of a micro-batch is freed here, before the next one is built.
         (scale * loss).backward()

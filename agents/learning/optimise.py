@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning import losses
+from tokenenv.agents.learning.kept import KeptStates
 from tokenenv.agents.learning.learner import FrozenLM, LossFunction, Metrics, accumulate_gradient
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.update_kl import Before
@@ -53,6 +54,8 @@ def optimise(
     """
     seen: list[Metrics] = []
     before = Before(policy, batch, config, update)
+    # In a single epoch nothing is read twice.
+    kept = KeptStates(policy) if config.epochs > 1 else None
     # Walking through all modules for them costs as much as clipping does.
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer.zero_grad()
@@ -70,6 +73,7 @@ def optimise(
                 temperature=config.temperature,
                 reference=reference,
                 teacher=teacher,
+                kept=kept,
                 scale=losses.loss_scale(lengths, config.aggregation, max_new_tokens),
             )
             seen.append(metrics)

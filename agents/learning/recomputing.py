@@ -1,7 +1,7 @@
 """Layers whose activations are computed again in the backward pass instead of being kept
 ("gradient checkpointing", Chen et al. 2016, arXiv 1604.06174)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,22 +13,41 @@ from torch.utils.checkpoint import checkpoint
 from tokenenv.errors import InvalidArgument
 
 
+def layers_in(trunk: Any) -> list[nn.Module]:
+    """Return the layers of a transformers trunk, from the lowest on; none of another model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    modules = trunk.modules() if isinstance(trunk, nn.Module) else ()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+
+
 def layers_of(trunk: Any) -> list[nn.Module]:
     """Return the layers of a transformers trunk that can be computed again, one by one.
 
     Raises:
         InvalidArgument: it has none.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    modules = trunk.modules() if isinstance(trunk, nn.Module) else ()
-    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_in(trunk)
     if not layers:
         raise InvalidArgument(
             f"gradient_checkpointing=True needs a transformers model of layers that it can compute "
             f"again, and {type(trunk).__name__} has none; leave it at False."
         )
     return layers
+
+
+@contextmanager
+def replaced_forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a layer call this in place of its forward, or of what already replaces that."""
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
 
 
 @contextmanager
@@ -44,6 +63,5 @@ def recomputing(trunk: Any) -> Iterator[None]:
             again = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-            undo.callback(delattr, layer, "forward")
-            layer.forward = again
+            undo.enter_context(replaced_forward(layer, again))
         yield

@@ -3,7 +3,7 @@
 Suffixes: N slots, L context, H hidden size, K states, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -38,6 +38,13 @@ class Policy(Protocol):
     def parameters(self) -> Any:
         """Return all weights; their device is the policy's."""
         ...
+
+
+def read_values(policy: Any, states_KH: Tensor) -> Tensor | None:
+    """Return the critic's values (K,) of the states that tokens are drawn in; None where the
+    learner would find others. A model that runs in fewer bits rounds a cached forward and a whole
+    one differently."""
+    return policy.value(states_KH) if states_KH.dtype == torch.float32 else None
 
 
 def to_host(values_N: Tensor) -> np.ndarray:
@@ -99,15 +106,36 @@ def _invert(logits_KV: Tensor, random_K: Tensor) -> tuple[Tensor, Tensor]:
 class Actor:
     """Samples a policy's next token in each of N running texts, and keeps their caches.
 
+    With `reads_values` it also reads the policy's value head at the states that tokens are drawn
+    in, which costs H multiplications a token.
+
     It knows what happened from the observation alone. A slot whose text is the last one plus the
     token that was emitted is continued by that token. Where more tokens stand behind it, which the
     environment wrote, the slot is continued by all of them at once. In any other slot (reset,
     forked, restored, or seen for the first time) the text is read from its start.
+
+    Args:
+        policy: whose tokens are drawn.
+        temperature: of sampling; 0 takes the likeliest token.
+        seed: of the random numbers.
+        share: an env's `share_backbone`, where it reads each token for the policy too.
     """
 
-    def __init__(self, policy: Policy, *, temperature: float = 1.0, seed: int = 0) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+        share: Callable[[SlotModel | None], SlotModel | None] | None = None,
+        reads_values: bool = False,
+    ) -> None:
+        self.policy, self.share = policy, share
         self.temperature = temperature
+        self.reads_values = reads_values
+        self.values: Tensor | None = None
+        """(N,) float32: the critic's values of the states that the last tokens were drawn in; None
+        where they are not read."""
         self.generator = torch.Generator(device_of(policy)).manual_seed(seed)
         self._slots: SlotModel | None = None
 
@@ -124,7 +152,9 @@ class Actor:
         if self._slots is None or self._texts.shape != (len(texts_NL), texts_NL.shape[1] + 1):
             self._start(*texts_NL.shape)
         with self.policy.autocast():
-            logits_NV = self.policy.head(self._read(texts_NL, lengths_N))
+            states_NH = self._read(texts_NL, lengths_N)
+            logits_NV = self.policy.head(states_NH)
+        self.values = read_values(self.policy, states_NH) if self.reads_values else None
         logits_NV = rule_out(logits_NV, allowed_of(obs, device))
         tokens_N, logprobs_N = sample(logits_NV, self.temperature, self.generator)
         self._expect(texts_NL, lengths_N, tokens_N)
@@ -139,7 +169,8 @@ class Actor:
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
-        slots = self.policy.slots(num_rows, max_length)
+        slots: SlotModel | None = self.policy.slots(num_rows, max_length)
+        slots = self.share(slots) if self.share else slots
         # The observation that is expected next if a slot's text runs on. One column more than
         # observations have, for the token that is emitted after a full text.
         self._texts = torch.zeros(num_rows, max_length + 1, dtype=torch.int64, device=device)

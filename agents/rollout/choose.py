@@ -13,10 +13,11 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.rollout.actor import Actor, Policy
+from tokenenv.agents.rollout.actor import Policy
 from tokenenv.agents.rollout.collector import Collector
 from tokenenv.agents.rollout.env_rows import env_core, wants_logprob
 from tokenenv.agents.rollout.episode_engine import EpisodeEngine, check_options
+from tokenenv.agents.rollout.make import make_actor
 from tokenenv.agents.rollout.text import Text
 from tokenenv.agents.rollout.text_scores import score_texts
 from tokenenv.models.vllm_models import VLLMReference
@@ -82,9 +83,13 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 def _stepping(envs: VectorEnv, policy: Policy, config: AgentConfig) -> float:
     """Return the seconds of a token that the agent and the env write together."""
-    collector = Collector(envs, Actor(policy, temperature=config.temperature))
+    actor = make_actor(envs, policy, config)
+    collector = Collector(envs, actor)
     collector.reset()
-    return _seconds(collector.step, TOKENS) / envs.num_envs
+    seconds = _seconds(collector.step, TOKENS)
+    if actor.share:
+        actor.share(None)  # the caches of the trial are let go
+    return seconds / envs.num_envs
 
 
 def _writing(core: Any, policy: Policy, config: AgentConfig, num_envs: int) -> float:

@@ -192,7 +192,9 @@ class Collector:
             require_finite_policy(~logprobs.isfinite().cpu().numpy(), self.version)
             raise
         acted = ~self._resetting
-        self.recorder.record(logprobs, rewards, infos, allowed, acted, self.version)
+        self.recorder.record(
+            logprobs, rewards, infos, allowed, acted, self.version, self.actor.values
+        )
         self.tokens_seen += int(np.count_nonzero(acted))
         # The step's only wait for the device, where the env gives tensors.
         terminated, truncated, invalid = flags(terminations, truncations, logprobs)
@@ -247,6 +249,13 @@ class Collector:
         self.version += 1
         tell_policy_updated(self.envs, self.version)
         self.actor.refresh()
+
+    def weights_moved(self) -> None:
+        """To be called when an update that did not end may have changed the weights: what was read
+        with those before it is read again or forgotten."""
+        self.actor.refresh()
+        self.recorder.forget_values()
+        self.pairing.forget_values()
 
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Go on from the observation of an env that has been restored to where it was."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenenv.agents.rollout.actor import Policy, device_of, invert, to_host
+from tokenenv.agents.rollout.actor import Policy, device_of, invert, read_values, to_host
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.batching import upload
 from tokenenv.models.same_texts import first_equals, prefill_once
@@ -44,18 +44,26 @@ class EpisodeEngine:
         spec: the env's.
         temperature: of sampling; 0 takes the likeliest token.
         num_texts: N, how many texts run side by side. Others that are asked for wait.
+        reads_values: whether the critic's values are read with the texts.
 
     Raises:
         InvalidArgument: `num_texts` is less than 1.
     """
 
     def __init__(
-        self, policy: Policy, spec: TokenSpec, *, temperature: float = 1.0, num_texts: int = 64
+        self,
+        policy: Policy,
+        spec: TokenSpec,
+        *,
+        temperature: float = 1.0,
+        num_texts: int = 64,
+        reads_values: bool = False,
     ) -> None:
         if num_texts < 1:
             raise InvalidArgument(f"num_texts={num_texts} must be at least 1.")
         self.policy, self.spec = policy, spec
         self.temperature, self.num_texts = temperature, num_texts
+        self.reads_values = reads_values
         self._waiting: deque[Asked] = deque()
         self._texts: list[Asked | None] = [None] * num_texts
         """The text in each slot; None: the slot is free."""
@@ -92,6 +100,8 @@ class EpisodeEngine:
     def sync(self) -> None:
         """Have the running texts read again before their next token; see `RolloutEngine`."""
         self._unread[:] = True
+        if self._slots is not None:
+            self._values_NT.fill_(torch.nan)  # they were of other weights
 
     def abort(self) -> None:
         """Forget all texts; see `RolloutEngine`."""
@@ -103,6 +113,7 @@ class EpisodeEngine:
         device, shape = device_of(self.policy), (self.num_texts, self.spec.max_new_tokens)
         self._tokens_NT = torch.zeros(shape, dtype=torch.int64, device=device)
         self._logprobs_NT = torch.zeros(shape, device=device)
+        self._values_NT = torch.full(shape, torch.nan, device=device)
         self._random_NT = torch.zeros(shape, device=device)
         self._last_N = torch.zeros(self.num_texts, dtype=torch.int64, device=device)
         self._rows_N = torch.arange(self.num_texts, device=device)
@@ -135,13 +146,13 @@ class EpisodeEngine:
     def _take(self, slots: np.ndarray) -> list[Written]:
         """Return the texts of some slots (n,), which are free now."""
         at, found = upload(slots, self._rows_N.device), []
-        tokens, logprobs = (to_host(x[at]) for x in (self._tokens_NT, self._logprobs_NT))
+        columns = self._tokens_NT, self._logprobs_NT, self._values_NT
+        tokens, *numbers = (to_host(column[at]) for column in columns)
         for row, slot in enumerate(slots):
             text, end = self._texts[slot], self._written[slot]
             assert text is not None
-            found.append(
-                Written(text.key, tokens[row, :end].tolist(), logprobs[row, :end].tolist())
-            )
+            logprobs, values = (column[row, :end].tolist() for column in numbers)
+            found.append(Written(text.key, tokens[row, :end].tolist(), logprobs, values))
             self._texts[slot] = None
         return found
 
@@ -152,12 +163,16 @@ class EpisodeEngine:
         ended."""
         running = self._running
         with self.policy.autocast():
-            logits_NV = self.policy.head(self._read(running))
+            states_NH = self._read(running)
+            logits_NV = self.policy.head(states_NH)
         place_N = upload(np.minimum(self._written, self._limit - 1), self._rows_N.device)
         random_N = self._random_NT[self._rows_N, place_N]
         tokens_N, logprobs_N = invert(logits_NV, self.temperature, random_N)
         self._tokens_NT[self._rows_N, place_N] = tokens_N
         self._logprobs_NT[self._rows_N, place_N] = logprobs_N
+        values_N = read_values(self.policy, states_NH) if self.reads_values else None
+        if values_N is not None:
+            self._values_NT[self._rows_N, place_N] = values_N
         self._last_N = tokens_N
         self._written += running
         # The one copy from the device.

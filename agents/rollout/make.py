@@ -1,4 +1,5 @@
-"""The two parts that an agent is given when it does not bring its own: a policy and a collector."""
+"""The parts that an agent is given when it does not bring its own: a policy, an actor and a
+collector."""
 
 from typing import Any
 
@@ -8,8 +9,9 @@ from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy, copy_to_train
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
-from tokenenv.agents.rollout.env_rows import reference_of
+from tokenenv.agents.rollout.env_rows import env_core, reference_of
 from tokenenv.agents.rollout.text_collector import TextCollector, check_text_env, make_engine
+from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import sharing
 
 
@@ -38,6 +40,47 @@ def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True)
     )
 
 
+def make_actor(
+    envs: VectorEnv, policy: Any, config: AgentConfig, *, reads_values: bool = False
+) -> Actor:
+    """Return the policy's actor in this env, which shares forwards as `config.backbone` says and
+    `reads_values` of the critic where that is asked for.
+
+    Raises:
+        InvalidArgument: it says "shared", and nothing can be shared.
+    """
+    why = None if config.backbone == "separate" else why_separate(envs, policy)
+    if config.backbone == "shared" and why is not None:
+        raise InvalidArgument(f"backbone='shared' is not possible here: {why}.")
+    apart = config.backbone == "separate" or why is not None
+    share = None if apart else env_core(envs).share_backbone
+    return Actor(
+        policy,
+        temperature=config.temperature,
+        seed=config.seed,
+        share=share,
+        reads_values=reads_values,
+    )
+
+
+def why_separate(envs: VectorEnv, policy: Any) -> str | None:
+    """Return in words why a policy and the env's models cannot be read in one forward; None where
+    they can."""
+    core = env_core(envs)
+    if not hasattr(core, "shares_backbone"):
+        return f"{type(core).__name__} has no share_backbone"
+    if not isinstance(policy, LMPolicy):
+        return f"{type(policy).__name__} is no LMPolicy"
+    if policy.uses_bfloat16:
+        return "the policy runs in bfloat16 autocast, and the env's models do not"
+    if not core.shares_backbone(policy.model):
+        return (
+            "no cached model of the env has its weights in common with the policy, as it has with "
+            "lora_rank= and without compile="
+        )
+    return None
+
+
 def make_collector(
     envs: VectorEnv, actor: Actor, config: AgentConfig, group_size: int
 ) -> Collector | TextCollector:
@@ -55,7 +98,7 @@ def make_collector(
     options: dict[str, Any] = {"temperature": config.temperature, "num_texts": envs.num_envs}
     options |= config.rollout_options
     policy: Any = actor.policy
-    engine = make_engine(config.rollout, policy, spec, **options)
+    engine = make_engine(config.rollout, policy, spec, reads_values=actor.reads_values, **options)
     return TextCollector(
         envs,
         engine,

@@ -9,7 +9,7 @@ wait for each other no longer than it takes to write one text. Suffixes: N slots
 import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,11 @@ class Pairing:
         # In one statement, after the checks: an interruption loses no text, and repeats none.
         self.waiting, self.ready = waiting, self.ready + ready
         return {number // size for number in complete}
+
+    def forget_values(self) -> None:
+        """Forget the critic's values in all texts that have ended."""
+        self.waiting = {n: replace(text, drawn_value=None) for n, text in self.waiting.items()}
+        self.ready = [replace(text, drawn_value=None) for text in self.ready]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a checkpoint needs."""

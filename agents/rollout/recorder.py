@@ -18,7 +18,7 @@ from tokenenv.agents.rollout.env_rows import take, take_by_name, take_info, take
 from tokenenv.errors import ContractError
 from tokenenv.tables import Columns
 
-LOGPROB, REWARD, REF_LOGPROB, POTENTIAL = range(4)
+LOGPROB, REWARD, REF_LOGPROB, POTENTIAL, VALUE = NUMBERS = range(5)
 """The numbers of a line."""
 
 INFO_DEFAULTS: dict[str, float] = {
@@ -57,7 +57,7 @@ class Recorder:
         # texts that have ended. One clock serves all slots, and a step writes one line for all of
         # them, whatever their ages: on a GPU that is one write without an index per slot.
         self._ring = torch.zeros(0)
-        """(L, 4, N), on the device of the env's arrays."""
+        """(L, 5, N), on the device of the env's arrays."""
         self._clock = 0
         """The line of the latest step."""
         self._masks = np.zeros((0, 0, 0), np.uint8)
@@ -77,7 +77,7 @@ class Recorder:
         num_slots, length = obs["tokens"].shape
         self._given = list(given) or [{}] * num_slots
         device = _device(obs)
-        self._ring = torch.zeros(length, 4, num_slots, device=device)
+        self._ring = torch.zeros(length, len(NUMBERS), num_slots, device=device)
         self._potential = torch.zeros(num_slots, device=device)
         self.note_potential(infos)
         self.age[:], self.prefix[:] = 0, prefix
@@ -94,8 +94,10 @@ class Recorder:
         allowed: np.ndarray | None,
         acted: np.ndarray,
         version: int,
+        values_N: Tensor | None = None,
     ) -> None:
-        """Take in one step: the log-probs and rewards (N,), its infos, and the packed masks (N, M).
+        """Take in one step: the log-probs and rewards (N,), its infos, the packed masks (N, M), and
+        the critic's values (N,) of the states before it where they were read.
 
         A slot that has not `acted` (N,) was only reset. Its line is written all the same, and its
         age of 0 says that it counts for nothing.
@@ -107,6 +109,7 @@ class Recorder:
         line[REF_LOGPROB] = torch.as_tensor(infos.get("ref_logprob", 0.0))
         # Phi of the state before this token: the env's infos tell the one after it.
         line[POTENTIAL] = self._potential
+        line[VALUE] = torch.nan if values_N is None else values_N
         if allowed is not None:
             if not self._masks.size:
                 self._masks = np.zeros((len(self._ring), *allowed.shape), np.uint8)
@@ -114,6 +117,10 @@ class Recorder:
         self.note_potential(infos)
         self.version[self.age == 0] = version
         self.age += acted
+
+    def forget_values(self) -> None:
+        """Forget the critic's values in all running texts."""
+        self._ring[:, VALUE] = torch.nan
 
     def note_potential(self, infos: Mapping[str, Any]) -> None:
         """Take in the potential that infos report; slots that they leave out keep theirs."""
@@ -165,7 +172,7 @@ class Recorder:
         terms: dict[str, np.ndarray],
         watched: dict[str, np.ndarray],
     ) -> Episode:
-        """Cut one text out of its slot's record (L, 4); `terms` and `watched` are by name, (T,)."""
+        """Cut one text out of its slot's record (L, 5); `terms` and `watched` are by name, (T,)."""
         age, text = int(self.age[slot]), end["tokens"][: end["length"]]
         places, prefix = self._places(slot, end)
         # The tokens of a prefix were given at reset and not emitted. They stand before the first
@@ -183,6 +190,7 @@ class Recorder:
             ref_logprob=record[:, REF_LOGPROB],
             reward=record[:, REWARD],
             potential=np.append(record[:, POTENTIAL], np.float32(end["potential"])),
+            drawn_value=record[:, VALUE],
             kl_coef=float(end["kl_coef"]),
             terminated=not end["truncated"],
             truncated=bool(end["truncated"]),

@@ -36,6 +36,9 @@ class Text:
     """Which of `tokens` are the policy's."""
     logprob: list[float] = field(default_factory=list)
     """log pi of each of the policy's tokens when it was drawn, in nats."""
+    value: list[float | None] = field(default_factory=list)
+    """The critic's value of the state that each of the policy's tokens was drawn in; None where the
+    engine does not read it."""
     turn_reward: list[float] = field(default_factory=list)
     """The task's own reward for the turn (`Reply.reward`), on each of the policy's tokens: 0 but on
     those that were answered."""
@@ -47,6 +50,9 @@ class Text:
     @property
     def response(self) -> list[int]:
         """The policy's tokens, without those of the prefix."""
+        # A collector asks at every end of a text. Mostly nobody else writes.
+        if all(self.own):
+            return self.tokens
         return [token for token, own in zip(self.tokens, self.own, strict=True) if own]
 
     @property
@@ -93,15 +99,27 @@ def turn_limit(text: Text, spec: TokenSpec) -> int:
     return min(1, left) if spec.responds and spec.turn_end_token_ids is None else left
 
 
-def with_turn(text: Text, tokens: Sequence[int], logprobs: Sequence[float]) -> Text:
+def with_turn(
+    text: Text,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    values: Sequence[float] | None = None,
+) -> Text:
     """Return the text with what the policy has written behind it."""
+    unknown = [None] * len(tokens)
     return replace(
         text,
         tokens=[*text.tokens, *tokens],
         own=[*text.own, *[True] * len(tokens)],
         logprob=[*text.logprob, *logprobs],
+        value=[*text.value, *(unknown if values is None else values)],
         turn_reward=[*text.turn_reward, *[0.0] * len(tokens)],
     )
+
+
+def without_values(text: Text) -> Text:
+    """Return the text as it is, with values that are not known."""
+    return replace(text, value=[None] * len(text.value))
 
 
 def answered(text: Text, reply: Reply | None, spec: TokenSpec) -> Text:

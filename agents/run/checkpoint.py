@@ -30,7 +30,7 @@ from tokenenv.safety.trust import check_from_file
 if TYPE_CHECKING:
     from tokenenv.agents.agent import Agent
 
-FORMAT, VERSION = "tokenenv-checkpoint", "6"
+FORMAT, VERSION = "tokenenv-checkpoint", "7"
 PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
 PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", "env"}
 """The entries of a checkpoint's state."""

@@ -169,6 +169,24 @@ def padded(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str
     return out
 
 
+def token_advantages(rows: Sequence[Mapping[str, Any]], with_kl: bool = True) -> list[list[float]]:
+    """Return an advantage for each response token of B rows, T numbers a row: what is earned from
+    the token on, minus the mean of that over all tokens of the policy's; 0 at others' tokens.
+
+    `with_kl` adds the env's k1 penalty, for trainers that take advantages as they are and have no
+    penalty of their own.
+    """
+    t = padded(rows)
+    rewards_BT, own_BT = t["token_rewards"], t["response_mask"]
+    if with_kl:
+        coef_B1 = torch.tensor([[row["kl_coef"]] for row in rows])
+        rewards_BT = rewards_BT - coef_B1 * (t["logprobs"] - t["ref_logprobs"]) * own_BT
+    returns_BT = rewards_BT.flip(1).cumsum(1).flip(1)
+    advantages_BT = (returns_BT - returns_BT[own_BT].mean()) * own_BT
+    pairs = zip(advantages_BT.tolist(), rows, strict=True)
+    return [values[: len(row["own"])] for values, row in pairs]
+
+
 def _pad(rows: list[Tensor], value: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 

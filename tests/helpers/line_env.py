@@ -95,6 +95,8 @@ class LineEnv(VectorEnv):
 class LineActor:
     """Draws tokens without looking; a text ends with probability `stop` at each of them."""
 
+    values = None
+
     def __init__(self, stop: float, seed: int = 0) -> None:
         self.rng, self.stop = np.random.default_rng(seed), stop
 

@@ -25,7 +25,8 @@ SETTINGS = {
 def same(a, b):
     if isinstance(a, torch.Tensor | np.ndarray):
         alike = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
-        return alike and bool((a == b).all())
+        # What is not known is NaN on both sides.
+        return alike and bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):

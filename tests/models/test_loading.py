@@ -178,3 +178,49 @@ def test_the_fake_tokenizer_fits_the_fake_models():
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (fakes.PAD, fakes.EOS)
     ids = tokenizer("the cat was good")["input_ids"]
     assert tokenizer.decode(ids) == "the cat was good"
+
+
+TASKS = {"token": "TOKEN_CLS", "sequence": "SEQ_CLS"}
+
+
+def saved_adapter(model, directory, kind, **options):
+    """A folder of peft's with an adapter that adds something."""
+    from peft import LoraConfig, get_peft_model
+
+    generator = torch.Generator().manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type=TASKS.get(kind), **options)
+    adapted = get_peft_model(model, config).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+@pytest.mark.parametrize("base", ["a language model", "a reward model"])
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_an_adapter_is_loaded_with_its_base_and_a_trained_head(kind, base, tmp_path):
+    pytest.importorskip("peft")
+    reward = fakes.reward_model(kind)
+    made = reward if base == "a reward model" else fakes.causal_lm()
+    path = fakes.saved(made, tmp_path / "base")
+    model = type(reward).from_pretrained(path, num_labels=1, pad_token_id=fakes.PAD)
+    adapted = saved_adapter(model, tmp_path / "adapter", kind)
+    loaded, tokens = load_reward_model(str(tmp_path / "adapter")), torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded(tokens).logits, adapted(tokens).logits)
+    with adapted.disable_adapter():
+        assert not torch.allclose(loaded(tokens).logits, adapted(tokens).logits, atol=1e-2)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("kind", ["token", None])
+def test_an_adapter_of_a_language_model_that_brings_no_head_is_no_reward_model(kind, tmp_path):
+    pytest.importorskip("peft")
+    path = fakes.saved(fakes.causal_lm(), tmp_path / "base")
+    model = type(fakes.causal_lm()).from_pretrained(path)
+    saved_adapter(model, tmp_path / "adapter", None)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["task_type"] = TASKS.get(kind)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"an adapter of .*base', which has no scalar head"):
+        load_reward_model(str(tmp_path / "adapter"))

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenenv  # noqa: F401
@@ -88,6 +89,46 @@ def test_what_adapters_were_merged_into_shares_what_they_left(folders):
     assert reward is not policy
     assert reward.embed_tokens.weight is policy.embed_tokens.weight
     assert reward.layers[0].mlp.up_proj.weight is not policy.layers[0].mlp.up_proj.weight
+
+
+def adapter_of(folder, kind, path):
+    """A folder of peft's: an adapter on the policy's model, which brings a head if it scores."""
+    from peft import LoraConfig, get_peft_model
+
+    task = {"reward_model": "TOKEN_CLS"}.get(kind, "CAUSAL_LM")
+    auto = {"TOKEN_CLS": "AutoModelForTokenClassification"}.get(task, "AutoModelForCausalLM")
+    labels = {"num_labels": 1} if task == "TOKEN_CLS" else {}
+    model = getattr(transformers, auto).from_pretrained(folder, **labels)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type=task)
+    adapted, generator = get_peft_model(model, config), torch.Generator().manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    adapted.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("named", ["reward_model", "implicit_model", "teacher"])
+def test_an_adapter_on_the_policys_model_is_one_base_and_one_forward(folders, named, tmp_path):
+    reward = {"reward_model": "token", "implicit_model": "implicit", "teacher": "distill"}[named]
+    source = adapter_of(folders["policy"], named, tmp_path / "adapter")
+    own = {"reward_tokenizer": fakes.tokenizer()} if named == "reward_model" else {}
+    envs = make(folders, reward=reward, tokenizer=fakes.tokenizer(), **{named: source}, **own)
+    engine = envs.unwrapped._engine
+    trunks = list(engine.trunks._slots)
+    assert len(trunks) == 2
+    shared, alone = sum(places(*trunks).values()), sum(places(trunks[0]).values())
+    adapters = [w for name, w in trunks[1].named_parameters() if "lora_" in name]
+    assert shared - alone == sum(w.nbytes for w in adapters)
+    assert [len(stack.models) for stack in engine.trunks._stacks] == [2]
+    # Stepping in one forward pays what scoring pays, model by model.
+    infos = envs.reset(seed=0)[1]
+    tokens = [np.array([5, 9]), np.array([7, 4]), np.array([6, 8]), np.array([9, 9])]
+    paid = np.stack([envs.step(token)[1] for token in tokens], 1)
+    prompts = [envs.unwrapped.prompts[i] for i in infos["prompt_id"]]
+    scores = envs.unwrapped.score_episodes(prompts, np.stack(tokens, 1).tolist())
+    np.testing.assert_allclose(paid, scores.token_rewards, rtol=0, atol=1e-5)
+    assert np.abs(paid).max() > 0.1
 
 
 @pytest.mark.parametrize("named", ["reference", "implicit_model", "teacher"])

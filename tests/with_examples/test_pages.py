@@ -14,6 +14,7 @@ PAGES = [
     "rewards.md",
     "your-reward.md",
     "your-task.md",
+    "conformance.md",
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 

@@ -1,5 +1,5 @@
-"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, envs, rewards and
-version."""
+"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, bench, report, envs,
+rewards and version."""
 
 import argparse
 import dataclasses
@@ -14,6 +14,7 @@ import tyro
 
 from tokenenv.agents.config import AgentConfig, check_called
 from tokenenv.cli.audit import Audit
+from tokenenv.cli.bench import Bench
 from tokenenv.cli.console import say_error, say_on_stderr
 from tokenenv.cli.envs import Envs
 from tokenenv.cli.evaluate import Evaluate
@@ -22,6 +23,7 @@ from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.plan import Plan
+from tokenenv.cli.report import Report
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Sample, tyro.conf.subcommand("sample")]
             | Annotated[Fit, tyro.conf.subcommand("fit")]
             | Annotated[Audit, tyro.conf.subcommand("audit")]
+            | Annotated[Bench, tyro.conf.subcommand("bench")]
+            | Annotated[Report, tyro.conf.subcommand("report")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
@@ -77,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Sample,
                 Fit,
                 Audit,
+                Bench,
+                Report,
                 Envs,
                 Rewards,
             ):

@@ -26,7 +26,7 @@ from tokenenv.models.memory import Places
 from tokenenv.rewards.term import Learned, RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.turns import Reply, TextSoFar, segments_of
-from tokenenv.types import EpisodeScores
+from tokenenv.types import EpisodeScores, SlotModel
 
 
 class EnvBase(VectorEnv):
@@ -177,6 +177,29 @@ class EnvBase(VectorEnv):
         self._require_open()
         return env_memory(self._engine, places or Places())
 
+    def shares_backbone(self, model: Any) -> bool:
+        """Return whether a policy's `model` is the frozen base of one of this env's models in
+        memory, with adapters of its own or none, so that both can be read in one forward."""
+        self._require_open()
+        return self._engine.trunks.share_base(model)
+
+    @ordinary_tensors
+    def share_backbone(self, texts: SlotModel | None) -> SlotModel | None:
+        """Have a policy's running texts read in this env's own forwards: `step` reads each token
+        for the policy too, which then finds the state ready.
+
+        Args:
+            texts: as many as this env's, of a model that `shares_backbone`, at one precision with
+                this env's; None: nobody's are read along from now on.
+
+        Returns:
+            What the policy reads its texts by from now on; `texts` where nothing can be shared. It
+            is as good in another env, or beside another actor, where it reads for itself. Of
+            several policies the last one is read along.
+        """
+        self._require_open()
+        return self._engine.trunks.read_along(texts)
+
     # ------------------------------------------------------------- whole texts
 
     @ordinary_tensors
@@ -283,6 +306,15 @@ class EnvBase(VectorEnv):
             list(prompt), segments, self.token_spec.tokenizer, dict(columns or {}), seed
         )
         return answer(self._task, self.token_spec, text)
+
+    @property
+    def learns_from_texts(self) -> bool:
+        """Whether terms learn from the texts that are played: what a text is paid then depends on
+        those that were scored before it."""
+        self._require_open()
+        rewards = self._engine.rewards
+        trains = rewards.model_version is not None
+        return trains or bool(rewards.statistics()) or bool(self._engine.snapshot())
 
     @property
     def why_step(self) -> str | None:

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from tokenenv.env.config import EnvConfig
 from tokenenv.env.engine import RewardEngine
+from tokenenv.env.frozen_dtype import with_frozen_dtype
 from tokenenv.env.given_models import GIVEN_MODELS, with_given_models
 from tokenenv.env.render import RENDER_MODES
 from tokenenv.errors import InvalidArgument, check_choice, check_given
@@ -67,7 +68,8 @@ def split_options(task: TaskSource, options: dict[str, Any]) -> tuple[EnvConfig,
     built = with_max_new_tokens(built, config.max_new_tokens)
     if config.max_new_tokens is not None:
         check_room(built)
-    return config, with_beta(with_given_models(built, config, options.get("dtype")), config)
+    built = with_given_models(built, config, options.get("dtype"))
+    return config, with_beta(with_frozen_dtype(built, config.frozen_dtype), config)
 
 
 def check_replies(task: Task) -> None:

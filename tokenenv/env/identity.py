@@ -23,7 +23,14 @@ from tokenenv.rewards.term import RewardTerm
 from tokenenv.tables import Columns
 from tokenenv.types import Scorer, Task, TokenSpec
 
-CHANGES_NOTHING = ("watch", "array", "max_batch_tokens", "compile", *GIVEN_MODELS)
+CHANGES_NOTHING = (
+    "watch",
+    "array",
+    "max_batch_tokens",
+    "compile",
+    "frozen_dtype",
+    *GIVEN_MODELS,
+)
 """Options that may differ between a run and its continuation. Models are told by their
 contents."""
 SAMPLES = 4096

@@ -29,6 +29,13 @@ def adapter_layers(model: Any) -> list[Any]:
     return [module for module in modules if getattr(module, "adapter_layer_names", ())]
 
 
+def is_plain_lora(layer: Any) -> bool:
+    """Return whether a layer of peft's adds low-rank products to a linear layer, and no more."""
+    from peft.tuners.lora import Linear
+
+    return type(layer) is Linear and not layer.lora_variant
+
+
 def active_adapters(model: Any) -> list[str]:
     """Return the names of the adapters that a model's forward goes through, sorted."""
     layers = [layer for layer in adapter_layers(model) if not layer.disable_adapters]

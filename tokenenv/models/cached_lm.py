@@ -119,7 +119,7 @@ class CachedLM:
             InvalidArgument: a slot, a shape or a length is wrong; nothing has changed.
         """
         slots, lengths = self._checked("prefill", slots, tokens, lengths)
-        tokens = self._ids(tokens)
+        tokens = self.known_ids(tokens)
 
         def forward(group: np.ndarray, width: int) -> Tensor:
             rows = tokens[self._upload(group), :width]
@@ -147,6 +147,18 @@ class CachedLM:
         Raises:
             InvalidArgument: a shape is wrong or an active slot is full; nothing has changed.
         """
+        moving = self.moving(tokens, active)
+        # All N slots go through the forward, moving or not: its shape stays the same at every step,
+        # which compiling and CUDA graphs need. Only moving slots advance their position, so the
+        # next token of the others overwrites what was written for them here.
+        with acting(self.trunk):
+            states = self._slots.append(self.known_ids(tokens), self.positions, moving)
+        self.positions += moving
+        return states
+
+    def moving(self, tokens: Tensor, active: np.ndarray | Sequence[bool] | None) -> np.ndarray:
+        """Return the slots (N,) bool whose text grows where these tokens (N,) are appended to the
+        `active` ones; raise `InvalidArgument` as `append` does."""
         if active is None:
             active = np.ones(self.num_slots, dtype=bool)
         active = np.asarray(active, dtype=bool)
@@ -160,13 +172,7 @@ class CachedLM:
             raise InvalidArgument(
                 f"append: slots {full} already hold max_length={self.max_length} tokens"
             )
-        # All N slots go through the forward, moving or not: its shape stays the same at every step,
-        # which compiling and CUDA graphs need. Only moving slots advance their position, so the
-        # next token of the others overwrites what was written for them here.
-        with acting(self.trunk):
-            states = self._slots.append(self._ids(tokens), self.positions, moving)
-        self.positions += moving
-        return states
+        return moving
 
     def extend(
         self, slots: Sequence[int] | np.ndarray, tokens: Tensor, lengths: Sequence[int] | np.ndarray
@@ -197,7 +203,7 @@ class CachedLM:
             raise InvalidArgument(
                 f"extend: slots {full} would hold more than max_length={self.max_length} tokens"
             )
-        tokens, groups = self._ids(tokens), micro_batches(lengths, self.max_batch_tokens)
+        tokens, groups = self.known_ids(tokens), micro_batches(lengths, self.max_batch_tokens)
 
         def forward(group: np.ndarray) -> Tensor:
             new = tokens[self._upload(group), : int(lengths[group].max())]
@@ -246,7 +252,7 @@ class CachedLM:
         Returns:
             (B, L, H), in which state t has read tokens 0..t.
         """
-        return hidden_states(self.trunk, self._ids(tokens), lengths)
+        return hidden_states(self.trunk, self.known_ids(tokens), lengths)
 
     def _make_slots(self, compile: bool) -> "KVSlots | TextSlots":
         """Try out whether the model can be cached, and make the slots of the fitting kind."""
@@ -276,8 +282,8 @@ class CachedLM:
     def _upload(self, array: Any) -> Tensor:
         return upload(np.asarray(array, dtype=np.int64), self.device)
 
-    def _ids(self, tokens: Tensor) -> Tensor:
-        """Token ids on the model's device, with ids that the model lacks read as its last one."""
+    def known_ids(self, tokens: Tensor) -> Tensor:
+        """Return token ids on the model's device; those that the model lacks are its last one."""
         # An index out of range on CUDA ends the whole process, and checking would wait for the
         # device.
         return tokens.to(self.device, non_blocking=True).clamp(0, self._last_id)

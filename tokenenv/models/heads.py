@@ -70,9 +70,12 @@ class ScoreHead:
 
     linear: Any
     """The model's scalar output layer, or layers."""
+    dtype: torch.dtype | None = None
+    """The dtype in which states are read; None: their own."""
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the scores (K,) float32 of `states` (K, H)."""
+        states = states if self.dtype is None else states.to(self.dtype)
         # Some heads are more than one layer, with dropout between them.
         with evaluating(self.linear):
             return self.linear(states).float().squeeze(-1)

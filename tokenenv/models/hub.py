@@ -48,8 +48,10 @@ def hub_options(source: str, argument: str, revision: str | None = None) -> dict
                 f"revision={revision!r} is of a hub id, and {argument}={source!r} is a local "
                 "directory; leave revision= out."
             )
-        base = _base_of_adapter(Path(source))
-        return {} if base is None else hub_options(base, f"the base model of {argument}")
+        adapter = adapter_config(source)
+        if adapter is None:
+            return {}
+        return hub_options(adapter["base_model_name_or_path"], f"the base model of {argument}")
     given = {} if revision is None else {"revision": revision}
     unreachable = _ask(source, argument, revision)
     if unreachable is None:
@@ -67,6 +69,21 @@ def hub_options(source: str, argument: str, revision: str | None = None) -> dict
         )
     logger.info("%s=%r is read from the hub's cache: %s", argument, source, unreachable)
     return given | {"local_files_only": True}
+
+
+def adapter_config(source: str) -> dict[str, Any] | None:
+    """Return the config of the adapter in a directory, which names its base model; None where there
+    is no adapter, or where the model is there too."""
+    folder = Path(source)
+    if (folder / "config.json").exists():
+        return None
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = config["base_model_name_or_path"]
+    # peft says what is wrong with the file.
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config if isinstance(base, str) else None
 
 
 def failed(argument: str, source: Any, reason: str) -> str:
@@ -191,17 +208,3 @@ def _cache_folder() -> str:
     from huggingface_hub import constants
 
     return str(constants.HF_HUB_CACHE)
-
-
-def _base_of_adapter(folder: Path) -> str | None:
-    """The base model that the adapter in a directory names; None where there is no adapter, or
-    where the model is there too."""
-    if (folder / "config.json").exists():
-        return None
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    # peft says what is wrong with the file.
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return base if isinstance(base, str) else None

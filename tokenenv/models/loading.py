@@ -10,10 +10,14 @@ from tokenenv.errors import InvalidArgument, ModelError, check_choice
 
 from . import shapes
 from .heads import make_scorer
-from .hub import failed, hub_options, offline, undisturbed, without_bars
+from .hub import adapter_config, failed, hub_options, offline, undisturbed, without_bars
+from .precision import convert
 from .probing import looks_ahead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TASKS = {"TOKEN_CLS": "TokenClassification", "SEQ_CLS": "SequenceClassification"}
+"""peft's names of the tasks of reward models."""
 
 EXTENDED_ROPE = {"dynamic", "linear", "yarn"}
 """Types of RoPE with which a model reads texts longer than the positions that its config names."""
@@ -88,7 +92,9 @@ def load_classifier(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a sequence- or token-classification model, frozen and in eval mode, whatever its
-    attention and its labels are. The arguments are those of `load_causal_lm`.
+    attention and its labels are; of a directory of peft's, the base that it names with the adapter,
+    which brings the head if the base is a language model. The arguments are those of
+    `load_causal_lm`.
 
     Raises:
         ModelError: nothing at `source` can be used, or it has no trained head.
@@ -96,7 +102,12 @@ def load_classifier(
     if hasattr(source, "config"):
         return _moved(source, device, dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    auto_class = _classifier(source, argument, **options)
+    adapter = adapter_config(str(source))
+    if adapter is None:
+        auto_class = _classifier(source, argument, **options)
+    else:
+        auto_class, labels = _classifier_of_adapter(adapter, source, argument)
+        options |= labels
     options["attn_implementation"] = attn_implementation
     return _load(auto_class, source, argument, device, dtype, **options)
 
@@ -256,7 +267,8 @@ def _from_pretrained(
 
 def _moved(model: Any, device: Any, dtype: str | torch.dtype | None) -> Any:
     dtype = as_dtype(dtype)
-    return model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+    model = model if device is None else model.to(device)
+    return model if dtype is None else convert(model, dtype)
 
 
 def _classifier(source: Any, argument: str, **options: Any) -> str:
@@ -270,6 +282,36 @@ def _classifier(source: Any, argument: str, **options: Any) -> str:
             "token-classification models with one label"
         )
     return f"AutoModelFor{kind}"
+
+
+def _classifier_of_adapter(
+    adapter: dict[str, Any], source: Any, argument: str
+) -> tuple[str, dict[str, Any]]:
+    """Return the name of the auto class that loads an adapter of peft's with its base, and further
+    options. A base without a scalar head is a language model, and the adapter has to bring one."""
+    base = adapter["base_model_name_or_path"]
+    kind = _kind(_from_pretrained("AutoConfig", base, f"the base model of {argument}"))
+    if kind is not None:
+        return f"AutoModelFor{kind}", {}
+    kind = TASKS.get(str(adapter.get("task_type")))
+    if kind is None or not _brings_head(source):
+        raise ModelError(
+            f"{argument}={str(source)!r} is an adapter of {base!r}, which has no scalar head, and "
+            "brings none; allowed: sequence- or token-classification models with one label"
+        )
+    return f"AutoModelFor{kind}", {"num_labels": 1}
+
+
+def _brings_head(source: Any) -> bool:
+    """Return whether an adapter's file holds the head of a classifier."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(os.path.join(source, "adapter_model.safetensors"), "pt") as weights:
+            names = ".".join(weights.keys())
+    except OSError:
+        return False
+    return not {"score", "classifier"}.isdisjoint(names.split("."))
 
 
 def _kind(config: Any) -> str | None:

@@ -46,13 +46,20 @@ def share_equal(model: Any, other: Any) -> None:
         if same is not None and _equal(weight, same):
             module, _, own_name = name.rpartition(".")
             setattr(mine.get_submodule(module), own_name, same)
-    if mine is model and _one_function(trunk_of(mine), trunk_of(theirs)):
+    if mine is model and _are_one(trunk_of(mine), trunk_of(theirs)):
         setattr(mine, mine.base_model_prefix, trunk_of(theirs))
 
 
-def _one_function(one: Any, other: Any) -> bool:
-    """Whether two trunks compute the same, after equal weights have become the same."""
-    if type(one) is not type(other) or one is other or adapter_layers(one) or adapter_layers(other):
+def _are_one(one: Any, other: Any) -> bool:
+    """Whether two trunks can become one module, after equal weights have become the same."""
+    if one is other or adapter_layers(one) or adapter_layers(other):
+        return False
+    return same_function(one, other)
+
+
+def same_function(one: Any, other: Any) -> bool:
+    """Return whether two trunks without adapters compute the same now."""
+    if type(one) is not type(other):
         return False
     settings = [
         {name: value for name, value in trunk.config.to_dict().items() if name not in OF_THE_HEAD}

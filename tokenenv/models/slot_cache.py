@@ -5,7 +5,7 @@ same place. Here every slot is at a place of its own, so keys and values are *sc
 places, positions are given explicitly, and an explicit mask hides what a text has not reached.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -84,6 +84,16 @@ class SlotLayer(StaticLayer):
         torch._dynamo.mark_static_address(self.keys)
         torch._dynamo.mark_static_address(self.values)
 
+    def join(self, parts: Sequence["SlotLayer"]) -> None:
+        """Take over the memory of other layers, behind each other; they go on as views of it."""
+        for name in ("keys", "values"):
+            memory = torch.cat([getattr(part, name) for part in parts])
+            setattr(self, name, memory)
+            views = memory.split([part.num_slots for part in parts])
+            for part, view in zip(parts, views, strict=True):
+                setattr(part, name, view)
+        self.is_initialized = True
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -132,9 +142,10 @@ class KVSlots:
         self.cache = Cache(layers=layers)
         self.all_slots = torch.arange(num_slots, device=trunk.device)[:, None]
         self.places = torch.arange(max_length, device=trunk.device)
-        self._set_up_step()
+        self.set_up_step()
 
-    def _set_up_step(self) -> None:
+    def set_up_step(self) -> None:
+        """Make the step's forward anew: compiled, or with graphs, where there are any."""
         self.step_trunk = compiled(self.trunk) if self.write.compiled else self.trunk
         # Compiled steps have CUDA graphs already.
         uses_graphs = self.places.device.type == "cuda" and not self.write.compiled
@@ -148,7 +159,7 @@ class KVSlots:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._set_up_step()
+        self.set_up_step()
         # The mark sits on the tensor objects, and a copy has other ones.
         if self.write.compiled:
             for layer in self.cache.layers:
@@ -320,6 +331,18 @@ class KVSlots:
                 past_key_values=self.cache,
                 use_cache=True,
             )[0]
+
+
+def joined(trunk: Any, parts: Sequence[KVSlots]) -> KVSlots:
+    """Return the slots of several models behind each other, as those of one trunk that runs for all
+    of them. The parts keep what they hold, as views of the same memory."""
+    slots = sum(len(part.all_slots) for part in parts)
+    whole = KVSlots(trunk, slots, parts[0].max_length)
+    for number, layer in enumerate(whole.cache.layers):
+        layer.join([part.cache.layers[number] for part in parts])
+    for part in parts:
+        part.set_up_step()  # graphs hold the addresses of the memory that was
+    return whole
 
 
 def attention_windows(config: Any, max_length: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from tokenenv.models.batching import hidden_states, upload
 from tokenenv.models.heads import lm_head, token_logprobs
 from tokenenv.models.probing import random_ids
 from tokenenv.models.same_texts import prefill_once
+from tokenenv.models.stacked import ReadAlong, can_stack, share_base, stacks_of
 from tokenenv.types import Head, SlotModel, Slots
 
 LARGE = 2**30
@@ -55,6 +56,45 @@ class Trunks:
         self._slots = {
             trunk: slot_model(trunk, num_slots, max_length, **options) for trunk in trunks
         }
+        self._stacks = stacks_of(list(self._slots.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the stacks, whose parts of one memory a pickle would part. A copy makes its
+        own, without a policy."""
+        return {name: value for name, value in vars(self).items() if name != "_stacks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._stacks = stacks_of(list(self._slots.values()))
+
+    def share_base(self, model: Any) -> bool:
+        """Return whether a policy's `model` has the base of a trunk here in common with it, and may
+        be read along."""
+        slots: list[Any] = list(self._slots.values())
+        return any(can_stack(one) and share_base(one.trunk, trunk_of(model)) for one in slots)
+
+    def read_along(self, texts: SlotModel | None) -> SlotModel | None:
+        """Have a policy's running texts read each token in the forward of the trunks that have the
+        same base; those that were read along before no longer are.
+
+        Args:
+            texts: with N slots of `max_length` tokens; None: nobody's from now on.
+
+        Returns:
+            What the policy reads its texts by from now on. Where nothing can be shared, it is
+            `texts`.
+        """
+        models: list[Any] = list(self._slots.values())
+        along = None
+        if can_stack(texts) and self.share_base(texts.trunk):
+            sizes = {(model.num_slots, model.max_length) for model in models if can_stack(model)}
+            along = ReadAlong(texts) if sizes == {(texts.num_slots, texts.max_length)} else None
+        if along is None and texts is not None:
+            return texts
+        for stack in self._stacks:
+            stack.part()
+        self._stacks = stacks_of(models, along)
+        return along
 
     def prefill(
         self, slots: Slots, tokens: Tensor, lengths: Sequence[int], first: np.ndarray
@@ -70,7 +110,13 @@ class Trunks:
     def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:
         """Add one token (N,) to the slots that are `active` (N,) bool, in every trunk. Return the
         state (N, H) after it, by trunk."""
-        return {trunk: model.append(tokens, active) for trunk, model in self._slots.items()}
+        found: dict[Any, Tensor] = {}
+        for stack in self._stacks:
+            found |= stack.append(tokens, active)
+        return {
+            trunk: found[trunk] if trunk in found else model.append(tokens, active)
+            for trunk, model in self._slots.items()
+        }
 
     def extend(
         self, slots: Slots, tokens: Tensor, lengths: Sequence[int] | np.ndarray

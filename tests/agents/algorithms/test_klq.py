@@ -14,6 +14,7 @@ import tokenenv  # noqa: F401
 from tokenenv.agents import KLQ, LMPolicy
 from tokenenv.agents.algorithms import klq
 from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.learner import token_logprobs
 from tokenenv.agents.rollout.replay import Replay
 from tokenenv.agents.run.evaluate import evaluate
 from tokenenv.errors import InvalidArgument
@@ -57,8 +58,7 @@ def test_there_is_no_error_at_the_optimum_on_any_text(monkeypatch, lambda_):
     assert (logprob - batch.logprob_BT)[batch.mask_BT].abs().max() > 1.0
     agent.estimate(batch)
     assert batch.learned["advantage"].abs().max() > 0.3
-    monkeypatch.setattr(klq, "token_logprobs", lambda *args: logprob)
-    monkeypatch.setattr(klq, "state_values", lambda *args: values)
+    monkeypatch.setattr(klq, "logprobs_and_values", lambda *args: (logprob, values))
     agent.estimate(batch)
     assert batch.learned["advantage"].abs().max() < 1e-4
 
@@ -139,7 +139,7 @@ def test_old_texts_are_learnt_from(monkeypatch):
 
     def spy(batch):
         estimate(batch)
-        expected = klq.token_logprobs(agent.policy, batch, 10_000)
+        expected = token_logprobs(agent.policy, batch, 10_000)
         torch.testing.assert_close(batch.learned["old_logprob"], expected)
         drawn.append({(e.slot, e.index) for e in batch.unstack()})
 

@@ -174,7 +174,7 @@ def test_stepping_with_the_same_random_numbers_gives_the_same_batch(name, monkey
         lambda logits, temperature, _: invert(logits, temperature, next(steps)),
     )
     envs = make(len(order), AutoresetMode.DISABLED, **DESIGNS[name])
-    collector = Collector(envs, Actor(agent.policy, temperature=0.9))
+    collector = Collector(envs, Actor(agent.policy, temperature=0.9, reads_values=True))
     collector.reset(options)
     stepped = {}
     for _ in range(8):
@@ -191,8 +191,8 @@ def test_scoring_what_stepping_wrote_gives_the_batch_of_stepping(name):
     texts = [
         Text(
             row, 0, e.prompt.tolist(), e.prompt_id, {**envs.weights}, tokens=e.response.tolist(),
-            own=[True] * len(e.response), logprob=e.logprob.tolist(), terminated=e.terminated,
-            truncated=e.truncated,
+            own=[True] * len(e.response), logprob=e.logprob.tolist(),
+            value=e.drawn_value.tolist(), terminated=e.terminated, truncated=e.truncated,
         )
         for row, e in enumerate(stepped)
     ]  # fmt: skip

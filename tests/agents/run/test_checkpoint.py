@@ -72,8 +72,8 @@ BROKEN = {
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
     "version": (
-        lambda data: data.replace(b'"version":"6"', b'"version":"7"'),
-        "has checkpoint version 7; .* reads 6",
+        lambda data: data.replace(b'"version":"7"', b'"version":"8"'),
+        "has checkpoint version 8; .* reads 7",
     ),
 }
 

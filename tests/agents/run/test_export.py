@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakes
 import numpy as np
@@ -15,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenenv.agents.episodes import Episode
-from tokenenv.agents.run.export import COLUMNS, episode_row, padded, read_episodes, write_episodes
+from tokenenv.agents.run.export import (
+    COLUMNS,
+    episode_row,
+    padded,
+    read_episodes,
+    token_advantages,
+    write_episodes,
+)
 from tokenenv.errors import InvalidArgument, MissingDependency
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -132,6 +140,8 @@ def row_of(prompt, rewards):
         "token_rewards": rewards,
         "logprobs": [-1.0] * len(rewards),
         "ref_logprobs": [-2.0] * len(rewards),
+        "kl_coef": 0.0,
+        "terminated": len(rewards) == 2,
     }
 
 
@@ -227,7 +237,74 @@ def test_trls_advantages_are_returns_to_go_around_their_mean():
     assert out["num_items_in_batch"] == 6
 
 
-@pytest.mark.parametrize("name", ["verl", "openrlhf", "trl"])
+WRITTEN = [row_of([1, 2], [3.0, 0.0, 4.0]) | {"own": [True, False, True], "kl_coef": 0.5}]
+"""A text in whose middle an environment wrote a token."""
+
+
+def test_token_advantages_are_of_own_tokens_and_can_hold_the_penalty():
+    assert token_advantages(ROWS, with_kl=False)[0] == pytest.approx(
+        [2 - 5.5833335, 1.5 - 5.5833335]
+    )
+    assert token_advantages(ROWS) == token_advantages(ROWS, with_kl=False)  # beta is 0 in these
+    # Two own tokens cost 0.5 * (-1 - -2) each: 6 from the first on, 3.5 from the last.
+    assert token_advantages(WRITTEN) == [[1.25, 0.0, -1.25]]
+    assert token_advantages(WRITTEN, with_kl=False) == [[1.5, 0.0, -1.5]]
+
+
+def test_skyrls_rewards_are_token_by_token():
+    from export_skyrl import generator_output
+
+    out = generator_output([*ROWS, *WRITTEN])
+    assert out["rewards"] == [[0.5, 1.5], [1.0, 2.0, 3.0, 4.0], [3.0, 0.0, 4.0]]
+    assert out["loss_masks"][2] == [1, 0, 1]
+    assert out["stop_reasons"] == ["stop", "length", "length"]
+
+
+def test_prime_rls_advantages_are_of_sampled_tokens():
+    from export_prime_rl import assign
+
+    given = []
+    assign(["trace"], WRITTEN, lambda trace, values: given.append((trace, values)))
+    assert given == [("trace", [1.25, -1.25])]
+
+
+def test_slimes_function_finds_texts_by_their_tokens_in_any_order():
+    from export_slime import TokenAdvantages, rollout_data_of
+
+    data = rollout_data_of([*WRITTEN, *ROWS[::-1]])
+    data["kl"][0][:] = torch.tensor([1.0, 9.0, 1.0])  # that of an environment's token is no cost
+    arguments = SimpleNamespace(kl_coef=0.5)
+    TokenAdvantages(lambda: [*ROWS, *WRITTEN])(arguments, data)
+    returns = [[6.0, 3.5, 3.5], [10.0, 9.0, 7.0, 4.0], [2.0, 1.5]]
+    assert [one.tolist() for one in data["returns"]] == returns
+    mean = (6 + 3.5 + 10 + 9 + 7 + 4 + 2 + 1.5) / 8
+    assert data["advantages"][0].tolist() == pytest.approx([6 - mean, 0.0, 3.5 - mean])
+    assert data["advantages"][2].tolist() == pytest.approx([2 - mean, 1.5 - mean])
+
+
+def test_tinkers_inputs_are_of_the_next_tokens():
+    from export_tinker import inputs_of
+
+    [(tokens, targets)] = inputs_of(WRITTEN)
+    assert tokens == [1, 2, 10, 11]
+    assert targets["target_tokens"].tolist() == [2, 10, 11, 12]
+    assert targets["logprobs"].tolist() == [0.0, -1.0, -1.0, -1.0]
+    assert targets["advantages"].tolist() == [0.0, 1.25, 0.0, -1.25]
+
+
+def test_tinkers_own_objects_take_them():
+    tinker = pytest.importorskip("tinker")
+    from export_tinker import inputs_of
+
+    tokens, targets = inputs_of(WRITTEN)[0]
+    datum = tinker.Datum(tinker.ModelInput.from_ints(tokens), targets)
+    assert datum.model_input.length == 4
+    assert datum.loss_fn_inputs["advantages"].to_numpy().tolist() == [0.0, 1.25, 0.0, -1.25]
+
+
+@pytest.mark.parametrize(
+    "name", ["verl", "openrlhf", "trl", "skyrl", "prime_rl", "slime", "tinker"]
+)
 def test_the_examples_run(name, tmp_path, monkeypatch, capsys):
     """Without the trainer's package they say what is missing."""
     path = tmp_path / "e.jsonl"
@@ -238,5 +315,8 @@ def test_the_examples_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [file, *arguments])
     runpy.run_path(file, run_name="__main__")
     printed = capsys.readouterr().out
-    assert "(2, 4)" in printed
-    assert "pip install" in printed or name == "openrlhf"
+    if name in ("verl", "openrlhf", "trl"):
+        assert "(2, 4)" in printed
+    if name in ("verl", "trl", "tinker"):
+        assert "pip install" in printed or "datum" in printed
+    assert printed

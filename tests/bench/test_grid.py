@@ -1,0 +1,181 @@
+"""Grids: which cells they have, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from tokenenv.bench import Grid
+from tokenenv.bench.file import read_grid, suite_file
+from tokenenv.errors import InvalidArgument
+
+KEY = "tokenenv/DelayedKey-v0"
+FILE = """
+seeds: [3, 5]
+total_tokens: 1e3
+agent: {lr: 1e-3}
+envs:
+  key: {env: tokenenv/DelayedKey-v0, options: {max_new_tokens: 4}, seed_options: [task_seed]}
+  negation: tokenenv/Negation-v0
+designs:
+  end: terminal
+  mixed: {good: [oracle, 0.3], end: terminal}
+algorithms:
+  ppo: {algo: ppo, agent: {lr: 2e-3}}
+  rloo: rloo
+rows:
+  lambda 1: {agent: {lambda_actor: 1.0}, only: [key]}
+"""
+
+
+def written(tmp_path, text, name="mine.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_rows_are_designs_times_algorithms_and_the_rows_by_name(tmp_path):
+    grid = read_grid(written(tmp_path, FILE))
+    assert grid.name == "mine"
+    assert grid.row_labels() == ["end, ppo", "end, rloo", "mixed, ppo", "mixed, rloo", "lambda 1"]
+    places = [(cell.task, cell.row, cell.seed) for cell in grid.cells()]
+    assert len(places) == len(set(places)) == (5 + 4) * 2
+    assert ("negation", "lambda 1", 3) not in places
+
+
+def test_what_comes_later_goes_before(tmp_path):
+    cells = {
+        (c.task, c.row, c.seed): c.settings for c in read_grid(written(tmp_path, FILE)).cells()
+    }
+    assert cells["key", "mixed, ppo", 5] == {
+        "env": KEY,
+        "reward": {"good": ["oracle", 0.3], "end": "terminal"},
+        "algo": "ppo",
+        "total_tokens": 1000,
+        "options": {"max_new_tokens": 4, "task_seed": 5},
+        "agent": {"lr": 2e-3, "seed": 5},
+    }
+    assert cells["negation", "end, rloo", 3]["agent"] == {"lr": 1e-3, "seed": 3}
+    changed = read_grid(written(tmp_path, FILE), always={"agent": {"lr": 5.0}}, seeds=1)
+    assert {c.settings["agent"]["lr"] for c in changed.cells()} == {5.0}
+    assert {c.seed for c in changed.cells()} == {0}
+
+
+def test_toml_says_the_same(tmp_path):
+    toml = (
+        f'[envs.key]\nenv = "{KEY}"\noptions = {{max_new_tokens = 4}}\n[designs]\nend = "terminal"'
+    )
+    yaml = (
+        f"envs: {{key: {{env: {KEY}, options: {{max_new_tokens: 4}}}}}}\ndesigns: {{end: terminal}}"
+    )
+    one, other = (
+        read_grid(written(tmp_path, text, name))
+        for text, name in ((toml, "same.toml"), (yaml, "same.yaml"))
+    )
+    assert one == other
+    assert [cell.key for cell in one.cells()] == [cell.key for cell in other.cells()]
+
+
+def test_labels_of_an_axis_with_one_entry_are_left_out():
+    axes = {"designs": {"end": "terminal"}, "algorithms": {"ppo": "ppo", "a2c": "a2c"}}
+    assert Grid(**axes).row_labels() == ["ppo", "a2c"]
+    assert Grid(designs={"end": "terminal"}, algorithms={"ppo": "ppo"}).row_labels() == ["end, ppo"]
+
+
+def test_the_key_is_of_settings_and_not_of_labels():
+    def key(**values):
+        return Grid(seeds=[1], **values).cells()[0].key
+
+    same = key(designs={"a": "terminal"})
+    assert same == key(designs={"b": {"reward": "terminal"}})
+    assert same != key(designs={"a": "uniform"})
+    assert same != key(designs={"a": "terminal"}, texts=8)
+    assert same != key(designs={"a": "terminal"}, settings={"agent": {"lr": 0.1}})
+
+
+def test_a_version_makes_another_key(monkeypatch):
+    before = Grid().cells()[0].key
+    monkeypatch.setattr("tokenenv.__version__", "9.9")
+    assert Grid().cells()[0].key != before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("designs: {a: terminall}", "reward='terminall' is not known.*'terminal'"),
+        ("envs: {a: {env: tokenenv/Nothing-v0}}", "a / default: env='tokenenv/Nothing-v0'"),
+        ("envs: {a: {options: {vocab: 3}}}", "option='vocab' is not known"),
+        ("rows: {a: {agent: {lrr: 3}}}", "the agent's setting of PPOConfig='lrr' is not known"),
+        ("rows: {a: {agent: {lr: -1}}}", "/ a: lr=-1.0 is not allowed"),
+        ("rows: {a: {num_envs: many}}", "/ a: num_envs='many' is not allowed"),
+        ("rows: {a: {lr: 3}}", "rows.a: the setting='lr' is not known"),
+        ("designs: {a: {reward: terminal, only: [b]}}", r"designs.a.only='b' is not known"),
+        ("envs: {a: {env: tokenenv/Negation-v0, goal: {gold: x}}}", "envs.a.goal.gold='x' must be"),
+        ("envs: {a: {env: tokenenv/Negation-v0, goal: 3}}", "envs.a.goal=3 must have one entry"),
+        ("design: {a: terminal}", r"the entry='design' is not known.*'designs'"),
+        ("seeds: 0", "seeds=0 must be a whole number, 1 or more"),
+        ("seeds: [1, 1]", r"seeds=\[1, 1\] has a seed twice"),
+        ("seeds: [-1]", "seed=-1 is not allowed"),
+        ("points: 0", "points=0 must be"),
+        ("rows: [a]", "rows=.* must be a mapping"),
+        ("baseline: b", "baseline='b' is not known"),
+        ("rows: {a: {}}\ndesigns: {a: terminal, b: uniform}", "two rows are called 'a'"),
+        ("rows: {a: {}\nb: 3", "cannot be read as YAML: .* line 2"),
+        ("[1]", "holds no mapping"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_that_names_file_and_entry(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        read_grid(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_toml_errors_name_the_line(tmp_path):
+    with pytest.raises(InvalidArgument, match="line 2"):
+        read_grid(written(tmp_path, "seeds = 3\nenvs 3\n", "a.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "module"),
+    [
+        ("designs: {mine: evil:brief}", "evil"),
+        ("reward: evil:brief", "evil"),
+        ("rows: {mine: {reward: {a: [evil.more:brief, 0.5]}}}", "evil.more"),
+        ("rows: {mine: {reward: '{a: evil:brief}'}}", "evil"),
+        ("rows: {mine: {options: {watch: evil:brief}}}", "evil"),
+        ("envs: {mine: evil:mine/Short-v0}", "evil"),
+        ("algorithms: {mine: evil:Mine}", "evil"),
+        ("always: {gold: evil:brief}", "evil"),
+    ],
+)
+def test_a_file_names_no_module_that_the_command_line_does_not_allow(
+    tmp_path, monkeypatch, text, module
+):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidArgument, match=f"imports the module '{module}'.*--modules {module}"):
+        read_grid(written(tmp_path, text))
+
+
+def test_a_file_runs_no_code_and_opens_no_connection(tmp_path):
+    for settings in ("options: {task: 'm:f'}", "options: {reward_model: 'http://h/x'}"):
+        with pytest.raises(InvalidArgument, match="which no file can ask for"):
+            read_grid(written(tmp_path, f"rows: {{a: {{{settings}}}}}"), modules=())
+
+
+def test_a_suite_is_a_folder_or_a_name(tmp_path, monkeypatch):
+    path = tmp_path / "benchmarks" / "suite" / "mine" / "grid.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("designs: {end: terminal}")
+    monkeypatch.chdir(tmp_path)
+    assert suite_file("mine").samefile(path)
+    assert suite_file(str(path.parent)).samefile(path)
+    assert read_grid(suite_file("mine")).name == "mine"
+    with pytest.raises(InvalidArgument, match=r"suite='other' .* There are: .*mine"):
+        suite_file("other")
+
+
+@pytest.mark.parametrize("folder", sorted(Path("benchmarks/suite").glob("*")), ids=str)
+def test_every_suite_of_the_repository_is_a_grid(folder):
+    assert read_grid(suite_file(str(folder))).cells()

@@ -1,0 +1,89 @@
+"""One cell of a grid: a training run with all its settings, and the key of its file."""
+
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokenenv.agents.config import check_called
+from tokenenv.errors import check_choice
+
+if TYPE_CHECKING:
+    from tokenenv.cli.train import Train
+
+SETTINGS = ("env", "reward", "gold", "algo", "num_envs", "total_tokens", "options", "agent")
+"""What a cell is made of, as the config.yaml of a run calls it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a grid."""
+
+    task: str
+    """The label of the environment."""
+    row: str
+    """The label of the row."""
+    seed: int
+    settings: Mapping[str, Any] = field(repr=False)
+    """Those of `SETTINGS` that are given, the seed among the agent's."""
+    points: int = field(repr=False)
+    """How many times the policy is evaluated after the start, evenly apart in tokens."""
+    texts: int = field(repr=False)
+    """How many texts are sampled for an evaluation."""
+
+    @property
+    def key(self) -> str:
+        """A hash of what decides the numbers: settings, evaluation, and the version of tokenenv.
+        Labels are no part of it."""
+        import tokenenv
+
+        parts = [self.settings, self.points, self.texts, tokenenv.__version__]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """What the cell is called in sentences."""
+        return f"{self.task} / {self.row} / seed {self.seed}"
+
+
+def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of several parts: a later one goes before an earlier one, and the
+    options and the agent's settings do so one by one."""
+    found: dict[str, Any] = {"options": {}, "agent": {}}
+    for part in parts:
+        for name in (*SETTINGS, "seed_options"):
+            if name in part:
+                both = name in ("options", "agent")
+                found[name] = {**found[name], **part[name]} if both else part[name]
+    return found
+
+
+def train_of(settings: Mapping[str, Any]) -> "Train":
+    """Return the training that settings ask for. No model is loaded for it.
+
+    Raises:
+        InvalidArgument: a name is unknown, or a value is of another type or out of range.
+    """
+    # Imported here, because the command line imports this package.
+    from tokenenv.cli.names import algorithm_of, env_id_of
+    from tokenenv.cli.train import Train, env_keywords
+    from tokenenv.safety.values import fit
+
+    hints = typing.get_type_hints(Train)
+    plain = [name for name in SETTINGS if name not in ("reward", "options", "agent")]
+    given = {name: fit(name, settings[name], hints[name]) for name in plain if name in settings}
+    # A reward may be a mixture, which `reward_of` reads.
+    given |= {name: settings[name] for name in ("reward", "options") if name in settings}
+    kind = algorithm_of(given.get("algo", Train.algo)).config_class
+    hints, agent = typing.get_type_hints(kind), settings.get("agent", {})
+    for name in set(agent) - set(hints):
+        check_called(kind.__name__, name, list(hints))
+        check_choice(f"the agent's setting of {kind.__name__}", name, hints)
+    config = kind(**{name: fit(name, value, hints[name]) for name, value in agent.items()})
+    train = Train(**given, agent=config)
+    named = {"reward": train.reward, "gold": train.gold}
+    env_keywords(env_id_of(train.env), train.options, named)
+    return train
