@@ -1,11 +1,12 @@
 """What texts written by vLLM cost, and what a policy learns from them, on Reviews-v0.
 
-    .venv-vllm/bin/python benchmarks/vllm_rollout.py
+    OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/vllm_rollout.py [--seeds 0]
 
-1. The gold score on held-out prompts after PPO with rollout="vllm" and with rollout="step", several
-   seeds each.
-2. The tokens per second of whole episodes with rewards, beside vLLM's `generate` alone and
-   stepping.
+1. The tokens per second of whole episodes with rewards, beside vLLM's `generate` alone in this
+   process, and stepping; and the CPU time of a token in this process and in vLLM's own. Where they
+   run at once, the longer of the two bounds what two free cores can do.
+2. The gold score on held-out prompts after PPO with rollout="vllm" and with rollout="step", several
+   seeds each; with `--seeds 0` none.
 """
 
 import argparse
@@ -14,9 +15,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
-from timing import medians
 
 import tokenenv  # noqa: F401  (registers the ids)
 from tokenenv.agents import PPO
@@ -27,7 +28,8 @@ console = Console(width=120)
 ENV = "tokenenv/Reviews-v0"
 WHAT = {
     "generate": "vLLM's generate alone",
-    "vllm": "whole episodes: vLLM, rewards, reference",
+    "own": "whole episodes: vLLM in its own process",
+    "vllm": "whole episodes: vLLM in this process",
     "step": "the same by stepping with the local cache",
 }
 
@@ -80,18 +82,24 @@ def compare_learning(args: argparse.Namespace) -> None:
 
 
 def compare_speed(args: argparse.Namespace) -> None:
-    """Print tokens per second of `generate` alone, of whole episodes with rewards from the same
-    vLLM, and of stepping."""
+    """Print tokens per second, and CPU time, of `generate` alone, of whole episodes with rewards,
+    and of stepping."""
     from vllm import SamplingParams
 
-    tokens_of: dict[str, int] = {}
     envs = make(args.num_envs)
-    agents = {rollout: PPO(make(args.num_envs), rollout=rollout) for rollout in ("vllm", "step")}
+    options = {"own": {"own_process": True}, "vllm": {}}
+    agents = {
+        name: PPO(make(args.num_envs), rollout="vllm", rollout_options=given)
+        for name, given in options.items()
+    }
+    agents["step"] = PPO(make(args.num_envs))
+    [process] = psutil.Process().children()
     spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
     alone = VLLMEngine(envs.unwrapped.reference, spec, num_texts=args.num_envs).llm
-    rng = np.random.default_rng(0)
+    rng, tokens = np.random.default_rng(0), 0
 
-    def generate() -> None:
+    def generate() -> int:
+        nonlocal tokens
         chosen = rng.integers(len(prompts), size=4 * args.num_envs)
         texts = [{"prompt_token_ids": list(prompts[i])} for i in chosen]
         params = SamplingParams(
@@ -101,25 +109,40 @@ def compare_speed(args: argparse.Namespace) -> None:
             detokenize=False,
         )
         outputs = alone.generate(texts, params, use_tqdm=False)
-        tokens_of["generate"] = sum(len(output.outputs[0].token_ids) for output in outputs)
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        return tokens
 
-    def episodes(rollout: str) -> None:
-        found = agents[rollout].collector.collect(tokens_of["generate"])
-        tokens_of[rollout] = sum(len(episode.response) for episode in found)
+    def clocks() -> np.ndarray:
+        there = process.cpu_times()
+        now = time.perf_counter(), time.process_time(), there.user + there.system
+        return np.array(now)
 
-    candidates = {
-        "generate": generate,
-        "vllm": lambda: episodes("vllm"),
-        "step": lambda: episodes("step"),
-    }
-    found = medians(candidates, args.repetitions)
-    rates = {name: tokens_of[name] / found[name] for name in candidates}
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in WHAT}
+    for repetition in range(args.repetitions + 1):
+        for name in WHAT:
+            started = clocks()
+            if name == "generate":
+                written = generate()
+            else:
+                written = sum(len(e.response) for e in agents[name].collector.collect(tokens))
+            if repetition:
+                seconds[name].append((clocks() - started) / written)
+    print_speed(args, {name: np.median(values, 0) for name, values in seconds.items()})
+
+
+def print_speed(args: argparse.Namespace, found: dict[str, np.ndarray]) -> None:
+    """Print a line for each candidate; `found` holds its seconds a token by the clock, on the CPU
+    here, and on the CPU in vLLM's own process."""
     console.print(
-        f"tokens/s, {args.num_envs} texts side by side, "
-        f"medians of {args.repetitions} interleaved repetitions:"
+        f"{args.num_envs} texts side by side, medians of {args.repetitions} interleaved "
+        "repetitions: tokens/s, their share of generate's, CPU us a token here and there"
     )
     for name, what in WHAT.items():
-        console.print(f"  {what:45} {rates[name]:8,.0f}   {rates[name] / rates['generate']:.2f}")
+        wall, here, there = found[name]
+        console.print(
+            f"  {what:42} {1 / wall:7,.0f} {found['generate'][0] / wall:6.2f} "
+            f"{1e6 * here:6.0f} {1e6 * there:6.0f}"
+        )
 
 
 def main() -> None:
@@ -134,7 +157,8 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
     compare_speed(args)
-    compare_learning(args)
+    if args.seeds:
+        compare_learning(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,17 @@ LAYERS = (
     {"wrappers", "check"},
     {"envs"},
     {"agents", "registration"},
-    {"cli", "integrations", "rollout", "fit", "audit", "bench", "conformance", "__init__"},
+    {
+        "cli",
+        "integrations",
+        "rollout",
+        "fit",
+        "audit",
+        "bench",
+        "report",
+        "conformance",
+        "__init__",
+    },
 )
 """Each room imports itself and those above it in this list..."""
 AGENTS_IMPORT = {"errors", "types", "turns", "safety", "plugins", "models", "tables", "agents"}
@@ -45,6 +55,11 @@ OPTIONAL = {
 SUBCLASSING = {"tokenenv.integrations.sb3": {"stable_baselines3"}}
 """Whose classes derive from another package's: imported only by those who have it, and never by the
 package itself."""
+
+
+PLACES = {"vllm": 2}
+"""In how many files an optional package is imported where it is not one: of vLLM there is what asks
+it, and what writes with it, perhaps in a process of its own."""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -170,10 +185,9 @@ def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
 def test_each_optional_package_is_imported_in_one_file_and_inside_functions():
     found = list(sources())
     for package in OPTIONAL:
-        assert (
-            len([module for module, tree in found if package in optional(module, ast.walk(tree))])
-            <= 1
-        ), package
+        assert len(
+            [module for module, tree in found if package in optional(module, ast.walk(tree))]
+        ) <= PLACES.get(package, 1), package
     assert {module: optional(module, outside_functions(tree)) for module, tree in found} == {
         module: SUBCLASSING.get(module, set()) for module, _ in found
     }

@@ -80,6 +80,11 @@ class ServerError(TokenEnvError, ConnectionError):
     """Raised where a server did not answer as it should after as many tries as were allowed."""
 
 
+class EngineError(TokenEnvError, RuntimeError):
+    """Raised where the process of an engine that writes texts has ended, or has failed in something
+    that it was asked for."""
+
+
 class ContractError(TokenEnvError, AssertionError):
     """Raised by `tokenenv.check.check_vector_env` where an env does not keep the contract of token
     envs; the message says what to change."""

@@ -8,7 +8,7 @@ float32" after a field is its shape and dtype.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -137,6 +137,9 @@ class Written:
     values: list[float] | None = None
     """The critic's value of the state that each token was drawn in; None from an engine that has no
     critic."""
+    step: int = 0
+    """Grows with the engine's steps: among texts that `ended` returns at once, which of them ended
+    together, and which later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,16 @@ class RolloutEngine(Protocol):
 
     def abort(self) -> None:
         """Drop the running texts."""
+        ...
+
+
+@runtime_checkable
+class EngineApart(RolloutEngine, Protocol):
+    """A `RolloutEngine` that writes while this process does something else."""
+
+    def write_on(self, texts: int, tokens: int) -> None:
+        """Begin to write until so many texts have ended, or texts of so many new tokens together;
+        `ended` waits for that, and returns them. It is asked after `begin`."""
         ...
 
 

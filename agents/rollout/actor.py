@@ -127,7 +127,7 @@ class Actor:
         *,
         temperature: float = 1.0,
         seed: int = 0,
-        share: Callable[[SlotModel], SlotModel] | None = None,
+        share: Callable[[SlotModel | None], SlotModel | None] | None = None,
         reads_values: bool = False,
     ) -> None:
         self.policy, self.share = policy, share
@@ -169,7 +169,7 @@ class Actor:
 
     def _start(self, num_rows: int, max_length: int) -> None:
         device = self.generator.device
-        slots = self.policy.slots(num_rows, max_length)
+        slots: SlotModel | None = self.policy.slots(num_rows, max_length)
         slots = self.share(slots) if self.share else slots
         # The observation that is expected next if a slot's text runs on. One column more than
         # observations have, for the token that is emitted after a full text.

@@ -83,9 +83,13 @@ def _seconds(run: Callable[[], object], times: int) -> float:
 
 def _stepping(envs: VectorEnv, policy: Policy, config: AgentConfig) -> float:
     """Return the seconds of a token that the agent and the env write together."""
-    collector = Collector(envs, make_actor(envs, policy, config))
+    actor = make_actor(envs, policy, config)
+    collector = Collector(envs, actor)
     collector.reset()
-    return _seconds(collector.step, TOKENS) / envs.num_envs
+    seconds = _seconds(collector.step, TOKENS)
+    if actor.share:
+        actor.share(None)  # the caches of the trial are let go
+    return seconds / envs.num_envs
 
 
 def _writing(core: Any, policy: Policy, config: AgentConfig, num_envs: int) -> float:

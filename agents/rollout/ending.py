@@ -44,8 +44,15 @@ class Ending:
         """
         if not ended:
             return True
-        is_full = not self.is_last and sum(len(text.response) for text in ended) >= num_tokens
-        return not is_full and seen < self.total
+        return self.left(num_tokens, ended, seen) > 0
+
+    def left(self, num_tokens: int, ended: Sequence[HasResponse], seen: int) -> float:
+        """Return how many tokens more end a batch of `num_tokens` that has a text; 0 or less where
+        it has ended."""
+        until_end = self.total - seen
+        if self.is_last:
+            return until_end
+        return min(until_end, num_tokens - sum(len(text.response) for text in ended))
 
 
 def no_listener(tokens_seen: int) -> None:

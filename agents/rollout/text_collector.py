@@ -8,12 +8,16 @@ later tokens then have log-probs of the later one.
 Where the environment writes into texts, the engine writes a turn at a time. The environment is
 asked at the end of each, and the engine goes on behind its answer. What has been written stays the
 tokens that it is: no text is decoded and encoded again.
+
+An engine in another process writes on while texts that have ended are scored here.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -39,17 +43,19 @@ from tokenenv.agents.rollout.text import (
     with_turn,
     without_values,
 )
-from tokenenv.agents.rollout.text_scores import episode_of, score_texts
+from tokenenv.agents.rollout.text_scores import TextScores
 from tokenenv.errors import InvalidArgument, NotFinite
 from tokenenv.tables import Columns
-from tokenenv.types import RolloutEngine, TokenSpec, Written
+from tokenenv.types import EngineApart, RolloutEngine, TokenSpec, Written
 
 ENGINES = {
     "vllm": "tokenenv.rollout.vllm:VLLMEngine",
+    "vllm apart": "tokenenv.rollout.vllm:VLLMEngineApart",
     "http": "tokenenv.rollout.server:VLLMServerEngine",
 }
-"""The engines of vLLM that `rollout=` may name: "vllm", or a server's URL ("http"). An engine is
-imported when it is made, because vLLM need not be installed."""
+"""The engines of vLLM that `rollout=` may name: "vllm", in this process or in its own ("vllm
+apart"), or a server's URL ("http"). An engine is imported when it is made, because vLLM need not be
+installed."""
 
 
 class TextCollector:
@@ -73,16 +79,17 @@ class TextCollector:
         max_staleness: int = 1,
     ) -> None:
         self.core = check_text_env(envs)
-        self.pays_logprob = wants_logprob(envs)
         self.engine, self.seed = engine, seed
         self.group_size, self.max_staleness = group_size, max_staleness
         self.num_texts = max(num_texts, group_size)
+        self.scores = TextScores(
+            self.core, num_texts=self.num_texts, pays_logprob=wants_logprob(envs)
+        )
         self.spec: TokenSpec = self.core.token_spec
         self.tokens_seen = 0
         """The policy's tokens of the texts that have ended."""
         self.version = 0
         """Updates that the policy has had."""
-        self.has_potential = False
         self._begun = 0
         """Texts that were begun."""
         self._continued = 0
@@ -129,10 +136,12 @@ class TextCollector:
                 # At 0 a text that begins while the last ones are waited for would be too old for
                 # the next batch, so slots of the engine idle instead.
                 if self._is_open(num_tokens) or self.max_staleness > 0:
-                    self._begin_groups()
+                    self._begin_groups(self._queue(num_tokens))
+                self._write_on(num_tokens)
                 self._wait()
         try:
-            episodes = self._score(self._ready)
+            episodes = self.scores.played(self._ready)
+            check_finite(episodes, self.version)
         except NotFinite as error:
             # Scored again they would fail again: the groups at fault go, the others stay.
             failed = {self._ready[row].number // self.group_size for row in error.rows}
@@ -142,6 +151,11 @@ class TextCollector:
             raise
         self._ready = []
         return episodes
+
+    @property
+    def has_potential(self) -> bool:
+        """Whether the last episodes have potentials."""
+        return self.scores.has_potential
 
     @property
     def waiting(self) -> list[Text]:
@@ -163,6 +177,7 @@ class TextCollector:
             {number: without_values(text) for number, text in some.items()}
             for some in (self._running, self._waiting)
         )
+        self.scores.forget()
 
     def play_on(
         self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
@@ -184,7 +199,9 @@ class TextCollector:
                 self._wait()
         written = [self._continuations.pop(number) for number in numbers]
         # They are no texts of the run: they teach the env's terms nothing, and no schedule goes on.
-        return self._score(written, played=False)
+        episodes = self.scores.continuations(written)
+        check_finite(episodes, self.version)
+        return episodes
 
     def _continuation(self, state: Prefix, columns: Columns) -> Text:
         self._continued += 1
@@ -233,6 +250,7 @@ class TextCollector:
             {text.number: text for text in texts[name]} for name in ("waiting", "cut")
         )
         self._ready = texts["ready"]
+        self.scores.forget()
 
     # ---------------------------------------------------------------- texts
 
@@ -255,8 +273,25 @@ class TextCollector:
             # Last: an interruption finds the text in both places, and never in neither.
             del self._cut[text.number]
 
-    def _begin_groups(self) -> None:
-        while len(self._running) + self.group_size <= self.num_texts:
+    def _queue(self, num_tokens: int) -> int:
+        """Return how many texts more than run side by side are begun: an engine that writes on
+        takes them as others end, without waiting for this process.
+
+        They are no more than the batch will need, by the mean length of a text. What is begun under
+        these weights and ends after the next update stays about the same.
+        """
+        if not isinstance(self.engine, EngineApart):
+            return 0
+        ended = self._begun - len(self._unfinished())
+        mean = max(1.0, self.tokens_seen / ended) if ended else self.spec.max_new_tokens
+        needed = self._left(num_tokens) / mean - self.num_texts
+        return max(0, min(math.floor(needed), self.num_texts))
+
+    def _left(self, num_tokens: int) -> float:
+        return self.ending.left(num_tokens, self._ready, self.tokens_seen)
+
+    def _begin_groups(self, queue: int) -> None:
+        while len(self._running) + self.group_size <= self.num_texts + queue:
             prompt_id = self._draw(self._begun // self.group_size)
             prompt = [int(token) for token in self.core.prompts[prompt_id]]
             table = getattr(self.core, "columns", ())
@@ -289,15 +324,43 @@ class TextCollector:
         stream = [self.seed, int(text.number < 0), abs(text.number), *purpose]
         return int(np.random.SeedSequence(stream).generate_state(1)[0])
 
+    def _write_on(self, num_tokens: int) -> None:
+        """Where the engine can write on by itself, have it do so, and score meanwhile texts that
+        wait for the rest of the batch."""
+        if not isinstance(self.engine, EngineApart):
+            return
+        texts, tokens = self._round(num_tokens)
+        self.engine.write_on(texts, tokens)
+        # About as many as end meanwhile, and what has been left behind.
+        found = self.scores.missing(self._ready)[: 2 * texts]
+        if found and self.scores.can_be_ahead:
+            self.scores.score_ahead(found)
+
+    def _round(self, num_tokens: int) -> tuple[int, int]:
+        """Return after how many texts, or tokens of texts, that have ended the engine has to wait
+        for this process."""
+        many = max(1, self.num_texts // 2)
+        if self._is_open(num_tokens):
+            # So that no slot stays free while there is something to begin.
+            queued = len(self._running) - self.num_texts
+            return max(1, min(many, queued)), max(1, math.ceil(self._left(num_tokens)))
+        # At 0 the batch takes all that runs. Else it ends with the last text that is due.
+        return (1, 1) if self.max_staleness else (many, self.spec.max_length * many)
+
     def _wait(self) -> None:
         """Wait for the turns that end next, and take them in: texts that have ended, and texts that
         go on."""
-        now = {one.key: self._answered(one) for one in self.engine.ended()}
+        written = self.engine.ended()
+        now = {one.key: self._answered(one) for one in written}
         ended = {n: text for n, text in now.items() if text.ended}
         running = {n: now.get(n, text) for n, text in self._running.items() if n not in ended}
-        waiting = self._waiting | {n: text for n, text in ended.items() if n >= 0}
+        waiting, ready = dict(self._waiting), list(self._ready)
+        # In the order in which they ended, however many an engine returns at once.
+        for _, together in groupby(written, key=lambda one: one.step):
+            keys = [one.key for one in together if one.key >= 0]
+            waiting |= {key: ended[key] for key in keys if key in ended}
+            ready += [waiting.pop(n) for n in whole_groups(waiting, self.group_size)]
         continuations = self._continuations | {n: text for n, text in ended.items() if n < 0}
-        ready = self._ready + [waiting.pop(n) for n in whole_groups(waiting, self.group_size)]
         seen = self.tokens_seen + sum(len(text.response) for text in ended.values())
         # All at once, from values made before: no interruption finds a text in none of them.
         self._running, self._waiting, self._ready = running, waiting, ready
@@ -345,18 +408,6 @@ class TextCollector:
         self._cut, self._running, self._continuations = unfinished, {}, {}
         self.engine.abort()
 
-    # ---------------------------------------------------------------- scores
-
-    def _score(self, texts: list[Text], *, played: bool = True) -> list[Episode]:
-        scores = score_texts(self.core, texts, pays_logprob=self.pays_logprob, played=played)
-        self.has_potential = scores.potentials is not None
-        episodes = [
-            episode_of(text, scores, row, self.spec, self.num_texts)
-            for row, text in enumerate(texts)
-        ]
-        check_finite(episodes, self.version)
-        return episodes
-
 
 def check_text_env(envs: VectorEnv) -> Any:
     """Return the env beneath `envs`.
@@ -386,6 +437,8 @@ def make_engine(
     if rollout == "episode":
         check_options(set(options) - {"temperature"})
         return EpisodeEngine(policy, spec, reads_values=reads_values, **options)
+    if rollout == "vllm" and options.pop("own_process", False):
+        rollout = "vllm apart"
     name, given = ("http", {"url": rollout}) if rollout.startswith("http") else (rollout, {})
     module, _, attribute = ENGINES[name].partition(":")
     engine: Callable[..., RolloutEngine] = getattr(importlib.import_module(module), attribute)

@@ -1,6 +1,7 @@
 """Finished texts of an engine, scored by the env and made episodes of. Suffixes: T response
 tokens."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,76 @@ from tokenenv.agents.rollout.text import Text
 from tokenenv.errors import NotFinite
 from tokenenv.tables import by_name
 from tokenenv.types import EpisodeScores, TokenSpec
+
+logger = logging.getLogger("tokenenv")
+
+
+class TextScores:
+    """Makes episodes of finished texts, of some of them before their batch is whole."""
+
+    def __init__(self, core: Any, *, num_texts: int, pays_logprob: bool) -> None:
+        self.core, self.num_texts, self.pays_logprob = core, num_texts, pays_logprob
+        self.has_potential = False
+        self._ahead: dict[int, Episode] = {}
+        """Those that were scored before they were asked for, by the number of the text."""
+        self._failed = False
+
+    @property
+    def can_be_ahead(self) -> bool:
+        """Whether a text is paid the same whenever it is scored, because no term learns from
+        others, and nothing of this batch has failed."""
+        return not (self._failed or getattr(self.core, "learns_from_texts", True))
+
+    def score_ahead(self, texts: Sequence[Text]) -> None:
+        """Score texts of a batch that is not whole yet. Where that fails they are scored when it
+        is, which says why."""
+        try:
+            found = self._episodes(texts, played=False)
+        except Exception as error:
+            logger.info("texts are scored again at the end of their batch: %s", error)
+            self._failed = True
+            return
+        self._ahead |= {text.number: one for text, one in zip(texts, found, strict=True)}
+
+    def missing(self, texts: Sequence[Text]) -> list[Text]:
+        """Return those of the texts that were not scored ahead."""
+        return [text for text in texts if text.number not in self._ahead]
+
+    def played(self, texts: Sequence[Text]) -> list[Episode]:
+        """Return the episodes of a whole batch, in the order of the texts, which count as played.
+
+        Raises `NotFinite`, whose `rows` are places in `texts`.
+        """
+        rest, self._failed = self.missing(texts), False
+        try:
+            found = self._episodes(rest, played=True) if rest else []
+        except NotFinite as error:
+            places = [row for row, text in enumerate(texts) if text.number not in self._ahead]
+            error.rows = [places[row] for row in error.rows]
+            raise
+        known = self._ahead | {text.number: one for text, one in zip(rest, found, strict=True)}
+        episodes = [known[text.number] for text in texts]
+        if len(rest) < len(texts):
+            self.core.tokens_seen += sum(len(one.response) for one in episodes)
+            self.core.tokens_seen -= sum(len(one.response) for one in found)
+        self._ahead = {}
+        return episodes
+
+    def continuations(self, texts: Sequence[Text]) -> list[Episode]:
+        """Return the episodes of texts that do not count as played."""
+        return self._episodes(texts, played=False)
+
+    def forget(self) -> None:
+        """Forget what was scored ahead."""
+        self._ahead, self._failed = {}, False
+
+    def _episodes(self, texts: Sequence[Text], *, played: bool) -> list[Episode]:
+        scores = score_texts(self.core, texts, pays_logprob=self.pays_logprob, played=played)
+        self.has_potential = scores.potentials is not None
+        spec = self.core.token_spec
+        return [
+            episode_of(text, scores, row, spec, self.num_texts) for row, text in enumerate(texts)
+        ]
 
 
 def score_texts(

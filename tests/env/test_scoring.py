@@ -427,3 +427,19 @@ def test_a_forward_on_a_cpu_stays_small(at_once, forwards, monkeypatch):
     scores = envs.unwrapped.score_episodes([[5, 6]] * 8, [[8, 8, 8, 8]] * 8)
     assert walked == [8 // forwards] * forwards
     close(scores.token_rewards, np.tile(scores.token_rewards[0], (8, 1)))
+
+
+@pytest.mark.parametrize(("forward_tokens", "expected"), [(2, [4, 4]), (100, [8])])
+def test_short_texts_are_not_padded_to_long_ones_on_a_cpu(forward_tokens, expected, monkeypatch):
+    """Where that spares more than another forward costs, and the rewards are the same."""
+    monkeypatch.setattr(scoring, "CPU_FORWARD_TOKENS", forward_tokens)
+    walked, walk = [], scoring.walk_texts
+    monkeypatch.setattr(
+        scoring, "walk_texts", lambda *args: walked.append(len(args[1].ids)) or walk(*args)
+    )
+    envs = make_vec(1, reward="token")
+    scores = envs.unwrapped.score_episodes([[5, 6]] * 8, [[8], [8, 8, 8, 8]] * 4)
+    assert walked == expected
+    close(scores.token_rewards[::2], np.tile(scores.token_rewards[0], (4, 1)))
+    close(scores.token_rewards[1::2], np.tile(scores.token_rewards[1], (4, 1)))
+    close(scores.token_rewards[0, 0], scores.token_rewards[1, 0])

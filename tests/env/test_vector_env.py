@@ -581,7 +581,7 @@ def test_a_closed_env_has_no_attribute_errors() -> None:
     saved, texts = envs.save_state(), envs.reset(seed=0)[0]
     envs.close()
     gone = ("weights", "device", "cache_bytes", "biased_terms", "frozen_models", "identity")
-    gone += ("as_typed", "reward_terms", "reward_version", "why_step")
+    gone += ("as_typed", "reward_terms", "reward_version", "why_step", "learns_from_texts")
     calls = [
         (name, ())
         for name in (

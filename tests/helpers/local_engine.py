@@ -3,7 +3,7 @@ tokens."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -72,7 +72,7 @@ class LocalEngine:
             self.steps += 1
             awake = [
                 (key, text)
-                for key, text in self.running.items()
+                for key, text in self._side_by_side()
                 if key not in self.slow or self.steps % 3 == 0
             ]
             for (key, text), logits in zip(awake, self._logits(awake), strict=True):
@@ -85,6 +85,9 @@ class LocalEngine:
                     found.append(Written(key, text.tokens, text.logprobs))
                     del self.running[key]
         return found
+
+    def _side_by_side(self):
+        return list(self.running.items())
 
     def _logits(self, texts):
         """Those after each text's last token: one forward, whose padding no text looks at."""
@@ -101,6 +104,42 @@ class LocalEngine:
 
     def abort(self):
         self.running.clear()
+
+
+class EngineInRounds(LocalEngine):
+    """Writes on while texts are scored, as an engine in another process does: `num_texts` texts
+    side by side, in the order in which they were begun.
+
+    `rounds` holds what each round was asked for.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.rounds: list[tuple[int, int]] = []
+        self.asked_for: tuple[int, int] | None = None
+
+    def _side_by_side(self):
+        return list(self.running.items())[: self.num_texts]
+
+    def write_on(self, texts, tokens):
+        assert self.asked_for is None
+        assert texts >= 1
+        assert tokens >= 1
+        self.asked_for = texts, tokens
+        self.rounds.append(self.asked_for)
+
+    def ended(self):
+        (texts, tokens), self.asked_for = self.asked_for or (1, 1), None
+        found = []
+        while self.running and (
+            not found or (len(found) < texts and sum(len(w.tokens) for w in found) < tokens)
+        ):
+            found += [replace(one, step=self.steps) for one in super().ended()]
+        return found
+
+    def abort(self):
+        super().abort()
+        self.asked_for = None
 
 
 class GivenEngine:

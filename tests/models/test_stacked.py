@@ -111,6 +111,18 @@ def test_reference_and_adapters_step_in_one_forward(name, forwards):
     assert (apart[0] - apart[1]).abs().max() > 0.1 < (apart[1] - apart[2]).abs().max()
 
 
+def test_a_base_in_half_precision_is_rounded_once_as_by_peft():
+    base, tokens = fakes.causal_lm().to(torch.bfloat16), torch.tensor([5, 6, 7])
+    model = adapted(base)
+    assert {w.dtype for w in model.parameters()} == {torch.bfloat16, torch.float32}
+    trunks, alone = Trunks([base, model], N, L), CachedLM(model, N, L)
+    assert len(trunks._stacks) == 1
+    trunks.prefill(range(N), tokens[:, None], [1] * N, np.arange(N))
+    alone.prefill(range(N), tokens[:, None], [1] * N)
+    states = trunks.append(tokens, np.ones(N, bool))[trunk_of(model)]
+    torch.testing.assert_close(states, alone.append(tokens), atol=2**-7, rtol=2**-7)
+
+
 def test_weights_that_are_trained_and_adapters_that_are_switched_are_seen():
     base = fakes.causal_lm()
     model, rows = adapted(base), Rows()

@@ -10,6 +10,7 @@ from running import ASSETS, mismatch
 from tokenenv.agents import ALGORITHMS, PPO
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning.learner import token_logprobs
+from tokenenv.errors import EngineError, InvalidArgument
 from tokenenv.models.vllm_models import VLLMReference, VLLMRewardModel
 from tokenenv.rollout import vllm as rollout
 from tokenenv.rollout.vllm import LocalVLLM
@@ -161,11 +162,17 @@ class Mailbox:
         monkeypatch.setitem(rollout.TRANSFERS, "mailbox", lambda num_workers: Info(rank=0))
 
 
-@pytest.mark.parametrize("how", ["memory", "disk", "mailbox", "lora"])
+@pytest.mark.parametrize(
+    "how", ["memory", "disk", "mailbox", "lora", "own process", "own process, lora"]
+)
 def test_log_probs_are_the_policys_before_and_after_updates(how, make, monkeypatch):
     """Tied embeddings included, whose output layer vLLM keeps packed. Without a hand-over the
     log-probs are far off."""
-    options = {"lora_rank": 4} if how == "lora" else {"rollout_options": {"weight_sync": how}}
+    options = {"lora_rank": 4} if how.endswith("lora") else {}
+    if how.startswith("own process"):
+        options["rollout_options"] = {"own_process": True}
+    elif how != "lora":
+        options["rollout_options"] = {"weight_sync": how}
     if how == "mailbox":
         Mailbox.register(monkeypatch)
     agent = PPO(make(), rollout="vllm", max_staleness=0, lr=3e-3, temperature=0.7, **options)
@@ -205,6 +212,28 @@ def test_a_text_that_straddles_an_update_goes_on_with_the_new_weights(make):
         1
     )
     assert switched_B.any()
+
+
+def test_a_process_of_its_own_writes_the_same_texts(make):
+    """In the same order, with the same rewards; and where it dies, that is said."""
+    apart = PPO(make(16), rollout="vllm", rollout_options={"own_process": True})
+    collectors = [apart.collector, PPO(make(16), rollout="vllm").collector]
+    for _ in range(2):
+        episodes, others = (collector.collect(900) for collector in collectors)
+        assert [(e.slot, e.index) for e in episodes] == [(e.slot, e.index) for e in others]
+        for e, other in zip(episodes, others, strict=True):
+            np.testing.assert_array_equal(e.response, other.response)
+            np.testing.assert_allclose(e.logprob, other.logprob, atol=1e-5)
+            np.testing.assert_allclose(e.reward, other.reward, atol=1e-5)
+            np.testing.assert_allclose(e.ref_logprob, other.ref_logprob, atol=1e-5)
+    apart.collector.engine._writer._process._process.kill()
+    with pytest.raises(EngineError, match="exit code -9"):
+        apart.collector.collect(900)
+
+
+def test_memory_is_not_shared_with_another_process(make):
+    with pytest.raises(InvalidArgument, match="weight_sync='memory'"):
+        PPO(make(), rollout="vllm", rollout_options={"own_process": True, "weight_sync": "memory"})
 
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))

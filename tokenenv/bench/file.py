@@ -119,23 +119,23 @@ def _check_trust(where: str, settings: Mapping[str, Any], modules: Collection[st
         for name, value in (more.items() if isinstance(more, Mapping) else ())
     }
     for name, value in entries.items():
-        for module in sorted(set(_modules(name, value)) - set(modules)):
+        for module in sorted(set(modules_named(name, value)) - set(modules)):
             raise InvalidArgument(
                 f"{where}: {name}={value!r:.80} imports the module {module!r}, which no file can "
                 f"ask for; if you trust it, allow it: --modules {module}"
             )
-    allowed = {name: value for name, value in entries.items() if not _modules(name, value)}
+    allowed = {name: value for name, value in entries.items() if not modules_named(name, value)}
     check_from_file(allowed, where)
 
 
-def _modules(name: str, value: Any) -> list[str]:
+def modules_named(name: str, value: Any) -> list[str]:
     """Return the modules that an entry names."""
     if name == "env" and isinstance(value, str) and ":" in value:
         return [value.rpartition(":")[0]]
     value = typed(value) if isinstance(value, str) else value
     if isinstance(value, Mapping):
-        return [module for part in value.values() for module in _modules("", part)]
+        return [module for part in value.values() for module in modules_named("", part)]
     if isinstance(value, list | tuple):
-        return [module for part in value for module in _modules("", part)]
+        return [module for part in value for module in modules_named("", part)]
     named = isinstance(value, str) and NAME.fullmatch(value)
     return [value.partition(":")[0]] if named else []

@@ -93,7 +93,8 @@ def with_optimum(found: Figures, oracle: Any, beta: float) -> Figures:
         return found
     best, floor = oracle.optimal_objective(beta), oracle.reference_objective()
     regret = max(best - found["objective"], 0.0)
-    return found | {"regret": regret, "share": 1.0 - regret / (best - floor)}
+    known = best - floor > 1e-9  # where nothing can be gained, there is no share of it
+    return found | {"regret": regret, "share": 1.0 - regret / (best - floor) if known else None}
 
 
 def against_optimum(

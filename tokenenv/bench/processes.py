@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -100,12 +100,11 @@ def _work(pipe: Connection) -> None:
     """Play the cells that come through the pipe, in a process of its own."""
     # Ctrl-C reaches every process of a terminal. It is for the parent, which ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
+    # Either error means that the parent is gone, and with it whoever would keep a result.
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             cell = pipe.recv()
-        except EOFError:  # the parent is gone
-            return
-        pipe.send(played(cell, lambda seen: pipe.send(("learns", seen))))
+            pipe.send(played(cell, lambda seen: pipe.send(("learns", seen))))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tokenenv.bench.processes import run_in_processes
 from tokenenv.bench.store import Store, unfinished
 from tokenenv.bench.summary import compare, summarise
 from tokenenv.bench.table import Line, tidy, write_table
+from tokenenv.bench.versions import code
 from tokenenv.errors import InvalidArgument, check_choice
 
 LAUNCHERS = {"local": run_in_processes, "ray": run_on_ray}
@@ -43,6 +44,12 @@ class Results:
             for line in self.lines
             if line["status"] == "failed"
         }
+
+    @property
+    def made_by_other_code(self) -> int:
+        """How many finished cells another state of tokenenv's sources has made."""
+        made = {line["cell"]: line["code"] for line in self.lines if line["status"] == "finished"}
+        return sum(one != code() for one in made.values())
 
 
 def bench(
@@ -91,15 +98,12 @@ def bench(
 def write_results(grid: Grid, store: Store, cells: list[Cell]) -> Results:
     """Write the tables of all cells that have ended, and return them."""
     lines = tidy(cells, store)
-    tables = {
-        "results": lines,
-        "summary": summarise(grid, lines),
-        "comparisons": compare(grid, lines),
-    }
+    summary, comparisons = summarise(grid, lines), compare(grid, lines)
+    tables = {"results": lines, "summary": summary, "comparisons": comparisons}
     written = [
         path for name, table in tables.items() for path in write_table(store.folder / name, table)
     ]
-    return Results(grid, store.folder, *tables.values(), written)
+    return Results(grid, store.folder, lines, summary, comparisons, written)
 
 
 def _keeping(store: Store, on_event: OnEvent) -> OnEvent:

@@ -1,5 +1,5 @@
-"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, bench, envs, rewards and
-version."""
+"""The `tokenenv` command: train, plan, evaluate, show, sample, fit, audit, bench, report, envs,
+rewards and version."""
 
 import argparse
 import dataclasses
@@ -23,6 +23,7 @@ from tokenenv.cli.help import join_lines
 from tokenenv.cli.names import algorithm_of
 from tokenenv.cli.numbers import NUMBERS
 from tokenenv.cli.plan import Plan
+from tokenenv.cli.report import Report
 from tokenenv.cli.rewards import Rewards
 from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             | Annotated[Fit, tyro.conf.subcommand("fit")]
             | Annotated[Audit, tyro.conf.subcommand("audit")]
             | Annotated[Bench, tyro.conf.subcommand("bench")]
+            | Annotated[Report, tyro.conf.subcommand("report")]
             | Annotated[Envs, tyro.conf.subcommand("envs")]
             | Annotated[Rewards, tyro.conf.subcommand("rewards")]
             | Annotated[Version, tyro.conf.subcommand("version")]
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 Fit,
                 Audit,
                 Bench,
+                Report,
                 Envs,
                 Rewards,
             ):

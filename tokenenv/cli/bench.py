@@ -36,7 +36,9 @@ class Bench:
     The same command goes on with a bench that was stopped: cells that have finished are kept.
     """
 
-    grid: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = None
+    grid: Annotated[
+        Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]", help_behavior_hint="")
+    ] = None
     """A grid in YAML or TOML."""
     suite: Annotated[str | None, shown_as("NAME|FOLDER")] = None
     """In place of a file: a folder of benchmarks/suite, or any folder with a grid.yaml."""
@@ -46,11 +48,11 @@ class Bench:
     """Without a file: reward designs, as `tokenenv train --reward` takes one."""
     algo: Annotated[list[str], NAMES] = field(default_factory=list)
     """Without a file: algorithms, as `tokenenv train --algo` takes one."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, shown_as("INT")] = None
     """How many seeds a row has: 0, 1, ... By default the file's, else 3."""
-    total_tokens: int | None = None
+    total_tokens: Annotated[int | None, shown_as("INT")] = None
     """Length of each run, in tokens; goes before the file's."""
-    num_envs: int | None = None
+    num_envs: Annotated[int | None, shown_as("INT")] = None
     """Texts side by side; goes before the file's."""
     options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
     """Options of every environment: --options kl_coef 0.1. They go before the file's."""
@@ -83,7 +85,11 @@ class Bench:
         waiting = {cell.key for cell in unfinished(store, cells, retry=True)}
         done = [cell.key for cell in cells if cell.key not in waiting]
         progress = Progress(cells, done, Console(stderr=True))
-        how = {"workers": self.workers, "launcher": self.launcher, "retry": self.retry}
+        how: dict[str, Any] = {
+            "workers": self.workers,
+            "launcher": self.launcher,
+            "retry": self.retry,
+        }
         try:
             with progress.shown():
                 results = bench(grid, folder, **how, on_event=progress)
@@ -95,6 +101,12 @@ class Bench:
             console.print(table)
         for name, error in results.failed.items():
             say_on_stderr(f"failed: {name}: {error}")
+        others = results.made_by_other_code
+        if others:
+            say_on_stderr(
+                f"{others} of the cells were made by another state of tokenenv's code; another "
+                f"--out runs them anew"
+            )
         say(f"results: {folder}", *(path.name for path in results.written))
         if results.failed:
             say_on_stderr(f"{len(results.failed)} cells failed; --retry tries them again")
@@ -115,11 +127,16 @@ class Bench:
             always |= {} if getattr(self, name) is None else {name: getattr(self, name)}
         sources = [self.grid, self.suite, *filter(None, [self.env or self.reward or self.algo])]
         if len([one for one in sources if one]) > 1:
-            raise InvalidArgument("a grid's FILE, --suite and --env, --reward, --algo are one of.")
+            raise InvalidArgument(
+                "A grid comes from a FILE, from --suite, or from --env, --reward and --algo: give "
+                "one of the three."
+            )
         path = suite_file(self.suite) if self.suite is not None else self.grid
         if path is not None:
             return read_grid(path, self.modules, seeds=self.seeds, always=always or None)
-        axes = {name: {_short(word): word for word in words} for name, words in tables.items()}
+        axes: dict[str, Any] = {
+            name: {_short(word): word for word in words} for name, words in tables.items()
+        }
         return Grid(**axes, always=always, seeds=3 if self.seeds is None else self.seeds)
 
 

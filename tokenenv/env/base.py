@@ -184,13 +184,13 @@ class EnvBase(VectorEnv):
         return self._engine.trunks.share_base(model)
 
     @ordinary_tensors
-    def share_backbone(self, texts: SlotModel) -> SlotModel:
+    def share_backbone(self, texts: SlotModel | None) -> SlotModel | None:
         """Have a policy's running texts read in this env's own forwards: `step` reads each token
         for the policy too, which then finds the state ready.
 
         Args:
             texts: as many as this env's, of a model that `shares_backbone`, at one precision with
-                this env's.
+                this env's; None: nobody's are read along from now on.
 
         Returns:
             What the policy reads its texts by from now on; `texts` where nothing can be shared. It
@@ -306,6 +306,15 @@ class EnvBase(VectorEnv):
             list(prompt), segments, self.token_spec.tokenizer, dict(columns or {}), seed
         )
         return answer(self._task, self.token_spec, text)
+
+    @property
+    def learns_from_texts(self) -> bool:
+        """Whether terms learn from the texts that are played: what a text is paid then depends on
+        those that were scored before it."""
+        self._require_open()
+        rewards = self._engine.rewards
+        trains = rewards.model_version is not None
+        return trains or bool(rewards.statistics()) or bool(self._engine.snapshot())
 
     @property
     def why_step(self) -> str | None:

@@ -30,6 +30,9 @@ from tokenenv.types import EpisodeScores
 CPU_TOKENS = 2048
 """Tokens of one forward of whole texts on a CPU, at the most. Its states stay in the processor's
 cache: texts of 136 tokens take a third less time than in one forward of 8,704."""
+CPU_FORWARD_TOKENS = 128
+"""Tokens that cost as much as one more forward with all that is read of it, on a CPU: 32 texts of 1
+to 40 tokens, cut by length, take half the time of one padded forward."""
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def score_episodes(
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     # Statistics were read once, above: with `learning` they change from one micro-batch to the
     # next, and all texts are scored with those that were there before.
-    for group in micro_batches(lengths, _tokens_at_once(engine)):
+    for group in micro_batches(lengths, *_sizes(engine)):
         begun, written = ([ids[i] for i in group] for ids in (prompt_ids, response_ids))
         by = [masks[i] for i in group] if masks else None
         texts = _pad(engine, begun, written, [rows[i] for i in group], by)
@@ -91,9 +94,12 @@ def score_episodes(
     return out
 
 
-def _tokens_at_once(engine: RewardEngine) -> int:
+def _sizes(engine: RewardEngine) -> tuple[int, int | None]:
+    """Tokens of one forward, and how many cost as much as another; see `micro_batches`."""
     most = engine.context.max_batch_tokens
-    return min(most, CPU_TOKENS) if engine.context.device.type == "cpu" else most
+    if engine.context.device.type != "cpu":
+        return most, None
+    return min(most, CPU_TOKENS), CPU_FORWARD_TOKENS
 
 
 def _zeros(engine: RewardEngine, steps: list[int]) -> EpisodeScores:

@@ -70,26 +70,29 @@ class Trunks:
     def share_base(self, model: Any) -> bool:
         """Return whether a policy's `model` has the base of a trunk here in common with it, and may
         be read along."""
-        slots = [one for one in self._slots.values() if can_stack(one)]
-        return any(share_base(one.trunk, trunk_of(model)) for one in slots)
+        slots: list[Any] = list(self._slots.values())
+        return any(can_stack(one) and share_base(one.trunk, trunk_of(model)) for one in slots)
 
-    def read_along(self, texts: SlotModel) -> SlotModel:
+    def read_along(self, texts: SlotModel | None) -> SlotModel | None:
         """Have a policy's running texts read each token in the forward of the trunks that have the
         same base; those that were read along before no longer are.
 
         Args:
-            texts: with N slots of `max_length` tokens.
+            texts: with N slots of `max_length` tokens; None: nobody's from now on.
 
         Returns:
             What the policy reads its texts by from now on. Where nothing can be shared, it is
             `texts`.
         """
-        if not can_stack(texts):
+        models: list[Any] = list(self._slots.values())
+        along = None
+        if can_stack(texts) and self.share_base(texts.trunk):
+            sizes = {(model.num_slots, model.max_length) for model in models if can_stack(model)}
+            along = ReadAlong(texts) if sizes == {(texts.num_slots, texts.max_length)} else None
+        if along is None and texts is not None:
             return texts
-        along, models = ReadAlong(texts), list(self._slots.values())
-        sizes = {(m.num_slots, m.max_length) for m in models if can_stack(m)}
-        if sizes != {(texts.num_slots, texts.max_length)} or not self.share_base(texts.trunk):
-            return texts
+        for stack in self._stacks:
+            stack.part()
         self._stacks = stacks_of(models, along)
         return along
 

@@ -23,7 +23,7 @@ does not name from the model's generation config."""
 
 
 class VLLMServerEngine:
-    """Writes the policy's texts on a vLLM server: a `RolloutEngine`.
+    """Writes the policy's texts on a vLLM server: an `EngineApart`.
 
     Args:
         model: the policy's transformers model. `sync` takes its weights as they are at that time.
@@ -100,6 +100,9 @@ class VLLMServerEngine:
         """Begin a text; see `RolloutEngine`."""
         ids = [int(token) for token in prompt]
         self._running[self._pool.submit(self._write, key, ids, max_tokens, seed)] = key
+
+    def write_on(self, texts: int, tokens: int) -> None:
+        """Do nothing: a server writes all that was begun, whatever happens here."""
 
     def ended(self) -> list[Written]:
         """Wait until at least one text has ended, and return those that have; see `RolloutEngine`.

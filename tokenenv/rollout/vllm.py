@@ -1,5 +1,5 @@
 """vLLM in this process: it writes the policy's texts, and gives token rewards and reference
-log-probs of whole texts. This is the only module that imports vllm.
+log-probs of whole texts. Beside `writer` this is the only module that imports vllm.
 
 Single steps use the local cache instead: vLLM reads no prefix cache for token rewards and prompt
 log-probs, so it would recompute every prefix.
@@ -15,46 +15,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tokenenv.errors import check_choice, missing
+from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.types import TokenSpec, Written
 
 from .weights import lora_config, named_weights, save_adapter, save_weights, transformers_model
+from .writer import Writer, WriterApart, requests, start_vllm
 
-CPU_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Environment variables for vLLM on a CPU, where they are not set: 1 GiB of caches (its default is
-nearly all memory), and threads that are not bound to cores."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM can make room."""
-ADAPTER = ("policy", 1)
-"""The name and number of the policy's adapter in vLLM."""
-
-
-def start_vllm(model: str | os.PathLike[str], **options: Any) -> Any:
-    """Start a `vllm.LLM` in this process, for token ids alone; on a CPU with small caches and
-    without compilation.
-
-    Args:
-        model: a hub id or a folder.
-        **options: of `vllm.LLM`, such as `gpu_memory_utilization=0.4`.
-
-    Raises:
-        MissingDependency: vLLM is not installed.
-    """
-    # In one process weights can be handed over as tensors. A value that the user has set is kept.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    # vLLM logs much, and warns of the tokenizer that is left out here.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise missing("rollout='vllm' (docs/vllm.md)", "vllm") from error
-    defaults: dict[str, Any] = {"skip_tokenizer_init": True, "disable_log_stats": True}
-    if current_platform.is_cpu():
-        for name, value in CPU_SETTINGS.items():
-            os.environ.setdefault(name, value)
-        defaults["enforce_eager"] = True
-    return LLM(str(model), **(defaults | options))
 
 
 class VLLMEngine:
@@ -97,19 +65,23 @@ class VLLMEngine:
             "max_num_seqs": num_texts,
         }
         fixed = {"dtype": dtype, "logprobs_mode": "processed_logprobs"}
-        fixed |= self._lora_options() | transfer_options(weight_sync)
-        self.llm = start_vllm(self._folder.name, **(sizes | options | fixed))
-        self.weight_sync = self._choose(weight_sync)
+        fixed |= self._lora_options()
         # The env's ids alone end a text: the model's own may be others.
-        self._sampling = {
+        sampling = {
             "temperature": temperature,
             "stop_token_ids": spec.engine_stop_ids,
             "ignore_eos": True,
         }
-        self._running: set[int] = set()
+        transfer = weight_sync if weight_sync in TRANSFERS else None
+        made_with = (self._folder.name, sampling, sizes | options | fixed, transfer)
+        self._writer: Any = self._open(*made_with, self.lora is not None)
+        self.weight_sync = self._choose(weight_sync)
         self._transfer: Any = None
         if self.lora:
             self.sync()
+
+    def _open(self, *made_with: Any) -> Any:
+        return Writer(*made_with)
 
     def _lora_options(self) -> dict[str, Any]:
         if not self.lora:
@@ -119,90 +91,77 @@ class VLLMEngine:
 
     def _choose(self, weight_sync: str) -> str:
         """Return how weights get to vLLM, with "auto" decided."""
-        from vllm.platforms import current_platform
-
         if weight_sync != "auto":
             return weight_sync
+        from vllm.platforms import current_platform
+
         no_processes = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
-        one_process = no_processes and self.num_workers == 1
+        one_process = no_processes and self._writer.num_workers() == 1
         return "memory" if one_process else "disk" if current_platform.is_cpu() else "nccl"
 
     @property
-    def num_workers(self) -> int:
-        """The number of workers that share the model."""
-        return self.llm.llm_engine.vllm_config.parallel_config.world_size
+    def llm(self) -> Any:
+        """The `vllm.LLM` of this process."""
+        return self._writer.llm
 
     def begin(self, key: int, prompt: Sequence[int], max_tokens: int, seed: int) -> None:
         """Begin a text; see `RolloutEngine`."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            **self._sampling,
-        )
-        [request] = _requests([prompt])
-        lora = self._lora_request()
-        self.llm.llm_engine.add_request(str(key), request, params, lora_request=lora)
-        self._running.add(key)
+        self._writer.begin(key, [int(token) for token in prompt], max_tokens, seed)
 
     def ended(self) -> list[Written]:
-        """Run until at least one text has ended, and return those that have; see
+        """Wait until at least one text has ended, and return those that have; see
         `RolloutEngine`."""
-        found: list[Written] = []
-        while self._running and not found:
-            outputs = self.llm.llm_engine.step()
-            found = [self._written(output) for output in outputs if output.finished]
+        found: list[Written] = self._writer.ended()
         return found
-
-    def _written(self, output: Any) -> Written:
-        key, [text] = int(output.request_id), output.outputs
-        tokens = list(text.token_ids)
-        pairs = zip(text.logprobs, tokens, strict=True)
-        self._running.discard(key)
-        return Written(key, tokens, [known[token].logprob for known, token in pairs])
 
     def sync(self) -> None:
         """Hand the model's weights over, and have the running texts read again with them; see
         `RolloutEngine`."""
         if self.lora:
-            self._swap_adapter()
+            save_adapter(self.model, Path(self._folder.name) / "adapter")
+            self._writer.swap_adapter()
         elif self.weight_sync == "memory":
-            weights = iter(named_weights(self.model).items())
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._writer.reload(weights_iterator=iter(named_weights(self.model).items()))
         elif self.weight_sync == "disk":
             save_weights(self.model, Path(self._folder.name))
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
+            self._writer.reload_folder()
         else:
             if self._transfer is None:
-                self._transfer = open_transfer(
-                    self.weight_sync, TransferClient(self.llm), self.model, self.num_workers
-                )
+                client, workers = TransferClient(self._writer), self._writer.num_workers()
+                self._transfer = open_transfer(self.weight_sync, client, self.model, workers)
             self._transfer.send_weights()
         # Keys and values in the cache are of the old weights.
-        self.llm.reset_prefix_cache(reset_running_requests=True)
+        self._writer.forget_cache()
 
     def abort(self) -> None:
         """Drop the running texts and what is cached of them, so that what comes next depends on
         nothing before it."""
-        self.llm.llm_engine.abort_request([str(key) for key in self._running])
-        self._running.clear()
-        self.llm.reset_prefix_cache(reset_running_requests=True)
+        self._writer.abort()
 
-    def _lora_request(self, **options: Any) -> Any:
-        if not self.lora:
-            return None
-        from vllm.lora.request import LoRARequest
 
-        return LoRARequest(*ADAPTER, f"{self._folder.name}/adapter", **options)
+class VLLMEngineApart(VLLMEngine):
+    """Writes the policy's texts with vLLM in a process of its own, while this one scores others: an
+    `EngineApart`.
 
-    def _swap_adapter(self) -> None:
-        save_adapter(self.model, Path(self._folder.name) / "adapter")
-        self.llm.llm_engine.add_lora(self._lora_request(load_inplace=True))
+    It takes the arguments of a `VLLMEngine`. Weights get to it by "disk", unless "nccl" or "ipc" is
+    asked for.
+    """
+
+    def __init__(self, *args: Any, weight_sync: str = "auto", **options: Any) -> None:
+        if weight_sync == "memory":
+            raise InvalidArgument(
+                "weight_sync='memory' hands tensors to vLLM in this process; with own_process=True "
+                "take 'disk', 'nccl' or 'ipc'."
+            )
+        weight_sync = "disk" if weight_sync == "auto" else weight_sync
+        super().__init__(*args, weight_sync=weight_sync, **options)
+
+    def _open(self, *made_with: Any) -> Any:
+        return WriterApart(*made_with)
+
+    def write_on(self, texts: int, tokens: int) -> None:
+        """Begin to write until so many texts have ended; see `EngineApart`."""
+        self._writer.write_on(texts, tokens)
 
 
 class LocalVLLM:
@@ -236,7 +195,7 @@ class LocalVLLM:
         # tokens that are there, and for no likelier ones.
         params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         found = []
-        outputs = self.llm.generate(_requests(texts), params, use_tqdm=False)
+        outputs = self.llm.generate(requests(texts), params, use_tqdm=False)
         for text, output in zip(texts, outputs, strict=True):
             pairs = zip(output.prompt_logprobs[1:], text[1:], strict=True)
             found.append(np.asarray([known[token].logprob for known, token in pairs], np.float32))
@@ -247,45 +206,34 @@ class LocalVLLM:
 
         # Without its activation: vLLM's default squashes scores to 0..1.
         params = PoolingParams(use_activation=False)
-        outputs = self.llm.encode(_requests(texts), params, pooling_task=task, use_tqdm=False)
+        outputs = self.llm.encode(requests(texts), params, pooling_task=task, use_tqdm=False)
         return [output.outputs.data.float().cpu().numpy().reshape(-1) for output in outputs]
-
-
-def _requests(texts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    return [{"prompt_token_ids": [int(token) for token in text]} for text in texts]
 
 
 # vLLM's own weight transfer, between GPUs.
 
 
 class TransferClient:
-    """The receiving side of vLLM's weight transfer, where that is a `vllm.LLM`."""
+    """The receiving side of vLLM's weight transfer, where that is a `Writer`."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        self.start_weight_update = llm.start_weight_update
-        self.finish_weight_update = llm.finish_weight_update
+    def __init__(self, writer: Any) -> None:
+        self._call = writer.transfer
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end."""
-        self._llm.init_weight_transfer_engine({"init_info": init_info})
+        self._call("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Tell the workers that weights are to come."""
+        self._call("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Have the workers receive weights."""
-        self._llm.update_weights({"update_info": update_info})
+        self._call("update_weights", {"update_info": update_info})
 
-
-def transfer_options(weight_sync: str) -> dict[str, Any]:
-    """Return the options that `vllm.LLM` needs at its start if weights are to come by its own
-    transfer; none otherwise."""
-    if weight_sync not in TRANSFERS:
-        return {}
-    try:
-        from vllm.config import WeightTransferConfig
-    # That vLLM is missing is said where it is started.
-    except ImportError:
-        return {}
-    return {"weight_transfer_config": WeightTransferConfig(backend=weight_sync)}
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Tell the workers that all weights have come."""
+        self._call("finish_weight_update", weight_version)
 
 
 def open_transfer(backend: str, client: Any, model: Any, num_workers: int) -> Any:

@@ -22,6 +22,7 @@ NAMED = ("env", "reward", "gold", "algo")
 """Entries that are names. Where the command line gives one, it may be "module:Name"."""
 ROLLOUT_OPTIONS = {
     "num_texts",
+    "own_process",
     "weight_sync",
     "timeout",
     "retries",

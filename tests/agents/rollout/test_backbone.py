@@ -220,3 +220,15 @@ def test_one_stack_lives_however_many_agents_come():
         learnt(PPO, envs, tokens=20, seed=seed)
     assert len(envs.unwrapped._engine.trunks._stacks) == 1
     assert isinstance(envs.unwrapped._engine.trunks._stacks[0], Stack)
+
+
+@pytest.mark.parametrize("make", [textgen, lambda: toy("no reward")])
+def test_nothing_of_a_trial_is_kept(make):
+    envs = make()
+    before = envs.unwrapped.cache_bytes
+    PPO(envs, **OPTIONS, rollout="auto")
+    trunks = envs.unwrapped._engine.trunks
+    assert all(stack.along is None for stack in trunks._stacks)
+    layers = [layer for slots in trunks._slots.values() for layer in slots._slots.cache.layers]
+    memory = [x.untyped_storage() for layer in layers for x in (layer.keys, layer.values)]
+    assert sum({m.data_ptr(): m.nbytes() for m in memory}.values()) == before
