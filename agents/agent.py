@@ -274,7 +274,12 @@ class Agent:
         check_ref_logprob(batch, self.config)  # before anything learns from it
         with self._whole_or_nothing():
             metrics = summary(episodes) | rollout_metrics(
-                batch, self.policy, self.config, self.updates, self.collector.waiting
+                batch,
+                self.policy,
+                self.config,
+                self.updates,
+                self.collector.waiting,
+                with_values=self.reads_values,
             )
             metrics |= turn_summary(episodes) if responds(self.envs) else {}
             metrics |= reward_lag(batch, getattr(self.core, "reward_version", None))

@@ -46,7 +46,7 @@ def of_gradients(checked: Checked) -> str:
     lines = ["| trainer | exact | off in (cosine) |", "|---|---|---|"]
     for label in dict.fromkeys(label for label, _ in checked):
         reports = [one for name, one in checked if name == label and isinstance(one, Report)]
-        exact = ", ".join(one.name for one in reports if one.exact)
+        exact = "; ".join(one.name for one in reports if one.exact)
         off = "; ".join(f"{one.name}: {where_off(one)}" for one in reports if not one.exact)
         lines.append(f"| {label} | {exact or '-'} | {off or '-'} |")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """Where the time of act + step goes, and of an update, beside the least that they can cost.
 
     OMP_NUM_THREADS=1 python benchmarks/profile_step.py [--model tokenenv/PyDocs-v0] [--num-envs 64]
-    [--tokens 32 128] [--even] [--device cpu] [--dtype float32] [--lora-rank 0] [--no-learner]
+    [--tokens 32 128] [--even] [--device cpu] [--dtype float32]
+    [--frozen-dtype bfloat16] [--lora-rank 0] [--no-learner]
 
 MODEL is an id with bundled models, a folder or hub id (`make real-models` makes some), or a shape
 with random weights (0.5b, 135m, 3m, 1m, tiny). A policy, a reference and a reward model of that
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="all texts are as long; none ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--frozen-dtype", help="of reference and reward model")
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the env's forwards")
     parser.add_argument("--eager", action="store_true", help="on a GPU: no CUDA graphs")

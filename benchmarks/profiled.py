@@ -104,6 +104,7 @@ def subject(args: Namespace, num_envs: int, tokens: int) -> Subject:
         max_new_tokens=2 * tokens + 8 if args.even else tokens,
         array="torch" if args.device == "cuda" else "numpy",
         compile=args.compile,
+        frozen_dtype=args.frozen_dtype,
         autoreset_mode="SameStep",
         **options,
     )

@@ -52,7 +52,7 @@ def make_policy(envs: gym.vector.VectorEnv) -> LMPolicy:
 def by_position(model: str, number: int, rounds: int = 3, steps: int = 250) -> None:
     """Print the time of act + step around response tokens 16 and 240, of `rounds` times whole
     texts, and what reading the keys and values between them alone would cost."""
-    options = {"even": True, "compile": False, "lora_rank": 0}
+    options = {"even": True, "compile": False, "lora_rank": 0, "frozen_dtype": None}
     asked = Namespace(model=model, device="cpu", dtype="float32", **options)
     chosen, clock, times = (
         subject(asked, number, steps // 2),

@@ -15,7 +15,7 @@ sys.path.pop(0)
 
 @pytest.fixture(scope="module")
 def tiny() -> Subject:
-    args = Namespace(model="tiny", device="cpu", dtype="float32")
+    args = Namespace(model="tiny", device="cpu", dtype="float32", frozen_dtype=None)
     return subject(Namespace(**vars(args), even=False, compile=False, lora_rank=0), 4, 4)
 
 

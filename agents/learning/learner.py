@@ -145,12 +145,14 @@ def outputs(
     reference: FrozenLM | None = None,
     teacher: FrozenLM | None = None,
     kept: KeptStates | None = None,
+    critic: bool = True,
     last_value: bool = False,
 ) -> Outputs:
     """Run one forward over the whole texts `rows` and read it where response tokens were chosen.
 
-    With `last_value` the critic is read at the texts' last states as well. What the weights do not
-    change is taken from `kept`, whose batch this is, and put there.
+    With `last_value` the critic is read at the texts' last states as well; without `critic` it is
+    not read, and values are zero. What the weights do not change is taken from `kept`, whose batch
+    this is, and put there.
     """
     texts = _Texts(batch, rows, policy.device, whole=last_value)
     tokens_BL, masks_BTM = texts.tokens_BL, batch.action_mask_BTM
@@ -160,7 +162,10 @@ def outputs(
         mask_KM = masks_BTM[texts.rows, texts.steps].to(tokens_BL.device)
     with policy.autocast():
         with nullcontext() if kept is None else kept.below(rows, texts.lengths):
-            states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+            if critic:
+                states_BLH, value_states_BLH = policy.states(tokens_BL, texts.lengths)
+            else:
+                states_BLH = policy.lm_states(tokens_BL, texts.lengths)
         frozen: dict[str, Any] = {}
         for name, model in (("ref", reference), ("teacher", teacher)):
             if model is not None:
@@ -175,7 +180,9 @@ def outputs(
             mask_KM=mask_KM,
             **frozen,
         )
-        value_K = policy.value(texts.at(value_states_BLH))
+        value_K = torch.zeros_like(stats.logprob)
+        if critic:
+            value_K = policy.value(texts.at(value_states_BLH))
         ends = policy.value(last_states(value_states_BLH, texts.lengths)) if last_value else None
     numbers = stats.logprob, stats.entropy, stats.kl, stats.teacher_kl
     return Outputs(*numbers, value_K, texts.rows, texts.steps, ends)
@@ -205,12 +212,24 @@ def state_values(
         some = chosen[rows]
         texts = _Texts(batch, some, policy.device, whole=True)
         with policy.autocast():
-            states_BLH = policy.states(texts.tokens_BL, texts.lengths)[1]
+            states_BLH = policy.value_states(texts.tokens_BL, texts.lengths)
             value_K = policy.value(texts.at(states_BLH))
             last_value_B = policy.value(last_states(states_BLH, texts.lengths))
         values_BT1[texts.rows, texts.steps] = value_K.cpu()
         values_BT1[some, batch.response_length_B[some]] = last_value_B.cpu()
     return values_BT1
+
+
+def values_before(
+    policy: LMPolicy, batch: EpisodeBatch, update: int, max_batch_tokens: int
+) -> Tensor:
+    """Return the critic's values (B, T + 1) before an update of this number, as `state_values`
+    does. Those that are known, since texts were drawn or their log-probs read again, are not
+    computed once more."""
+    read_BT1: Tensor | None = batch.learned.get("state_value")
+    if read_BT1 is not None:
+        return read_BT1
+    return state_values(policy, batch, max_batch_tokens, values_unknown(batch, update))
 
 
 class TokenOutputs(NamedTuple):
@@ -230,7 +249,7 @@ def token_outputs(
     """Return the present policy's log-probs and entropies (B, T): one forward over all texts."""
     found = TokenOutputs(*torch.zeros(2, *batch.logprob_BT.shape))
     for rows in micro_batches_for(policy, batch.length_B.numpy(), max_batch_tokens):
-        out = outputs(policy, batch, rows, temperature=temperature)
+        out = outputs(policy, batch, rows, temperature=temperature, critic=False)
         found.logprob_BT[out.rows, out.steps] = out.logprob.cpu()
         found.entropy_BT[out.rows, out.steps] = out.entropy.cpu()
     return found
@@ -252,7 +271,7 @@ def token_logprobs(
     chosen = _chosen(batch, which_B)
     logprob_BT = _drawn(batch, chosen)[0]
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
-        out = outputs(policy, batch, chosen[rows], temperature=temperature)
+        out = outputs(policy, batch, chosen[rows], temperature=temperature, critic=False)
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
     return logprob_BT
 

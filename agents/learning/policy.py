@@ -93,10 +93,19 @@ class LMPolicy(nn.Module):
     def states(self, tokens_BL: Tensor, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the states (B, L, H) that the LM head reads at each token of right-padded texts,
         and those that the value head reads."""
-        states_BLH = self._read(trunk_of(self.model), tokens_BL, lengths)
+        states_BLH = self.lm_states(tokens_BL, lengths)
         if self.value_trunk is None:
             return states_BLH, states_BLH
-        return states_BLH, self._read(self.value_trunk, tokens_BL, lengths)
+        return states_BLH, self.value_states(tokens_BL, lengths)
+
+    def lm_states(self, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return the first of `states` alone."""
+        return self._read(trunk_of(self.model), tokens_BL, lengths)
+
+    def value_states(self, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return the second of `states` alone."""
+        trunk = trunk_of(self.model) if self.value_trunk is None else self.value_trunk
+        return self._read(trunk, tokens_BL, lengths)
 
     def _read(self, trunk: Any, tokens_BL: Tensor, lengths: np.ndarray) -> Tensor:
         with recomputing(trunk) if self.gradient_checkpointing else nullcontext():

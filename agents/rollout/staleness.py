@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.episodes import EpisodeBatch
-from tokenenv.agents.learning.learner import token_logprobs
+from tokenenv.agents.learning.learner import logprobs_and_values, token_logprobs
 from tokenenv.agents.learning.policy import LMPolicy
 
 Metrics = dict[str, float]
@@ -61,16 +61,22 @@ def rollout_metrics(
     config: AgentConfig,
     updates: int,
     waiting_texts: Sequence[Any],
+    *,
+    with_values: bool = False,
 ) -> Metrics:
     """Return how old the texts are and, where vLLM wrote them, how far its log-probs are from the
-    learner's. The latter are left in `learned["learner_logprob"]`."""
+    learner's. The latter are left in `learned["learner_logprob"]`, and `with_values` the critic's
+    values (B, T + 1), which the same forward gives, in `learned["state_value"]`."""
     metrics = staleness(batch, updates) | waiting(waiting_texts)
     # The policy's own cache gives the learner's log-probs, up to rounding.
     if config.rollout in ("step", "episode"):
         return metrics
-    batch.learned["learner_logprob"] = token_logprobs(
-        policy, batch, config.max_batch_tokens, config.temperature
-    )
+    options = config.max_batch_tokens, config.temperature
+    if with_values:
+        logprob_BT, batch.learned["state_value"] = logprobs_and_values(policy, batch, *options)
+    else:
+        logprob_BT = token_logprobs(policy, batch, *options)
+    batch.learned["learner_logprob"] = logprob_BT
     return metrics | mismatch(batch, updates)
 
 

@@ -223,7 +223,7 @@ def next_token_probs(
     def probs(obs: Mapping[str, np.ndarray]) -> np.ndarray:
         lengths = np.asarray(obs["length"])
         tokens_KL = torch.as_tensor(obs["tokens"][:, : lengths.max()], device=policy.device)
-        logits_KV = policy.head(last_states(policy.states(tokens_KL, lengths)[0], lengths))
+        logits_KV = policy.head(last_states(policy.lm_states(tokens_KL, lengths), lengths))
         return (logits_KV.double() / temperature).softmax(-1).cpu().numpy()
 
     return probs

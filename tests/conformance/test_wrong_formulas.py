@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tokenenv.agents.learning.losses import approx_kl, clipped_ratio_loss, token_weights
-from tokenenv.conformance import Batch, check_advantages, check_kl, check_loss
+from tokenenv.conformance import Batch, check_advantages, check_kl, check_loss, check_returns
 from tokenenv.conformance.batches import to_go
+from tokenenv.conformance.checks import GROUP_WORLDS
 from tokenenv.errors import InvalidArgument
 
 
@@ -63,7 +64,7 @@ RIGHT: dict[str, Callable[[Batch], Tensor]] = {
 WRONG: dict[str, tuple[Callable[[Batch], Tensor], list[str], str]] = {
     "return stops at a gap": (
         stops_at_gaps,
-        ["masked gap", "masked gap, lambda 0.9"],
+        ["masked gap"],
         "the policy wrote every token up to the last reward: where others write in the middle of a "
         "text, own tokens 1 and 2 receive nothing, of 4",
     ),
@@ -84,13 +85,7 @@ WRONG: dict[str, tuple[Callable[[Batch], Tensor], list[str], str]] = {
     ),
     "last column alone": (
         lambda b: b.penalised[:, -1:].expand_as(b.rewards),
-        [
-            "unequal lengths",
-            "rewards on every token",
-            "masked gap",
-            "KL in the reward",
-            "masked gap, lambda 0.9",
-        ],
+        ["unequal lengths", "rewards on every token", "masked gap", "KL in the reward"],
         "texts are equally long",
     ),
     "no lambda but the critic": (
@@ -122,6 +117,20 @@ def test_what_is_wrong_is_found_and_named(name: str) -> None:
         assert report.off[0] == "plain"
 
 
+def test_a_critics_targets() -> None:
+    report = check_returns(lambda b: to_go(b.penalised))
+    assert report.exact, str(report)
+    assert report.verdict.startswith("Its targets are exact on average.")
+    report = check_returns(lambda b: gae(b) + b.values)
+    assert report.exact, str(report)
+    outcome = {one.world: said for one, said in report.rows}
+    assert outcome["wrong critic, lambda 0.9"] == "off by choice"
+    assert outcome["cut texts"] == "exact"
+    assert check_returns(stops_at_gaps).off[0] == "masked gap"
+    halved = check_returns(lambda b: 0.5 * to_go(b.penalised))
+    assert halved.verdict == "Its targets are off by 50% already in the plain world."
+
+
 def test_a_text_that_is_cut_is_worth_what_would_have_come() -> None:
     outcome = {one.world: said for one, said in check_advantages(gae).rows}
     assert outcome["cut texts"] == "exact"
@@ -130,6 +139,13 @@ def test_a_text_that_is_cut_is_worth_what_would_have_come() -> None:
     assert outcome["cut texts"] == "off by choice"
     assert report.exact
     assert "texts are cut before their end" in report.verdict
+
+
+def test_what_is_off_for_a_reason_that_was_said_is_off_as_well() -> None:
+    outcome = {one.world: said for one, said in check_advantages(stops_at_gaps).rows}
+    assert outcome["masked gap"] == "off"
+    assert outcome["masked gap, lambda 0.9"] == "off as well"
+    assert outcome["turns that some texts lack"] == "off as well"
 
 
 def test_a_gap_takes_the_whole_gradient_of_what_came_before_it() -> None:
@@ -161,6 +177,26 @@ def test_a_spread_that_leaves_each_text_out_weighs_prompts() -> None:
     report = check_advantages(standardised, grouped=True)
     assert report.off == ["two prompts"]
     assert "It assumes that all prompts have scores of the same spread" in report.verdict
+
+
+def test_a_baseline_of_each_turn_needs_texts_with_the_same_turns() -> None:
+    """What "normalise each turn" does: the reward of a turn, less its mean over the texts of the
+    group that have the turn, then added up. It is a price for having the turn (verl#7244)."""
+
+    def by_turn(b: Batch) -> Tensor:
+        begins = b.mask & ~torch.nn.functional.pad(b.mask, (1, -1))
+        turn, left = begins.cumsum(1), []
+        for k in (1, 2):
+            has = (begins & (turn == k)).any(1).double().reshape(-1, b.group_size)
+            paid = (b.rewards * (turn == k)).sum(1).reshape(-1, b.group_size)
+            mean = paid.sum(1, keepdim=True) / has.sum(1, keepdim=True).clamp(min=1)
+            left.append(((paid - mean) * has).reshape(-1, 1))
+        return torch.where(turn == 1, left[0] + left[1], left[1])
+
+    worlds = [world for world in GROUP_WORLDS if world.name != "KL in the reward"]
+    report = check_advantages(by_turn, grouped=True, worlds=worlds)
+    assert report.off == ["turns that some texts lack"], str(report)
+    assert "all texts have the same turns" in report.verdict
 
 
 def test_groups() -> None:

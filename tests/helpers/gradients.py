@@ -67,6 +67,11 @@ class Table(nn.Module, Histories):
         """Histories (B, L), twice."""
         return (self.histories(tokens),) * 2
 
+    def lm_states(self, tokens: Tensor, lengths: Any) -> Tensor:
+        return self.histories(tokens)
+
+    value_states = lm_states
+
     def head(self, states: Tensor) -> Tensor:
         return self.logits[states]
 

@@ -18,6 +18,7 @@ OFF: dict[str, dict[str, list[str]]] = {
     },
     "openrlhf": {
         "gae": ["masked gap, lambda 0.9"],
+        "gae, returns": ["masked gap, lambda 0.9"],
         "reinforce_baseline": KL,
         "dr_grpo": KL,
         "group_norm": ["plain"],

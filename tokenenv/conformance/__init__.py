@@ -10,9 +10,18 @@ docs/conformance.md says what the worlds are, and what was found in published co
 """
 
 from tokenenv.conformance.batches import Batch
-from tokenenv.conformance.checks import check_advantages, check_loss
+from tokenenv.conformance.checks import check_advantages, check_loss, check_returns
 from tokenenv.conformance.kl import KLReport, check_kl
 from tokenenv.conformance.report import Report
 from tokenenv.conformance.worlds import World
 
-__all__ = ["Batch", "KLReport", "Report", "World", "check_advantages", "check_kl", "check_loss"]
+__all__ = [
+    "Batch",
+    "KLReport",
+    "Report",
+    "World",
+    "check_advantages",
+    "check_kl",
+    "check_loss",
+    "check_returns",
+]

@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 
 from tokenenv.conformance.batches import Batch, of_world, with_logprobs
-from tokenenv.conformance.gradients import Comparison, compare, exact_gradient, followed, gradient
+from tokenenv.conformance.gradients import (
+    Comparison,
+    compare,
+    compare_values,
+    exact_gradient,
+    followed,
+    gradient,
+)
 from tokenenv.conformance.kl import how_the_kl_counts
 from tokenenv.conformance.report import Report
-from tokenenv.conformance.wording import advantage_verdict, loss_verdict
+from tokenenv.conformance.wording import (
+    advantage_verdict,
+    loss_verdict,
+    off_in,
+    outcome,
+    returns_verdict,
+)
 from tokenenv.conformance.worlds import Texts, World
 from tokenenv.errors import InvalidArgument
 
@@ -46,6 +59,15 @@ WORLDS = (
         gap=2,
     ),
     World(
+        name="turns that some texts lack",
+        differs="the policy decides whether there is a second turn",
+        assumes="all texts have the same turns",
+        ends=True,
+        dense=True,
+        gap=2,
+        beyond=("unequal lengths", "rewards on every token", "masked gap"),
+    ),
+    World(
         name="KL in the reward",
         differs="a KL penalty is part of what is optimised",
         assumes="nothing is paid for the KL",
@@ -64,7 +86,7 @@ WORLDS = (
         assumes="lambda is 1 where others write",
         gap=2,
         lambda_=0.9,
-        beyond="masked gap",
+        beyond=("masked gap",),
     ),
     World(
         name="cut texts",
@@ -79,7 +101,7 @@ WORLDS = (
         critic_error=1.0,
         lambda_=0.9,
         choice="a lambda below 1 trades variance for trust in the critic",
-        beyond="wrong critic",
+        beyond=("wrong critic",),
     ),
 )
 """For functions that look at each text by itself, or at a whole batch."""
@@ -95,11 +117,11 @@ TWO_PROMPTS = World(
     assumes="all prompts have scores of the same spread",
     prompts=2,
 )
-GROUP_WORLDS = tuple(map(_grouped, (*WORLDS[:5], TWO_PROMPTS)))
+GROUP_WORLDS = tuple(map(_grouped, (*WORLDS[:6], TWO_PROMPTS)))
 """For functions that compare the texts of a group: all triples of texts, by their chances. A group
 needs no critic and no lambda."""
 LOSS_WORLDS = (
-    *(world for world in WORLDS if world.name in ("plain", "unequal lengths", "masked gap")),
+    *(world for world in WORLDS[:5] if world.name != "rewards on every token"),
     World(
         name="a policy that has moved a little",
         differs="the policy has moved a little since the texts were drawn",
@@ -113,7 +135,7 @@ LOSS_WORLDS = (
         assumes="no ratio lies outside the clip",
         drift=0.6,
         choice="a clip leaves out tokens whose ratio has gone far enough",
-        beyond="a policy that has moved a little",
+        beyond=("a policy that has moved a little",),
     ),
 )
 """For losses, which are given the exact advantages."""
@@ -149,6 +171,28 @@ def check_advantages(
             reasons[world.name] = how_the_kl_counts(texts, followed_SV)
     verdict = advantage_verdict(function, worlds, found, reasons)
     return Report(name, "advantages", _by_world(worlds, found), verdict)
+
+
+def check_returns(
+    function: Estimator, name: str = "function", worlds: Sequence[World] = WORLDS
+) -> Report:
+    """Compare the mean of a critic's targets in each state with what is earned from there on.
+
+    Args:
+        function: from a `Batch` to (B, L): the target for the value of the state before each token;
+            what it gives others' tokens is not read.
+        name: what the report calls it.
+        worlds: other worlds than `WORLDS`; the first is the plain one.
+
+    Raises:
+        InvalidArgument: the function returns another shape.
+    """
+    found = []
+    for world in worlds:
+        texts, batch = of_world(world)
+        targets = _of_shape(function(batch), batch, name)
+        found.append(compare_values(world.name, texts, batch, targets))
+    return Report(name, "returns", _by_world(worlds, found), returns_verdict(worlds, found))
 
 
 def check_loss(
@@ -200,8 +244,8 @@ def _of_shape(advantages: Tensor, batch: Batch, name: str) -> Tensor:
 
 
 def _by_world(worlds: Sequence[World], found: Sequence[Comparison]) -> list[tuple[Comparison, str]]:
-    """Each comparison with what is said of it: "exact", "off", or "off by choice"."""
+    """Each comparison with its outcome: "exact", "off", "off by choice", or "off as well" where the
+    world adds to one in which the function is off."""
     return [
-        (one, "exact" if one.exact else "off by choice" if world.choice else "off")
-        for world, one in zip(worlds, found, strict=True)
+        (one, outcome(world, one, off_in(found))) for world, one in zip(worlds, found, strict=True)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenenv.conformance.batches import Batch, earned
+from tokenenv.conformance.batches import Batch, earned, state_values
 from tokenenv.conformance.worlds import Texts
 
 EXACT = 1e-5
@@ -28,8 +28,8 @@ class Comparison:
     scale: float
     """How many times the exact gradient the found one is, along it."""
     error: float
-    """The share of the exact gradient that is wrong, once the scale is taken out: the tangent of
-    the angle between the two, at most 1 where nothing was found."""
+    """The share of the found gradient that is not along the exact one: the sine of the angle
+    between the two, and 1 where nothing was found."""
     positions: tuple[float, ...]
     """For each own token, first to last: how much of its gradient it receives, beside the one that
     receives most."""
@@ -78,7 +78,7 @@ def compare(world: str, texts: Texts, found: Tensor, exact: Tensor) -> Compariso
     product, size = float((found * exact).sum()), float(exact.norm())
     scale = product / size**2
     nothing = float(found.norm()) < 1e-12 * max(size, 1.0)
-    rest = float((found - scale * exact).norm()) / (abs(scale) * size) if product else 1.0
+    rest = 1.0 if nothing else float((found - scale * exact).norm() / found.norm())
     places = [texts.step_S == t for t in range(texts.world.steps)]
     received = [_along(found[place], exact[place]) for place in places]
     most = max(map(abs, received)) or 1.0
@@ -87,9 +87,33 @@ def compare(world: str, texts: Texts, found: Tensor, exact: Tensor) -> Compariso
         world,
         0.0 if nothing else product / (size * float(found.norm())),
         0.0 if nothing else scale,
-        1.0 if nothing else rest,
+        rest,
         tuple(value / most for value in received),
         others,
+    )
+
+
+def compare_values(world: str, texts: Texts, batch: Batch, targets: Tensor) -> Comparison:
+    """Compare the mean of a critic's targets (B, L) in each state with the exact value.
+
+    States count by how often they are visited. Here the size matters, so the error is that of the
+    means as they are, and so are the shares of each own token.
+    """
+    state = texts.state_YL1[batch.rows, :-1][batch.mask]
+    visits_S = torch.bincount(state, minlength=len(texts.step_S)).double()
+    total_S = torch.zeros_like(visits_S).index_add_(0, state, targets[batch.mask].detach().double())
+    root_S = (visits_S / len(batch.rows)).sqrt()
+    found = root_S * total_S / visits_S.clamp(min=1)
+    exact = root_S * state_values(texts)
+    places = [texts.step_S == t for t in range(texts.world.steps)]
+    product, sizes = float(found @ exact), float(found.norm() * exact.norm())
+    return Comparison(
+        world,
+        product / sizes if sizes else 0.0,
+        product / float(exact @ exact),
+        float((found - exact).norm() / exact.norm()),
+        tuple(_along(found[place], exact[place]) for place in places),
+        0.0,
     )
 
 

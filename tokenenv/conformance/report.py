@@ -15,7 +15,7 @@ class Report:
 
     name: str
     kind: str
-    """ "advantages" or "loss"."""
+    """ "advantages", "returns" or "loss"."""
     rows: list[tuple[Comparison, str]]
     """Each world's comparison, and its outcome in a word or three."""
     verdict: str

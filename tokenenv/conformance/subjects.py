@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
-from tokenenv.conformance.checks import GROUP_WORLDS, WORLDS, check_advantages, check_loss
+from tokenenv.conformance.checks import (
+    GROUP_WORLDS,
+    WORLDS,
+    check_advantages,
+    check_loss,
+    check_returns,
+)
 from tokenenv.conformance.kl import KLReport, check_kl
 from tokenenv.conformance.report import Report
 
-KL_WORLD = "KL in the reward"
+KL_WORLD, DENSE_WORLD = "KL in the reward", "rewards on every token"
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,13 @@ class Subject:
 
     name: str
     kind: str
-    """ "advantages", "groups" (advantages that need groups), "loss" or "kl"."""
+    """ "advantages", "groups" (advantages that need groups), "returns" (a critic's targets), "loss"
+    or "kl"."""
     function: Callable[[Batch], Tensor]
-    kl_elsewhere: bool = False
-    """Whether its trainer has the KL penalty in another place, so that the world with one says
-    nothing about it."""
+    without: tuple[str, ...] = ()
+    """Names of worlds that say nothing about it: that with a KL, where its trainer has the penalty
+    in another place; and for targets that with rewards on every token, where it takes one number a
+    text."""
 
     def check(self) -> Report | KLReport:
         """Check it in all worlds that say something about it."""
@@ -32,9 +40,8 @@ class Subject:
         if self.kind == "loss":
             return check_loss(self.function, self.name)
         grouped = self.kind == "groups"
-        worlds = [
-            world
-            for world in (GROUP_WORLDS if grouped else WORLDS)
-            if not (self.kl_elsewhere and world.name == KL_WORLD)
-        ]
+        known = GROUP_WORLDS if grouped else WORLDS
+        worlds = [world for world in known if world.name not in self.without]
+        if self.kind == "returns":
+            return check_returns(self.function, self.name, worlds)
         return check_advantages(self.function, self.name, grouped=grouped, worlds=worlds)

@@ -11,7 +11,20 @@ from tokenenv.conformance.batches import Batch, of_world
 from tokenenv.conformance.gradients import Comparison
 from tokenenv.conformance.worlds import World
 
-EVERYWHERE = "Its expected gradient is exact."
+
+def off_in(found: Sequence[Comparison]) -> set[str]:
+    """Return the names of the worlds in which a function is off, for whatever reason."""
+    return {one.world for one in found if not one.exact}
+
+
+def outcome(world: World, one: Comparison, off: set[str]) -> str:
+    """Return "exact", "off", "off by choice", or "off as well" where the world adds to one of
+    those (`off`) in which the function is off."""
+    if one.exact:
+        return "exact"
+    if off & {*world.beyond}:
+        return "off as well"
+    return "off by choice" if world.choice else "off"
 
 
 def advantage_verdict(
@@ -27,6 +40,14 @@ def advantage_verdict(
     return f"{_already(found[0])}: {_reason(function, worlds[0], found[0])}."
 
 
+def returns_verdict(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
+    """Return what is to be said of a critic's targets."""
+    if found[0].exact:
+        reasons = {one.world: f"targets are off by {one.error:.0%}" for one in found}
+        return _by_assumption(worlds, found, reasons, "Its targets are exact on average.")
+    return f"Its targets are off by {found[0].error:.0%} already in the plain world."
+
+
 def loss_verdict(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
     """Return what is to be said of a loss."""
     if found[0].exact:
@@ -36,23 +57,24 @@ def loss_verdict(worlds: Sequence[World], found: Sequence[Comparison]) -> str:
 
 
 def _by_assumption(
-    worlds: Sequence[World], found: Sequence[Comparison], reasons: Mapping[str, str]
+    worlds: Sequence[World],
+    found: Sequence[Comparison],
+    reasons: Mapping[str, str],
+    exact: str = "Its expected gradient is exact.",
 ) -> str:
-    names = {one.world for one in found if not one.exact}
-    pairs = [
-        (world, one)
-        for world, one in zip(worlds, found, strict=True)
-        if not one.exact and world.beyond not in names
-    ]
+    pairs = list(zip(worlds, found, strict=True))
+    outcomes = [outcome(world, one, off_in(found)) for world, one in pairs]
     errors = [
-        _error(world, one, reasons.get(world.name, "")) for world, one in pairs if not world.choice
+        _error(world, one, reasons.get(world.name, ""))
+        for (world, one), said in zip(pairs, outcomes, strict=True)
+        if said == "off"
     ]
     choices = [
         f"It is off by choice where {world.differs}: {world.choice}."
-        for world, _ in pairs
-        if world.choice
+        for (world, _), said in zip(pairs, outcomes, strict=True)
+        if said == "off by choice"
     ]
-    return " ".join([*(errors or [EVERYWHERE]), *choices])
+    return " ".join([*(errors or [exact]), *choices])
 
 
 def _error(world: World, one: Comparison, reason: str) -> str:

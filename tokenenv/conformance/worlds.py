@@ -57,8 +57,8 @@ class World:
     """How far the policy has moved since the texts were drawn (deviation of its logits)."""
     choice: str = ""
     """Why a function may be off here by choice; empty where that is an error."""
-    beyond: str = ""
-    """The name of a world that this one adds something to: what is off there is off here."""
+    beyond: tuple[str, ...] = ()
+    """The names of worlds that this one adds something to: what is off there is off here."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tokenenv.env.transitions import Ends, transitions
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.adapters import check_adapters_apart
 from tokenenv.models.cached_lm import evaluating
+from tokenenv.models.memory import keep_freed_memory
 from tokenenv.models.prefix_scores import sum_dtype
 from tokenenv.models.same_texts import first_equals
 from tokenenv.models.trunks import Trunks, logits_head, trunk_of
@@ -76,6 +77,7 @@ class RewardEngine:
         watched: dict[str, RewardTerm] | None = None,
         **model_options: Any,
     ) -> None:
+        keep_freed_memory()
         self.context, watched = context, watched or {}
         for term in terms.values():
             term.bind(context)

@@ -33,11 +33,8 @@ def attention(
     they lie, once. The kernels that sdpa chooses under a mask are made for many queries. Everything
     else, such as a prefill, is left to sdpa.
     """
-    # On a CPU sdpa is as fast in float32 where each head has keys of its own. In half precision it
-    # takes three to ten times as long.
-    pays = query.shape[1] > key.shape[1] or query.is_cuda or query.dtype in HALF
     plain = not any(options.get(name) is not None for name in SPECIAL)
-    if query.shape[2] > 1 or attention_mask is None or not (plain and pays):
+    if query.shape[2] > 1 or attention_mask is None or not plain:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
@@ -52,15 +49,15 @@ def attention(
 
 
 def _scores(query_NSGD: Tensor, key_NSLD: Tensor) -> Tensor:
-    """Return the products (N, S, G, L) float32; on a GPU they are not rounded to half precision,
-    which would round the large ones most."""
-    if query_NSGD.dtype not in HALF:
-        return torch.matmul(query_NSGD, key_NSLD.transpose(-1, -2)).float()
-    if not query_NSGD.is_cuda:
-        # A CPU multiplies the long matrix with the short one in half the time of the other order.
-        return torch.matmul(key_NSLD, query_NSGD.transpose(-1, -2)).transpose(-1, -2).float()
-    flat = query_NSGD.flatten(0, 1), key_NSLD.flatten(0, 1).transpose(-1, -2)
-    return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, query_NSGD.shape[:2])
+    """Return the products (N, S, G, L) float32; half precision would round the large ones most."""
+    if query_NSGD.is_cuda and query_NSGD.dtype in HALF:
+        flat = query_NSGD.flatten(0, 1), key_NSLD.flatten(0, 1).transpose(-1, -2)
+        return torch.bmm(*flat, out_dtype=torch.float32).unflatten(0, query_NSGD.shape[:2])
+    query, key = query_NSGD.float(), key_NSLD.float()
+    # A CPU is a little faster with the long matrix first, if the other one is a single row.
+    if query.is_cpu and query.shape[2] == 1:
+        return torch.matmul(key, query.transpose(-1, -2)).transpose(-1, -2)
+    return torch.matmul(query, key.transpose(-1, -2))
 
 
 AttentionInterface.register(NAME, attention)

@@ -6,7 +6,7 @@ once. Each adapter adds to its own model's rows alone. Suffixes: M models, N slo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -106,10 +106,10 @@ def _with_layers(trunk: Any, adapters: dict[str, dict[int, Any]], num_models: in
     return tree
 
 
-def can_stack(model: Any) -> bool:
+def can_stack(model: Any) -> TypeGuard[CachedLM]:
     """Return whether running texts are of a kind that may be stacked: those of a model with a
     cache, which is not compiled."""
-    slots = model._slots if isinstance(model, CachedLM) else None
+    slots: Any = model._slots if isinstance(model, CachedLM) else None
     return hasattr(slots, "write") and not slots.write.compiled
 
 
@@ -133,6 +133,11 @@ class ReadAlong:
     def positions(self) -> np.ndarray:
         """(N,) how many tokens each slot holds."""
         return self.model.positions
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory that the slots take, in bytes."""
+        return self.model.cache_bytes
 
     def moving(self, tokens: Tensor, active: np.ndarray) -> np.ndarray:
         """Return the slots (N,) bool that can take a token."""
@@ -217,22 +222,23 @@ class Stack:
 
         self.models, self.along = list(models), along
         everyone = [*models, *([along.model] if along else [])]
-        trunk = stacked([model.trunk for model in everyone])
-        self._slots = joined(trunk, [model._slots for model in everyone])
+        slots: list[Any] = [model._slots for model in everyone]
+        self._slots = joined(stacked([model.trunk for model in everyone]), slots)
 
     def part(self) -> None:
         """Give each model memory of its own again, so that nothing is kept for those that leave."""
         from .slot_cache import joined
 
         for model in self.models:
-            joined(model.trunk, [model._slots])
+            slots: Any = model._slots
+            joined(model.trunk, [slots])
 
     def append(self, tokens: Tensor, active: np.ndarray) -> dict[Any, Tensor]:
         """Add one token (N,) to the slots that are `active` (N,) in all models. Return the states
         (N, H) after it, by trunk."""
         if self.along and not self.along.asked:
             return {model.trunk: model.append(tokens, active) for model in self.models}
-        everyone = [*self.models, *([self.along] if self.along else [])]
+        everyone: list[Any] = [*self.models, *([self.along] if self.along else [])]
         moving = [one.moving(tokens, active) for one in everyone]
         positions = np.concatenate([one.positions for one in everyone])
         ids = self.models[0].known_ids(tokens).repeat(len(everyone))

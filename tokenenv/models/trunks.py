@@ -70,8 +70,8 @@ class Trunks:
     def share_base(self, model: Any) -> bool:
         """Return whether a policy's `model` has the base of a trunk here in common with it, and may
         be read along."""
-        slots = [one for one in self._slots.values() if can_stack(one)]
-        return any(share_base(one.trunk, trunk_of(model)) for one in slots)
+        slots: list[Any] = list(self._slots.values())
+        return any(can_stack(one) and share_base(one.trunk, trunk_of(model)) for one in slots)
 
     def read_along(self, texts: SlotModel | None) -> SlotModel | None:
         """Have a policy's running texts read each token in the forward of the trunks that have the
@@ -84,10 +84,11 @@ class Trunks:
             What the policy reads its texts by from now on. Where nothing can be shared, it is
             `texts`.
         """
-        models = list(self._slots.values())
-        sizes = {(m.num_slots, m.max_length) for m in models if can_stack(m)}
-        fits = can_stack(texts) and sizes == {(texts.num_slots, texts.max_length)}
-        along = ReadAlong(texts) if fits and self.share_base(texts.trunk) else None
+        models: list[Any] = list(self._slots.values())
+        along = None
+        if can_stack(texts) and self.share_base(texts.trunk):
+            sizes = {(model.num_slots, model.max_length) for model in models if can_stack(model)}
+            along = ReadAlong(texts) if sizes == {(texts.num_slots, texts.max_length)} else None
         if along is None and texts is not None:
             return texts
         for stack in self._stacks:

@@ -26,7 +26,7 @@ def _agreement(found: Found) -> Figure:
         overall = _overall(found, task)
         if rows:
             series = [Series(row, points) for row, points in rows.items()]
-            panels.append(Panel(task, series, POSITION, "correlation", zero=True))
+            panels.append(Panel(task, series, POSITION, "correlation", gaps=True, zero=True))
             table += _table(task, rows, "correlation")
         if rows and overall:
             best = highest(overall)

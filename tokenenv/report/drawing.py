@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from tokenenv.report.curves import At
 from tokenenv.report.figure import Figure, Panel, Series
-from tokenenv.report.style import INKS, style_of
+from tokenenv.report.style import INKS, Style, style_of
 from tokenenv.report.words import plain, short
 
 TEXT, DIM, LINE = (INKS[name][0] for name in ("text", "dim", "line"))
 WIDTH, HEIGHT = 4.4, 3.1
 """Of a panel, in inches. A telephone is about as wide, so its letters keep their size there."""
+EXACT = "--"
+"""How a line that is exact is drawn."""
 ROW_HEIGHT = 0.26
 """Of a row in a list of rows."""
 SETTINGS = {
@@ -82,11 +85,13 @@ def whole(figure: Figure, rows: Rows) -> Any:
     return made
 
 
-def swatch(number: int) -> Any:
-    """Return a matplotlib figure of a row's line and marker, for a legend."""
+def swatch(number: int | None) -> Any:
+    """Return a matplotlib figure of a row's line and marker, for a legend; None stands for what is
+    exact."""
     from matplotlib.figure import Figure as Canvas
 
-    made, (colour, marker, dashes) = Canvas(figsize=(0.42, 0.16)), style_of(number)
+    made = Canvas(figsize=(0.42, 0.16))
+    colour, marker, dashes = Style(TEXT, "", EXACT) if number is None else style_of(number)
     axes = made.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(0, 1))
@@ -111,7 +116,7 @@ def _draw(axes: Any, panel: Panel, rows: Rows) -> None:
         if series.lying:
             _mark(axes, series, rows)
         else:
-            _line(axes, series, rows, panel.bands)
+            _line(axes, series, rows, panel)
     if panel.names:
         axes.set_yticks(range(len(panel.names)), [short(name) for name in panel.names])
         axes.set_ylim(-0.7, len(panel.names) - 0.3)
@@ -145,32 +150,39 @@ def _ticks(axes: Any, panel: Panel) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _line(axes: Any, series: Series, rows: Rows, band: bool) -> None:
+def _line(axes: Any, series: Series, rows: Rows, panel: Panel) -> None:
     """Draw a line with its band, or with a larger last mark. The elements of the file are called
     after the row."""
-    x, y = ([getattr(at, name) for at in series.points] for name in ("x", "value"))
+    points = with_gaps(series.points) if panel.gaps else series.points
+    x, y = ([getattr(at, name) for at in points] for name in ("x", "value"))
     if series.row is None:
-        axes.plot(x, y, color=TEXT, ls="--", lw=1.4, gid="exact")
+        axes.plot(x, y, color=TEXT, ls=EXACT, lw=1.4)
         return
     number = rows[series.row]
     colour, marker, dashes = style_of(number)
     (made,) = axes.plot(x, y, color=colour, ls=dashes, marker=marker, ms=4, lw=1.5)
     made.set_gid(f"row-{number}")
-    if not band:
+    if not panel.bands:
         axes.plot(x[-1:], y[-1:], color=colour, marker=marker, ms=8, gid=f"row-{number}-end")
         return
     low, high = (
-        np.array([getattr(at, name) for at in series.points], dtype=float)
-        for name in ("low", "high")
+        np.array([getattr(at, name) for at in points], dtype=float) for name in ("low", "high")
     )
     if np.isfinite(low).any():
         if axes.get_yscale() == "log":
-            low = np.maximum(low, _least(axes, y))
+            low = np.maximum(low, _least(y))
         between = axes.fill_between(x, low, high, color=colour, alpha=0.14, lw=0)
         between.set_gid(f"row-{number}-band")
 
 
-def _least(axes: Any, values: Sequence[float]) -> float:
+def with_gaps(points: Sequence[At]) -> list[At]:
+    """Return a point for each whole x, which has no number where none is known."""
+    known = {at.x: at for at in points}
+    first, last = int(min(known)), int(max(known))
+    return [known.get(x, At(x, math.nan, None, None, 0)) for x in range(first, last + 1)]
+
+
+def _least(values: Sequence[float]) -> float:
     """Return the least positive value: where a band goes on to zero, a logarithm ends it there."""
     return min((value for value in values if value > 0), default=1e-12)
 
@@ -202,7 +214,7 @@ def _legend(made: Any, figure: Figure, rows: Rows) -> None:
         return
     lines = []
     for row in dict.fromkeys(series.row for panel in figure.panels for series in panel.series):
-        look: dict[str, Any] = {"color": TEXT, "ls": "--", "label": "exact"}
+        look: dict[str, Any] = {"color": TEXT, "ls": EXACT, "label": "exact"}
         if row is not None:
             colour, marker, dashes = style_of(rows[row])
             look = {

@@ -37,6 +37,8 @@ class Panel:
     """What the places 0, 1, ... along y are called, where they are no numbers."""
     bands: bool = True
     """Whether lines have bands; a line that turns back along x has none."""
+    gaps: bool = False
+    """Whether x is counted by ones, and a number that is missing breaks the line."""
     zero: bool = False
     """Whether 0 along y has a line."""
 

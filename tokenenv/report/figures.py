@@ -1,28 +1,21 @@
 """The figures of the report, from the tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from tokenenv.bench.summary import ALL
 from tokenenv.report.credit import credit_figures
 from tokenenv.report.curves import At, curves
 from tokenenv.report.figure import Figure, Line, Panel, Series
+from tokenenv.report.ranking import NAMES, leaderboard, tokens_to_goal
 from tokenenv.report.reading import Found
-from tokenenv.report.words import all_of, figure, highest, listed
+from tokenenv.report.words import all_of, highest
 
 TOKENS = "tokens that the policy has written"
 MEAN = (
     "A line is the interquartile mean over seeds, and the band its 95% bootstrap interval; one run "
     "alone has no band."
 )
-NAMES = {
-    "gold": "gold score",
-    "share": "share of the way to the optimum",
-    "score": "sequence score",
-    "objective": "J = gold - beta KL",
-    "regret": "regret J* - J",
-}
-"""What the columns are called along an axis."""
 
 
 def make_figures(found: Found) -> list[Figure]:
@@ -37,126 +30,6 @@ def make_figures(found: Found) -> list[Figure]:
     ]
     made = [*(make(found) for make in makers), *credit_figures(found)]
     return [one for one in made if one.panels]
-
-
-def leaderboard(found: Found) -> Figure:
-    """Return where each row ends, with its interval, environment by environment."""
-    tasks = dict.fromkeys(line["task"] for line in found.summary)
-    panels, table = [], []
-    for task in tasks:
-        column = found.measured.get(task, "share" if task == ALL else "gold")
-        lines = [line for line in found.summary if line["task"] == task]
-        known = [line for line in ranked(lines, column) if line.get(column) is not None]
-        table += [_chosen(line, column) for line in ranked(lines, column)]
-        series = [
-            Series(line["row"], [At(place, *_interval(line, column))], lying=True)
-            for place, line in enumerate(reversed(known))
-        ]
-        if known:
-            names = [line["row"] for line in reversed(known)]
-            panels.append(Panel(task, series, NAMES.get(column, column), "", names=names))
-    return Figure(
-        "leaderboard",
-        "Where each row ends",
-        all_of(_best(found, task) for task in found.tasks),
-        "A mark is the interquartile mean over seeds at the end of the runs, and the bar its 95% "
-        "bootstrap interval. Rows whose bars overlap are not told apart by so few seeds.",
-        panels,
-        table,
-    )
-
-
-def ranked(lines: Sequence[Line], column: str) -> list[Line]:
-    """Return the lines of a summary, the best first and those without a value last."""
-    return sorted(lines, key=lambda line: _order(line.get(column)))
-
-
-def _order(value: float | None) -> tuple[bool, float]:
-    return value is None, 0.0 if value is None else -value
-
-
-def _best(found: Found, task: str) -> str:
-    column = found.measured[task]
-    lines = [line for line in found.summary if line["task"] == task]
-    known = [line for line in ranked(lines, column) if line.get(column) is not None]
-    if not known:
-        return f"No run has finished in {task}."
-    first = known[0]
-    near = [line for line in known[1:] if _overlap(line, first, column)]
-    said = f"In {task}, {first['row']} ends highest: {column} {figure(first, column)}"
-    return f"{said}; {len(near)} other rows overlap with it." if near else f"{said}."
-
-
-def _overlap(line: Line, first: Line, column: str) -> bool:
-    """Return whether the interval of a line reaches that of the first one."""
-    low, high = first.get(f"{column}_low"), line.get(f"{column}_high")
-    return low is not None and high is not None and high >= low
-
-
-def _interval(line: Line, column: str) -> tuple[float, float | None, float | None, int]:
-    low, high = line.get(f"{column}_low"), line.get(f"{column}_high")
-    return line[column], low, high, line.get("finished") or 0
-
-
-def _chosen(line: Line, column: str) -> Line:
-    ends = {name: line.get(f"{column}{end}") for name, end in zip(ENDS, ENDINGS, strict=True)}
-    counts = {name: line.get(name) for name in ("cells", "finished")}
-    return {"task": line["task"], "row": line["row"], "column": column, **ends, **counts}
-
-
-ENDS, ENDINGS = ("value", "low", "high"), ("", "_low", "_high")
-
-
-def tokens_to_goal(found: Found) -> Figure:
-    """Return how many tokens each row took to the goal. Rows that did not get there stand at the
-    budget."""
-    panels, table = [], []
-    for task in found.tasks:
-        lines = [line for line in found.summary if line["task"] == task]
-        lines = [line for line in lines if line.get("goal") and line.get("budget")]
-        lines = sorted(lines, key=lambda line: _order_of_arrival(line), reverse=True)
-        names = ("task", "row", "goal", "goal_bound", "tokens_to_goal", "reached", "finished")
-        table += [{name: line.get(name) for name in (*names, "budget")} for line in lines[::-1]]
-        series = [
-            Series(
-                line["row"],
-                [At(place, line["tokens_to_goal"] or line["budget"], None, None, 0)],
-                lying=True,
-                arrived=line["tokens_to_goal"] is not None,
-            )
-            for place, line in enumerate(lines)
-        ]
-        if lines:
-            goal = f"tokens to {lines[0]['goal']} {lines[0]['goal_bound']:g}"
-            rows = [line["row"] for line in lines]
-            panels.append(Panel(task, series, goal, "", log="x", names=rows))
-    return Figure(
-        "tokens-to-goal",
-        "Tokens to the goal",
-        all_of(_arrived(found, task) for task in found.tasks),
-        "A mark is the median over seeds. An empty arrow stands at the end of the budget: half of "
-        "the runs or more did not get there, and nothing says that they would.",
-        panels,
-        table,
-    )
-
-
-def _order_of_arrival(line: Line) -> tuple[bool, float]:
-    taken = line.get("tokens_to_goal")
-    return taken is None, taken or -(line.get("reached") or 0)
-
-
-def _arrived(found: Found, task: str) -> str:
-    lines = [line for line in found.summary if line["task"] == task and line.get("goal")]
-    there = [line for line in lines if line.get("tokens_to_goal") is not None]
-    if not lines:
-        return ""
-    counted = f"In {task}, {len(there)} of {len(lines)} rows got there"
-    if not there:
-        return f"{counted}."
-    least = min(line["tokens_to_goal"] for line in there)
-    first = listed([line["row"] for line in there if line["tokens_to_goal"] == least])
-    return f"{counted}, the fastest after {least:,} tokens: {first}."
 
 
 def learning_curves(found: Found) -> Figure:
@@ -189,23 +62,23 @@ def regret(found: Found) -> Figure:
 
 
 def gap(found: Found) -> Figure:
-    """Return what the reward paid less the true metric, while learning."""
-    more = ("train_proxy", "train_gold")
+    """Return by how much the gap between the reward and the true metric has grown while
+    learning."""
     made = _along_tokens(
-        found,
+        replace(found, lines=with_growth(found)),
         "proxy-gap",
-        "Proxy less gold over training",
-        "train_gap",
-        "A line that rises says that the policy is paid more than its texts are worth: the reward "
-        f"is being exploited. Its level alone says little, because designs pay on scales of their "
-        f"own. {MEAN}",
-        _grown,
-        axis="what the reward paid less gold, a text",
+        "Proxy less gold, over training",
+        GROWTH,
+        "The gap is what the reward paid for a text less its gold. Designs pay on scales of their "
+        "own, so what is drawn is its growth since the first evaluation: a line that rises says "
+        f"that the reward is being exploited. The file has the gap itself. {MEAN}",
+        lambda task, lines: _grown(task, _ends(lines)),
+        axis="growth of proxy less gold, a text",
         zero=True,
     )
     table = {(line["task"], line["row"], line["tokens"]): line for line in made.table}
     for task in found.tasks:
-        for column in more:
+        for column in ("train_gap", "train_proxy", "train_gold"):
             for row, points in curves(found, task, column).items():
                 for at in points:
                     if (task, row, at.x) in table:
@@ -213,13 +86,28 @@ def gap(found: Found) -> Figure:
     return made
 
 
+GROWTH = "gap_growth"
+
+
+def with_growth(found: Found) -> list[Line]:
+    """Return the lines with the growth of each run's gap since its first evaluation that has
+    one."""
+    first: dict[tuple[str, str, int], float] = {}
+    lines = []
+    for line in found.lines:
+        known, place = line.get("train_gap"), (line["task"], line["row"], line["seed"])
+        if known is not None:
+            first.setdefault(place, known)
+        lines.append(line | {GROWTH: None if known is None else known - first[place]})
+    return lines
+
+
 def _ends(lines: Mapping[str, list[At]]) -> dict[str, float]:
     return {row: points[-1].value for row, points in lines.items()}
 
 
-def _grown(task: str, lines: Mapping[str, list[At]]) -> str:
-    """Say of which row the gap has grown most, from the first evaluation that has one."""
-    grown = {row: points[-1].value - points[0].value for row, points in lines.items()}
+def _grown(task: str, grown: Mapping[str, float]) -> str:
+    """Say of which row the gap has grown most."""
     most = highest(grown)
     if grown[most] < 0.005:
         return f"In {task}, no gap has grown."

@@ -105,23 +105,31 @@ def _legend(figure: Figure, rows: dict[str, int]) -> str:
     some = dict.fromkeys(series.row for panel in figure.panels for series in panel.series)
     keys = [
         f'<button type="button" aria-pressed="false" data-row="{rows[row]}">'
-        f'<svg aria-hidden="true"><use href="#swatch-{rows[row]}"/></svg>{html(row)}</button>'
+        f"{_key(rows[row])}{html(row)}</button>"
         for row in some
         if row is not None
     ]
-    return f'<div class="legend" role="group" aria-label="rows">{"".join(keys)}</div>'
+    exact = f"<span>{_key(EXACT)}exact advantage</span>" if None in some else ""
+    return f'<div class="legend" role="group" aria-label="rows">{"".join(keys)}{exact}</div>'
+
+
+EXACT = "exact"
+
+
+def _key(name: str | int) -> str:
+    return f'<svg aria-hidden="true"><use href="#swatch-{name}"/></svg>'
 
 
 def _swatches(count: int) -> str:
     """Return a symbol of each row's line and marker."""
     made = []
-    for number in range(count):
-        svg = inline(swatch(number), "")
+    for number in (*range(count), None):
+        svg, name = inline(swatch(number), ""), EXACT if number is None else number
         inside, box = svg[svg.index(">") + 1 : svg.rindex("</svg>")], svg.partition('viewBox="')[2]
         made.append(
-            f'<symbol id="swatch-{number}" viewBox="{box.partition(chr(34))[0]}">{inside}</symbol>'
+            f'<symbol id="swatch-{name}" viewBox="{box.partition(chr(34))[0]}">{inside}</symbol>'
         )
-    return f'<svg width="0" height="0" aria-hidden="true">{"".join(made)}</svg>'
+    return f'<svg class="swatches" aria-hidden="true">{"".join(made)}</svg>'
 
 
 def _heat_maps(shown: Sequence[texts.Shown], folder: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from tokenenv.bench.shown import to_goal
 from tokenenv.bench.summary import ALL
 from tokenenv.report.commands import cell_command, is_asked, whole_command
-from tokenenv.report.figures import ranked
+from tokenenv.report.ranking import ranked
 from tokenenv.report.reading import Found, Line
 from tokenenv.report.words import figure, html
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from tokenenv.report.figure import Line
 from tokenenv.report.reading import Found, number
-from tokenenv.report.words import html, plain
+from tokenenv.report.words import html, plain, short
 from tokenenv.safety.shown import visible
 
 REWARD = "reward"
@@ -98,10 +98,18 @@ def _heat_map(shown: Shown) -> str:
         if (value := _known(shown, name)) is not None
     ]
     about = html(f"seed {shown.seed}, after {_known(shown, 'tokens_seen') or 0:,} tokens{more}")
+    prompt = shown.text.get("prompt")
+    asked = f'<p class="prompt">{html(short(prompt, 200))}</p>' if _is_words(prompt) else ""
     said = f"<b>{html(shown.row)}</b> <span>{about}</span> <span>{html(', '.join(facts))}</span>"
     return (
-        f'<figure class="text"><figcaption>{said}</figcaption><div>{"".join(boxes)}</div></figure>'
+        f'<figure class="text"><figcaption>{said}</figcaption>{asked}'
+        f"<div>{''.join(boxes)}</div></figure>"
     )
+
+
+def _is_words(prompt: Any) -> bool:
+    """Return whether a prompt is a text; it is a list of ids where there is no tokenizer."""
+    return isinstance(prompt, str) and bool(prompt.strip())
 
 
 def _known(shown: Shown, name: str) -> Any:

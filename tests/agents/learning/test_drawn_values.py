@@ -22,6 +22,8 @@ from tokenenv.agents.learning.learner import (
     token_logprobs,
     values_unknown,
 )
+from tokenenv.agents.rollout import text_collector
+from tokenenv.models.trunks import trunk_of
 
 SAME_STEP = AutoresetMode.SAME_STEP
 
@@ -116,13 +118,17 @@ def test_an_update_from_them_is_the_update_that_computes_them(algorithm, case):
 
 def forwards(agent, monkeypatch):
     """The number of texts in each of the forwards that the policy's trunk runs from now on."""
-    texts, states = [], type(agent.policy).states
+    texts, policy = [], type(agent.policy)
 
-    def counted(policy, tokens, lengths):
-        texts.append(len(tokens))
-        return states(policy, tokens, lengths)
+    def counting(forward):
+        def counted(self, tokens, lengths):
+            texts.append(len(tokens))
+            return forward(self, tokens, lengths)
 
-    monkeypatch.setattr(type(agent.policy), "states", counted)
+        return counted
+
+    for name in ("states", "value_states"):
+        monkeypatch.setattr(policy, name, counting(getattr(policy, name)))
     return texts
 
 
@@ -200,6 +206,54 @@ def test_the_critic_that_starts_at_the_mean_return_is_another_one():
     torch.testing.assert_close(
         batch.learned["value"], state_values(agent.policy, before, 1000)[:, :-1]
     )
+
+
+def read_by(trunk):
+    """The number of texts in each forward of a trunk from now on."""
+    texts = []
+    trunk.register_forward_pre_hook(
+        lambda module, args, kwargs: texts.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return texts
+
+
+def test_a_trunk_is_read_for_what_is_asked_of_it_alone():
+    agent = agent_of(toy(), separate_value=True)
+    batch = collected(agent)
+    of_policy, of_critic = read_by(trunk_of(agent.policy.model)), read_by(agent.policy.value_trunk)
+    values = state_values(agent.policy, batch, 10_000)
+    assert (of_policy, sum(of_critic)) == ([], len(batch))
+    logprobs = token_logprobs(agent.policy, batch, 10_000)
+    assert sum(of_policy) == sum(of_critic) == len(batch)
+    both = logprobs_and_values(agent.policy, batch, 10_000)
+    torch.testing.assert_close(both, (logprobs, values))
+
+
+def test_an_engine_without_a_critic_costs_one_forward_before_the_update(monkeypatch):
+    monkeypatch.setitem(text_collector.ENGINES, "vllm", "local_engine:LocalEngine")
+    agent = agent_of(toy(), rollout="vllm")
+    found, read = [], read_by(trunk_of(agent.policy.model))
+    monkeypatch.setattr(agent.collector, "refresh", lambda: None)
+
+    def optimise(batch, make_loss):
+        found.append((batch, list(read)))
+        return {}
+
+    monkeypatch.setattr(agent, "optimise", optimise)
+    read.clear()
+    collect = agent.collector.collect
+
+    def collected_alone(tokens):
+        episodes = collect(tokens)
+        read.clear()
+        return episodes
+
+    monkeypatch.setattr(agent.collector, "collect", collected_alone)
+    agent.learn(60)
+    batch, texts = found[0]
+    assert sum(texts) == len(batch)
+    whole = state_values(agent.policy, batch, 1000)
+    torch.testing.assert_close(batch.learned["old_value"], whole[:, :-1])
 
 
 def test_one_forward_gives_log_probs_and_values():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
 from tokenenv.conformance.sources import functions_of
-from tokenenv.conformance.subjects import Subject
+from tokenenv.conformance.subjects import DENSE_WORLD, KL_WORLD, Subject
 
 GAE = {
     "normalize_advantages": True,
@@ -30,25 +30,28 @@ def subjects(root: Path) -> list[Subject]:
         **{name: getattr(utils, name) for name in shared},
     )
 
-    def of(kind: str, **settings: Any) -> Any:
-        def advantages(b: Batch) -> Tensor:
+    def of(kind: str, which: int = 0, **settings: Any) -> Any:
+        def found(b: Batch) -> Tensor:
             kl = {"use_kl_in_reward": True, "reference_policy_kl_type": "k1"}
             loss_config = SimpleNamespace(**kl, reference_policy_kl_penalty=b.kl_coef)
             options: Any = SimpleNamespace(**settings)
             if kind == "GeneralizedAdvantageEstimator":
                 options = GAE | {"gae_lambda": b.lambda_}
-            return _called(getattr(estimators, kind)(options, loss_config), b)
+            return _called(getattr(estimators, kind)(options, loss_config), b)[which]
 
-        return advantages
+        return found
 
     grpo, plus = "GRPOAdvantageEstimator", "ReinforcePlusPlusAdvantageEstimator"
 
     def group(name: str, normalize: bool, others: bool) -> Subject:
         function = of(grpo, normalize_rewards=normalize, use_leave_one_out_baseline=others)
-        return Subject(name, "groups", function, kl_elsewhere=True)
+        return Subject(name, "groups", function, without=(KL_WORLD,))
 
     return [
         Subject("gae", "advantages", of("GeneralizedAdvantageEstimator")),
+        Subject(
+            "gae, returns", "returns", of("GeneralizedAdvantageEstimator", which=1), (DENSE_WORLD,)
+        ),
         Subject("reinforce++", "advantages", of(plus, minus_baseline=False)),
         Subject("reinforce++ minus baseline", "groups", of(plus, minus_baseline=True)),
         group("grpo, leave one out", True, True),
@@ -58,7 +61,7 @@ def subjects(root: Path) -> list[Subject]:
     ]
 
 
-def _called(estimator: Any, b: Batch) -> Tensor:
+def _called(estimator: Any, b: Batch) -> tuple[Tensor, ...]:
     found = estimator.compute_advantage(
         prompt_ids=b.groups[:, None],
         rewards=b.scores.float(),  # its means over a group are float32
@@ -69,7 +72,7 @@ def _called(estimator: Any, b: Batch) -> Tensor:
         logprobs_policy=b.old_logprobs.float(),
         logprobs_reference=b.ref_logprobs.float(),
     )
-    return found[0] if isinstance(found, tuple) else found
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _kl(utils: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
 from tokenenv.conformance.sources import functions_of
-from tokenenv.conformance.subjects import Subject
+from tokenenv.conformance.subjects import DENSE_WORLD, Subject
 
 SOLO = ("gae", "reinforce")
 GROUPS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
@@ -31,8 +31,9 @@ def subjects(root: Path) -> list[Subject]:
         root / "openrlhf/models/loss.py", masked_mean=utils.masked_mean, nn=torch.nn
     )
     return [
-        *(Subject(name, "advantages", _advantages(maker, utils, name)) for name in SOLO),
-        *(Subject(name, "groups", _advantages(maker, utils, name)) for name in GROUPS),
+        Subject("gae, returns", "returns", _found(maker, utils, "gae", "returns"), (DENSE_WORLD,)),
+        *(Subject(name, "advantages", _found(maker, utils, name)) for name in SOLO),
+        *(Subject(name, "groups", _found(maker, utils, name)) for name in GROUPS),
         *(
             Subject(f"clipped loss, {how}", "loss", _loss(losses, flag))
             for how, flag in LOSSES.items()
@@ -42,8 +43,8 @@ def subjects(root: Path) -> list[Subject]:
     ]
 
 
-def _advantages(maker: Any, utils: Any, estimator: str) -> Any:
-    def advantages(b: Batch) -> Tensor:
+def _found(maker: Any, utils: Any, estimator: str, which: str = "advantages") -> Any:
+    def found(b: Batch) -> Tensor:
         settings = SimpleNamespace(
             estimator=estimator, gamma=1.0, lambd=b.lambda_, no_std_norm=False
         )
@@ -63,9 +64,10 @@ def _advantages(maker: Any, utils: Any, estimator: str) -> Any:
         self = object.__new__(maker)
         self.strategy, self.advantage_estimator = SimpleNamespace(args=args), estimator
         self.kl_ctl = SimpleNamespace(value=b.kl_coef)
-        return maker.compute_advantages_and_returns(self, [experience])[0].advantages
+        made = maker.compute_advantages_and_returns(self, [experience])[0]
+        return getattr(made, which)
 
-    return advantages
+    return found
 
 
 def _loss(losses: Any, token_mean: bool) -> Any:

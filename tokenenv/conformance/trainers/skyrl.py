@@ -34,20 +34,22 @@ def subjects(root: Path) -> list[Subject]:
         apply_off_policy_correction=lambda loss, old, rollout, mask, config: (loss, mask, {}),
     )
 
-    def solo(function: Any, own: bool = False) -> Any:
-        def advantages(b: Batch) -> Tensor:
-            return _called(function, b, own, values=b.values, gamma=1.0, lambd=b.lambda_)
+    def solo(function: Any, own: bool = False, which: int = 0) -> Any:
+        def found(b: Batch) -> Tensor:
+            return _called(function, b, own, values=b.values, gamma=1.0, lambd=b.lambda_)[which]
 
-        return advantages
+        return found
 
     def grouped(function: Any, **options: Any) -> Any:
-        return lambda b: _called(function, b, False, index=b.groups.numpy(), **options)
+        return lambda b: _called(function, b, False, index=b.groups.numpy(), **options)[0]
 
+    gae = utils.compute_gae_advantage_return
     grpo = utils.compute_grpo_outcome_advantage
     plus = utils.compute_reinforce_plus_plus_outcome_advantage
     undivided = grouped(grpo, grpo_norm_by_std=False)
     return [
-        Subject("gae", "advantages", solo(utils.compute_gae_advantage_return)),
+        Subject("gae", "advantages", solo(gae)),
+        Subject("gae, returns", "returns", solo(gae, which=1)),
         Subject("reinforce++", "advantages", solo(plus)),
         Subject("reinforce++, mask of own tokens", "advantages", solo(plus, own=True)),
         Subject("rloo", "groups", grouped(utils.compute_rloo_outcome_advantage)),
@@ -58,10 +60,9 @@ def subjects(root: Path) -> list[Subject]:
     ]
 
 
-def _called(function: Any, b: Batch, own: bool, **options: Any) -> Tensor:
+def _called(function: Any, b: Batch, own: bool, **options: Any) -> Any:
     mask = (b.mask if own else b.text_mask).double()
-    found: Tensor = function(token_level_rewards=b.penalised, response_mask=mask, **options)[0]
-    return found
+    return function(token_level_rewards=b.penalised, response_mask=mask, **options)
 
 
 def _loss(utils: Any, reduction: str) -> Any:

@@ -37,9 +37,9 @@ def subjects(root: Path) -> list[Subject]:
     config = _Config(gamma=1.0, clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2)
     config.global_batch_info = {}
 
-    def gae(b: Batch) -> Tensor:
+    def gae(b: Batch) -> Any:
         known = b.penalised, b.values, b.mask.double()
-        return core.compute_gae_advantage_return(*known, gamma=1.0, lam=b.lambda_)[0]
+        return core.compute_gae_advantage_return(*known, gamma=1.0, lam=b.lambda_)
 
     def outcome(function: Any, **options: Any) -> Any:
         def advantages(b: Batch) -> Tensor:
@@ -48,7 +48,10 @@ def subjects(root: Path) -> list[Subject]:
 
         return advantages
 
-    found = [Subject("gae", "advantages", gae)]
+    found = [
+        Subject("gae", "advantages", lambda b: gae(b)[0]),
+        Subject("gae, returns", "returns", lambda b: gae(b)[1]),
+    ]
     found += [Subject(n, "advantages", outcome(getattr(core, f))) for n, f in SOLO.items()]
     found += [
         Subject(n, "groups", outcome(getattr(core, f)))
