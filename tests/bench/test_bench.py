@@ -13,15 +13,15 @@ from tokenenv.bench.cells import train_of
 from tokenenv.bench.events import Event, played
 from tokenenv.bench.play import play
 from tokenenv.bench.processes import run_in_processes
+from tokenenv.bench.versions import versions
 from tokenenv.errors import InvalidArgument
 
-TINY = {"max_new_tokens": 4, "vocab_size": 6}
 SETTINGS = {
     "env": "tokenenv/DelayedKey-v0",
     "num_envs": 8,
-    "total_tokens": 200,
-    "options": {"max_new_tokens": 4},
-    "agent": {"batch_tokens": 64, "lr": 1e-3},
+    "total_tokens": 100,
+    "options": {"max_new_tokens": 4, "vocab_size": 8, "num_keys": 2},
+    "agent": {"batch_tokens": 32, "lr": 1e-3, "epochs": 1, "minibatches": 1},
 }
 """A run of a tenth of a second."""
 
@@ -46,12 +46,26 @@ def in_process(monkeypatch):
     return played_cells
 
 
+@pytest.fixture
+def in_no_time(in_process, monkeypatch):
+    """The same, with a record that is made up."""
+
+    def play(settings, points, texts, on_tokens):
+        point = {"point": 0, "tokens": 0, "gold": 0.5, "share": None, "train_gap": 0.0}
+        return {"settings": settings, "versions": versions(), "points": [point] * (points + 1)}
+
+    monkeypatch.setattr("tokenenv.bench.play.play", play)
+    return in_process
+
+
 def test_the_table_has_a_line_for_each_evaluation(tmp_path, in_process):
     found = bench(grid(), tmp_path / "out")
-    names = "results", "summary", "comparisons"
-    assert [path.name for path in found.written] == [
-        f"{name}.{kind}" for name in names for kind in ("csv", "parquet")
+    assert [path.name for path in found.written if path.suffix == ".csv"] == [
+        "results.csv",
+        "summary.csv",
+        "comparisons.csv",
     ]
+    assert len(found.summary) == len(found.comparisons) == 2
     lines = list(csv.DictReader(found.written[0].open()))
     assert len(lines) == len(found.lines) == 2 * 2 * 3
     for line, read in zip(found.lines, lines, strict=True):
@@ -59,7 +73,7 @@ def test_the_table_has_a_line_for_each_evaluation(tmp_path, in_process):
         assert {k: "" if v is None else str(v) for k, v in line.items()} == read
     first, last = found.lines[0], found.lines[2]
     assert (first["tokens"], first["train_texts"], first["train_proxy"]) == (0, 0, None)
-    assert last["tokens"] >= 200
+    assert last["tokens"] >= 100
     assert last["reward"] == "terminal"
     assert last["agent.lr"] == 1e-3
     assert last["agent.clip_range"] == 0.2  # a default, written out
@@ -75,31 +89,31 @@ def test_parquet_and_csv_hold_the_same(tmp_path, in_process):
     assert parquet.read_table(found.written[1]).to_pylist() == found.lines
 
 
-def test_without_pyarrow_there_is_the_csv(tmp_path, in_process, monkeypatch):
+def test_without_pyarrow_there_is_the_csv(tmp_path, in_no_time, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     found = bench(grid(seeds=1), tmp_path / "out")
-    names = [path.name for path in found.written]
-    assert names == ["results.csv", "summary.csv", "comparisons.csv"]
+    assert {path.suffix for path in found.written} == {".csv"}
+    assert found.written[0].read_text()
 
 
-def test_finished_cells_are_not_run_again(tmp_path, in_process):
+def test_finished_cells_are_not_run_again(tmp_path, in_no_time):
     before = bench(grid(), tmp_path / "out").lines
-    assert len(in_process) == 4
-    in_process.clear()
+    assert len(in_no_time) == 4
+    in_no_time.clear()
     assert bench(grid(), tmp_path / "out").lines == before
     # Another label is no other cell; another seed and another setting are.
     labels = {"terminal": "terminal", "good": {"reward": "oracle", "agent": {"lr": 2e-3}}}
     bench(grid(designs=labels, seeds=[0, 2]), tmp_path / "out")
-    assert sorted(in_process) == [
+    assert sorted(in_no_time) == [
         "tokenenv/DelayedKey-v0 / good / seed 0",
         "tokenenv/DelayedKey-v0 / good / seed 2",
         "tokenenv/DelayedKey-v0 / terminal / seed 2",
     ]
 
 
-def test_rows_with_the_same_settings_are_run_once(tmp_path, in_process):
+def test_rows_with_the_same_settings_are_run_once(tmp_path, in_no_time):
     found = bench(grid(rows={"again": {"reward": "terminal"}}, seeds=1), tmp_path / "out")
-    assert len(in_process) == 2
+    assert len(in_no_time) == 2
     assert len({line["row"] for line in found.lines}) == 3
 
 
@@ -137,7 +151,7 @@ def test_a_cell_learns_what_the_agent_alone_learns():
     """The evaluations on the way change nothing."""
     train = train_of(SETTINGS)
     agent = PPO(train.make_envs(), train.agent)
-    agent.learn(200)
+    agent.learn(100)
     last = play(SETTINGS, 4, 8)["points"][-1]
     assert (last["tokens"], last["updates"]) == (agent.tokens_seen, agent.updates)
     assert last["train_length"] == agent.metrics["episode/length"]
@@ -145,53 +159,53 @@ def test_a_cell_learns_what_the_agent_alone_learns():
     assert [one[k] for k in ("gold", "kl", "regret")] == [last[k] for k in ("gold", "kl", "regret")]
 
 
-def test_processes_play_all_cells_as_this_process_does(tmp_path):
-    cells = grid(designs={"end": "terminal", "bad": "process"}).cells()
+def test_processes_play_what_this_process_plays_and_may_die(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\ndef brief(prompt, response):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reviews = {"env": "tokenenv/Reviews-v0", "options": {}}
+    whole = {name: value for name, value in SETTINGS.items() if name != "options"}
+    rows = {
+        "end": {"options": SETTINGS["options"]},
+        "bad": {"reward": "process"},
+        "deadly": reviews | {"reward": "deadly:brief"},
+        "after": {"options": SETTINGS["options"], "reward": "oracle"},
+    }
+    cells = grid(designs={}, rows=rows, settings=whole, seeds=1).cells()
     events = []
-    run_in_processes(cells, 2, events.append)
-    ended = {e.cell.key: e for e in events if e.kind in ("finished", "failed")}
-    assert sorted(e.kind for e in ended.values()) == ["failed", "failed", "finished", "finished"]
-    assert "step_end_token_ids" in ended[cells[2].key].value
-    here = played(cells[0])[1]
-    there = ended[cells[0].key].value
+    run_in_processes(cells, 1, events.append)
+    ended = {e.cell.row: (e.kind, e.value) for e in events if e.kind in ("finished", "failed")}
+    # A process that dies fails its cell alone, and another one takes its place.
+    assert ended["deadly"] == ("failed", "its process ended with SIGKILL; was there enough memory?")
+    assert ended["after"][0] == "finished"
+    assert ended["bad"][0] == "failed"
+    assert "step_end_token_ids" in ended["bad"][1]
+    here, there = played(cells[0])[1], ended["end"][1]
     for one, other in zip(here["points"], there["points"], strict=True):
         assert one["regret"] == pytest.approx(other["regret"], abs=1e-6)
     assert there["versions"] == here["versions"]
     assert any(e.kind == "learns" for e in events)
 
 
-def test_a_process_that_dies_fails_its_cell_alone(tmp_path, monkeypatch):
-    (tmp_path / "deadly.py").write_text(
-        "import os, signal\ndef brief(prompt, response):\n    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    rows = {"deadly": {"env": "tokenenv/Reviews-v0", "reward": "deadly:brief"}, "end": {}}
-    events = []
-    run_in_processes(grid(designs={}, rows=rows, seeds=1).cells(), 1, events.append)
-    ended = {e.cell.row: (e.kind, e.value) for e in events if e.kind in ("finished", "failed")}
-    assert ended["deadly"] == ("failed", "its process ended with SIGKILL; was there enough memory?")
-    assert ended["end"][0] == "finished"
-
-
-def test_a_listener_that_is_interrupted_leaves_whole_cells(tmp_path, in_process):
+def test_a_listener_that_is_interrupted_leaves_whole_cells(tmp_path, in_no_time):
     def stop(event):
         if event.kind == "finished":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         bench(grid(), tmp_path / "out", on_event=stop)
-    assert len(in_process) == 1
+    assert len(in_no_time) == 1
     files = list((tmp_path / "out" / "cells").iterdir())
     assert [path.suffix for path in files] == [".json"]
     assert json.loads(files[0].read_text())["points"]
     assert len(list(csv.DictReader((tmp_path / "out" / "results.csv").open()))) == 3
-    in_process.clear()
+    in_no_time.clear()
     bench(grid(), tmp_path / "out")
-    assert len(in_process) == 3
+    assert len(in_no_time) == 3
 
 
-def test_a_damaged_cell_is_named(tmp_path, in_process):
+def test_a_damaged_cell_is_named(tmp_path, in_no_time):
     bench(grid(seeds=1), tmp_path / "out")
     path = next((tmp_path / "out" / "cells").iterdir())
     path.write_text(path.read_text()[:100])
@@ -199,7 +213,7 @@ def test_a_damaged_cell_is_named(tmp_path, in_process):
         bench(grid(seeds=1), tmp_path / "out")
 
 
-def test_arguments_are_checked(tmp_path, in_process):
+def test_arguments_are_checked(tmp_path, in_no_time):
     for wrong, message in (
         ({"workers": 0}, "workers=0 must be"),
         ({"launcher": "slurm"}, "launcher='slurm' is not known"),

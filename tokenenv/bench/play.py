@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ class Curve:
 
     def _after_update(self, metrics: Mapping[str, float], episodes: Sequence[Episode]) -> None:
         if not self._last:
-            self.credit = by_position(self.agent, episodes)
-            self.texts += shown(self.agent, episodes, self._beta)
+            with self._aside():
+                self.credit = by_position(self.agent, episodes)
+                self.texts += shown(self.agent, episodes, self._beta)
         self._last = episodes
         self._episodes += episodes
         seen = self.agent.tokens_seen
@@ -117,27 +119,35 @@ class Curve:
         self.on_tokens(seen, self.total)
 
     def _point(self) -> None:
-        """Evaluate the policy, and stop the clocks meanwhile."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        if self.points:
-            self._seconds += wall - self._began[0]
-            self._cpu += cpu - self._began[1]
-        with self._read.paused():
-            found = self.measure()
-        trained = {name: mean_of([of(e) for e in self._episodes]) for name, of in TRAINED.items()}
-        self.points.append(
-            {
+        """Evaluate the policy."""
+        with self._aside():
+            about = {
                 "point": len(self.points),
                 "tokens": self.agent.tokens_seen,
                 "reward_tokens": self._read.count,
                 "updates": self.agent.updates,
                 "seconds": self._seconds,
                 "cpu_seconds": self._cpu,
-                **found,
-                "train_texts": len(self._episodes),
-                **filled(trained, tuple(TRAINED)),
-                "train_credit": agreement(self.agent, self._episodes, self._beta),
             }
-        )
-        self._episodes = []
+            self.points.append(about | self.measure() | self._trained())
+            self._episodes = []
+
+    def _trained(self) -> dict[str, Any]:
+        """Return the columns about the texts that were learnt from since the point before."""
+        means = {name: mean_of([of(e) for e in self._episodes]) for name, of in TRAINED.items()}
+        return {
+            "train_texts": len(self._episodes),
+            **filled(means, tuple(TRAINED)),
+            "train_credit": agreement(self.agent, self._episodes, self._beta),
+        }
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Stop the clocks, and count no tokens that are read meanwhile."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        if self.points:  # what comes before the first one is no learning
+            self._seconds += wall - self._began[0]
+            self._cpu += cpu - self._began[1]
+        with self._read.paused():
+            yield
         self._began = time.perf_counter(), time.process_time()

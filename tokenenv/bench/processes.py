@@ -47,7 +47,8 @@ def _give(worker: Worker, waiting: list[Cell], on_event: OnEvent) -> None:
     """Have a worker play the next cell, if there is one."""
     if waiting:
         worker.cell = waiting.pop()
-        worker.pipe.send(worker.cell)
+        with suppress(OSError):  # it has died, which is heard next
+            worker.pipe.send(worker.cell)
         on_event(Event(worker.cell, "began"))
 
 
