@@ -16,7 +16,8 @@ from tokenenv.conformance.checks import (
 from tokenenv.conformance.kl import KLReport, check_kl
 from tokenenv.conformance.report import Report
 
-KL_WORLD, DENSE_WORLD = "KL in the reward", "rewards on every token"
+KL_WORLDS = ("KL in the reward",)
+DENSE_WORLDS = ("rewards on every token", "turns that some texts lack")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Subject:
     function: Callable[[Batch], Tensor]
     without: tuple[str, ...] = ()
     """Names of worlds that say nothing about it: that with a KL, where its trainer has the penalty
-    in another place; and for targets that with rewards on every token, where it takes one number a
-    text."""
+    in another place; and for a critic's targets those with rewards on every token, where it takes
+    one number a text."""
 
     def check(self) -> Report | KLReport:
         """Check it in all worlds that say something about it."""

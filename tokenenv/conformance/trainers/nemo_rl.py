@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
 from tokenenv.conformance.sources import functions_of
-from tokenenv.conformance.subjects import DENSE_WORLD, KL_WORLD, Subject
+from tokenenv.conformance.subjects import DENSE_WORLDS, KL_WORLDS, Subject
 
 GAE = {
     "normalize_advantages": True,
@@ -45,12 +45,12 @@ def subjects(root: Path) -> list[Subject]:
 
     def group(name: str, normalize: bool, others: bool) -> Subject:
         function = of(grpo, normalize_rewards=normalize, use_leave_one_out_baseline=others)
-        return Subject(name, "groups", function, without=(KL_WORLD,))
+        return Subject(name, "groups", function, without=KL_WORLDS)
 
     return [
         Subject("gae", "advantages", of("GeneralizedAdvantageEstimator")),
         Subject(
-            "gae, returns", "returns", of("GeneralizedAdvantageEstimator", which=1), (DENSE_WORLD,)
+            "gae, returns", "returns", of("GeneralizedAdvantageEstimator", which=1), DENSE_WORLDS
         ),
         Subject("reinforce++", "advantages", of(plus, minus_baseline=False)),
         Subject("reinforce++ minus baseline", "groups", of(plus, minus_baseline=True)),

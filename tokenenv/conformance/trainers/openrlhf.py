@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
 from tokenenv.conformance.sources import functions_of
-from tokenenv.conformance.subjects import DENSE_WORLD, Subject
+from tokenenv.conformance.subjects import DENSE_WORLDS, Subject
 
 SOLO = ("gae", "reinforce")
 GROUPS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
@@ -31,7 +31,7 @@ def subjects(root: Path) -> list[Subject]:
         root / "openrlhf/models/loss.py", masked_mean=utils.masked_mean, nn=torch.nn
     )
     return [
-        Subject("gae, returns", "returns", _found(maker, utils, "gae", "returns"), (DENSE_WORLD,)),
+        Subject("gae, returns", "returns", _found(maker, utils, "gae", "returns"), DENSE_WORLDS),
         *(Subject(name, "advantages", _found(maker, utils, name)) for name in SOLO),
         *(Subject(name, "groups", _found(maker, utils, name)) for name in GROUPS),
         *(

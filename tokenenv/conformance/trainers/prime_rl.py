@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenenv.conformance.batches import Batch
 from tokenenv.conformance.sources import functions_of
-from tokenenv.conformance.subjects import KL_WORLD, Subject
+from tokenenv.conformance.subjects import KL_WORLDS, Subject
 
 FOLDER = "src/prime_rl/orchestrator/algo"
 LOSSES: dict[str, tuple[str, dict[str, float]]] = {
@@ -30,7 +30,7 @@ def subjects(root: Path) -> list[Subject]:
     ).GRPOAlgorithm
     losses = functions_of(root / "src/prime_rl/trainer/rl/loss.py", LossOutputs=SimpleNamespace)
     return [
-        Subject("grpo", "groups", lambda b: _credit(grpo, b), without=(KL_WORLD,)),
+        Subject("grpo", "groups", lambda b: _credit(grpo, b), without=KL_WORLDS),
         *(Subject(name, "loss", _loss(losses, *how)) for name, how in LOSSES.items()),
     ]
 
