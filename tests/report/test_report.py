@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import xml.etree.ElementTree as tree
+from dataclasses import replace
 
 import pytest
 from benches import DESIGNS, EVIL, TEXT, lines_of, made, rewrite, with_credit
@@ -36,9 +37,15 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A bench with everything that a report can show."""
-    return with_credit(made(tmp_path_factory.mktemp("bench") / "small"))
+def plain(tmp_path_factory):
+    """A bench as it is."""
+    return made(tmp_path_factory.mktemp("bench") / "plain")
+
+
+@pytest.fixture(scope="module")
+def folder(plain, tmp_path_factory):
+    """The same with credit that is known here."""
+    return with_credit(shutil.copytree(plain, tmp_path_factory.mktemp("bench") / "small"))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,30 @@ def test_the_files_have_the_numbers_of_the_tables(folder, report):
         assert growth == pytest.approx(float(line["train_gap"]) - first[line["row"]], abs=1e-6)
         proxy, gold, gap = (float(line[f"train_{name}"]) for name in ("proxy", "gold", "gap"))
         assert gap == pytest.approx(proxy - gold, abs=1e-6)
+
+
+def test_a_bench_has_recorded_all_that_a_report_shows(plain):
+    assert set(figures_of(plain)) == NAMES
+    shown = texts.lines(texts.chosen(read(plain)))
+    assert len(shown) == 4 * len(DESIGNS)
+    assert {line["row"] for line in shown} == set(DESIGNS)
+    assert all(isinstance(line[name], float) for line in shown for name in ("reward", "exact"))
+
+
+def test_a_large_bench_has_a_page_of_bounded_size(folder, monkeypatch):
+    drawing = f"<svg>{'x' * 40_000}</svg>"
+    monkeypatch.setattr("tokenenv.report.page.inline", lambda made, said: drawing)
+    found, figures = read(folder), make_figures(read(folder))[:1]
+    many = [replace(figures[0], panels=figures[0].panels * 9)]
+    text = page(found, many, [], "report")
+    assert text.count("x" * 40_000) == 4 + len(DESIGNS) + 1  # and one for each key of a legend
+    assert "More environments are in the files: 5." in text
+    (one, *_) = texts.chosen(found)
+    monkeypatch.setattr("tokenenv.report.texts.MOST_OF_ALL", 4)
+    assert len(texts.chosen(found)) == 2
+    long = one._replace(text={"tokens": ["a"] * 500, "token_rewards": [1.0] * 500})
+    assert texts.heat_maps([long]).count("<b>a</b>") == 128
+    assert "the first 128 of 500 tokens" in texts.heat_maps([long])
 
 
 def test_credit_and_texts_are_those_of_the_cells(folder):
