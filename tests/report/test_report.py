@@ -9,6 +9,7 @@ import shlex
 import shutil
 import xml.etree.ElementTree as tree
 from dataclasses import replace
+from math import nan
 
 import pytest
 from benches import DESIGNS, EVIL, TEXT, lines_of, made, rewrite, with_credit
@@ -18,7 +19,7 @@ from tokenenv.cli import main
 from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.report import texts, write_report
 from tokenenv.report.curves import over_seeds
-from tokenenv.report.drawing import drawn, save, whole
+from tokenenv.report.drawing import drawn, save, whole, with_gaps
 from tokenenv.report.figures import make_figures
 from tokenenv.report.page import page
 from tokenenv.report.reading import read
@@ -286,6 +287,14 @@ def test_one_seed_has_no_interval(tmp_path):
     } == {None}
     assert over_seeds(0, [1.0]) == (0, 1.0, None, None, 1)
     assert over_seeds(0, [1.0, 1.0]) == (0, 1.0, 1.0, 1.0, 2)
+
+
+def test_a_line_breaks_where_nothing_is_known():
+    points = [over_seeds(1, [0.5]), over_seeds(4, [1.0])]
+    assert [at.x for at in with_gaps(points)] == [1, 2, 3, 4]
+    assert [at.value for at in with_gaps(points)] == pytest.approx(
+        [0.5, nan, nan, 1.0], nan_ok=True
+    )
 
 
 def test_the_tables_alone_are_enough(folder, tmp_path):
