@@ -8,6 +8,8 @@ import re
 import shlex
 import shutil
 import xml.etree.ElementTree as tree
+from dataclasses import replace
+from math import nan
 
 import pytest
 from benches import DESIGNS, EVIL, TEXT, lines_of, made, rewrite, with_credit
@@ -17,7 +19,7 @@ from tokenenv.cli import main
 from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.report import texts, write_report
 from tokenenv.report.curves import over_seeds
-from tokenenv.report.drawing import drawn, save, whole
+from tokenenv.report.drawing import drawn, save, whole, with_gaps
 from tokenenv.report.figures import make_figures
 from tokenenv.report.page import page
 from tokenenv.report.reading import read
@@ -36,9 +38,15 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A bench with everything that a report can show."""
-    return with_credit(made(tmp_path_factory.mktemp("bench") / "small"))
+def plain(tmp_path_factory):
+    """A bench as it is."""
+    return made(tmp_path_factory.mktemp("bench") / "plain")
+
+
+@pytest.fixture(scope="module")
+def folder(plain, tmp_path_factory):
+    """The same with credit that is known here."""
+    return with_credit(shutil.copytree(plain, tmp_path_factory.mktemp("bench") / "small"))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +138,30 @@ def test_the_files_have_the_numbers_of_the_tables(folder, report):
         assert growth == pytest.approx(float(line["train_gap"]) - first[line["row"]], abs=1e-6)
         proxy, gold, gap = (float(line[f"train_{name}"]) for name in ("proxy", "gold", "gap"))
         assert gap == pytest.approx(proxy - gold, abs=1e-6)
+
+
+def test_a_bench_has_recorded_all_that_a_report_shows(plain):
+    assert set(figures_of(plain)) == NAMES
+    shown = texts.lines(texts.chosen(read(plain)))
+    assert len(shown) == 4 * len(DESIGNS)
+    assert {line["row"] for line in shown} == set(DESIGNS)
+    assert all(isinstance(line[name], float) for line in shown for name in ("reward", "exact"))
+
+
+def test_a_large_bench_has_a_page_of_bounded_size(folder, monkeypatch):
+    drawing = f"<svg>{'x' * 40_000}</svg>"
+    monkeypatch.setattr("tokenenv.report.page.inline", lambda made, said: drawing)
+    found, figures = read(folder), make_figures(read(folder))[:1]
+    many = [replace(figures[0], panels=figures[0].panels * 9)]
+    text = page(found, many, [], "report")
+    assert text.count("x" * 40_000) == 4 + len(DESIGNS) + 1  # and one for each key of a legend
+    assert "More environments are in the files: 5." in text
+    (one, *_) = texts.chosen(found)
+    monkeypatch.setattr("tokenenv.report.texts.MOST_OF_ALL", 4)
+    assert len(texts.chosen(found)) == 2
+    long = one._replace(text={"tokens": ["a"] * 500, "token_rewards": [1.0] * 500})
+    assert texts.heat_maps([long]).count("<b>a</b>") == 128
+    assert "the first 128 of 500 tokens" in texts.heat_maps([long])
 
 
 def test_credit_and_texts_are_those_of_the_cells(folder):
@@ -255,6 +287,14 @@ def test_one_seed_has_no_interval(tmp_path):
     } == {None}
     assert over_seeds(0, [1.0]) == (0, 1.0, None, None, 1)
     assert over_seeds(0, [1.0, 1.0]) == (0, 1.0, 1.0, 1.0, 2)
+
+
+def test_a_line_breaks_where_nothing_is_known():
+    points = [over_seeds(1, [0.5]), over_seeds(4, [1.0])]
+    assert [at.x for at in with_gaps(points)] == [1, 2, 3, 4]
+    assert [at.value for at in with_gaps(points)] == pytest.approx(
+        [0.5, nan, nan, 1.0], nan_ok=True
+    )
 
 
 def test_the_tables_alone_are_enough(folder, tmp_path):

@@ -9,7 +9,7 @@ from tokenenv.report.style import variables
 from tokenenv.report.words import html
 
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_NUMBER = re.compile(r"-?\d+\.\d{2,}")
 _FONT = re.compile(r"font: ([\d.]+px)[^;]*")
 _REFERENCE = re.compile(r"#([-\w]+)")
 _COLOURS = {light: f"var(--{name})" for name, (light, _) in variables().items()}
@@ -20,7 +20,7 @@ _ROW = re.compile(r"row-\d+")
 def inline(made: Any, said: str) -> str:
     """Return a matplotlib figure as an <svg> element.
 
-    What belongs to a row has the class "row-NUMBER". Numbers are rounded to a hundredth of a point.
+    What belongs to a row has the class "row-NUMBER". Numbers are rounded to a tenth of a point.
 
     Args:
         made: the figure.
@@ -58,5 +58,5 @@ def _restyle(element: tree.Element) -> None:
                 _FONT.sub(r"font: \1 system-ui, sans-serif", value),
             )
         if name in ("d", "style", "transform", "x", "y", "points"):
-            value = _NUMBER.sub(lambda found: f"{float(found[0]):.2f}", value)
-        element.attrib[name] = value
+            value = _NUMBER.sub(lambda found: f"{float(found[0]):.1f}", value)
+        element.attrib[name] = " ".join(value.split())

@@ -13,8 +13,9 @@ from tokenenv.report.reading import Found
 from tokenenv.report.style import variables
 from tokenenv.report.words import html
 
-MOST_PANELS = 12
-"""Panels of a figure on the page. The files beside it have all of them."""
+MOST_LETTERS = 150_000
+"""Of the panels of a figure on the page, which so stays below two megabytes. The files beside it
+have all panels."""
 HEAT_MAPS = "heat-maps"
 
 
@@ -79,15 +80,17 @@ def _counts(found: Found) -> str:
 
 def _figure(figure: Figure, rows: dict[str, int], folder: str) -> str:
     """Return a figure's words, legend, panels and files."""
-    inside = figure.panels[:MOST_PANELS]
-    left = len(figure.panels) - len(inside)
-    more = f"<p>{left} more environments are in the files.</p>" if left else ""
-    panels = "".join(_panel(figure, one, rows) for one in inside)
+    panels: list[str] = []
+    for one in figure.panels:
+        if sum(map(len, panels)) < MOST_LETTERS:
+            panels.append(_panel(figure, one, rows))
+    left = len(figure.panels) - len(panels)
+    more = f"<p>More environments are in the files: {left}.</p>" if left else ""
     named = any(one.names for one in figure.panels)
     legend = "" if named else _legend(figure, rows)
     return (
         f"<p>{html(figure.says)}</p><p class='dim'>{html(figure.how)}</p>{legend}"
-        f'<div class="panels">{panels}</div>{more}{_files(figure.name, folder, _KINDS)}'
+        f'<div class="panels">{"".join(panels)}</div>{more}{_files(figure.name, folder, _KINDS)}'
     )
 
 

@@ -1,5 +1,6 @@
 """Texts as heat maps: under each token its reward, its advantage and the exact advantage."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +12,8 @@ from tokenenv.safety.shown import visible
 REWARD = "reward"
 COLUMNS = {"token_advantages": "advantage", "token_exact": "exact"}
 """What is shown of a token beside its reward, and what it is called."""
-MOST_TEXTS, MOST_TOKENS = 40, 128
-"""Texts on the page, and tokens of one: more would make it a long one."""
-EACH = 1
-"""Texts of a row in an environment."""
+MOST_TOKENS, MOST_OF_ALL = 128, 2400
+"""Tokens of a text, and of all texts on the page: more would make it a long one."""
 
 
 class Shown(NamedTuple):
@@ -28,17 +27,19 @@ class Shown(NamedTuple):
 
 
 def chosen(found: Found) -> list[Shown]:
-    """Return texts of the last update of the first seed of each row, in each environment; where
-    there are too many for a page, those of the first rows."""
-    texts: dict[tuple[str, str], list[Shown]] = {}
+    """Return a text of the last update of the first seed of each row, in each environment; where
+    there are too many for a page, those that come first."""
+    texts: dict[tuple[str, str], Shown] = {}
+    tokens = 0
     for line, record in found.cells():
         known = [text for text in _list(record, "texts") if _is_text(text)]
         last = max((number(text.get("update")) or 0 for text in known), default=0)
         ended = [text for text in known if (number(text.get("update")) or 0) == last]
         place = line["task"], line["row"]
-        if ended and place not in texts:
-            texts[place] = [Shown(*place, line["seed"], text) for text in ended[:EACH]]
-    return [one for some in texts.values() for one in some][:MOST_TEXTS]
+        if ended and place not in texts and tokens < MOST_OF_ALL:
+            texts[place] = Shown(*place, line["seed"], ended[0])
+            tokens += min(MOST_TOKENS, len(ended[0]["tokens"]))
+    return list(texts.values())
 
 
 def _list(record: Mapping[str, Any] | None, name: str) -> list[Any]:
@@ -108,8 +109,9 @@ def _heat_map(shown: Shown) -> str:
 
 
 def _is_words(prompt: Any) -> bool:
-    """Return whether a prompt is a text; it is a list of ids where there is no tokenizer."""
-    return isinstance(prompt, str) and bool(prompt.strip())
+    """Return whether a prompt says something: it is a list of ids where there is no tokenizer, and
+    may be a special token alone."""
+    return isinstance(prompt, str) and not re.fullmatch(r"\s*(<[^<>\s]*>\s*)*", prompt)
 
 
 def _known(shown: Shown, name: str) -> Any:
