@@ -135,8 +135,7 @@ class PPO(PolicyGradient):
             return rewards_BT, torch.zeros_like(potential_BT1)
         if not self.collector.has_potential:
             raise InvalidArgument(
-                "critic_offset='potential' needs an env that reports a potential: a "
-                "potential-based design, such as 'delta'."
+                "critic_offset='potential' needs a potential, which designs such as 'delta' have."
             )
         lengths_B, gamma = batch.response_length_B, self.config.gamma
         return unshaped(rewards_BT, potential_BT1, lengths_B, gamma), potential_BT1
@@ -158,8 +157,9 @@ class PPO(PolicyGradient):
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             total, metrics = policy_loss(out)
-            of_tokens = map(out.pick, (learned["old_value"], learned["target"], weights_B))
-            value = losses.clipped_value_loss(out.value, *of_tokens, cfg.value_clip)
+            old, target = out.pick(learned["old_value"]), out.pick(learned["target"])
+            weights = out.pick(weights_B)
+            value = losses.clipped_value_loss(out.value, old, target, weights, cfg.value_clip)
             return total + cfg.vf_coef * value, metrics | {"loss/value": value}
 
         return loss

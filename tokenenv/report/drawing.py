@@ -21,7 +21,7 @@ EXACT = "--"
 """How a line that is exact is drawn."""
 ROW_HEIGHT = 0.26
 """Of a row in a list of rows."""
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.edgecolor": DIM,
     "axes.labelcolor": TEXT,

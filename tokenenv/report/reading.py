@@ -21,8 +21,10 @@ from tokenenv.errors import InvalidArgument
 from tokenenv.safety.values import from_yaml
 
 Line = dict[str, Any]
-COUNTS = ("point", "seed", "tokens", "updates", "train_texts", "cells", "finished", "reached")
-COUNTS += ("tokens_to_goal", "reward_tokens_to_goal", "budget", "runs", "other_runs")
+COUNTS = (
+    *("point", "seed", "tokens", "updates", "train_texts", "cells", "finished", "reached"),
+    *("tokens_to_goal", "reward_tokens_to_goal", "budget", "runs", "other_runs"),
+)
 """Columns of whole numbers."""
 NUMBERS = {
     *COUNTS,

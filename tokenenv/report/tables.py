@@ -87,7 +87,8 @@ def settings(found: Found) -> str:
     rows = _by_row(found)
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     names = [name for name in names if name in SETTINGS or name.startswith(("options.", "agent."))]
-    apart, common = [], []
+    apart: list[str] = []
+    common: list[str] = []
     for name in names:
         values = {str(row.get(name)) for row in rows.values()}
         if name not in BY_SEED:
@@ -121,7 +122,7 @@ def commands(found: Found) -> str:
     places: dict[tuple[str, str], list[str]] = {}
     for line, record in found.cells():
         asked = (record or {}).get("asked")
-        if is_asked(asked):
+        if asked is not None and is_asked(asked):
             told = _command(f"seed {line['seed']}", cell_command(line["cell"], asked))
             places.setdefault((line["task"], line["row"]), []).append(told)
     for (task, row), some in places.items():
