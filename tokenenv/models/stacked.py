@@ -136,7 +136,7 @@ class ReadAlong:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory that the slots take, in bytes."""
+        """The memory that the policy's slots take, in bytes."""
         return self.model.cache_bytes
 
     def moving(self, tokens: Tensor, active: np.ndarray) -> np.ndarray:
