@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokenenv.errors import InvalidArgument, ModelError
-from tokenenv.models import cached_lm, probing, slot_cache
+from tokenenv.models import probing, slot_cache
 from tokenenv.models.cached_lm import CachedLM, cache_bytes, trunk_of
 from tokenenv.models.recompute import TextSlots
 from tokenenv.models.slot_cache import KVSlots
@@ -372,7 +372,7 @@ def test_a_long_trial_is_announced(monkeypatch, caplog):
     ]
 
 
-def test_a_text_of_any_length_is_tried_out_in_little_time(monkeypatch, caplog):
+def test_a_text_of_any_length_is_tried_out_in_little_time(monkeypatch):
     monkeypatch.setattr(probing, "LONG", 8)
     monkeypatch.setattr(probing, "BEHIND", 4)
     read, original = [], probing._probe
@@ -385,16 +385,6 @@ def test_a_text_of_any_length_is_tried_out_in_little_time(monkeypatch, caplog):
     model.config.sliding_window = 20
     cached(model, 2, 100_000)
     assert read == [12, 10, 24]
-
-
-def test_large_caches_are_reported_before_their_memory_is_taken(monkeypatch, caplog):
-    model, before = fakes.causal_lm("llama"), []
-    monkeypatch.setattr(cached_lm, "REPORTED", cache_bytes(model, 4, L))
-    monkeypatch.setattr(probing, "why_uncached", lambda *_: before.append(list(caplog.messages)))
-    cached(model, 4, L)
-    cached(model, 3, L)
-    assert before == [[f"the caches of 4 texts of {L} tokens take 0.0 GiB"]]
-    assert caplog.messages == before[0]
 
 
 def test_windows_that_differ_give_one_mask_each_and_equal_ones_a_single_mask():

@@ -18,7 +18,7 @@ from tokenenv.env.vector_env import TokenVectorEnv
 from tokenenv.models.memory import Places
 from tokenenv.models.shapes import shapes_only
 
-LIBRARIES = "Python and its libraries"
+LIBRARIES = "Python, libraries, tokenizer"
 MOMENTS = {"adamw": 2, "adamw8bit": 0.5}
 """Bytes that an optimizer keeps for each byte of a float32 weight."""
 OF_THE_POLICY = ("step", "episode", "auto")
@@ -51,10 +51,12 @@ class Plan(Train[Config], Generic[Config]):
 
 def plan(run: Train) -> dict[str, int]:
     """Return the bytes of each part of a run's memory; together they are its peak."""
-    libraries = _resident()
     with shapes_only():
         envs = run.make_envs()
         policy = default_policy(envs, run.agent, learns=run.algorithm.learns)
+    # By now all is imported that a run imports, and there is all that a run has beside tensors, as
+    # the tokenizer, whose vocabulary may take more than 100 MiB.
+    libraries = _resident()
     return parts(envs, policy, run.agent, learns=run.algorithm.learns) | {LIBRARIES: libraries}
 
 

@@ -4,7 +4,6 @@ A *slot* is one of the N places of the cache, as it is one of the N places of an
 text after another. A *row* is a line of any other batch of texts.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,6 @@ from .rope import fix_rope
 if TYPE_CHECKING:
     from .recompute import TextSlots
     from .slot_cache import KVSlots
-
-REPORTED = 2**30
-"""Caches of so many bytes are logged before their memory is taken."""
-
-logger = logging.getLogger("tokenenv")
 
 
 class CachedLM:
@@ -83,7 +77,6 @@ class CachedLM:
         # states, and both must use the frequencies that all later forwards use.
         _check_positions(self.trunk, max_length)
         fix_rope(text_part(self.trunk), max_length)
-        _report(cache_bytes(self.trunk, num_slots, max_length), num_slots, max_length)
         self._last_id = self.trunk.config.get_text_config().vocab_size - 1
         self._slots = self._make_slots(compile)
         # The cache allocates its memory at the first prefill. Doing that here means that too little
@@ -377,14 +370,6 @@ def cache_bytes(trunk: Any, num_slots: int, max_length: int) -> int:
     except Exception:
         return num_slots * max_length * 8
     return num_slots * max_length * (slots.nbytes or 8)
-
-
-def _report(size: int, num_slots: int, max_length: int) -> None:
-    """Log the bytes that slots will take, where they are many."""
-    if size >= REPORTED:
-        logger.warning(
-            "the caches of %d texts of %d tokens take %.1f GiB", num_slots, max_length, size / 2**30
-        )
 
 
 def _check_positions(trunk: Any, max_length: int) -> None:
