@@ -10,7 +10,8 @@ reference, value model and reward model, with the same random weights. An iterat
 model is a model of its own; so is ours with "own critic", and by default it reads the policy's
 states ("shared trunk"). The reward model's score is paid at the end (`terminal`), as TRL does.
 
-Seconds are of the process on the CPU, medians over the iterations after the first. TRL takes one
+Seconds are of the process on the CPU, medians over the iterations after the first, and GFLOP are
+the billions of floating-point operations of the first one's matrix products. TRL takes one
 optimizer step for all minibatches of an epoch here (`gradient_accumulation_steps` counts them), and
 we take four.
 """
@@ -27,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -103,19 +105,35 @@ class Turns(TrainerCallback):
     def __init__(self, agents: dict[str, PPO]) -> None:
         self.agents = agents
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.operations: dict[str, int] = {}
+        """Floating-point operations of the first iteration's matrix products, by name."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.since = process_time()
+        """Begin TRL's first iteration."""
+        self.begin("TRL")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Take the turns of the others."""
-        self.seconds["TRL"].append(process_time() - self.since)
+        self.end("TRL")
         for name, agent in self.agents.items():
-            started = process_time()
+            self.begin(name)
             agent.learn(agent.tokens_seen + TEXTS * TOKENS)
-            self.seconds[name].append(process_time() - started)
+            self.end(name)
+        self.begin("TRL")
+
+    def begin(self, name: str) -> None:
+        """Start the clock, and in a first iteration the counter."""
+        self.counter = None if self.seconds[name] else FlopCounterMode(display=False)
+        if self.counter is not None:
+            self.counter.__enter__()
         self.since = process_time()
+
+    def end(self, name: str) -> None:
+        """Note the seconds, and what was counted."""
+        self.seconds[name].append(process_time() - self.since)
+        if self.counter is not None:
+            self.counter.__exit__(None, None, None)
+            self.operations[name] = self.counter.get_total_flops()
 
 
 def trl_trainer(turns: Turns, iterations: int, folder: str) -> Any:
@@ -176,11 +194,11 @@ def main() -> None:
     turns = Turns(agents)
     with tempfile.TemporaryDirectory() as folder:
         trl_trainer(turns, args.iterations, folder).train()
-    table = Table("", "seconds an iteration", "tokens/s", "times TRL's tokens/s")
+    table = Table("", "seconds an iteration", "tokens/s", "times TRL's tokens/s", "GFLOP")
     seconds = {name: statistics.median(found[1:]) for name, found in turns.seconds.items()}
     for name, one in seconds.items():
         row = f"{one:.2f}", f"{TEXTS * TOKENS / one:,.0f}", f"{seconds['TRL'] / one:.2f}"
-        table.add_row(name, *row)
+        table.add_row(name, *row, f"{turns.operations[name] / 1e9:.0f}")
     console.print(table)
 
 

@@ -93,7 +93,8 @@ def compare_speed(args: argparse.Namespace) -> None:
         for name, given in options.items()
     }
     agents["step"] = PPO(make(args.num_envs))
-    [process] = psutil.Process().children()
+    children = psutil.Process().children()
+    process = next(one for one in children if "tokenenv.rollout.own_process" in one.cmdline())
     spec, prompts = envs.unwrapped.token_spec, envs.unwrapped.prompts
     alone = VLLMEngine(envs.unwrapped.reference, spec, num_texts=args.num_envs).llm
     rng, tokens = np.random.default_rng(0), 0
@@ -135,7 +136,7 @@ def print_speed(args: argparse.Namespace, found: dict[str, np.ndarray]) -> None:
     here, and on the CPU in vLLM's own process."""
     console.print(
         f"{args.num_envs} texts side by side, medians of {args.repetitions} interleaved "
-        "repetitions: tokens/s, their share of generate's, CPU us a token here and there"
+        "repetitions:\ntokens/s, their share of generate's, CPU us a token here and there"
     )
     for name, what in WHAT.items():
         wall, here, there = found[name]

@@ -57,6 +57,11 @@ SUBCLASSING = {"tokenenv.integrations.sb3": {"stable_baselines3"}}
 package itself."""
 
 
+PLACES = {"vllm": 2}
+"""In how many files an optional package is imported where it is not one: of vLLM there is what asks
+it, and what writes with it, perhaps in a process of its own."""
+
+
 def sources() -> Iterator[tuple[str, ast.Module]]:
     """Module names, as installed, and their code."""
     for folder, package in (
@@ -180,10 +185,9 @@ def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
 def test_each_optional_package_is_imported_in_one_file_and_inside_functions():
     found = list(sources())
     for package in OPTIONAL:
-        assert (
-            len([module for module, tree in found if package in optional(module, ast.walk(tree))])
-            <= 1
-        ), package
+        assert len(
+            [module for module, tree in found if package in optional(module, ast.walk(tree))]
+        ) <= PLACES.get(package, 1), package
     assert {module: optional(module, outside_functions(tree)) for module, tree in found} == {
         module: SUBCLASSING.get(module, set()) for module, _ in found
     }

@@ -36,13 +36,7 @@ from tokenenv.agents.learning.advantages import (
     turn_ends,
     unshaped,
 )
-from tokenenv.agents.learning.learner import (
-    LossFunction,
-    Metrics,
-    Outputs,
-    state_values,
-    values_unknown,
-)
+from tokenenv.agents.learning.learner import LossFunction, Metrics, Outputs, values_before
 from tokenenv.errors import InvalidArgument, check_choice
 
 
@@ -112,10 +106,7 @@ class PPO(PolicyGradient):
             running.update(returns_to_go(rewards_BT, lengths_B, cfg.gamma)[mask_BT])
             scale = running.std
         rewards_BT, offset_BT1 = rewards_BT / scale, offset_BT1 / scale
-        own_BT1 = batch.learned.get("state_value")
-        if own_BT1 is None:
-            unknown_B = values_unknown(batch, self.updates)
-            own_BT1 = state_values(self.policy, batch, cfg.max_batch_tokens, unknown_B)
+        own_BT1 = values_before(self.policy, batch, self.updates, cfg.max_batch_tokens)
         values_BT1 = own_BT1 + offset_BT1
         known = rewards_BT, values_BT1, lengths_B, batch.bootstraps_B, cfg.gamma
         # The offset is the potential's part: the critic itself learns only what is left of it.
@@ -167,9 +158,8 @@ class PPO(PolicyGradient):
 
         def loss(out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
             total, metrics = policy_loss(out)
-            old, target = out.pick(learned["old_value"]), out.pick(learned["target"])
-            weights = out.pick(weights_B)
-            value = losses.clipped_value_loss(out.value, old, target, weights, cfg.value_clip)
+            of_tokens = map(out.pick, (learned["old_value"], learned["target"], weights_B))
+            value = losses.clipped_value_loss(out.value, *of_tokens, cfg.value_clip)
             return total + cfg.vf_coef * value, metrics | {"loss/value": value}
 
         return loss

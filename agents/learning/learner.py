@@ -220,6 +220,18 @@ def state_values(
     return values_BT1
 
 
+def values_before(
+    policy: LMPolicy, batch: EpisodeBatch, update: int, max_batch_tokens: int
+) -> Tensor:
+    """Return the critic's values (B, T + 1) before an update of this number, as `state_values`
+    does. Those that are known, since texts were drawn or their log-probs read again, are not
+    computed once more."""
+    read_BT1: Tensor | None = batch.learned.get("state_value")
+    if read_BT1 is not None:
+        return read_BT1
+    return state_values(policy, batch, max_batch_tokens, values_unknown(batch, update))
+
+
 class TokenOutputs(NamedTuple):
     """What a policy says about every response token of a batch, on the CPU; zero to the right of
     each text."""

@@ -18,7 +18,9 @@ def learning_peak(
     config: AgentConfig,
     max_length: int,
     max_new_tokens: int,
-    **frozen: FrozenLM | None,
+    *,
+    reference: FrozenLM | None = None,
+    teacher: FrozenLM | None = None,
 ) -> int:
     """Return the most bytes that forwards and the backward of an update take at a time: states kept
     for the backward, logits and what operations hand on; not gradients.
@@ -31,7 +33,7 @@ def learning_peak(
         config: the agent's: tokens of a batch, of a micro-batch, and the number of minibatches.
         max_length: tokens of the longest text.
         max_new_tokens: how many of them are the policy's, at most.
-        **frozen: `reference` and `teacher`, as `outputs` takes them.
+        reference, teacher: as `outputs` takes them.
     """
     texts = -(-config.batch_tokens // max_new_tokens)
     at_once = max(1, config.max_batch_tokens // max_length)
@@ -39,7 +41,14 @@ def learning_peak(
     learned = np.arange(min(-(-texts // config.minibatches), len(whole)))
 
     def learn() -> None:
-        out = outputs(policy, whole, learned, temperature=config.temperature or 1.0, **frozen)
+        out = outputs(
+            policy,
+            whole,
+            learned,
+            temperature=config.temperature or 1.0,
+            reference=reference,
+            teacher=teacher,
+        )
         (out.logprob + out.entropy + out.ref_kl + out.teacher_kl + out.value).sum().backward()
 
     # Values and log-probs before an update are of the whole batch, and keep nothing.

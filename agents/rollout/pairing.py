@@ -68,8 +68,8 @@ class Pairing:
 
     def forget_values(self) -> None:
         """Forget the critic's values in all texts that have ended."""
-        self.waiting = {n: replace(text, drawn_value=None) for n, text in self.waiting.items()}
-        self.ready = [replace(text, drawn_value=None) for text in self.ready]
+        self.waiting = {number: without_values(text) for number, text in self.waiting.items()}
+        self.ready = [without_values(text) for text in self.ready]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a checkpoint needs."""
@@ -92,6 +92,11 @@ class Pairing:
         )
         self.waiting = dict(zip(state["numbers"], waiting, strict=True))
         self.number, self._begun = state["number"], state["begun"]
+
+
+def without_values(text: Episode) -> Episode:
+    """Return the text as it is, with values that are not known."""
+    return replace(text, drawn_value=np.full_like(text.drawn_value, np.nan))
 
 
 def whole_groups(numbers: Iterable[int], size: int) -> list[int]:

@@ -48,7 +48,10 @@ def in_process(monkeypatch):
 
 def test_the_table_has_a_line_for_each_evaluation(tmp_path, in_process):
     found = bench(grid(), tmp_path / "out")
-    assert [path.name for path in found.written] == ["results.csv", "results.parquet"]
+    names = "results", "summary", "comparisons"
+    assert [path.name for path in found.written] == [
+        f"{name}.{kind}" for name in names for kind in ("csv", "parquet")
+    ]
     lines = list(csv.DictReader(found.written[0].open()))
     assert len(lines) == len(found.lines) == 2 * 2 * 3
     for line, read in zip(found.lines, lines, strict=True):
@@ -75,7 +78,8 @@ def test_parquet_and_csv_hold_the_same(tmp_path, in_process):
 def test_without_pyarrow_there_is_the_csv(tmp_path, in_process, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     found = bench(grid(seeds=1), tmp_path / "out")
-    assert [path.name for path in found.written] == ["results.csv"]
+    names = [path.name for path in found.written]
+    assert names == ["results.csv", "summary.csv", "comparisons.csv"]
 
 
 def test_finished_cells_are_not_run_again(tmp_path, in_process):

@@ -87,7 +87,7 @@ def bundled(patch: Any, algorithm: str, lambdas: tuple[str, ...] = (), **setting
         agent.group_size = batch.group_size
         patch.setattr(type(agent), "max_new_tokens", values.shape[1] - 1)
         known = episodes.logprob_BT, values
-        patch.setattr(ppo, "state_values", lambda *_: values)
+        patch.setattr(ppo, "values_before", lambda *_: values)
         patch.setattr(klq, "logprobs_and_values", lambda *_: known)
         agent.values = lambda *_: values[:, :-1][episodes.mask_BT].tolist()  # VinePPO's rollouts
         if algorithm == "klq":

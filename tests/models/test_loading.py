@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenenv.errors import ModelError
+from tokenenv.errors import InvalidArgument, ModelError
 from tokenenv.models.loading import (
     check_same_tokens,
     load_causal_lm,
@@ -224,3 +224,9 @@ def test_an_adapter_of_a_language_model_that_brings_no_head_is_no_reward_model(k
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"an adapter of .*base', which has no scalar head"):
         load_reward_model(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("source", [torch.nn.ModuleList([torch.nn.ReLU()] * 99), "x" * 5000])
+def test_what_is_no_name_of_a_folder_is_refused_in_words(source):
+    with pytest.raises((ModelError, InvalidArgument), match="reward_model="):
+        load_reward_model(source, argument="reward_model")

@@ -116,7 +116,7 @@ class Update:
         shift: Any = 0.0,
         **config: Any,
     ) -> None:
-        own = ppo.state_values
+        own = ppo.values_before
         envs = tasks.make_vec(
             4, "SameStep", reward=reward, scorer="sequence", score_truncated=score_truncated
         )
@@ -134,7 +134,7 @@ class Update:
         )
         self.batch = EpisodeBatch.stack(agent.collector.collect(80))
         with patch.context() as inner:
-            inner.setattr(ppo, "state_values", lambda *args: own(*args) + shift)
+            inner.setattr(ppo, "values_before", lambda *args: own(*args) + shift)
             inner.setattr(agent, "optimise", lambda batch, make_loss: {})
             agent.update(self.batch)
         self.advantages, self.targets = (

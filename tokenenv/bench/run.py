@@ -98,15 +98,12 @@ def bench(
 def write_results(grid: Grid, store: Store, cells: list[Cell]) -> Results:
     """Write the tables of all cells that have ended, and return them."""
     lines = tidy(cells, store)
-    tables = {
-        "results": lines,
-        "summary": summarise(grid, lines),
-        "comparisons": compare(grid, lines),
-    }
+    summary, comparisons = summarise(grid, lines), compare(grid, lines)
+    tables = {"results": lines, "summary": summary, "comparisons": comparisons}
     written = [
         path for name, table in tables.items() for path in write_table(store.folder / name, table)
     ]
-    return Results(grid, store.folder, *tables.values(), written)
+    return Results(grid, store.folder, lines, summary, comparisons, written)
 
 
 def _keeping(store: Store, on_event: OnEvent) -> OnEvent:

@@ -1,6 +1,7 @@
 """The summary as tables for a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from rich.table import Table
 from rich.text import Text
@@ -25,15 +26,15 @@ def tables(grid: Grid, summary: Sequence[Line], comparisons: Sequence[Line]) -> 
 
 def _baseline(grid: Grid, lines: Sequence[Line]) -> str:
     rows = [line["row"] for line in lines]
-    return grid.baseline if grid.baseline in rows else rows[0]
+    return grid.baseline if grid.baseline is not None and grid.baseline in rows else rows[0]
 
 
 def _table(task: str, lines: Sequence[Line], baseline: str, better: dict[str, Line]) -> Table:
     """Return the table of one environment. Figures are interquartile means over seeds, with 95%
     intervals."""
-    columns = {"runs": _runs}
+    columns: dict[str, Callable[[Line], str]] = {"runs": _runs}
     columns |= {
-        name: lambda line, name=name: figure(line, name)
+        name: partial(figure, name=name)
         for name in ("gold", "share", "kl")
         if any(line.get(name) is not None for line in lines)
     }

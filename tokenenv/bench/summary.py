@@ -116,8 +116,9 @@ def _to_goal(grid: Grid, task: str, runs: Sequence[list[Line]]) -> Line:
     line |= {"goal": column, "goal_bound": bound, "reached": sum(one is not None for one in first)}
     for name in ("tokens", "reward_tokens"):
         taken = [math.inf if one is None else one.get(name) for one in first]
-        if None not in taken:
-            median = statistics.median_high(taken)
+        known_taken = [value for value in taken if value is not None]
+        if len(known_taken) == len(taken):
+            median = statistics.median_high(known_taken)
             line[f"{name}_to_goal"] = None if math.isinf(median) else median
     return line
 

@@ -85,7 +85,11 @@ class Bench:
         waiting = {cell.key for cell in unfinished(store, cells, retry=True)}
         done = [cell.key for cell in cells if cell.key not in waiting]
         progress = Progress(cells, done, Console(stderr=True))
-        how = {"workers": self.workers, "launcher": self.launcher, "retry": self.retry}
+        how: dict[str, Any] = {
+            "workers": self.workers,
+            "launcher": self.launcher,
+            "retry": self.retry,
+        }
         try:
             with progress.shown():
                 results = bench(grid, folder, **how, on_event=progress)
@@ -130,7 +134,9 @@ class Bench:
         path = suite_file(self.suite) if self.suite is not None else self.grid
         if path is not None:
             return read_grid(path, self.modules, seeds=self.seeds, always=always or None)
-        axes = {name: {_short(word): word for word in words} for name, words in tables.items()}
+        axes: dict[str, Any] = {
+            name: {_short(word): word for word in words} for name, words in tables.items()
+        }
         return Grid(**axes, always=always, seeds=3 if self.seeds is None else self.seeds)
 
 

@@ -75,9 +75,9 @@ def adapter_config(source: str) -> dict[str, Any] | None:
     """Return the config of the adapter in a directory, which names its base model; None where there
     is no adapter, or where the model is there too."""
     folder = Path(source)
-    if (folder / "config.json").exists():
-        return None
     try:
+        if (folder / "config.json").exists():
+            return None
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
     # peft says what is wrong with the file.

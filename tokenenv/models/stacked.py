@@ -134,6 +134,11 @@ class ReadAlong:
         """(N,) how many tokens each slot holds."""
         return self.model.positions
 
+    @property
+    def cache_bytes(self) -> int:
+        """The memory that the slots take, in bytes."""
+        return self.model.cache_bytes
+
     def moving(self, tokens: Tensor, active: np.ndarray) -> np.ndarray:
         """Return the slots (N,) bool that can take a token."""
         return self.model.moving(tokens, active & (self.positions < self.model.max_length))

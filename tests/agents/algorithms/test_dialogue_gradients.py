@@ -148,6 +148,7 @@ def test_a_mask_that_counts_what_is_written_is_found(
             logprob_BT=world.policy.log_softmax(-1)[at].float(),
             ref_logprob_BT=world.reference.logprobs[at].float(),
             reward_BT=counted(batch.reward_BT),
+            drawn_value_BT=None,
             potential_BT1=torch.zeros(len(following), following.shape[1] + 1),
             terms={name: counted(values) for name, values in batch.terms.items()},
         )

@@ -118,13 +118,17 @@ def test_an_update_from_them_is_the_update_that_computes_them(algorithm, case):
 
 def forwards(agent, monkeypatch):
     """The number of texts in each of the forwards that the policy's trunk runs from now on."""
-    texts, states = [], type(agent.policy).states
+    texts, policy = [], type(agent.policy)
 
-    def counted(policy, tokens, lengths):
-        texts.append(len(tokens))
-        return states(policy, tokens, lengths)
+    def counting(forward):
+        def counted(self, tokens, lengths):
+            texts.append(len(tokens))
+            return forward(self, tokens, lengths)
 
-    monkeypatch.setattr(type(agent.policy), "states", counted)
+        return counted
+
+    for name in ("states", "value_states"):
+        monkeypatch.setattr(policy, name, counting(getattr(policy, name)))
     return texts
 
 
