@@ -190,3 +190,11 @@ def test_digests_see_values_types_and_shapes():
     )
     assert prompts_digest([[1, 2], [3]]) != prompts_digest([[1], [2, 3]])
     assert plain([one, (1, None), {"a": np.float32(0.5)}]) == ["one", [1, None], {"a": 0.5}]
+
+
+def test_reward_models_that_differ_in_their_head_alone_are_told_apart():
+    models = [fakes.reward_model() for _ in range(3)]
+    with torch.no_grad():
+        models[2].score.weight.add_(1.0)
+    first, same, other_head = (digest(make_scorer(model)) for model in models)
+    assert first == same != other_head

@@ -149,11 +149,7 @@ def _arrays(model: Any) -> dict[str, Any]:
     """Return the tensors and arrays of a module, or of any other object, by name."""
     if isinstance(model, Tensor | np.ndarray):
         return {"": model}
-    own = {
-        name: value
-        for name, value in getattr(model, "__dict__", {}).items()
-        if not name.startswith("_")
-    }
+    own = {name: value for name, value in _attributes(model).items() if not name.startswith("_")}
     found = dict(model.state_dict()) if isinstance(model, nn.Module) else {}
     for name, value in own.items():
         if isinstance(value, Tensor | np.ndarray):
@@ -161,6 +157,13 @@ def _arrays(model: Any) -> dict[str, Any]:
         elif isinstance(value, nn.Module):
             found |= {f"{name}.{key}": one for key, one in _arrays(value).items()}
     return found
+
+
+def _attributes(model: Any) -> Mapping[str, Any]:
+    """Return an object's attributes by name, those of a dataclass with slots as well."""
+    if is_dataclass(model) and not isinstance(model, type):
+        return {field.name: getattr(model, field.name) for field in fields(model)}
+    return getattr(model, "__dict__", {})
 
 
 def _stride(count: int) -> int:
