@@ -101,7 +101,7 @@ def subject(args: Namespace, num_envs: int, tokens: int) -> Subject:
         num_envs=num_envs,
         # Where all texts begin together, there is room for the steps that come before the measured
         # ones, and for the measured ones twice.
-        max_new_tokens=2 * tokens + 8 if args.even else tokens,
+        max_new_tokens=max(tokens, 3 * min(tokens, args.steps) + 8) if args.even else tokens,
         array="torch" if args.device == "cuda" else "numpy",
         compile=args.compile,
         frozen_dtype=args.frozen_dtype,
