@@ -33,6 +33,9 @@ from tokenenv.agents.rollout.recorder import Recorder
 from tokenenv.errors import InvalidAction, NotFinite
 from tokenenv.tables import Columns, by_name
 
+MARK = "_texts_begun_by"
+"""The attribute of an env that tells which collector's texts run in it."""
+
 
 class Prefix(NamedTuple):
     """A text that is to be played on from."""
@@ -57,8 +60,9 @@ class Collector:
     a `group_size` above 1, episodes come out in whole groups (`Pairing`).
 
     Whatever interrupts a step or a reset costs the texts of the present batch: the next step begins
-    anew, by a full reset. To keep the texts that had ended, and to lose those that were running,
-    would favour short texts.
+    anew, by a full reset. So does another collector (an evaluation's, another agent's) that has
+    begun texts in the same env. To keep the texts that had ended, and to lose those that were
+    running, would favour short texts.
     """
 
     def __init__(
@@ -87,13 +91,26 @@ class Collector:
         """Called with `tokens_seen` after each step of `collect` and `play_on`."""
         self.recorder = Recorder(envs.num_envs, getattr(env_core(envs), "columns", ()))
         self.pairing = Pairing(envs.num_envs, group_size)
-        self.running = False
-        """Whether texts run that can be gone on with: not before the first reset, nor after an
-        interrupted step."""
+        self._whole_step, self._begun = False, object()
         self._obs: Mapping[str, Any] = {}
         self._seeded = False
         self._resetting = np.zeros(envs.num_envs, bool)
         """(N,) the slots that the next step only resets (NEXT_STEP), whatever the action."""
+
+    @property
+    def running(self) -> bool:
+        """Whether texts run that can be gone on with: not before the first reset, after an
+        interrupted step, or where somebody else has begun texts in the env since."""
+        return self._whole_step and getattr(env_core(self.envs), MARK, None) is self._begun
+
+    @running.setter
+    def running(self, whole: bool) -> None:
+        self._whole_step = whole
+
+    def _mark_env(self) -> None:
+        """Have the env say, to all who drive it, that its texts are this collector's."""
+        self._begun = object()
+        setattr(env_core(self.envs), MARK, self._begun)
 
     @property
     def has_potential(self) -> bool:
@@ -237,6 +254,7 @@ class Collector:
         seed = None if self._seeded else self.seed
         if options is not None and any(columns):
             options = options | {"columns": by_name(columns)}
+        self._mark_env()
         self._obs, infos = self.envs.reset(seed=seed, options=options)
         self._seeded = True
         self.recorder.restart(self._obs, infos, columns, own_tokens(options or {}))
@@ -260,6 +278,7 @@ class Collector:
     def resume(self, obs: Mapping[str, Any]) -> None:
         """Go on from the observation of an env that has been restored to where it was."""
         self.running = False
+        self._mark_env()
         self._obs, self._seeded = obs, True
         self.recorder.move_to(obs)
         self.running = True

@@ -1,6 +1,8 @@
 """Whatever interrupts a collector, wherever it is: nothing is gone on from half-way, and what comes
 next is right."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,11 @@ from tasks import make_vec
 from toy_env import ToyEnv, tiny_lm
 
 from tokenenv.agents import PPO, LMPolicy, VinePPO
+from tokenenv.agents.episodes import EpisodeBatch
+from tokenenv.agents.learning.learner import token_logprobs
 from tokenenv.agents.rollout.actor import Actor
 from tokenenv.agents.rollout.collector import Collector
+from tokenenv.agents.run.evaluate import evaluate
 
 N = 4
 FILES = (
@@ -184,3 +189,32 @@ def test_an_env_that_saves_no_state_begins_anew_after_continuations():
     assert collector.play_on([], 2) == []
     assert not collector.running
     check_episodes(collector.collect(20))
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("stops", [(), (1, 7, 9)], ids=["of one length", "of any length"])
+@pytest.mark.parametrize("who", ["an evaluation", "another agent"])
+def test_others_who_begin_texts_in_the_env(who, stops, mode):
+    """The texts that ran are gone, and what the agent learns from next are texts of its own."""
+    envs = make_vec(N, mode, reward="token", stops=stops)
+    options = {"batch_tokens": 28, "lr": 1e-9}
+    agent, found = PPO(envs, **options), []
+    other = PPO(envs, seed=5, **options)
+    for tokens in (28, 56, 84):
+        agent.learn(tokens, on_update=lambda metrics, episodes: found.extend(episodes))
+        if who == "an evaluation":
+            evaluate(agent, envs, num_texts=N)
+        else:
+            other.learn(tokens)
+    batch = EpisodeBatch.stack(found)
+    expected = token_logprobs(agent.policy, batch, 1000)
+    torch.testing.assert_close(batch.logprob_BT, expected, rtol=0, atol=1e-5)
+
+
+def test_a_copied_collector_goes_on_with_the_texts_of_the_copied_env():
+    collector = PPO(make_vec(N, AutoresetMode.SAME_STEP, reward="token")).collector
+    collector.collect(20)
+    twin = copy.deepcopy(collector)
+    assert twin.running
+    for one, other in zip(collector.collect(30), twin.collect(30), strict=True):
+        assert np.array_equal(one.response, other.response)
