@@ -60,9 +60,9 @@ class Collector:
     a `group_size` above 1, episodes come out in whole groups (`Pairing`).
 
     Whatever interrupts a step or a reset costs the texts of the present batch: the next step begins
-    anew, by a full reset. So does another collector (an evaluation's, another agent's) that has
-    begun texts in the same env. To keep the texts that had ended, and to lose those that were
-    running, would favour short texts.
+    anew, by a full reset. So does whoever else has begun texts in the same env: an evaluation,
+    another agent, or its owner by `reset` or `load_state`. To keep the texts that had ended, and to
+    lose those that were running, would favour short texts.
     """
 
     def __init__(
@@ -223,6 +223,7 @@ class Collector:
             self._resetting = ended
         elif self.mode == AutoresetMode.DISABLED and ended.any():
             self._obs, infos = self.envs.reset(options={"reset_mask": ended})
+            self._mark_env()
             self.recorder.note_potential(infos)
         return episodes
 
@@ -254,8 +255,8 @@ class Collector:
         seed = None if self._seeded else self.seed
         if options is not None and any(columns):
             options = options | {"columns": by_name(columns)}
-        self._mark_env()
         self._obs, infos = self.envs.reset(seed=seed, options=options)
+        self._mark_env()
         self._seeded = True
         self.recorder.restart(self._obs, infos, columns, own_tokens(options or {}))
         self._resetting[:] = False

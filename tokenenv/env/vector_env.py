@@ -66,6 +66,9 @@ class TokenVectorEnv(EnvBase):
         self._ended = np.zeros(num_slots, dtype=bool)
         self._scored = np.zeros(num_slots, dtype=bool)
         """(N,) the texts that have ended and whose score counts."""
+        self._texts_begun_by: object = None
+        """What a collector leaves here after each reset of its own. It is None after any other
+        reset and after `load_state`, so the collector sees that its texts are gone."""
         self._streams = PromptStreams(self._task.prompts, num_slots, self.config.group_size)
         self._streams.reseed(
             read_seed(np_random()[1] % 2**31, num_slots), np.ones(num_slots, dtype=bool)
@@ -108,6 +111,7 @@ class TokenVectorEnv(EnvBase):
                 "all of it."
             )
         with self._changing("reset", whole=bool(given.mask.all())):
+            self._texts_begun_by = None
             if isinstance(seed, (int, np.integer)):
                 super().reset(seed=int(seed))
             if not given.masked:
@@ -267,6 +271,7 @@ class TokenVectorEnv(EnvBase):
         if not whole:
             self._require_reset()
         with self._changing("load_state", whole=whole):
+            self._texts_begun_by = None
             self._texts.load(slots, saved["texts"])
             if whole:
                 self._engine.load_statistics(saved["engine"]["learned"])

@@ -193,17 +193,22 @@ def test_an_env_that_saves_no_state_begins_anew_after_continuations():
 
 @pytest.mark.parametrize("mode", AutoresetMode)
 @pytest.mark.parametrize("stops", [(), (1, 7, 9)], ids=["of one length", "of any length"])
-@pytest.mark.parametrize("who", ["an evaluation", "another agent"])
+@pytest.mark.parametrize("who", ["an evaluation", "another agent", "a reset", "a state"])
 def test_others_who_begin_texts_in_the_env(who, stops, mode):
     """The texts that ran are gone, and what the agent learns from next are texts of its own."""
     envs = make_vec(N, mode, reward="token", stops=stops)
     options = {"batch_tokens": 28, "lr": 1e-9}
-    agent, found = PPO(envs, **options), []
+    envs.reset(seed=3)
+    agent, found, state = PPO(envs, **options), [], envs.save_state()
     other = PPO(envs, seed=5, **options)
     for tokens in (28, 56, 84):
         agent.learn(tokens, on_update=lambda metrics, episodes: found.extend(episodes))
         if who == "an evaluation":
             evaluate(agent, envs, num_texts=N)
+        elif who == "a reset":
+            envs.reset(seed=tokens)
+        elif who == "a state":
+            envs.load_state(state)
         else:
             other.learn(tokens)
     batch = EpisodeBatch.stack(found)
