@@ -76,7 +76,7 @@ def why_separate(envs: VectorEnv, policy: Any) -> str | None:
     if not core.shares_backbone(policy.model):
         return (
             "no cached model of the env has its weights in common with the policy, as it has with "
-            "lora_rank= and without compile="
+            "lora_rank= and without compile= or frozen_dtype="
         )
     return None
 

@@ -78,9 +78,10 @@ def evaluate(
 ) -> Evaluation:
     """Sample texts from an agent, or from a policy, and return their figures.
 
-    The sampling has caches and random numbers of its own, so the agent is as it was afterwards. The
-    env's terms learn nothing from it, and schedules do not go on. A `BestOfN` agent draws n texts
-    for each text, and its KL is the bound that it reports.
+    The sampling has caches and random numbers of its own, so the agent is as it was afterwards, but
+    for texts that it had begun in this env. The env's terms learn nothing from it, and schedules do
+    not go on. A `BestOfN` agent draws n texts for each text, and its KL is the bound that it
+    reports.
 
     Args:
         envs: is reset, so it should not be the env in which an agent is learning.
