@@ -86,7 +86,8 @@ def test_the_wheel_holds_every_module_under_its_installed_name(names):
 
 def test_the_wheel_holds_the_bundled_models_and_the_type_marker(names):
     files = {name for name in names if name.startswith("tokenenv/") and not name.endswith(".py")}
-    assert files == sources("assets/**/*") | {"tokenenv/py.typed", "tokenenv/agents/run/show.html"}
+    pages = {"tokenenv/agents/run/show.html", "tokenenv/report/report.html"}
+    assert files == sources("assets/**/*") | {"tokenenv/py.typed"} | pages
     assert {".json", ".safetensors"} <= {Path(name).suffix for name in files}
 
 
