@@ -93,14 +93,14 @@ def test_every_figure_is_filled_and_has_its_files(folder, report):
     assert report == folder / "report.html"
     files = {path.name for path in (folder / "report").iterdir()}
     kinds = {f"{name}.{kind}" for name in NAMES for kind in ("svg", "png", "csv")}
-    assert files == kinds | {"heat-maps.csv"}
+    assert files == kinds | {"heat-maps.csv", "checklist.csv"}
     text = report.read_text()
     assert len(text) < 500_000
     seen = Elements(text)
     links = {value for name, value in seen.attributes if name == "href"}
     assert {f"report/{name}" for name in files} <= links
     sections = {value for name, value in seen.attributes if name == "id"}
-    assert NAMES | {"heat-maps", "settings", "commands", "versions"} <= sections
+    assert NAMES | {"heat-maps", "checklist", "settings", "commands", "versions"} <= sections
     assert {link[1:] for link in links if link.startswith("#")} <= sections
     for name in NAMES:
         assert lines_of(folder / "report" / f"{name}.csv"), name

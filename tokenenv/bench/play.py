@@ -45,7 +45,7 @@ def play(
         on_tokens: is called after each update.
 
     Returns:
-        A mapping of plain values: `settings` with every default written out, `versions`,
+        A mapping of plain values: `settings` with every default written out, `model`, `versions`,
         `warnings`, `points`, a list of mappings, `credit` and `texts` (docs/bench.md names their
         entries).
     """
@@ -60,11 +60,22 @@ def play(
     saved = train.as_run(agent).saved()
     return {
         "settings": {name: saved[name] for name in SETTINGS},
+        "model": _size(agent),
         "versions": versions(),
         "warnings": list(dict.fromkeys(str(one.message) for one in warned)),
         "points": curve.points,
         "credit": curve.credit,
         "texts": curve.texts,
+    }
+
+
+def _size(agent: Agent) -> dict[str, int]:
+    """Return how many weights the policy has, its critic's included, and how many are trained."""
+    weights = list(agent.policy.parameters())
+    trained = (weight.numel() for weight in weights if weight.requires_grad)
+    return {
+        "policy_weights": sum(weight.numel() for weight in weights),
+        "trained_weights": sum(trained),
     }
 
 

@@ -31,7 +31,7 @@ def _lines(cell: Cell, store: Store) -> Iterator[Line]:
     labels = {"task": cell.task, "row": cell.row, "seed": cell.seed, "cell": cell.key}
     record, error = store.finished(cell), store.failure(cell)
     if record is not None:
-        constant = flat(record["settings"]) | record["versions"]
+        constant = flat(record["settings"]) | record.get("model", {}) | record["versions"]
         for point in record["points"]:
             yield {**labels, "status": "finished", "error": None, **point, **constant}
     elif error is not None:

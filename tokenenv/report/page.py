@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from urllib.parse import quote
 
 from tokenenv.report import tables, texts
+from tokenenv.report.checklist import checklist
 from tokenenv.report.drawing import panel, swatch
 from tokenenv.report.figure import Figure, Panel
 from tokenenv.report.inline import inline
@@ -16,7 +17,7 @@ from tokenenv.report.words import html
 MOST_LETTERS = 150_000
 """Of the panels of a figure on the page, which so stays below two megabytes. The files beside it
 have all panels."""
-HEAT_MAPS = "heat-maps"
+HEAT_MAPS, CHECKLIST = "heat-maps", "checklist"
 
 
 def page(found: Found, figures: Sequence[Figure], shown: Sequence[texts.Shown], folder: str) -> str:
@@ -39,6 +40,7 @@ def page(found: Found, figures: Sequence[Figure], shown: Sequence[texts.Shown], 
         sections[HEAT_MAPS] = ("Texts, token by token", _heat_maps(shown, folder))
     if found.failed:
         sections["failures"] = ("Cells that failed", tables.failures(found))
+    sections[CHECKLIST] = ("Reporting checklist", _checklist(found, folder))
     settings = tables.settings(found) + tables.warned(found)
     sections["settings"] = ("Settings", settings)
     sections["commands"] = ("Run it again", _AGAIN + tables.commands(found))
@@ -142,6 +144,16 @@ def _heat_maps(shown: Sequence[texts.Shown], folder: str) -> str:
         "advantage where it is known. Orange is above zero and blue below; the strongest colour "
         "is the largest number of its line.</p>"
         f"{texts.heat_maps(shown)}{_files(HEAT_MAPS, folder, ['csv'])}"
+    )
+
+
+def _checklist(found: Found, folder: str) -> str:
+    names = ("item", "category", "reported")
+    body = [[line[name] for name in names] for line in checklist(found)]
+    return (
+        "<p>What the survey of Zhang 2026 (arXiv 2604.09459, table 11) asks every paper on credit "
+        f"assignment to say.</p>{tables.table(names, body, 'checklist')}"
+        f"{_files(CHECKLIST, folder, ['csv'])}"
     )
 
 

@@ -24,6 +24,7 @@ Line = dict[str, Any]
 COUNTS = (
     *("point", "seed", "tokens", "updates", "train_texts", "cells", "finished", "reached"),
     *("tokens_to_goal", "reward_tokens_to_goal", "budget", "runs", "other_runs"),
+    *("policy_weights", "trained_weights", "total_tokens", "num_envs"),
 )
 """Columns of whole numbers."""
 NUMBERS = {

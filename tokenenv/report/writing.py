@@ -7,10 +7,11 @@ from pathlib import Path
 from tokenenv.agents.run.files import replace_file
 from tokenenv.bench.table import as_csv, unified
 from tokenenv.report import texts
+from tokenenv.report.checklist import checklist
 from tokenenv.report.drawing import drawn, save, whole
 from tokenenv.report.figure import Figure, Line
 from tokenenv.report.figures import make_figures
-from tokenenv.report.page import HEAT_MAPS, page
+from tokenenv.report.page import CHECKLIST, HEAT_MAPS, page
 from tokenenv.report.reading import read
 from tokenenv.safety.trust import refuse_link
 
@@ -57,6 +58,7 @@ def write_report(
             on_figure(number + 1, len(figures))
         if shown:
             _write_csv(folder / f"{HEAT_MAPS}.csv", texts.lines(shown))
+        _write_csv(folder / f"{CHECKLIST}.csv", checklist(found))
         text = page(found, figures, shown, folder.name)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path

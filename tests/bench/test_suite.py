@@ -1,0 +1,140 @@
+"""The folders of benchmarks/suite: their grids are valid, their questions and the survey name rows
+that exist, and their designs pay what they say."""
+
+import math
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.suite import rewards  # noqa: E402
+from benchmarks.suite.answers import MODULES, SUITE, tokens_to, verdict  # noqa: E402
+from benchmarks.suite.answers import _times_fewer as times_fewer  # noqa: E402
+from tokenenv.bench.file import read_grid  # noqa: E402
+from tokenenv.bench.statistics import Interval  # noqa: E402
+
+GRIDS = sorted(path.parent.name for path in SUITE.glob("*/grid.yaml"))
+QUESTIONS = sorted(path.parent.name for path in SUITE.glob("*/question.yaml"))
+
+
+def grid_of(name):
+    return read_grid(SUITE / name / "grid.yaml", MODULES)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_has_its_cells_its_controls_and_the_seeds_that_are_wanted(name):
+    grid = grid_of(name)
+    assert grid.about.endswith("?")
+    transformer = any("Reviews" in str(env["env"]) for env in grid.envs.values())
+    assert len(grid.seeds) == (3 if transformer else 10)
+    assert len(grid.cells()) >= 4 * len(grid.seeds)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_name_rows_that_exist(name):
+    said = yaml.safe_load((SUITE / name / "question.yaml").read_text())
+    assert set(said) <= {"question", "claim", "answers"}
+    if "answers" not in said:
+        return
+    places = {(cell.task, cell.row) for cell in grid_of(name).cells()}
+    for one in said["answers"]:
+        assert set(one) == {"task", "row", "than", "by", "claimed"}
+        assert {(one["task"], one["row"]), (one["task"], one["than"])} <= places
+        assert one["claimed"] in ("more", "less", "equal")
+
+
+def test_at_least_twenty_methods_of_the_survey_are_rows():
+    survey = yaml.safe_load((SUITE / "survey.yaml").read_text())
+    assert len({one["method"] for one in survey}) == len(survey) >= 20
+    for one in survey:
+        assert one["row"] in grid_of(one["folder"]).row_labels(), one
+
+
+def scores_of(reward, **options):
+    """Return the rewards of some texts of Reviews-v0 under a design, and those of "token"."""
+    envs = gym.make_vec(
+        "tokenenv/Reviews-v0", num_envs=2, reward={"paid": reward, "token": "token"}, **options
+    )
+    core = envs.unwrapped
+    rng = np.random.default_rng(0)
+    prompts = [[int(one) for one in rng.integers(3, 60, 4)] for _ in range(6)]
+    responses = [[int(one) for one in rng.integers(3, 60, n)] for n in (1, 2, 5, 5, 7, 9)]
+    found = core.score_episodes(prompts, responses)
+    return found.terms["paid"], found.terms["token"], [len(one) for one in responses]
+
+
+@pytest.mark.parametrize(
+    ("design", "total"),
+    [
+        (rewards.KindSum, lambda q: q.sum()),
+        (rewards.KindMin, lambda q: q.min()),
+        (rewards.KindClip, lambda q: np.minimum(q - rewards.KINDNESS, 0.0).sum()),
+    ],
+)
+def test_kind_rewards_add_up_to_their_form(design, total):
+    paid, token, lengths = scores_of(design())
+    for row, scores, length in zip(paid, token, lengths, strict=True):
+        q = scores[:length] + rewards.KINDNESS
+        assert row[:length].sum() == pytest.approx(total(q), abs=1e-5)
+
+
+def test_differences_of_kind_scores_do_not_see_the_kindness():
+    paid, token, lengths = scores_of(rewards.KindDelta())
+    for row, scores, length in zip(paid, token, lengths, strict=True):
+        assert row[1:length] == pytest.approx(np.diff(scores[:length]), abs=1e-5)
+
+
+def test_decoys_are_paid_beside_the_difference_in_the_score():
+    design = {"decoys": rewards.Decoys(), "delta": "delta"}
+    envs = gym.make_vec("tokenenv/Negation-v0", num_envs=1, reward=design)
+    texts = [[1, 35, 30, 7, 29, 40, *[2] * 10]]
+    found = envs.unwrapped.score_episodes([[0]], texts)
+    more = found.terms["decoys"][0] - found.terms["delta"][0]
+    assert more[:6] == pytest.approx([0, 0.1, 0.1, 0, 0, 0], abs=1e-6)
+    words = [envs.unwrapped.token_spec.tokenizer.decode([one]) for one in range(30, 40)]
+    assert all(word.startswith("w") for word in words)
+
+
+def line(tokens, share):
+    return {"tokens": tokens, "share": share}
+
+
+def test_tokens_to_a_goal_are_interpolated_and_may_never_come():
+    lines = [line(0, 0.0), line(100, 0.2), line(200, 0.6), line(300, 0.1)]
+    assert tokens_to(lines, "share", 0.5) == pytest.approx(175)
+    assert tokens_to(lines, "share", 0.0) == 0
+    assert math.isinf(tokens_to(lines, "share", 0.7))
+
+
+def test_times_fewer_counts_runs_that_did_not_get_there():
+    one, never = [np.array([100.0, 200.0, 400.0])], [np.array([math.inf] * 3)]
+    assert times_fewer(one, one) == 1
+    assert times_fewer(one, [np.array([300.0, 800.0, math.inf])]) == 4
+    assert math.isinf(times_fewer(one, never))
+    assert times_fewer(never, one) == 0
+    assert times_fewer(never, never) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "said"),
+    [
+        (0.1, 0.2, "more", "held"),
+        (-0.2, -0.1, "more", "did not hold"),
+        (-0.1, 0.2, "more", "not told apart"),
+        (-0.2, -0.1, "less", "held"),
+        (0.1, 0.2, "less", "did not hold"),
+        (-0.04, 0.03, "equal", "held"),
+        (0.01, 0.04, "equal", "held"),
+        (-0.1, 0.03, "equal", "not told apart"),
+        (0.1, 0.2, "equal", "did not hold"),
+    ],
+)
+def test_a_claim_holds_where_its_side_has_the_whole_interval(low, high, claimed, said):
+    assert verdict(Interval((low + high) / 2, low, high), 0.0, claimed, 0.05) == said
+    assert verdict(Interval((low + high) / 2 + 1, low + 1, high + 1), 1.0, claimed, 0.05) == said
