@@ -28,14 +28,14 @@ def run(name: str, more: list[str]) -> None:
         more: further flags for `tokenenv bench`.
     """
     folder, out = SUITE / name, BUILD / name / "bench"
-    python = [sys.executable, "-m"]
+    python, tokenenv = [sys.executable, "-m"], str(Path(sys.executable).with_name("tokenenv"))
     if (folder / "prepare.py").is_file() and not (BUILD / name / "prepared").exists():
         _call([*python, f"benchmarks.suite.{name}.prepare"])
         (BUILD / name / "prepared").touch()
     if (folder / "grid.yaml").is_file():
-        bench = [*python, "tokenenv", "bench", "--suite", name, "--out", str(out)]
+        bench = [tokenenv, "bench", "--suite", name, "--out", str(out)]
         _call([*bench, "--modules", *MODULES, *more])
-        _call([*python, "tokenenv", "report", str(out)])
+        _call([tokenenv, "report", str(out)])
         (folder / "results").mkdir(exist_ok=True)
         for kept in KEPT:
             shutil.copy(out / kept, folder / "results" / kept)
