@@ -9,7 +9,7 @@ REAL_STAMP := $(VENV)/installed-real
 # An editable installation is what is wanted here. setuptools warns of every one in twelve lines, even to pip --quiet.
 QUIET := PYTHONWARNINGS='ignore:Editable installation' PIP_DISABLE_PIP_VERSION_CHECK=1
 
-.PHONY: help setup demo test examples docs real-models real fit-real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm test-trainers lint bench clean
+.PHONY: help setup demo test examples docs real-models real fit-real fuzz kill-test wheel test-tianshou test-turn-envs test-vllm test-trainers lint suite bench clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -124,6 +124,9 @@ lint: $(STAMP)  ## ruff, and mypy on the package under its installed names (agen
 	@rm -rf build/lib build/bdist.* build/installed  # a wheel takes up what an older build has left there
 	@$(PYTHON) scripts/linked.py build/linked
 	cd build/linked && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p tokenenv
+
+suite: $(STAMP)  ## the reward-design benchmark: every question of benchmarks/suite, a night on two cores
+	$(BIN)/python -m benchmarks.suite.run
 
 bench: $(STAMP)  ## the figures that docs/benchmarks.md quotes
 	$(BIN)/python benchmarks/step.py

@@ -58,7 +58,7 @@ def checklist(found: Found) -> list[Line]:
         ("evaluation", "benchmarks and splits", _benchmarks(rows)),
         ("evaluation", "metric, defined", _metrics(found)),
         ("evaluation", "variance", _variance(found)),
-        ("compute", "hours of computing", _compute(found)),
+        ("compute", "computing time", _compute(found)),
         ("compute", "what the credit costs in addition", _overhead(found)),
         ("texts", "mean length", _lengths(found)),
         ("texts", "distribution of lengths", _spread(found)),
@@ -136,7 +136,7 @@ def _ablations(rows: Mapping[tuple[str, str], Line]) -> str:
         for one, other in combinations(rows, 2)
         if one[0] == other[0] and len(_apart(rows[one], rows[other])) == 1
     ]
-    return f"{len(pairs)} pairs of rows differ in one setting" if pairs else "none"
+    return f"pairs of rows that differ in one setting: {len(pairs)}" if pairs else "none"
 
 
 def _apart(one: Line, other: Line) -> list[str]:
@@ -178,9 +178,9 @@ def _variance(found: Found) -> str:
 
 def _compute(found: Found) -> str:
     last = [line for line, _ in found.cells()]
-    hours = sum(line.get("cpu_seconds") or 0.0 for line in last) / 3600
+    minutes = sum(line.get("cpu_seconds") or 0.0 for line in last) / 60
     machines = ", ".join(dict.fromkeys(str(one["machine"]) for one in last if one.get("machine")))
-    return f"{hours:.2f} hours of one CPU core for all runs, evaluations aside; {machines}"
+    return f"{minutes:.1f} minutes of one CPU core for all runs, evaluations aside; {machines}"
 
 
 def _overhead(found: Found) -> str:
