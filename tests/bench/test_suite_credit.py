@@ -4,11 +4,18 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import fakes
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from tabular import relative_error, to_go
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tokenenv.fit.examples import Text
+from tokenenv.fit.measure import correlation, ranks
+from tokenenv.rewards import Shapley
+from tokenenv.rewards.shaping import Oracle
 
 SUITE = Path(__file__).parents[2] / "benchmarks" / "suite"
 
@@ -27,7 +34,18 @@ def script(name, file="run"):
 
 
 gradients, bound = script("gradient_preserving"), script("entropy_bound")
-from tidy import interval, text_of  # noqa: E402  (a script has imported it)
+sweep, lora = script("reward_model"), script("lora_credit")
+prepare, attribution = script("attribution", "prepare"), script("attribution")
+from tidy import fill, interval, read, text_of  # noqa: E402  (a script has imported it)
+
+World = sweep.World
+
+
+def language_model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, vocab_size=64)).eval()
+
 
 # ------------------------------------------------------------------------------ gradient_preserving
 
@@ -56,8 +74,6 @@ def test_every_placement_pays_the_score_in_all():
 def test_the_placements_are_those_of_the_env():
     world = gradients.world_of("any", 1)
     # The env draws 8 orders of the 24; with all of them there is nothing to draw.
-    from tokenenv.rewards import Shapley
-
     for reward, placed in (
         ("delta", gradients.prefix_difference(world, world.scores)),
         ("occlusion", gradients.leave_one_out(world)),
@@ -146,12 +162,120 @@ def test_the_worth_of_a_word_is_the_oracles_and_outcomes_say_it_too(oracle):
 
 
 def test_a_weighted_rank_correlation_is_that_of_repeated_values():
-    from tokenenv.fit.measure import correlation, ranks
-
     rng = np.random.default_rng(0)
     x, y, count = rng.integers(0, 9, 40), rng.normal(size=40), rng.integers(1, 5, 40)
     many = correlation(ranks(np.repeat(x, count)), ranks(np.repeat(y, count)))
     assert bound.weighted_spearman(x.astype(float), y, count.astype(float)) == pytest.approx(many)
+
+
+# --------------------------------------------------------- reward_model, lora_credit
+
+
+def test_every_cell_of_the_sweep_sees_as_many_examples(tmp_path):
+    data = World("Negation-v0", 0, 0, tmp_path, tmp_path)
+    for setting in ({"seed": 0, "objective": "bt-sum", "lr": 1e-3, "batch": b} for b in (8, 128)):
+        made = sweep.config(setting, [], [], tmp_path, data)
+        assert (made.epochs, made.patience) == (sweep.EPOCHS, sweep.EPOCHS)
+        assert made.batch_examples == setting["batch"]
+
+
+def test_what_is_in_the_file_is_not_run_again(tmp_path):
+    asked = []
+
+    def work(setting):
+        asked.append(setting)
+        if setting["lr"] == 0.01 and len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"rho": 1.5}
+
+    path = tmp_path / "results" / "results.csv"
+    settings = [{"seed": 0, "name": "a", "lr": lr} for lr in (1e-4, 0.01)]
+    with pytest.raises(KeyboardInterrupt):
+        fill(path, settings, work)
+    assert read(path) == [settings[0] | {"rho": 1.5}]
+    assert fill(path, settings, work) == [one | {"rho": 1.5} for one in settings]
+    assert [one["lr"] for one in asked] == [1e-4, 0.01, 0.01]
+
+
+def test_how_concentrated_weights_are():
+    assert lora.concentrated(np.full(4, 0.3)) == pytest.approx((0.0, 1.0))
+    assert lora.concentrated(np.array([0.0, 2.0, 0.0, 0.0])) == pytest.approx((0.75, 0.25))
+    # Gini's coefficient is half the mean difference of two weights, over their mean.
+    some = np.array([3.0, 1.0, 2.0])
+    gini = np.abs(some[:, None] - some).mean() / 2 / some.mean()
+    assert lora.concentrated(some) == pytest.approx((gini, 36 / (3 * 14)))
+
+
+def test_no_log_ratio_to_the_nudged_reference_is_zero(tmp_path):
+    model = language_model()
+    model.save_pretrained(tmp_path / "lm")
+    lora.nudged(tmp_path / "lm", tmp_path / "reference")
+    other = type(model).from_pretrained(tmp_path / "reference")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        one, two = (m(input_ids=ids).logits.log_softmax(-1) for m in (model, other))
+    assert (one != two).float().mean() > 0.5
+    assert (one - two).abs().max() < 1e-3
+
+
+def test_a_residual_is_of_the_state_that_a_token_is_chosen_from():
+    model, base = language_model(), language_model()
+    texts = [Text(np.array([0]), np.array([3, 5, 7])), Text(np.array([0]), np.array([1, 2]))]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] += 1.0
+    data = World("Negation-v0", 0, 0, Path(), Path(), texts=texts)
+    # Token 7 is the last one: no token is chosen from the state behind it.
+    assert [len(row) for row in lora.residuals(model, base, data)] == [3, 2]
+    assert np.concatenate(lora.residuals(model, base, data)).max() == 0.0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 1.0
+    first, second = lora.residuals(model, base, data)
+    assert (first > 0).tolist() == [False, True, True]
+    assert second.max() == 0.0
+
+
+# ----------------------------------------------------------------------------------------- attribution
+
+
+def test_the_model_is_told_the_score_of_whole_texts_alone():
+    row = prepare.texts_of(3, 2)[0]
+    envs = gym.make_vec(prepare.ENV, 1, task_seed=3)
+    score = envs.unwrapped.score_episodes([row["prompt_ids"]], [row["response_ids"]]).gold[0]
+    assert row["values"][-1] == pytest.approx(float(score))
+    assert row["values"][:-1] == [None] * 15
+
+
+def test_the_first_order_is_the_slope_towards_the_word_without_meaning():
+    model = fakes.reward_model("sequence", num_hidden_layers=1, vocab_size=64)
+    term = attribution.FirstOrder(null=21)
+    envs = gym.make_vec(
+        prepare.ENV, 1, kl="none", reward={"placed": term}, reward_model=model, max_new_tokens=4
+    )
+    response = [5, 33, 21, 8]
+    paid = envs.unwrapped.score_episodes([[0]], [response])
+    embed, step = model.get_input_embeddings().weight, 1e-2
+
+    def score(t=None, share=0.0):
+        inputs = embed[[0, *response]].clone()
+        if t is not None:
+            inputs[t + 1] += share * (embed[21] - inputs[t + 1])
+        with torch.no_grad():
+            return float(model(inputs_embeds=inputs[None]).logits[0, -1].squeeze())
+
+    slopes = [(score(t, -step) - score(t, step)) / (2 * step) for t in range(4)]
+    assert slopes[2] == 0.0
+    slopes[3] += score() - sum(slopes)
+    np.testing.assert_allclose(paid.token_rewards[0], slopes, atol=2e-3 * np.abs(slopes).max())
+
+
+def test_the_references_own_advantage_is_found(monkeypatch):
+    exact = {"exact": Oracle(beta=np.inf), "terminal": "terminal"}
+    monkeypatch.setattr(attribution, "designs_of", lambda tokenizer: exact)
+    found = {row["design"]: row for row in attribution.measured(0, None, texts=32)}
+    assert found["exact"]["reward"] == pytest.approx(1.0, abs=1e-4)
+    assert found["exact"]["rho"] > 0.99
+    # The score at the end is the sum of all, so every token's share of it is in it.
+    assert 0.1 < found["terminal"]["credit"] < 0.6
 
 
 # --------------------------------------------------------------------------------------------- tidy
