@@ -16,7 +16,6 @@ Suffixes: B texts, T response tokens, N groups of G texts each.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from benchmarks.suite.continuations import Resets
@@ -67,17 +66,21 @@ class GTPO(GroupCredit):
 
     def credit(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return GRPO's (B, T), times the weights."""
-        good_B, alpha = self.succeeded(returns_BT, batch), self.config.alpha
+        ahead_B = self.compared(returns_BT, batch, leave_one_out=False)[:, 0]
         entropy_BT = self.token_outputs(batch).entropy_BT.clamp(min=MIN_ENTROPY)
-        weights_BT = entropy_weights(entropy_BT, batch.mask_BT, good_B, self.group_size)
+        weights_BT = entropy_weights(entropy_BT, batch.mask_BT, ahead_B, self.group_size)
+        alpha = self.config.alpha
         return super().credit(returns_BT, batch) * (1.0 - alpha + alpha * weights_BT)
 
 
-def entropy_weights(entropy_BT: Tensor, mask_BT: Tensor, good_B: Tensor, group_size: int) -> Tensor:
-    """Return (B, T): the factors behind a2 in `GTPO`. Their mean is 1 over the successful texts
-    of a group at each place, and over the failed ones; they are 0 to the right of a text."""
-    weights_BT = torch.zeros_like(entropy_BT)
-    for values_BT, which_B in ((entropy_BT, good_B), (1.0 / entropy_BT, ~good_B)):
+def entropy_weights(
+    entropy_BT: Tensor, mask_BT: Tensor, ahead_B: Tensor, group_size: int
+) -> Tensor:
+    """Return (B, T): the factors behind a2 in `GTPO`, for texts that have succeeded (`ahead_B` is
+    above 0) and that have failed (below 0). Over either kind their mean is 1 in a group at each
+    place. They are 1 in a text that is neither, and 0 to the right of a text."""
+    weights_BT = (mask_BT & (ahead_B == 0)[:, None]).float()
+    for values_BT, which_B in ((entropy_BT, ahead_B > 0), (1.0 / entropy_BT, ahead_B < 0)):
         chosen_BT = mask_BT & which_B[:, None]
         values_NGT = (values_BT * chosen_BT).unflatten(0, (-1, group_size))
         counts_N1T = chosen_BT.unflatten(0, (-1, group_size)).sum(1, keepdim=True)

@@ -10,7 +10,7 @@ penalty, and j over the texts of a group:
 The published methods have no KL penalty in the reward. Here it is one, is credited as GRPO credits
 it, and is neither weighed nor divided by a method, so beta means the same in all rows of a grid.
 Where a method tells successful texts from failed ones, a text has succeeded if its whole return is
-above its group's mean, because scores may have more than two values.
+above its group's mean, as scores may have more than two values.
 
 Suffixes: B texts, T response tokens.
 """

@@ -383,7 +383,7 @@ def test_gigpo_compares_within_a_group_and_a_place_alone():
     """The same texts with other returns in a second group change nothing in the first one, and a
     flat anchor gives 0."""
     agent = GiGPO(make(group_size=2))
-    batch = texts([[1, 1], [1, 1], [1, 1], [1, 1]])
+    batch = texts([[1, 1], [1, 1], [1, 1], [1, 1]], prompt=(1,))
     returns_BT = torch.tensor([[1.0, 5], [3, 5], [100, 7], [100, 9]])
     step_BT = agent.credit(returns_BT, batch) - plain(agent, batch, returns_BT)
     half = 0.5**0.5
