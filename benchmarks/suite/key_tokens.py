@@ -59,9 +59,8 @@ def key_values(tokens_BT: Tensor, mask_BT: Tensor, good_B: Tensor, group_size: i
     strength_NV = torch.where(p_NV < 1.0 - 1e-9, (-2.0 * p_NV).exp(), 0.0) + information(
         *holding, *texts
     )
-    # 2 sigmoid(x) - 1 = tanh(x / 2).
+    # 2 sigmoid(x) - 1 = tanh(x / 2). Where all texts have failed, p is 1 and nothing is told.
     keys_NV = torch.tanh(strength_NV * direction_NV / 4.0)
-    keys_NV = keys_NV * ((texts[0] > 0) & (texts[1] > 0))
     keys_BT = keys_NV.repeat_interleave(group_size, 0).gather(1, index_BT)
     return keys_BT.float() * mask_BT
 

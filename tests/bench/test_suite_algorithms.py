@@ -1,6 +1,7 @@
 """The published methods of benchmarks/suite: each is GRPO where its formula says so, and what its
 formula says elsewhere, by hand; each learns."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -15,7 +16,7 @@ from example_files import load_example
 from runs import same
 
 import tokenenv  # noqa: F401
-from tokenenv.agents import GRPO
+from tokenenv.agents import GRPO, GRPOConfig
 from tokenenv.agents.algorithms.grpo import paid, total
 from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.bench.file import read_grid, suite_file
@@ -34,7 +35,7 @@ from benchmarks.suite.algorithms import (
     PlaceScaled,
     Resets,
 )
-from benchmarks.suite.credit import GroupCredit
+from benchmarks.suite.credit import CreditConfig, GroupCredit
 from benchmarks.suite.trees import prefix_values
 
 sys.path.pop(0)
@@ -138,6 +139,12 @@ AS_GRPO = [
 def test_without_its_formula_each_is_grpo_to_the_bit(grpo, algorithm, settings):
     """With the reward at the end, as `PlaceScaled` needs for it, and a KL penalty."""
     assert same(weights_after(algorithm, **settings), grpo)
+
+
+def test_the_settings_that_they_share_with_grpo_have_its_defaults():
+    own, grpo = CreditConfig(), GRPOConfig()
+    for known in dataclasses.fields(own):
+        assert getattr(own, known.name) == getattr(grpo, known.name)
 
 
 def test_no_formula_reaches_the_kl_penalty():
