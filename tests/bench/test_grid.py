@@ -1,6 +1,5 @@
 """Grids: which cells they have, and what is refused."""
 
-from pathlib import Path
 
 import pytest
 
@@ -174,8 +173,3 @@ def test_a_suite_is_a_folder_or_a_name(tmp_path, monkeypatch):
     assert read_grid(suite_file("mine")).name == "mine"
     with pytest.raises(InvalidArgument, match=r"suite='other' .* There are: .*mine"):
         suite_file("other")
-
-
-@pytest.mark.parametrize("path", sorted(Path("benchmarks/suite").glob("*/grid.*")), ids=str)
-def test_every_suite_of_the_repository_is_a_grid(path):
-    assert read_grid(suite_file(str(path.parent))).cells()
