@@ -16,7 +16,6 @@ not told apart. "equal" held where the whole interval is within `margin`.
 """
 
 import argparse
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,10 @@ SUITE = Path(__file__).parent
 MODULES = ("benchmarks.suite.rewards", "benchmarks.suite.algorithms")
 MARGIN = {"share": 0.05, "gold": 0.05}
 """Differences that count as none where a claim is "equal"."""
+NEVER = 1e12
+"""The tokens of a run that did not get there: resamples can be sorted and interpolated with it."""
+ENDLESS = 1e6
+"""A ratio beyond this has such a run on one side."""
 
 
 def answers(folder: Path) -> list[dict[str, str]]:
@@ -48,6 +51,9 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
     task, row, than, by = (asked[name] for name in ("task", "row", "than", "by"))
     claimed = asked["claimed"]
     runs = [found.runs.get((task, label), {}) for label in (row, than)]
+    line = {"environment": task, "comparison": f"{row} against {than}"}
+    if not all(runs):
+        return line | {"found": "not run", "claimed": claimed, "verdict": ""}
     if by == "tokens":
         column, goal = grid.goal(task)
         taken = [[tokens_to(lines, column, goal) for lines in one.values()] for one in runs]
@@ -59,9 +65,7 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
         interval, none = bootstrap(iqm_difference, *groups), 0.0
         text = f"{interval.value:+.3f} {by}"
     low, high = _number(interval.low), _number(interval.high)
-    return {
-        "environment": task,
-        "comparison": f"{row} against {than}",
+    return line | {
         "found": f"{text} ({low} to {high}), {len(runs[0])} and {len(runs[1])} seeds",
         "claimed": claimed,
         "verdict": verdict(interval, none, claimed, MARGIN.get(by, 0.1)),
@@ -69,8 +73,8 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
 
 
 def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> float:
-    """Return the tokens at which a run first reached a value, interpolated; infinite where it never
-    did."""
+    """Return the tokens at which a run first reached a value, interpolated; `NEVER` where it did
+    not."""
     before = lines[0]
     for line in lines:
         if line[column] >= goal:
@@ -78,21 +82,14 @@ def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> f
             part = (goal - before[column]) / rise if rise > 0 else 1.0
             return float(before["tokens"] + part * (line["tokens"] - before["tokens"]))
         before = line
-    return math.inf
+    return NEVER
 
 
 def _times_fewer(one: Strata, other: Strata) -> np.ndarray:
-    """Return the ratio of the medians of the other's tokens and of one's own. Where neither got
-    there it is 1."""
-    with np.errstate(invalid="ignore"):
-        medians = [_median(np.concatenate(strata, axis=-1)) for strata in (one, other)]
-        ratio = medians[1] / medians[0]
-    return np.where(np.isinf(medians[0]) & np.isinf(medians[1]), 1.0, ratio)
-
-
-def _median(values: np.ndarray) -> np.ndarray:
-    """Return the higher median along the last axis: a mean of two could be of infinity."""
-    return np.sort(values, axis=-1)[..., values.shape[-1] // 2]
+    """Return the ratio of the medians of the other's tokens and of one's own; 1 where neither got
+    there."""
+    mine, theirs = (np.median(np.concatenate(strata, axis=-1), axis=-1) for strata in (one, other))
+    return theirs / mine
 
 
 def verdict(interval: Interval, none: float, claimed: str, margin: float) -> str:
@@ -117,7 +114,7 @@ def verdict(interval: Interval, none: float, claimed: str, margin: float) -> str
 
 
 def _number(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.2f}"
+    return "∞" if value > ENDLESS else f"{value:.2f}"
 
 
 def markdown(lines: Sequence[Mapping[str, str]]) -> Iterable[str]:

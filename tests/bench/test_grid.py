@@ -1,6 +1,5 @@
 """Grids: which cells they have, and what is refused."""
 
-
 import pytest
 
 from tokenenv.bench import Grid
