@@ -23,6 +23,8 @@ SMALLEST = {  # what a design's rewards tell apart
 }
 """The granularity of the designs whose credit is coarser than a token's."""
 GROUPS = ("grpo", "rloo")
+BETWEEN = " · "
+"""Between labels of rows, which may hold commas."""
 FAMILIES = {
     "attention": "attribution",
     "gradient": "attribution",
@@ -113,7 +115,7 @@ def _baselines(rows: Mapping[tuple[str, str], Line]) -> str:
         for (_, row), line in rows.items()
         if _designs(line) == {"terminal"} and not _is_custom(line)
     )
-    return ", ".join(labels) or "none"
+    return BETWEEN.join(labels) or "none"
 
 
 def _budgets(found: Found, rows: Mapping[tuple[str, str], Line]) -> str:
@@ -240,7 +242,7 @@ def _by_answer(rows: Mapping[tuple[str, str], Line], answer: Any) -> str:
     found: dict[str, dict[str, None]] = {}
     for (_, row), line in rows.items():
         found.setdefault(answer(line), {})[row] = None
-    return _each(f"{said}: {', '.join(labels)}" for said, labels in found.items())
+    return _each(f"{said}: {BETWEEN.join(labels)}" for said, labels in found.items())
 
 
 def _each(parts: Iterable[str]) -> str:

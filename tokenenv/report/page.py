@@ -148,7 +148,7 @@ def _heat_maps(shown: Sequence[texts.Shown], folder: str) -> str:
 
 
 def _checklist(found: Found, folder: str) -> str:
-    names = ("item", "category", "reported")
+    names = ("item", "reported")
     body = [[line[name] for name in names] for line in checklist(found)]
     return (
         "<p>What the survey of Zhang 2026 (arXiv 2604.09459, table 11) asks every paper on credit "
