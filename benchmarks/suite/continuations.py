@@ -38,7 +38,7 @@ class Resets(GroupCredit):
     present policy. They are a group of their own: GRPO's advantages compare them with each other,
     and only their own tokens are learned from, as the prefix is part of their prompt. The update
     learns from both kinds of groups alike (4 texts and 4 continuations in the paper). Tokens of
-    continuations count as seen.
+    continuations count as seen, and so do those that slots emit while they wait for longer ones.
 
     Taken from the paper: the failed text, the two groups that are normalised apart, no gradient in
     the prefix, and `place="random"`, which is its RRPO. What differs: in its SRPO the model is
@@ -55,8 +55,8 @@ class Resets(GroupCredit):
         """Learn from finished texts and from continuations; return the field's scalars and the
         tokens that the continuations took."""
         before, episodes = self.tokens_seen, batch.unstack()
-        # In order of length: continuations that are played at once then end nearly together, and
-        # slots that wait for others emit tokens for nothing.
+        # In order of length: continuations that are played at once then end nearly together, so
+        # that slots wait less.
         resets = sorted(self.resets(batch), key=lambda reset: reset[1])
         played = self.collector.play_on(
             [state_before(episodes[row], place) for row, place in resets],
@@ -79,5 +79,5 @@ class Resets(GroupCredit):
         if self.config.place == "random":
             lengths = batch.response_length_B[rows].numpy()
             return list(zip(rows, self.rng.integers(lengths).tolist(), strict=True))
-        entropy_BT = self.token_outputs(batch).entropy_BT.masked_fill(~batch.mask_BT, -1.0)
+        entropy_BT = self.token_outputs(batch).entropy_BT  # zero to the right of each text
         return list(zip(rows, entropy_BT[rows].argmax(1).tolist(), strict=True))

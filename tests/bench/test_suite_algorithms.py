@@ -410,8 +410,8 @@ def seen_by(agent, batch):
 
 
 def test_the_worst_text_of_each_group_is_played_on_where_the_policy_was_least_certain():
-    agent = moved(Resets, make("Reviews", tokens=8, reward="terminal"))
-    batch = batch_of(agent, 150)
+    agent = Resets(make("Reviews", tokens=16, reward="terminal"))
+    batch = batch_of(agent, 300)
     returns_NG = earned(agent, batch)[:, 0].unflatten(0, (-1, 4))
     entropy_BT = agent.token_outputs(batch).entropy_BT
     found, seen = agent.resets(batch), set()
