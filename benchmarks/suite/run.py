@@ -66,8 +66,11 @@ def main() -> None:
     everything = sorted(
         {path.parent.name for kind in ("grid.yaml", "run.py") for path in SUITE.glob(f"*/{kind}")}
     )
-    for name in args.names or everything:
-        run(name, more)
+    try:
+        for name in args.names or everything:
+            run(name, more)
+    except KeyboardInterrupt:
+        sys.exit(130)  # bench has said how to go on
 
 
 if __name__ == "__main__":
