@@ -1,16 +1,16 @@
 """Checkpoints survive crashes, refuse what is not one, and resume exactly."""
 
-import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from processes import forked, wait
 from runs import SETTINGS, Recorder, same
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
@@ -166,32 +166,36 @@ def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     assert calls == ["c.tmp", "replace", tmp_path.name]
 
 
-def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path):
-    path, said, done = tmp_path / "c", *os.pipe()
-    chance = random.Random(0)
-
-    def write():
+WRITER = """
+import itertools, os, sys, torch
+from tokenenv.agents.run.checkpoint import write_checkpoint
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
         for turn in itertools.count(1):
             weight = torch.full((1_000_000,), float(turn))
-            write_checkpoint(path, {"turn": turn, "weight": weight})
-            os.write(done, b"%d\n" % turn)
+            write_checkpoint(sys.argv[1], {"turn": turn, "weight": weight})
+            print(os.getpid(), turn, flush=True)
+    os.waitpid(pid, 0)
+    print("killed", flush=True)
+"""
 
-    with open(said) as lines:
+
+def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "c"
+    chance = random.Random(0)
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         for _ in range(3):
-            pid = forked(write)
             for _ in range(2):
-                lines.readline()
+                pid, written = map(int, writer.stdout.readline().split())
             time.sleep(chance.random() * 0.05)
             os.kill(pid, signal.SIGKILL)
-            wait(pid)
-            os.write(done, b"killed\n")
-            written = 2
-            for line in iter(lines.readline, "killed\n"):
-                written = int(line)
+            for line in iter(writer.stdout.readline, "killed\n"):
+                written = int(line.split()[1])
             state = read_checkpoint(path)
             assert state["turn"] >= written
             assert (state["weight"] == state["turn"]).all()
-    os.close(done)
 
 
 def token_env(mode=AutoresetMode.SAME_STEP, **options):
