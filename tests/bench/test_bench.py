@@ -2,12 +2,13 @@
 
 import csv
 import json
+import multiprocessing
 import sys
 
 import pytest
 
 from tokenenv.agents import PPO
-from tokenenv.bench import Grid, bench
+from tokenenv.bench import Grid, bench, processes
 from tokenenv.bench import run as running
 from tokenenv.bench.cells import train_of
 from tokenenv.bench.events import Event, played
@@ -158,6 +159,9 @@ def test_a_cell_learns_what_the_agent_alone_learns():
 
 
 def test_processes_play_what_this_process_plays_and_may_die(tmp_path, monkeypatch):
+    """Forked ones, which need no imports; test_adding.py has one that is begun anew, as users do."""
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: forking)
     (tmp_path / "deadly.py").write_text(
         "import os, signal\ndef brief(prompt, response):\n    os.kill(os.getpid(), signal.SIGKILL)"
     )

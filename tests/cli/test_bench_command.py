@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import Commands, wait_until
+from processes import start, wait, wait_until
 from rich.console import Console
 
 from tokenenv.bench import Grid
@@ -142,14 +142,10 @@ def test_ctrl_c_is_one_sentence_and_keeps_what_has_finished(here, capsys, monkey
 def test_a_bench_that_is_killed_goes_on(here, capsys):
     """SIGKILL costs no finished cell, and leaves no half of one."""
     argv, out = ["bench", *SMALL, "--seeds", "6", "--out", here / "out"], here / "out"
-    commands = Commands()
-    try:
-        pid = commands.start([*argv, "--workers", "1"], here / "said")
-        wait_until(lambda: list(out.glob("cells/*.json")), pid)
-        os.kill(pid, signal.SIGKILL)
-        commands.wait(pid)
-    finally:
-        commands.close()
+    pid = start(argv, here / "said")
+    wait_until(lambda: list(out.glob("cells/*.json")), pid)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
     before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
     assert 1 <= len(before) < 6
     main([str(word) for word in argv])

@@ -1,69 +1,55 @@
-"""`tokenenv` commands in processes of their own, to be stopped and killed. Each is forked from one
-process that has imported everything, so that a test waits for what the command does and not for
-imports."""
+"""`tokenenv` commands in processes of their own, to be stopped and killed. Each is forked from the
+process of the test, which has imported everything, so that a test waits for what the command does
+and not for imports."""
 
-import json
+import gc
 import os
-import subprocess
+import signal
 import sys
 import time
+import traceback
 
-PARENT = """
-import json, os, sys, traceback
-import torch
-torch.set_num_threads(1)
-import matplotlib.figure, torch.utils.tensorboard, transformers.models.llama.modeling_llama
 from tokenenv.cli import main
+from tokenenv.cli.signals import SIGNALS
 
-def run(argv, output):
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    try:
-        main(argv)
-        return 0
-    except SystemExit as stop:
-        return stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 70
 
-for line in sys.stdin:
-    asked = json.loads(line)
-    if "wait" in asked:
-        answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
-    else:
-        answer = os.fork()
-        if answer == 0:
-            code = run(asked["argv"], asked["output"])
+def forked(call):
+    """The id of a process that calls a function; what it returns is the exit code, 0 for None."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            gc.freeze()  # what the test's process has made is not finalised here, which might end it
+            for one in SIGNALS:
+                signal.signal(one, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = call() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    print(answer, flush=True)
-"""
+    return pid
 
 
-class Commands:
-    """Starts commands and waits for them."""
+def start(argv, output):
+    """The process id of `tokenenv ARGV`, whose output is added to a file."""
 
-    def __init__(self):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._parent = subprocess.Popen([sys.executable, "-c", PARENT], text=True, **pipes)
+    def run():
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        try:
+            main([str(each) for each in argv])
+        except SystemExit as stop:
+            return stop.code
 
-    def _ask(self, **asked):
-        self._parent.stdin.write(json.dumps(asked) + "\n")
-        self._parent.stdin.flush()
-        return int(self._parent.stdout.readline())
+    return forked(run)
 
-    def start(self, argv, output):
-        """The process id of `tokenenv ARGV`, whose output is added to a file."""
-        return self._ask(argv=[str(each) for each in argv], output=str(output))
 
-    def wait(self, pid):
-        """The exit code, or minus the number of the signal that ended it."""
-        return self._ask(wait=pid)
-
-    def close(self):
-        self._parent.stdin.close()
-        self._parent.wait()
+def wait(pid):
+    """The exit code, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def is_alive(pid):

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import subprocess
 from collections import Counter
 
 import pytest
@@ -30,21 +31,22 @@ def test_its_errors_arrive_and_it_goes_on(counter):
     assert counter.send("get", "b").result(timeout=30) == 1
 
 
-def test_an_error_of_this_package_comes_as_it_is():
-    with pytest.raises(InvalidArgument, match="rollout='y' is not known"):
-        OwnProcess(check_choice, "rollout", "y", ["z"])
-
-
 def test_ctrl_c_does_not_reach_it(counter):
     assert os.getsid(counter._process.pid) != os.getsid(0)
 
 
-def test_it_ends_with_the_object():
-    made = OwnProcess(list)
-    process = made._process
-    del made
+def test_an_error_of_this_package_comes_as_it_is_and_the_process_ends_with_the_object(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def noting(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    with pytest.raises(InvalidArgument, match="rollout='y' is not known"):
+        OwnProcess(check_choice, "rollout", "y", ["z"])
     gc.collect()
-    assert process.poll() is not None
+    assert started[0].poll() is not None
 
 
 def test_where_it_has_died_that_is_said(counter):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from processes import Commands, is_alive, lines_of, send, wait_until
+from processes import is_alive, lines_of, send, start, wait, wait_until
 from runs import same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -54,14 +54,6 @@ ENDLESS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def commands():
-    """Where commands are forked from."""
-    commands = Commands()
-    yield commands
-    commands.close()
-
-
 def steps_of(folder):
     """The tokens seen at which TensorBoard has a score."""
     return [
@@ -83,16 +75,14 @@ def what_was_left(folder):
     return "while texts were written or learnt from"
 
 
-def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, capsys):
     chance, kills, ended, found = random.Random(0), 0, Counter(), Counter()
     names = list(RUNS)[: max(1, min(len(RUNS), KILLS // 3))]
     lines, pace = {}, {}
     for name in names:
         started = time.monotonic()
-        straight = commands.start(
-            ["train", *RUNS[name], "--run-dir", tmp_path / name], tmp_path / "output"
-        )
-        assert commands.wait(straight) == 0, (tmp_path / "output").read_text()
+        straight = start(["train", *RUNS[name], "--run-dir", tmp_path / name], tmp_path / "output")
+        assert wait(straight) == 0, (tmp_path / "output").read_text()
         lines[name] = lines_of(tmp_path / name / "episodes.jsonl")
         pace[name] = (time.monotonic() - started) / 10
     while kills < KILLS:
@@ -101,7 +91,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
         while True:
             begun = (folder / "config.yaml").exists()
             argv = ["--resume", folder] if begun else [*RUNS[name], "--run-dir", folder]
-            pid = commands.start(["train", *argv], tmp_path / "output")
+            pid = start(["train", *argv], tmp_path / "output")
             if kills < KILLS:
                 episodes = folder / "episodes.jsonl"
                 enough = min(
@@ -111,7 +101,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
                     time.sleep(0.002)
                 time.sleep(chance.random() * pace[name])
                 send(pid, signal.SIGKILL)
-            code = commands.wait(pid)
+            code = wait(pid)
             assert code in (0, -signal.SIGKILL), (tmp_path / "output").read_text()
             if code == 0:
                 break
@@ -136,16 +126,16 @@ def test_killed_runs_end_as_if_nothing_had_happened(commands, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
-def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(commands, tmp_path, signum):
+def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(tmp_path, signum):
     """The batch is never full: the run stops between two steps, and keeps what the batch holds so
     far."""
     folder, output = tmp_path / "x", tmp_path / "output"
     argv = ["train", *ENDLESS, "--agent.batch-tokens", "100000000", "--run-dir", folder]
-    pid = commands.start(argv, output)
+    pid = start(argv, output)
     wait_until((folder / "checkpoint").exists, pid)
     time.sleep(0.5)
     os.kill(pid, signum)
-    assert commands.wait(pid) == 128 + signum
+    assert wait(pid) == 128 + signum
     state = read_checkpoint(folder / "checkpoint")
     [said] = [line for line in output.read_text().splitlines() if "tokens/s" not in line]
     seen = state["collector"]["tokens_seen"]
