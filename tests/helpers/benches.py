@@ -14,7 +14,7 @@ SETTINGS = {
     "num_envs": 8,
     "total_tokens": 128,
     "options": {"max_new_tokens": 4},
-    "agent": {"batch_tokens": 64, "lr": 1e-5},
+    "agent": {"batch_tokens": 64, "lr": 1e-5, "epochs": 1, "minibatches": 1},
 }
 DESIGNS = {"end": "terminal", "good": "oracle", "mixed": {"a": ["oracle", 0.5], "b": "terminal"}}
 CREDIT = {
