@@ -145,8 +145,9 @@ def main() -> None:
     ]
     rows = fill(RESULTS, settings, measured)
     rows.sort(key=lambda row: (list(TRAINED).index(row["trained"]), row["lr"]))
-    figures = {"weights": 0, **{name: 2 for name in rows[0] if name not in settings[0]}}
-    print_table(rows, ["trained", "lr"], figures, "DPO's token log-ratio on Negation-v0")
+    by = ["trained", "weights", "lr"]
+    figures = {name: 2 for name in rows[0] if name not in (*by, "seed")}
+    print_table(rows, by, figures, "DPO's token log-ratio on Negation-v0")
 
 
 if __name__ == "__main__":
