@@ -123,7 +123,8 @@ def main() -> None:
     for seed in SEEDS:
         console.print(f"seed {seed}")
         rows += measured(seed, str(MODEL))
-    rows.sort(key=lambda row: list(dict.fromkeys(r["design"] for r in rows)).index(row["design"]))
+    names = [row["design"] for row in rows]
+    rows.sort(key=lambda row: names.index(row["design"]))
     write(RESULTS, rows)
     figures = {"credit": 2, "reward": 2, "rho": 2}
     print_table(rows, ["design"], figures, "Paid tokens and their exact advantage, Negation-v0")
