@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tokenenv.bench.statistics import Interval, Strata, bootstrap
 
-console = Console(width=160)
+console = Console(width=200)
 Row = dict[str, Any]
 SEED = "seed"
 

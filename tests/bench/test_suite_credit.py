@@ -156,6 +156,9 @@ def test_the_worth_of_a_word_is_the_oracles_and_outcomes_say_it_too(oracle):
         expected = values[t, states]  # whatever the last word was
         np.testing.assert_allclose(step.worth, expected, atol=1e-12)
         np.testing.assert_allclose(step.outcomes @ scores, step.worth, atol=1e-12)
+        # Where texts are and what they will earn: the mean over visits is the same at each step.
+        mean = step.visits @ (step.probs * step.worth).sum(1)
+        assert mean == pytest.approx(oracle.reference_objective())
     coarse = bound.measured(oracle, "reference", "success", 0)
     # What is known of an outcome cannot grow when scores are told apart no more.
     assert coarse["tightness"] < bound.measured(oracle, "reference", "score", 0)["tightness"]
@@ -269,13 +272,15 @@ def test_the_first_order_is_the_slope_towards_the_word_without_meaning():
 
 
 def test_the_references_own_advantage_is_found(monkeypatch):
-    exact = {"exact": Oracle(beta=np.inf), "terminal": "terminal"}
+    exact = {"exact": Oracle(beta=np.inf), "terminal": "terminal", "uniform": "uniform"}
     monkeypatch.setattr(attribution, "designs_of", lambda tokenizer: exact)
     found = {row["design"]: row for row in attribution.measured(0, None, texts=32)}
     assert found["exact"]["reward"] == pytest.approx(1.0, abs=1e-4)
     assert found["exact"]["rho"] > 0.99
     # The score at the end is the sum of all, so every token's share of it is in it.
     assert 0.1 < found["terminal"]["credit"] < 0.6
+    # A share is read where it is placed, and not where `step` pays it.
+    assert found["uniform"]["reward"] > 1.5 * found["terminal"]["reward"]
 
 
 # --------------------------------------------------------------------------------------------- tidy

@@ -14,7 +14,7 @@ the last token, as the other designs have it; "gradient" are integrated gradient
 
 The texts are the reference's, which every policy starts as, so the exact advantage is Q - V of the
 reference under the true score. For each design and seed (the reference is the seed's), over the
-tokens of 256 texts:
+tokens of 64 texts:
 
 - credit: the correlation of reward-to-go, less its mean at the position, with the exact advantage:
   what a learner without a critic and with lambda 1 sees;
@@ -49,7 +49,7 @@ from tokenenv.rewards.redistribute import at_places
 from tokenenv.rewards.seen import FinishedTexts
 
 RESULTS = Path(__file__).parent / "results" / "results.csv"
-TEXTS = 256
+TEXTS = 64
 NULL = "w1"
 """A word that changes no score."""
 
@@ -123,7 +123,8 @@ def main() -> None:
     for seed in SEEDS:
         console.print(f"seed {seed}")
         rows += measured(seed, str(MODEL))
-    rows.sort(key=lambda row: list(dict.fromkeys(r["design"] for r in rows)).index(row["design"]))
+    names = [row["design"] for row in rows]
+    rows.sort(key=lambda row: names.index(row["design"]))
     write(RESULTS, rows)
     figures = {"credit": 2, "reward": 2, "rho": 2}
     print_table(rows, ["design"], figures, "Paid tokens and their exact advantage, Negation-v0")

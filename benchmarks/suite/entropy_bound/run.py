@@ -9,8 +9,8 @@ arXiv 1912.02503). Its mean over outcomes and tokens is a conditional mutual inf
 
     I(a; outcome | s) = E_outcome KL(h(.|s, outcome) || pi(.|s)) <= H(pi(.|s)),
 
-and it gives tokens of high entropy more of the advantage. The paper claims the bound and better
-reasoning scores; it does not say how tight the bound is.
+and it gives tokens of high entropy more of the advantage. Its abstract claims the bound and better
+reasoning scores, and says nothing of how tight the bound is.
 
 Here all of it is exact, by induction over the states (step, automaton state, last word) of four
 automata: outcomes are the scores of finished texts, or whether a text scores more than the

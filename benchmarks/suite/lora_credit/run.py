@@ -7,8 +7,8 @@ ARCA (arXiv 2606.00257) claims that under LoRA a policy stays so close to its re
 made of the two outputs (surprisal, entropy reduction, and the policy divergence |log pi/pi_ref|)
 degenerate once they are normalised within a text: the weights of its tokens become uniform, or
 concentrate on a few that have nothing to do with the task. Its own signal is the adapters' residual
-|h_adapted - h_base| in the last hidden state. The paper shows how concentrated weights are, and
-scores of GRPO on MATH; it has no true credit to hold them against, and no tuning of all weights.
+|h_adapted - h_base| in the last hidden state. By its abstract and its code the evidence is how
+concentrated weights are, and scores of GRPO on MATH; no true credit is known there.
 
 Here a small Llama that was trained on texts of Negation-v0's reference is tuned by DPO on 896 pairs
 (128 more choose the epoch), with all weights or with adapters of rank 1, 4 and 16 at all linear
@@ -145,8 +145,9 @@ def main() -> None:
     ]
     rows = fill(RESULTS, settings, measured)
     rows.sort(key=lambda row: (list(TRAINED).index(row["trained"]), row["lr"]))
-    figures = {"weights": 0, **{name: 2 for name in rows[0] if name not in settings[0]}}
-    print_table(rows, ["trained", "lr"], figures, "DPO's token log-ratio on Negation-v0")
+    by = ["trained", "weights", "lr"]
+    figures = {name: 2 for name in rows[0] if name not in (*by, "seed")}
+    print_table(rows, by, figures, "DPO's token log-ratio on Negation-v0")
 
 
 if __name__ == "__main__":
