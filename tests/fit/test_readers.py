@@ -290,6 +290,16 @@ def test_log_ratios_are_those_of_the_saved_language_model(options, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["all weights", "adapters"])
+def test_a_log_ratio_has_a_gradient_where_training_begins(options):
+    """There the model is its reference, and every log-ratio is exactly 0."""
+    mine = reader(fakes.causal_lm(), "log-ratio", **options)
+    rewards = mine.read(texts()).reward_BR
+    assert not rewards.any()
+    rewards.sum().backward()
+    assert any(weight.grad.abs().max() > 1e-3 for weight in mine.trained().values())
+
+
 def test_adapters_share_the_weights_of_their_reference():
     mine = reader(fakes.causal_lm(), "log-ratio", lora_rank=2)
     own = {weight.data_ptr() for weight in mine._reference.parameters()}

@@ -36,7 +36,7 @@ from tokenenv.models.loading import max_positions
 from tokenenv.models.own_models import same_source
 from tokenenv.models.prefix_scores import padded
 from tokenenv.models.saving import save_model, whole_folder
-from tokenenv.models.trunks import logprob_reader, trunk_of
+from tokenenv.models.trunks import log_ratio, logprob_reader, trunk_of
 
 
 class Reader:
@@ -236,9 +236,7 @@ class RatioReader(Reader):
         known = self._kept.has(texts)
         ref = self._kept.rows(texts) if known else self._of_reference(texts)
         logprob = place_logprobs(self.model, self._logprob, texts)
-        ref = ref.to(logprob.device)
-        # Both are -inf for a token that neither model has, and their difference would be NaN.
-        return self._coef * torch.where(logprob == ref, 0.0, logprob - ref)
+        return self._coef * log_ratio(logprob, ref.to(logprob.device))
 
     def _scaled(self, factor: float) -> Any:
         if factor != 1:

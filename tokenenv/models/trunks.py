@@ -249,6 +249,13 @@ def logprob_reader(model: Any, vocab_size: int) -> Callable[[Tensor, Tensor], Te
     return partial(token_logprobs, head=logits_head(model, vocab_size))
 
 
+def log_ratio(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """Return log p - log p_ref; 0 for a token that neither model has, where both are -inf."""
+    # Not where the two are equal: they are where training begins, and must have a gradient there.
+    neither = logprob.isneginf() & ref_logprob.isneginf()
+    return torch.where(neither, 0.0, logprob - ref_logprob)
+
+
 def hidden_size_of(model: Any) -> int:
     """Return how many numbers of a state a value head may read, the first ones."""
     if hasattr(model, "slots"):

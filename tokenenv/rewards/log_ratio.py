@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tokenenv.errors import InvalidArgument
-from tokenenv.models.trunks import logprob_reader
+from tokenenv.models.trunks import log_ratio, logprob_reader
 from tokenenv.rewards.seen import Transitions
 from tokenenv.rewards.term import Context, RewardTerm
 
@@ -55,5 +54,4 @@ class LogRatio(RewardTerm):
         if hasattr(model, "at_step"):
             states = model.at_step(states, batch.before.step)
         logprob = self._logprob(states, batch.tokens)
-        # Both are -inf for a token that neither model has, and their difference would be NaN.
-        return torch.where(logprob == batch.ref_logprob, 0.0, logprob - batch.ref_logprob)
+        return log_ratio(logprob, batch.ref_logprob)

@@ -15,12 +15,11 @@ from torch import Tensor
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
 from tokenenv.models.batching import micro_batches, upload
-from tokenenv.models.trunks import logprob_reader
+from tokenenv.models.trunks import log_ratio, logprob_reader
 from tokenenv.rewards.gold import Gold, gold_of
 from tokenenv.rewards.outcomes import (
     Texts,
     as_texts,
-    log_ratio,
     nobody,
     outcome_loss,
     own_logprobs,

@@ -68,13 +68,6 @@ def pushed(rows: np.ndarray, new: np.ndarray) -> np.ndarray:
     return np.concatenate([rows, new])[-count:]
 
 
-def log_ratio(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """Return log p - log p_ref; 0 for a token that neither model has, where both are -inf."""
-    # Not where the two are equal: they are where training begins, and must have a gradient there.
-    neither = logprob.isneginf() & ref_logprob.isneginf()
-    return torch.where(neither, 0.0, logprob - ref_logprob)
-
-
 def own_logprobs(
     texts: Texts,
     rows: np.ndarray,

@@ -52,7 +52,6 @@ BUILD = Path("build") / "suite" / "lora_credit"
 ENV, PAIRS, EPOCHS = "Negation-v0", 1024, 4
 COEF = 0.1
 """DPO's beta."""
-NUDGE = 1e-5
 TRAINED = {"all weights": 0, "LoRA, rank 1": 1, "LoRA, rank 4": 4, "LoRA, rank 16": 16}
 RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = range(5)
@@ -65,21 +64,9 @@ def world(seed: int) -> World:
     folder = BUILD / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     made = world_of(ENV, seed, PAIRS, 0, folder, folder)
-    if not (folder / "reference").exists():
-        nudged(language_model(made), folder / "reference")
+    if not (folder / "lm" / "config.json").exists():
+        language_model(made)
     return made
-
-
-@torch.no_grad()
-def nudged(base: Path, folder: Path) -> None:
-    """Save a model again, with logits that differ in their fifth digit.
-
-    Adapters begin as exactly the model that they are put into, and `tokenenv.fit` gives a log-ratio
-    of exactly 0 no gradient, so that they would never learn. Beside this reference none is 0.
-    """
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.lm_head.weight.mul_(1 + NUDGE)
-    model.save_pretrained(folder)
 
 
 def measured(setting: Row) -> dict[str, float]:
@@ -94,7 +81,6 @@ def measured(setting: Row) -> dict[str, float]:
             out=Path(folder) / "model",
             objective="dpo",
             model=base,
-            reference=str(data.folder / "reference"),
             coef=COEF,
             lora_rank=TRAINED[setting["trained"]],
             lr=setting["lr"],
