@@ -6,6 +6,7 @@ A folder's question.yaml names the published claim and the comparisons that answ
 is of two rows in one environment, over seeds:
 
 - by a column, at the end of the runs: the difference of the interquartile means;
+- by `{beta: 0.05}`: the same of gold - beta KL, where rows differ in the beta that they are given;
 - by `tokens`: how many times fewer tokens the row took to the environment's goal, as the ratio of
   the medians. Tokens are interpolated between two evaluations. A run that did not get there counts
   as one that takes forever.
@@ -27,7 +28,7 @@ from tokenenv.bench.file import read_grid
 from tokenenv.bench.grid import Grid
 from tokenenv.bench.statistics import Interval, Strata, bootstrap, iqm_difference
 from tokenenv.bench.summary import ends
-from tokenenv.report.reading import Found, read
+from tokenenv.report.reading import Found, Line, read
 
 SUITE = Path(__file__).parent
 MODULES = ("benchmarks.suite.rewards", "benchmarks.suite.algorithms")
@@ -61,15 +62,23 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
         interval, none = bootstrap(_times_fewer, *groups), 1.0
         text = f"{_number(interval.value)} times fewer tokens"
     else:
-        groups = [[ends(one, by)] for one in runs]
+        groups = [[_at_the_end(one, by)] for one in runs]
         interval, none = bootstrap(iqm_difference, *groups), 0.0
-        text = f"{interval.value:+.3f} {by}"
+        name = f"gold - {by['beta']} KL" if isinstance(by, Mapping) else by
+        text = f"{interval.value:+.3f} {name}"
     low, high = _number(interval.low), _number(interval.high)
     return line | {
         "found": f"{text} ({low} to {high}), {len(runs[0])} and {len(runs[1])} seeds",
         "claimed": claimed,
-        "verdict": verdict(interval, none, claimed, MARGIN.get(by, 0.1)),
+        "verdict": verdict(interval, none, claimed, MARGIN.get(str(by), 0.1)),
     }
+
+
+def _at_the_end(runs: Mapping[int, list[Line]], by: str | Mapping[str, float]) -> np.ndarray:
+    """Return what was measured at the end of each run."""
+    if isinstance(by, str):
+        return ends(runs, by)
+    return ends(runs, "gold") - by["beta"] * ends(runs, "kl")
 
 
 def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> float:

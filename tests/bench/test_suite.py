@@ -45,6 +45,7 @@ def test_questions_name_rows_that_exist(name):
     for one in said["answers"]:
         assert set(one) == {"task", "row", "than", "by", "claimed"}
         assert {(one["task"], one["row"]), (one["task"], one["than"])} <= places
+        assert one["by"] in ("tokens", "share", "gold", "length") or set(one["by"]) == {"beta"}
         assert one["claimed"] in ("more", "less", "equal")
 
 
