@@ -214,17 +214,18 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_importing_the_package_is_quick_and_loads_no_model_code(tmp_path):
     code = """
 import sys, time
-import torch
 start = time.process_time()
+import torch
+between = time.process_time()
 import tokenenv
-print(time.process_time() - start)
+print((time.process_time() - between) / (between - start))
 print(*sys.modules)
 """
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    seconds, modules = done.stdout.splitlines()
+    beside_torch, modules = done.stdout.splitlines()
     loaded = modules.split()
-    assert float(seconds) < 1.0
+    assert float(beside_torch) < 1.0
     assert "tokenenv.registration" in loaded
     assert [name for name in loaded if name.startswith("transformers.models.")] == []
     assert OPTIONAL & set(loaded) == set()
