@@ -7,12 +7,13 @@ is of two rows in one environment, over seeds:
 
 - by a column, at the end of the runs: the difference of the interquartile means;
 - by `tokens`: how many times fewer tokens the row took to the environment's goal, as the ratio of
-  the medians. Tokens are interpolated between two evaluations. A run that did not get there counts
-  as one that takes forever.
+  the medians (of an even number, the upper of the two in the middle). Tokens are interpolated
+  between two evaluations. A run that did not get there counts as one that takes forever.
 
 Intervals are 95% percentiles of 2,000 resamples of the seeds. A claim held where its side of no
 difference has the whole interval, and it did not where the other side has it; everything else is
-not told apart. "equal" held where the whole interval is within `margin`.
+not told apart. "equal" held where the whole interval is within `margin`. The verdict is of the
+direction alone: whether a row is as many times faster as was published, the interval says.
 """
 
 import argparse
@@ -35,6 +36,7 @@ MARGIN = {"share": 0.05, "gold": 0.05}
 """Differences that count as none where a claim is "equal"."""
 NEVER = 1e12
 """The tokens of a run that did not get there: resamples can be sorted and interpolated with it."""
+UNDECIDED = "not told apart"
 ENDLESS = 1e6
 """A ratio beyond this has such a run on one side."""
 
@@ -57,11 +59,15 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
     if by == "tokens":
         column, goal = grid.goal(task)
         taken = [[tokens_to(lines, column, goal) for lines in one.values()] for one in runs]
+        if all(np.sort(one)[len(one) // 2] == NEVER for one in taken):
+            return line | {"found": "neither got there", "claimed": claimed, "verdict": UNDECIDED}
         groups = [[np.array(one)] for one in taken]
         interval, none = bootstrap(_times_fewer, *groups), 1.0
         text = f"{_number(interval.value)} times fewer tokens"
     else:
         groups = [[ends(one, by)] for one in runs]
+        if not all(len(values) for (values,) in groups):
+            return line | {"found": f"{by} is not known", "claimed": claimed, "verdict": UNDECIDED}
         interval, none = bootstrap(iqm_difference, *groups), 0.0
         text = f"{interval.value:+.3f} {by}"
     low, high = _number(interval.low), _number(interval.high)
@@ -77,9 +83,10 @@ def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> f
     not."""
     before = lines[0]
     for line in lines:
-        if line[column] >= goal:
-            rise = line[column] - before[column]
-            part = (goal - before[column]) / rise if rise > 0 else 1.0
+        if line[column] is not None and line[column] >= goal:
+            start = line[column] if before[column] is None else before[column]
+            rise = line[column] - start
+            part = (goal - start) / rise if rise > 0 else 1.0
             return float(before["tokens"] + part * (line["tokens"] - before["tokens"]))
         before = line
     return NEVER
@@ -87,8 +94,15 @@ def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> f
 
 def _times_fewer(one: Strata, other: Strata) -> np.ndarray:
     """Return the ratio of the medians of the other's tokens and of one's own; 1 where neither got
-    there."""
-    mine, theirs = (np.median(np.concatenate(strata, axis=-1), axis=-1) for strata in (one, other))
+    there.
+
+    The median is one of the values: the mean of two, one of which is `NEVER`, would be a number of
+    tokens that nothing took.
+    """
+    mine, theirs = (
+        np.sort(values, axis=-1)[..., values.shape[-1] // 2]
+        for values in (np.concatenate(strata, axis=-1) for strata in (one, other))
+    )
     return theirs / mine
 
 
@@ -105,12 +119,12 @@ def verdict(interval: Interval, none: float, claimed: str, margin: float) -> str
     if claimed == "equal":
         if max(-low, high) <= margin:
             return "held"
-        return "did not hold" if low > 0 or high < 0 else "not told apart"
+        return "did not hold" if low > 0 or high < 0 else UNDECIDED
     if claimed == "less":
         low, high = -high, -low
     if low > 0:
         return "held"
-    return "did not hold" if high < 0 else "not told apart"
+    return "did not hold" if high < 0 else UNDECIDED
 
 
 def _number(value: float) -> str:
