@@ -6,14 +6,14 @@ A folder's question.yaml names the published claim and the comparisons that answ
 is of two rows in one environment, over seeds:
 
 - by a column, at the end of the runs: the difference of the interquartile means;
-- by `{beta: 0.05}`: the same of gold - beta KL, where rows differ in the beta that they are given;
 - by `tokens`: how many times fewer tokens the row took to the environment's goal, as the ratio of
-  the medians. Tokens are interpolated between two evaluations. A run that did not get there counts
-  as one that takes forever.
+  the medians (of an even number, the upper of the two in the middle). Tokens are interpolated
+  between two evaluations. A run that did not get there counts as one that takes forever.
 
 Intervals are 95% percentiles of 2,000 resamples of the seeds. A claim held where its side of no
 difference has the whole interval, and it did not where the other side has it; everything else is
-not told apart. "equal" held where the whole interval is within `margin`.
+not told apart. "equal" held where the whole interval is within `margin`. The verdict is of the
+direction alone: whether a row is as many times faster as was published, the interval says.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tokenenv.bench.file import read_grid
 from tokenenv.bench.grid import Grid
 from tokenenv.bench.statistics import Interval, Strata, bootstrap, iqm_difference
 from tokenenv.bench.summary import ends
-from tokenenv.report.reading import Found, Line, read
+from tokenenv.report.reading import Found, read
 
 SUITE = Path(__file__).parent
 MODULES = ("benchmarks.suite.rewards", "benchmarks.suite.algorithms")
@@ -36,6 +36,7 @@ MARGIN = {"share": 0.05, "gold": 0.05}
 """Differences that count as none where a claim is "equal"."""
 NEVER = 1e12
 """The tokens of a run that did not get there: resamples can be sorted and interpolated with it."""
+UNDECIDED = "not told apart"
 ENDLESS = 1e6
 """A ratio beyond this has such a run on one side."""
 
@@ -58,27 +59,23 @@ def _answer(found: Found, grid: Grid, asked: Mapping[str, Any]) -> dict[str, str
     if by == "tokens":
         column, goal = grid.goal(task)
         taken = [[tokens_to(lines, column, goal) for lines in one.values()] for one in runs]
+        if all(np.sort(one)[len(one) // 2] == NEVER for one in taken):
+            return line | {"found": "neither got there", "claimed": claimed, "verdict": UNDECIDED}
         groups = [[np.array(one)] for one in taken]
         interval, none = bootstrap(_times_fewer, *groups), 1.0
         text = f"{_number(interval.value)} times fewer tokens"
     else:
-        groups = [[_at_the_end(one, by)] for one in runs]
+        groups = [[ends(one, by)] for one in runs]
+        if not all(len(values) for (values,) in groups):
+            return line | {"found": f"{by} is not known", "claimed": claimed, "verdict": UNDECIDED}
         interval, none = bootstrap(iqm_difference, *groups), 0.0
-        name = f"gold - {by['beta']} KL" if isinstance(by, Mapping) else by
-        text = f"{interval.value:+.3f} {name}"
+        text = f"{interval.value:+.3f} {by}"
     low, high = _number(interval.low), _number(interval.high)
     return line | {
         "found": f"{text} ({low} to {high}), {len(runs[0])} and {len(runs[1])} seeds",
         "claimed": claimed,
-        "verdict": verdict(interval, none, claimed, MARGIN.get(str(by), 0.1)),
+        "verdict": verdict(interval, none, claimed, MARGIN.get(by, 0.1)),
     }
-
-
-def _at_the_end(runs: Mapping[int, list[Line]], by: str | Mapping[str, float]) -> np.ndarray:
-    """Return what was measured at the end of each run."""
-    if isinstance(by, str):
-        return ends(runs, by)
-    return ends(runs, "gold") - by["beta"] * ends(runs, "kl")
 
 
 def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> float:
@@ -86,9 +83,10 @@ def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> f
     not."""
     before = lines[0]
     for line in lines:
-        if line[column] >= goal:
-            rise = line[column] - before[column]
-            part = (goal - before[column]) / rise if rise > 0 else 1.0
+        if line[column] is not None and line[column] >= goal:
+            start = line[column] if before[column] is None else before[column]
+            rise = line[column] - start
+            part = (goal - start) / rise if rise > 0 else 1.0
             return float(before["tokens"] + part * (line["tokens"] - before["tokens"]))
         before = line
     return NEVER
@@ -96,8 +94,15 @@ def tokens_to(lines: Sequence[Mapping[str, Any]], column: str, goal: float) -> f
 
 def _times_fewer(one: Strata, other: Strata) -> np.ndarray:
     """Return the ratio of the medians of the other's tokens and of one's own; 1 where neither got
-    there."""
-    mine, theirs = (np.median(np.concatenate(strata, axis=-1), axis=-1) for strata in (one, other))
+    there.
+
+    The median is one of the values: the mean of two, one of which is `NEVER`, would be a number of
+    tokens that nothing took.
+    """
+    mine, theirs = (
+        np.sort(values, axis=-1)[..., values.shape[-1] // 2]
+        for values in (np.concatenate(strata, axis=-1) for strata in (one, other))
+    )
     return theirs / mine
 
 
@@ -114,12 +119,12 @@ def verdict(interval: Interval, none: float, claimed: str, margin: float) -> str
     if claimed == "equal":
         if max(-low, high) <= margin:
             return "held"
-        return "did not hold" if low > 0 or high < 0 else "not told apart"
+        return "did not hold" if low > margin or high < -margin else UNDECIDED
     if claimed == "less":
         low, high = -high, -low
     if low > 0:
         return "held"
-    return "did not hold" if high < 0 else "not told apart"
+    return "did not hold" if high < 0 else UNDECIDED
 
 
 def _number(value: float) -> str:

@@ -8,6 +8,7 @@ environment's goal; the second is its difference to the first row of the same fo
 interval.
 """
 
+import argparse
 from typing import Any
 
 import yaml
@@ -59,6 +60,9 @@ def _found(folder: str, row: str) -> str:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print("\n".join(markdown(lines())))
 
 

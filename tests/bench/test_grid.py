@@ -119,6 +119,15 @@ def test_a_version_makes_another_key(monkeypatch):
         ("rows: {a: {}}\ndesigns: {a: terminal, b: uniform}", "two rows are called 'a'"),
         ("rows: {a: {}\nb: 3", "cannot be read as YAML: .* line 2"),
         ("[1]", "holds no mapping"),
+        ("name: ../../elsewhere", "name='../../elsewhere' must be the name of a folder"),
+        ("name: [a]", r"name=\['a'\] must be the name of a folder"),
+        ("about: 3", "about=3 must be a sentence"),
+        ("envs: {(all): tokenenv/Negation-v0}", r"envs: '\(all\)' cannot be a label"),
+        ("rows: {'': {}}", "rows: '' cannot be a label"),
+        ("rows: {null: {}}", "rows: None cannot be a label"),
+        ("rows: {3: {}, '3': {}}", "rows has two entries with the same label"),
+        ("rows: {a: {only: []}}", "rows.a.only must name an environment"),
+        ("envs: {a: {env: tokenenv/Negation-v0, goal: {gold: .nan}}}", "must be a finite number"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_that_names_file_and_entry(tmp_path, text, message):

@@ -83,7 +83,12 @@ def test_temperature_is_the_agents():
 
 @pytest.mark.parametrize(
     ("options", "agent", "beta"),
-    [({"kl": "none"}, {}, 0.0), ({}, {"kl_coef": 0.3}, 0.3), ({}, {}, BETA)],
+    [
+        ({"kl": "none"}, {}, 0.0),
+        ({"kl": "none", "kl_coef": 0.2}, {}, 0.2),
+        ({}, {"kl_coef": 0.3}, 0.3),
+        ({}, {}, BETA),
+    ],
 )
 def test_j_has_the_beta_that_the_run_begins_with(options, agent, beta):
     train, made = trained(options=SMALL | options, agent=agent)

@@ -3,6 +3,7 @@ that exist, and their designs pay what they say."""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.suite import rewards  # noqa: E402
 from benchmarks.suite.answers import ENDLESS, MODULES, NEVER, SUITE, tokens_to, verdict  # noqa: E402
+from benchmarks.suite.answers import _answer as answer  # noqa: E402
 from benchmarks.suite.answers import _times_fewer as times_fewer  # noqa: E402
 from tokenenv.bench.file import read_grid  # noqa: E402
 from tokenenv.bench.statistics import Interval  # noqa: E402
@@ -45,7 +47,7 @@ def test_questions_name_rows_that_exist(name):
     for one in said["answers"]:
         assert set(one) == {"task", "row", "than", "by", "claimed"}
         assert {(one["task"], one["row"]), (one["task"], one["than"])} <= places
-        assert one["by"] in ("tokens", "share", "gold", "length") or set(one["by"]) == {"beta"}
+        assert one["by"] in ("tokens", "share", "gold", "length", "regret")
         assert one["claimed"] in ("more", "less", "equal")
 
 
@@ -119,6 +121,40 @@ def test_times_fewer_counts_runs_that_did_not_get_there():
     assert times_fewer(one, never) > ENDLESS
     assert times_fewer(never, one) < 1 / ENDLESS
     assert times_fewer(never, never) == 1
+    half = [np.array([100.0, NEVER])]  # the mean of these two is the tokens of no run
+    assert times_fewer(half, never) == 1
+    assert times_fewer(one, half) > ENDLESS
+
+
+def answer_to(by, column, *ends_of_rows, claimed="equal"):
+    """Return the answer to a comparison of two rows, by what their runs have at the end."""
+    runs = {
+        ("negation", row): {
+            seed: [line(0, 0.0), {"tokens": 100, column: end}] for seed, end in enumerate(values)
+        }
+        for row, values in zip(("a", "b"), ends_of_rows, strict=True)
+    }
+    asked = {"task": "negation", "row": "a", "than": "b", "by": by, "claimed": claimed}
+    return answer(SimpleNamespace(runs=runs), grid_of("mix"), asked)
+
+
+def test_two_rows_that_never_got_there_are_not_equal():
+    found = answer_to("tokens", "share", [0.1, 0.2, 0.1], [0.3, 0.4, 0.2])
+    assert (found["found"], found["verdict"]) == ("neither got there", "not told apart")
+    assert answer_to("tokens", "share", [0.9, 0.9, 0.9], [0.9, 0.9, 0.9])["verdict"] == "held"
+
+
+def test_what_is_not_known_is_said_so():
+    found = answer_to("regret", "share", [0.9], [0.9])
+    assert (found["found"], found["verdict"]) == ("regret is not known", "not told apart")
+    assert answer_to("tokens", "share", [None], [None])["found"] == "neither got there"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_rows_of_an_environment_are_measured_by_the_same_objective(name):
+    for cell in grid_of(name).cells():
+        options = cell.settings["options"]
+        assert options.get("kl") != "none" or options.get("kl_coef"), cell.name
 
 
 @pytest.mark.parametrize(
@@ -133,6 +169,7 @@ def test_times_fewer_counts_runs_that_did_not_get_there():
         (0.01, 0.04, "equal", "held"),
         (-0.1, 0.03, "equal", "not told apart"),
         (0.1, 0.2, "equal", "did not hold"),
+        (0.01, 0.06, "equal", "not told apart"),
     ],
 )
 def test_a_claim_holds_where_its_side_has_the_whole_interval(low, high, claimed, said):

@@ -87,4 +87,24 @@ def test_nothing_has_finished(folder, tmp_path):
     (tmp_path / "failed").mkdir()
     lines = [line | {"status": "failed"} for line in lines_of(folder / "results.csv")[:1]]
     rewrite(tmp_path / "failed" / "results.csv", lines)
-    assert said(tmp_path / "failed")["variance"] == "no run has finished"
+    items = said(tmp_path / "failed")
+    assert items["variance"] == "no run has finished"
+    assert all(items.values())
+    assert items["the same budget for all"] == "unknown"
+
+
+def test_one_seed_has_no_variance(folder, tmp_path):
+    (tmp_path / "one").mkdir()
+    lines = lines_of(folder / "results.csv")
+    rewrite(tmp_path / "one" / "results.csv", [one for one in lines if one["seed"] == "0"])
+    assert said(tmp_path / "one")["variance"].startswith("1 seed a row")
+
+
+def test_a_strangers_tables_may_lack_columns_and_hold_nonsense(folder, tmp_path):
+    (tmp_path / "odd").mkdir()
+    lines = [
+        line | {"reward": "[" * 50_000, "env": ""} for line in lines_of(folder / "results.csv")
+    ]
+    rewrite(tmp_path / "odd" / "results.csv", lines)
+    (tmp_path / "odd" / "comparisons.csv").write_text("who\nnobody\n")
+    assert "an unknown environment" in said(tmp_path / "odd")["benchmarks and splits"]

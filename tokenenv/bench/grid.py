@@ -5,6 +5,7 @@ environment, its design, its algorithm, its row: what comes later goes before.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ SEED_OPTIONS = "seed_options"
 GOALS = ("share", "gold", "score", "objective")
 """The columns of which a goal may be a bound."""
 DEFAULT_GOAL = {"share": 0.8}
+ALL = "(all)"
+"""What tables call the environments together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class Grid:
     `only`, the labels of the environments that it is for."""
 
     def __post_init__(self) -> None:
+        _check_words(self.name, self.about)
         for name, least in (("points", 1), ("texts", 2)):
             _check_whole(name, getattr(self, name), least)
         changes: dict[str, Any] = {"seeds": _seeds(self.seeds)}
@@ -67,8 +71,11 @@ class Grid:
             more = ("goal",) if axis == "envs" else ("only",)
             entries = _mapping(axis, getattr(self, axis)).items()
             changes[axis] = {
-                str(label): _entry(f"{axis}.{label}", entry, word, more) for label, entry in entries
+                _label(axis, label): _entry(f"{axis}.{label}", entry, word, more)
+                for label, entry in entries
             }
+            if len(changes[axis]) < len(entries):  # 3 and "3" are one label
+                raise InvalidArgument(f"{axis} has two entries with the same label.")
         for name, value in changes.items():
             object.__setattr__(self, name, value)
         self._check_labels()
@@ -138,6 +145,25 @@ class Grid:
             for label, entry in getattr(self, axis).items():
                 for task in entry.get("only", ()):
                     check_choice(f"{axis}.{label}.only", task, self.envs)
+                if entry.get("only") == []:
+                    raise InvalidArgument(f"{axis}.{label}.only must name an environment.")
+
+
+def _check_words(name: Any, about: Any) -> None:
+    """Raise where the name is not that of one folder. A file is data: the results of a stranger's
+    grid stay where results are."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise InvalidArgument(f"name={name!r:.80} must be the name of a folder, not a path.")
+    if not isinstance(about, str):
+        raise InvalidArgument(f"about={about!r:.80} must be a sentence.")
+
+
+def _label(axis: str, label: Any) -> str:
+    """Return the label of an entry. An empty one would be lost in the tables, and `(all)` stands
+    there for all environments."""
+    if label is None or str(label).strip() in ("", ALL):
+        raise InvalidArgument(f"{axis}: {label!r} cannot be a label.")
+    return str(label)
 
 
 def _seeds(seeds: Any) -> list[int]:
@@ -178,8 +204,8 @@ def _check_goal(name: str, goal: Any) -> None:
         raise InvalidArgument(f"{name}={goal!r} must have one entry, such as {{gold: 0.9}}.")
     ((column, bound),) = goal.items()
     check_choice(name, column, GOALS)
-    if isinstance(bound, bool) or not isinstance(bound, int | float):
-        raise InvalidArgument(f"{name}.{column}={bound!r} must be a number.")
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
+        raise InvalidArgument(f"{name}.{column}={bound!r} must be a finite number.")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

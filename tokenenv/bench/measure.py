@@ -72,9 +72,14 @@ def make_measure(train: "Train", agent: Agent, texts: int) -> Measure:
 
 
 def beta_of(agent: Agent) -> float:
-    """Return the beta that a run begins with; an adaptive one is not followed."""
-    if agent.core.config.kl == "none":
-        return 0.0
+    """Return the beta of J, that which a run begins with; an adaptive one is not followed.
+
+    An env that pays no KL has none, unless `kl_coef` is among its options all the same: so a KL
+    that is a loss is measured by the same J as one in the reward.
+    """
+    config = agent.core.config
+    if config.kl == "none":
+        return 0.0 if config.kl_coef is None else float(config.kl_coef)
     return agent.kl_coef if agent.config.kl_coef is None else agent.config.kl_coef
 
 

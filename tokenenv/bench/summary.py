@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tokenenv.bench.grid import Grid
+from tokenenv.bench.grid import ALL, Grid
 from tokenenv.bench.statistics import bootstrap, improvement, iqm_difference, iqm_of
 from tokenenv.bench.table import Line, unified
 
 AT_THE_END = ("gold", "share", "regret", "objective", "kl", "length", "train_gap")
 """Columns of which the summary has the interquartile mean over seeds, at the last evaluation."""
-ALL = "(all)"
-"""What the environments are called together."""
 Runs = dict[tuple[str, str], dict[int, list[Line]]]
 """The lines of each environment and row, seed by seed."""
 

@@ -23,6 +23,9 @@ SMALLEST = {  # what a design's rewards tell apart
 }
 """The granularity of the designs whose credit is coarser than a token's."""
 GROUPS = ("grpo", "rloo")
+UNKNOWN = "unknown"
+LONGEST = 500
+"""Letters of a mixture of designs that is read."""
 BETWEEN = " · "
 """Between labels of rows, which may hold commas."""
 FAMILIES = {
@@ -66,20 +69,25 @@ def checklist(found: Found) -> list[Line]:
         ("texts", "distribution of lengths", _spread(found)),
     ]
     names = ("category", "item", "reported")
-    return [dict(zip(names, item, strict=True)) for item in items]
+    # Before any run has finished there is nothing to say.
+    return [dict(zip(names, (*item[:-1], item[-1] or UNKNOWN), strict=True)) for item in items]
 
 
 def _models(lines: Iterable[Line]) -> str:
     return _each(
-        f"{line['env']}: {_count(line.get('policy_weights'))} weights, of which "
+        f"{_env(line)}: {_count(line.get('policy_weights'))} weights, of which "
         f"{_count(line.get('trained_weights'))} are trained"
         for line in lines
     )
 
 
+def _env(line: Line) -> str:
+    return str(line.get("env") or "an unknown environment")
+
+
 def _data(lines: Iterable[Line]) -> str:
-    envs = _each(str(line["env"]) for line in lines)
-    return f"prompts of {envs}, none left out; every text is the policy's own"
+    envs = _each(_env(line) for line in lines)
+    return envs and f"prompts of {envs}, none left out; every text is the policy's own"
 
 
 def _granularity(line: Line) -> str:
@@ -129,6 +137,7 @@ def _budgets(found: Found, rows: Mapping[tuple[str, str], Line]) -> str:
             )
         )
         for task in found.tasks
+        if any(place == task for place, _ in rows)
     )
 
 
@@ -154,7 +163,7 @@ def _apart(one: Line, other: Line) -> list[str]:
 
 def _benchmarks(rows: Mapping[tuple[str, str], Line]) -> str:
     return _each(
-        f"{task}: {line['env']}, evaluated by {line.get('method') or 'an unknown method'}"
+        f"{task}: {_env(line)}, evaluated by {line.get('method') or 'an unknown method'}"
         for (task, _), line in rows.items()
     )
 
@@ -174,6 +183,8 @@ def _variance(found: Found) -> str:
     counts = sorted({len(seeds) for seeds in found.runs.values()})
     if not counts:
         return "no run has finished"
+    if counts[-1] == 1:
+        return "1 seed a row, so nothing is known of it"
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{seeds} seeds a row; interquartile means with 95% bootstrap intervals over seeds"
 
@@ -190,7 +201,7 @@ def _overhead(found: Found) -> str:
         row: float(np.median(values)) for row in found.rows if len(values := _shares(found, row))
     }
     if not shares:
-        return "unknown"
+        return UNKNOWN
     said = (f"{row}: {share:.1f}" for row, share in shares.items())
     return f"tokens read by the models behind the reward, for each of the policy's: {_each(said)}"
 
@@ -215,7 +226,7 @@ def _spread(found: Found) -> str:
         for task in found.tasks
         if len(values := _at_the_end(found, task))
     )
-    return f"of the runs' mean lengths least, median and most: {said}" if said else "unknown"
+    return f"of the runs' mean lengths least, median and most: {said}" if said else UNKNOWN
 
 
 def _at_the_end(found: Found, task: str) -> np.ndarray:
@@ -226,7 +237,8 @@ def _at_the_end(found: Found, task: str) -> np.ndarray:
 def _designs(line: Line) -> set[str]:
     """Return the names of the designs that a row pays."""
     reward = line.get("reward") or line.get("options.reward")
-    value = typed(reward) if isinstance(reward, str) else reward
+    # Thousands of nested brackets would take minutes to read, and are no design.
+    value = typed(reward) if isinstance(reward, str) and len(reward) < LONGEST else reward
     parts = value.values() if isinstance(value, Mapping) else [value]
     firsts = (part[0] if isinstance(part, list | tuple) and part else part for part in parts)
     return {str(first) for first in firsts}

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,7 +103,7 @@ def read(folder: Path) -> Found:
         raise InvalidArgument(
             f"results={str(folder)!r} has no results.csv; `tokenenv bench` makes such folders."
         )
-    lines = [line for line in _table(path) if line.get("task") and line.get("row")]
+    lines = _table(path)
     if not lines or not {"status", "seed", "cell"} <= set(lines[0]):
         raise InvalidArgument(f"{path} holds no cell that has ended.")
     grid = folder / "grid.yaml"
@@ -113,23 +113,24 @@ def read(folder: Path) -> Found:
         values if isinstance(values, dict) else {},
         lines,
         _table(folder / "summary.csv"),
-        _table(folder / "comparisons.csv"),
+        _table(folder / "comparisons.csv", ("task", "row", "other", "column")),
         {key: record for key in {line["cell"] for line in lines} if (record := _cell(folder, key))},
     )
 
 
-def _table(path: Path) -> list[Line]:
-    """Return the lines of a CSV file; none where there is no file."""
+def _table(path: Path, needed: Sequence[str] = ("task", "row")) -> list[Line]:
+    """Return the lines of a CSV file that say what is needed; none where there is no file."""
     if not path.is_file():
         return []
     try:
         lines = list(csv.DictReader(io.StringIO(_text(path), newline="")))
     except csv.Error as error:
         raise InvalidArgument(f"{path} cannot be read as CSV: {error}.") from error
-    return [
+    found = (
         {name: _value(name, text or "") for name, text in line.items() if name is not None}
         for line in lines
-    ]
+    )
+    return [line for line in found if all(line.get(name) for name in needed)]
 
 
 def _text(path: Path) -> str:
