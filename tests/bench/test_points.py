@@ -84,7 +84,7 @@ def test_temperature_is_the_agents():
 @pytest.mark.parametrize(
     ("options", "agent", "beta"),
     [
-        ({"kl": "none"}, {}, 0.0),
+        ({"kl": "none", "kl_coef": None}, {}, 0.0),
         ({"kl": "none", "kl_coef": 0.2}, {}, 0.2),
         ({}, {"kl_coef": 0.3}, 0.3),
         ({}, {}, BETA),
