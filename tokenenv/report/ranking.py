@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tokenenv.bench.summary import ALL
+from tokenenv.bench.grid import ALL
 from tokenenv.report.curves import At
 from tokenenv.report.figure import Figure, Line, Panel, Series
 from tokenenv.report.reading import Found

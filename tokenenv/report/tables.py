@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tokenenv.bench.grid import ALL
 from tokenenv.bench.shown import to_goal
-from tokenenv.bench.summary import ALL
 from tokenenv.report.commands import cell_command, is_asked, whole_command
 from tokenenv.report.ranking import ranked
 from tokenenv.report.reading import Found, Line
