@@ -178,8 +178,10 @@ def test_a_teacher_teaches_what_it_teaches_stepping(options: dict[str, Any]) -> 
     weights = (agent.policy.parameters() for agent in agents)
     moved = 0.0
     for before, a, b in zip(start, *weights, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-        moved = max(moved, float((a - before).abs().max()))
+        # AdamW divides by the size of a gradient, so that the rounding of one that is about zero
+        # can be a step: what counts is the whole tensor's.
+        assert float((a - b).detach().norm() - 0.01 * (a - before).detach().norm()) <= 1e-6
+        moved = max(moved, float((a - before).detach().abs().max()))
     assert moved > 1e-3
 
 
