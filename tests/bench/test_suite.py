@@ -19,6 +19,7 @@ from benchmarks.suite.answers import _answer as answer  # noqa: E402
 from benchmarks.suite.answers import _times_fewer as times_fewer  # noqa: E402
 from tokenenv.bench.file import read_grid  # noqa: E402
 from tokenenv.bench.statistics import Interval  # noqa: E402
+from tokenenv.report.reading import read  # noqa: E402
 
 GRIDS = sorted(path.parent.name for path in SUITE.glob("*/grid.yaml"))
 QUESTIONS = sorted(path.parent.name for path in SUITE.glob("*/question.yaml"))
@@ -175,3 +176,18 @@ def test_rows_of_an_environment_are_measured_by_the_same_objective(name):
 def test_a_claim_holds_where_its_side_has_the_whole_interval(low, high, claimed, said):
     assert verdict(Interval((low + high) / 2, low, high), 0.0, claimed, 0.05) == said
     assert verdict(Interval((low + high) / 2 + 1, low + 1, high + 1), 1.0, claimed, 0.05) == said
+
+
+def test_a_shaped_reward_and_a_shifted_critic_have_one_curve_until_rounding_has_grown():
+    """What docs/findings.md says of the committed results."""
+    runs = read(SUITE / "better_critic" / "results").runs
+    for task in ("negation", "delayed key"):
+        one, other = (
+            runs[task, f"{row}, not scaled"] for row in ("oracle", "critic + optimal value")
+        )
+        assert len(one) == len(other) == 10
+        for seed in one:
+            for point in (0, 1):
+                shares = [lines[point]["share"] for lines in (one[seed], other[seed])]
+                assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+        assert one[0][0]["share"] != one[0][1]["share"]

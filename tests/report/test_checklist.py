@@ -9,6 +9,7 @@ from tokenenv.report.reading import read
 ROWS = {
     "text": {"algo": "grpo", "reward": "terminal", "options": {"group_size": 4}},
     "critic": {"reward": "terminal"},
+    "batch": {"algo": "reinforce++", "reward": "terminal"},
     "lambda 1": {"reward": "terminal", "agent": {"lambda_actor": 1.0}},
     "oracle": {"reward": "oracle"},
     "vine": {"algo": "vineppo", "reward": "terminal", "agent": {"rollouts": 2}},
@@ -34,14 +35,15 @@ def test_every_item_is_filled_in(folder):
 def test_rows_are_told_apart_by_granularity_and_family(folder):
     items = said(folder)
     assert items["granularity of the credit"] == (
-        "text: text; token: critic · lambda 1 · oracle · mixed; segment: vine"
+        "text: text · batch; token: critic · lambda 1 · oracle · mixed; segment: vine"
     )
     assert items["family of the method"] == (
         "comparison within groups: text; temporal difference: critic · oracle · mixed; "
-        "Monte Carlo: lambda 1 · vine"
+        "Monte Carlo: batch · lambda 1 · vine"
     )
     assert (
-        items["a baseline of whole texts, on the same model"] == "text · critic · lambda 1 · vine"
+        items["a baseline of whole texts, on the same model"]
+        == "text · critic · batch · lambda 1 · vine"
     )
     # critic / lambda 1, critic / oracle, critic / mixed, oracle / mixed
     assert items["ablations of one component"].endswith(": 4")

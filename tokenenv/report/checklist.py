@@ -22,7 +22,14 @@ SMALLEST = {  # what a design's rewards tell apart
     "shapley": "segment",
 }
 """The granularity of the designs whose credit is coarser than a token's."""
-GROUPS = ("grpo", "rloo")
+ALGORITHMS = {
+    "grpo": "comparison within groups",
+    "rloo": "comparison within groups",
+    "reinforce++": "Monte Carlo",
+    "best-of-n": "best of n",
+    "vineppo": "Monte Carlo",
+}
+"""The family of the algorithms that have no critic; the others learn by temporal differences."""
 UNKNOWN = "unknown"
 LONGEST = 500
 """Letters of a mixture of designs that is read."""
@@ -87,7 +94,7 @@ def _env(line: Line) -> str:
 
 def _data(lines: Iterable[Line]) -> str:
     envs = _each(_env(line) for line in lines)
-    return envs and f"prompts of {envs}, none left out; every text is the policy's own"
+    return envs and f"prompts of {envs}; every text is the policy's own"
 
 
 def _granularity(line: Line) -> str:
@@ -97,7 +104,7 @@ def _granularity(line: Line) -> str:
         return "its own"
     if line.get("algo") == "vineppo":
         return "segment"
-    if names <= {"terminal"} and line.get("algo") in GROUPS:
+    if names <= {"terminal"} and line.get("algo") in ALGORITHMS:
         return "text"
     finest = {SMALLEST.get(name, "token") for name in names}
     # A critic and GAE turn the reward of a whole text into credit of its tokens.
@@ -109,11 +116,8 @@ def _family(line: Line) -> str:
     if _is_custom(line):
         return "its own"
     dense = {FAMILIES[name] for name in _designs(line) if name in FAMILIES}
-    algorithm = "temporal difference"
-    if line.get("algo") in GROUPS:
-        algorithm = "comparison within groups"
-    elif line.get("algo") == "vineppo" or line.get("agent.lambda_actor") == "1.0":
-        algorithm = "Monte Carlo"
+    learns = "Monte Carlo" if line.get("agent.lambda_actor") == "1.0" else "temporal difference"
+    algorithm = ALGORITHMS.get(str(line.get("algo")), learns)
     return " and ".join(sorted(dense | {algorithm}))
 
 
@@ -142,12 +146,11 @@ def _budgets(found: Found, rows: Mapping[tuple[str, str], Line]) -> str:
 
 
 def _ablations(rows: Mapping[tuple[str, str], Line]) -> str:
-    pairs = [
-        f"{one[1]} / {other[1]}"
+    pairs = sum(
+        one[0] == other[0] and len(_apart(rows[one], rows[other])) == 1
         for one, other in combinations(rows, 2)
-        if one[0] == other[0] and len(_apart(rows[one], rows[other])) == 1
-    ]
-    return f"pairs of rows that differ in one setting: {len(pairs)}" if pairs else "none"
+    )
+    return f"pairs of rows that differ in one setting: {pairs}" if pairs else "none"
 
 
 def _apart(one: Line, other: Line) -> list[str]:
