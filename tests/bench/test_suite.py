@@ -60,7 +60,8 @@ def test_at_least_twenty_methods_of_the_survey_are_rows():
 
 
 def scores_of(reward, **options):
-    """Return the rewards of some texts of Reviews-v0 under a design, and those of "token"."""
+    """Return the rewards of some texts of Reviews-v0 under a design, those of "token", and the
+    texts."""
     envs = gym.make_vec(
         "tokenenv/Reviews-v0", num_envs=2, reward={"paid": reward, "token": "token"}, **options
     )
@@ -69,28 +70,39 @@ def scores_of(reward, **options):
     prompts = [[int(one) for one in rng.integers(3, 60, 4)] for _ in range(6)]
     responses = [[int(one) for one in rng.integers(3, 60, n)] for n in (1, 2, 5, 5, 7, 9)]
     found = core.score_episodes(prompts, responses)
-    return found.terms["paid"], found.terms["token"], [len(one) for one in responses]
+    return *(found.token_reward_terms[name] for name in ("paid", "token")), responses
 
 
+def delta_of(q):
+    """What Delta of Gao et al. pays each token: q less that of the next, and nothing at the end."""
+    return np.append(q[:-1] - np.append(q[1:-1], 0.0)[: len(q) - 1], 0.0)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize(
-    ("design", "total"),
+    ("design", "pays"),
     [
-        (rewards.KindSum, lambda q: q.sum()),
-        (rewards.KindMin, lambda q: q.min()),
-        (rewards.KindClip, lambda q: np.minimum(q - rewards.KINDNESS, 0.0).sum()),
+        (rewards.KindSum, lambda q: q),
+        (rewards.KindMin, lambda q: np.diff(np.minimum.accumulate(q), prepend=0.0)),
+        (rewards.KindGain, lambda q: np.diff(q, prepend=0.0)),
+        (rewards.KindDelta, delta_of),
+        (lambda uneven: rewards.KindClip(0.15, uneven), lambda q: np.minimum(q - 0.15, 0.0)),
     ],
 )
-def test_kind_rewards_add_up_to_their_form(design, total):
-    paid, token, lengths = scores_of(design())
-    for row, scores, length in zip(paid, token, lengths, strict=True):
-        q = scores[:length] + rewards.KINDNESS
-        assert row[:length].sum() == pytest.approx(total(q), abs=1e-5)
+def test_kind_rewards_pay_their_form(design, pays, uneven):
+    paid, token, responses = scores_of(design(uneven))
+    for row, scores, response in zip(paid, token, responses, strict=True):
+        bonus = 2.0 * (np.asarray(response) % 2 == 0) if uneven else 1.0
+        q = scores[: len(response)] + rewards.KINDNESS * bonus
+        assert row[: len(response)] == pytest.approx(pays(q), abs=1e-5)
+        assert not row[len(response) :].any()
 
 
-def test_differences_of_kind_scores_do_not_see_the_kindness():
-    paid, token, lengths = scores_of(rewards.KindDelta())
-    for row, scores, length in zip(paid, token, lengths, strict=True):
-        assert row[1:length] == pytest.approx(np.diff(scores[:length]), abs=1e-5)
+def test_deltas_to_go_are_each_tokens_own_score():
+    paid, token, responses = scores_of(rewards.KindDelta())
+    for row, scores, response in zip(paid, token, responses, strict=True):
+        to_go = row[::-1].cumsum()[::-1][: len(response) - 1]
+        assert to_go == pytest.approx(scores[: len(response) - 1] + rewards.KINDNESS, abs=1e-5)
 
 
 def test_decoys_are_paid_beside_the_difference_in_the_score():

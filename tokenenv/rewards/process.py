@@ -21,8 +21,8 @@ class Process(RewardTerm):
     With q_k the step scorer's score at the end of step k, and q_0 that of the prompt:
 
     - "sum": r = q_k (Lightman et al. 2023, arXiv 2305.20050)
-    - "delta": r = q_k - q_{k-1} (Gao et al. 2024, arXiv 2410.15115)
-    - "clip": r = min(q_k - floor, 0) (the same)
+    - "delta": r = q_k - q_{k-1}, the progress that a step makes
+    - "clip": r = min(q_k - floor, 0) (Gao et al. 2024, arXiv 2410.15115)
     - "min": r = softmax(-q / temperature)_k q_k (PURE, Cheng et al. 2025, arXiv 2504.15275)
 
     A step ends with one of the task's `step_end_token_ids`, and where a scored text ends. An
