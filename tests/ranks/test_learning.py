@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from ranked import agent_of, weights_of
+from ranked import agent_of, envs_of, weights_of
 
 from tokenenv import ranks
+from tokenenv.agents import ALGORITHMS
+from tokenenv.agents.learning.policy import LMPolicy, copy_to_train
 from tokenenv.agents.rollout.collector import Prefix
 
 ALIKE = ("ppo", "grpo", "klq", "a2c", "rloo", "reinforce++")
@@ -53,6 +55,8 @@ def check(found, name, **settings):
         assert seen == tokens
         assert [len(batch) for batch in batches] == [len(batch) for batch in texts]
     assert len({len(text.response) for batch in batches for text in batch}) > 3
+    texts = [[text.response.tolist() for text in batch] for batch in batches]
+    assert all(one not in texts[1] + texts[2] for one in texts[0] if len(one) > 4)  # none twice
     alone, begun = learned_alone(name, batches, **settings), weights_of(agent_of(name, **settings))
     assert np.abs(alone - begun[0]).max() > 2e-4
     assert np.abs(alone - first).max() < 1e-5
@@ -102,3 +106,15 @@ def test_continuations_are_shared_out_and_come_back_in_order(on_ranks):
         assert own > 0
     first, second = ([text.response.tolist() for text in part[1]] for part in parts)
     assert first == second
+
+
+def test_policies_that_begin_apart_begin_as_the_first_ranks(on_ranks):
+    def begun():
+        model = envs_of("ppo").unwrapped.model
+        policy = LMPolicy(copy_to_train(model), seed=ranks.number())
+        policy.value_head.bias.data.fill_(ranks.number())
+        own = policy.value_head.bias.item()
+        agent = ALGORITHMS["ppo"](envs_of("ppo"), policy=policy, batch_tokens=50)
+        return own, agent.policy.value_head.bias.item()
+
+    assert on_ranks(2, begun) == [(0.0, 0.0), (1.0, 0.0)]
