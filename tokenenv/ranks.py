@@ -110,6 +110,20 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         _unpack(flat, parts)
 
 
+def add_up_gradients(weights: Sequence[Tensor]) -> None:
+    """Sum the gradients of weights over ranks. A rank that has none of a weight, since it had
+    nothing to read, takes that of the others; where no rank has one there stays none."""
+    if count() == 1:
+        return
+    have_RW = np.asarray(gathered([weight.grad is not None for weight in weights]))
+    gradients = []
+    for weight, one_has in zip(weights, have_RW.any(0), strict=True):
+        if one_has:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients.append(weight.grad)
+    add_up(gradients)
+
+
 @torch.no_grad()
 def take_first(tensors: Sequence[Tensor]) -> None:
     """Put the first rank's values in the place of each tensor, which are alike as in `add_up`."""

@@ -363,21 +363,6 @@ def accumulate_gradient(
         (scale * loss).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
-    _add_up_gradients(policy)
+    ranks.add_up_gradients([weight for weight in policy.parameters() if weight.requires_grad])
     # Metrics stay on the device until the end: one wait a minibatch, not one a micro-batch.
     return ranks.summed({name: float(value) for name, value in totals.items()})
-
-
-def _add_up_gradients(policy: LMPolicy) -> None:
-    """Sum the gradients over ranks. Where one rank has none, since its share had no text, those of
-    the others count."""
-    if ranks.count() == 1:
-        return
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    have_RW = np.asarray(ranks.gathered([weight.grad is not None for weight in weights]))
-    gradients = []
-    for weight, one_has in zip(weights, have_RW.any(0), strict=True):
-        if one_has:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            gradients.append(weight.grad)
-    ranks.add_up(gradients)

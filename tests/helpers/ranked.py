@@ -7,7 +7,10 @@ import torch
 import tokenenv  # noqa: F401
 from tokenenv.agents import ALGORITHMS
 
-SMALL = {"klq": {"replay_tokens": 300}, "vineppo": {"rollouts": 2, "segments": 2, "batch_tokens": 40}}
+SMALL = {
+    "klq": {"replay_tokens": 300},
+    "vineppo": {"rollouts": 2, "segments": 2, "batch_tokens": 40},
+}
 
 
 def envs_of(name, num_envs=8, **options):

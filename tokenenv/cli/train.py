@@ -6,7 +6,6 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
@@ -158,15 +157,13 @@ class Train(Generic[Config]):
         self.check_eval_prompts()
         agent = self._new_agent()
         folder = ranks.of_first(lambda: self.run_dir or new_folder(default_run_dir(self)))
-        with ExitStack() as held:
-            # Of processes that learn together the first has the folder.
-            if ranks.number() == 0:
-                held.enter_context(locked(folder))
-                refuse_run(folder)  # which another process may have taken meanwhile
-                # A run whose reward returns no number, say, could not be gone on with, and would
-                # keep a better one out of its folder.
-                held.enter_context(no_trace(folder, lambda: agent.updates == 0))
-            self._learn(agent, folder)
+        with locked(folder):
+            # Another process may have taken it meanwhile.
+            ranks.of_first(lambda: refuse_run(folder))
+            # A run whose reward returns no number, say, could not be gone on with, and would keep
+            # a better one out of its folder.
+            with no_trace(folder, lambda: agent.updates == 0):
+                self._learn(agent, folder)
 
     def _go_on(self, folder: Path) -> None:
         if self.config is not None or self.run_dir not in (None, folder):
@@ -174,7 +171,7 @@ class Train(Generic[Config]):
                 f"--resume {folder} takes config and folder from there: leave out --config and "
                 f"--run-dir."
             )
-        with locked(folder) if ranks.number() == 0 else nullcontext():
+        with locked(folder):
             agent = self._resumed_agent(folder)
             self._check_end(
                 agent, fit("total_tokens", read_values(folder / "config.yaml")["total_tokens"], int)

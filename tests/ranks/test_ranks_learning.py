@@ -37,13 +37,10 @@ def learned_alone(name, batches, **options):
 
 
 SETTINGS = {
-    "minibatches of fewer texts than ranks": {"epochs": 1, "minibatches": 40},
-    "target_kl": {"target_kl": 1e-4},
+    "minibatches of fewer texts than ranks": {"epochs": 1, "minibatches": 40, "target_kl": 1e-4},
     "losses": {"full_kl_coef": 0.1, "entropy_coef": 0.01, "importance_cap": 2.0},
-    "lora": {"lora_rank": 2},
-    "micro-batches": {"max_batch_tokens": 24},
-    "separate critic": {"separate_value": True},
-    "kl_target": {"kl_target": 0.05, "kl_horizon": 500, "scale_rewards": True},
+    "lora": {"lora_rank": 2, "separate_value": True, "max_batch_tokens": 24},
+    "running statistics": {"kl_target": 0.05, "kl_horizon": 500, "scale_rewards": True},
 }
 
 
@@ -97,12 +94,12 @@ def test_continuations_are_shared_out_and_come_back_in_order(on_ranks):
         states = [Prefix(text.prompt, text.response[:1]) for text in texts]
         found = agent.play_on(states, 2)
         own = agent.collector.tokens_seen - before
-        return [state.prompt.tolist() for state in states], found, own
+        return [[*state.prompt, *state.response] for state in states], found, own
 
     parts = on_ranks(2, played)
-    for prompts, found, own in parts:
+    for begun, found, own in parts:
         assert len(found) == 6
-        assert [text.prompt.tolist() for text in found] == [p for p in prompts for _ in range(2)]
+        assert [text.prompt.tolist() for text in found] == [one for one in begun for _ in range(2)]
         assert own > 0
     first, second = ([text.response.tolist() for text in part[1]] for part in parts)
     assert first == second
