@@ -167,6 +167,8 @@ class Agent:
         self.actor = make_actor(envs, self.policy, cfg, reads_values=with_values)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
+        self.num_envs = sum(ranks.gathered(envs.num_envs))
+        """Texts that are written side by side, by all ranks."""
         self.pending = Replay(sys.maxsize)
         """Texts that this rank has collected for an update that has not come yet."""
         self.joined: Any = learned_together(envs)

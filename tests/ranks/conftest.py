@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import distributed
 
 def _run(rank, count, store, function, arguments, results):
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
     try:
         distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=count

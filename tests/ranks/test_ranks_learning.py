@@ -1,7 +1,10 @@
 """Several processes that learn together do what one does with the same texts."""
 
+import json
+
 import numpy as np
 import pytest
+import yaml
 from ranked import agent_of, envs_of, weights_of
 
 from tokenenv import ranks
@@ -41,6 +44,7 @@ SETTINGS = {
     "losses": {"full_kl_coef": 0.1, "entropy_coef": 0.01, "importance_cap": 2.0},
     "lora": {"lora_rank": 2, "separate_value": True, "max_batch_tokens": 24},
     "running statistics": {"kl_target": 0.05, "kl_horizon": 500, "scale_rewards": True},
+    "whole texts": {"rollout": "episode"},
 }
 
 
@@ -68,6 +72,23 @@ def test_three_ranks_have_the_weights_of_one_whatever_is_set(on_ranks):
     found = on_ranks(3, lambda: {k: learned("ppo", **some) for k, some in SETTINGS.items()})
     for key, settings in SETTINGS.items():
         check([part[key] for part in found], "ppo", **settings)
+
+
+def learned_without_weights(folder):
+    for name in ("best-of-n", "reference"):
+        agent = agent_of(name, run_dir=folder / name)
+        agent.learn(400)
+    return agent.tokens_seen
+
+
+def test_agents_that_train_nothing_make_one_run_too(on_ranks, tmp_path):
+    first, second = on_ranks(2, learned_without_weights, tmp_path)
+    assert first == second >= 400
+    for name in ("best-of-n", "reference"):
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert config["num_envs"] == 16  # of both
+        lines = (tmp_path / name / "episodes.jsonl").read_text().splitlines()
+        assert int(json.loads(lines[-1])["tokens_seen"]) >= 400
 
 
 def begun_with(num_envs):

@@ -236,7 +236,8 @@ class Train(Generic[Config]):
 
     def _learn(self, agent: Agent, folder: Path) -> None:
         agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
-        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
+        tracked = self.track == "wandb" and ranks.number() == 0
+        wandb = WandbRun(folder, dataclasses.asdict(self)) if tracked else None
         with stopping(agent.stop) as own:
             agent.learn(
                 self.total_tokens,
