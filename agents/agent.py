@@ -425,7 +425,7 @@ class Agent:
         """Return `rollouts` continuations of each state to the end, one after the other; `columns`
         are what belongs to the prompt of each state. Each rank writes those of some states, and all
         ranks have all of them."""
-        own = np.arange(ranks.number(), len(states), ranks.count())
+        own = range(ranks.number(), len(states), ranks.count())
         mine = [states[i] for i in own], rollouts, [columns[i] for i in own] if columns else ()
         played = ranks.each(lambda: self.collector.play_on(*mine) if len(own) else [])
         found = [iter(part) for part in played]
