@@ -117,7 +117,7 @@ def add_up_gradients(weights: Sequence[Tensor]) -> None:
         return
     have_RW = np.asarray(gathered([weight.grad is not None for weight in weights]))
     gradients = []
-    for weight, one_has in zip(weights, have_RW.any(0).tolist(), strict=True):
+    for weight, one_has in zip(weights, list(have_RW.any(0)), strict=True):
         if one_has:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             gradients.append(weight.grad)
