@@ -4,15 +4,21 @@ An algorithm is a subclass with a config and an `update`; `algorithms/ppo.py` is
 the loop is in the rooms beside this file: `rollout/` makes episodes, `learning/` makes gradients,
 `run/` writes folders and checkpoints.
 
+Several processes may learn one policy together (ranks, `tokenenv.ranks`). Each has an env of its
+own and collects a part of every batch. Then all of them have the whole batch, so that everything
+that is made of it is the same on each; only the forwards and backwards over it are shared out
+(`learning/learner.py`).
+
 Suffixes: N slots, B episodes, T response tokens.
 """
 
 import copy
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,6 +27,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from tokenenv import ranks
 from tokenenv.agents.config import AgentConfig, build_config, learning_rate, run_progress
 from tokenenv.agents.episodes import Episode, EpisodeBatch, summary, turn_summary
 from tokenenv.agents.hooks import check_config_class, check_statistics, described
@@ -32,10 +39,11 @@ from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.learning.rates import default_lr
 from tokenenv.agents.learning.update_kl import warn_if_far
 from tokenenv.agents.rollout.choose import choose_rollout
-from tokenenv.agents.rollout.collector import Stopped
+from tokenenv.agents.rollout.collector import Prefix, Stopped
 from tokenenv.agents.rollout.ending import Ending
 from tokenenv.agents.rollout.env_rows import (
     env_core,
+    learned_together,
     reference_of,
     responds,
     teacher_of,
@@ -43,6 +51,7 @@ from tokenenv.agents.rollout.env_rows import (
 )
 from tokenenv.agents.rollout.generate import Prompts, generate, options_of
 from tokenenv.agents.rollout.make import default_policy, make_actor, make_collector
+from tokenenv.agents.rollout.replay import Replay
 from tokenenv.agents.rollout.requirements import (
     check_default_dtype,
     check_env,
@@ -52,7 +61,7 @@ from tokenenv.agents.rollout.requirements import (
     group_size_of,
     warn_if_biased,
 )
-from tokenenv.agents.rollout.staleness import reward_lag, rollout_metrics
+from tokenenv.agents.rollout.staleness import reward_lag, rollout_metrics, waiting
 from tokenenv.agents.run.card import model_card
 from tokenenv.agents.run.checkpoint import (
     agent_state,
@@ -63,6 +72,7 @@ from tokenenv.agents.run.checkpoint import (
 )
 from tokenenv.agents.run.listeners import OnUpdate, listening
 from tokenenv.errors import InvalidArgument, check_number
+from tokenenv.tables import Columns
 
 
 class Agent:
@@ -108,8 +118,8 @@ class Agent:
         raise NotImplementedError(f"{type(self).__name__} must define update(batch).")
 
     def collect(self) -> list[Episode]:
-        """Return the finished episodes that the next update learns from."""
-        return self.collector.collect(self.config.batch_tokens)
+        """Return the finished episodes that the next update learns from: this rank's part."""
+        return self.collector.collect(self.batch_tokens)
 
     def running_statistics(self) -> dict[str, Any]:
         """Return what the algorithm keeps besides weights, by name.
@@ -150,12 +160,20 @@ class Agent:
         if cfg.lr is None:
             self.config = cfg = replace(cfg, lr=default_lr(self.policy))
         if cfg.rollout == "auto":
-            self.config = cfg = replace(cfg, rollout=choose_rollout(envs, self.policy, cfg))
+            chosen = ranks.of_first(lambda: choose_rollout(envs, self.policy, cfg))
+            self.config = cfg = replace(cfg, rollout=chosen)
         # A policy of one's own need not say it; its values are then read before updates.
         with_values = self.reads_values and getattr(self.policy, "acts_with_values", False)
         self.actor = make_actor(envs, self.policy, cfg, reads_values=with_values)
         self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
         self.collector = make_collector(envs, self.actor, cfg, self.group_size)
+        self.num_envs = sum(ranks.gathered(envs.num_envs))
+        """Texts that are written side by side, by all ranks."""
+        self.pending = Replay(sys.maxsize)
+        """Texts that this rank has collected for an update that has not come yet."""
+        self.joined: Any = learned_together(envs)
+        """What the ranks' envs had learned when they last told each other."""
+        ranks.take_first(list(self.policy.parameters()))
         weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
         assert cfg.lr is not None
         self.optimizer = make_optimizer(cfg.optimizer, weights, cfg.lr)
@@ -170,6 +188,10 @@ class Agent:
         self.updates = 0
         self.updated_at = 0
         """Tokens that had been seen after the last update."""
+        self.own_updated_at = 0
+        """The same, of this rank's alone."""
+        self.others_seen = 0
+        """Tokens that the other ranks have emitted, as they have last said."""
         self.statistics: dict[str, Any] = self.running_statistics()
         check_statistics(self.statistics, type(self).__name__)
         self.metrics: Metrics = {}
@@ -180,8 +202,13 @@ class Agent:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens emitted so far."""
-        return self.collector.tokens_seen
+        """Tokens emitted so far, by all ranks."""
+        return self.collector.tokens_seen + self.others_seen
+
+    @property
+    def batch_tokens(self) -> int:
+        """Response tokens that this rank collects for an update, at least."""
+        return -(-self.config.batch_tokens // ranks.count())
 
     @property
     def max_new_tokens(self) -> int:
@@ -244,7 +271,7 @@ class Agent:
         ) as listeners:
             self._has_begun = True
             try:
-                while self.tokens_seen < total_tokens and not self.collector.stopping:
+                while not self._count_tokens() and self.tokens_seen < total_tokens:
                     self.metrics, episodes = self._iterate(total_tokens)
                     for listener in listeners:
                         listener(self.metrics, episodes)
@@ -266,9 +293,9 @@ class Agent:
     def _iterate(self, total_tokens: int) -> tuple[Metrics, list[Episode]]:
         """One update: its scalars, and the episodes with what was learnt of them."""
         started, before = time.perf_counter(), self.tokens_seen
-        batch_tokens = self.config.batch_tokens
-        self.collector.ending = Ending.of(total_tokens, self.updated_at, batch_tokens)
-        episodes = self.collect()
+        begun, share = self.own_updated_at, (total_tokens - self.updated_at) / ranks.count()
+        self.collector.ending = Ending.of(begun + share, begun, self.batch_tokens)
+        episodes = self._collected()
         lr = self._schedule(total_tokens)
         batch, kl_coef = EpisodeBatch.stack(episodes), self.kl_coef
         check_ref_logprob(batch, self.config)  # before anything learns from it
@@ -278,9 +305,9 @@ class Agent:
                 self.policy,
                 self.config,
                 self.updates,
-                self.collector.waiting,
                 with_values=self.reads_values,
             )
+            metrics |= ranks.summed(waiting(self.collector.waiting))
             metrics |= turn_summary(episodes) if responds(self.envs) else {}
             metrics |= reward_lag(batch, getattr(self.core, "reward_version", None))
             found = self.update(batch)
@@ -292,8 +319,11 @@ class Agent:
             metrics |= found
         self._adapt_kl_coef(batch)
         # Counted before the weights are handed over, which may fail: the policy has had its update.
+        self._count_tokens()
         self.updates, self.updated_at = self.updates + 1, self.tokens_seen
+        self.own_updated_at = self.collector.tokens_seen
         self.collector.refresh()
+        self.joined = learned_together(self.envs, self.joined)
         speed = (self.tokens_seen - before) / (time.perf_counter() - started)
         return metrics | {
             "objective/kl_coef": kl_coef,
@@ -302,6 +332,34 @@ class Agent:
             "time/updates": self.updates,
             "time/tokens_per_second": speed,
         }, batch.unstack()
+
+    def _count_tokens(self) -> bool:
+        """Ask all ranks for the tokens that they have seen; return whether one is to stop."""
+        own = self.collector.tokens_seen
+        found = ranks.gathered((own, self.collector.stopping))
+        self.others_seen = sum(seen for seen, _ in found) - own
+        return any(stopping for _, stopping in found)
+
+    def _collected(self) -> list[Episode]:
+        """Return the finished episodes that all ranks have collected, in the ranks' order.
+
+        Raises `Stopped` where one of them is to stop. What the others have collected is pending
+        then, and the next call goes on with it.
+        """
+        if ranks.count() == 1:
+            return self.collect()
+
+        def own() -> list[Episode]:
+            if not self.pending.episodes:
+                with suppress(Stopped):
+                    self.pending.add(self.collect())
+            return list(self.pending.episodes)
+
+        parts = ranks.each(own)
+        if self._count_tokens():
+            raise Stopped
+        self.pending.take()
+        return [episode for part in parts for episode in part]
 
     @contextmanager
     def _whole_or_nothing(self) -> Iterator[None]:
@@ -361,6 +419,18 @@ class Agent:
             self._has_warned = warn_if_far(metrics["policy/update_kl"], self.updates, lr)
         return metrics
 
+    def play_on(
+        self, states: Sequence[Prefix], rollouts: int, columns: Sequence[Columns] = ()
+    ) -> list[Episode]:
+        """Return `rollouts` continuations of each state to the end, one after the other; `columns`
+        are what belongs to the prompt of each state. Each rank writes those of some states, and all
+        ranks have all of them."""
+        own = range(ranks.number(), len(states), ranks.count())
+        mine = [states[i] for i in own], rollouts, [columns[i] for i in own] if columns else ()
+        played = ranks.each(lambda: self.collector.play_on(*mine) if len(own) else [])
+        found = [iter(part) for part in played]
+        return [next(found[i % ranks.count()]) for i in range(len(states)) for _ in range(rollouts)]
+
     # ---------------------------------------------------------------- using the policy
 
     def act(self, obs: Any) -> Tensor:
@@ -380,14 +450,15 @@ class Agent:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint atomically, and keep the one that was at `path` as `path`.previous.
+        All ranks call it, and the first writes.
 
         Raises `RunFolderError` where it cannot be written.
         """
         state = agent_state(self)
-        write_checkpoint(path, state)
+        ranks.of_first(lambda: write_checkpoint(path, state))
         # This run goes on from the file too, with caches filled anew. A resumed run does the same,
         # so both stay equal, bit for bit.
-        self.collector.load_env(state["env"])
+        self.collector.load_env(state["ranks"][ranks.number()]["env"])
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
         """Write the policy as a folder that others load: full weights for transformers, or under
@@ -421,7 +492,9 @@ class Agent:
         server's URL or an engine's options that a file may not give (`tokenenv.safety.trust`): say
         them again, as `rollout=` and `rollout_options=`.
         """
-        state, config = read_agent(path, cls, overrides, set_aside=run_dir is not None)
+        state, config = ranks.of_first(
+            lambda: read_agent(path, cls, overrides, set_aside=run_dir is not None)
+        )
         agent = cls(envs, config, policy=policy, run_dir=run_dir, **overrides)
         with reading(path):
             restore(agent, state)

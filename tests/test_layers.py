@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "types", "turns", "safety", "plugins"},
+    {"errors", "types", "turns", "safety", "plugins", "ranks"},
     {"models", "tables", "prompts"},
     {"rewards"},
     {"env"},
@@ -30,7 +30,8 @@ LAYERS = (
     },
 )
 """Each room imports itself and those above it in this list..."""
-AGENTS_IMPORT = {"errors", "types", "turns", "safety", "plugins", "models", "tables", "agents"}
+AGENTS_IMPORT = {"errors", "types", "turns", "safety", "plugins", "ranks"}
+AGENTS_IMPORT |= {"models", "tables", "agents"}
 """...except that agents know the env through its spaces alone."""
 AGENT_LAYERS = (
     {"config", "episodes", "hooks"},

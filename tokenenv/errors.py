@@ -48,6 +48,10 @@ class EnvClosed(TokenEnvError, ClosedEnvironmentError):
     """Raised by every call after `close`."""
 
 
+class RankFailed(TokenEnvError, RuntimeError):
+    """Raised on the other ranks where one of the processes that learn together has failed."""
+
+
 class ModelError(TokenEnvError, ValueError):
     """Raised while an env, an agent or a scorer is made, where a model or tokenizer cannot be
     loaded or cannot play the part that it was given."""

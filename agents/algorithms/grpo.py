@@ -102,8 +102,9 @@ class GRPO(GroupMethod):
         # What was kept in an earlier call that was interrupted counts as well.
         drawn: list[Episode] = []
         for _ in range(1 + MAX_TRIES):
-            missing = self.config.batch_tokens - kept.tokens
-            has_ended = bool(drawn) and self.tokens_seen >= self.collector.ending.total
+            missing = self.batch_tokens - kept.tokens
+            seen = self.collector.tokens_seen
+            has_ended = bool(drawn) and seen >= self.collector.ending.total
             if missing <= 0 or has_ended:
                 break
             drawn = self.collector.collect(missing)

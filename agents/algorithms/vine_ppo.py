@@ -30,6 +30,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from tokenenv import ranks
 from tokenenv.agents.algorithms.policy_gradient import PolicyGradient, PolicyGradientConfig
 from tokenenv.agents.episodes import Episode, EpisodeBatch
 from tokenenv.agents.keywords import AgentKeywords, takes
@@ -85,9 +86,10 @@ class VinePPO(PolicyGradient):
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learn from finished episodes; return the field's scalars and the tokens that their
         values took."""
-        before = self.tokens_seen
+        before = self.collector.tokens_seen
         metrics = super().update(batch)
-        return metrics | {"time/rollout_tokens": self.tokens_seen - before}
+        own = {"time/rollout_tokens": self.collector.tokens_seen - before}
+        return metrics | ranks.summed(own)
 
     def advantages(self, batch: EpisodeBatch) -> Tensor:
         """Return the advantages (B, T), the same for all tokens of a segment; leave the "value" of
@@ -113,7 +115,7 @@ class VinePPO(PolicyGradient):
     def values(self, states: Sequence[Prefix], columns: Sequence[Columns] = ()) -> list[float]:
         """Return the mean return from each state under the present policy, by K continuations each;
         `columns` are what belongs to the prompt of each state."""
-        played = self.collector.play_on(states, self.config.rollouts, columns)
+        played = self.play_on(states, self.config.rollouts, columns)
         batch = EpisodeBatch.stack(played)
         rewards_BT, lengths_B = self.rewards(batch), batch.response_length_B
         returns_B = returns_to_go(rewards_BT, lengths_B, self.config.gamma)[:, 0]

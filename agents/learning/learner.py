@@ -4,6 +4,10 @@ One minibatch of an update is cut into micro-batches of at most `max_batch_token
 included, so that memory is bounded. A micro-batch always holds whole texts. Losses are weighted
 sums over tokens, so the sum over micro-batches is exactly the loss of the minibatch.
 
+Several processes that learn together (ranks, `tokenenv.ranks`) all hold the whole batch. Each runs
+its share of the micro-batches, and what they found is added up. So whatever is made of a batch
+beside these forwards, on every rank alike, needs to know nothing of ranks.
+
 Suffixes: B episodes, L context, T response tokens, H hidden size, K response tokens of one
 micro-batch, flat.
 """
@@ -17,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv import ranks
 from tokenenv.agents.episodes import EpisodeBatch, token_mask
 from tokenenv.agents.learning.kept import KeptStates
 from tokenenv.agents.learning.policy import LMPolicy
@@ -130,10 +135,11 @@ class _Texts:
 def micro_batches_for(
     policy: LMPolicy, lengths: np.ndarray, max_batch_tokens: int
 ) -> list[np.ndarray]:
-    """Return the micro-batches of some texts: within the budget, and cut further where a forward
-    more costs the policy's device less than the padding that it spares."""
+    """Return the micro-batches of this rank's share of some texts: within the budget, and cut
+    further where a forward more costs the policy's device less than the padding that it spares."""
     cost = FORWARD_TOKENS.get(policy.device.type, MANY_TOKENS)
-    return micro_batches(lengths, max_batch_tokens, cost)
+    own = ranks.share(lengths)
+    return [own[rows] for rows in micro_batches(lengths[own], max_batch_tokens, cost)]
 
 
 def outputs(
@@ -207,7 +213,8 @@ def state_values(
     others have the values that they were drawn with, and zero for the last state."""
     # One column more than tokens: a text cut without a score bootstraps from its last state.
     chosen = _chosen(batch, which_B)
-    values_BT1 = _drawn(batch, chosen)[1]
+    drawn_BT1 = _drawn(batch, chosen)[1]
+    values_BT1 = torch.zeros_like(drawn_BT1)
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
         some = chosen[rows]
         texts = _Texts(batch, some, policy.device, whole=True)
@@ -217,7 +224,8 @@ def state_values(
             last_value_B = policy.value(last_states(states_BLH, texts.lengths))
         values_BT1[texts.rows, texts.steps] = value_K.cpu()
         values_BT1[some, batch.response_length_B[some]] = last_value_B.cpu()
-    return values_BT1
+    ranks.add_up([values_BT1])
+    return drawn_BT1 + values_BT1
 
 
 def values_before(
@@ -252,6 +260,7 @@ def token_outputs(
         out = outputs(policy, batch, rows, temperature=temperature, critic=False)
         found.logprob_BT[out.rows, out.steps] = out.logprob.cpu()
         found.entropy_BT[out.rows, out.steps] = out.entropy.cpu()
+    ranks.add_up(found)
     return found
 
 
@@ -269,11 +278,13 @@ def token_logprobs(
     if which_B is None:
         return token_outputs(policy, batch, max_batch_tokens, temperature).logprob_BT
     chosen = _chosen(batch, which_B)
-    logprob_BT = _drawn(batch, chosen)[0]
+    drawn_BT = _drawn(batch, chosen)[0]
+    logprob_BT = torch.zeros_like(drawn_BT)
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
         out = outputs(policy, batch, chosen[rows], temperature=temperature, critic=False)
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
-    return logprob_BT
+    ranks.add_up([logprob_BT])
+    return drawn_BT + logprob_BT
 
 
 @torch.no_grad()
@@ -286,7 +297,8 @@ def logprobs_and_values(
 ) -> tuple[Tensor, Tensor]:
     """Return what `token_logprobs` and `state_values` do, (B, T) and (B, T + 1), by one forward."""
     chosen = _chosen(batch, which_B)
-    logprob_BT, values_BT1 = _drawn(batch, chosen)
+    drawn_BT, drawn_BT1 = _drawn(batch, chosen)
+    logprob_BT, values_BT1 = torch.zeros_like(drawn_BT), torch.zeros_like(drawn_BT1)
     for rows in micro_batches_for(policy, batch.length_B.numpy()[chosen], max_batch_tokens):
         some = chosen[rows]
         out = outputs(policy, batch, some, temperature=temperature, last_value=True)
@@ -294,7 +306,8 @@ def logprobs_and_values(
         logprob_BT[out.rows, out.steps] = out.logprob.cpu()
         values_BT1[out.rows, out.steps] = out.value.cpu()
         values_BT1[some, batch.response_length_B[some]] = out.last_value.cpu()
-    return logprob_BT, values_BT1
+    ranks.add_up([logprob_BT, values_BT1])
+    return drawn_BT + logprob_BT, drawn_BT1 + values_BT1
 
 
 def _chosen(batch: EpisodeBatch, which_B: Tensor | None) -> np.ndarray:
@@ -332,8 +345,8 @@ def accumulate_gradient(
     kept: KeptStates | None = None,
     scale: float = 1.0,
 ) -> Metrics:
-    """Add the gradient of one minibatch, times `scale`, to the weights' `.grad`, one micro-batch
-    at a time. Return the summed metrics."""
+    """Put the gradient of one minibatch, times `scale`, into the weights' `.grad`, which are None
+    or 0, one micro-batch at a time. Return the summed metrics. Both are those of all ranks."""
     totals: dict[str, Tensor] = {}
     for micro in micro_batches_for(policy, batch.length_B.numpy()[rows], max_batch_tokens):
         out = outputs(
@@ -350,5 +363,6 @@ def accumulate_gradient(
         (scale * loss).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach()
+    ranks.add_up_gradients([weight for weight in policy.parameters() if weight.requires_grad])
     # Metrics stay on the device until the end: one wait a minibatch, not one a micro-batch.
-    return {name: float(value) for name, value in totals.items()}
+    return ranks.summed({name: float(value) for name, value in totals.items()})

@@ -14,6 +14,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from tokenenv import ranks
 from tokenenv.errors import InvalidArgument
 from tokenenv.models.vllm_models import VLLMReference
 
@@ -108,6 +109,20 @@ def load_learned(envs: VectorEnv, saved: Mapping[str, Any] | None) -> None:
     learned = saved["statistics"] if only_learned(saved) else saved["engine"]["learned"]
     env_core(envs).load_statistics(learned)
     env_core(envs).tokens_seen = int(saved["tokens_seen"])
+
+
+def learned_together(envs: VectorEnv, before: Any = None) -> Any:
+    """Have this env's terms take in what those of all ranks have learned since they had `before`;
+    return what they have now, as `before` of the next time. Without `before` nothing is taken in,
+    and terms that cannot learn together are refused."""
+    core = env_core(envs)
+    if ranks.count() == 1 or not hasattr(core, "join_statistics"):
+        return None
+    if before is None:
+        core.check_joins()
+    else:
+        core.join_statistics(before, ranks.gathered(core.save_statistics()))
+    return core.save_statistics()
 
 
 @contextmanager

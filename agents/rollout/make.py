@@ -5,6 +5,7 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
+from tokenenv import ranks
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy, copy_to_train
 from tokenenv.agents.rollout.actor import Actor
@@ -57,7 +58,7 @@ def make_actor(
     return Actor(
         policy,
         temperature=config.temperature,
-        seed=config.seed,
+        seed=own_seed(envs, config),
         share=share,
         reads_values=reads_values,
     )
@@ -90,7 +91,7 @@ def make_collector(
         return Collector(
             envs,
             actor,
-            seed=config.seed,
+            seed=own_seed(envs, config),
             group_size=group_size,
             max_staleness=config.max_staleness,
         )
@@ -103,8 +104,14 @@ def make_collector(
         envs,
         engine,
         num_texts=options["num_texts"],
-        seed=config.seed,
+        seed=own_seed(envs, config),
         group_size=group_size,
         # An engine is kept busy while the policy learns, which needs texts that are one update old.
         max_staleness=1 if config.max_staleness is None else config.max_staleness,
     )
+
+
+def own_seed(envs: VectorEnv, config: AgentConfig) -> int:
+    """Return the seed of what this rank draws. Slot i of an env draws its prompts from seed + i, so
+    the ranks' slots are numbered on from rank to rank, as if they were slots of one env."""
+    return config.seed + sum(ranks.gathered(envs.num_envs)[: ranks.number()])

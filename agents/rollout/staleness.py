@@ -60,14 +60,13 @@ def rollout_metrics(
     policy: LMPolicy,
     config: AgentConfig,
     updates: int,
-    waiting_texts: Sequence[Any],
     *,
     with_values: bool = False,
 ) -> Metrics:
     """Return how old the texts are and, where vLLM wrote them, how far its log-probs are from the
     learner's. The latter are left in `learned["learner_logprob"]`, and `with_values` the critic's
     values (B, T + 1), which the same forward gives, in `learned["state_value"]`."""
-    metrics = staleness(batch, updates) | waiting(waiting_texts)
+    metrics = staleness(batch, updates)
     # The policy's own cache gives the learner's log-probs, up to rounding.
     if config.rollout in ("step", "episode"):
         return metrics

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenenv import ranks
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.rollout.env_rows import load_learned, method, only_learned
 from tokenenv.agents.run.files import previous_of, replace_file, reporting
@@ -30,29 +31,42 @@ from tokenenv.safety.trust import check_from_file
 if TYPE_CHECKING:
     from tokenenv.agents.agent import Agent
 
-FORMAT, VERSION = "tokenenv-checkpoint", "7"
-PARTS = {"agent", "config", "identity", "weights", "optimizer", "generator"}
-PARTS |= {"rng", "updates", "updated_at", "statistics", "collector", "kl_coef", "env"}
+FORMAT, VERSION = "tokenenv-checkpoint", "8"
+PARTS = {"agent", "config", "weights", "optimizer"}
+PARTS |= {"rng", "updates", "updated_at", "kl_coef", "joined", "ranks"}
 """The entries of a checkpoint's state."""
+RANK_PARTS = {"identity", "generator", "statistics", "collector", "env"}
+RANK_PARTS |= {"pending", "own_updated_at"}
+"""The entries of what each of the processes that learn together adds, under its number."""
+
+
+def rank_state(agent: "Agent") -> dict[str, Any]:
+    """Return what this rank alone has: its texts, its env, and what draws them."""
+    return {
+        "identity": env_identity(agent),
+        "generator": agent.actor.generator.get_state(),
+        "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
+        "collector": agent.collector.state_dict(),
+        "env": agent.collector.save_env(),
+        "pending": agent.pending.state_dict(),
+        "own_updated_at": agent.own_updated_at,
+    }
 
 
 def agent_state(agent: "Agent") -> dict[str, Any]:
     """Return everything that the next update depends on, but frozen weights: those come from the
-    env's model again."""
+    env's model again. All ranks call it, and all have what it returns."""
     return {
         "agent": type(agent).__name__,
         "config": without_secrets(asdict(agent.config)),
-        "identity": env_identity(agent),
         "weights": trained_weights(agent.policy),
         "optimizer": agent.optimizer.state_dict(),
-        "generator": agent.actor.generator.get_state(),
         "rng": agent.rng.bit_generator.state,
         "updates": agent.updates,
         "updated_at": agent.updated_at,
-        "statistics": {name: value.state_dict() for name, value in agent.statistics.items()},
-        "collector": agent.collector.state_dict(),
         "kl_coef": agent.kl_coef,
-        "env": agent.collector.save_env(),
+        "joined": agent.joined,
+        "ranks": dict(enumerate(ranks.gathered(rank_state(agent)))),
     }
 
 
@@ -88,7 +102,13 @@ def check_state(state: Any, agent: str, config: Iterable[str], path: object) -> 
     if not isinstance(state, dict) or state.get("agent") != agent:
         by = state.get("agent") if isinstance(state, dict) else None
         raise CheckpointError(f"{path} was saved by {by}, not by {agent}.")
-    wanted = {"state": (state, PARTS), "config": (state.get("config"), set(config))}
+    parts = state.get("ranks")
+    first = parts.get(0) if isinstance(parts, dict) else None
+    wanted: dict[str, tuple[Any, Collection[str]]] = {
+        "state": (state, PARTS),
+        "config": (state.get("config"), set(config)),
+        "first rank": (first, RANK_PARTS),
+    }
     for name, (found, expected) in wanted.items():
         if not isinstance(found, dict) or set(found) != set(expected):
             wrong = (
@@ -146,28 +166,60 @@ def check_optimizer(config: Mapping[str, Any], path: object, said: Mapping[str, 
 
 def restore(agent: "Agent", state: dict[str, Any]) -> None:
     """Put an `agent_state` into a new agent; the env is touched last."""
-    check_identity(env_identity(agent), state["identity"])
+    parts, again = state["ranks"], len(state["ranks"]) == ranks.count()
+    part = parts[ranks.number() if again else 0]
+    here, there = env_identity(agent), part["identity"]
+    if not again:  # the slots are dealt out anew
+        here, there = ({**one, "num_envs": None} for one in (here, there))
+    check_identity(here, there)
     check_weights(trained_weights(agent.policy), state["weights"])
     agent.policy.load_state_dict(state["weights"], strict=False)
     agent.optimizer.load_state_dict(state["optimizer"])
-    agent.actor.generator.set_state(state["generator"])
     agent.rng.bit_generator.state = state["rng"]
     agent.updates, agent.updated_at = state["updates"], state["updated_at"]
-    for name, value in agent.statistics.items():
-        value.load_state_dict(state["statistics"][name])
     if agent.kl_coef != state["kl_coef"]:
         agent.kl_coef = state["kl_coef"]
+    seen = sum(one["collector"]["tokens_seen"] for one in parts.values())
+    if again:
+        _restore_rank(agent, part, state)
+    else:
+        _restore_others(agent, part, seen)
+    agent.joined = state["joined"]
+    agent.others_seen = seen - agent.collector.tokens_seen
+
+
+def _restore_rank(agent: "Agent", part: dict[str, Any], state: dict[str, Any]) -> None:
+    """Go on with what this rank had."""
+    agent.actor.generator.set_state(part["generator"])
+    for name, value in agent.statistics.items():
+        value.load_state_dict(part["statistics"][name])
+    agent.pending.load_state_dict(part["pending"])
+    agent.own_updated_at = part["own_updated_at"]
     if (agent.config.rollout == "step") == (state["config"]["rollout"] == "step"):
-        running = state["env"] is not None and not only_learned(state["env"])
-        agent.collector.load_state_dict(state["collector"], running=running)
-        agent.collector.load_env(state["env"])
+        running = part["env"] is not None and not only_learned(part["env"])
+        agent.collector.load_state_dict(part["collector"], running=running)
+        agent.collector.load_env(part["env"])
     else:
         # Stepped texts cannot be gone on with by an engine, nor the other way round: the texts that
         # were running are left, and the env begins anew, but for what its terms have learned.
-        agent.collector.tokens_seen = state["collector"]["tokens_seen"]
-        agent.collector.version = state["collector"]["version"]
-        load_learned(agent.envs, state["env"])
+        agent.collector.tokens_seen = part["collector"]["tokens_seen"]
+        agent.collector.version = part["collector"]["version"]
+        load_learned(agent.envs, part["env"])
         agent.collector.load_env(None)
+
+
+def _restore_others(agent: "Agent", part: dict[str, Any], seen: int) -> None:
+    """Go on where there were more ranks, or fewer: without the texts of theirs that had not been
+    learned from, and with seeds of one's own, that no rank had."""
+    for name, value in agent.statistics.items():
+        value.load_state_dict(part["statistics"][name])
+    stream = np.random.SeedSequence([agent.collector.seed, agent.updates, ranks.count()])
+    agent.collector.seed = int(stream.generate_state(1)[0])
+    agent.actor.generator.manual_seed(agent.collector.seed)
+    agent.collector.tokens_seen = agent.own_updated_at = seen if ranks.number() == 0 else 0
+    agent.collector.version = part["collector"]["version"]
+    load_learned(agent.envs, part["env"])
+    agent.collector.load_env(None)
 
 
 def env_identity(agent: "Agent") -> dict[str, Any]:
@@ -198,7 +250,7 @@ def check_identity(env: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the checkpoint belongs to another env: {'; '.join(differing)}.")
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the plain values of nested mappings under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from tokenenv import ranks
 from tokenenv.errors import InvalidArgument, RunFolderError
 from tokenenv.safety.trust import refuse_link
 
@@ -108,10 +109,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes, and other threads, from training in `folder`.
 
     The system takes the lock away when this process ends, however it ends. The thread that holds
-    the lock may take it again. Raises `RunFolderError` where another one has it.
+    the lock may take it again, and of processes that learn together the first has it for all.
+    Raises `RunFolderError` where another one has it.
     """
     key = (folder.resolve(), threading.get_ident())
-    if key in _held:
+    if key in _held or ranks.number() > 0:
         yield
         return
     with reporting(folder, "be used"):
@@ -132,11 +134,11 @@ def no_trace(folder: Path, nothing_learned: Callable[[], bool]) -> Iterator[None
     """Around the writing of a run in a folder that is `locked`: where an argument turns out to be
     wrong and `nothing_learned` returns True, take away what has appeared in the folder, and the
     folder if nothing else is there. After any other error a run can be gone on with."""
-    before = set(folder.iterdir()) - {folder / LOCK}
+    before = set(folder.iterdir()) - {folder / LOCK} if ranks.number() == 0 else set()
     try:
         yield
     except InvalidArgument:
-        if nothing_learned():
+        if nothing_learned() and ranks.number() == 0:
             for path in set(folder.iterdir()) - before:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             if not before:

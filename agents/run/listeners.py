@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from tokenenv import ranks
 from tokenenv.agents.episodes import Episode
 from tokenenv.agents.rollout.ending import no_listener
 from tokenenv.agents.run.failures import write_failures
@@ -44,7 +45,9 @@ def listening(
             listeners.append(listener)
             opened.callback(getattr(listener, "close", lambda: None))
 
-        if agent.run_dir is not None:
+        # Of the processes that learn together the first alone writes; all have a part in what is
+        # saved.
+        if agent.run_dir is not None and ranks.number() == 0:
             # The lock first of all. Then the config, without which nobody could go on from the
             # checkpoint. A later checkpoint must not be newer than the episodes on disk, so the
             # folder's listener comes before the others.
@@ -52,24 +55,26 @@ def listening(
             if new:
                 refuse_episodes(agent.run_dir)
             write_config(agent, total_tokens, checkpoint_every, new=new)
-            if checkpoint_every:
-                save()
+        if checkpoint_every:
+            save()
+        if agent.run_dir is not None and ranks.number() == 0:
             seen = None if new else agent.tokens_seen
             add(RunFolder(agent.run_dir, agent.spec, seen, agent.group_size))
         if on_update is not None:
             add(on_update)
         if checkpoint_every:
             add(lambda *_: save() if agent.updates % checkpoint_every == 0 else None)
-        if progress:
+        if progress and ranks.number() == 0:
             line = ProgressLine(total_tokens, agent.tokens_seen)
             add(line)
-            agent.collector.on_tokens = line.seen
+            agent.collector.on_tokens = lambda own: line.seen(own + agent.others_seen)
             opened.callback(setattr, agent.collector, "on_tokens", no_listener)
         try:
             yield listeners
             save()
         except NotFinite as error:
-            if agent.run_dir is not None:
+            # What fails in an update fails on all ranks alike; a note says that it was one alone.
+            if agent.run_dir is not None and (ranks.number() == 0 or hasattr(error, "__notes__")):
                 write_failures(agent.run_dir, error, agent.spec, agent.updates, agent.tokens_seen)
             raise
 
@@ -77,7 +82,7 @@ def listening(
 def _saver(agent: "Agent", new: bool) -> Callable[[], None]:
     """Return a function that writes the run folder's checkpoint, unless it is there already."""
     checkpoint = None if agent.run_dir is None else agent.run_dir / "checkpoint"
-    begun = checkpoint is not None and checkpoint.exists() and not new
+    begun = ranks.of_first(lambda: checkpoint is not None and checkpoint.exists()) and not new
     saved = agent.tokens_seen if begun else None
 
     def save() -> None:

@@ -69,7 +69,7 @@ def config_of(agent: "Agent", total_tokens: float, checkpoint_every: int | None)
     return {
         **env,
         "algo": algo,
-        "num_envs": agent.envs.num_envs,
+        "num_envs": agent.num_envs,
         "total_tokens": math.ceil(total_tokens),
         "checkpoint_every": checkpoint_every or CHECKPOINT_EVERY,
         "eval_prompts": None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.suite.credit import CreditConfig, GroupCredit
+from tokenenv import ranks
 from tokenenv.agents.algorithms.grpo import paid, total
 from tokenenv.agents.algorithms.vine_ppo import state_before
 from tokenenv.agents.episodes import EpisodeBatch
@@ -54,11 +55,11 @@ class Resets(GroupCredit):
     def update(self, batch: EpisodeBatch) -> Metrics:
         """Learn from finished texts and from continuations; return the field's scalars and the
         tokens that the continuations took."""
-        before, episodes = self.tokens_seen, batch.unstack()
+        before, episodes = self.collector.tokens_seen, batch.unstack()
         # In order of length: continuations that are played at once then end nearly together, so
         # that slots wait less.
         resets = sorted(self.resets(batch), key=lambda reset: reset[1])
-        played = self.collector.play_on(
+        played = self.play_on(
             [state_before(episodes[row], place) for row, place in resets],
             self.group_size,
             [episodes[row].columns for row, _ in resets],
@@ -69,7 +70,8 @@ class Resets(GroupCredit):
         metrics = super().update(whole)
         rows, tokens = batch.reward_BT.shape
         batch.learned["advantage"] = whole.learned["advantage"][:rows, :tokens]
-        return metrics | {"time/rollout_tokens": self.tokens_seen - before}
+        own = {"time/rollout_tokens": self.collector.tokens_seen - before}
+        return metrics | ranks.summed(own)
 
     def resets(self, batch: EpisodeBatch) -> list[tuple[int, int]]:
         """Return the text of each group that is played on from, and the response token before

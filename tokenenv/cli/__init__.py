@@ -29,7 +29,7 @@ from tokenenv.cli.sample import Sample
 from tokenenv.cli.show import Show
 from tokenenv.cli.train import Train, load_config, save_config
 from tokenenv.cli.version import Version
-from tokenenv.errors import TokenEnvError
+from tokenenv.errors import RankFailed, TokenEnvError
 from tokenenv.safety.trust import NAMED
 
 ABOUT = """Train language models token by token, in Gymnasium environments that pay every token, and
@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # when it flushes what is left at exit, so that goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except RankFailed:  # the rank that failed says why
+        sys.exit(2)
     except (TokenEnvError, OSError) as error:
         say_error(str(error))
         sys.exit(2)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tokenenv import ranks
 from tokenenv.safety.shown import visible
 
 console = Console()
@@ -19,7 +20,10 @@ QUICK = 2.0
 
 
 def say(*lines: str, style: str | None = None, end: str = "\n") -> None:
-    """Print plain lines, all but the first one indented."""
+    """Print plain lines, all but the first one indented; of processes that learn together the
+    first prints."""
+    if ranks.number() > 0:
+        return
     text = visible("\n  ".join(lines))
     console.print(
         text, style=style, end=end, markup=False, highlight=False, emoji=False, soft_wrap=True
@@ -39,7 +43,9 @@ def say_error(message: str) -> None:
 
 
 def say_on_stderr(message: str) -> None:
-    """Print one line on stderr."""
+    """Print one line on stderr; of processes that learn together the first prints."""
+    if ranks.number() > 0:
+        return
     text = visible(" ".join(message.split()))
     Console(stderr=True).print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from tokenenv import ranks
 from tokenenv.agents.run.run_config import CONFIG
 from tokenenv.cli.config_file import read_values
 from tokenenv.cli.console import say, say_on_stderr
@@ -74,14 +75,18 @@ class Fit(FitConfig):
     def run(self) -> None:
         """Train, and say what the model is worth and how it is used."""
         config, stop = self.config(), Stop()
-        with stopping(stop.request) as received:
+        with ranks.joined(), stopping(stop.request) as own:
             try:
                 fitted = fit(config, progress=True, stop=stop)
             except KeyboardInterrupt:
+                # Once steps are taken, all processes stop after the same one.
+                received = (
+                    [one for part in ranks.gathered(own) for one in part] if stop.asked else own
+                )
                 saved = f"; saved; go on with: {self.again()}" if stop.asked else ""
                 say_on_stderr(f"stopped by {received[0].name}{saved}")
                 sys.exit(128 + received[0])
-        show(fitted, config)
+            show(fitted, config)
 
     def config(self) -> FitConfig:
         """Return the settings: those that were typed and, of a run that goes on, its own."""

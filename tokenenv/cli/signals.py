@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tokenenv import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -13,7 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def stopping(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
     """Call `stop` at the first of `SIGNALS`, and add that signal to the list that this yields.
 
-    A second signal ends the process at once, as it would without this. Signals that are ignored
+    A second signal ends the process at once, as it would without this, unless several processes
+    learn together: what started them sends one signal after another, and later kills those that are
+    left. Signals that are ignored
     already (`nohup`) stay ignored. Outside the main thread nothing is handled, because Python
     allows handlers only there.
     """
@@ -27,8 +31,9 @@ def stopping(stop: Callable[[], None]) -> Iterator[list[signal.Signals]]:
 
     def handle(number: int, frame: Any) -> None:
         received.append(signal.Signals(number))
-        for one in before:
-            signal.signal(one, signal.SIG_DFL)
+        if ranks.count() == 1:
+            for one in before:
+                signal.signal(one, signal.SIG_DFL)
         stop()
 
     for one in before:

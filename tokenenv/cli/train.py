@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 import gymnasium as gym
 import tyro
 
+from tokenenv import ranks
 from tokenenv.agents import ALGORITHM_NAMES, Agent, AgentConfig, PPOConfig
 from tokenenv.agents.config import learning_rate
 from tokenenv.agents.run.files import locked, new_folder, no_trace, previous_of, refuse_run
@@ -84,7 +85,8 @@ NOT_SAVED = ("config", "resume", "run_dir", "track")
 @dataclass(kw_only=True)
 class Train(Generic[Config]):
     """Train an agent. Everything about the run goes into its run folder: config, TensorBoard
-    events, checkpoints, and every text with its rewards.
+    events, checkpoints, and every text with its rewards. On several GPUs: torchrun
+    --nproc-per-node 4 -m tokenenv.cli train ... (docs/scale.md).
 
     The agent options are those of the algorithm: `tokenenv train --algo grpo --help` shows GRPO's.
     """
@@ -95,7 +97,7 @@ class Train(Generic[Config]):
     eval_prompts: Annotated[str | None, EVAL_PROMPTS] = None
     algo: Annotated[str, ALGO] = "ppo"
     num_envs: int = 64
-    """Texts that are written side by side."""
+    """Texts that are written side by side, by all processes where torchrun starts several."""
     total_tokens: int = 200_000
     """Length of the run, in tokens that the policy writes."""
     options: Annotated[dict[str, str], OPTIONS] = field(default_factory=dict)
@@ -133,10 +135,11 @@ class Train(Generic[Config]):
         """Train, and say where the run folder is."""
         if self.track == "wandb":
             self._check_tracking()  # before anything is written
-        if self.resume is None:
-            self._begin()
-        else:
-            self._go_on(self.resume)
+        with ranks.joined():
+            if self.resume is None:
+                self._begin()
+            else:
+                self._go_on(self.resume)
 
     def _check_tracking(self) -> None:
         """Raise where W&B is missing, or would record a key: it records the command line."""
@@ -153,9 +156,10 @@ class Train(Generic[Config]):
             refuse_run(self.run_dir)  # before models are loaded
         self.check_eval_prompts()
         agent = self._new_agent()
-        folder = self.run_dir or new_folder(default_run_dir(self))
+        folder = ranks.of_first(lambda: self.run_dir or new_folder(default_run_dir(self)))
         with locked(folder):
-            refuse_run(folder)  # which another process may have taken meanwhile
+            # Another process may have taken it meanwhile.
+            ranks.of_first(lambda: refuse_run(folder))
             # A run whose reward returns no number, say, could not be gone on with, and would keep
             # a better one out of its folder.
             with no_trace(folder, lambda: agent.updates == 0):
@@ -232,14 +236,16 @@ class Train(Generic[Config]):
 
     def _learn(self, agent: Agent, folder: Path) -> None:
         agent.run_dir, agent.run_config = folder, self.as_run(agent).saved()
-        wandb = WandbRun(folder, dataclasses.asdict(self)) if self.track == "wandb" else None
-        with stopping(agent.stop) as received:
+        tracked = self.track == "wandb" and ranks.number() == 0
+        wandb = WandbRun(folder, dataclasses.asdict(self)) if tracked else None
+        with stopping(agent.stop) as own:
             agent.learn(
                 self.total_tokens,
                 progress=True,
                 on_update=wandb,
                 checkpoint_every=self.checkpoint_every,
             )
+        received = [one for part in ranks.gathered(own) for one in part]
         if received:
             say_on_stderr(
                 f"stopped by {received[0].name}; saved at {agent.tokens_seen:,} tokens; "
@@ -304,7 +310,13 @@ class Train(Generic[Config]):
             defaults["group_size"] = GROUP_SIZE
         named = {"reward": self.reward, "gold": self.gold}
         given = env_keywords(env_id, self.options, named, changes, defaults)
-        envs = gym.make_vec(env_id, num_envs=self.num_envs, **given)
+        num_envs, left = divmod(self.num_envs, ranks.count())
+        if left:
+            raise InvalidArgument(
+                f"--num-envs {self.num_envs} is of all {ranks.count()} processes, and must be a "
+                f"multiple of that."
+            )
+        envs = gym.make_vec(env_id, num_envs=num_envs, **given)
         if not isinstance(envs.unwrapped, TokenVectorEnv):
             raise InvalidArgument(
                 f"env={self.env!r} makes a {type(envs.unwrapped).__name__}, no TokenVectorEnv."

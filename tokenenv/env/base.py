@@ -361,6 +361,29 @@ class EnvBase(VectorEnv):
         if self._interrupted is not None:
             self._interrupted = replace(self._interrupted, statistics=self._engine.snapshot())
 
+    def check_joins(self) -> None:
+        """Raise `InvalidArgument` where a term learns, and cannot take in what those of other
+        processes have learned that train one policy with this one."""
+        self._require_open()
+        for name in self._engine.save_statistics():
+            term = self._engine.rewards.every[name]
+            if type(term).join is RewardTerm.join:
+                raise InvalidArgument(
+                    f"reward={name!r} learns from what it pays, and several processes train here: "
+                    f"{type(term).__name__} must define join(before, parts)."
+                )
+
+    @ordinary_tensors
+    def join_statistics(
+        self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Have terms take in what those of all processes have learned since `before`; each of
+        `parts` is what `save_statistics` returned in one of them."""
+        self._require_open()
+        for name in before:
+            term = self._engine.rewards.every[name]
+            term.join(before[name], [part[name] for part in parts])
+
     # ------------------------------------------------------------ transactions
 
     @contextmanager

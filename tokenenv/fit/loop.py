@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenenv import ranks
 from tokenenv.agents.run.card import versions
 from tokenenv.agents.run.checkpoint import write_checkpoint
 from tokenenv.agents.run.files import LOCK, locked, previous_of
@@ -58,6 +59,9 @@ def fit(
 ) -> Fitted:
     """Train a reward model and save it into `config.out`, with a card.
 
+    Of several processes that torchrun has started (`tokenenv.ranks`) all read the data, each has a
+    share of every batch, and the first writes.
+
     Args:
         config: see `FitConfig`.
         progress: whether a bar on stderr shows how far it is.
@@ -70,18 +74,18 @@ def fit(
         NotFinite: a loss or a gradient is NaN or infinite.
         KeyboardInterrupt: `stop` said True.
     """
-    check_folder(config.out, resume=config.resume)
+    ranks.of_first(lambda: check_folder(config.out, resume=config.resume))
     with ExitStack() as held:
         if config.resume:
             held.enter_context(locked(config.out))
-        state = read_state(config)
+        state = ranks.of_first(lambda: read_state(config))
+        progress = progress and ranks.number() == 0
         reader, data = prepare(config, progress=progress)
         if state is not None:
             check_data(state, data.fingerprint, config.out / CHECKPOINT)
         held.enter_context(locked(config.out))
-        check_folder(
-            config.out, resume=config.resume
-        )  # which another process may have taken meanwhile
+        # Another process may have taken it meanwhile.
+        ranks.of_first(lambda: check_folder(config.out, resume=config.resume))
         return train(config, reader, data, state, progress=progress, stop=stop)
 
 
@@ -98,7 +102,8 @@ def train(
     it. `fit` says what it raises."""
     training = Training(config, reader, data)
     if state is None:
-        write_values(config.out / CONFIG, record(config), {"made_with": list(versions())})
+        made_with = {"made_with": list(versions())}
+        ranks.of_first(lambda: write_values(config.out / CONFIG, record(config), made_with))
     else:
         training.load_state(state, config.out / CHECKPOINT)
     training.remember()
@@ -114,10 +119,11 @@ def learn(training: Training, reports: Reports, stop: Callable[[], bool]) -> Non
     while not training.ended:
         epoch = training.epoch
         figures = training.learn()
-        reports.step(training.step, figures)
-        if training.epoch > epoch:
-            reports.epoch(training.epoch, training.step, training.history[-1])
-        stopped = stop()
+        if ranks.number() == 0:
+            reports.step(training.step, figures)
+            if training.epoch > epoch:
+                reports.epoch(training.epoch, training.step, training.history[-1])
+        stopped = any(ranks.gathered(stop()))
         if training.epoch > epoch or stopped:
             write_state(training)
         if stopped:
@@ -128,7 +134,7 @@ def write_state(training: Training) -> None:
     """Write the checkpoint from which `resume=True` goes on."""
     config, data = training.config, training.data
     run = {"kind": KIND, "settings": settings(config), "data": data.fingerprint}
-    write_checkpoint(config.out / CHECKPOINT, run | training.state())
+    ranks.of_first(lambda: write_checkpoint(config.out / CHECKPOINT, run | training.state()))
 
 
 def save(training: Training) -> Fitted:
@@ -138,13 +144,17 @@ def save(training: Training) -> Fitted:
     reader.load_trained(training.best_weights)
     measures = training.measures()
     notes = [*data.notes, *about(training, measures)]
-    with added_to(config.out) as new:
-        reader.write(new, data.divisor, data.scale)
-        card = model_card(config, measures, data.counts(), notes, data.scaling())
-        (new / CARD).write_text(card, encoding="utf-8")
-    for path in (config.out / CHECKPOINT, previous_of(config.out / CHECKPOINT)):
-        path.unlink(missing_ok=True)
-    (config.out / LOCK).unlink(missing_ok=True)
+
+    def write() -> None:
+        with added_to(config.out) as new:
+            reader.write(new, data.divisor, data.scale)
+            card = model_card(config, measures, data.counts(), notes, data.scaling())
+            (new / CARD).write_text(card, encoding="utf-8")
+        for path in (config.out / CHECKPOINT, previous_of(config.out / CHECKPOINT)):
+            path.unlink(missing_ok=True)
+        (config.out / LOCK).unlink(missing_ok=True)
+
+    ranks.of_first(write)
     return Fitted(
         reader=reader,
         measures=measures,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenenv import ranks
 from tokenenv.agents.learning.rates import SMALL
 from tokenenv.agents.run.checkpoint import check_weights, reading
 from tokenenv.errors import NotFinite
@@ -38,6 +39,7 @@ class Training:
         self.config, self.objective = config, OBJECTIVES[config.objective]
         self.reader, self.data = reader, data
         self.weights = reader.trained()
+        ranks.take_first(list(self.weights.values()))
         self.lr = config.lr or default_lr(config, reader.model)
         self.optimizer = torch.optim.AdamW(
             _groups(self.weights, config.weight_decay), lr=self.lr, betas=(0.9, 0.98)
@@ -113,14 +115,17 @@ class Training:
         return [self.data.train[i] for i in self._plan[epoch][number]]
 
     def _backward(self, examples: Sequence[Example]) -> float:
-        """Add up the gradient of the examples' mean loss, and return that loss."""
+        """Add up the gradient of the examples' mean loss, and return that loss. Of several
+        processes each reads a share of the examples."""
+        own = ranks.share(np.asarray([len(example) for example in examples]))
         total = 0.0
-        for group in forwards(examples, self.config.max_batch_tokens):
+        for group in forwards([examples[i] for i in own], self.config.max_batch_tokens):
             loss = self.objective.loss(self._read(group)).sum() / len(examples)
             loss.backward()
             total += float(loss.detach())
-            self.tokens += 0 if self.config.freeze else sum(map(len, group))
-        return total
+        self.tokens += 0 if self.config.freeze else sum(map(len, examples))
+        ranks.add_up_gradients(list(self.weights.values()))
+        return ranks.summed({"loss": total})["loss"]
 
     def _read(self, examples: Sequence[Example]) -> Batch:
         return read_batch(self.reader, examples)
@@ -160,7 +165,12 @@ class Training:
         return self.data.scale / self.data.divisor
 
     def _read_all(self, examples: Sequence[Example]) -> list[Batch]:
-        return [self._read(group) for group in forwards(examples, self.config.max_batch_tokens)]
+        """Read all examples; of several processes each reads some of the groups, and tells the
+        others."""
+        groups = list(forwards(examples, self.config.max_batch_tokens))
+        own = groups[ranks.number() :: ranks.count()]
+        parts = [iter(part) for part in ranks.gathered([self._read(group) for group in own])]
+        return [next(parts[i % ranks.count()]) for i in range(len(groups))]
 
     def measures(self) -> dict[str, float]:
         """Return the measures of the best epoch, and what the run cost."""

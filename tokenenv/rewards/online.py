@@ -4,7 +4,7 @@ Suffixes: B texts, T tokens of the policy's own, C texts that may wait.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenenv import ranks
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.models.adapters import adapter_layers, beside, train_adapters, with_lora
 from tokenenv.models.batching import micro_batches, upload
@@ -273,16 +274,42 @@ class Prime(RewardTerm):
     def update_model(self) -> None:
         """Takes the update that is due: where enough texts wait, and the limit of the lag allows
         it."""
-        version, waiting, first, policy = self._learned.counts.tolist()
+        waiting = int(self._learned.counts[1])
+        # Processes that train one policy have one model: it learns where they join.
+        if ranks.count() > 1 or self._watched or waiting < self.every:
+            return
+        if self._allowed(self._learned.counts):
+            texts = {name: rows[-waiting:] for name, rows in self._learned.waiting.items()}
+            self._learned = self._updated(self._learned, texts)
+
+    def _allowed(self, counts: np.ndarray) -> bool:
+        """Whether the limit of the lag allows an update."""
+        version, _, first, policy = counts.tolist()
         lag = 0 if first < 0 else version + 1 - first
         # Who never says when the policy learns cannot be kept to a limit.
-        allowed = self.max_lag is None or policy < 0 or lag <= self.max_lag
-        if not self._watched and waiting >= self.every and allowed:
-            self._learned = self._updated(self._learned)
+        return self.max_lag is None or policy < 0 or lag <= self.max_lag
 
-    def _updated(self, before: Learned) -> Learned:
-        """Take one step of AdamW on the texts that wait, and return what is then learned."""
-        version, waiting = before.counts[:2].tolist()
+    def join(self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the update that is due on the texts that wait in all processes, in each of them."""
+        waiting = [int(part["counts"][1]) for part in parts]
+        allowed = all(self._allowed(part["counts"]) for part in parts)
+        if not self._watched and sum(waiting) >= self.every and allowed:
+            names = self._learned.waiting
+            texts = {
+                name: np.concatenate(
+                    [
+                        part["waiting"][name][self.capacity - count :]
+                        for part, count in zip(parts, waiting, strict=True)
+                    ]
+                )
+                for name in names
+            }
+            self._learned = self._updated(self._learned, texts)
+
+    def _updated(self, before: Learned, texts: Mapping[str, np.ndarray]) -> Learned:
+        """Take one step of AdamW on texts that have waited, and return what is then learned, with
+        none waiting."""
+        version = before.version
         self._take(before.weights)
         weights = self._parameters()
         optimizer = torch.optim.AdamW(weights.values(), lr=self.lr, weight_decay=0.0)
@@ -292,7 +319,7 @@ class Prime(RewardTerm):
                 "exp_avg": before.mean[name].clone(),
                 "exp_avg_sq": before.square[name].clone(),
             }
-        self._add_gradients({name: rows[-waiting:] for name, rows in before.waiting.items()})
+        self._add_gradients(texts)
         torch.nn.utils.clip_grad_norm_(weights.values(), MAX_GRAD_NORM, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()

@@ -147,6 +147,14 @@ class _Learned(Wrapper):
         """Goes on from what `save_statistics` returned."""
         self._moments = torch.as_tensor(saved).to(self._moments, copy=True)
 
+    def join(self, before: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+        """Takes in the rewards that all processes have seen since `before`."""
+        known = torch.as_tensor(before)
+        found = known
+        for part in parts:
+            found = together(found, since(known, torch.as_tensor(part)))
+        self.load_statistics(found)
+
 
 class Scaled(_Learned):
     """The term's rewards divided by their running deviation: r_t / s, with s the standard deviation
@@ -240,7 +248,13 @@ def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor)
     new = sums(weight)
     new_mean = sums(weight * values) / new.clamp(min=1)
     new_squares = sums(weight * (values - new_mean[bins]).square())
-    count, mean, squares = moments
+    return together(moments, torch.stack([new, new_mean, new_squares]))
+
+
+def together(moments: Tensor, others: Tensor) -> Tensor:
+    """Return the moments (3, bins) of all values of which some have `moments` and the others
+    `others` (Chan et al. 1979)."""
+    (count, mean, squares), (new, new_mean, new_squares) = moments, others
     total = (count + new).clamp(min=1)
     shift = new_mean - mean
     return torch.stack(
@@ -250,6 +264,16 @@ def updated_moments(moments: Tensor, values: Tensor, bins: Tensor, mask: Tensor)
             squares + new_squares + shift.square() * count * new / total,
         ]
     )
+
+
+def since(before: Tensor, now: Tensor) -> Tensor:
+    """Return the moments (3, bins) of the values that were taken in between: `together(before, it)`
+    is `now`."""
+    (count, mean, squares), (total, all_mean, all_squares) = before, now
+    new = total - count
+    new_mean = torch.where(new > 0, (total * all_mean - count * mean) / new.clamp(min=1), 0.0)
+    between = (new_mean - mean).square() * count * new / total.clamp(min=1)
+    return torch.stack([new, new_mean, (all_squares - squares - between).clamp(min=0)])
 
 
 def deviation(count: Tensor, mean: Tensor, squares: Tensor) -> Tensor:

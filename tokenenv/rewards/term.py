@@ -222,6 +222,16 @@ class RewardTerm:
             f"{type(self).__name__} has statistics but does not define load_statistics()"
         )
 
+    def join(self, before: Any, parts: Sequence[Any]) -> None:
+        """Go on from what the terms of several processes have learned that train one policy
+        together (`tokenenv.ranks`), so that all of them go on from the same.
+
+        `before` is what all of them had when they last joined, and `parts` what each has now, as
+        `save_statistics` returned it, as arrays. A term that has statistics defines it, or it
+        cannot be used there.
+        """
+        raise TypeError(f"{type(self).__name__} has statistics but does not define join()")
+
     def update_model(self) -> None:
         """Take the update of the term's own model that is due, if one is. The env asks before it
         prices the texts that end in a step, or all texts of one call of `score_episodes` that count

@@ -97,7 +97,9 @@ def test_resuming_is_exact(name, tmp_path):
     straight = agent_of(name, **options)
     whole = run(straight, tmp_path / "c")
     saved = read_checkpoint(tmp_path / "c")
-    assert (saved["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[name].grouped
+    assert (saved["ranks"][0]["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[
+        name
+    ].grouped
     kept = {"ppo": ["reward_std"], "a2c": ["reward_std"], "klq": ["replay"], "grpo": ["kept"]}
     assert list(saved["statistics"]) == kept.get(name, [])
     resumed = ALGORITHMS[name].load(tmp_path / "c", make(name, **options))

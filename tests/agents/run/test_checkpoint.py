@@ -72,8 +72,8 @@ BROKEN = {
     "flipped tensor": (flip_byte, "is corrupt"),
     "flipped header": (lambda data: data.replace(b"0.999", b"0.998"), "is corrupt"),
     "version": (
-        lambda data: data.replace(b'"version":"7"', b'"version":"8"'),
-        "has checkpoint version 8; .* reads 7",
+        lambda data: data.replace(b'"version":"8"', b'"version":"9"'),
+        "has checkpoint version 9; .* reads 8",
     ),
 }
 

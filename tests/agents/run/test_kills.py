@@ -138,7 +138,7 @@ def test_a_signal_ends_the_step_saves_and_gives_the_usual_code(tmp_path, signum)
     assert wait(pid) == 128 + signum
     state = read_checkpoint(folder / "checkpoint")
     [said] = [line for line in output.read_text().splitlines() if "tokens/s" not in line]
-    seen = state["collector"]["tokens_seen"]
+    seen = state["ranks"][0]["collector"]["tokens_seen"]
     assert (
         said
         == f"stopped by {signum.name}; saved at {seen:,} tokens; go on with: tokenenv train --resume {folder}"

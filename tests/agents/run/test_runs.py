@@ -285,7 +285,7 @@ def test_flags_that_contradict_the_run_are_refused(whole, capsys, flags, message
 
 
 def test_a_run_that_is_made_longer_says_what_its_learning_rate_does(run, capsys):
-    seen = read_checkpoint(run / "checkpoint")["collector"]["tokens_seen"]
+    seen = read_checkpoint(run / "checkpoint")["ranks"][0]["collector"]["tokens_seen"]
     train("--resume", run)
     assert (
         f"the run has ended at {seen} tokens; --total-tokens makes it longer"
