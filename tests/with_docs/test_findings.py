@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.suite.pages import PAGES, written  # noqa: E402
+from benchmarks.suite.pages import PAGES, written
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
