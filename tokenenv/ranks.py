@@ -21,6 +21,8 @@ from tokenenv.errors import RankFailed
 
 T = TypeVar("T")
 
+MESSAGE_BYTES = 2**26
+"""The most bytes of tensors that cross at once, where one tensor has no more."""
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others. They may be writing long texts; that one has died is for
 whoever started them to see."""
@@ -115,10 +117,10 @@ def add_up_gradients(weights: Sequence[Tensor]) -> None:
     nothing to read, takes that of the others; where no rank has one there stays none."""
     if count() == 1:
         return
-    have_RW = np.asarray(gathered([weight.grad is not None for weight in weights]))
+    have = gathered([weight.grad is not None for weight in weights])
     gradients = []
-    for weight, one_has in zip(weights, list(have_RW.any(0)), strict=True):
-        if one_has:
+    for weight, *of_ranks in zip(weights, *have, strict=True):
+        if any(of_ranks):
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             gradients.append(weight.grad)
     add_up(gradients)
@@ -135,12 +137,21 @@ def take_first(tensors: Sequence[Tensor]) -> None:
 
 
 def _packed(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yield one flat copy for all tensors of a kind, so that they cross at once."""
+    """Yield flat copies, each of some tensors of a kind: few messages, and little memory."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        parts = kinds.setdefault((tensor.device, tensor.dtype), [])
+        if parts and sum(part.nbytes for part in parts) + tensor.nbytes > MESSAGE_BYTES:
+            yield _flat(parts), parts
+            parts = kinds[tensor.device, tensor.dtype] = []
+        parts.append(tensor)
     for parts in kinds.values():
-        yield torch.cat([part.reshape(-1) for part in parts]), parts
+        yield _flat(parts), parts
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    flat = [part.reshape(-1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _unpack(flat: Tensor, parts: Sequence[Tensor]) -> None:

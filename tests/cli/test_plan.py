@@ -16,8 +16,9 @@ from tokenenv.agents.learning.learner import outputs
 from tokenenv.agents.learning.peak import learning_peak, longest
 from tokenenv.agents.rollout.make import default_policy
 from tokenenv.cli import main
-from tokenenv.cli.plan import LIBRARIES, parts, plan
+from tokenenv.cli.plan import LIBRARIES, Plan, parts, plan, share
 from tokenenv.cli.train import Train
+from tokenenv.errors import InvalidArgument
 from tokenenv.models.memory import LiveMemory, Places
 from tokenenv.models.shapes import shapes_only
 
@@ -199,3 +200,24 @@ def test_an_unknown_dtype_is_an_error_of_one_sentence(command, tmp_path, monkeyp
         main([command, "--num-envs", "2", "--options", "dtype", "float8"])
     assert stop.value.code == 2
     assert "dtype='float8' is not known; allowed: bfloat16," in capsys.readouterr().err
+
+
+def test_a_rank_has_its_slots_and_its_part_of_the_batch(folders):
+    whole = Plan(**vars(run_of(folders)) | {"num_envs": 4})
+    half, alone = (plan(share(whole, ranks)) for ranks in (2, 1))
+    assert half["caches: policy"] * 2 == alone["caches: policy"]
+    for name in ("gradients", "optimizer", "weights: policy, beyond those"):
+        assert half[name] == alone[name]
+    assert share(whole, 2).agent.batch_tokens == whole.agent.batch_tokens // 2
+    with pytest.raises(InvalidArgument, match="--num-envs 4 must be a multiple of --ranks 3"):
+        share(whole, 3)
+
+
+def test_the_plan_of_ranks_says_what_crosses(capsys):
+    main(["plan", "--env", "tokenenv/Negation-v0", "--ranks", "2", "--num-envs", "8"])
+    printed = capsys.readouterr().out
+    assert "MiB of each rank" in printed
+    assert "a message between ranks" in printed
+    with pytest.raises(SystemExit):
+        main(["plan", "--env", "tokenenv/Negation-v0", "--ranks", "0"])
+    assert "ranks=0 must be a whole number" in capsys.readouterr().err

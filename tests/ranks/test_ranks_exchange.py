@@ -38,6 +38,18 @@ def test_ranks_have_what_the_others_have(on_ranks):
         }
 
 
+def test_what_crosses_at_once_is_bounded(on_ranks, monkeypatch):
+    monkeypatch.setattr(ranks, "MESSAGE_BYTES", 20)
+
+    def added():
+        tensors = [torch.full((size,), ranks.number() + 1.0) for size in (2, 3, 1, 9, 1, 4)]
+        ranks.add_up(tensors)
+        sizes = [flat.numel() for flat, _ in ranks._packed(tensors)]
+        return sizes, [set(tensor.tolist()) for tensor in tensors]
+
+    assert on_ranks(2, added) == [([5, 1, 9, 5], [{3.0}] * 6)] * 2
+
+
 def test_a_process_alone_is_the_only_rank():
     tensor = torch.ones(2)
     ranks.add_up([tensor])

@@ -1,7 +1,7 @@
 """`tokenenv plan`: the memory that a run will take, before anything is loaded."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, cast
 
 from rich.table import Table
@@ -13,10 +13,12 @@ from tokenenv.agents.learning.peak import acting_peak, learning_peak
 from tokenenv.agents.learning.policy import LMPolicy
 from tokenenv.agents.rollout.make import default_policy
 from tokenenv.cli.console import console, say
-from tokenenv.cli.train import Config, Train
+from tokenenv.cli.train import Config, Train, check_count
 from tokenenv.env.vector_env import TokenVectorEnv
+from tokenenv.errors import InvalidArgument
 from tokenenv.models.memory import Places
 from tokenenv.models.shapes import shapes_only
+from tokenenv.ranks import MESSAGE_BYTES
 
 LIBRARIES = "Python, libraries, tokenizer"
 MOMENTS = {"adamw": 2, "adamw8bit": 0.5}
@@ -34,19 +36,34 @@ class Plan(Train[Config], Generic[Config]):
     docs/your-model.md says what the parts are.
     """
 
+    ranks: int = 1
+    """Processes that torchrun will start; the table is of each of them."""
     agent: Config = field(default_factory=lambda: cast(Config, PPOConfig()))
     """Settings of the algorithm that --algo names."""
 
     def run(self) -> None:
         """Print the table."""
-        parts = plan(self)
-        table = Table("part", "MiB", box=None)
+        check_count("ranks", self.ranks)
+        parts = plan(share(self, self.ranks))
+        if self.ranks > 1 and "gradients" in parts:
+            # A tensor larger than a message crosses alone.
+            parts["a message between ranks"] = min(parts["gradients"], MESSAGE_BYTES)
+        table = Table("part", "MiB" if self.ranks == 1 else "MiB of each rank", box=None)
         table.columns[1].justify = "right"
         for name, size in (parts | {"together": sum(parts.values())}).items():
             table.add_row(name, f"{size / 2**20:,.1f}")
         console.print(table)
         if self.agent.rollout not in OF_THE_POLICY:
             say(ENGINE)
+
+
+def share(run: Plan, ranks: int) -> Plan:
+    """Return the settings of one of several ranks: its slots, and its part of a batch."""
+    num_envs, left = divmod(run.num_envs, ranks)
+    if left:
+        raise InvalidArgument(f"--num-envs {run.num_envs} must be a multiple of --ranks {ranks}.")
+    batch_tokens = -(-run.agent.batch_tokens // ranks)
+    return replace(run, num_envs=num_envs, agent=replace(run.agent, batch_tokens=batch_tokens))
 
 
 def plan(run: Train) -> dict[str, int]:
