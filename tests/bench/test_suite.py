@@ -52,6 +52,14 @@ def test_questions_name_rows_that_exist(name):
         assert one["claimed"] in ("more", "less", "equal")
 
 
+def test_a_run_beside_a_grid_leaves_the_grids_results_alone():
+    both = [name for name in GRIDS if (SUITE / name / "run.py").is_file()]
+    assert both == ["attribution"]
+    for name in both:
+        assert '"results.csv"' not in (SUITE / name / "run.py").read_text()
+        assert (SUITE / name / "results" / "credit.csv").is_file()
+
+
 def test_at_least_twenty_methods_of_the_survey_are_rows():
     survey = yaml.safe_load((SUITE / "survey.yaml").read_text())
     assert len({one["method"] for one in survey}) == len(survey) >= 20

@@ -48,7 +48,7 @@ from tokenenv.rewards.designs import Design
 from tokenenv.rewards.redistribute import at_places
 from tokenenv.rewards.seen import FinishedTexts
 
-RESULTS = Path(__file__).parent / "results" / "results.csv"
+RESULTS = Path(__file__).parent / "results" / "credit.csv"
 TEXTS = 64
 NULL = "w1"
 """A word that changes no score."""
