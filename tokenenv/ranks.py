@@ -32,7 +32,7 @@ whoever started them to see."""
 def joined() -> Iterator[None]:
     """Be one of the ranks that torchrun has started, if it has (it sets WORLD_SIZE): NCCL between
     GPUs, one for each rank of a machine, and gloo between hosts."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _in_a_group():
         yield
         return
     backend = "gloo"
@@ -48,12 +48,17 @@ def joined() -> Iterator[None]:
 
 def count() -> int:
     """Return how many ranks there are."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if _in_a_group() else 1
 
 
 def number() -> int:
     """Return this rank's number, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if _in_a_group() else 0
+
+
+def _in_a_group() -> bool:
+    # Some builds of torch lack all of it but this question.
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def gathered(value: T) -> list[T]:
