@@ -3,6 +3,7 @@
 import pytest
 
 from tokenenv.bench import Grid
+from tokenenv.bench.cells import train_of
 from tokenenv.bench.file import read_grid, suite_file
 from tokenenv.errors import InvalidArgument
 
@@ -56,6 +57,31 @@ def test_what_comes_later_goes_before(tmp_path):
     changed = read_grid(written(tmp_path, FILE), always={"agent": {"lr": 5.0}}, seeds=1)
     assert {c.settings["agent"]["lr"] for c in changed.cells()} == {5.0}
     assert {c.seed for c in changed.cells()} == {0}
+
+
+def test_what_differs_between_cells_is_checked_and_not_each_seed(monkeypatch):
+    checked = []
+
+    def noted(settings):
+        checked.append((settings["env"], settings["reward"]))
+        return train_of(settings)
+
+    monkeypatch.setattr("tokenenv.bench.grid.train_of", noted)
+    envs = {"key": KEY, "negation": {"env": "tokenenv/Negation-v0", "seed_options": ["task_seed"]}}
+    designs = {"end": "terminal", "good": {"reward": "oracle", "only": ["key"]}}
+    grid = Grid(envs=envs, designs=designs, seeds=100)
+    expected = [(KEY, "terminal"), (KEY, "oracle"), ("tokenenv/Negation-v0", "terminal")]
+    assert checked == expected
+    cells = grid.cells()
+    assert checked == expected
+    assert [cell.seed for cell in cells] == 3 * list(range(100))
+    assert [cell.settings["agent"]["seed"] for cell in cells] == 3 * list(range(100))
+    assert [cell.settings["options"] for cell in cells[199:202]] == [
+        {},
+        {"task_seed": 0},
+        {"task_seed": 1},
+    ]
+    assert grid.places() == [("key", "end"), ("key", "good"), ("negation", "end")]
 
 
 def test_toml_says_the_same(tmp_path):

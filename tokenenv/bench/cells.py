@@ -5,6 +5,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokenenv.agents.config import check_called
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("env", "reward", "gold", "algo", "num_envs", "total_tokens", "options", "agent")
 """What a cell is made of, as the config.yaml of a run calls it."""
+SEED_OPTIONS = "seed_options"
+"""Beside the settings: the options of the environment that are given the cell's seed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Cell:
     texts: int = field(repr=False)
     """How many texts are sampled for an evaluation."""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of what decides the numbers: settings, evaluation, and the version of tokenenv.
         Labels are no part of it."""
@@ -54,11 +57,22 @@ def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     options and the agent's settings do so one by one."""
     found: dict[str, Any] = {"options": {}, "agent": {}}
     for part in parts:
-        for name in (*SETTINGS, "seed_options"):
+        for name in (*SETTINGS, SEED_OPTIONS):
             if name in part:
                 both = name in ("options", "agent")
                 found[name] = {**found[name], **part[name]} if both else part[name]
     return found
+
+
+def seeded(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the settings of the cell that has a seed: it goes to the agent, and to the options of
+    the environment that `SEED_OPTIONS` names."""
+    plain = {name: value for name, value in settings.items() if name != SEED_OPTIONS}
+    options = dict.fromkeys(settings.get(SEED_OPTIONS, ()), seed)
+    return plain | {
+        "options": settings["options"] | options,
+        "agent": settings["agent"] | {"seed": seed},
+    }
 
 
 def train_of(settings: Mapping[str, Any]) -> "Train":

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tokenenv.bench.cells import SETTINGS
-from tokenenv.bench.grid import AXES, SEED_OPTIONS, Grid
+from tokenenv.bench.cells import SEED_OPTIONS, SETTINGS
+from tokenenv.bench.grid import AXES, Grid
 from tokenenv.errors import InvalidArgument, check_choice
 from tokenenv.plugins import NAME
 from tokenenv.safety.trust import check_from_file
