@@ -129,9 +129,10 @@ def test_a_version_makes_another_key(monkeypatch):
         ("envs: {a: {env: tokenenv/Nothing-v0}}", "a / default: env='tokenenv/Nothing-v0'"),
         ("envs: {a: {options: {vocab: 3}}}", "option='vocab' is not known"),
         ("rows: {a: {agent: {lrr: 3}}}", "the agent's setting of PPOConfig='lrr' is not known"),
+        ("agent: {gammas: {a: 1}}", "PPOConfig='gammas' is not known"),  # another algorithm's
         ("rows: {a: {agent: {lr: -1}}}", "/ a: lr=-1.0 is not allowed"),
         ("rows: {a: {num_envs: many}}", "/ a: num_envs='many' is not allowed"),
-        ("rows: {a: {lr: 3}}", "rows.a: the setting='lr' is not known"),
+        ("rows: {a: {lr: 3}}", "rows.a: the setting='lr' does not belong"),
         ("designs: {a: {reward: terminal, only: [b]}}", r"designs.a.only='b' is not known"),
         ("envs: {a: {env: tokenenv/Negation-v0, goal: {gold: x}}}", "envs.a.goal.gold='x' must be"),
         ("envs: {a: {env: tokenenv/Negation-v0, goal: 3}}", "envs.a.goal=3 must have one entry"),
@@ -162,6 +163,36 @@ def test_what_is_wrong_is_one_sentence_that_names_file_and_entry(tmp_path, text,
         read_grid(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("goal: {share: 0.5}", "the entry='goal' does not belong here but to an environment: envs"),
+        ("rows: {a: {goal: {share: 0.5}}}", "the setting='goal' .* but to an environment: envs"),
+        ("options: {goal: {share: 0.5}}", "option='goal' .* but to an environment: envs"),
+        ("only: [a]", "the entry='only' .* but to a design, an algorithm or a row: rows"),
+        ("envs: {a: {only: [b]}}", "envs.a: the setting='only' .* but to a design, an algorithm"),
+        ("seed: 3", r"the entry='seed' .* but to the top of the grid: seeds: \[0"),
+        ("rows: {a: {seed: 3}}", r"the setting='seed' .* but to the top of the grid: seeds: \[0"),
+        ("always: {points: 3}", "always: .*='points' .* but to the top of the grid: points: "),
+        ("rows: {a: {num_envs: 8, envs: {}}}", "='envs' .* but to the top of the grid: envs: "),
+        ("agent: {total_tokens: 9}", "agent='total_tokens' .* but to the settings beside options"),
+        ("options: {algo: grpo}", "option='algo' .* but to the settings beside options and agent"),
+        ("max_new_tokens: 3", "but to the options of the environment: options: {max_new_tokens"),
+        ("agent: {max_new_tokens: 3}", "agent='max_new_tokens' .* but to the options of the env"),
+        ("kl_coef: 3", "='kl_coef' .* but to the options of the environment: options: {kl_coef: "),
+        (
+            "rows: {a: {lr: 3}}",
+            "a: the setting='lr' .* but to the settings of the algorithm: agent",
+        ),
+        ("options: {lr: 3}", "option='lr' .* but to the settings of the algorithm: agent: {lr"),
+    ],
+)
+def test_an_entry_in_the_wrong_place_is_told_where_it_belongs(tmp_path, text, where):
+    with pytest.raises(InvalidArgument, match=where) as caught:
+        read_grid(written(tmp_path, text))
+    assert "Did you mean" not in str(caught.value)
 
 
 def test_toml_errors_name_the_line(tmp_path):

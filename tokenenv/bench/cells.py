@@ -9,15 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokenenv.agents.config import check_called
+from tokenenv.bench.entries import AGENT, OPTIONS, SEED_OPTIONS, SETTINGS, check_place
 from tokenenv.errors import check_choice
 
 if TYPE_CHECKING:
     from tokenenv.cli.train import Train
-
-SETTINGS = ("env", "reward", "gold", "algo", "num_envs", "total_tokens", "options", "agent")
-"""What a cell is made of, as the config.yaml of a run calls it."""
-SEED_OPTIONS = "seed_options"
-"""Beside the settings: the options of the environment that are given the cell's seed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def train_of(settings: Mapping[str, Any]) -> "Train":
     """
     # Imported here, because the command line imports this package.
     from tokenenv.cli.names import algorithm_of, env_id_of
-    from tokenenv.cli.train import Train, env_keywords
+    from tokenenv.cli.train import Train, env_keywords, known_options
     from tokenenv.safety.values import fit
 
     hints = typing.get_type_hints(Train)
@@ -93,11 +89,15 @@ def train_of(settings: Mapping[str, Any]) -> "Train":
     given |= {name: settings[name] for name in ("reward", "options") if name in settings}
     kind = algorithm_of(given.get("algo", Train.algo)).config_class
     hints, agent = typing.get_type_hints(kind), settings.get("agent", {})
-    for name in set(agent) - set(hints):
+    for name in [name for name in agent if name not in hints]:
+        check_place("agent", name, AGENT)
         check_called(kind.__name__, name, list(hints))
         check_choice(f"the agent's setting of {kind.__name__}", name, hints)
     config = kind(**{name: fit(name, value, hints[name]) for name, value in agent.items()})
     train = Train(**given, agent=config)
-    named = {"reward": train.reward, "gold": train.gold}
-    env_keywords(env_id_of(train.env), train.options, named)
+    env_id, named = env_id_of(train.env), {"reward": train.reward, "gold": train.gold}
+    known = known_options(env_id, train.options)
+    for name in [name for name in train.options if name not in known]:
+        check_place("option", name, OPTIONS)
+    env_keywords(env_id, train.options, named)
     return train

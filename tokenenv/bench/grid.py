@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenenv.agents.config import check_seed
-from tokenenv.bench.cells import SEED_OPTIONS, SETTINGS, Cell, merged, seeded, train_of
+from tokenenv.bench.cells import Cell, merged, seeded, train_of
+from tokenenv.bench.entries import AXES, SEED_OPTIONS, SETTINGS, check_entry
 from tokenenv.errors import InvalidArgument, check_choice
 
-AXES = {"envs": "env", "designs": "reward", "algorithms": "algo", "rows": None}
-"""The tables of a grid, each with the setting that a single word in it gives."""
 GOALS = ("share", "gold", "score", "objective")
 """The columns of which a goal may be a bound."""
 DEFAULT_GOAL = {"share": 0.8}
@@ -190,7 +189,7 @@ def _entry(name: str, entry: Any, word: str | None, more: Sequence[str]) -> dict
         entry = {word: dict(entry)}
     found = _mapping(name, entry)
     for key in found:
-        check_choice(f"{name}: the setting", key, (*SETTINGS, SEED_OPTIONS, *more))
+        check_entry(f"{name}: the setting", key, (*SETTINGS, SEED_OPTIONS, *more))
     for key in ("options", "agent"):
         _mapping(f"{name}.{key}", found.get(key, {}))
     for key in (SEED_OPTIONS, "only"):
