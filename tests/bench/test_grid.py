@@ -166,6 +166,59 @@ def test_what_is_wrong_is_one_sentence_that_names_file_and_entry(tmp_path, text,
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("options: {group_size: 0}", "group_size=0 must be a whole number, 1 or more"),
+        ("options: {group_size: 3}", "group_size=3 must divide num_envs=64"),
+        ("algo: grpo, options: {group_size: 1}", "group_size=1 leaves GRPO nothing to compare"),
+        ("algo: rloo, num_envs: 6", "group_size=4 must divide num_envs=6"),
+        ("options: {max_new_tokens: 0}", "max_new_tokens=0 must be a whole number, 1 or more"),
+        ("options: {kl: all}", "kl='all' is not known"),
+        ("options: {kl_coef: -1}", "kl_coef=-1.0 must be finite and 0 or more"),
+        ("options: {kl_estimator: k3}", "kl_estimator='k3' and kl_clamp=None need kl='policy'"),
+        ("options: {observation: features}", "observation='features': the agents read tokens"),
+        ("reward: [oracle, terminal]", r"reward=\['oracle', 'terminal'\] must be a design's name"),
+        ("reward: {a: [oracle]}", "reward= has a tuple of 1 at 'a'; allowed: .design, weight"),
+        ("reward: {a: [oracle, terminal]}", "the weight of 'a' must be a finite number"),
+        ("reward: {a: [oracle, .inf]}", "the weight of 'a' must be a finite number"),
+        ("reward: {a: 0.5}", "reward=0.5 must be a design's name"),
+        ("reward: {kl: oracle}", "the term name 'kl' is taken"),
+        ("reward: oracle, options: {watch: oracle}", "watch= has a term called 'oracle'"),
+        ("options: {kl: none}, agent: {kl_coef: 0.1}", "kl_coef=0.1 would do nothing in an env"),
+        ("options: {kl_coef: 0}, agent: {kl_target: 0.1}", "kl_target=0.1 cannot adapt kl_coef=0"),
+    ],
+)
+def test_what_no_environment_or_agent_would_take_is_refused_before_a_cell_runs(
+    tmp_path, settings, message
+):
+    path = written(tmp_path, f"env: {KEY}\nrows: {{fine: {{}}, bad row: {{{settings}}}}}")
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        read_grid(path)
+    assert str(caught.value).startswith(f"{path}: {KEY} / bad row: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_design_that_takes_weights_for_entries_is_refused_as_well(tmp_path):
+    with pytest.raises(InvalidArgument, match=f"{KEY} / half: reward=0.5 must be a design's name"):
+        read_grid(written(tmp_path, f"env: {KEY}\ndesigns: {{half: {{oracle: 0.5}}}}"))
+
+
+def test_what_a_task_decides_is_left_to_the_cell():
+    """No model is loaded for the check: these depend on the task's reward, beta and models."""
+    rows = {
+        "a": {"reward": "process"},
+        "b": {"agent": {"kl_target": 0.1}},
+        "c": {
+            "reward": {"good": "oracle", "end": ["terminal", 0.5]},
+            "options": {"watch": "token"},
+        },
+        "d": {"algo": "grpo"},
+        "e": {"options": {"kl": "policy", "kl_estimator": "k3", "teacher": "no/where"}},
+    }
+    assert len(Grid(settings={"env": KEY}, rows=rows, seeds=1).cells()) == 5
+
+
+@pytest.mark.parametrize(
     ("text", "where"),
     [
         ("goal: {share: 0.5}", "the entry='goal' does not belong here but to an environment: envs"),

@@ -4,13 +4,17 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokenenv.agents.config import check_called
+from tokenenv.agents.rollout.requirements import check_group_size, check_kl_settings
 from tokenenv.bench.entries import AGENT, OPTIONS, SEED_OPTIONS, SETTINGS, check_place
-from tokenenv.errors import check_choice
+from tokenenv.env.build import check_num_envs, check_terms, watched_terms
+from tokenenv.env.config import EnvConfig
+from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.rewards.designs import make_terms
 
 if TYPE_CHECKING:
     from tokenenv.cli.train import Train
@@ -79,7 +83,7 @@ def train_of(settings: Mapping[str, Any]) -> "Train":
     """
     # Imported here, because the command line imports this package.
     from tokenenv.cli.names import algorithm_of, env_id_of
-    from tokenenv.cli.train import Train, env_keywords, known_options
+    from tokenenv.cli.train import Train, known_options
     from tokenenv.safety.values import fit
 
     hints = typing.get_type_hints(Train)
@@ -95,9 +99,24 @@ def train_of(settings: Mapping[str, Any]) -> "Train":
         check_choice(f"the agent's setting of {kind.__name__}", name, hints)
     config = kind(**{name: fit(name, value, hints[name]) for name, value in agent.items()})
     train = Train(**given, agent=config)
-    env_id, named = env_id_of(train.env), {"reward": train.reward, "gold": train.gold}
-    known = known_options(env_id, train.options)
+    known = known_options(env_id_of(train.env), train.options)
     for name in [name for name in train.options if name not in known]:
         check_place("option", name, OPTIONS)
-    env_keywords(env_id, train.options, named)
+    train.env_keywords()
     return train
+
+
+def check_together(train: "Train") -> None:
+    """Raise `InvalidArgument` where a training could not begin: all that an environment and an
+    agent refuse when they are made, as far as it is known before a model is loaded."""
+    options = {one.name for one in fields(EnvConfig)}
+    given = {name: value for name, value in train.env_keywords().items() if name in options}
+    config, agent = EnvConfig(**given), train.agent
+    check_num_envs(train.num_envs, config)
+    terms = {} if config.reward is None else make_terms(config.reward)
+    check_terms(terms, watched_terms(config, terms), config)
+    if config.observation != "tokens":
+        raise InvalidArgument(f"observation={config.observation!r}: the agents read tokens.")
+    if train.algorithm.grouped:
+        check_group_size(config.group_size, train.algorithm.__name__)
+    check_kl_settings(config.kl, config.kl_coef, agent.kl_coef, agent.kl_target)
