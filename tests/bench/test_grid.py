@@ -218,6 +218,36 @@ def test_what_a_task_decides_is_left_to_the_cell():
     assert len(Grid(settings={"env": KEY}, rows=rows, seeds=1).cells()) == 5
 
 
+OPTION = "env: tokenenv/DelayedKey-v0\nseed_options: [task_seed]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("agent: {seed: 5}", "agent.seed=5 would be overruled: .*write seeds: .5..$"),
+        ("agent: {seed: 0}", "agent.seed=0 would be overruled"),  # of one cell in three it is true
+        ("always: {agent: {seed: 5}}", "agent.seed=5 would be overruled"),
+        ("rows: {a: {}, b: {agent: {seed: x}}}", "/ b: agent.seed='x' would be overruled"),
+        (OPTION + "options: {task_seed: 5}", "options.task_seed=5 would be overruled: seed_opt"),
+        (OPTION + "rows: {a: {options: {task_seed: 5}}}", "/ a: options.task_seed=5 would be over"),
+        (
+            "options: {reward: oracle}\ndesigns: {a: terminal}",
+            "/ a: options.reward='oracle' and re",
+        ),
+        ("options: {gold: 3}\ngold: tokenenv.errors:missing", "options.gold=3 and gold='tokenenv"),
+    ],
+)
+def test_a_setting_that_would_be_overruled_in_silence_is_refused(tmp_path, text, message):
+    with pytest.raises(InvalidArgument, match=message):
+        read_grid(written(tmp_path, text), modules=["tokenenv.errors"])
+
+
+def test_a_setting_that_says_what_the_grid_says_is_none_the_worse(tmp_path):
+    text = OPTION + "seeds: [5]\nagent: {seed: 5}\noptions: {task_seed: 5}"
+    (cell,) = read_grid(written(tmp_path, text)).cells()
+    assert (cell.settings["agent"], cell.settings["options"]) == ({"seed": 5}, {"task_seed": 5})
+
+
 @pytest.mark.parametrize(
     ("text", "where"),
     [

@@ -75,6 +75,29 @@ def seeded(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
+def check_decided(settings: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """Raise `InvalidArgument` where one setting says what another one decides, so that it would be
+    overruled without a word."""
+    agent, options = settings["agent"], settings["options"]
+    if "seed" in agent and list(seeds) != [agent["seed"]]:
+        raise InvalidArgument(
+            f"agent.seed={agent['seed']!r} would be overruled: the cells of a grid have the seeds "
+            f"that its entry seeds says; leave it out, or write seeds: [{agent['seed']}]."
+        )
+    for name in settings.get(SEED_OPTIONS, ()):
+        if name in options and list(seeds) != [options[name]]:
+            raise InvalidArgument(
+                f"options.{name}={options[name]!r} would be overruled: {SEED_OPTIONS} gives the "
+                f"cell's seed to {name}; leave out one of the two."
+            )
+    for name in ("reward", "gold"):
+        if name in options and settings.get(name) is not None:
+            raise InvalidArgument(
+                f"options.{name}={options[name]!r:.80} and {name}={settings[name]!r:.80} are the "
+                "same setting, and one would overrule the other; leave out one of the two."
+            )
+
+
 def train_of(settings: Mapping[str, Any]) -> "Train":
     """Return the training that settings ask for. No model is loaded for it.
 

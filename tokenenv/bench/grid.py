@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenenv.agents.config import check_seed
-from tokenenv.bench.cells import Cell, check_together, merged, seeded, train_of
+from tokenenv.bench.cells import Cell, check_decided, check_together, merged, seeded, train_of
 from tokenenv.bench.entries import AXES, SEED_OPTIONS, SETTINGS, check_entry
 from tokenenv.errors import InvalidArgument, check_choice
 
@@ -131,6 +131,7 @@ class Grid:
         in the seed alone, so one of them is checked, however many there are."""
         for task, row, settings in self._places():
             try:
+                check_decided(settings, self.seeds)
                 check_together(train_of(seeded(settings, self.seeds[0])))
             except InvalidArgument as error:
                 raise InvalidArgument(f"{task} / {row}: {error}") from error

@@ -25,9 +25,10 @@ def cell_command(key: str, asked: Mapping[str, Any]) -> str:
         key: of the cell.
         asked: its `settings`, `points` and `texts`, as its file has them.
     """
-    settings = dict(asked["settings"])
-    seed = settings.get("agent", {}).get("seed", 0)
-    grid = {"seeds": [seed], "points": asked["points"], "texts": asked["texts"], **settings}
+    settings = asked["settings"]
+    agent = dict(settings.get("agent", {}))
+    about = {"seeds": [agent.pop("seed", 0)], "points": asked["points"], "texts": asked["texts"]}
+    grid = {**about, **settings, "agent": agent}
     name = f"cell-{key}"
     written = f"printf %s {shlex.quote(json.dumps(grid))} > {name}.yaml"
     return f"{written} && tokenenv bench {name}.yaml --out runs/bench/{name}{_modules(settings)}"
