@@ -10,6 +10,7 @@ import shutil
 import xml.etree.ElementTree as tree
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 
 import pytest
 from benches import DESIGNS, EVIL, TEXT, lines_of, made, rewrite, with_credit
@@ -305,7 +306,55 @@ def test_the_tables_alone_are_enough(folder, tmp_path):
     assert set(figures_of(found)) == NAMES - {"credit-by-position", "credit-places"}
     text = page_of(found)
     assert 'id="heat-maps"' not in text
-    assert "printf" not in text
+    assert 'id="commands"' not in text
+    assert "#commands" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name: [small", "cannot be read as YAML: while parsing a flow sequence"),
+        ("- name\n", "holds no mapping of names to values"),
+        (b"name: \xff\x00", "cannot be read as YAML: unacceptable character"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_grid_costs_what_it_says_and_no_more(folder, tmp_path, text, reason):
+    found = copy(folder, tmp_path)
+    whole = "tokenenv bench " + shlex.quote(str(found / "grid.yaml"))
+    assert html.escape(whole) in page_of(found)
+    (found / "grid.yaml").unlink()
+    if text is not None:
+        (found / "grid.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    assert set(figures_of(found)) == NAMES
+    page = page_of(found)
+    assert f"grid.yaml {reason}" in " ".join(Elements(page).words)
+    assert "writes it anew" in page
+    # Nobody is told to run a file that cannot be run; the cells' own commands need none.
+    assert html.escape(whole) not in page
+    assert page.count("printf") == 2 * len(DESIGNS)
+    assert "the whole grid again:" not in page
+
+
+def test_a_grid_that_may_not_be_read_is_one_that_is_damaged(folder, monkeypatch):
+    read_text = Path.read_text
+
+    def refused(path, **options):
+        if path.name == "grid.yaml":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert read(folder).grid == {}
+    assert read(folder).damage.startswith("grid.yaml cannot be read: Permission denied.")
+
+
+def test_a_damaged_table_is_an_error_that_says_what_to_do(folder, tmp_path):
+    found = copy(folder, tmp_path)
+    with (found / "summary.csv").open("a") as file:
+        file.write("x" * 200_000 + "\n")
+    with pytest.raises(InvalidArgument, match=r"summary\.csv cannot be read as CSV: .* anew"):
+        read(found)
 
 
 def test_a_run_that_did_not_arrive_is_shown_at_the_budget(folder):

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenenv.bench.file import modules_named
+from tokenenv.bench.store import GRID
 from tokenenv.report.reading import Found
 
 
 def whole_command(found: Found) -> str:
     """Return what runs the whole grid again, into another folder."""
-    grid = shlex.quote(str(found.folder / "grid.yaml"))
+    grid = shlex.quote(str(found.folder / GRID))
     return (
         f"tokenenv bench {grid} --out {shlex.quote(f'{found.folder}-again')}{_modules(found.grid)}"
     )
