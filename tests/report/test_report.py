@@ -165,6 +165,32 @@ def test_a_large_bench_has_a_page_of_bounded_size(folder, monkeypatch):
     assert "the first 128 of 500 tokens" in texts.heat_maps([long])
 
 
+@pytest.mark.parametrize(
+    ("gaps", "grown"),
+    [
+        # A reward that is gold, and one that is gold and a constant.
+        ({"64": -6e-9, "128": 4e-9}, {0.0}),
+        ({"64": 0.5 + 6e-9, "128": 0.5 - 4e-9}, {0.0}),
+        ({"64": 3e4, "128": 3e4 + 0.01}, {0.0}),  # float32 has seven digits
+        ({"64": 6e-9, "128": 1e-5}, {0.0, 1e-5}),
+        ({"64": 0.5, "128": 0.25}, {0.0, -0.25}),
+    ],
+)
+def test_what_rounding_leaves_of_equal_rewards_is_no_gap(folder, tmp_path, gaps, grown):
+    found = copy(folder, tmp_path)
+    lines = lines_of(found / "results.csv")
+    for line in lines:
+        if line["tokens"] in gaps:
+            gap = gaps[line["tokens"]]
+            line |= {"train_gap": gap, "train_gold": 0.25, "train_proxy": 0.25 + gap}
+    rewrite(found / "results.csv", lines)
+    figure = figures_of(found)["proxy-gap"]
+    drawn = {at.value for series in figure.panels[0].series for at in series.points}
+    assert sorted(drawn) == pytest.approx(sorted(grown), abs=1e-7)
+    assert 0.0 in drawn
+    assert all(abs(line["train_gap"]) > 1e-7 or line["train_gap"] == 0 for line in figure.table)
+
+
 def test_credit_and_texts_are_those_of_the_cells(folder):
     figures = figures_of(folder)
     by_position = figures["credit-by-position"].table
