@@ -76,15 +76,23 @@ def check_apart(policy: nn.Module, core: Any) -> None:
 def check_kl(envs: VectorEnv, kl_coef: float | None, kl_target: float | None) -> None:
     """Raise `InvalidArgument` where an agent's beta, or a KL to steer it to, would do nothing in
     this env."""
+    kl = getattr(getattr(envs.unwrapped, "config", None), "kl", None)
+    check_kl_settings(kl, getattr(envs.unwrapped, "kl_coef", 0.0), kl_coef, kl_target)
+
+
+def check_kl_settings(
+    kl: str | None, beta: float | None, kl_coef: float | None, kl_target: float | None
+) -> None:
+    """The same of an env's options `kl` and beta, where no env is made yet; None is not known."""
     settings = {"kl_coef": kl_coef, "kl_target": kl_target}
     given = [f"{name}={value}" for name, value in settings.items() if value]
-    if given and getattr(getattr(envs.unwrapped, "config", None), "kl", None) == "none":
+    if given and kl == "none":
         raise InvalidArgument(
             f"{' and '.join(given)} would do nothing in an env with kl='none'; make it with "
             f"kl='reference'."
         )
-    beta = getattr(envs.unwrapped, "kl_coef", 0.0) if kl_coef is None else kl_coef
-    if kl_target is not None and not beta > 0:
+    beta = beta if kl_coef is None else kl_coef
+    if kl_target is not None and beta is not None and not beta > 0:
         raise InvalidArgument(
             f"kl_target={kl_target} cannot adapt kl_coef={beta}, which stays 0; start with kl_coef "
             f"above 0."
@@ -103,12 +111,17 @@ def group_size_of(envs: VectorEnv, agent: str) -> int:
     """Return how many consecutive slots share each prompt, or raise `InvalidArgument` where that is
     one."""
     group_size = int(getattr(envs.unwrapped, "group_size", 1))
+    check_group_size(group_size, agent)
+    return group_size
+
+
+def check_group_size(group_size: int, agent: str) -> None:
+    """Raise `InvalidArgument` where texts have no others of their prompt beside them."""
     if group_size < 2:
         raise InvalidArgument(
             f"group_size={group_size} leaves {agent} nothing to compare a text with; make the env "
             f"with group_size=4, say."
         )
-    return group_size
 
 
 def warn_if_biased(envs: VectorEnv) -> None:

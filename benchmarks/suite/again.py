@@ -11,7 +11,7 @@ import random
 import sys
 
 from benchmarks.suite.answers import MODULES, SUITE
-from tokenenv.bench.cells import SETTINGS
+from tokenenv.bench.entries import SETTINGS
 from tokenenv.bench.file import read_grid
 from tokenenv.bench.measure import COLUMNS
 from tokenenv.bench.play import TRAINED, play

@@ -10,6 +10,7 @@ import shutil
 import xml.etree.ElementTree as tree
 from dataclasses import replace
 from math import nan
+from pathlib import Path
 
 import pytest
 from benches import DESIGNS, EVIL, TEXT, lines_of, made, rewrite, with_credit
@@ -164,6 +165,32 @@ def test_a_large_bench_has_a_page_of_bounded_size(folder, monkeypatch):
     assert "the first 128 of 500 tokens" in texts.heat_maps([long])
 
 
+@pytest.mark.parametrize(
+    ("gaps", "grown"),
+    [
+        # A reward that is gold, and one that is gold and a constant.
+        ({"64": -6e-9, "128": 4e-9}, {0.0}),
+        ({"64": 0.5 + 6e-9, "128": 0.5 - 4e-9}, {0.0}),
+        ({"64": 3e4, "128": 3e4 + 0.01}, {0.0}),  # float32 has seven digits
+        ({"64": 6e-9, "128": 1e-5}, {0.0, 1e-5}),
+        ({"64": 0.5, "128": 0.25}, {0.0, -0.25}),
+    ],
+)
+def test_what_rounding_leaves_of_equal_rewards_is_no_gap(folder, tmp_path, gaps, grown):
+    found = copy(folder, tmp_path)
+    lines = lines_of(found / "results.csv")
+    for line in lines:
+        if line["tokens"] in gaps:
+            gap = gaps[line["tokens"]]
+            line |= {"train_gap": gap, "train_gold": 0.25, "train_proxy": 0.25 + gap}
+    rewrite(found / "results.csv", lines)
+    figure = figures_of(found)["proxy-gap"]
+    drawn = {at.value for series in figure.panels[0].series for at in series.points}
+    assert sorted(drawn) == pytest.approx(sorted(grown), abs=1e-7)
+    assert 0.0 in drawn
+    assert all(abs(line["train_gap"]) > 1e-7 or line["train_gap"] == 0 for line in figure.table)
+
+
 def test_credit_and_texts_are_those_of_the_cells(folder):
     figures = figures_of(folder)
     by_position = figures["credit-by-position"].table
@@ -305,7 +332,55 @@ def test_the_tables_alone_are_enough(folder, tmp_path):
     assert set(figures_of(found)) == NAMES - {"credit-by-position", "credit-places"}
     text = page_of(found)
     assert 'id="heat-maps"' not in text
-    assert "printf" not in text
+    assert 'id="commands"' not in text
+    assert "#commands" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name: [small", "cannot be read as YAML: while parsing a flow sequence"),
+        ("- name\n", "holds no mapping of names to values"),
+        (b"name: \xff\x00", "cannot be read as YAML: unacceptable character"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_grid_costs_what_it_says_and_no_more(folder, tmp_path, text, reason):
+    found = copy(folder, tmp_path)
+    whole = "tokenenv bench " + shlex.quote(str(found / "grid.yaml"))
+    assert html.escape(whole) in page_of(found)
+    (found / "grid.yaml").unlink()
+    if text is not None:
+        (found / "grid.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    assert set(figures_of(found)) == NAMES
+    page = page_of(found)
+    assert f"grid.yaml {reason}" in " ".join(Elements(page).words)
+    assert "writes it anew" in page
+    # Nobody is told to run a file that cannot be run; the cells' own commands need none.
+    assert html.escape(whole) not in page
+    assert page.count("printf") == 2 * len(DESIGNS)
+    assert "the whole grid again:" not in page
+
+
+def test_a_grid_that_may_not_be_read_is_one_that_is_damaged(folder, monkeypatch):
+    read_text = Path.read_text
+
+    def refused(path, **options):
+        if path.name == "grid.yaml":
+            raise PermissionError(13, "Permission denied")
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert read(folder).grid == {}
+    assert read(folder).damage.startswith("grid.yaml cannot be read: Permission denied.")
+
+
+def test_a_damaged_table_is_an_error_that_says_what_to_do(folder, tmp_path):
+    found = copy(folder, tmp_path)
+    with (found / "summary.csv").open("a") as file:
+        file.write("x" * 200_000 + "\n")
+    with pytest.raises(InvalidArgument, match=r"summary\.csv cannot be read as CSV: .* anew"):
+        read(found)
 
 
 def test_a_run_that_did_not_arrive_is_shown_at_the_budget(folder):

@@ -6,13 +6,12 @@ command line allows it.
 
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tokenenv.bench.cells import SETTINGS
-from tokenenv.bench.grid import AXES, SEED_OPTIONS, Grid
-from tokenenv.errors import InvalidArgument, check_choice
+from tokenenv.bench.entries import AXES, SEED_OPTIONS, SETTINGS, TOP, check_entry
+from tokenenv.bench.grid import Grid
+from tokenenv.errors import InvalidArgument
 from tokenenv.plugins import NAME
 from tokenenv.safety.trust import check_from_file
 from tokenenv.safety.values import from_yaml, typed
@@ -36,13 +35,12 @@ def read_grid(path: Path, modules: Collection[str] = (), **changes: Any) -> Grid
         InvalidArgument: the message names the file, and the entry or the line.
     """
     values = _values(path)
-    known = [one.name for one in fields(Grid) if one.name != "settings"]
     for name in values:
-        check_choice(f"{path}: the entry", name, (*known, *SETTINGS, SEED_OPTIONS))
+        check_entry(f"{path}: the entry", name, (*TOP, *SETTINGS, SEED_OPTIONS))
     for name, settings in _parts(values):
         _check_trust(f"{path}: {name}" if name else str(path), settings, modules)
-    given = {name: value for name, value in values.items() if name in known}
-    settings = {name: value for name, value in values.items() if name not in known}
+    given = {name: value for name, value in values.items() if name in TOP}
+    settings = {name: value for name, value in values.items() if name not in TOP}
     given = {"name": path.resolve().parent.name if path.name in FILES else path.stem} | given
     try:
         said = {name: value for name, value in changes.items() if value is not None}

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenenv.agents.config import check_seed
-from tokenenv.bench.cells import SETTINGS, Cell, merged, train_of
+from tokenenv.bench.cells import Cell, check_decided, check_together, merged, seeded, train_of
+from tokenenv.bench.entries import AXES, SEED_OPTIONS, SETTINGS, check_entry
 from tokenenv.errors import InvalidArgument, check_choice
 
-AXES = {"envs": "env", "designs": "reward", "algorithms": "algo", "rows": None}
-"""The tables of a grid, each with the setting that a single word in it gives."""
-SEED_OPTIONS = "seed_options"
-"""Beside the settings: the options of the environment that are given the cell's seed."""
 GOALS = ("share", "gold", "score", "objective")
 """The columns of which a goal may be a bound."""
 DEFAULT_GOAL = {"share": 0.8}
@@ -79,19 +76,23 @@ class Grid:
         for name, value in changes.items():
             object.__setattr__(self, name, value)
         self._check_labels()
-        self.cells()
+        self._check_settings()
 
     def cells(self) -> list[Cell]:
         """Return the cells: environment by environment, row by row, seed by seed."""
         return [
-            self._cell(task, row, seed, parts)
-            for task, row, parts in self._places()
+            Cell(task, row, seed, seeded(settings, seed), self.points, self.texts)
+            for task, row, settings in self._places()
             for seed in self.seeds
         ]
 
+    def places(self) -> list[tuple[str, str]]:
+        """Return the labels of environment and row of the cells, in their order, without seeds."""
+        return [(task, row) for task, row, _ in self._places()]
+
     def row_labels(self) -> list[str]:
         """Return the labels of all rows, in their order."""
-        return list(dict.fromkeys(row for _, row, _ in self._places()))
+        return list(dict.fromkeys(row for _, row in self.places()))
 
     def goal(self, task: str) -> tuple[str, float]:
         """Return the column, and its least value, at which an environment counts as learnt: by
@@ -105,23 +106,14 @@ class Grid:
         settings = values.pop("settings")
         return {name: value for name, value in (values | settings).items() if value not in ({}, "")}
 
-    def _cell(self, task: str, row: str, seed: int, parts: Sequence[Mapping[str, Any]]) -> Cell:
-        settings = merged([self.settings, *parts, self.always])
-        options = dict.fromkeys(settings.pop(SEED_OPTIONS, ()), seed)
-        settings = merged([settings, {"options": options, "agent": {"seed": seed}}])
-        try:
-            train_of(settings)
-        except InvalidArgument as error:
-            raise InvalidArgument(f"{task} / {row}: {error}") from error
-        return Cell(task, row, seed, settings, self.points, self.texts)
-
-    def _places(self) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
-        """Yield an environment's label, a row's label, and the settings of both, part by part."""
+    def _places(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yield an environment's label, a row's label, and the settings that all cells there
+        have."""
         envs = self.envs or {str(self.settings.get("env", "default")): {}}
         for task, env in envs.items():
             for row, parts in self._rows():
                 if all(task in part.get("only", envs) for part in parts):
-                    yield task, row, [env, *parts]
+                    yield task, row, merged([self.settings, env, *parts, self.always])
 
     def _rows(self) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
         """Yield the rows: the product of designs and algorithms, then the rows by name."""
@@ -133,6 +125,16 @@ class Grid:
                 said = [one for one, axis in zip(labels, axes, strict=True) if len(axis) > 1]
                 yield ", ".join(said or labels) or "default", [part for _, part in chosen]
         yield from ((label, [part]) for label, part in self.rows.items())
+
+    def _check_settings(self) -> None:
+        """Raise where the settings of an environment and a row are not allowed. Their cells differ
+        in the seed alone, so one of them is checked, however many there are."""
+        for task, row, settings in self._places():
+            try:
+                check_decided(settings, self.seeds)
+                check_together(train_of(seeded(settings, self.seeds[0])))
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{task} / {row}: {error}") from error
 
     def _check_labels(self) -> None:
         labels = [row for row, _ in self._rows()]
@@ -188,7 +190,7 @@ def _entry(name: str, entry: Any, word: str | None, more: Sequence[str]) -> dict
         entry = {word: dict(entry)}
     found = _mapping(name, entry)
     for key in found:
-        check_choice(f"{name}: the setting", key, (*SETTINGS, SEED_OPTIONS, *more))
+        check_entry(f"{name}: the setting", key, (*SETTINGS, SEED_OPTIONS, *more))
     for key in ("options", "agent"):
         _mapping(f"{name}.{key}", found.get(key, {}))
     for key in (SEED_OPTIONS, "only"):

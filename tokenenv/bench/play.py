@@ -10,8 +10,9 @@ import torch
 
 from tokenenv.agents import Agent
 from tokenenv.agents.episodes import Episode, mean_of, reward_without_kl
-from tokenenv.bench.cells import SETTINGS, train_of
+from tokenenv.bench.cells import train_of
 from tokenenv.bench.credit import agreement, by_position, shown
+from tokenenv.bench.entries import SETTINGS
 from tokenenv.bench.measure import Measure, beta_of, filled, make_measure
 from tokenenv.bench.reading import ReadTokens
 from tokenenv.bench.versions import versions

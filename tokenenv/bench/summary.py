@@ -26,7 +26,7 @@ def summarise(grid: Grid, lines: Sequence[Line]) -> list[Line]:
     them, with the share alone.
     """
     runs = runs_of(lines)
-    found = [_line(grid, task, row, runs.get((task, row), {})) for task, row in _places(grid)]
+    found = [_line(grid, task, row, runs.get((task, row), {})) for task, row in grid.places()]
     return unified(found + list(_over_tasks(grid, runs)))
 
 
@@ -36,7 +36,7 @@ def compare(grid: Grid, lines: Sequence[Line]) -> list[Line]:
 
     What is compared is the column of the environment's goal; gold where that is not known.
     """
-    runs, places = runs_of(lines), _places(grid)
+    runs, places = runs_of(lines), grid.places()
     found: list[Line] = []
     for task in dict.fromkeys(task for task, _ in places):
         rows = [row for place, row in places if place == task]
@@ -71,10 +71,6 @@ def ends(seeds: Mapping[int, list[Line]], column: str) -> np.ndarray:
     """Return what is known of a column at the end of each run."""
     last = [lines[-1].get(column) for lines in seeds.values()]
     return np.array([value for value in last if value is not None], dtype=np.float64)
-
-
-def _places(grid: Grid) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((cell.task, cell.row) for cell in grid.cells()))
 
 
 def _line(grid: Grid, task: str, row: str, seeds: Mapping[int, list[Line]]) -> Line:
@@ -129,7 +125,7 @@ def _is_there(line: Line, column: str, bound: float) -> bool:
 def _over_tasks(grid: Grid, runs: Runs) -> Iterator[Line]:
     """Yield a line for each row that was run in all environments whose optimum is known, where
     there are several."""
-    places = _places(grid)
+    places = grid.places()
     known = {task for (task, _), seeds in runs.items() if len(ends(seeds, "share"))}
     for row in grid.row_labels():
         here = [task for task, label in places if label == row and task in known]

@@ -304,24 +304,28 @@ class Train(Generic[Config]):
 
     def make_envs(self, **changes: Any) -> TokenVectorEnv:
         """Make the run's envs; `changes` override its options."""
-        env_id = env_id_of(self.env)
-        defaults: dict[str, Any] = {"autoreset_mode": "SameStep"}
-        if self.algorithm.grouped:
-            defaults["group_size"] = GROUP_SIZE
-        named = {"reward": self.reward, "gold": self.gold}
-        given = env_keywords(env_id, self.options, named, changes, defaults)
         num_envs, left = divmod(self.num_envs, ranks.count())
         if left:
             raise InvalidArgument(
                 f"--num-envs {self.num_envs} is of all {ranks.count()} processes, and must be a "
                 f"multiple of that."
             )
-        envs = gym.make_vec(env_id, num_envs=num_envs, **given)
+        keywords = self.env_keywords(**changes)
+        envs = gym.make_vec(env_id_of(self.env), num_envs=num_envs, **keywords)
         if not isinstance(envs.unwrapped, TokenVectorEnv):
             raise InvalidArgument(
                 f"env={self.env!r} makes a {type(envs.unwrapped).__name__}, no TokenVectorEnv."
             )
         return cast(TokenVectorEnv, envs)
+
+    def env_keywords(self, **changes: Any) -> dict[str, Any]:
+        """Return the keywords with which the run's envs are made; `changes` override its
+        options."""
+        defaults: dict[str, Any] = {"autoreset_mode": "SameStep"}
+        if self.algorithm.grouped:
+            defaults["group_size"] = GROUP_SIZE
+        named = {"reward": self.reward, "gold": self.gold}
+        return env_keywords(env_id_of(self.env), self.options, named, changes, defaults)
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:

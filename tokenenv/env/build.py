@@ -213,6 +213,21 @@ def all_terms(task: Task, config: EnvConfig) -> dict[str, RewardTerm]:
     return terms
 
 
+def check_terms(
+    terms: Mapping[str, RewardTerm], watched: Mapping[str, RewardTerm], config: EnvConfig
+) -> None:
+    """Raise `InvalidArgument` unless every term is of a kind that is known, and that actions carry
+    what it reads."""
+    for name, term in {**terms, **watched}.items():
+        check_choice(f"the term {name!r}: kind", term.kind, KINDS)
+        if term.kind == "policy" and config.kl != "policy":
+            kind = "watched" if name in watched else "reward"
+            raise InvalidArgument(
+                f"{kind} term {name!r} reads log pi, which actions carry only with kl='policy', "
+                f"not {config.kl!r}."
+            )
+
+
 def single_spaces(
     task: Task, spec: TokenSpec, config: EnvConfig
 ) -> tuple[spaces.Space, spaces.Space]:
@@ -247,14 +262,7 @@ def make_engine(task: Task, spec: TokenSpec, config: EnvConfig, num_envs: int) -
     )
     terms = all_terms(task, config)
     watched = watched_terms(config, terms)
-    for name, term in (terms | watched).items():
-        check_choice(f"the term {name!r}: kind", term.kind, KINDS)
-        if term.kind == "policy" and config.kl != "policy":
-            kind = "watched" if name in watched else "reward"
-            raise InvalidArgument(
-                f"{kind} term {name!r} reads log pi, which actions carry only with kl='policy', "
-                f"not {config.kl!r}."
-            )
+    check_terms(terms, watched, config)
     options = {"max_batch_tokens": config.max_batch_tokens, "compile": config.compile}
     return RewardEngine(context, terms, num_envs, watched, **options)
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenenv.bench.file import modules_named
+from tokenenv.bench.store import GRID
 from tokenenv.report.reading import Found
 
 
 def whole_command(found: Found) -> str:
     """Return what runs the whole grid again, into another folder."""
-    grid = shlex.quote(str(found.folder / "grid.yaml"))
+    grid = shlex.quote(str(found.folder / GRID))
     return (
         f"tokenenv bench {grid} --out {shlex.quote(f'{found.folder}-again')}{_modules(found.grid)}"
     )
@@ -25,9 +26,10 @@ def cell_command(key: str, asked: Mapping[str, Any]) -> str:
         key: of the cell.
         asked: its `settings`, `points` and `texts`, as its file has them.
     """
-    settings = dict(asked["settings"])
-    seed = settings.get("agent", {}).get("seed", 0)
-    grid = {"seeds": [seed], "points": asked["points"], "texts": asked["texts"], **settings}
+    settings = asked["settings"]
+    agent = dict(settings.get("agent", {}))
+    about = {"seeds": [agent.pop("seed", 0)], "points": asked["points"], "texts": asked["texts"]}
+    grid = {**about, **settings, "agent": agent}
     name = f"cell-{key}"
     written = f"printf %s {shlex.quote(json.dumps(grid))} > {name}.yaml"
     return f"{written} && tokenenv bench {name}.yaml --out runs/bench/{name}{_modules(settings)}"

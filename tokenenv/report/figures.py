@@ -64,8 +64,9 @@ def regret(found: Found) -> Figure:
 def gap(found: Found) -> Figure:
     """Return by how much the gap between the reward and the true metric has grown while
     learning."""
+    found = replace(found, lines=with_growth(found))
     made = _along_tokens(
-        replace(found, lines=with_growth(found)),
+        found,
         "proxy-gap",
         "Proxy less gold, over training",
         GROWTH,
@@ -87,19 +88,30 @@ def gap(found: Found) -> Figure:
 
 
 GROWTH = "gap_growth"
+ROUNDING = 1e-6
+"""A gap below this share of what was paid, or of 1 where that is less, is what rounding leaves: a
+text's rewards are float32, and may be large where their sum is small."""
 
 
 def with_growth(found: Found) -> list[Line]:
-    """Return the lines with the growth of each run's gap since its first evaluation that has
-    one."""
+    """Return the lines with the growth of each run's gap since its first evaluation that has one.
+    Gaps and growths that are rounding are 0."""
     first: dict[tuple[str, str, int], float] = {}
     lines = []
     for line in found.lines:
-        known, place = line.get("train_gap"), (line["task"], line["row"], line["seed"])
-        if known is not None:
-            first.setdefault(place, known)
-        lines.append(line | {GROWTH: None if known is None else known - first[place]})
+        gap, place = line.get("train_gap"), (line["task"], line["row"], line["seed"])
+        growth = None
+        if gap is not None:
+            growth = _unless_rounding(gap - first.setdefault(place, gap), line)
+            gap = _unless_rounding(gap, line)
+        lines.append(line | {"train_gap": gap, GROWTH: growth})
     return lines
+
+
+def _unless_rounding(difference: float, line: Line) -> float:
+    """Return a difference of what was paid and gold, or of two of these, or 0."""
+    paid = [abs(line.get(name) or 0.0) for name in ("train_gap", "train_proxy", "train_gold")]
+    return difference if abs(difference) > ROUNDING * max(1.0, *paid) else 0.0
 
 
 def _ends(lines: Mapping[str, list[At]]) -> dict[str, float]:

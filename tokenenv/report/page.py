@@ -43,13 +43,14 @@ def page(found: Found, figures: Sequence[Figure], shown: Sequence[texts.Shown], 
     sections[CHECKLIST] = ("Reporting checklist", _checklist(found, folder))
     settings = tables.settings(found) + tables.warned(found)
     sections["settings"] = ("Settings", settings)
-    sections["commands"] = ("Run it again", _AGAIN + tables.commands(found))
+    if again := tables.commands(found):
+        sections["commands"] = ("Run it again", again)
     sections["versions"] = ("Versions", tables.versions(found))
     return _filled(
         {
             "TITLE": html(found.grid.get("name") or found.folder.resolve().name),
             "ABOUT": html(found.grid.get("about") or ""),
-            "COUNTS": html(_counts(found)),
+            "COUNTS": html(f"{_counts(found)} {found.damage}"),
             "CONTENTS": "".join(
                 f'<li><a href="#{name}">{html(title)}</a></li>'
                 for name, (title, _) in sections.items()
@@ -61,13 +62,6 @@ def page(found: Found, figures: Sequence[Figure], shown: Sequence[texts.Shown], 
             ),
         }
     )
-
-
-_AGAIN = (
-    "<p>The first command runs the whole grid again. The others write a grid of one cell and run "
-    "it: its file of results has the same name, and the same numbers on the same kind of machine "
-    "with the versions below.</p>"
-)
 
 
 def _counts(found: Found) -> str:

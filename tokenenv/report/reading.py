@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenenv.bench.measure import COLUMNS
 from tokenenv.bench.play import TRAINED
+from tokenenv.bench.store import GRID
 from tokenenv.bench.summary import AT_THE_END, Runs, runs_of
 from tokenenv.errors import InvalidArgument
 from tokenenv.safety.values import from_yaml
@@ -55,6 +56,8 @@ class Found:
     comparisons: list[Line]
     records: dict[str, Mapping[str, Any]]
     """What is in the files of the finished cells, by their keys."""
+    damage: str = ""
+    """What is wrong with grid.yaml, and what that costs, for the page; empty where it was read."""
 
     @cached_property
     def runs(self) -> Runs:
@@ -106,15 +109,36 @@ def read(folder: Path) -> Found:
     lines = _table(path)
     if not lines or not {"status", "seed", "cell"} <= set(lines[0]):
         raise InvalidArgument(f"{path} holds no cell that has ended.")
-    grid = folder / "grid.yaml"
-    values = from_yaml(_text(grid), str(grid)) if grid.is_file() else {}
+    grid, damage = _grid(folder / GRID)
     return Found(
         folder,
-        values if isinstance(values, dict) else {},
+        grid,
         lines,
         _table(folder / "summary.csv"),
         _table(folder / "comparisons.csv", ("task", "row", "other", "column")),
         {key: record for key in {line["cell"] for line in lines} if (record := _cell(folder, key))},
+        damage,
+    )
+
+
+def _grid(path: Path) -> tuple[dict[str, Any], str]:
+    """Return what grid.yaml says, or nothing and a sentence about it: the figures need only the
+    tables."""
+    reason = "holds no mapping of names to values"
+    try:
+        values = from_yaml(_text(path), "")
+        if isinstance(values, dict):
+            return values, ""
+    except FileNotFoundError:
+        reason = "is missing"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    except InvalidArgument as error:
+        reason = str(error).strip().removesuffix(".")
+    return {}, (
+        f"{path.name} {reason}. So the name of the grid and what it asks are not known here, its "
+        "first row is taken for the baseline, and no command runs the whole grid again. The "
+        "command that ran the bench writes it anew."
     )
 
 
@@ -125,7 +149,9 @@ def _table(path: Path, needed: Sequence[str] = ("task", "row")) -> list[Line]:
     try:
         lines = list(csv.DictReader(io.StringIO(_text(path), newline="")))
     except csv.Error as error:
-        raise InvalidArgument(f"{path} cannot be read as CSV: {error}.") from error
+        raise InvalidArgument(
+            f"{path} cannot be read as CSV: {error}; the command that ran the bench writes it anew."
+        ) from error
     found = (
         {name: _value(name, text or "") for name, text in line.items() if name is not None}
         for line in lines

@@ -117,18 +117,30 @@ def _order(found: Found) -> Callable[[tuple[str, str]], tuple[int, int]]:
 
 
 def commands(found: Found) -> str:
-    """Return the command of the whole bench, and those of its cells, each with a button."""
-    parts = [_command("the whole bench", whole_command(found))]
+    """Return the command of the whole bench, and those of its cells, each with a button; nothing
+    where none is known."""
+    parts = []
+    if not found.damage:
+        parts += [_WHOLE, _command("the whole bench", whole_command(found))]
     places: dict[tuple[str, str], list[str]] = {}
     for line, record in found.cells():
         asked = (record or {}).get("asked")
         if asked is not None and is_asked(asked):
             told = _command(f"seed {line['seed']}", cell_command(line["cell"], asked))
             places.setdefault((line["task"], line["row"]), []).append(told)
+    if places:
+        parts.append(_CELLS)
     for (task, row), some in places.items():
         summary = f"{html(task)} / {html(row)}"
         parts.append(f"<details><summary>{summary}</summary>{''.join(some)}</details>")
     return "\n".join(parts)
+
+
+_WHOLE = "<p>This runs the whole grid again:</p>"
+_CELLS = (
+    "<p>Each of these writes a grid of one cell and runs it: its file of results has the same "
+    "name, and the same numbers on the same kind of machine with the versions below.</p>"
+)
 
 
 def _command(what: str, command: str) -> str:
