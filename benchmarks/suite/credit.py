@@ -64,3 +64,9 @@ class GroupCredit(GroupMethod):
         that share of the batch's."""
         entropy_BT, mask_BT = self.token_outputs(batch).entropy_BT, batch.mask_BT
         return mask_BT & (entropy_BT >= entropy_BT[mask_BT].quantile(1.0 - share))
+
+
+def places(batch: EpisodeBatch) -> Tensor:
+    """Return int64 (B, T): where in its text each of the policy's tokens is; 0 to the right."""
+    # What a batch has at the end of each row is the text's length, where there may be no token.
+    return batch.position_BT1[:, :-1].masked_fill(~batch.mask_BT, 0)
