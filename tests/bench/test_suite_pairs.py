@@ -13,6 +13,7 @@ from suite_methods import (
     METHODS,
     G,
     GroupCredit,
+    V,
     algorithms,
     all_of_them,
     by_text,
@@ -202,6 +203,19 @@ def test_a_text_of_few_tokens_of_the_policys_may_be_the_longest(name):
     both_BT = agent.credit(torch.cat([returns_BT, returns_BT]), both)
     mask_BT = both.mask_BT[:G]
     assert torch.equal(found_BT[mask_BT], both_BT[:G][mask_BT])
+
+
+def test_a_token_without_an_alternative_is_never_an_uncertain_one():
+    """Most tokens are the only ones that are allowed. Of the others all have a larger entropy."""
+
+    def mostly_forced(length):
+        return few(length) if length % 4 == 0 else np.eye(V, dtype=bool)[12]
+
+    agent = move(algorithms.HICRA(make(mostly_forced, turns=None)))
+    batch = EpisodeBatch.stack(agent.collector.collect(60))
+    free = [np.unpackbits(e.action_mask, axis=1).sum(1) > 1 for e in batch.unstack()]
+    assert 0 < np.concatenate(free).mean() < 0.4
+    assert torch.equal(agent.uncertain(batch, 0.5), padded(free, batch).bool())
 
 
 # ---------------------------------------------------------------- the update
