@@ -61,6 +61,15 @@ class GroupCredit(GroupMethod):
 
     def uncertain(self, batch: EpisodeBatch, share: float) -> Tensor:
         """Return bool (B, T): the tokens at which the policy was least certain before the update,
-        that share of the batch's."""
+        that share of the batch's. A token without an alternative, under an action mask, is never
+        among them."""
         entropy_BT, mask_BT = self.token_outputs(batch).entropy_BT, batch.mask_BT
-        return mask_BT & (entropy_BT >= entropy_BT[mask_BT].quantile(1.0 - share))
+        # Where most tokens are the only ones that are allowed, the quantile is 0 and all reach it.
+        enough_BT = entropy_BT >= entropy_BT[mask_BT].quantile(1.0 - share)
+        return mask_BT & enough_BT & (entropy_BT > 0)
+
+
+def places(batch: EpisodeBatch) -> Tensor:
+    """Return int64 (B, T): where in its text each of the policy's tokens is; 0 to the right."""
+    # What a batch has at the end of each row is the text's length, where there may be no token.
+    return batch.position_BT1[:, :-1].masked_fill(~batch.mask_BT, 0)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.suite.credit import GroupCredit
+from benchmarks.suite.credit import GroupCredit, places
 from tokenenv.agents.episodes import EpisodeBatch
 
 
@@ -34,7 +34,7 @@ class KTAE(GroupCredit):
 
     def credit(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return GRPO's (B, T) plus the value of each token."""
-        tokens_BT = batch.tokens_BL.gather(1, batch.position_BT1[:, :-1])
+        tokens_BT = batch.tokens_BL.gather(1, places(batch))
         good_B = self.succeeded(returns_BT, batch)
         keys_BT = key_values(tokens_BT, batch.mask_BT, good_B, self.group_size)
         return super().credit(returns_BT, batch) + keys_BT

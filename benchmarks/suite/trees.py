@@ -10,7 +10,7 @@ of G texts each, S turns.
 import torch
 from torch import Tensor
 
-from benchmarks.suite.credit import GroupCredit
+from benchmarks.suite.credit import GroupCredit, places
 from tokenenv.agents.algorithms.groups import at_turns, group_rounding, group_std, hold_last
 from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.agents.learning.advantages import ROUNDING
@@ -34,7 +34,7 @@ class TEMPO(GroupCredit):
     def credit(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return GRPO's (B, T) plus the differences of values."""
         values_BL1 = prefix_values(returns_BT[:, 0], batch, self.group_size)
-        place_BT = batch.position_BT1[:, :-1]
+        place_BT = places(batch)
         change_BT = values_BL1.gather(1, place_BT + 1) - values_BL1.gather(1, place_BT)
         std_B1 = group_std(returns_BT, batch.response_length_B, self.group_size)
         return super().credit(returns_BT, batch) + change_BT / std_B1
@@ -75,7 +75,7 @@ class GiGPO(GroupCredit):
     def anchors(self, batch: EpisodeBatch) -> Tensor:
         """Return int64 (B, T): a key for the state that each token was chosen in. Tokens of a
         group at the same place are compared where their keys are the same."""
-        return batch.tokens_BL.gather(1, (batch.position_BT1[:, :-1] - 1).clamp(min=0))
+        return batch.tokens_BL.gather(1, (places(batch) - 1).clamp(min=0))
 
     def credit(self, returns_BT: Tensor, batch: EpisodeBatch) -> Tensor:
         """Return GRPO's (B, T) plus the comparison with the same anchor."""

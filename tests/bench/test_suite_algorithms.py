@@ -14,11 +14,12 @@ import torch
 from by_text import assert_same, first_step, gradient, token_logprobs_by_text
 from example_files import load_example
 from runs import same
+from suite_methods import texts
 
 import tokenenv  # noqa: F401
 from tokenenv.agents import GRPO, GRPOConfig
 from tokenenv.agents.algorithms.grpo import paid, total
-from tokenenv.agents.episodes import Episode, EpisodeBatch
+from tokenenv.agents.episodes import EpisodeBatch
 from tokenenv.bench.file import read_grid, suite_file
 from tokenenv.errors import InvalidArgument
 
@@ -67,30 +68,6 @@ def moved(algorithm, envs=None, **settings):
 
 def batch_of(agent, tokens=96):
     return EpisodeBatch.stack(agent.collector.collect(tokens))
-
-
-def texts(responses, prompt=(9,), positions=None):
-    """A batch of these responses; what is not given is 0."""
-    episodes = []
-    for row, response in enumerate(responses):
-        zeros = np.zeros(len(response), np.float32)
-        position = None if positions is None else np.array(positions[row])
-        gaps = 0 if position is None else position[-1] + 1 - len(prompt) - len(response)
-        episodes.append(
-            Episode(
-                prompt=np.array(prompt),
-                response=np.array(response),
-                **dict.fromkeys(("logprob", "ref_logprob", "reward"), zeros),
-                **dict.fromkeys(("kl_coef", "score", "gold"), 0.0),
-                **dict.fromkeys(("prompt_id", "slot", "index"), 0),
-                terminated=True,
-                truncated=False,
-                potential=np.zeros(len(response) + 1, np.float32),
-                position=position,
-                written=np.full(gaps, 8),
-            )
-        )
-    return EpisodeBatch.stack(episodes)
 
 
 def terminal(batch, *wholes):

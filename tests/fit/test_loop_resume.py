@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 
+import fakes
 import fitting
 import numpy as np
 import pytest
@@ -69,6 +71,43 @@ def test_a_run_goes_on_as_if_it_had_never_been_stopped(tmp_path, steps):
     for name in ("model.safetensors", "config.json"):
         both = [(tmp_path / run / name).read_bytes() for run in ("whole", "parts")]
         assert both[0] == both[1]
+
+
+def outcomes(count, seed):
+    """Texts of a few prompts, each with whether it is a good one."""
+    texts = [text for pair in fitting.pairs(count // 2, seed) for text in pair.texts]
+    prompts = [np.array([3]), np.array([4, 7])]
+    return [
+        Example((replace(text, prompt=prompts[i % 2]),), (float(fitting.gold(text) > 0),), f"{i}")
+        for i, text in enumerate(texts)
+    ]
+
+
+RATIOS = {"dpo": fitting.pairs, "outcome": outcomes, "a-star": outcomes}
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["first", "inside an epoch"])
+@pytest.mark.parametrize("lora_rank", [0, 2], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("objective", RATIOS)
+def test_log_ratios_go_on_as_if_they_had_never_been_stopped(tmp_path, objective, lora_rank, steps):
+    """The reference is in no checkpoint. At the first step every log-ratio is exactly 0, and all that
+    is trained is moved by it nevertheless."""
+    options = {"objective": objective, "lora_rank": lora_rank, "lr": 1e-2}
+    examples = {"train_on": RATIOS[objective](20, 0), "held_out": RATIOS[objective](8, 1)}
+
+    def config(run, **more):
+        return fitting.config(tmp_path / run, model=fakes.causal_lm(), **options, **more)
+
+    whole = trained(config("whole"), **examples)
+    with pytest.raises(KeyboardInterrupt):
+        trained(config("parts"), **examples, stop=After(steps))
+    again = config("parts", resume=True)
+    state, begun = read_state(again), fitting.reader(again).trained()
+    assert all((begun[name] != weight).any() for name, weight in state["weights"].items())
+    parts = trained(again, **examples, state=state)
+    assert same(weights(whole), weights(parts))
+    assert same(whole.history, parts.history)
+    assert untimed(whole.measures) == untimed(parts.measures)
 
 
 def test_a_run_may_be_stopped_again_and_again(tmp_path):

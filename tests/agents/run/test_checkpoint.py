@@ -1,17 +1,17 @@
 """Checkpoints survive crashes, refuse what is not one, and resume exactly."""
 
 import os
-import random
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from processes import forked, wait
 from runs import SETTINGS, Recorder, same
+from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
 
@@ -166,36 +166,75 @@ def test_a_file_is_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     assert calls == ["c.tmp", "replace", tmp_path.name]
 
 
-WRITER = """
-import itertools, os, sys, torch
-from tokenenv.agents.run.checkpoint import write_checkpoint
-for _ in range(3):
-    pid = os.fork()
-    if pid == 0:
-        for turn in itertools.count(1):
-            weight = torch.full((1_000_000,), float(turn))
-            write_checkpoint(sys.argv[1], {"turn": turn, "weight": weight})
-            print(os.getpid(), turn, flush=True)
-    os.waitpid(pid, 0)
-    print("killed", flush=True)
-"""
+def in_halves(tensors, path, metadata, between=lambda: None):
+    """As `save_file`, but in two writes to the file of that name. safetensors may write a file of
+    another name and rename it, which would hide that a writer of ours writes in place."""
+    data = serialized(tensors, metadata)
+    with open(path, "wb", buffering=0) as file:
+        file.write(data[: len(data) // 2])
+        between()
+        file.write(data[len(data) // 2 :])
 
 
-def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path):
-    path = tmp_path / "c"
-    chance = random.Random(0)
-    command = [sys.executable, "-c", WRITER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        for _ in range(3):
-            for _ in range(2):
-                pid, written = map(int, writer.stdout.readline().split())
-            time.sleep(chance.random() * 0.05)
-            os.kill(pid, signal.SIGKILL)
-            for line in iter(writer.stdout.readline, "killed\n"):
-                written = int(line.split()[1])
-            state = read_checkpoint(path)
-            assert state["turn"] >= written
-            assert (state["weight"] == state["turn"]).all()
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_AT = {
+    "half a file": (module, "save_file", partial(in_halves, between=die)),
+    "fsync": (files, "_sync", die),
+    "link": (files.os, "link", die),
+    "replace": (files.os, "replace", die),
+}
+
+
+@pytest.mark.parametrize("where", KILLED_AT)
+def test_killing_a_writing_process_never_costs_the_previous_checkpoint(tmp_path, where):
+    """No `finally` is run by then, and what it had begun lies about."""
+    write_checkpoint(tmp_path / "c", {"turn": 1})
+
+    def writes():
+        setattr(*KILLED_AT[where])
+        write_checkpoint(tmp_path / "c", {"turn": 2})
+
+    assert wait(forked(writes)) == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) > 1
+    assert read_checkpoint(tmp_path / "c") == {"turn": 1}
+    write_checkpoint(tmp_path / "c", {"turn": 3})
+    assert read_checkpoint(tmp_path / "c") == {"turn": 3}
+    assert read_checkpoint(tmp_path / "c.previous") == {"turn": 1}
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.previous"]
+
+
+def test_at_no_moment_is_there_less_than_a_whole_checkpoint(tmp_path, monkeypatch):
+    """What is on disk before and after every call that writing makes is what a kill at that moment
+    would leave."""
+    names = ("c", "c.previous", "c.tmp")
+    for turn in (1, 2):
+        write_checkpoint(tmp_path / "c", {"turn": turn})
+    monkeypatch.setattr(module, "save_file", in_halves)
+    moments = []
+
+    def look(frame, event, arg):
+        found = [
+            path.read_bytes() if path.exists() else None for path in map(tmp_path.joinpath, names)
+        ]
+        if found not in moments:
+            moments.append(found)
+
+    before = [(tmp_path / name).read_bytes() for name in names[:2]]
+    sys.setprofile(look)
+    try:
+        write_checkpoint(tmp_path / "c", {"turn": 3})
+    finally:
+        sys.setprofile(None)
+    new = (tmp_path / "c").read_bytes()
+    seen = [list(dict.fromkeys(column)) for column in zip(*moments, strict=True)]
+    assert seen == [
+        [before[0], new],
+        [before[1], before[0]],
+        [None, b"", new[: len(new) // 2], new],
+    ]
 
 
 def token_env(mode=AutoresetMode.SAME_STEP, **options):
