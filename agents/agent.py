@@ -100,6 +100,10 @@ class Agent:
     """Whether updates train the policy. If not, the default one shares all weights with the env's
     model."""
 
+    own_statistics: ClassVar[tuple[str, ...]] = ()
+    """Names of `running_statistics` that are of one process's texts, where several learn together;
+    the others are the same on all of them."""
+
     reads_values: ClassVar[bool] = False
     """Whether the critic's values of the states that tokens are drawn in are kept with the texts
     (`Episode.drawn_value`), where the policy's own states give them."""
@@ -164,11 +168,15 @@ class Agent:
             self.config = cfg = replace(cfg, rollout=chosen)
         # A policy of one's own need not say it; its values are then read before updates.
         with_values = self.reads_values and getattr(self.policy, "acts_with_values", False)
-        self.actor = make_actor(envs, self.policy, cfg, reads_values=with_values)
-        self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
-        self.collector = make_collector(envs, self.actor, cfg, self.group_size)
-        self.num_envs = sum(ranks.gathered(envs.num_envs))
+        # Slot i of an env draws its prompts from seed + i. The ranks' slots are numbered on from
+        # rank to rank, as if they were slots of one env.
+        slots = ranks.gathered(envs.num_envs)
+        self.num_envs = sum(slots)
         """Texts that are written side by side, by all ranks."""
+        seed = cfg.seed + sum(slots[: ranks.number()])
+        self.actor = make_actor(envs, self.policy, cfg, seed=seed, reads_values=with_values)
+        self.group_size = group_size_of(envs, type(self).__name__) if self.grouped else 1
+        self.collector = make_collector(envs, self.actor, cfg, self.group_size, seed=seed)
         self.pending = Replay(sys.maxsize)
         """Texts that this rank has collected for an update that has not come yet."""
         self.joined: Any = learned_together(envs)
@@ -335,10 +343,13 @@ class Agent:
 
     def _count_tokens(self) -> bool:
         """Ask all ranks for the tokens that they have seen; return whether one is to stop."""
-        own = self.collector.tokens_seen
-        found = ranks.gathered((own, self.collector.stopping))
-        self.others_seen = sum(seen for seen, _ in found) - own
-        return any(stopping for _, stopping in found)
+        own, of_env = self.collector.tokens_seen, getattr(self.core, "tokens_seen", 0)
+        found = ranks.gathered((own, of_env, self.collector.stopping))
+        seen, of_envs, stopping = zip(*found, strict=True)
+        self.others_seen = sum(seen) - own
+        if hasattr(self.core, "tokens_elsewhere"):
+            self.core.tokens_elsewhere = sum(of_envs) - of_env
+        return any(stopping)
 
     def _collected(self) -> list[Episode]:
         """Return the finished episodes that all ranks have collected, in the ranks' order.
@@ -462,17 +473,19 @@ class Agent:
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
         """Write the policy as a folder that others load: full weights for transformers, or under
-        LoRA the adapter for peft; with the tokenizer and a model card.
+        LoRA the adapter for peft; with the tokenizer and a model card. Of processes that learn
+        together the first writes.
 
         With `merge` an adapter is added to the weights that it adapts, and full weights are
         written. The critic is not part of it; `save` writes it. See `LMPolicy.save_pretrained`.
         """
-        self.policy.save_pretrained(
-            directory,
-            merge=merge,
-            tokenizer=getattr(self.spec, "tokenizer", None),
-            card=model_card(self, merge=merge),
-        )
+        if ranks.number() == 0:
+            self.policy.save_pretrained(
+                directory,
+                merge=merge,
+                tokenizer=getattr(self.spec, "tokenizer", None),
+                card=model_card(self, merge=merge),
+            )
 
     @classmethod
     def load(

@@ -92,9 +92,25 @@ def each(make: Callable[[], T]) -> list[T]:
 
 
 def of_first(make: Callable[[], T]) -> T:
-    """Return what `make` returns on the first rank, which alone calls it."""
-    found = each(lambda: make() if number() == 0 else None)
-    return found[0]  # type: ignore[return-value]
+    """Return what `make` returns on the first rank, which alone calls it. An error of its is raised
+    as in `each`."""
+    if count() == 1:
+        return make()
+    found: list[tuple[T | None, str | None]] = [(None, None)]
+    error: Exception | None = None
+    if number() == 0:
+        try:
+            found = [(make(), None)]
+        except Exception as raised:
+            error = raised
+            found = [(None, f"{type(raised).__name__}: {raised}")]
+    distributed.broadcast_object_list(found, src=0)
+    value, failed = found[0]
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise RankFailed(f"rank 0 failed: {failed}")
+    return value  # type: ignore[return-value]
 
 
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -79,6 +79,7 @@ class GRPO(GroupMethod):
 
     config_class = GRPOConfig
     config: GRPOConfig
+    own_statistics = ("kept",)
 
     if TYPE_CHECKING:
 

@@ -4,7 +4,7 @@ they may know of the env itself.
 Suffixes: N slots, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,23 @@ def learned_together(envs: VectorEnv, before: Any = None) -> Any:
     else:
         core.join_statistics(before, ranks.gathered(core.save_statistics()))
     return core.save_statistics()
+
+
+def load_joined(envs: VectorEnv, saved: Sequence[Any], joined: Any) -> Any:
+    """Have this process's env go on where there were more processes, or fewer: from what all their
+    terms had learned when they last `joined`. `saved` are what their envs saved, texts or none.
+    Return what `learned_together` does."""
+    core = env_core(envs)
+    if saved[0] is None or not hasattr(core, "load_statistics"):
+        return None
+    own = saved[0]["statistics"] if only_learned(saved[0]) else saved[0]["engine"]["learned"]
+    learned = own if joined is None else joined
+    core.load_statistics(learned)
+    if ranks.count() > 1:
+        core.join_statistics(learned, [])
+    # Schedules go by the sum over processes.
+    core.tokens_seen = sum(int(one["tokens_seen"]) for one in saved) if ranks.number() == 0 else 0
+    return learned_together(envs)
 
 
 @contextmanager

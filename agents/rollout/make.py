@@ -5,7 +5,6 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
-from tokenenv import ranks
 from tokenenv.agents.config import AgentConfig
 from tokenenv.agents.learning.policy import LMPolicy, copy_to_train
 from tokenenv.agents.rollout.actor import Actor
@@ -42,10 +41,15 @@ def default_policy(envs: VectorEnv, config: AgentConfig, *, learns: bool = True)
 
 
 def make_actor(
-    envs: VectorEnv, policy: Any, config: AgentConfig, *, reads_values: bool = False
+    envs: VectorEnv,
+    policy: Any,
+    config: AgentConfig,
+    *,
+    seed: int = 0,
+    reads_values: bool = False,
 ) -> Actor:
-    """Return the policy's actor in this env, which shares forwards as `config.backbone` says and
-    `reads_values` of the critic where that is asked for.
+    """Return the policy's actor in this env, which draws from `seed`, shares forwards as
+    `config.backbone` says and `reads_values` of the critic where that is asked for.
 
     Raises:
         InvalidArgument: it says "shared", and nothing can be shared.
@@ -58,7 +62,7 @@ def make_actor(
     return Actor(
         policy,
         temperature=config.temperature,
-        seed=own_seed(envs, config),
+        seed=seed,
         share=share,
         reads_values=reads_values,
     )
@@ -83,15 +87,15 @@ def why_separate(envs: VectorEnv, policy: Any) -> str | None:
 
 
 def make_collector(
-    envs: VectorEnv, actor: Actor, config: AgentConfig, group_size: int
+    envs: VectorEnv, actor: Actor, config: AgentConfig, group_size: int, *, seed: int
 ) -> Collector | TextCollector:
     """Return what `config.rollout` names: a collector that steps the env with this actor, or one
-    whose engine writes whole texts with the actor's policy."""
+    whose engine writes whole texts with the actor's policy. Prompts follow from `seed`."""
     if config.rollout == "step":
         return Collector(
             envs,
             actor,
-            seed=own_seed(envs, config),
+            seed=seed,
             group_size=group_size,
             max_staleness=config.max_staleness,
         )
@@ -104,14 +108,8 @@ def make_collector(
         envs,
         engine,
         num_texts=options["num_texts"],
-        seed=own_seed(envs, config),
+        seed=seed,
         group_size=group_size,
         # An engine is kept busy while the policy learns, which needs texts that are one update old.
         max_staleness=1 if config.max_staleness is None else config.max_staleness,
     )
-
-
-def own_seed(envs: VectorEnv, config: AgentConfig) -> int:
-    """Return the seed of what this rank draws. Slot i of an env draws its prompts from seed + i, so
-    the ranks' slots are numbered on from rank to rank, as if they were slots of one env."""
-    return config.seed + sum(ranks.gathered(envs.num_envs)[: ranks.number()])

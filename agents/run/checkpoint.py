@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenenv import ranks
 from tokenenv.agents.config import AgentConfig
-from tokenenv.agents.rollout.env_rows import load_learned, method, only_learned
+from tokenenv.agents.rollout.env_rows import load_joined, load_learned, method, only_learned
 from tokenenv.agents.run.files import previous_of, replace_file, reporting
 from tokenenv.errors import CheckpointError, TokenEnvError
 from tokenenv.safety.shown import without_secrets
@@ -183,13 +183,13 @@ def restore(agent: "Agent", state: dict[str, Any]) -> None:
     if again:
         _restore_rank(agent, part, state)
     else:
-        _restore_others(agent, part, seen)
-    agent.joined = state["joined"]
+        _restore_others(agent, state, seen)
     agent.others_seen = seen - agent.collector.tokens_seen
 
 
 def _restore_rank(agent: "Agent", part: dict[str, Any], state: dict[str, Any]) -> None:
     """Go on with what this rank had."""
+    agent.joined = state["joined"]
     agent.actor.generator.set_state(part["generator"])
     for name, value in agent.statistics.items():
         value.load_state_dict(part["statistics"][name])
@@ -208,17 +208,22 @@ def _restore_rank(agent: "Agent", part: dict[str, Any], state: dict[str, Any]) -
         agent.collector.load_env(None)
 
 
-def _restore_others(agent: "Agent", part: dict[str, Any], seen: int) -> None:
+def _restore_others(agent: "Agent", state: dict[str, Any], seen: int) -> None:
     """Go on where there were more ranks, or fewer: without the texts of theirs that had not been
-    learned from, and with seeds of one's own, that no rank had."""
+    learned from, by the policy or by a reward term, and with seeds of one's own, that no rank
+    had."""
+    part = state["ranks"][0]
     for name, value in agent.statistics.items():
-        value.load_state_dict(part["statistics"][name])
+        if name not in agent.own_statistics:
+            value.load_state_dict(part["statistics"][name])
     stream = np.random.SeedSequence([agent.collector.seed, agent.updates, ranks.count()])
     agent.collector.seed = int(stream.generate_state(1)[0])
     agent.actor.generator.manual_seed(agent.collector.seed)
     agent.collector.tokens_seen = agent.own_updated_at = seen if ranks.number() == 0 else 0
     agent.collector.version = part["collector"]["version"]
-    load_learned(agent.envs, part["env"])
+    agent.updated_at = seen
+    saved = [one["env"] for one in state["ranks"].values()]
+    agent.joined = load_joined(agent.envs, saved, state["joined"])
     agent.collector.load_env(None)
 
 

@@ -77,6 +77,23 @@ def test_an_error_on_one_rank_is_one_on_all(on_ranks):
     assert zeroth == second == (RankFailed, "rank 1 failed: ValueError: no text", [])
 
 
+def first_failing():
+    with pytest.raises((ValueError, RankFailed)) as raised:
+        ranks.of_first(failing_on_the_first)
+    return type(raised.value), str(raised.value), ranks.of_first(lambda: "next")
+
+
+def failing_on_the_first():
+    assert ranks.number() == 0
+    raise ValueError("no file")
+
+
+def test_an_error_on_the_first_rank_is_one_on_all(on_ranks):
+    first, second = on_ranks(2, first_failing)
+    assert first == (ValueError, "no file", "next")
+    assert second == (RankFailed, "rank 0 failed: ValueError: no file", "next")
+
+
 @given(
     sizes=st.lists(st.integers(1, 50), max_size=40),
     count=st.integers(1, 5),

@@ -91,6 +91,11 @@ def test_agents_that_train_nothing_make_one_run_too(on_ranks, tmp_path):
         assert int(json.loads(lines[-1])["tokens_seen"]) >= 400
 
 
+def test_ranks_choose_alike_who_writes(on_ranks):
+    first, second = on_ranks(2, lambda: agent_of("ppo", rollout="auto").config.rollout)
+    assert first == second in ("step", "episode")
+
+
 def begun_with(num_envs):
     agent = agent_of("ppo", num_envs=num_envs)
     agent.collector.reset()

@@ -249,7 +249,7 @@ class Train(Generic[Config]):
         if received:
             say_on_stderr(
                 f"stopped by {received[0].name}; saved at {agent.tokens_seen:,} tokens; "
-                f"go on with: tokenenv train --resume {folder}{self.again()}"
+                f"go on with: {command()} train --resume {folder}{self.again()}"
             )
             sys.exit(128 + received[0])
         looks = (
@@ -326,6 +326,13 @@ class Train(Generic[Config]):
             defaults["group_size"] = GROUP_SIZE
         named = {"reward": self.reward, "gold": self.gold}
         return env_keywords(env_id_of(self.env), self.options, named, changes, defaults)
+
+
+def command() -> str:
+    """Return what the commands of this program begin with, where they are run as this one is."""
+    if ranks.count() == 1:
+        return "tokenenv"
+    return f"torchrun --nproc-per-node {ranks.count()} -m tokenenv.cli"
 
 
 def save_config(config: Train, path: Path, envs: TokenVectorEnv | None = None) -> None:

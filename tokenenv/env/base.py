@@ -68,6 +68,9 @@ class EnvBase(VectorEnv):
         self.tokens_seen = 0
         """Tokens emitted in all slots since construction, those of an interrupted step aside;
         schedules are asked with it."""
+        self.tokens_elsewhere = 0
+        """Tokens that the envs of other processes have seen, where several learn together; the
+        learner says it. Schedules are asked with the sum."""
 
     # ------------------------------------------------------------------- facts
 
@@ -133,7 +136,7 @@ class EnvBase(VectorEnv):
     def weights(self) -> dict[str, float]:
         """The weight of each term of the reward, "kl" included, in an episode that begins now."""
         self._require_open()
-        return self._engine.weights_now(self.tokens_seen, self._kl_coef)
+        return self._engine.weights_now(self.tokens_seen + self.tokens_elsewhere, self._kl_coef)
 
     @property
     def device(self) -> torch.device:
@@ -378,7 +381,8 @@ class EnvBase(VectorEnv):
         self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
     ) -> None:
         """Have terms take in what those of all processes have learned since `before`; each of
-        `parts` is what `save_statistics` returned in one of them."""
+        `parts` is what `save_statistics` returned in one of them. Without parts, terms go on from
+        `before`, with nothing of one process's own."""
         self._require_open()
         for name in before:
             term = self._engine.rewards.every[name]

@@ -347,9 +347,7 @@ class TokenVectorEnv(EnvBase):
         columns = self._columns_of(slots, index, given)
         self._texts.restart(slots, prompts, which, columns, given.prefixes, given.prefix_own, seeds)
         self._prompt_id[slots] = index
-        self._engine.start(
-            slots, self._texts, self._engine.weights_now(self.tokens_seen, self._kl_coef)
-        )
+        self._engine.start(slots, self._texts, self.weights)
         self._episode_kl_coef[slots] = 0.0 if self.config.kl == "none" else self._kl_coef
         self._ended[given.mask] = self._scored[given.mask] = False
         return self._start_infos(slots)

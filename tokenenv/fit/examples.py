@@ -1,8 +1,8 @@
 """What a reward model is trained from: texts as token ids, in examples of one or more."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,6 +80,14 @@ class Batch:
     """float32: the score of each text."""
     target_BR: Tensor | None = None
     """float32: the label or value of each token; NaN where nothing is known."""
+
+    def on_host(self) -> "Batch":
+        """Return the same on the host."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: None if column is None else column.cpu() for name, column in columns.items()
+        }
+        return Batch(**moved)
 
     @property
     def total_B(self) -> Tensor:

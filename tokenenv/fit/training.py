@@ -169,7 +169,10 @@ class Training:
         others."""
         groups = list(forwards(examples, self.config.max_batch_tokens))
         own = groups[ranks.number() :: ranks.count()]
-        parts = [iter(part) for part in ranks.gathered([self._read(group) for group in own])]
+        read = [self._read(group) for group in own]
+        if ranks.count() > 1:  # each may have another device
+            read = [batch.on_host() for batch in read]
+        parts = [iter(part) for part in ranks.gathered(read)]
         return [next(parts[i % ranks.count()]) for i in range(len(groups))]
 
     def measures(self) -> dict[str, float]:

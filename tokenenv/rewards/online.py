@@ -290,7 +290,10 @@ class Prime(RewardTerm):
         return self.max_lag is None or policy < 0 or lag <= self.max_lag
 
     def join(self, before: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the update that is due on the texts that wait in all processes, in each of them."""
+        """Takes the update that is due on the texts that wait in all processes, in each of them.
+        Without parts no text waits."""
+        if not parts:
+            self._learned = replace(self._learned, counts=self._learned.counted(waiting=0))
         waiting = [int(part["counts"][1]) for part in parts]
         allowed = all(self._allowed(part["counts"]) for part in parts)
         if not self._watched and sum(waiting) >= self.every and allowed:

@@ -227,8 +227,8 @@ class RewardTerm:
         together (`tokenenv.ranks`), so that all of them go on from the same.
 
         `before` is what all of them had when they last joined, and `parts` what each has now, as
-        `save_statistics` returned it, as arrays. A term that has statistics defines it, or it
-        cannot be used there.
+        `save_statistics` returned it, as arrays. Without parts, nothing of one process's own is
+        gone on with. A term that has statistics defines it, or it cannot be used there.
         """
         raise TypeError(f"{type(self).__name__} has statistics but does not define join()")
 
