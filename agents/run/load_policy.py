@@ -46,7 +46,7 @@ def load_policy(
         check_policy(made, envs, learns=learns)
         check_weights(trained_weights(made), state["weights"])
         if policy is None and not all(weight.requires_grad for weight in made.parameters()):
-            check_base(method(envs, "identity"), state["identity"])
+            check_base(method(envs, "identity"), state["ranks"][0]["identity"])
         made.load_state_dict(state["weights"], strict=False)
     return made
 

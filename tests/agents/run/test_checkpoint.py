@@ -102,9 +102,14 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     ("change", "message"),
     [
         (
-            lambda state: state.pop("identity"),
-            r"of its state, \['identity'\] is missing or unknown",
+            lambda state: state.pop("joined"),
+            r"of its state, \['joined'\] is missing or unknown",
         ),
+        (
+            lambda state: state["ranks"][0].pop("identity"),
+            r"of its first rank, \['identity'\] is missing or unknown",
+        ),
+        (lambda state: state.update(ranks=[]), "of its first rank, no mapping"),
         (lambda state: state.update(more=1), r"of its state, \['more'\] is missing"),
         (lambda state: state["config"].pop("lr"), r"of its config, \['lr'\] is missing"),
         (lambda state: state.update(config=3), "of its config, no mapping"),
