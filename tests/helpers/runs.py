@@ -5,6 +5,7 @@ import types
 from importlib.machinery import ModuleSpec
 
 import numpy as np
+import pytest
 import torch
 
 from tokenenv.agents.episodes import EpisodeBatch
@@ -46,8 +47,27 @@ class Recorder:
             {name: value for name, value in metrics.items() if name != "time/tokens_per_second"}
         )
         if self.agent.updates == 2 and self.save_to is not None:
-            self.agent.collector.step()  # so that caches hold what appending left in them
+            if hasattr(self.agent.collector, "step"):
+                self.agent.collector.step()  # so that caches hold what appending left in them
             self.agent.save(self.save_to)
+
+
+def learn_until(agent, updates, save_to=None):
+    """What an agent has learned from until it has had so many updates; it saves after two."""
+    recorder = Recorder(agent, save_to)
+    total = 10_000
+
+    class Enough(Exception):
+        pass
+
+    def on_update(metrics, episodes):
+        recorder(metrics, episodes)
+        if agent.updates == updates:
+            raise Enough
+
+    with pytest.raises(Enough):
+        agent.learn(total, on_update=on_update)
+    return recorder
 
 
 def collected(agent, tokens=80):

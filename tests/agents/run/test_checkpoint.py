@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from processes import forked, wait
-from runs import SETTINGS, Recorder, same
+from runs import SETTINGS, learn_until, same
 from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from toy_env import ToyEnv, tiny_lm
@@ -272,23 +272,6 @@ ENVS = {
     "next-step": lambda: token_env(AutoresetMode.NEXT_STEP),
     "torch": lambda: token_env(AutoresetMode.SAME_STEP, array="torch", kl="policy"),
 }
-
-
-def learn_until(agent, updates, save_to=None):
-    recorder = Recorder(agent, save_to)
-    total = 10_000
-
-    class Enough(Exception):
-        pass
-
-    def on_update(metrics, episodes):
-        recorder(metrics, episodes)
-        if agent.updates == updates:
-            raise Enough
-
-    with pytest.raises(Enough):
-        agent.learn(total, on_update=on_update)
-    return recorder
 
 
 @pytest.mark.parametrize("name", ENVS)
