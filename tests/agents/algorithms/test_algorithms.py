@@ -96,10 +96,8 @@ def test_resuming_is_exact(name, tmp_path):
     )  # so that the texts of a group end apart
     straight = agent_of(name, **options)
     whole = run(straight, tmp_path / "c")
-    saved = read_checkpoint(tmp_path / "c")
-    assert (saved["ranks"][0]["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[
-        name
-    ].grouped
+    saved = read_checkpoint(tmp_path / "c")["ranks"][0]
+    assert (saved["collector"]["pairing"]["waiting"] is not None) == ALGORITHMS[name].grouped
     kept = {"ppo": ["reward_std"], "a2c": ["reward_std"], "klq": ["replay"], "grpo": ["kept"]}
     assert list(saved["statistics"]) == kept.get(name, [])
     resumed = ALGORITHMS[name].load(tmp_path / "c", make(name, **options))
