@@ -419,8 +419,8 @@ def counted() -> Any:
     """A term whose update only counts, and the texts that it has learned from."""
     term, taken = term_of(make()), list[int]()
 
-    def updated(before: Any) -> Any:
-        taken.append(int(before.counts[1]))
+    def updated(before: Any, texts: Any) -> Any:
+        taken.append(len(texts["length"]))
         return replace(before, counts=before.counted(version=before.version + 1, waiting=0))
 
     term._updated = updated
